@@ -1,0 +1,118 @@
+//! Theory of operation: plain counters that one worker owns and increments; the I/O side publishes them.
+//! Every drop has a reason, every reason a counter and a name that does not change between releases.
+
+macro_rules! reasons {
+    ($($(#[$doc:meta])* $name:ident = $text:literal,)*) => {
+        /// Why something was dropped or refused.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        #[repr(u8)]
+        pub enum Drop { $($(#[$doc])* $name,)* }
+        impl Drop {
+            /// All reasons, in the order of their numbers.
+            pub const ALL: &'static [Drop] = &[$(Drop::$name,)*];
+            /// The stable name of the reason, in snake case.
+            #[must_use]
+            pub fn name(self) -> &'static str {
+                match self { $(Drop::$name => $text,)* }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// Shorter than its headers say.
+    Truncated = "truncated",
+    /// Longer than the attachment or MTU allows.
+    Oversized = "oversized",
+    /// Header fields that contradict each other.
+    Malformed = "malformed",
+    /// IPv4 header checksum wrong.
+    BadIpChecksum = "bad_ip_checksum",
+    /// Transport checksum wrong.
+    BadL4Checksum = "bad_l4_checksum",
+    /// EtherType, tag or IP protocol that guestnet does not carry.
+    UnsupportedProtocol = "unsupported_protocol",
+    /// Source MAC is a group address, the gateway's, or another port's.
+    SpoofedMac = "spoofed_mac",
+    /// Source address belongs to another port, to the gateway, or not to the subnet.
+    SpoofedSource = "spoofed_source",
+    /// A destination that nothing can be sent to (0/8, 127/8, 224/4 and above, port 0).
+    BadDestination = "bad_destination",
+    /// Refused by policy or by `host_only`.
+    Policy = "policy",
+    /// TTL ran out here.
+    TtlExpired = "ttl_expired",
+    /// The per-endpoint cap of flows is reached.
+    FlowLimit = "flow_limit",
+    /// The table of flows is full.
+    TableFull = "table_full",
+    /// The per-endpoint cap of buffered bytes is reached.
+    BufferLimit = "buffer_limit",
+    /// Fragments: too many, overlapping, or timed out.
+    Reassembly = "reassembly",
+    /// A rate limit (ICMP errors, ARP).
+    RateLimit = "rate_limit",
+    /// The port that it goes to is full.
+    PortFull = "port_full",
+    /// No endpoint has the destination.
+    NoEndpoint = "no_endpoint",
+    /// No flow matches a segment that does not open one.
+    NoFlow = "no_flow",
+    /// Outside the window, a duplicate, or an old segment.
+    OutOfWindow = "out_of_window",
+    /// From an address that the flow did not talk to (filtering, RFC 4787 REQ-8).
+    Filtered = "filtered",
+    /// The host refused a send.
+    HostError = "host_error",
+    /// The event ring to the control side is full.
+    EventRingFull = "event_ring_full",
+}
+
+/// Counters of one worker or one port. Snapshots can be subtracted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Counters {
+    /// Frames from guests.
+    pub rx_frames: u64,
+    /// Bytes in those.
+    pub rx_bytes: u64,
+    /// Frames to guests.
+    pub tx_frames: u64,
+    /// Bytes in those.
+    pub tx_bytes: u64,
+    /// Flows opened, all protocols.
+    pub flows_opened: u64,
+    /// Flows closed.
+    pub flows_closed: u64,
+    /// TCP segments sent again.
+    pub retransmits: u64,
+    /// ICMP errors sent to guests.
+    pub icmp_errors: u64,
+    /// Drops by reason, indexed by `Drop as usize`.
+    pub drops: [u64; Drop::ALL.len()],
+}
+
+impl Default for Counters {
+    fn default() -> Self {
+        Counters {
+            rx_frames: 0,
+            rx_bytes: 0,
+            tx_frames: 0,
+            tx_bytes: 0,
+            flows_opened: 0,
+            flows_closed: 0,
+            retransmits: 0,
+            icmp_errors: 0,
+            drops: [0; Drop::ALL.len()],
+        }
+    }
+}
+
+impl Counters {
+    /// Counts one drop.
+    #[inline]
+    pub fn drop(&mut self, why: Drop) {
+        if let Some(c) = self.drops.get_mut(why as usize) {
+            *c += 1;
+        }
+    }
+}

@@ -1,0 +1,51 @@
+//! Theory of operation: ICMP for IPv4 (RFC 792): echo fields and the errors that a gateway sends.
+//! Error bodies quote the offending packet as RFC 1812 4.3.2.3 says, up to 576 bytes in all.
+
+use crate::{checksum, put};
+
+/// Length of the fixed header.
+pub const LEN: usize = 8;
+/// Echo reply.
+pub const ECHO_REPLY: u8 = 0;
+/// Destination unreachable.
+pub const UNREACHABLE: u8 = 3;
+/// Echo request.
+pub const ECHO: u8 = 8;
+/// Time exceeded.
+pub const TIME_EXCEEDED: u8 = 11;
+/// Parameter problem.
+pub const PARAMETER_PROBLEM: u8 = 12;
+
+/// Codes of destination unreachable.
+pub mod unreachable {
+    /// Network unreachable.
+    pub const NET: u8 = 0;
+    /// Host unreachable.
+    pub const HOST: u8 = 1;
+    /// Protocol unreachable.
+    pub const PROTOCOL: u8 = 2;
+    /// Port unreachable.
+    pub const PORT: u8 = 3;
+    /// Fragmentation needed and DF set.
+    pub const FRAG_NEEDED: u8 = 4;
+    /// Communication administratively prohibited.
+    pub const ADMIN_PROHIBITED: u8 = 13;
+}
+
+/// True for the ICMPv4 types that are errors and quote a packet.
+#[must_use]
+pub fn is_error(icmp_type: u8) -> bool {
+    matches!(icmp_type, UNREACHABLE | 4 | 5 | TIME_EXCEEDED | PARAMETER_PROBLEM)
+}
+
+/// Writes an ICMPv4 message: header with `rest` as bytes 4 to 7, then `body`, checksum included, at the
+/// front of `b`, which must hold `8 + body.len()` bytes. Returns that length.
+pub fn emit(b: &mut [u8], icmp_type: u8, code: u8, rest: [u8; 4], body: &[u8]) -> usize {
+    let n = LEN + body.len();
+    put(b, 0, &[icmp_type, code, 0, 0]);
+    put(b, 4, &rest);
+    put(b, LEN, body);
+    let c = checksum::checksum(b.get(..n).unwrap_or(&[]));
+    put(b, 2, &c.to_be_bytes());
+    n
+}

@@ -1,0 +1,253 @@
+//! Theory of operation: one pass over an IP packet that checks every length against the bytes present and
+//! keeps offsets, so that what follows never measures again. Checksums are not verified here
+//! ([`verify_l4`], [`verify_ipv4_header`]): an attachment may have said that they need not be.
+
+use crate::{WireError, be16, be32, checksum, ipv4, proto, tcp, udp};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// Where a packet is a fragment of a larger one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fragment {
+    /// Identification (IPv4: 16 bits).
+    pub id: u32,
+    /// Offset in bytes of this fragment's payload in the whole.
+    pub offset: u32,
+    /// More fragments follow.
+    pub more: bool,
+}
+
+/// One packet, as offsets from the start of the slice that was parsed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Packet {
+    /// Offset of the IP header.
+    pub l3: usize,
+    /// Offset of what follows the IP header (transport header, or fragment data).
+    pub l4: usize,
+    /// Offset of the transport payload (equal to `l4` where the transport has no parsed header).
+    pub payload: usize,
+    /// End of the packet by the IP header's own length; bytes after it are link padding.
+    pub end: usize,
+    /// Source address.
+    pub src: IpAddr,
+    /// Destination address.
+    pub dst: IpAddr,
+    /// Transport protocol.
+    pub proto: u8,
+    /// TTL or hop limit.
+    pub ttl: u8,
+    /// TCP/UDP source port; ICMP echo: the identifier; else 0.
+    pub src_port: u16,
+    /// TCP/UDP destination port; ICMP echo: the identifier; else 0.
+    pub dst_port: u16,
+    /// DSCP and ECN byte.
+    pub tos: u8,
+    /// IPv4: DF is set. IPv6: true.
+    pub dont_fragment: bool,
+    /// Set for fragments; then ports are 0 and `payload == l4`.
+    pub fragment: Option<Fragment>,
+}
+
+/// Parses the IP packet that starts at `l3` in `frame`; version by its first nibble.
+///
+/// # Errors
+/// [`WireError`] naming what is wrong; the packet must then be dropped.
+#[inline]
+pub fn parse_ip(frame: &[u8], l3: usize) -> Result<Packet, WireError> {
+    match frame.get(l3).ok_or(WireError::Truncated)? >> 4 {
+        4 => parse_v4(frame, l3),
+        6 => parse_v6(frame, l3),
+        _ => Err(WireError::Malformed),
+    }
+}
+
+#[inline]
+fn parse_v4(frame: &[u8], l3: usize) -> Result<Packet, WireError> {
+    let h = frame.get(l3..).unwrap_or(&[]);
+    if h.len() < ipv4::MIN_LEN {
+        return Err(WireError::Truncated);
+    }
+    let ihl = usize::from(h[0] & 0xf) * 4;
+    let total = usize::from(be16(h, 2));
+    if ihl < ipv4::MIN_LEN || total < ihl {
+        return Err(WireError::Malformed);
+    }
+    if total > h.len() {
+        return Err(WireError::Truncated);
+    }
+    let word = be16(h, 6);
+    let offset = u32::from(word & 0x1fff) * 8;
+    let more = word & ipv4::MF != 0;
+    let fragment = (offset != 0 || more).then(|| Fragment { id: u32::from(be16(h, 4)), offset, more });
+    if let Some(f) = fragment {
+        let data = (total - ihl) as u32;
+        // A fragment that would end past 65535 can only be an attack (RFC 791 3.2); all but the last
+        // carry a multiple of 8 bytes.
+        if f.offset + data > 0xffff || (f.more && (data == 0 || data % 8 != 0)) {
+            return Err(WireError::Malformed);
+        }
+    }
+    let p = Packet {
+        l3,
+        l4: l3 + ihl,
+        payload: l3 + ihl,
+        end: l3 + total,
+        src: IpAddr::V4(Ipv4Addr::new(h[12], h[13], h[14], h[15])),
+        dst: IpAddr::V4(Ipv4Addr::new(h[16], h[17], h[18], h[19])),
+        proto: h[9],
+        ttl: h[8],
+        src_port: 0,
+        dst_port: 0,
+        tos: h[1],
+        dont_fragment: word & ipv4::DF != 0,
+        fragment,
+    };
+    transport(frame, p)
+}
+
+fn parse_v6(frame: &[u8], l3: usize) -> Result<Packet, WireError> {
+    let h = frame.get(l3..).unwrap_or(&[]);
+    if h.len() < 40 {
+        return Err(WireError::Truncated);
+    }
+    let len = usize::from(be16(h, 4));
+    if 40 + len > h.len() {
+        return Err(WireError::Truncated);
+    }
+    let addr = |at: usize| -> Ipv6Addr {
+        let mut a = [0u8; 16];
+        a.copy_from_slice(&h[at..at + 16]);
+        Ipv6Addr::from(a)
+    };
+    let (mut next, mut at) = (h[6], 40usize);
+    let end = 40 + len;
+    let mut fragment = None;
+    // Hop-by-hop, routing, destination options and fragment headers, at most 8 of them (RFC 8504 5.3
+    // lets a node bound the chain).
+    for _ in 0..8 {
+        match next {
+            0 | 43 | 60 => {
+                if at + 8 > end {
+                    return Err(WireError::Truncated);
+                }
+                next = h[at];
+                at += 8 + usize::from(h[at + 1]) * 8;
+            }
+            44 => {
+                if at + 8 > end {
+                    return Err(WireError::Truncated);
+                }
+                let word = be16(h, at + 2);
+                fragment = Some(Fragment {
+                    id: be32(h, at + 4),
+                    offset: u32::from(word & 0xfff8),
+                    more: word & 1 != 0,
+                });
+                next = h[at];
+                at += 8;
+                break;
+            }
+            _ => break,
+        }
+        if at > end {
+            return Err(WireError::Truncated);
+        }
+    }
+    let p = Packet {
+        l3,
+        l4: l3 + at,
+        payload: l3 + at,
+        end: l3 + end,
+        src: IpAddr::V6(addr(8)),
+        dst: IpAddr::V6(addr(24)),
+        proto: next,
+        ttl: h[7],
+        src_port: 0,
+        dst_port: 0,
+        tos: (h[0] << 4) | (h[1] >> 4),
+        dont_fragment: true,
+        fragment,
+    };
+    transport(frame, p)
+}
+
+#[inline]
+fn transport(frame: &[u8], mut p: Packet) -> Result<Packet, WireError> {
+    if p.fragment.is_some() {
+        return Ok(p);
+    }
+    let b = frame.get(p.l4..p.end).ok_or(WireError::Truncated)?;
+    match p.proto {
+        proto::TCP => {
+            if b.len() < tcp::MIN_LEN {
+                return Err(WireError::Truncated);
+            }
+            let hl = usize::from(b[12] >> 4) * 4;
+            if hl < tcp::MIN_LEN || hl > b.len() {
+                return Err(WireError::Malformed);
+            }
+            p.payload = p.l4 + hl;
+        }
+        proto::UDP => {
+            if b.len() < udp::LEN {
+                return Err(WireError::Truncated);
+            }
+            let len = usize::from(be16(b, 4));
+            // Linux's USO and GRO frames carry the sum in the length field, so equality is what holds
+            // for every honest sender; a shorter one would hide bytes (RFC 768: header and data).
+            if len < udp::LEN || len > b.len() {
+                return Err(WireError::Malformed);
+            }
+            p.payload = p.l4 + udp::LEN;
+            p.end = p.l4 + len;
+        }
+        proto::ICMP | proto::ICMPV6 => {
+            if b.len() < 8 {
+                return Err(WireError::Truncated);
+            }
+            p.payload = p.l4 + 8;
+            let echo = if p.proto == proto::ICMP { matches!(b[0], 0 | 8) } else { matches!(b[0], 128 | 129) };
+            if echo {
+                p.src_port = be16(b, 4);
+                p.dst_port = p.src_port;
+            }
+            return Ok(p);
+        }
+        _ => return Ok(p),
+    }
+    p.src_port = be16(b, 0);
+    p.dst_port = be16(b, 2);
+    Ok(p)
+}
+
+/// Verifies the IPv4 header checksum of a parsed packet; true for IPv6.
+#[inline]
+#[must_use]
+pub fn verify_ipv4_header(frame: &[u8], p: &Packet) -> bool {
+    match p.src {
+        IpAddr::V4(_) => {
+            let ihl = usize::from(frame.get(p.l3).copied().unwrap_or(0) & 0xf) * 4;
+            frame.get(p.l3..p.l3 + ihl).is_some_and(|h| checksum::fold(checksum::sum(h, 0)) == 0xffff)
+        }
+        IpAddr::V6(_) => true,
+    }
+}
+
+/// Verifies the TCP, UDP, ICMP or ICMPv6 checksum of a parsed packet that is not a fragment. True for
+/// protocols without one that guestnet knows, and for UDP over IPv4 without a checksum.
+#[inline]
+#[must_use]
+pub fn verify_l4(frame: &[u8], p: &Packet) -> bool {
+    let Some(b) = frame.get(p.l4..p.end) else { return false };
+    let pseudo = match p.proto {
+        proto::TCP | proto::ICMPV6 => checksum::pseudo(p.src, p.dst, p.proto, b.len() as u32),
+        proto::UDP => {
+            if be16(b, 6) == 0 {
+                return p.src.is_ipv4();
+            }
+            checksum::pseudo(p.src, p.dst, p.proto, b.len() as u32)
+        }
+        proto::ICMP => 0,
+        _ => return true,
+    };
+    checksum::fold(checksum::sum(b, pseudo)) == 0xffff
+}

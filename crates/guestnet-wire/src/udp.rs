@@ -1,0 +1,23 @@
+//! Theory of operation: UDP header (RFC 768), 8 bytes. A checksum of zero means "none" over IPv4.
+
+use crate::{checksum, put};
+use std::net::IpAddr;
+
+/// Length of the header.
+pub const LEN: usize = 8;
+
+/// Writes a UDP header in front of the payload that is already in `b[8..]` (all of it), checksum included.
+pub fn emit(b: &mut [u8], src: IpAddr, dst: IpAddr, src_port: u16, dst_port: u16) {
+    let len = b.len().min(0xffff) as u16;
+    put(b, 0, &src_port.to_be_bytes());
+    put(b, 2, &dst_port.to_be_bytes());
+    put(b, 4, &len.to_be_bytes());
+    put(b, 6, &[0, 0]);
+    let c = checksum::finish(checksum::sum(
+        b,
+        checksum::pseudo(src, dst, crate::proto::UDP, u32::from(len)),
+    ));
+    // RFC 768: a computed zero goes out as all ones.
+    let c = if c == 0 { 0xffff } else { c };
+    put(b, 6, &c.to_be_bytes());
+}
