@@ -192,7 +192,14 @@ pub trait Effects {
     fn ping_open(&mut self, flow: FlowId, like: IpAddr) -> Result<SockId, SockError>;
 
     /// Sends an echo request with sequence number and body; the identifier is the socket's own.
-    fn ping_send(&mut self, sock: SockId, dst: IpAddr, seq: u16, body: &[u8], ttl: u8) -> Result<(), SockError>;
+    fn ping_send(
+        &mut self,
+        sock: SockId,
+        dst: IpAddr,
+        seq: u16,
+        body: &[u8],
+        ttl: u8,
+    ) -> Result<(), SockError>;
 
     // ---- both ---------------------------------------------------------------------------------------
     /// Closes any socket that was opened or accepted; its number may be used again afterwards.

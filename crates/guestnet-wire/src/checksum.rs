@@ -17,7 +17,16 @@ pub fn sum(data: &[u8], acc: u64) -> u64 {
         let (mut s, mut carry) = (0u64, 0u64);
         let mut i = 0;
         while i < 32 {
-            let w = u64::from_ne_bytes([c[i], c[i + 1], c[i + 2], c[i + 3], c[i + 4], c[i + 5], c[i + 6], c[i + 7]]);
+            let w = u64::from_ne_bytes([
+                c[i],
+                c[i + 1],
+                c[i + 2],
+                c[i + 3],
+                c[i + 4],
+                c[i + 5],
+                c[i + 6],
+                c[i + 7],
+            ]);
             s += w & 0xffff_ffff;
             carry += w >> 32;
             i += 8;

@@ -13,10 +13,7 @@ pub fn emit(b: &mut [u8], src: IpAddr, dst: IpAddr, src_port: u16, dst_port: u16
     put(b, 2, &dst_port.to_be_bytes());
     put(b, 4, &len.to_be_bytes());
     put(b, 6, &[0, 0]);
-    let c = checksum::finish(checksum::sum(
-        b,
-        checksum::pseudo(src, dst, crate::proto::UDP, u32::from(len)),
-    ));
+    let c = checksum::finish(checksum::sum(b, checksum::pseudo(src, dst, crate::proto::UDP, u32::from(len))));
     // RFC 768: a computed zero goes out as all ones.
     let c = if c == 0 { 0xffff } else { c };
     put(b, 6, &c.to_be_bytes());
