@@ -82,7 +82,7 @@ fn parse_v4(frame: &[u8], l3: usize) -> Result<Packet, WireError> {
         let data = (total - ihl) as u32;
         // A fragment that would end past 65535 can only be an attack (RFC 791 3.2); all but the last
         // carry a multiple of 8 bytes.
-        if f.offset + data > 0xffff || (f.more && (data == 0 || data % 8 != 0)) {
+        if f.offset + data > 0xffff || (f.more && (data == 0 || !data.is_multiple_of(8))) {
             return Err(WireError::Malformed);
         }
     }

@@ -1,0 +1,82 @@
+# guestnet: what can be done with a checkout. `make help` lists the targets.
+# `make demo` and `make test` do the whole set-up themselves: system packages (as root on Debian),
+# virtual environment, release build.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+RUST_SOURCES := $(shell find crates -name '*.rs' -o -name Cargo.toml)
+PYTHON_DIRS := $(wildcard python tests bench scripts)
+# Loom and the fuzzer compile everything with flags of their own; a directory each keeps them from
+# throwing away the ordinary build.
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+
+.PHONY: help build check test demo bench conformance bench-engine fuzz loom lock format clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+
+build: $(VENV)/.built ## Build the release and leave .venv/bin/guestnet ready (nothing to do the second time)
+
+$(VENV)/.deps: requirements.lock scripts/make-venv.sh
+	scripts/make-venv.sh $(VENV) requirements.lock
+	touch $@
+
+# An editable install: Python changes count at once, only Rust changes need a build.
+$(VENV)/.built: $(VENV)/.deps $(RUST_SOURCES) Cargo.toml Cargo.lock pyproject.toml
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/maturin develop --release --locked --quiet
+	touch $@
+
+check: build ## Format, lint, types and unit tests: under two minutes once built
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	$(BIN)/ruff check $(PYTHON_DIRS)
+	$(BIN)/ruff format --check $(PYTHON_DIRS)
+	$(BIN)/mypy
+	scripts/stubtest.sh $(BIN)/python
+	cargo test --workspace --locked --quiet --lib
+	$(BIN)/python -m pytest -q tests/unit
+
+test: ## Everything: packages, build, checks, all Rust and Python tests, loom, real guests, short fuzz runs
+	scripts/system-packages.sh test
+	@$(MAKE) --no-print-directory build
+	@$(BIN)/python scripts/run_tests.py
+
+demo: ## Show what guestnet does, with a guest, in a minute
+	scripts/system-packages.sh demo
+	@$(MAKE) --no-print-directory build
+	$(BIN)/guestnet demo
+
+bench: ## Race guestnet with kernel NAT, pasta and slirp4netns; one table (BENCH_ARGS=--help for more)
+	scripts/system-packages.sh bench
+	@$(MAKE) --no-print-directory build
+	$(BIN)/python bench/race.py $(BENCH_ARGS)
+
+conformance: build ## Prove the NAT engine against its RFCs, requirement by requirement
+	$(BIN)/python -m pytest -q tests/conformance
+
+bench-engine: ## Measure the packet path of the crates alone (criterion)
+	cargo bench --workspace --locked
+
+fuzz: ## Fuzz each target for a short time (FUZZ_SECONDS=20 each)
+	scripts/fuzz.py --seconds $(or $(FUZZ_SECONDS),20)
+
+loom: ## Model-check the rings and wakers
+	scripts/loom.sh
+
+lock: ## Renew requirements.lock from pyproject.toml
+	scripts/lock.sh $(BIN)/python
+
+format: ## Format all sources
+	cargo fmt --all
+	$(BIN)/ruff format $(PYTHON_DIRS)
+	$(BIN)/ruff check --fix $(PYTHON_DIRS)
+
+clean: ## Remove everything that was built
+	rm -rf $(VENV) .build target fuzz/target .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find python -name '*.so' -delete
+	find . -name __pycache__ -prune -exec rm -rf {} +

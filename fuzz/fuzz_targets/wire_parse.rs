@@ -1,0 +1,47 @@
+//! Theory of operation: any bytes through every reader of guestnet-wire. Nothing may panic, every offset
+//! that comes out must lie inside the frame, and what is cut must be what was there.
+#![no_main]
+
+use guestnet_wire::segment::{self, Gso};
+use guestnet_wire::{arp, checksum, ether, parse, proto, tcp};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|data: &[u8]| {
+    // Two bytes of choices, then the frame.
+    let [a, b, frame @ ..] = data else { return };
+    let choice = u16::from_be_bytes([*a, *b]);
+
+    let _ = ether::Ether::parse(frame);
+    let _ = arp::Arp::parse(frame.get(ether::HEADER_LEN..).unwrap_or(&[]));
+    let _ = checksum::checksum(frame);
+
+    if let Ok(p) = parse::parse_ip(frame, ether::HEADER_LEN) {
+        assert!(p.l3 <= p.l4 && p.l4 <= p.payload && p.payload <= p.end && p.end <= frame.len());
+        let _ = parse::verify_ipv4_header(frame, &p);
+        let _ = parse::verify_l4(frame, &p);
+        if p.proto == proto::TCP && p.fragment.is_none() {
+            let segment = &frame[p.l4..p.end];
+            let header = tcp::Tcp::parse(segment).expect("parse_ip has checked the header");
+            let options = tcp::Options::parse(&segment[tcp::MIN_LEN..usize::from(header.header_len)]);
+            // What is written again says the same.
+            let mut out = [0u8; 60];
+            let n = header.emit(&options, &mut out);
+            let again = tcp::Tcp::parse(&out[..n]).expect("emit writes what parse reads");
+            assert_eq!(tcp::Options::parse(&out[tcp::MIN_LEN..n]), options);
+            assert_eq!((again.seq, again.ack, again.flags), (header.seq, header.ack, header.flags));
+        }
+        let size = (choice >> 1).max(1);
+        let gso = if choice & 1 == 0 { Gso::Tcp(size) } else { Gso::Udp(size) };
+        let mut total = 0;
+        let cut = segment::segment(frame, gso, |header, payload| {
+            total += payload.len();
+            assert!(payload.len() <= usize::from(size) && !header.is_empty());
+        });
+        if cut.is_ok() {
+            assert_eq!(total, p.end - p.payload);
+        }
+    }
+
+    let mut copy = frame.to_vec();
+    let _ = segment::complete_checksum(&mut copy, choice & 0xff, choice >> 8);
+});

@@ -1,0 +1,117 @@
+#!/usr/bin/env python3
+"""Writes the committed seed corpora: one honest frame of each kind, so that fuzzing starts past the headers."""
+
+from __future__ import annotations
+
+import ipaddress
+import struct
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+GUEST, GATEWAY = bytes.fromhex("5294ef000002"), bytes.fromhex("5294ef000001")
+GUEST4, GATEWAY4, OUTSIDE4 = (
+    ipaddress.ip_address(a).packed for a in ("192.168.64.2", "192.168.64.1", "203.0.113.2")
+)
+GUEST6, OUTSIDE6 = (ipaddress.ip_address(a).packed for a in ("fd00::2", "2001:db8::2"))
+
+
+def checksum(data: bytes) -> int:
+    if len(data) % 2:
+        data += b"\0"
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+def ether(kind: int, payload: bytes, dst: bytes = GATEWAY) -> bytes:
+    return dst + GUEST + struct.pack("!H", kind) + payload
+
+
+def ipv4(
+    proto: int,
+    payload: bytes,
+    dst: bytes = OUTSIDE4,
+    frag: int = 0,
+    options: bytes = b"",
+    ident: int = 7,
+    ttl: int = 64,
+) -> bytes:
+    ihl = 5 + len(options) // 4
+    head = (
+        struct.pack("!BBHHHBBH", 0x40 | ihl, 0, ihl * 4 + len(payload), ident, frag, ttl, proto, 0)
+        + GUEST4
+        + dst
+        + options
+    )
+    return ether(0x0800, head[:10] + struct.pack("!H", checksum(head)) + head[12:] + payload)
+
+
+def with_sum(proto: int, segment: bytes, at: int, src: bytes = GUEST4, dst: bytes = OUTSIDE4) -> bytes:
+    pseudo = src + dst + struct.pack("!II", len(segment), proto)
+    return segment[:at] + struct.pack("!H", checksum(pseudo + segment)) + segment[at + 2 :]
+
+
+def tcp(
+    flags: int, payload: bytes = b"", options: bytes = b"", port: int = 80, seq: int = 1000, ack: int = 0
+) -> bytes:
+    head = struct.pack("!HHIIBBHHH", 40000, port, seq, ack, (5 + len(options) // 4) << 4, flags, 64240, 0, 0)
+    return ipv4(6, with_sum(6, head + options + payload, 16))
+
+
+def udp(port: int, payload: bytes, dst: bytes = OUTSIDE4) -> bytes:
+    return ipv4(
+        17, with_sum(17, struct.pack("!HHHH", 40001, port, 8 + len(payload), 0) + payload, 6, dst=dst), dst
+    )
+
+
+def echo(dst: bytes = OUTSIDE4, ttl: int = 64) -> bytes:
+    body = struct.pack("!BBHHH", 8, 0, 0, 99, 1) + bytes(range(56))
+    return ipv4(1, body[:2] + struct.pack("!H", checksum(body)) + body[4:], dst, ttl=ttl)
+
+
+def arp(target: bytes) -> bytes:
+    return ether(
+        0x0806, struct.pack("!HHBBH", 1, 0x0800, 6, 4, 1) + GUEST + GUEST4 + bytes(6) + target, b"\xff" * 6
+    )
+
+
+def ipv6_udp() -> bytes:
+    segment = with_sum(17, struct.pack("!HHHH", 40001, 53, 12, 0) + b"abcd", 6, GUEST6, OUTSIDE6)
+    return ether(0x86DD, struct.pack("!IHBB", 6 << 28, len(segment), 17, 64) + GUEST6 + OUTSIDE6 + segment)
+
+
+SYN_OPTIONS = bytes.fromhex("020405b40402080a00000001000000000103030a")
+FRAMES = {
+    "arp": arp(GATEWAY4),
+    "syn": tcp(0x02, options=SYN_OPTIONS),
+    "syn_gateway_dns": tcp(0x02, options=SYN_OPTIONS, port=53),
+    "ack_data": tcp(0x18, b"GET / HTTP/1.0\r\n\r\n", seq=1001, ack=1),
+    "fin": tcp(0x11, seq=1019, ack=1),
+    "rst": tcp(0x04, seq=1001),
+    "udp": udp(9999, b"hello"),
+    "dns": udp(53, bytes.fromhex("1234010000010000000000000161026d65000001 0001".replace(" ", "")), GATEWAY4),
+    "echo": echo(),
+    "echo_gateway": echo(GATEWAY4),
+    "echo_ttl_1": echo(ttl=1),
+    "fragment_first": ipv4(17, struct.pack("!HHHH", 40001, 9999, 24, 0) + bytes(8), frag=0x2000),
+    "fragment_last": ipv4(17, bytes(8), frag=2),
+    "ip_options": ipv4(17, struct.pack("!HHHH", 1, 2, 8, 0), options=bytes.fromhex("94040000")),
+    "vlan": ether(0x8100, b"\0\1\x08\0" + bytes(46)),
+    "ipv6_udp": ipv6_udp(),
+}
+
+
+def write(target: str, name: str, data: bytes) -> None:
+    path = HERE / "corpus" / target / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+def main() -> None:
+    for name, frame in FRAMES.items():
+        write("wire_parse", name, b"\0\0" + frame)
+
+
+if __name__ == "__main__":
+    main()
