@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the committed seed corpora: one honest frame of each kind, so that fuzzing starts past the headers."""
+"""Writes the committed seed corpora: an honest frame of each kind, so that fuzzing starts past headers."""
 
 from __future__ import annotations
 

@@ -62,9 +62,8 @@ def run(target: str, program: Path, seconds: int) -> bool:
         if line.startswith("stat::")
     )
     if done.returncode == 0:
-        print(
-            f"{target}: nothing found in {stats.get('number_of_executed_units', '?').strip()} runs, {seconds} s"
-        )
+        runs = stats.get("number_of_executed_units", "?").strip()
+        print(f"{target}: nothing found in {runs} runs, {seconds} s")
         return True
     print(done.stderr[-6000:])
     print(f"{target}: FAILED (exit status {done.returncode}); the input is in {artifacts.relative_to(ROOT)}")
