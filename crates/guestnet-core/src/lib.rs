@@ -7,6 +7,7 @@
 //! [`core`] holds them together; [`nat`] is the packet translator of the `tun` uplink.
 #![forbid(unsafe_code)]
 
+pub mod config;
 pub mod effects;
 pub mod stats;
 pub mod types;
