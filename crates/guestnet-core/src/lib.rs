@@ -10,4 +10,5 @@
 pub mod config;
 pub mod effects;
 pub mod stats;
+pub mod tcp;
 pub mod types;

@@ -1,0 +1,618 @@
+//! Theory of operation: a relay between a guest's TCP and a host socket, as a state machine without I/O.
+//! Towards the guest it speaks TCP itself (RFC 9293, 7323, 5961, 6298; the link is local, so
+//! sending starts at full speed and only loss makes it careful); towards the outside it uses a socket.
+//!
+//! Guest to host: payload goes to the socket straight from the frame. What the socket does not take waits in
+//! a [`buffer`] that exists only then, and the window offered is what that buffer can still take. The ACK
+//! goes out once per batch ([`Tcb::batch_end`]), at once where the guest counts duplicates.
+//!
+//! Host to guest: bytes stay in the kernel's socket until the guest acknowledged them. [`output`] peeks at
+//! the offset of the first byte not yet sent and sends one large segment; an ACK discards from the front.
+//! So a retransmission is another peek, and there is no send buffer.
+//!
+//! Each entry point returns a [`Fate`]. Unless it is [`Fate::Live`], the socket was closed and the buffer's
+//! bytes were given back, and the record must go. Files: [`input`] (segments), [`output`] (frames),
+//! [`timers`] (retransmission, idle), [`buffer`] (what waits for the socket), [`seq`].
+
+mod buffer;
+mod input;
+mod output;
+mod seq;
+mod timers;
+
+use crate::effects::{Close, Effects, Peek, SockError};
+use crate::stats::Counters;
+use crate::types::{FlowId, PortId, SockId, Time};
+use buffer::Buffer;
+use guestnet_wire::ether::Mac;
+use guestnet_wire::tcp::{Options, Tcp};
+use seq::Seq;
+use std::net::SocketAddr;
+
+/// Bytes that wait for one host socket at most, and so the largest window offered.
+pub const FLOW_BUFFER: u32 = 1 << 20;
+/// Window scale that we offer: 65535 << 5 covers [`FLOW_BUFFER`].
+const RCV_SHIFT: u8 = 5;
+/// Bytes in flight to the guest at most; a local link needs no more, and the host's socket holds them all.
+const MAX_FLIGHT: u32 = 1 << 20;
+/// Segment size where the guest names none (RFC 9293 3.7.1).
+const DEFAULT_MSS: u16 = 536;
+/// The smallest segment size that a guest is believed: below, it would make us send a packet per few bytes.
+/// The path's MTU may still force smaller segments.
+const MIN_MSS: u16 = 64;
+
+/// Where a flow runs: the guest's side of it, as core knows it now.
+#[derive(Debug, Clone, Copy)]
+pub struct Path {
+    /// Port of the guest.
+    pub port: PortId,
+    /// Source MAC of frames to the guest.
+    pub gateway_mac: Mac,
+    /// Destination MAC of frames to the guest.
+    pub guest_mac: Mac,
+    /// The guest's address and port.
+    pub guest: SocketAddr,
+    /// The other side, as the guest names it.
+    pub remote: SocketAddr,
+    /// IP MTU towards the guest in bytes.
+    pub mtu: u16,
+    /// Largest payload of one frame when the port takes GSO frames, 0 for none.
+    pub gso_max: u32,
+}
+
+/// Buffered bytes of an endpoint, shared by all its flows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Budget {
+    /// In use now.
+    pub used: usize,
+    /// May be used.
+    pub limit: usize,
+}
+
+impl Budget {
+    /// Bytes that are left.
+    #[must_use]
+    pub fn free(&self) -> usize {
+        self.limit.saturating_sub(self.used)
+    }
+}
+
+/// How long a flow may be silent. Milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timeouts {
+    /// Established (RFC 5382 REQ-5: at least 7440 s); a half-closed flow too.
+    pub established_ms: u32,
+    /// Opening or closed both ways but for the last ACK (RFC 5382 REQ-5: at least 240 s).
+    pub transitory_ms: u32,
+    /// TIME-WAIT. The link is local: long enough to answer a FIN that is sent again, no more.
+    pub time_wait_ms: u32,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Timeouts { established_ms: 7_440_000, transitory_ms: 240_000, time_wait_ms: 2_000 }
+    }
+}
+
+/// What an entry point needs from its caller.
+pub struct Ctx<'a, E: Effects> {
+    /// Now.
+    pub now: Time,
+    /// The world.
+    pub fx: &'a mut E,
+    /// Where frames sent (`tx_frames`, `tx_bytes`), retransmissions and drops are counted.
+    pub counters: &'a mut Counters,
+    /// The guest's side.
+    pub path: &'a Path,
+    /// The endpoint's buffered bytes.
+    pub budget: &'a mut Budget,
+}
+
+/// What is to become of a flow's record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub enum Fate {
+    /// It lives on.
+    Live,
+    /// It is over, the socket is closed; the record goes.
+    Closed,
+    /// The connect failed in a way that ICMP tells: the record goes, and the guest is to get a destination
+    /// unreachable that quotes its SYN.
+    Unreachable {
+        /// Why ([`SockError::TimedOut`], [`SockError::HostUnreachable`], [`SockError::NetUnreachable`],
+        /// [`SockError::Prohibited`]).
+        error: SockError,
+        /// Sequence number of the guest's SYN, for the quote.
+        seq: u32,
+    },
+    /// The record goes, and the SYN that was handed in opens a new flow (RFC 1122 4.2.2.13).
+    Reopen,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// The host's connect is under way; the guest has heard nothing.
+    Connecting,
+    /// Our SYN is on its way to the guest.
+    SynSent,
+    /// Our SYN-ACK is on its way.
+    SynReceived,
+    /// Open in at least one direction. Which, the FIN flags say.
+    Open,
+    /// Both directions closed; a late FIN is still answered.
+    TimeWait,
+}
+
+/// The state of one relayed TCP connection.
+#[derive(Debug)]
+pub struct Tcb {
+    flow: FlowId,
+    sock: SockId,
+    state: State,
+    // ---- guest to host
+    /// Next byte expected.
+    rcv_nxt: Seq,
+    /// Right edge of the window that was offered.
+    rcv_adv: Seq,
+    /// `rcv_nxt` as of the last ACK that was sent.
+    last_ack: Seq,
+    buffer: Option<Box<Buffer>>,
+    // ---- host to guest
+    iss: Seq,
+    /// First byte not acknowledged.
+    snd_una: Seq,
+    /// Next byte to send; goes back to `snd_una` after a timeout.
+    snd_nxt: Seq,
+    /// First byte never sent.
+    snd_max: Seq,
+    snd_wl1: Seq,
+    snd_wl2: Seq,
+    snd_wnd: u32,
+    /// Largest window seen.
+    max_wnd: u32,
+    cwnd: u32,
+    ssthresh: u32,
+    /// End of what was in flight when loss was noticed.
+    recover: Seq,
+    /// Acknowledged, but not yet discarded from the socket (done once per batch).
+    undiscarded: u32,
+    mss: u16,
+    snd_shift: u8,
+    rcv_shift: u8,
+    dup_acks: u8,
+    retries: u8,
+    challenges: u8,
+    // ---- timestamps
+    ts_on: bool,
+    ts_recent: u32,
+    // ---- times
+    timeouts: Timeouts,
+    last_seen: Time,
+    retry_at: Option<Time>,
+    rtt_from: Option<Time>,
+    rtt_seq: Seq,
+    srtt_us: u32,
+    rttvar_us: u32,
+    rto_ms: u32,
+    challenge_second: u32,
+    // ---- flags
+    /// The socket is ours to close.
+    sock_open: bool,
+    /// The socket may have something to read.
+    readable: bool,
+    /// A hang-up was signalled: peek until the end is seen.
+    hangup: bool,
+    /// SHUT_WR was done.
+    shut: bool,
+    /// The guest's FIN was received in sequence.
+    guest_fin: bool,
+    /// Our FIN was sent; `snd_max` is one past it.
+    fin_sent: bool,
+    fin_acked: bool,
+    /// We closed first or both at once, so we keep TIME-WAIT.
+    keeps_time_wait: bool,
+    ack_pending: bool,
+    ack_now: bool,
+    in_recovery: bool,
+    wants_batch: bool,
+    waits_port: bool,
+    // ---- totals
+    bytes_out: u64,
+    bytes_in: u64,
+}
+
+impl Tcb {
+    fn new(flow: FlowId, sock: SockId, state: State, isn: u32, timeouts: Timeouts, now: Time) -> Tcb {
+        let iss = Seq(isn);
+        let zero = Seq(0);
+        Tcb {
+            flow,
+            sock,
+            state,
+            rcv_nxt: zero,
+            rcv_adv: zero,
+            last_ack: zero,
+            buffer: None,
+            iss,
+            snd_una: iss,
+            snd_nxt: iss,
+            snd_max: iss,
+            snd_wl1: zero,
+            snd_wl2: iss,
+            snd_wnd: 0,
+            max_wnd: 0,
+            cwnd: MAX_FLIGHT,
+            ssthresh: MAX_FLIGHT,
+            recover: iss,
+            undiscarded: 0,
+            mss: DEFAULT_MSS,
+            snd_shift: 0,
+            rcv_shift: 0,
+            dup_acks: 0,
+            retries: 0,
+            challenges: 0,
+            ts_on: false,
+            ts_recent: 0,
+            timeouts,
+            last_seen: now,
+            retry_at: None,
+            rtt_from: None,
+            rtt_seq: iss,
+            srtt_us: 0,
+            rttvar_us: 0,
+            rto_ms: timers::RTO_INITIAL_MS,
+            challenge_second: 0,
+            sock_open: true,
+            readable: true,
+            hangup: false,
+            shut: false,
+            guest_fin: false,
+            fin_sent: false,
+            fin_acked: false,
+            keeps_time_wait: false,
+            ack_pending: false,
+            ack_now: false,
+            in_recovery: false,
+            wants_batch: false,
+            waits_port: false,
+            bytes_out: 0,
+            bytes_in: 0,
+        }
+    }
+
+    /// A flow that the guest opens: its SYN (`syn`, `options`) arrived and the connect of `sock` is under
+    /// way. Payload of the SYN is not taken; the guest sends it again, as RFC 9293 3.10.7.2 allows.
+    #[must_use]
+    pub fn outbound(
+        flow: FlowId,
+        sock: SockId,
+        syn: &Tcp,
+        options: &Options,
+        isn: u32,
+        timeouts: Timeouts,
+        now: Time,
+    ) -> Tcb {
+        let mut t = Tcb::new(flow, sock, State::Connecting, isn, timeouts, now);
+        t.take_syn(syn, options);
+        t
+    }
+
+    /// A flow that the outside opens: `sock` was accepted. [`Tcb::start`] sends the SYN.
+    #[must_use]
+    pub fn inbound(flow: FlowId, sock: SockId, isn: u32, timeouts: Timeouts, now: Time) -> Tcb {
+        Tcb::new(flow, sock, State::SynSent, isn, timeouts, now)
+    }
+
+    /// Sends the SYN of an inbound flow and starts its timer. When the guest's MAC is not known yet, do not
+    /// call this but [`Tcb::hold`], and [`Tcb::kick`] once it is.
+    pub fn start<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Fate {
+        if self.state == State::SynSent {
+            self.snd_nxt = self.iss.plus(1);
+            self.snd_max = self.snd_nxt;
+            self.send_syn(cx);
+            self.arm(cx.now);
+        }
+        Fate::Live
+    }
+
+    /// Starts the timer of an inbound flow without sending: its SYN goes out with the timer or [`Tcb::kick`].
+    pub fn hold(&mut self, now: Time) {
+        if self.state == State::SynSent {
+            self.snd_nxt = self.iss.plus(1);
+            self.snd_max = self.snd_nxt;
+            self.arm(now);
+        }
+    }
+
+    /// The way to the guest became known: an unanswered SYN is sent again at once.
+    pub fn kick<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Fate {
+        self.start(cx)
+    }
+
+    /// The outcome of the host's connect.
+    pub fn connected<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, result: Result<(), SockError>) -> Fate {
+        if self.state != State::Connecting {
+            return Fate::Live;
+        }
+        match result {
+            Ok(()) => {
+                self.state = State::SynReceived;
+                self.last_seen = cx.now;
+                self.snd_nxt = self.iss.plus(1);
+                self.snd_max = self.snd_nxt;
+                self.send_syn(cx);
+                self.arm(cx.now);
+                Fate::Live
+            }
+            Err(
+                error @ (SockError::NetUnreachable
+                | SockError::HostUnreachable
+                | SockError::TimedOut
+                | SockError::Prohibited),
+            ) => {
+                self.finish(cx, Close::Reset);
+                Fate::Unreachable { error, seq: self.rcv_nxt.minus(1).0 }
+            }
+            Err(_) => {
+                self.abort(cx);
+                Fate::Closed
+            }
+        }
+    }
+
+    /// A segment of the guest for this flow. `payload` is what follows its header.
+    pub fn segment<E: Effects>(
+        &mut self,
+        cx: &mut Ctx<'_, E>,
+        seg: &Tcp,
+        options: &Options,
+        payload: &[u8],
+    ) -> Fate {
+        self.input(cx, seg, options, payload)
+    }
+
+    /// The socket became readable or writable (both on hang-up or error).
+    pub fn ready<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, readable: bool, writable: bool) -> Fate {
+        if !self.sock_open {
+            return Fate::Live;
+        }
+        self.readable |= readable;
+        self.hangup |= readable && writable;
+        match self.state {
+            State::Connecting | State::TimeWait => Fate::Live,
+            State::SynSent | State::SynReceived => {
+                // Nothing is read yet, but a peer that has gone is seen.
+                if readable && let Err(_gone) = cx.fx.tcp_peek(self.sock, 0, 1) {
+                    self.abort(cx);
+                    return Fate::Closed;
+                }
+                Fate::Live
+            }
+            State::Open => {
+                if writable && let Err(fate) = self.drain(cx) {
+                    return fate;
+                }
+                self.flush(cx)
+            }
+        }
+    }
+
+    /// The port takes frames again.
+    pub fn port_writable<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Fate {
+        if !std::mem::take(&mut self.waits_port) {
+            return Fate::Live;
+        }
+        match self.state {
+            State::SynSent | State::SynReceived => self.send_syn(cx),
+            State::Connecting => {}
+            State::Open | State::TimeWait => return self.flush(cx),
+        }
+        Fate::Live
+    }
+
+    /// The end of a batch: what the batch's segments called for is sent. To be called when
+    /// [`Tcb::wants_batch_end`] says so.
+    pub fn batch_end<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Fate {
+        self.wants_batch = false;
+        self.flush(cx)
+    }
+
+    /// True when [`Tcb::batch_end`] is to be called at the end of this batch.
+    #[must_use]
+    pub fn wants_batch_end(&self) -> bool {
+        self.wants_batch
+    }
+
+    /// True when something could not be sent because the port was full: [`Tcb::port_writable`] is due when
+    /// it has room.
+    #[must_use]
+    pub fn waits_for_port(&self) -> bool {
+        self.waits_port
+    }
+
+    /// Ends the flow: a reset to both sides.
+    pub fn abort<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) {
+        if self.state != State::TimeWait {
+            self.send_rst(cx);
+        }
+        self.finish(cx, Close::Reset);
+    }
+
+    /// Ends the flow without a word to the guest (its port is gone).
+    pub fn discard<E: Effects>(&mut self, fx: &mut E, budget: &mut Budget) {
+        self.release(fx, budget, Close::Reset);
+    }
+
+    /// Bytes of payload taken from the guest, and acknowledged by it.
+    #[must_use]
+    pub fn totals(&self) -> (u64, u64) {
+        (self.bytes_out, self.bytes_in)
+    }
+
+    /// The flow's id.
+    #[must_use]
+    pub fn flow(&self) -> FlowId {
+        self.flow
+    }
+
+    /// The host socket, as long as it is open.
+    #[must_use]
+    pub fn sock(&self) -> Option<SockId> {
+        self.sock_open.then_some(self.sock)
+    }
+
+    /// Name of the state, as RFC 9293 3.3.2 calls it, seen from the guest's side of the relay.
+    #[must_use]
+    pub fn state_name(&self) -> &'static str {
+        match (self.state, self.guest_fin, self.fin_sent, self.fin_acked) {
+            (State::Connecting, ..) => "connecting",
+            (State::SynSent, ..) => "syn_sent",
+            (State::SynReceived, ..) => "syn_received",
+            (State::TimeWait, ..) => "time_wait",
+            (State::Open, false, false, _) => "established",
+            (State::Open, true, false, _) => "close_wait",
+            (State::Open, false, true, false) => "fin_wait_1",
+            (State::Open, false, true, true) => "fin_wait_2",
+            (State::Open, true, true, _) if self.keeps_time_wait => "closing",
+            (State::Open, true, true, _) => "last_ack",
+        }
+    }
+
+    /// What a SYN of the guest says of its side (RFC 9293 3.7.1, RFC 7323).
+    fn take_syn(&mut self, syn: &Tcp, options: &Options) {
+        self.rcv_nxt = Seq(syn.seq).plus(1);
+        self.rcv_adv = self.rcv_nxt;
+        self.last_ack = self.rcv_nxt;
+        self.mss = options.mss.unwrap_or(DEFAULT_MSS).max(MIN_MSS);
+        (self.snd_shift, self.rcv_shift) = match options.wscale {
+            Some(shift) => (shift.min(14), RCV_SHIFT),
+            None => (0, 0),
+        };
+        self.ts_on = options.timestamps.is_some();
+        self.ts_recent = options.timestamps.map_or(0, |(value, _)| value);
+        // The window of a SYN is never scaled (RFC 7323 2.2).
+        self.snd_wnd = u32::from(syn.window);
+        self.max_wnd = self.snd_wnd;
+        self.snd_wl1 = Seq(syn.seq);
+    }
+
+    /// Sends what is due: new data or FIN, else the ACK alone.
+    fn flush<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Fate {
+        if self.state == State::Open {
+            if self.sock_open && self.undiscarded > 0 {
+                cx.fx.tcp_discard(self.sock, self.undiscarded as usize);
+                self.undiscarded = 0;
+            }
+            if let Err(fate) = self.push(cx) {
+                return fate;
+            }
+        }
+        if self.ack_pending || self.ack_now {
+            self.send_ack(cx);
+        }
+        Fate::Live
+    }
+
+    /// Gives the buffered bytes to the socket; afterwards the guest's FIN too, and a window that reopened.
+    fn drain<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Result<(), Fate> {
+        if let Some(b) = &mut self.buffer {
+            while let front = b.front()
+                && !front.is_empty()
+            {
+                let asked = front.len();
+                match cx.fx.tcp_send(self.sock, front) {
+                    Ok(n) => {
+                        b.consume(n.min(asked));
+                        if n < asked {
+                            break;
+                        }
+                    }
+                    Err(_) => {
+                        self.abort(cx);
+                        return Err(Fate::Closed);
+                    }
+                }
+            }
+            self.settle_buffer(cx.budget);
+            if self.window_reopened(cx.budget, cx.path) {
+                self.ack_now = true;
+            }
+        }
+        self.shut_if_done(cx)
+    }
+
+    /// Passes the guest's FIN on once everything before it is in the socket.
+    fn shut_if_done<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Result<(), Fate> {
+        if self.guest_fin && !self.shut && self.waiting() == 0 && self.sock_open {
+            self.shut = true;
+            cx.fx.tcp_shutdown(self.sock);
+        }
+        self.close_if_done(cx)
+    }
+
+    /// Ends the flow when both directions are closed and acknowledged.
+    fn close_if_done<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Result<(), Fate> {
+        if self.state != State::Open || !self.shut || !self.fin_acked {
+            return Ok(());
+        }
+        let undiscarded = std::mem::take(&mut self.undiscarded);
+        if undiscarded > 0 {
+            cx.fx.tcp_discard(self.sock, undiscarded as usize);
+        }
+        // The last ACK of the guest's FIN must not get lost with the record.
+        if self.ack_pending || self.ack_now {
+            self.send_ack(cx);
+        }
+        self.finish(cx, Close::Graceful);
+        if !self.keeps_time_wait {
+            return Err(Fate::Closed);
+        }
+        self.state = State::TimeWait;
+        self.retry_at = None;
+        self.last_seen = cx.now;
+        Ok(())
+    }
+
+    /// Bytes that wait for the socket.
+    fn waiting(&self) -> usize {
+        self.buffer.as_ref().map_or(0, |b| b.waiting())
+    }
+
+    /// Accounts the buffer's size to the endpoint and frees it when empty.
+    fn settle_buffer(&mut self, budget: &mut Budget) {
+        if let Some(b) = &mut self.buffer {
+            b.settle(budget);
+            if b.is_empty() {
+                self.buffer = None;
+            }
+        }
+    }
+
+    fn finish<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, how: Close) {
+        self.release(cx.fx, cx.budget, how);
+    }
+
+    fn release<E: Effects>(&mut self, fx: &mut E, budget: &mut Budget, how: Close) {
+        if let Some(mut b) = self.buffer.take() {
+            b.clear();
+            b.settle(budget);
+        }
+        if std::mem::take(&mut self.sock_open) {
+            fx.close(self.sock, how);
+        }
+        self.retry_at = None;
+        self.readable = false;
+    }
+
+    /// Peeks at the first byte not yet sent; a failed socket ends the flow.
+    fn peek<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, max: u32) -> Result<Peek, Fate> {
+        let offset = self.snd_nxt.since(self.snd_una).saturating_add(self.undiscarded);
+        match cx.fx.tcp_peek(self.sock, offset as usize, max as usize) {
+            Ok(peek) => Ok(peek),
+            Err(_) => {
+                self.abort(cx);
+                Err(Fate::Closed)
+            }
+        }
+    }
+}

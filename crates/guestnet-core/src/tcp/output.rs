@@ -1,0 +1,411 @@
+//! Theory of operation: every frame of the relay is made here, on the stack, and handed to the port. Data is
+//! peeked from the socket at the offset of the first byte not sent and goes out as one frame of up to
+//! `gso_max` bytes, cut into segments by whoever takes it. A port that is full ends sending until it has
+//! room. The window offered is decided here too: it never moves back, and moves on only in steps worth a
+//! segment (RFC 9293 3.8.6.2.2).
+
+use super::seq::Seq;
+use super::{Ctx, FLOW_BUFFER, Fate, Path, RCV_SHIFT, State, Tcb};
+use crate::effects::{Effects, Peek, TxError};
+use crate::stats::Drop;
+use crate::types::{Csum, FrameMeta, Gso, Time};
+use guestnet_wire::tcp::{MIN_LEN, Options, Tcp, flags};
+use guestnet_wire::{checksum, ether, ipv4, proto, put};
+use std::net::IpAddr;
+
+const IPV6_LEN: usize = 40;
+/// Ethernet, IPv6 and TCP with all options that are ever sent (SYN: 4 + 4 + 12).
+const HEADER_MAX: usize = ether::HEADER_LEN + IPV6_LEN + MIN_LEN + 24;
+/// TTL and hop limit of what the relay says for the other side (RFC 1700).
+const TTL: u8 = 64;
+/// Bytes of the timestamp option with its padding.
+const TS_LEN: u16 = 12;
+/// Challenges per flow and second (RFC 5961 7 and 10).
+const CHALLENGES_MAX: u8 = 10;
+/// Window that a flow with nothing buffered may always offer: the socket, not the buffer, is to take it.
+const WINDOW_MIN: u32 = 16384;
+/// The largest payload that fits an IP packet with all headers.
+const PAYLOAD_MAX: u32 = 65535 - (IPV6_LEN + MIN_LEN + 24) as u32;
+
+struct Header {
+    bytes: [u8; HEADER_MAX],
+    len: usize,
+    l4: usize,
+}
+
+impl Header {
+    fn bytes(&self) -> &[u8] {
+        self.bytes.get(..self.len).unwrap_or(&[])
+    }
+}
+
+fn ip_overhead(path: &Path) -> u16 {
+    if path.guest.is_ipv4() { (ipv4::MIN_LEN + MIN_LEN) as u16 } else { (IPV6_LEN + MIN_LEN) as u16 }
+}
+
+/// Headers of one frame; the checksum field holds the pseudo-header's sum alone.
+fn header(path: &Path, tcp: &Tcp, options: &Options, payload: usize) -> Header {
+    let mut bytes = [0u8; HEADER_MAX];
+    let v4 = path.guest.is_ipv4();
+    let l3 = ether::HEADER_LEN;
+    let l4 = l3 + if v4 { ipv4::MIN_LEN } else { IPV6_LEN };
+    let ethertype = if v4 { ether::IPV4 } else { ether::IPV6 };
+    ether::Ether { dst: path.guest_mac, src: path.gateway_mac, ethertype }.emit(&mut bytes);
+    let n = tcp.emit(options, bytes.get_mut(l4..).unwrap_or(&mut []));
+    let l4_len = n + payload;
+    let (src, dst) = (path.remote.ip(), path.guest.ip());
+    match (src, dst) {
+        (IpAddr::V4(src), IpAddr::V4(dst)) => {
+            // An atomic datagram needs no identification (RFC 6864 4.1).
+            let (id, frag, tos) = (0, ipv4::DF, 0);
+            let ip = ipv4::Ipv4 {
+                src,
+                dst,
+                proto: proto::TCP,
+                ttl: TTL,
+                tos,
+                id,
+                frag,
+                payload_len: l4_len as u16,
+            };
+            ip.emit(bytes.get_mut(l3..).unwrap_or(&mut []));
+        }
+        _ => {
+            let six = |a: IpAddr| match a {
+                IpAddr::V4(a) => a.to_ipv6_mapped().octets(),
+                IpAddr::V6(a) => a.octets(),
+            };
+            put(&mut bytes, l3, &[0x60]);
+            put(&mut bytes, l3 + 4, &(l4_len as u16).to_be_bytes());
+            put(&mut bytes, l3 + 6, &[proto::TCP, TTL]);
+            put(&mut bytes, l3 + 8, &six(src));
+            put(&mut bytes, l3 + 24, &six(dst));
+        }
+    }
+    let sum = checksum::fold(checksum::pseudo(src, dst, proto::TCP, l4_len as u32));
+    put(&mut bytes, l4 + 16, &sum.to_be_bytes());
+    Header { bytes, len: l4 + n, l4 }
+}
+
+impl Tcb {
+    /// Payload bytes of one segment to the guest: its MSS or the path's MTU, less our options (RFC 6691).
+    pub(super) fn segment_size(&self, path: &Path) -> u16 {
+        let mss = self.mss.min(path.mtu.saturating_sub(ip_overhead(path)));
+        mss.saturating_sub(if self.ts_on { TS_LEN } else { 0 }).max(8)
+    }
+
+    fn ts_clock(&self, now: Time) -> u32 {
+        // Offset by the ISN, so that the machine's uptime is nobody's business.
+        (now.as_ms() as u32).wrapping_add(self.iss.0)
+    }
+
+    fn tcp(&self, path: &Path, seq: Seq, flags: u8, window: u16) -> Tcp {
+        Tcp {
+            src_port: path.remote.port(),
+            dst_port: path.guest.port(),
+            seq: seq.0,
+            ack: if flags & flags::ACK != 0 { self.rcv_nxt.0 } else { 0 },
+            flags,
+            window,
+            ..Tcp::default()
+        }
+    }
+
+    fn options(&self, now: Time) -> Options {
+        let timestamps = self.ts_on.then(|| (self.ts_clock(now), self.ts_recent));
+        Options { timestamps, ..Options::default() }
+    }
+
+    /// Sends a frame without payload. False when the port was full.
+    fn transmit<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, tcp: &Tcp, options: &Options) -> bool {
+        let mut h = header(cx.path, tcp, options, 0);
+        let sum = checksum::finish(checksum::sum(h.bytes().get(h.l4..).unwrap_or(&[]), 0));
+        put(&mut h.bytes, h.l4 + 16, &sum.to_be_bytes());
+        let sent = cx.fx.transmit(cx.path.port, h.bytes(), FrameMeta::default());
+        self.sent(cx, sent, h.len)
+    }
+
+    fn sent<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, result: Result<(), TxError>, len: usize) -> bool {
+        match result {
+            Ok(()) => {
+                cx.counters.tx_frames += 1;
+                cx.counters.tx_bytes += len as u64;
+                true
+            }
+            Err(TxError::Full) => {
+                self.waits_port = true;
+                false
+            }
+            // The port goes, and core ends its flows.
+            Err(TxError::Gone) => {
+                cx.counters.drop(Drop::NoEndpoint);
+                false
+            }
+        }
+    }
+
+    /// A frame with our ACK went out.
+    fn acked(&mut self) {
+        self.ack_pending = false;
+        self.ack_now = false;
+        self.last_ack = self.rcv_nxt;
+    }
+
+    /// SYN, or SYN-ACK where the guest's SYN is known.
+    pub(super) fn send_syn<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) {
+        let answer = self.state == State::SynReceived;
+        let window = if answer { self.offer(cx, true) } else { 65535 };
+        let clock = self.ts_clock(cx.now);
+        let options = Options {
+            mss: Some(cx.path.mtu.saturating_sub(ip_overhead(cx.path)).max(1)),
+            wscale: (!answer || self.rcv_shift > 0).then_some(RCV_SHIFT),
+            sack_permitted: false,
+            timestamps: (!answer || self.ts_on).then_some((clock, if answer { self.ts_recent } else { 0 })),
+        };
+        let flags = if answer { flags::SYN | flags::ACK } else { flags::SYN };
+        let tcp = self.tcp(cx.path, self.iss, flags, window);
+        self.rtt_from = (self.retries == 0 && self.rtt_from.is_none()).then_some(cx.now);
+        self.rtt_seq = self.iss.plus(1);
+        if self.transmit(cx, &tcp, &options) && answer {
+            self.acked();
+        }
+    }
+
+    /// An ACK alone.
+    pub(super) fn send_ack<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) {
+        let window = self.offer(cx, false);
+        let tcp = self.tcp(cx.path, self.snd_max, flags::ACK, window);
+        let options = self.options(cx.now);
+        self.ack_now = true;
+        if self.transmit(cx, &tcp, &options) {
+            self.acked();
+        }
+    }
+
+    /// An ACK that says where we are, to one who may be guessing; limited per second.
+    pub(super) fn challenge<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) {
+        let second = (cx.now.as_ms() / 1000) as u32;
+        if second != self.challenge_second {
+            (self.challenge_second, self.challenges) = (second, 0);
+        }
+        if self.challenges < CHALLENGES_MAX {
+            self.challenges += 1;
+            self.send_ack(cx);
+        } else {
+            cx.counters.drop(Drop::RateLimit);
+        }
+    }
+
+    /// Asks the guest for its window: a segment just before the window, which every stack answers with an
+    /// ACK (RFC 9293 3.10.7.4) and which needs no bookkeeping, unlike a probe with a byte of data.
+    pub(super) fn send_probe<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) {
+        let window = self.offer(cx, false);
+        let tcp = self.tcp(cx.path, self.snd_una.minus(1), flags::ACK, window);
+        let options = self.options(cx.now);
+        if self.transmit(cx, &tcp, &options) {
+            self.acked();
+        }
+    }
+
+    /// Resets the guest's side.
+    pub(super) fn send_rst<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) {
+        let (seq, flags) = match self.state {
+            State::Connecting => (Seq(0), flags::RST | flags::ACK),
+            State::SynSent => (self.snd_max, flags::RST),
+            _ => (self.snd_max, flags::RST | flags::ACK),
+        };
+        let tcp = self.tcp(cx.path, seq, flags, 0);
+        self.transmit(cx, &tcp, &Options::default());
+    }
+
+    /// Answers an ACK of something never sent (RFC 9293 3.10.7.3 and .4).
+    pub(super) fn send_rst_at<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, seq: u32) {
+        let tcp = self.tcp(cx.path, Seq(seq), flags::RST, 0);
+        self.transmit(cx, &tcp, &Options::default());
+    }
+
+    fn window_max(&self) -> u32 {
+        FLOW_BUFFER.min(65535 << self.rcv_shift)
+    }
+
+    /// Bytes that the relay can take now, counted from `rcv_nxt`.
+    fn room(&self, free: usize) -> u32 {
+        let free = u32::try_from(free).unwrap_or(u32::MAX);
+        match &self.buffer {
+            Some(b) if b.waiting() > 0 => {
+                let left = self.window_max().saturating_sub(b.waiting() as u32);
+                left.min(free.saturating_add(b.spare() as u32))
+            }
+            _ => self.window_max().min(free.max(WINDOW_MIN)),
+        }
+    }
+
+    /// The right edge that could be offered, when it is worth it.
+    fn new_edge(&self, free: usize, path: &Path) -> Option<Seq> {
+        let edge = self.rcv_nxt.plus(self.room(free));
+        let step = (self.window_max() / 2).min(2 * u32::from(self.segment_size(path)));
+        (self.rcv_adv.lt(edge) && edge.since(self.rcv_adv) >= step).then_some(edge)
+    }
+
+    /// True when room came back that the guest must be told of.
+    pub(super) fn window_reopened(&self, budget: &super::Budget, path: &Path) -> bool {
+        !self.guest_fin && self.new_edge(budget.free(), path).is_some()
+    }
+
+    /// The window field of the next segment, and the promise that it makes. Rounded up to the scale (there
+    /// is always room for that), so that the edge does not move back by a remainder.
+    fn offer<E: Effects>(&mut self, cx: &Ctx<'_, E>, syn: bool) -> u16 {
+        if let Some(edge) = self.new_edge(cx.budget.free(), cx.path) {
+            self.rcv_adv = if syn { self.rcv_adv.max(edge.min_of(self.rcv_nxt.plus(65535))) } else { edge };
+        }
+        let window = self.rcv_adv.since(self.rcv_nxt);
+        let shift = if syn { 0 } else { self.rcv_shift };
+        let field = u16::try_from(window.div_ceil(1 << shift)).unwrap_or(u16::MAX);
+        self.rcv_adv = self.rcv_adv.max(self.rcv_nxt.plus(u32::from(field) << shift));
+        field
+    }
+
+    /// Sends as much as socket, window, loss control and port allow.
+    pub(super) fn push<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Result<(), Fate> {
+        let mss = u32::from(self.segment_size(cx.path));
+        let limit = cx.path.gso_max.min(PAYLOAD_MAX).max(mss);
+        while !self.waits_port {
+            let resend = self.snd_nxt != self.snd_max;
+            if self.fin_sent && (!resend || self.snd_nxt.plus(1) == self.snd_max) {
+                if resend {
+                    self.send_fin(cx);
+                }
+                return Ok(());
+            }
+            if !resend && !self.readable {
+                return Ok(());
+            }
+            let flight = self.snd_nxt.since(self.snd_una);
+            let usable = self.snd_wnd.min(self.cwnd).saturating_sub(flight);
+            if usable == 0 {
+                return if self.snd_wnd == 0 && flight == 0 { self.window_closed(cx) } else { Ok(()) };
+            }
+            if flight > 0 && usable < mss && usable < self.max_wnd / 2 {
+                // Silly-window avoidance (RFC 9293 3.8.6.2.1): an ACK is to come, and more room with it.
+                return Ok(());
+            }
+            let mut want = usable.min(limit);
+            if resend && self.fin_sent {
+                want = want.min(self.snd_max.since(self.snd_nxt) - 1);
+            }
+            let room = cx.fx.port_room(cx.path.port);
+            if room == 0 {
+                self.waits_port = true;
+                return Ok(());
+            }
+            want = want.min(u32::try_from(room.saturating_sub(HEADER_MAX)).unwrap_or(u32::MAX).max(mss));
+            if want > mss {
+                want -= want % mss;
+            }
+            match self.peek(cx, want)? {
+                Peek::Data(n) => {
+                    let n = u32::try_from(n).unwrap_or(u32::MAX).min(want);
+                    if !resend && n < want && !self.hangup {
+                        self.readable = false;
+                    }
+                    if n == 0 || !self.send_data(cx, n, mss, n < want) {
+                        return Ok(());
+                    }
+                }
+                Peek::Empty => {
+                    self.readable = false;
+                    return Ok(());
+                }
+                Peek::Eof => {
+                    if !resend {
+                        self.send_fin(cx);
+                    }
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The guest's window is closed and nothing is in flight: with data waiting the persist timer runs; an
+    /// end of data needs no window.
+    fn window_closed<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Result<(), Fate> {
+        match self.peek(cx, 1)? {
+            Peek::Data(_) => self.arm_if_off(cx.now),
+            Peek::Empty => self.readable = false,
+            Peek::Eof if self.snd_nxt == self.snd_max => self.send_fin(cx),
+            Peek::Eof => {}
+        }
+        Ok(())
+    }
+
+    /// Sends the first `n` peeked bytes at `snd_nxt`. False when the port did not take them.
+    fn send_data<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, n: u32, mss: u32, last: bool) -> bool {
+        let window = self.offer(cx, false);
+        let push = if last { flags::PSH } else { 0 };
+        let tcp = self.tcp(cx.path, self.snd_nxt, flags::ACK | push, window);
+        let h = header(cx.path, &tcp, &self.options(cx.now), n as usize);
+        let meta = FrameMeta {
+            csum: Csum::Partial { start: h.l4 as u16, offset: 16 },
+            gso: (n > mss).then_some(Gso::Tcp(mss as u16)),
+        };
+        let sent = cx.fx.transmit_peeked(cx.path.port, h.bytes(), 0..n as usize, meta);
+        if !self.sent(cx, sent, h.len + n as usize) {
+            // What was read must be asked for again when the port has room.
+            self.readable = true;
+            return false;
+        }
+        self.acked();
+        let end = self.snd_nxt.plus(n);
+        if self.snd_nxt.lt(self.snd_max) {
+            cx.counters.retransmits += 1;
+        } else if self.rtt_from.is_none() {
+            (self.rtt_from, self.rtt_seq) = (Some(cx.now), end);
+        }
+        self.snd_nxt = end;
+        self.snd_max = self.snd_max.max(end);
+        self.last_seen = cx.now;
+        self.arm_if_off(cx.now);
+        true
+    }
+
+    /// Sends FIN at `snd_nxt`, for the first time or again.
+    fn send_fin<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) {
+        let window = self.offer(cx, false);
+        let tcp = self.tcp(cx.path, self.snd_nxt, flags::FIN | flags::ACK, window);
+        let options = self.options(cx.now);
+        if !self.transmit(cx, &tcp, &options) {
+            return;
+        }
+        self.acked();
+        if self.fin_sent {
+            cx.counters.retransmits += 1;
+        }
+        self.fin_sent = true;
+        self.snd_nxt = self.snd_nxt.plus(1);
+        self.snd_max = self.snd_max.max(self.snd_nxt);
+        self.arm_if_off(cx.now);
+    }
+
+    /// Sends the first unacknowledged segment again, whatever the windows say.
+    pub(super) fn resend_first<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Result<(), Fate> {
+        let fin = u32::from(self.fin_sent);
+        let left = self.snd_max.since(self.snd_una).saturating_sub(fin);
+        let mss = u32::from(self.segment_size(cx.path));
+        let next = self.snd_nxt;
+        self.rtt_from = None;
+        self.snd_nxt = self.snd_una;
+        if left == 0 {
+            if self.fin_sent {
+                self.send_fin(cx);
+            }
+        } else if let Peek::Data(n) = self.peek(cx, left.min(mss))? {
+            let n = u32::try_from(n).unwrap_or(u32::MAX).min(left.min(mss));
+            if n > 0 {
+                self.send_data(cx, n, mss, false);
+            }
+        }
+        self.snd_nxt = self.snd_nxt.max(next);
+        Ok(())
+    }
+}

@@ -1,0 +1,153 @@
+//! Theory of operation: one retry timer and one idle limit per flow. The retry timer (RFC 6298) sends again
+//! what is unacknowledged: SYN, data, FIN; with nothing in flight and a closed window it is the persist timer
+//! (RFC 9293 3.8.6.1). The idle limit is a distance from the last segment seen, so traffic never re-arms
+//! anything: [`Tcb::deadline`] says when to look again, and [`Tcb::timer`] looks what is due.
+
+use super::{Ctx, Fate, State, Tcb};
+use crate::effects::{Close, Effects, SockError};
+use crate::types::Time;
+
+/// Before the first measurement (RFC 6298 2.1).
+pub(super) const RTO_INITIAL_MS: u32 = 1000;
+/// Lower bound. RFC 6298 2.4 wants 1 s for the Internet's sake; this link has no Internet in it.
+const RTO_MIN_MS: u32 = 200;
+/// Upper bound of the backoff (RFC 6298 2.5 allows 60 s or more).
+const RTO_MAX_MS: u32 = 120_000;
+/// SYN and SYN-ACK: given up after the seventh, 127 s.
+const SYN_RETRIES: u8 = 6;
+/// Data, FIN, unanswered probes: about a quarter of an hour (RFC 1122 4.2.3.5: at least 100 s), so that a
+/// guest may be paused for a while.
+const RETRIES: u8 = 15;
+
+impl Tcb {
+    /// When [`Tcb::timer`] is due. It only moves closer within a call of the Tcb, so ask after each.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Time> {
+        let idle = self.idle_at();
+        Some(self.retry_at.map_or(idle, |r| r.min(idle)))
+    }
+
+    fn idle_at(&self) -> Time {
+        let t = &self.timeouts;
+        let ms = match self.state {
+            State::Connecting | State::SynSent | State::SynReceived => t.transitory_ms,
+            State::Open if self.guest_fin && self.fin_sent => t.transitory_ms,
+            State::Open => t.established_ms,
+            State::TimeWait => t.time_wait_ms,
+        };
+        self.last_seen.plus_ms(u64::from(ms))
+    }
+
+    /// Does what is due at `cx.now`; early calls do nothing.
+    pub fn timer<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Fate {
+        if self.idle_at() <= cx.now {
+            return self.idled(cx);
+        }
+        if self.retry_at.is_none_or(|at| cx.now < at) {
+            return Fate::Live;
+        }
+        self.retry_at = None;
+        match self.retry(cx) {
+            Ok(()) => Fate::Live,
+            Err(fate) => fate,
+        }
+    }
+
+    fn idled<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Fate {
+        match self.state {
+            State::Connecting => {
+                self.finish(cx, Close::Reset);
+                Fate::Unreachable { error: SockError::TimedOut, seq: self.rcv_nxt.minus(1).0 }
+            }
+            _ => {
+                self.abort(cx);
+                Fate::Closed
+            }
+        }
+    }
+
+    fn retry<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Result<(), Fate> {
+        let (limit, syn) = match self.state {
+            State::SynSent | State::SynReceived => (SYN_RETRIES, true),
+            State::Open => (RETRIES, false),
+            State::Connecting | State::TimeWait => return Ok(()),
+        };
+        if self.waits_port && !syn {
+            // The guest does not read; that is no loss. Port and timer both come back.
+            self.arm(cx.now);
+            return Ok(());
+        }
+        self.retries = self.retries.saturating_add(1);
+        if self.retries > limit {
+            self.abort(cx);
+            return Err(Fate::Closed);
+        }
+        self.rto_ms = self.rto_ms.saturating_mul(2).min(RTO_MAX_MS);
+        self.rtt_from = None;
+        if syn {
+            cx.counters.retransmits += 1;
+            self.send_syn(cx);
+        } else if self.snd_una == self.snd_max || self.snd_wnd == 0 {
+            // Persist. What was in flight when the guest closed its window is sent again when it opens.
+            self.rewind();
+            self.send_probe(cx);
+        } else {
+            let mss = u32::from(self.segment_size(cx.path));
+            self.ssthresh = (self.snd_max.since(self.snd_una) / 2).max(2 * mss);
+            self.cwnd = mss;
+            self.recover = self.snd_max;
+            self.in_recovery = false;
+            self.dup_acks = 0;
+            self.rewind();
+            self.push(cx)?;
+        }
+        self.arm(cx.now);
+        Ok(())
+    }
+
+    /// What is in flight is to be sent again, from its start.
+    fn rewind(&mut self) {
+        self.snd_nxt = self.snd_una;
+    }
+
+    /// Starts the retry timer anew.
+    pub(super) fn arm(&mut self, now: Time) {
+        self.retry_at = Some(now.plus_ms(u64::from(self.rto_ms)));
+    }
+
+    /// Starts it where it does not run.
+    pub(super) fn arm_if_off(&mut self, now: Time) {
+        if self.retry_at.is_none() {
+            self.arm(now);
+        }
+    }
+
+    /// Takes a measurement when the segment that was timed is acknowledged (RFC 6298 2, Karn's rule: a
+    /// retransmission clears `rtt_from`), and ends any backoff.
+    pub(super) fn measure(&mut self, now: Time) {
+        if let Some(from) = self.rtt_from
+            && self.rtt_seq.le(self.snd_una)
+        {
+            self.rtt_from = None;
+            let r = u32::try_from(now.since(from) / 1000).unwrap_or(u32::MAX).min(60_000_000);
+            if self.srtt_us == 0 {
+                (self.srtt_us, self.rttvar_us) = (r.max(1), r / 2);
+            } else {
+                let delta = self.srtt_us.abs_diff(r);
+                self.rttvar_us = self.rttvar_us / 4 * 3 + delta / 4;
+                self.srtt_us = (self.srtt_us / 8 * 7 + r / 8).max(1);
+            }
+        }
+        self.end_backoff();
+    }
+
+    /// The retransmission timeout as the measurements give it.
+    pub(super) fn end_backoff(&mut self) {
+        self.retries = 0;
+        self.rto_ms = if self.srtt_us == 0 {
+            RTO_INITIAL_MS
+        } else {
+            ((self.srtt_us + 4 * self.rttvar_us.max(1)) / 1000).clamp(RTO_MIN_MS, RTO_MAX_MS)
+        };
+    }
+}
