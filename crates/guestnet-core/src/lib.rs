@@ -9,6 +9,7 @@
 
 pub mod config;
 pub mod effects;
+pub mod nat;
 pub mod stats;
 pub mod tcp;
 pub mod types;

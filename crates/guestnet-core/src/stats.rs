@@ -66,6 +66,10 @@ reasons! {
     HostError = "host_error",
     /// The event ring to the control side is full.
     EventRingFull = "event_ring_full",
+    /// The per-endpoint cap of external ports is reached.
+    PortLimit = "port_limit",
+    /// No external port is free.
+    PortsExhausted = "ports_exhausted",
 }
 
 /// Counters of one worker or one port. Snapshots can be subtracted.

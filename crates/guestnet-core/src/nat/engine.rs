@@ -1,0 +1,496 @@
+//! Theory of operation: the engine ties the parts together: reads the packet, sends it down the way of its
+//! direction, counts what came of it, and does a little of the expiry work on each call, never all at once.
+
+use super::config::{NatConfigError, NatEngineConfig, Refusal};
+use super::fragments::Fragments;
+use super::output::Output;
+use super::packet::{self, End, Kind, View};
+use super::state::{ConnState, TICK_BITS, Timers};
+use super::stats::{ConnTrackStats, Connection, NatStats};
+use super::table::{HAIRPIN, Key, Table};
+use super::{NatDirection, NatResult};
+use crate::stats::Drop;
+use crate::types::Time;
+use guestnet_wire::{icmp, proto, tcp};
+use std::collections::VecDeque;
+use std::net::{Ipv4Addr, SocketAddrV4};
+
+/// Why a port cannot be published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ForwardError {
+    /// Not TCP or UDP.
+    #[error("only TCP and UDP ports can be published")]
+    Protocol,
+    /// Not one of the engine's external addresses.
+    #[error("{0} is not an external address of this engine")]
+    NotExternal(Ipv4Addr),
+    /// Not an internal address.
+    #[error("{0} is not inside the internal network")]
+    NotInternal(Ipv4Addr),
+    /// Port 0 at either end.
+    #[error("port 0 cannot be published")]
+    PortZero,
+    /// A connection or another published port has it.
+    #[error("external port {0} is in use")]
+    InUse(SocketAddrV4),
+}
+
+/// An inbound SYN that nobody asked for, until its time is over (RFC 5382 REQ-4).
+pub(super) struct UnsolicitedSyn {
+    pub until: u64,
+    pub key: Key,
+    pub quote: Vec<u8>,
+}
+
+/// How many of those are remembered; more are dropped in silence.
+pub(super) const MAX_UNSOLICITED: usize = 128;
+
+/// In-place NAT with connection tracking. See the module head of [`super`].
+pub struct NatEngine {
+    pub(super) config: NatEngineConfig,
+    pub(super) table: Table,
+    pub(super) timers: Timers,
+    pub(super) now: u64,
+    pub(super) tick: u32,
+    pub(super) fragments: Fragments,
+    pub(super) output: Output,
+    pub(super) unsolicited: VecDeque<UnsolicitedSyn>,
+    pub(super) gateway: u32,
+    pub(super) next_id: u16,
+    pub(super) stats: NatStats,
+}
+
+impl NatEngine {
+    /// Makes an engine.
+    ///
+    /// # Errors
+    /// What [`NatEngineConfig::validate`] finds.
+    pub fn new(config: NatEngineConfig, now: Time) -> Result<NatEngine, NatConfigError> {
+        config.validate()?;
+        let tick = (now.0 >> TICK_BITS) as u32;
+        let mut table = Table::new(&config, tick);
+        let next_id = table.random.u32() as u16;
+        Ok(NatEngine {
+            table,
+            timers: Timers::new(&config),
+            now: now.0,
+            tick,
+            fragments: Fragments::new(config.fragment_sets, config.fragment_bytes, config.timeouts.fragment),
+            output: Output::new(config.output_bytes, config.icmp_errors_per_second),
+            unsolicited: VecDeque::new(),
+            gateway: config.gateway_address(),
+            next_id,
+            stats: NatStats::default(),
+            config,
+        })
+    }
+
+    /// The configuration.
+    #[must_use]
+    pub fn config(&self) -> &NatEngineConfig {
+        &self.config
+    }
+
+    /// Translates one IP packet in place. Its length never changes; where the result is not `Translated`,
+    /// `Hairpinned` or `Fragmented` no byte does. Bytes after the packet's own length are left alone.
+    pub fn translate(&mut self, packet: &mut [u8], direction: NatDirection, now: Time) -> NatResult {
+        self.set_time(now);
+        if self.tick >= self.table.due {
+            self.reap(4);
+        }
+        self.translate_now(packet, direction)
+    }
+
+    /// As [`NatEngine::translate`] for a packet that starts at `offset` of `frame` (14 behind Ethernet).
+    pub fn translate_at(
+        &mut self,
+        frame: &mut [u8],
+        offset: usize,
+        direction: NatDirection,
+        now: Time,
+    ) -> NatResult {
+        match frame.get_mut(offset..) {
+            Some(packet) => self.translate(packet, direction, now),
+            None => self.translate(&mut [], direction, now),
+        }
+    }
+
+    pub(super) fn translate_now(&mut self, p: &mut [u8], direction: NatDirection) -> NatResult {
+        let result = match p.first().map(|b| b >> 4) {
+            Some(6) => NatResult::PassThrough,
+            _ => match packet::read(p) {
+                Ok(v) => match direction {
+                    NatDirection::Outbound => self.outbound(p, &v),
+                    NatDirection::Inbound => self.inbound(p, &v),
+                },
+                Err(why) => NatResult::Dropped(why),
+            },
+        };
+        self.count(result, direction);
+        result
+    }
+
+    pub(super) fn count(&mut self, result: NatResult, direction: NatDirection) {
+        let s = &mut self.stats;
+        match result {
+            NatResult::Translated | NatResult::Fragmented => {
+                if result == NatResult::Fragmented {
+                    s.fragmented += 1;
+                }
+                match direction {
+                    NatDirection::Outbound => s.outbound += 1,
+                    NatDirection::Inbound => s.inbound += 1,
+                }
+            }
+            NatResult::Hairpinned => s.hairpinned += 1,
+            NatResult::PassThrough => s.passed += 1,
+            NatResult::Held => s.held += 1,
+            NatResult::TooBig(_) => s.too_big += 1,
+            NatResult::Dropped(why) => s.drop(why),
+        }
+    }
+
+    pub(super) fn set_time(&mut self, now: Time) {
+        if now.0 > self.now {
+            self.now = now.0;
+            self.tick = self.tick.max((now.0 >> TICK_BITS) as u32);
+        }
+    }
+
+    /// The next packet that the engine itself sends, and the way it travels.
+    pub fn poll_output(&mut self) -> Option<(NatDirection, Vec<u8>)> {
+        self.output.pop()
+    }
+
+    /// How many packets wait in [`NatEngine::poll_output`].
+    #[must_use]
+    pub fn output_len(&self) -> usize {
+        self.output.len()
+    }
+
+    // ---- sessions -----------------------------------------------------------------------------------
+
+    /// The session if it is not dead; a dead one is taken away on the spot.
+    pub(super) fn alive(&mut self, id: Option<u32>) -> Option<u32> {
+        let id = id?;
+        if self.table.sessions.get(id).is_some_and(|s| s.expires > self.tick) {
+            return Some(id);
+        }
+        self.table.remove_session(id, self.tick);
+        self.stats.expired += 1;
+        None
+    }
+
+    pub(super) fn new_session(&mut self, k: &Key, via: Option<u32>, state: ConnState) -> Result<u32, Drop> {
+        let expires = self.tick.saturating_add(self.timers.ticks[state as usize]);
+        let flags = if self.table.is_external(k.remote) { HAIRPIN } else { 0 };
+        let mut made = self.table.new_session(k, via, state, expires, flags, self.tick);
+        if matches!(made, Err(Drop::TableFull | Drop::PortsExhausted)) {
+            // Make room by what is dead already, never by what lives.
+            self.table.release_held(self.tick);
+            if self.reap(4096) > 0 {
+                made = self.table.new_session(k, via, state, expires, flags, self.tick);
+            }
+        }
+        if made.is_ok() {
+            self.stats.created += 1;
+        }
+        made
+    }
+
+    /// Notes that a packet passed: state, deadline, bytes.
+    pub(super) fn advance(&mut self, id: u32, v: &View, outbound: bool) {
+        let tick = self.tick;
+        let Some(s) = self.table.sessions.get_mut(id) else { return };
+        if outbound {
+            s.bytes_out += v.total as u64;
+        } else {
+            s.bytes_in += v.total as u64;
+        }
+        let before = s.state;
+        let refresh = match before {
+            ConnState::Dns | ConnState::DnsAnswered => {
+                s.state = if outbound { ConnState::Dns } else { ConnState::DnsAnswered };
+                outbound || before == ConnState::Dns
+            }
+            ConnState::Udp | ConnState::Icmp | ConnState::Other => {
+                outbound || self.timers.plain[1][before as usize] != 0
+            }
+            _ => {
+                let step = super::state::tcp(before, v.flags, outbound);
+                s.state = step.state;
+                step.refresh
+            }
+        };
+        if refresh {
+            let until = tick.saturating_add(self.timers.ticks[s.state as usize]);
+            if until < s.expires {
+                self.table.shorten(id, until);
+            } else {
+                s.expires = until;
+            }
+        }
+    }
+
+    /// Looks at up to `visits` records whose time may be over. Returns how many went.
+    pub(super) fn reap(&mut self, visits: usize) -> usize {
+        let mut gone = 0;
+        for _ in 0..visits {
+            let Some(id) = self.table.wheel.pop(&mut self.table.sessions, self.tick) else {
+                self.table.due = self.table.wheel.next().unwrap_or(u32::MAX);
+                break;
+            };
+            match self.table.sessions.get(id).map(|s| s.expires) {
+                Some(expires) if expires > self.tick => {
+                    self.table.wheel.arm(&mut self.table.sessions, id, expires);
+                }
+                _ => {
+                    self.table.remove_session(id, self.tick);
+                    gone += 1;
+                }
+            }
+        }
+        self.stats.expired += gone as u64;
+        gone
+    }
+
+    /// Does expiry work for up to `visits` records, and for fragments, resting ports and unsolicited SYNs.
+    /// Returns how many connections ended. Call it when [`NatEngine::next_timer`] says, and again while that
+    /// still says now: 1000 visits take well under a millisecond.
+    pub fn expire(&mut self, now: Time, visits: usize) -> usize {
+        self.set_time(now);
+        self.fragments.expire(self.now);
+        self.table.release_held(self.tick);
+        self.answer_unsolicited();
+        self.reap(visits)
+    }
+
+    /// When [`NatEngine::expire`] has something to do next.
+    #[must_use]
+    pub fn next_timer(&self) -> Option<Time> {
+        let wheel = self.table.wheel.next().map(|t| u64::from(t) << TICK_BITS);
+        let syn = self.unsolicited.front().map(|s| s.until);
+        [wheel, syn, self.fragments.next_deadline()].into_iter().flatten().min().map(Time)
+    }
+
+    fn answer_unsolicited(&mut self) {
+        while self.unsolicited.front().is_some_and(|s| s.until <= self.now) {
+            let Some(s) = self.unsolicited.pop_front() else { return };
+            self.icmp_error(
+                NatDirection::Outbound,
+                s.key.local,
+                &s.quote,
+                icmp::UNREACHABLE,
+                icmp::unreachable::PORT,
+                [0; 4],
+            );
+        }
+    }
+
+    // ---- errors -------------------------------------------------------------------------------------
+
+    pub(super) fn icmp_error(
+        &mut self,
+        direction: NatDirection,
+        src: u32,
+        quoted: &[u8],
+        icmp_type: u8,
+        code: u8,
+        rest: [u8; 4],
+    ) {
+        let second = self.now / 1_000_000_000;
+        if self.output.icmp_error(direction, second, src, quoted, (icmp_type, code, rest)) {
+            self.stats.icmp_errors += 1;
+        }
+    }
+
+    /// Refuses a guest's packet by policy or for want of resources, and says so (RFC 5508 REQ-8).
+    pub(super) fn refuse(&mut self, p: &[u8], why: Drop) -> NatResult {
+        let code = match self.config.refusal {
+            Refusal::Prohibited => icmp::unreachable::ADMIN_PROHIBITED,
+            Refusal::HostUnreachable => icmp::unreachable::HOST,
+            Refusal::Silent => return NatResult::Dropped(why),
+        };
+        self.icmp_error(NatDirection::Inbound, self.gateway, p, icmp::UNREACHABLE, code, [0; 4]);
+        NatResult::Dropped(why)
+    }
+
+    /// What stops a packet on its way to the next link: TTL, then size.
+    pub(super) fn blocked(&mut self, p: &[u8], v: &View, direction: NatDirection) -> Option<NatResult> {
+        // The error goes back where the packet came from, and speaks for the side it came from.
+        let (back, src, mtu) = match direction {
+            NatDirection::Outbound => (NatDirection::Inbound, self.gateway, self.config.mtu_outside),
+            NatDirection::Inbound => (NatDirection::Outbound, v.dst, self.config.mtu_inside),
+        };
+        if self.config.decrement_ttl && v.ttl <= 1 {
+            self.icmp_error(back, src, p, icmp::TIME_EXCEEDED, 0, [0; 4]);
+            return Some(NatResult::Dropped(Drop::TtlExpired));
+        }
+        if v.total > usize::from(mtu) {
+            if v.dont_fragment {
+                let m = mtu.to_be_bytes();
+                let code = icmp::unreachable::FRAG_NEEDED;
+                self.icmp_error(back, src, p, icmp::UNREACHABLE, code, [0, 0, m[0], m[1]]);
+                return Some(NatResult::TooBig(mtu));
+            }
+            if !self.output.has_room(v.total + v.total / 4 + 1024) {
+                return Some(NatResult::Dropped(Drop::BufferLimit));
+            }
+        }
+        None
+    }
+
+    /// The last steps of a packet whose addresses are done: TTL, and fragments where it is too big.
+    pub(super) fn finish(&mut self, p: &mut [u8], v: &View, to: NatDirection, done: NatResult) -> NatResult {
+        if self.config.decrement_ttl {
+            packet::decrement_ttl(p);
+        }
+        let mtu = match to {
+            NatDirection::Outbound => self.config.mtu_outside,
+            NatDirection::Inbound => self.config.mtu_inside,
+        };
+        if v.total > usize::from(mtu) {
+            if !self.output.fragment(to, p, v, usize::from(mtu)) {
+                return NatResult::Dropped(Drop::BufferLimit);
+            }
+            return NatResult::Fragmented;
+        }
+        done
+    }
+
+    // ---- published ports ----------------------------------------------------------------------------
+
+    /// Publishes `external` (DNAT) as `internal`, for TCP (6) or UDP (17). Everybody outside may use it.
+    ///
+    /// # Errors
+    /// [`ForwardError`].
+    pub fn add_forward(
+        &mut self,
+        protocol: u8,
+        external: SocketAddrV4,
+        internal: SocketAddrV4,
+    ) -> Result<(), ForwardError> {
+        if !matches!(protocol, proto::TCP | proto::UDP) {
+            return Err(ForwardError::Protocol);
+        }
+        if external.port() == 0 || internal.port() == 0 {
+            return Err(ForwardError::PortZero);
+        }
+        if !self.table.is_external(u32::from(*external.ip())) {
+            return Err(ForwardError::NotExternal(*external.ip()));
+        }
+        if !self.config.internal.contains(*internal.ip()) {
+            return Err(ForwardError::NotInternal(*internal.ip()));
+        }
+        let ends = |a: SocketAddrV4| (u32::from(*a.ip()), a.port());
+        match self.table.publish(protocol, ends(external), ends(internal)) {
+            Ok(_) => Ok(()),
+            Err(()) => Err(ForwardError::InUse(external)),
+        }
+    }
+
+    /// Takes a published port back; connections through it live on. False when it was not published.
+    pub fn remove_forward(&mut self, protocol: u8, external: SocketAddrV4) -> bool {
+        self.table.unpublish(protocol, (u32::from(*external.ip()), external.port()), self.tick)
+    }
+
+    // ---- looking ------------------------------------------------------------------------------------
+
+    /// Counters since the engine was made.
+    #[must_use]
+    pub fn stats(&self) -> NatStats {
+        self.stats
+    }
+
+    /// Connections tracked now, those included whose time is over but not their removal.
+    #[must_use]
+    pub fn connection_count(&self) -> usize {
+        self.table.len()
+    }
+
+    /// What the engine holds now.
+    #[must_use]
+    pub fn conntrack_stats(&self) -> ConnTrackStats {
+        ConnTrackStats {
+            connections: self.table.len(),
+            mappings: self.table.mapping_count(),
+            ports: self.table.ports_taken(),
+            capacity: self.config.table_size,
+            memory: self.table.memory(),
+            created: self.stats.created,
+            expired: self.stats.expired,
+            hits: self.stats.hits,
+            misses: self.stats.misses,
+        }
+    }
+
+    /// Sets and bytes of fragments kept now.
+    #[must_use]
+    pub fn fragment_usage(&self) -> (usize, usize) {
+        (self.fragments.len(), self.fragments.held_bytes())
+    }
+
+    /// The longest run in the busiest index: what the unluckiest look-up costs in probes.
+    #[must_use]
+    pub fn longest_probe(&self) -> usize {
+        self.table.out.longest_run().max(self.table.inn.longest_run())
+    }
+
+    /// The live connections.
+    pub fn connections(&self) -> impl Iterator<Item = Connection> {
+        let tick = self.tick;
+        self.table.sessions.items.iter().filter(move |s| s.proto != 0 && s.expires > tick).map(|s| {
+            let at = |ip: u32, port| SocketAddrV4::new(Ipv4Addr::from(ip), port);
+            Connection {
+                proto: s.proto,
+                state: s.state,
+                internal: at(s.int_ip, s.int_port),
+                external: at(s.ext_ip, s.ext_port),
+                remote: at(s.rem_ip, s.rem_port),
+                bytes_out: s.bytes_out,
+                bytes_in: s.bytes_in,
+            }
+        })
+    }
+
+    /// The outbound rewriting of a session: its external end.
+    pub(super) fn external_end(&self, id: u32) -> Option<End> {
+        self.table.sessions.get(id).map(|s| End {
+            ip: s.ext_ip,
+            port: s.ext_port,
+            delta_ip: s.delta_ip,
+            delta_l4: s.delta_l4,
+        })
+    }
+
+    /// The state that a first packet gives a new connection; `None` when it may not begin one.
+    pub(super) fn opening(&self, v: &View, outbound: bool) -> Option<ConnState> {
+        Some(match v.proto {
+            proto::TCP if v.flags & tcp::flags::RST != 0 => return None,
+            proto::TCP if v.flags & tcp::flags::SYN != 0 => {
+                // A SYN-ACK answers; from outside it opens nothing.
+                match (outbound, v.flags & tcp::flags::ACK != 0) {
+                    (true, _) => ConnState::SynOut,
+                    (false, false) => ConnState::SynIn,
+                    (false, true) => return None,
+                }
+            }
+            proto::TCP if outbound && self.config.tcp_pickup => ConnState::PickedUp,
+            proto::TCP => return None,
+            proto::UDP if outbound && v.dport == 53 => ConnState::Dns,
+            proto::UDP => ConnState::Udp,
+            proto::ICMP if v.kind == Kind::Query => ConnState::Icmp,
+            proto::GRE | proto::ESP | proto::SCTP => ConnState::Other,
+            _ => return None,
+        })
+    }
+}
+
+impl std::fmt::Debug for NatEngine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("NatEngine")
+            .field("external", &self.config.external)
+            .field("connections", &self.connection_count())
+            .finish_non_exhaustive()
+    }
+}

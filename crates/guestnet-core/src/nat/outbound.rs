@@ -1,0 +1,235 @@
+//! Theory of operation: a packet from a guest. Known connection or new one; what may not begin one is refused
+//! before anything is kept. A packet for one of our own external addresses is turned round (RFC 4787 REQ-9):
+//! the other guest sees the first one's external end.
+
+use super::config::unicast;
+use super::engine::NatEngine;
+use super::fragments::{Fate, Rule, SetKey};
+use super::packet::{self, End, Kind, View};
+use super::table::{HAIRPIN, Key, deltas};
+use super::{NatDirection, NatResult};
+use crate::stats::Drop;
+use guestnet_wire::{proto, tcp};
+
+impl NatEngine {
+    pub(super) fn outbound(&mut self, p: &mut [u8], v: &View) -> NatResult {
+        match v.kind {
+            Kind::Error => return self.error_outbound(p, v),
+            Kind::Tail => return self.tail(p, v, NatDirection::Outbound),
+            Kind::Flow | Kind::Query => {}
+        }
+        let k = v.out_key();
+        let found = self.table.find_out(&k);
+        let known = self.alive(found);
+        if known.is_none()
+            && let Some(result) = self.unfit(p, v)
+        {
+            return result;
+        }
+        if let Some(result) = self.blocked(p, v, NatDirection::Outbound) {
+            return result;
+        }
+        if v.fragment.is_some() && !self.admit_first(v, NatDirection::Outbound) {
+            return NatResult::Dropped(Drop::Reassembly);
+        }
+        let id = match known {
+            Some(id) => {
+                self.stats.hits += 1;
+                id
+            }
+            None => match self.begin(&k, v) {
+                Ok(id) => id,
+                Err(Drop::NoFlow) => return NatResult::Dropped(Drop::NoFlow),
+                Err(why) => return self.refuse(p, why),
+            },
+        };
+        let (Some(source), Some(flags)) =
+            (self.external_end(id), self.table.sessions.get(id).map(|s| s.links.spare))
+        else {
+            return NatResult::Dropped(Drop::NoFlow);
+        };
+        let destination = if flags & HAIRPIN != 0 {
+            match self.turned(v, source) {
+                Ok(end) => Some(end),
+                Err(why) => return NatResult::Dropped(why),
+            }
+        } else {
+            None
+        };
+        self.advance(id, v, true);
+        packet::rewrite(p, v.ihl, v.proto, true, source, true);
+        if let Some(end) = destination {
+            packet::rewrite(p, v.ihl, v.proto, false, end, true);
+        }
+        let rule = v.fragment.map(|_| Rule {
+            src: Some(source.ip),
+            dst: destination.map(|d| d.ip),
+            id: None,
+            hairpin: destination.is_some(),
+        });
+        let done = if destination.is_some() { NatResult::Hairpinned } else { NatResult::Translated };
+        match rule {
+            Some(rule) => self.first_done(p, v, NatDirection::Outbound, rule, done),
+            None => self.finish(p, v, way(NatDirection::Outbound, destination.is_some()), done),
+        }
+    }
+
+    /// Why a packet may not begin a connection.
+    fn unfit(&mut self, p: &[u8], v: &View) -> Option<NatResult> {
+        let c = &self.config;
+        if !c.internal.has(v.src) || c.internal.has(v.dst) || c.no_nat.iter().any(|n| n.has(v.dst)) {
+            return Some(NatResult::PassThrough);
+        }
+        if matches!(v.proto, proto::TCP | proto::UDP) && (v.sport == 0 || v.dport == 0) || !unicast(v.dst) {
+            return Some(NatResult::Dropped(Drop::BadDestination));
+        }
+        let known =
+            matches!(v.proto, proto::TCP | proto::UDP | proto::ICMP | proto::GRE | proto::ESP | proto::SCTP);
+        if !known {
+            return Some(NatResult::Dropped(Drop::UnsupportedProtocol));
+        }
+        if c.denied.iter().any(|n| n.has(v.dst)) {
+            return Some(self.refuse(p, Drop::Policy));
+        }
+        if !c.hairpin && self.table.is_external(v.dst) {
+            return Some(NatResult::Dropped(Drop::Policy));
+        }
+        None
+    }
+
+    fn begin(&mut self, k: &Key, v: &View) -> Result<u32, Drop> {
+        self.stats.misses += 1;
+        let state = self.opening(v, true).ok_or(Drop::NoFlow)?;
+        let id = self.new_session(k, None, state)?;
+        if v.proto == proto::TCP
+            && v.flags & tcp::flags::SYN != 0
+            && !self.unsolicited.is_empty()
+            && let Some(s) = self.table.sessions.get(id)
+        {
+            // RFC 5382 REQ-4: both sides opened; the outside's SYN was not unsolicited after all.
+            let (ip, port) = (s.ext_ip, s.ext_port);
+            let of_it = |u: &Key| {
+                u.local == ip
+                    && u.local_port == port
+                    && u.remote == k.remote
+                    && u.remote_port == k.remote_port
+            };
+            self.unsolicited.retain(|u| !of_it(&u.key));
+        }
+        Ok(id)
+    }
+
+    /// The guest that a packet to one of our own addresses is for, as seen from `source`.
+    fn turned(&mut self, v: &View, source: End) -> Result<End, Drop> {
+        let query = v.kind == Kind::Query;
+        let key = Key {
+            local: v.dst,
+            remote: source.ip,
+            local_port: if query { source.port } else { v.dport },
+            remote_port: if query { 0 } else { source.port },
+            proto: v.proto,
+        };
+        let mut as_inbound = *v;
+        as_inbound.src = source.ip;
+        let (mut end, session) = self.inbound_end(&key, &as_inbound)?;
+        if let Some(id) = session {
+            self.advance(id, v, false);
+        }
+        if query {
+            // Source and destination share the one identifier: from the external to the inner one.
+            (_, end.delta_l4) = deltas(v.proto, (v.dst, source.port), (end.ip, end.port));
+        }
+        Ok(end)
+    }
+
+    // ---- fragments ----------------------------------------------------------------------------------
+
+    pub(super) fn admit_first(&mut self, v: &View, direction: NatDirection) -> bool {
+        let key = SetKey::new(v, direction);
+        self.fragments.admit_first(key, (v.total - v.ihl) as u32, self.now)
+    }
+
+    /// A first fragment whose addresses are done: gives its packet an id of its own on the outside (RFC 6864
+    /// 5.3.1), and lets those go that waited for it.
+    pub(super) fn first_done(
+        &mut self,
+        p: &mut [u8],
+        v: &View,
+        direction: NatDirection,
+        mut rule: Rule,
+        done: NatResult,
+    ) -> NatResult {
+        let key = SetKey::new(v, direction);
+        if direction == NatDirection::Outbound {
+            rule.id = self.fragments.rule(&key).and_then(|r| r.id).or_else(|| {
+                self.next_id = self.next_id.wrapping_add(1);
+                Some(self.next_id)
+            });
+        }
+        if let Some(id) = rule.id {
+            packet::set_id(p, id);
+        }
+        let to = way(direction, rule.hairpin);
+        let result = self.finish(p, v, to, done);
+        for mut held in self.fragments.first(key, rule) {
+            let Ok(hv) = packet::read(&held) else { continue };
+            match self.follow(&mut held, &hv, direction, rule) {
+                NatResult::Translated | NatResult::Hairpinned => {
+                    let fits = self.output.push(to, held);
+                    self.count(if fits { done } else { NatResult::Dropped(Drop::BufferLimit) }, direction);
+                }
+                other => self.count(other, direction),
+            }
+        }
+        result
+    }
+
+    /// A later fragment.
+    pub(super) fn tail(&mut self, p: &mut [u8], v: &View, direction: NatDirection) -> NatResult {
+        let ours = match direction {
+            NatDirection::Outbound => self.config.internal.has(v.src) && !self.config.internal.has(v.dst),
+            NatDirection::Inbound => self.table.is_external(v.dst),
+        };
+        if !ours {
+            return NatResult::PassThrough;
+        }
+        if let Some(result) = self.blocked(p, v, direction) {
+            return result;
+        }
+        let from = v.fragment.map_or(0, |f| f.0);
+        let range = (from, from + (v.total - v.ihl) as u32);
+        let whole = p.get(..v.total).unwrap_or(&[]);
+        match self.fragments.tail(SetKey::new(v, direction), range, whole, self.now) {
+            Fate::Known(rule) => self.follow(p, v, direction, rule),
+            Fate::Held => NatResult::Held,
+            Fate::Refused => NatResult::Dropped(Drop::Reassembly),
+        }
+    }
+
+    /// Does to a later fragment what was done to the first.
+    fn follow(&mut self, p: &mut [u8], v: &View, direction: NatDirection, rule: Rule) -> NatResult {
+        for (new, old, at_source) in [(rule.src, v.src, true), (rule.dst, v.dst, false)] {
+            if let Some(ip) = new {
+                let (delta_ip, _) = deltas(0, (old, 0), (ip, 0));
+                packet::rewrite(
+                    p,
+                    v.ihl,
+                    v.proto,
+                    at_source,
+                    End { ip, port: 0, delta_ip, delta_l4: 0 },
+                    false,
+                );
+            }
+        }
+        if let Some(id) = rule.id {
+            packet::set_id(p, id);
+        }
+        let done = if rule.hairpin { NatResult::Hairpinned } else { NatResult::Translated };
+        self.finish(p, v, way(direction, rule.hairpin), done)
+    }
+}
+
+/// Where a packet goes: hairpinned ones go inside.
+pub(super) fn way(direction: NatDirection, hairpin: bool) -> NatDirection {
+    if hairpin { NatDirection::Inbound } else { direction }
+}

@@ -1,0 +1,149 @@
+//! Theory of operation: packets that the engine itself sends: ICMP errors, fragments of a packet too big for
+//! the next link, fragments that had to wait. They queue here, bounded in bytes, until the caller fetches them;
+//! what does not fit is dropped and counted. ICMP errors follow RFC 1812 4.3.2 and have a budget per second.
+
+use super::NatDirection;
+use super::config::unicast;
+use super::packet::View;
+use guestnet_wire::ipv4::{self, Ipv4};
+use guestnet_wire::{be16, icmp, proto, put};
+use std::collections::VecDeque;
+use std::net::Ipv4Addr;
+
+/// See the module head.
+pub(crate) struct Output {
+    queue: VecDeque<(NatDirection, Vec<u8>)>,
+    bytes: usize,
+    limit: usize,
+    per_second: u32,
+    /// By direction: errors left in this second, and the second.
+    buckets: [(u32, u64); 2],
+}
+
+impl Output {
+    pub fn new(limit: usize, per_second: u32) -> Output {
+        Output { queue: VecDeque::new(), bytes: 0, limit, per_second, buckets: [(0, u64::MAX); 2] }
+    }
+
+    pub fn push(&mut self, direction: NatDirection, packet: Vec<u8>) -> bool {
+        if self.bytes + packet.len() > self.limit {
+            return false;
+        }
+        self.bytes += packet.len();
+        self.queue.push_back((direction, packet));
+        true
+    }
+
+    pub fn pop(&mut self) -> Option<(NatDirection, Vec<u8>)> {
+        let got = self.queue.pop_front()?;
+        self.bytes -= got.1.len();
+        Some(got)
+    }
+
+    pub fn len(&self) -> usize {
+        self.queue.len()
+    }
+
+    /// Room for this many more bytes?
+    pub fn has_room(&self, bytes: usize) -> bool {
+        self.bytes + bytes <= self.limit
+    }
+
+    fn allowed(&mut self, direction: NatDirection, second: u64) -> bool {
+        let b = &mut self.buckets[direction as usize];
+        if b.1 != second {
+            *b = (self.per_second, second);
+        }
+        let ok = b.0 > 0;
+        b.0 = b.0.saturating_sub(1);
+        ok
+    }
+
+    /// Sends an ICMP error from `src` about `quoted`, which travelled the other way than `direction`. False
+    /// when the rules or the budget forbid it.
+    pub fn icmp_error(
+        &mut self,
+        direction: NatDirection,
+        second: u64,
+        src: u32,
+        quoted: &[u8],
+        (icmp_type, code, rest): (u8, u8, [u8; 4]),
+    ) -> bool {
+        let Some(h) = quoted.first_chunk::<20>() else { return false };
+        let (from, to) = (u32::from_be_bytes([h[12], h[13], h[14], h[15]]), guestnet_wire::be32(h, 16));
+        let tail = be16(h, 6) & 0x1fff != 0;
+        let ihl = usize::from(h[0] & 15) * 4;
+        let about_error = h[9] == proto::ICMP && quoted.get(ihl).is_none_or(|t| icmp::is_error(*t));
+        if tail || about_error || !unicast(from) || !unicast(to) || !self.allowed(direction, second) {
+            return false;
+        }
+        let total = usize::from(be16(h, 2)).min(quoted.len());
+        let body = quoted.get(..total.min(548)).unwrap_or(&[]);
+        let mut p = vec![0; 28 + body.len()];
+        Ipv4 {
+            src: Ipv4Addr::from(src),
+            dst: Ipv4Addr::from(from),
+            proto: proto::ICMP,
+            ttl: 64,
+            tos: 0xc0,
+            id: 0,
+            frag: 0,
+            payload_len: (8 + body.len()) as u16,
+        }
+        .emit(&mut p);
+        icmp::emit(p.get_mut(20..).unwrap_or(&mut []), icmp_type, code, rest, body);
+        self.push(direction, p)
+    }
+
+    /// Cuts a packet in fragments of at most `mtu` bytes, in order. False when there is no room for all.
+    pub fn fragment(&mut self, direction: NatDirection, p: &[u8], v: &View, mtu: usize) -> bool {
+        let data = p.get(v.ihl..v.total).unwrap_or(&[]);
+        let (base, more) = v.fragment.unwrap_or((0, false));
+        let first = p.get(..v.ihl).unwrap_or(&[]).to_vec();
+        let later = copied_options(&first);
+        let room = mtu.saturating_sub(first.len()) & !7;
+        if room < 8 || !self.has_room(data.len() + data.len().div_ceil(room) * v.ihl) {
+            return false;
+        }
+        let mut at = 0;
+        while at < data.len() {
+            let head = if at == 0 { &first } else { &later };
+            let piece = data.get(at..data.len().min(at + room)).unwrap_or(&[]);
+            let last = at + piece.len() >= data.len();
+            let mut f = Vec::with_capacity(head.len() + piece.len());
+            f.extend_from_slice(head);
+            f.extend_from_slice(piece);
+            let word = ((base + at as u32) / 8) as u16 | if !last || more { ipv4::MF } else { 0 };
+            put(&mut f, 2, &((head.len() + piece.len()) as u16).to_be_bytes());
+            put(&mut f, 6, &word.to_be_bytes());
+            ipv4::fill_checksum(&mut f);
+            self.push(direction, f);
+            at += piece.len();
+        }
+        true
+    }
+}
+
+/// The header for all fragments but the first: only options with the copied flag (RFC 791 3.1).
+fn copied_options(head: &[u8]) -> Vec<u8> {
+    let mut out = head.get(..20).unwrap_or(&[]).to_vec();
+    let mut rest = head.get(20..).unwrap_or(&[]);
+    while let Some(kind) = rest.first().copied() {
+        let len = match kind {
+            0 => break,
+            1 => 1,
+            _ => usize::from(rest.get(1).copied().unwrap_or(0)).max(2),
+        };
+        let Some(option) = rest.get(..len) else { break };
+        if kind & 0x80 != 0 {
+            out.extend_from_slice(option);
+        }
+        rest = rest.get(len..).unwrap_or(&[]);
+    }
+    while !out.len().is_multiple_of(4) {
+        out.push(0);
+    }
+    let words = (out.len() / 4) as u8;
+    put(&mut out, 0, &[0x40 | words]);
+    out
+}

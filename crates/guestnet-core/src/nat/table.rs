@@ -1,0 +1,797 @@
+//! Theory of operation: the records behind the NAT. A *session* is one connection (five-tuple), one cache line,
+//! found from both sides through two indexes. A *mapping* ties an internal address and port to an external
+//! one; sessions count as its references and it goes with the last. A *peer* says that a mapping talked to an
+//! address (address-dependent filtering), a *host* counts what an internal address holds (caps) and keeps
+//! its external address (pooling "paired"). All are slabs with free lists inside; none moves or is evicted.
+
+use super::config::{Behaviour, NatEngineConfig};
+use super::hash::{Keys, Random};
+use super::index::Index;
+use super::ports::PortSet;
+use super::state::ConnState;
+use super::wheel::{Links, NONE, Records, Wheel};
+use crate::stats::Drop;
+use guestnet_wire::checksum::fold;
+use guestnet_wire::proto;
+use std::collections::VecDeque;
+
+/// A five-tuple as one side sees it: `local` is the internal (outbound) or external (inbound) end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Key {
+    pub local: u32,
+    pub remote: u32,
+    pub local_port: u16,
+    pub remote_port: u16,
+    pub proto: u8,
+}
+
+impl Key {
+    #[inline(always)]
+    pub fn hash(&self, keys: &Keys) -> u64 {
+        keys.hash(
+            u64::from(self.local) << 32 | u64::from(self.remote),
+            u64::from(self.proto) << 32 | u64::from(self.local_port) << 16 | u64::from(self.remote_port),
+        )
+    }
+}
+
+/// One connection.
+#[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
+pub(crate) struct Session {
+    pub int_ip: u32,
+    pub ext_ip: u32,
+    pub rem_ip: u32,
+    pub int_port: u16,
+    pub ext_port: u16,
+    pub rem_port: u16,
+    pub proto: u8,
+    pub state: ConnState,
+    /// What the change outbound adds to the IP and to the transport checksum's sum; inbound it is complemented.
+    pub delta_ip: u16,
+    pub delta_l4: u16,
+    pub mapping: u32,
+    pub peer: u32,
+    /// Tick from which it is dead.
+    pub expires: u32,
+    pub links: Links,
+    pub bytes_out: u64,
+    pub bytes_in: u64,
+}
+
+/// Flag in `links.spare`: the other side is one of our own external addresses.
+pub(crate) const HAIRPIN: u16 = 1;
+
+impl Session {
+    #[inline(always)]
+    pub fn is_out(&self, k: &Key) -> bool {
+        self.int_ip == k.local
+            && self.rem_ip == k.remote
+            && self.int_port == k.local_port
+            && self.rem_port == k.remote_port
+            && self.proto == k.proto
+    }
+    #[inline(always)]
+    pub fn is_in(&self, k: &Key) -> bool {
+        self.ext_ip == k.local
+            && self.rem_ip == k.remote
+            && self.ext_port == k.local_port
+            && self.rem_port == k.remote_port
+            && self.proto == k.proto
+    }
+    fn out_key(&self) -> Key {
+        Key {
+            local: self.int_ip,
+            remote: self.rem_ip,
+            local_port: self.int_port,
+            remote_port: self.rem_port,
+            proto: self.proto,
+        }
+    }
+    fn in_key(&self) -> Key {
+        Key { local: self.ext_ip, local_port: self.ext_port, ..self.out_key() }
+    }
+}
+
+/// An internal address and port, and the external ones that stand for it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Mapping {
+    pub int_ip: u32,
+    pub ext_ip: u32,
+    /// What the mapping depends on besides, zero where it does not.
+    pub rem_ip: u32,
+    pub int_port: u16,
+    pub ext_port: u16,
+    pub rem_port: u16,
+    pub proto: u8,
+    /// A published port: lives until it is taken back, lets everybody in.
+    pub published: bool,
+    /// Sessions, and one for being published.
+    refs: u32,
+    host: u32,
+}
+
+impl Mapping {
+    fn out_key(&self) -> Key {
+        Key {
+            local: self.int_ip,
+            remote: self.rem_ip,
+            local_port: self.int_port,
+            remote_port: self.rem_port,
+            proto: self.proto,
+        }
+    }
+    fn in_key(&self) -> Key {
+        Key { local: self.ext_ip, remote: 0, local_port: self.ext_port, remote_port: 0, proto: self.proto }
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Peer {
+    mapping: u32,
+    rem_ip: u32,
+    count: u32,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Host {
+    ip: u32,
+    external: u32,
+    ports: u32,
+    sessions: u32,
+}
+
+/// A record that can carry a free list.
+trait Slot: Copy {
+    fn link(&mut self) -> &mut u32;
+}
+impl Slot for Session {
+    fn link(&mut self) -> &mut u32 {
+        self.links.free_link()
+    }
+}
+impl Slot for Mapping {
+    fn link(&mut self) -> &mut u32 {
+        &mut self.refs
+    }
+}
+impl Slot for Peer {
+    fn link(&mut self) -> &mut u32 {
+        &mut self.count
+    }
+}
+impl Slot for Host {
+    fn link(&mut self) -> &mut u32 {
+        &mut self.ports
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Slab<T> {
+    pub items: Vec<T>,
+    free: u32,
+    len: usize,
+    limit: usize,
+}
+
+#[allow(private_bounds)]
+impl<T: Slot> Slab<T> {
+    fn new(limit: usize) -> Self {
+        // Address space only: pages come as records do.
+        Slab { items: Vec::with_capacity(limit), free: NONE, len: 0, limit }
+    }
+    fn is_full(&self) -> bool {
+        self.len >= self.limit
+    }
+    fn add(&mut self, item: T) -> u32 {
+        self.len += 1;
+        let at = self.free;
+        if let Some(slot) = self.items.get_mut(at as usize) {
+            self.free = *slot.link();
+            *slot = item;
+            at
+        } else {
+            self.items.push(item);
+            (self.items.len() - 1) as u32
+        }
+    }
+    /// `dead` is what the free record looks like.
+    fn remove(&mut self, at: u32, dead: T) {
+        if let Some(slot) = self.items.get_mut(at as usize) {
+            *slot = dead;
+            *slot.link() = self.free;
+            self.free = at;
+            self.len -= 1;
+        }
+    }
+    #[inline(always)]
+    pub fn get(&self, at: u32) -> Option<&T> {
+        self.items.get(at as usize)
+    }
+    #[inline(always)]
+    pub fn get_mut(&mut self, at: u32) -> Option<&mut T> {
+        self.items.get_mut(at as usize)
+    }
+}
+
+impl Records for Slab<Session> {
+    #[inline]
+    fn links(&mut self, record: u32) -> Option<&mut Links> {
+        self.items.get_mut(record as usize).map(|s| &mut s.links)
+    }
+}
+
+const DEAD: Session = Session {
+    int_ip: 0,
+    ext_ip: 0,
+    rem_ip: 0,
+    int_port: 0,
+    ext_port: 0,
+    rem_port: 0,
+    proto: 0,
+    state: ConnState::Other,
+    delta_ip: 0,
+    delta_l4: 0,
+    mapping: NONE,
+    peer: NONE,
+    expires: 0,
+    links: Links::UNARMED,
+    bytes_out: 0,
+    bytes_in: 0,
+};
+
+struct External {
+    ip: u32,
+    hosts: u32,
+    /// TCP, UDP, ICMP; made when first used.
+    ports: [Option<Box<PortSet>>; 3],
+}
+
+/// Whether ports of this protocol are translated, and which set they come from.
+fn port_class(p: u8) -> Option<usize> {
+    match p {
+        proto::TCP => Some(0),
+        proto::UDP => Some(1),
+        proto::ICMP => Some(2),
+        _ => None,
+    }
+}
+
+fn port_set(
+    externals: &mut [External],
+    range: (u16, u16),
+    external: u32,
+    class: usize,
+) -> Option<&mut PortSet> {
+    // Identifiers are no ports: all of them may be used.
+    let (first, last) = if class == 2 { (0, u16::MAX) } else { range };
+    let slot = externals.get_mut(external as usize)?.ports.get_mut(class)?;
+    Some(slot.get_or_insert_with(|| Box::new(PortSet::new(first, last))))
+}
+
+struct Held {
+    until: u32,
+    external: u32,
+    class: usize,
+    port: u16,
+}
+
+/// See the module head.
+pub(crate) struct Table {
+    pub keys: Keys,
+    pub random: Random,
+    pub sessions: Slab<Session>,
+    pub out: Index,
+    pub inn: Index,
+    pub mappings: Slab<Mapping>,
+    map_out: Index,
+    map_in: Index,
+    peers: Slab<Peer>,
+    peer_index: Index,
+    hosts: Slab<Host>,
+    host_index: Index,
+    externals: Vec<External>,
+    held: VecDeque<Held>,
+    pub wheel: Wheel,
+    /// No look at the wheel is needed before this tick.
+    pub due: u32,
+    range: (u16, u16),
+    preserve: bool,
+    parity: bool,
+    ports_per_host: u32,
+    sessions_per_host: u32,
+    mapping_udp: Behaviour,
+    mapping_tcp: Behaviour,
+    filtering_udp: Behaviour,
+    filtering_tcp: Behaviour,
+    hold_ticks: u32,
+}
+
+impl Table {
+    pub fn new(c: &NatEngineConfig, tick: u32) -> Table {
+        let mut random = Random::new(&c.secret);
+        let keys = Keys::new(&mut random);
+        let n = c.table_size;
+        let hosts = n.min(1 << 20);
+        Table {
+            keys,
+            random,
+            sessions: Slab::new(n),
+            out: Index::new(n),
+            inn: Index::new(n),
+            mappings: Slab::new(n),
+            map_out: Index::new(n),
+            map_in: Index::new(n),
+            peers: Slab::new(n),
+            peer_index: Index::new(n),
+            hosts: Slab::new(hosts),
+            host_index: Index::new(hosts),
+            externals: c
+                .external
+                .iter()
+                .map(|a| External { ip: u32::from(*a), hosts: 0, ports: [None, None, None] })
+                .collect(),
+            held: VecDeque::new(),
+            wheel: Wheel::new(tick),
+            due: u32::MAX,
+            range: c.ports,
+            preserve: c.port_preservation,
+            parity: c.port_parity,
+            ports_per_host: c.ports_per_endpoint,
+            sessions_per_host: c.sessions_per_endpoint,
+            mapping_udp: c.mapping_udp,
+            mapping_tcp: c.mapping_tcp,
+            filtering_udp: c.filtering_udp,
+            filtering_tcp: c.filtering_tcp,
+            hold_ticks: super::state::ticks(c.timeouts.port_hold),
+        }
+    }
+
+    pub fn is_external(&self, ip: u32) -> bool {
+        self.externals.iter().any(|e| e.ip == ip)
+    }
+
+    pub fn filtering(&self, p: u8) -> Behaviour {
+        if p == proto::TCP { self.filtering_tcp } else { self.filtering_udp }
+    }
+
+    fn mapping_behaviour(&self, p: u8) -> Behaviour {
+        match p {
+            proto::TCP => self.mapping_tcp,
+            proto::UDP => self.mapping_udp,
+            // RFC 5508 REQ-1a: queries do not depend on the other side.
+            _ => Behaviour::EndpointIndependent,
+        }
+    }
+
+    #[inline]
+    pub fn find_out(&self, k: &Key) -> Option<u32> {
+        self.out.find(k.hash(&self.keys), |r| self.sessions.get(r).is_some_and(|s| s.is_out(k)))
+    }
+
+    #[inline]
+    pub fn find_in(&self, k: &Key) -> Option<u32> {
+        self.inn.find(k.hash(&self.keys), |r| self.sessions.get(r).is_some_and(|s| s.is_in(k)))
+    }
+
+    /// The mapping of an internal end, as far as this remote end matters to it.
+    pub fn mapping_out(&self, k: &Key) -> Option<u32> {
+        let b = self.mapping_behaviour(k.proto);
+        let full = Key {
+            remote: if b == Behaviour::EndpointIndependent { 0 } else { k.remote },
+            remote_port: if b == Behaviour::AddressAndPortDependent { k.remote_port } else { 0 },
+            ..*k
+        };
+        let find = |k: &Key| {
+            self.map_out.find(k.hash(&self.keys), |r| self.mappings.get(r).is_some_and(|m| m.out_key() == *k))
+        };
+        find(&full).or_else(|| {
+            // A published port depends on nobody.
+            if b == Behaviour::EndpointIndependent {
+                return None;
+            }
+            find(&Key { remote: 0, remote_port: 0, ..*k })
+        })
+    }
+
+    /// The mapping of an external end.
+    pub fn mapping_in(&self, ip: u32, port: u16, p: u8) -> Option<u32> {
+        let k = Key { local: ip, remote: 0, local_port: port, remote_port: 0, proto: p };
+        self.map_in.find(k.hash(&self.keys), |r| self.mappings.get(r).is_some_and(|m| m.in_key() == k))
+    }
+
+    fn peer_hash(&self, mapping: u32, rem_ip: u32) -> u64 {
+        self.keys.hash(u64::from(mapping) << 32 | u64::from(rem_ip), 1)
+    }
+
+    fn find_peer(&self, mapping: u32, rem_ip: u32) -> Option<u32> {
+        self.peer_index.find(self.peer_hash(mapping, rem_ip), |r| {
+            self.peers.get(r).is_some_and(|p| p.mapping == mapping && p.rem_ip == rem_ip)
+        })
+    }
+
+    /// Whether somebody whose session is not known may come in through a mapping (RFC 4787 section 5).
+    pub fn lets_in(&self, mapping: u32, rem_ip: u32) -> bool {
+        let Some(m) = self.mappings.get(mapping) else { return false };
+        m.published
+            || match self.filtering(m.proto) {
+                Behaviour::EndpointIndependent => true,
+                Behaviour::AddressDependent => self.find_peer(mapping, rem_ip).is_some(),
+                Behaviour::AddressAndPortDependent => false,
+            }
+    }
+
+    fn host_hash(&self, ip: u32) -> u64 {
+        self.keys.hash(u64::from(ip), 2)
+    }
+
+    fn host(&mut self, ip: u32) -> Result<u32, Drop> {
+        let hash = self.host_hash(ip);
+        if let Some(h) = self.host_index.find(hash, |r| self.hosts.get(r).is_some_and(|h| h.ip == ip)) {
+            return Ok(h);
+        }
+        if self.hosts.is_full() {
+            return Err(Drop::TableFull);
+        }
+        // The external address with the fewest hosts; the first from a random start where several have.
+        let n = self.externals.len();
+        let start = self.random.below(n as u32) as usize;
+        let external = (0..n)
+            .map(|i| (start + i) % n)
+            .min_by_key(|i| self.externals.get(*i).map_or(u32::MAX, |e| e.hosts))
+            .unwrap_or(0);
+        if let Some(e) = self.externals.get_mut(external) {
+            e.hosts += 1;
+        }
+        let h = self.hosts.add(Host { ip, external: external as u32, ports: 0, sessions: 0 });
+        self.host_index.insert(hash, h);
+        Ok(h)
+    }
+
+    fn drop_host_if_idle(&mut self, h: u32) {
+        let Some(host) = self.hosts.get(h).copied() else { return };
+        if host.ports == 0 && host.sessions == 0 {
+            if let Some(e) = self.externals.get_mut(host.external as usize) {
+                e.hosts = e.hosts.saturating_sub(1);
+            }
+            let (keys, hosts) = (&self.keys, &self.hosts);
+            self.host_index.remove(keys.hash(u64::from(host.ip), 2), h, |r| {
+                keys.hash(hosts.get(r).map_or(0, |h| u64::from(h.ip)), 2)
+            });
+            self.hosts.remove(h, Host { ip: 0, ..host });
+        }
+    }
+
+    fn port_set(&mut self, external: u32, class: usize) -> Option<&mut PortSet> {
+        port_set(&mut self.externals, self.range, external, class)
+    }
+
+    /// Takes an external port. The range is exhausted only when not even a resting port is left.
+    fn take_port(&mut self, external: u32, class: usize, wanted: u16) -> Option<u16> {
+        let parity = self.parity && class != 2;
+        let got = port_set(&mut self.externals, self.range, external, class)?.allocate(
+            wanted,
+            self.preserve,
+            parity,
+            &mut self.random,
+        );
+        if got.is_some() {
+            return got;
+        }
+        let at = self.held.iter().position(|h| h.external == external && h.class == class)?;
+        Some(self.held.remove(at)?.port)
+    }
+
+    fn add_mapping(&mut self, m: Mapping) -> u32 {
+        let id = self.mappings.add(m);
+        self.map_out.insert(m.out_key().hash(&self.keys), id);
+        if port_class(m.proto).is_some() {
+            self.map_in.insert(m.in_key().hash(&self.keys), id);
+        }
+        id
+    }
+
+    /// Makes a mapping for the internal end of `k`, without references.
+    fn new_mapping(&mut self, k: &Key) -> Result<u32, Drop> {
+        if self.mappings.is_full() {
+            return Err(Drop::TableFull);
+        }
+        let host = self.host(k.local)?;
+        let Some(h) = self.hosts.get(host).copied() else { return Err(Drop::TableFull) };
+        let ext_ip = self.externals.get(h.external as usize).map_or(0, |e| e.ip);
+        let mut ext_port = 0;
+        if let Some(class) = port_class(k.proto) {
+            if h.ports >= self.ports_per_host {
+                self.drop_host_if_idle(host);
+                return Err(Drop::PortLimit);
+            }
+            match self.take_port(h.external, class, k.local_port) {
+                Some(p) => ext_port = p,
+                None => {
+                    self.drop_host_if_idle(host);
+                    return Err(Drop::PortsExhausted);
+                }
+            }
+        }
+        if let Some(h) = self.hosts.get_mut(host) {
+            h.ports += 1;
+        }
+        let b = self.mapping_behaviour(k.proto);
+        Ok(self.add_mapping(Mapping {
+            int_ip: k.local,
+            ext_ip,
+            rem_ip: if b == Behaviour::EndpointIndependent { 0 } else { k.remote },
+            int_port: k.local_port,
+            ext_port,
+            rem_port: if b == Behaviour::AddressAndPortDependent { k.remote_port } else { 0 },
+            proto: k.proto,
+            published: false,
+            refs: 0,
+            host,
+        }))
+    }
+
+    /// Publishes a port. `Err(())`: the external end is in use, unknown, or the table is full.
+    pub fn publish(&mut self, p: u8, ext: (u32, u16), int: (u32, u16)) -> Result<u32, ()> {
+        let class = port_class(p).filter(|c| *c < 2).ok_or(())?;
+        let external = self.externals.iter().position(|e| e.ip == ext.0).ok_or(())? as u32;
+        if self.mapping_in(ext.0, ext.1, p).is_some() || self.mappings.is_full() {
+            return Err(());
+        }
+        // A resting port may be published at once: the outside finds somebody who wants it.
+        self.held.retain(|h| !(h.external == external && h.class == class && h.port == ext.1));
+        let host = self.host(int.0).map_err(|_| ())?;
+        if let Some(set) = self.port_set(external, class) {
+            set.take(ext.1);
+        }
+        if let Some(h) = self.hosts.get_mut(host) {
+            h.ports += 1;
+        }
+        Ok(self.add_mapping(Mapping {
+            int_ip: int.0,
+            ext_ip: ext.0,
+            rem_ip: 0,
+            int_port: int.1,
+            ext_port: ext.1,
+            rem_port: 0,
+            proto: p,
+            published: true,
+            refs: 1,
+            host,
+        }))
+    }
+
+    /// Takes a published port back; its running connections live on.
+    pub fn unpublish(&mut self, p: u8, ext: (u32, u16), tick: u32) -> bool {
+        let Some(m) = self.mapping_in(ext.0, ext.1, p) else { return false };
+        match self.mappings.get_mut(m) {
+            Some(r) if r.published => r.published = false,
+            _ => return false,
+        }
+        self.release_mapping(m, tick);
+        true
+    }
+
+    fn release_mapping(&mut self, m: u32, tick: u32) {
+        let Some(r) = self.mappings.get_mut(m) else { return };
+        r.refs = r.refs.saturating_sub(1);
+        let r = *r;
+        if r.refs > 0 {
+            return;
+        }
+        let (keys, mappings) = (&self.keys, &self.mappings);
+        self.map_out
+            .remove(r.out_key().hash(keys), m, |x| mappings.get(x).map_or(0, |y| y.out_key().hash(keys)));
+        if let Some(class) = port_class(r.proto) {
+            self.map_in
+                .remove(r.in_key().hash(keys), m, |x| mappings.get(x).map_or(0, |y| y.in_key().hash(keys)));
+            let external = self.hosts.get(r.host).map_or(0, |h| h.external);
+            let external = match self.externals.get(external as usize) {
+                Some(e) if e.ip == r.ext_ip => external,
+                // A published port need not be on the address that its host is paired with.
+                _ => self.externals.iter().position(|e| e.ip == r.ext_ip).unwrap_or(0) as u32,
+            };
+            let rests = r.proto != proto::TCP && self.filtering(r.proto) == Behaviour::EndpointIndependent;
+            let in_range = class == 2 || (self.range.0..=self.range.1).contains(&r.ext_port);
+            if rests && in_range {
+                self.held.push_back(Held {
+                    until: tick + self.hold_ticks,
+                    external,
+                    class,
+                    port: r.ext_port,
+                });
+            } else if let Some(set) = self.port_set(external, class) {
+                set.release(r.ext_port);
+            }
+        }
+        let dead = Mapping { int_ip: 0, ext_ip: 0, proto: 0, published: false, ..r };
+        self.mappings.remove(m, dead);
+        if let Some(h) = self.hosts.get_mut(r.host) {
+            h.ports = h.ports.saturating_sub(1);
+        }
+        self.drop_host_if_idle(r.host);
+    }
+
+    /// Frees ports that have rested long enough, a bounded number at a time.
+    pub fn release_held(&mut self, tick: u32) {
+        for _ in 0..64 {
+            match self.held.front() {
+                Some(h) if h.until <= tick => {}
+                _ => return,
+            }
+            if let Some(Held { external, class, port, .. }) = self.held.pop_front()
+                && let Some(set) = self.port_set(external, class)
+            {
+                set.release(port);
+            }
+        }
+    }
+
+    /// Makes a session for the internal end and remote end of `k`, and a mapping where there is none yet.
+    /// `via`: the mapping that it came in through.
+    ///
+    /// # Errors
+    /// `TableFull`, `FlowLimit`, `PortLimit`, `PortsExhausted`, and `Filtered` where the remote end cannot be
+    /// told apart from that of another host (GRE, ESP, SCTP). Nothing has changed then.
+    pub fn new_session(
+        &mut self,
+        k: &Key,
+        via: Option<u32>,
+        state: ConnState,
+        expires: u32,
+        flags: u16,
+        tick: u32,
+    ) -> Result<u32, Drop> {
+        if self.sessions.is_full() {
+            return Err(Drop::TableFull);
+        }
+        let (mapping, fresh) = match via.or_else(|| self.mapping_out(k)) {
+            Some(m) => (m, false),
+            None => (self.new_mapping(k)?, true),
+        };
+        let Some(m) = self.mappings.get(mapping).copied() else { return Err(Drop::TableFull) };
+        let undo = |table: &mut Table, why| {
+            if fresh {
+                if let Some(m) = table.mappings.get_mut(mapping) {
+                    m.refs = 1;
+                }
+                table.release_mapping(mapping, tick);
+            }
+            Err(why)
+        };
+        if self.hosts.get(m.host).is_none_or(|h| h.sessions >= self.sessions_per_host) {
+            return undo(self, Drop::FlowLimit);
+        }
+        let mut s = Session {
+            int_ip: k.local,
+            ext_ip: m.ext_ip,
+            rem_ip: k.remote,
+            int_port: k.local_port,
+            ext_port: m.ext_port,
+            rem_port: k.remote_port,
+            proto: k.proto,
+            state,
+            mapping,
+            expires,
+            ..DEAD
+        };
+        s.links.spare = flags;
+        (s.delta_ip, s.delta_l4) = deltas(s.proto, (s.int_ip, s.int_port), (s.ext_ip, s.ext_port));
+        let in_key = s.in_key();
+        if port_class(k.proto).is_none() && self.find_in(&in_key).is_some() {
+            return undo(self, Drop::Filtered);
+        }
+        if !m.published
+            && self.filtering(k.proto) == Behaviour::AddressDependent
+            && port_class(k.proto).is_some()
+        {
+            s.peer = match self.find_peer(mapping, k.remote) {
+                Some(p) => p,
+                None => {
+                    let p = self.peers.add(Peer { mapping, rem_ip: k.remote, count: 0 });
+                    self.peer_index.insert(self.peer_hash(mapping, k.remote), p);
+                    p
+                }
+            };
+            if let Some(p) = self.peers.get_mut(s.peer) {
+                p.count += 1;
+            }
+        }
+        if let Some(m) = self.mappings.get_mut(mapping) {
+            m.refs += 1;
+        }
+        if let Some(h) = self.hosts.get_mut(m.host) {
+            h.sessions += 1;
+        }
+        let id = self.sessions.add(s);
+        self.out.insert(k.hash(&self.keys), id);
+        self.inn.insert(in_key.hash(&self.keys), id);
+        self.wheel.arm(&mut self.sessions, id, expires);
+        self.due = self.due.min(expires);
+        Ok(id)
+    }
+
+    /// Forgets a session, and what was there only for it.
+    pub fn remove_session(&mut self, id: u32, tick: u32) {
+        let Some(s) = self.sessions.get(id).copied() else { return };
+        if s.proto == 0 {
+            return;
+        }
+        self.wheel.disarm(&mut self.sessions, id);
+        let (keys, sessions) = (&self.keys, &self.sessions);
+        self.out
+            .remove(s.out_key().hash(keys), id, |x| sessions.get(x).map_or(0, |y| y.out_key().hash(keys)));
+        self.inn.remove(s.in_key().hash(keys), id, |x| sessions.get(x).map_or(0, |y| y.in_key().hash(keys)));
+        self.sessions.remove(id, DEAD);
+        if let Some(p) = self.peers.get_mut(s.peer) {
+            p.count -= 1;
+            let p = *p;
+            if p.count == 0 {
+                let (keys, peers) = (&self.keys, &self.peers);
+                let hash = |p: &Peer| keys.hash(u64::from(p.mapping) << 32 | u64::from(p.rem_ip), 1);
+                self.peer_index.remove(hash(&p), s.peer, |x| peers.get(x).map_or(0, hash));
+                self.peers.remove(s.peer, Peer { mapping: NONE, ..p });
+            }
+        }
+        let host = self.mappings.get(s.mapping).map_or(NONE, |m| m.host);
+        if let Some(h) = self.hosts.get_mut(host) {
+            h.sessions = h.sessions.saturating_sub(1);
+        }
+        self.release_mapping(s.mapping, tick);
+    }
+
+    /// Moves a session's deadline to an earlier tick (a later one needs no move: the wheel looks again).
+    pub fn shorten(&mut self, id: u32, expires: u32) {
+        if let Some(s) = self.sessions.get_mut(id) {
+            s.expires = expires;
+            self.wheel.disarm(&mut self.sessions, id);
+            self.wheel.arm(&mut self.sessions, id, expires);
+            self.due = self.due.min(expires);
+        }
+    }
+
+    /// Sessions tracked now.
+    pub fn len(&self) -> usize {
+        self.sessions.len
+    }
+
+    /// Mappings now, published ones included.
+    pub fn mapping_count(&self) -> usize {
+        self.mappings.len
+    }
+
+    /// External ports taken now, resting ones included.
+    pub fn ports_taken(&self) -> u64 {
+        self.externals.iter().flat_map(|e| e.ports.iter().flatten()).map(|p| u64::from(p.taken())).sum()
+    }
+
+    /// Bytes that the records and indexes take, as far as they have been touched.
+    pub fn memory(&self) -> usize {
+        fn slab<T>(s: &Slab<T>) -> usize {
+            s.items.len() * size_of::<T>()
+        }
+        slab(&self.sessions)
+            + slab(&self.mappings)
+            + slab(&self.peers)
+            + slab(&self.hosts)
+            + [&self.out, &self.inn, &self.map_out, &self.map_in, &self.peer_index, &self.host_index]
+                .iter()
+                .map(|i| i.memory())
+                .sum::<usize>()
+            + self.externals.iter().map(|e| e.ports.iter().flatten().count() * 8500).sum::<usize>()
+            + self.held.capacity() * size_of::<Held>()
+    }
+}
+
+/// What replacing `old` by `new` adds to the IP header's and to the transport's one's complement sum.
+pub(crate) fn deltas(p: u8, old: (u32, u16), new: (u32, u16)) -> (u16, u16) {
+    let half = |a: u32| u64::from(a >> 16) + u64::from(a & 0xffff);
+    let ip = half(!old.0) + half(new.0);
+    let port = u64::from(!old.1) + u64::from(new.1);
+    let l4 = match p {
+        proto::TCP | proto::UDP => ip + port,
+        proto::ICMP => port,
+        _ => 0,
+    };
+    (fold(ip), fold(l4))
+}
