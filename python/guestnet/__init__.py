@@ -1,0 +1,1 @@
+"""guestnet: the network for guests that nobody trusts."""

@@ -1,0 +1,177 @@
+"""A child process that is forked early, prepares itself, and is held until it may start its command.
+
+The fork comes before any thread of this process starts: a forked copy of a process with threads may find
+any lock taken, and unshare(CLONE_NEWUSER) refuses. The command starts only when its network is there. And
+when it cannot be executed, `go` says so at once, since the socket between the two closes on exec.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
+
+from guestnet._linux import libc
+from guestnet.errors import GuestnetError
+
+EXIT_FAILED = 125
+EXIT_NOT_EXECUTABLE = 126
+EXIT_NOT_FOUND = 127
+
+Command = Sequence[str] | Callable[[], int]
+
+# A message is a JSON object of a few hundred bytes.
+_MESSAGE_BYTES = 65536
+# Python ignores these from its start; a command wants to find them as the shell left them.
+_PYTHON_IGNORES = (signal.SIGPIPE, signal.SIGXFSZ)
+
+
+class StartError(GuestnetError):
+    """The command could not be prepared or started: says what to do.
+
+    `exit_status` is what a shell's user expects: 127 not found, 126 not executable, 125 for the rest.
+    """
+
+    def __init__(self, message: str, exit_status: int = EXIT_FAILED) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
+class Held:
+    """The parent's side of a held child."""
+
+    def __init__(self, pid: int, control: socket.socket) -> None:
+        self.pid = pid
+        self._control = control
+        self._started = False
+
+    def receive(self, fds: int = 0) -> tuple[dict[str, Any], list[int]]:
+        """The child's next message and the descriptors that came with it. Raises StartError when it
+        failed."""
+        data, received, _, _ = socket.recv_fds(self._control, _MESSAGE_BYTES, fds)
+        for fd in received:
+            os.set_inheritable(fd, False)
+        message: dict[str, Any] = json.loads(data) if data else {"error": None}
+        if "error" in message:
+            raise _failure(message)
+        return message, list(received)
+
+    def answer(self) -> None:
+        """Lets the child go on from where it waits."""
+        self._control.send(b"{}")
+
+    def go(self) -> None:
+        """Lets the command start. Returns when it runs; raises StartError when it could not be executed."""
+        try:
+            self.answer()
+            problem = self._control.recv(_MESSAGE_BYTES)
+        except OSError:
+            problem = b""
+        self._control.close()
+        if problem:
+            raise _failure(json.loads(problem))
+        self._started = True
+
+    def close(self) -> None:
+        """Ends a child that was never started, and waits for it. Does nothing to one that was."""
+        if not self._started:
+            self.kill()
+
+    def kill(self) -> None:
+        """Ends the child, started or not, and waits for it. Does nothing when it was waited for before."""
+        self._control.close()
+        self._started = True
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+
+
+def _failure(message: dict[str, Any]) -> StartError:
+    text = message.get("error") or "The child process ended before it was ready: run the command again."
+    return StartError(str(text), int(message.get("status", EXIT_FAILED)))
+
+
+def fork_held(
+    prepare: Callable[[socket.socket], None], command: Command, signal_mask: Iterable[int] = ()
+) -> Held:
+    """Forks a child that calls `prepare` with its end of the control socket, waits for `go`, and then
+    executes `command` with `signal_mask` blocked (or calls it, and exits with what it returns).
+
+    Call this before any thread exists. The child is killed when the thread that called this ends.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()  # else the child's copy of what is buffered might be written twice
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        _child(prepare, command, theirs, parent, signal_mask)
+    theirs.close()
+    return Held(pid, ours)
+
+
+def _child(
+    prepare: Callable[[socket.socket], None],
+    command: Command,
+    control: socket.socket,
+    parent: int,
+    signal_mask: Iterable[int],
+) -> NoReturn:
+    """Everything that the child does. It leaves by exec or by _exit: nothing of the parent's clean-up runs
+    here."""
+    status = EXIT_FAILED
+    try:
+        prepare(control)
+        if not control.recv(1):
+            os._exit(EXIT_FAILED)  # the parent gave up, or is gone
+        libc.set_parent_death_signal(signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(EXIT_FAILED)
+        if callable(command):
+            control.close()
+            status = command()
+        else:
+            execute(command, signal_mask)
+    except StartError as error:
+        status = error.exit_status
+        _report(control, str(error), status)
+    except BaseException as error:
+        _report(control, f"Cannot start the command: {error}.", status)
+    finally:
+        os._exit(status)
+
+
+def _report(control: socket.socket, text: str, status: int) -> None:
+    with contextlib.suppress(OSError):
+        control.send(json.dumps({"error": text, "status": status}).encode())
+
+
+def execute(command: Sequence[str], signal_mask: Iterable[int] = ()) -> NoReturn:
+    """Replaces this process by `command`, as a shell would start it. Raises StartError if it cannot."""
+    name = command[0]
+    for number in _PYTHON_IGNORES:
+        signal.signal(number, signal.SIG_DFL)
+    # The mask is restored last: a signal that came meanwhile ends the child here, as it would the command.
+    signal.pthread_sigmask(signal.SIG_SETMASK, signal_mask)
+    try:
+        os.execvp(name, list(command))
+    except (OSError, ValueError) as error:
+        code = getattr(error, "errno", None)
+        if code in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, None) and not os.path.isfile(name):
+            raise StartError(
+                f"There is no command {name!r}: install it, or give its path.", EXIT_NOT_FOUND
+            ) from None
+        reason = getattr(error, "strerror", None) or str(error)
+        raise StartError(
+            f"Cannot execute {name!r} ({reason}): "
+            f"give a program, or a script with the x bit whose #! names an interpreter that is there.",
+            EXIT_NOT_EXECUTABLE,
+        ) from error

@@ -1,0 +1,68 @@
+"""`guestnet run`: a command in new user, network and mount namespaces whose only way out is guestnet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ipaddress import IPv4Interface
+from typing import TYPE_CHECKING
+
+from guestnet.cli import arguments, supervise
+from guestnet.cli.session import ENDPOINT, network_of_one
+from guestnet.cli.terminal import complain, say
+
+if TYPE_CHECKING:
+    from guestnet.network import NatNetwork
+
+ZONE = "guestnet.internal"
+
+_ABOUT = """\
+Runs CMD in a namespace of its own, as an ordinary user or as root. The namespace has an address, a route
+and names; what leaves it goes through guestnet, and nothing reaches it but published ports. Exits with
+CMD's status."""
+_EXAMPLE = """\
+  guestnet run -- curl https://example.org
+  guestnet run -p 8080:80 -- python3 -m http.server 80"""
+
+
+def parser() -> arguments.Parser:
+    """The options of `guestnet run`."""
+    made = arguments.Parser("run", "[OPTIONS] -- CMD [ARGS...]", _ABOUT, _EXAMPLE)
+    arguments.add_network_options(made)
+    made.add_argument("--hostname", type=arguments.checked(arguments.hostname), help="the guest's host name")
+    return made
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line after `guestnet run`; returns the exit status."""
+    options, command = arguments.parse_with_command(parser(), argv, "CMD")
+    where = arguments.plan(options.subnet)
+    mac = arguments.random_mac()
+    mask = supervise.block_signals()
+    supervise.become_subreaper()
+
+    from guestnet._linux.links import Interface
+    from guestnet.namespace import Guest, launch
+
+    interface = Interface(
+        mac=mac,
+        address=IPv4Interface((where.guest, options.subnet.prefixlen)),
+        gateway=where.gateway,
+        mtu=options.mtu,
+    )
+    guest = Guest(interface, nameserver=str(where.gateway), search=(ZONE,), hostname=options.hostname)
+    # The child sets its namespace up while this process imports and starts the network.
+    namespace = launch(guest, command, mask)
+
+    def attach(network: NatNetwork) -> None:
+        network.attach(ENDPOINT, "tap", fd=namespace.take_tap())
+        for note in namespace.notes:
+            complain(note)
+
+    try:
+        with network_of_one(options, mac, attach):
+            if options.verbose:
+                say(f"guestnet: the guest is {where.guest}, its gateway {where.gateway}")
+            namespace.go()
+            return supervise.wait(namespace.pid)
+    finally:
+        namespace.close()

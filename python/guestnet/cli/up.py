@@ -1,0 +1,233 @@
+"""`guestnet up`: a network in the foreground, with sockets that guests attach to."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from typing import TYPE_CHECKING, Any
+
+from guestnet.cli import EXIT_OK, UsageError, arguments
+from guestnet.cli.sockets import check_path, remove_stale
+from guestnet.cli.terminal import say
+
+if TYPE_CHECKING:
+    from guestnet.config import NatConfig
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_ABOUT = """\
+Runs a network until SIGINT or SIGTERM. Each guest that attaches to one of its sockets is an endpoint of its
+own: vm1, vm2, ... or as its lease names it. Guests reach each other by name."""
+_EXAMPLE = """\
+  guestnet up --stream /tmp/net.sock -p 2222:vm1:22
+  qemu-system-x86_64 ... -netdev stream,id=n,server=off,addr.type=unix,addr.path=/tmp/net.sock \\
+      -device virtio-net-pci,netdev=n"""
+
+
+@dataclass(frozen=True)
+class StaticLease:
+    """An address, and perhaps a name, that a MAC always gets."""
+
+    mac: bytes
+    address: IPv4Address
+    name: str | None
+
+
+def lease(text: str) -> StaticLease:
+    """`mac=ip[,name]`."""
+    mac, equals, rest = text.partition("=")
+    address, _, name = rest.partition(",")
+    if not equals:
+        raise UsageError(
+            f"--lease {text!r} is not MAC=ADDRESS[,NAME]: write 02:00:5e:10:00:01=192.168.64.10,web."
+        )
+    try:
+        parsed = IPv4Address(address)
+    except ValueError:
+        raise UsageError(f"--lease {text!r}: {address!r} is not an IPv4 address.") from None
+    return StaticLease(arguments.mac(mac), parsed, arguments.hostname(name) if name else None)
+
+
+def parser() -> arguments.Parser:
+    """The options of `guestnet up`."""
+    made = arguments.Parser("up", "[OPTIONS]", _ABOUT, _EXAMPLE)
+    path = arguments.checked(check_path)
+    add = made.add_argument
+    add(
+        "--stream",
+        action="append",
+        default=[],
+        type=path,
+        metavar="PATH",
+        help="socket for QEMU's `-netdev stream`",
+    )
+    add(
+        "--dgram",
+        action="append",
+        default=[],
+        type=path,
+        metavar="PATH",
+        help="datagram socket, one frame each",
+    )
+    add(
+        "--unixgram", action="append", default=[], type=path, metavar="PATH", help="datagram socket for vfkit"
+    )
+    arguments.add_network_options(made)
+    add(
+        "--lease",
+        action="append",
+        default=[],
+        type=arguments.checked(lease),
+        metavar="MAC=ADDRESS[,NAME]",
+        help="the address, and the name, of the guest with this MAC (repeatable)",
+    )
+    add("--json", action="store_true", help="say what happens as JSON lines on stdout")
+    add("--ready-fd", type=int, metavar="FD", help="write a line to this descriptor when guests can attach")
+    add("--pid-file", metavar="FILE", help="write the process id to FILE when guests can attach")
+    return made
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line after `guestnet up`; returns the exit status."""
+    options = parser().parse_args(argv)
+    listeners = [(kind, path) for kind in ("stream", "dgram", "unixgram") for path in getattr(options, kind)]
+    _check(options, listeners)
+    # Blocked before any thread starts, and taken by this one alone.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    teller = Teller(options)
+
+    from guestnet.network import NatNetwork
+
+    network = NatNetwork(_config(options))
+    with ExitStack() as stack:
+        network.on_event(teller.event)
+        stack.enter_context(network)
+        for kind, path in listeners:
+            if remove_stale(path):
+                teller.tell("stale_socket_removed", f"replaced {path}, which a dead process left", path=path)
+            network.listen(kind, path)
+            stack.callback(_unlink, path)
+            teller.tell("listening", f"guests can attach to {path} ({kind})", kind=kind, path=path)
+        for publication in options.publish:
+            forward = network.publish(publication)
+            teller.tell("published", f"published {forward}", forward=str(forward))
+        if options.pid_file is not None:
+            stack.enter_context(_pid_file(options.pid_file))
+        _announce(options.ready_fd)
+        teller.tell(
+            "ready",
+            f"the network {options.subnet} is up, gateway {network.gateway}",
+            subnet=str(options.subnet),
+        )
+        number = signal.sigwait(_STOPPING)
+        teller.tell("stopping", f"stopping on {signal.Signals(number).name}")
+        if options.stats:
+            from guestnet.cli.report import stats_lines
+
+            for line in stats_lines(network.stats()):
+                say(line)
+    return EXIT_OK
+
+
+def _check(options: argparse.Namespace, listeners: list[tuple[str, str]]) -> None:
+    if not listeners:
+        raise UsageError("Say where guests attach: --stream PATH, --dgram PATH or --unixgram PATH.")
+    paths = [os.path.abspath(path) for _, path in listeners]
+    if len(set(paths)) != len(paths):
+        raise UsageError("A socket path is given twice: give each listener its own.")
+    where = arguments.plan(options.subnet)
+    seen: set[object] = set()
+    for entry in options.lease:
+        if entry.address not in where.subnet or entry.address in (where.gateway, *_ends(where)):
+            raise UsageError(
+                f"--lease address {entry.address} is not one for a guest of {where.subnet}: choose another."
+            )
+        for value in (entry.mac, entry.address, entry.name):
+            if value is not None and value in seen:
+                text = arguments.format_mac(value) if isinstance(value, bytes) else value
+                raise UsageError(f"--lease names {text} twice: give each guest its own.")
+            seen.add(value)
+    if options.ready_fd is not None:
+        try:
+            os.fstat(options.ready_fd)
+        except (OSError, OverflowError):
+            raise UsageError(
+                f"--ready-fd {options.ready_fd} is not open: redirect it, as in 3>ready."
+            ) from None
+
+
+def _ends(where: arguments.Plan) -> tuple[IPv4Address, IPv4Address]:
+    return where.subnet.network_address, where.subnet.broadcast_address
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+@contextmanager
+def _pid_file(path: str) -> Iterator[None]:
+    """A file with our process id, complete from the moment that it has its name."""
+    from guestnet.errors import GuestnetError
+
+    temporary = f"{path}.{os.getpid()}"
+    try:
+        with open(temporary, "w", encoding="ascii") as file:
+            file.write(f"{os.getpid()}\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise GuestnetError(
+            f"Cannot write the pid file {path!r} ({error.strerror}): choose another path."
+        ) from error
+    try:
+        yield
+    finally:
+        _unlink(path)
+
+
+def _announce(fd: int | None) -> None:
+    if fd is None:
+        return
+    with contextlib.suppress(OSError):  # nobody waits for it any more
+        os.write(fd, b"1\n")
+        if fd > 2:
+            os.close(fd)
+
+
+class Teller:
+    """Says what happens: a line for people on stderr, or a JSON line for programs on stdout."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._json = options.json
+        self._quiet = options.quiet
+        self._verbose = options.verbose
+        self._lock = threading.Lock()
+
+    def tell(self, event: str, text: str, **details: Any) -> None:
+        """One event. `text` is for people, `details` for programs."""
+        with self._lock:
+            if self._json:
+                with contextlib.suppress(OSError, ValueError):  # the reader has gone; guests have not
+                    sys.stdout.write(json.dumps({"event": event, **details}) + "\n")
+                    sys.stdout.flush()
+            elif not self._quiet:
+                say(f"guestnet: {text}")
+
+    def event(self, event: Any) -> None:
+        """An event of the network, called in its control thread."""
+        raise NotImplementedError
+
+
+def _config(options: argparse.Namespace) -> NatConfig:
+    from guestnet.config import NatConfig
+
+    return NatConfig(**arguments.network_settings(options))
