@@ -49,6 +49,11 @@ impl Buffer {
         self.queue.capacity() - self.queue.len()
     }
 
+    /// Bytes in order that can be taken before the bound or the budget (`free` of it left) ends it.
+    pub fn limit_left(&self, free: usize) -> usize {
+        QUEUE_MAX.saturating_sub(self.queue.len()).min(free.saturating_add(self.spare()))
+    }
+
     pub fn is_empty(&self) -> bool {
         self.queue.is_empty() && self.pieces.is_empty() && self.fin.is_none()
     }

@@ -252,15 +252,23 @@ impl Tcb {
         !self.guest_fin && self.new_edge(budget.free(), path).is_some()
     }
 
-    /// The window field of the next segment, and the promise that it makes. Rounded up to the scale (there
-    /// is always room for that), so that the edge does not move back by a remainder.
+    /// The window field of the next segment, and the promise that it makes. Rounded up to the scale, so that
+    /// the edge does not move back by a remainder, as long as the buffer has a little more than it promises;
+    /// else down, and what was promised before is still taken.
     fn offer<E: Effects>(&mut self, cx: &Ctx<'_, E>, syn: bool) -> u16 {
-        if let Some(edge) = self.new_edge(cx.budget.free(), cx.path) {
+        let free = cx.budget.free();
+        if let Some(edge) = self.new_edge(free, cx.path) {
             self.rcv_adv = if syn { self.rcv_adv.max(edge.min_of(self.rcv_nxt.plus(65535))) } else { edge };
         }
         let window = self.rcv_adv.since(self.rcv_nxt);
         let shift = if syn { 0 } else { self.rcv_shift };
-        let field = u16::try_from(window.div_ceil(1 << shift)).unwrap_or(u16::MAX);
+        let hard = match &self.buffer {
+            Some(b) if b.waiting() > 0 => b.limit_left(free),
+            _ => usize::MAX,
+        };
+        let up = window.div_ceil(1 << shift);
+        let field = if (up as usize) << shift <= hard { up } else { window >> shift };
+        let field = u16::try_from(field).unwrap_or(u16::MAX);
         self.rcv_adv = self.rcv_adv.max(self.rcv_nxt.plus(u32::from(field) << shift));
         field
     }

@@ -1,0 +1,247 @@
+//! Guest to host: short sends, the window, order, budget.
+
+use crate::tcp_support::Sim;
+use guestnet_core::effects::{Close, SockError};
+use guestnet_core::stats::Drop;
+use guestnet_core::tcp::FLOW_BUFFER;
+
+#[test]
+fn payload_goes_straight_to_the_socket_and_a_batch_gets_one_ack() {
+    let mut s = Sim::open();
+    for i in 0..10 {
+        s.seg(&format!(". {}:{} ack 1", 1 + i * 1000, 1001 + i * 1000));
+        s.silent();
+    }
+    s.end();
+    s.recv(". 1 ack 10001");
+    s.silent();
+    s.host_has(10_000);
+    assert_eq!(s.budget.used, 0);
+    assert_eq!(s.tcb.totals(), (10_000, 0));
+}
+
+#[test]
+fn what_a_short_send_leaves_is_acknowledged_kept_and_sent_later() {
+    let mut s = Sim::open();
+    s.host().send_room = Some(300);
+    s.send("P. 1:1001 ack 1");
+    s.recv(". 1 ack 1001");
+    s.host_has(300);
+    assert!(s.budget.used >= 700);
+    s.send("P. 1001:2001 ack 1");
+    s.recv(". 1 ack 2001");
+    s.host_has(300);
+    s.host().send_room = Some(500);
+    s.ready(false, true);
+    s.host_has(800);
+    s.host().send_room = None;
+    s.ready(false, true);
+    s.host_has(2000);
+    assert_eq!(s.budget.used, 0);
+    s.send("P. 2001:2101 ack 1");
+    s.host_has(2100);
+}
+
+#[test]
+fn the_window_is_what_the_buffer_can_take() {
+    let mut s = Sim::open();
+    s.host().send_room = Some(0);
+    let mut at = 1;
+    // The guest fills whatever it is offered.
+    loop {
+        s.send(&format!(". {}:{} ack 1", at, at + 50_000));
+        at += 50_000;
+        for seen in s.take() {
+            assert_eq!(seen.tcp.ack, crate::tcp_support::GUEST_ISN.wrapping_add(at));
+        }
+        if s.window_beyond(at) < 50_000 {
+            break;
+        }
+    }
+    let rest = s.window_beyond(at);
+    if rest > 0 {
+        s.send(&format!(". {}:{} ack 1", at, at + rest));
+        at += rest;
+        s.recv(&format!(". 1 ack {at} win 0"));
+    }
+    assert!((FLOW_BUFFER..=FLOW_BUFFER + 4096).contains(&(at - 1)), "{at}");
+    // A window probe of one byte is answered, not taken.
+    s.send(&format!(". {}:{} ack 1", at, at + 1));
+    s.recv(&format!(". 1 ack {at} win 0"));
+    // The window reopens only by a step that is worth it.
+    s.host().send_room = Some(1000);
+    s.ready(false, true);
+    s.silent();
+    s.host().send_room = Some(5000);
+    s.ready(false, true);
+    s.recv(&format!(". 1 ack {at}"));
+    assert!(s.window_beyond(at) >= 5000, "{}", s.window_beyond(at));
+    s.host().send_room = None;
+    s.ready(false, true);
+    s.recv(&format!(". 1 ack {at}"));
+    assert!(s.window_beyond(at) >= FLOW_BUFFER);
+    s.host_has(at as usize - 1);
+    assert_eq!(s.budget.used, 0);
+}
+
+#[test]
+fn a_trickle_into_a_full_buffer_closes_the_window_and_loses_nothing() {
+    let mut s = Sim::open();
+    s.host().send_room = Some(0);
+    let mut at = 1;
+    loop {
+        let n = if at == 1 { 60_000 } else { s.window_beyond(at).saturating_sub(at).min(60_000) };
+        let n = if n > 1000 && s.window_beyond(at) > 61_000 { n.max(1000) } else { 1 };
+        s.send(&format!(". {}:{} ack 1", at, at + n));
+        at += n;
+        let seen = s.take().pop().expect("an ACK");
+        assert_eq!(seen.tcp.ack, crate::tcp_support::GUEST_ISN.wrapping_add(at), "lost at {at}");
+        if seen.tcp.window == 0 {
+            break;
+        }
+        assert!(at < FLOW_BUFFER + 8192, "the window never closes");
+    }
+    assert_eq!(s.dropped(Drop::BufferLimit), 0);
+    s.host().send_room = None;
+    s.ready(false, true);
+    s.host_has(at as usize - 1);
+}
+
+#[test]
+fn no_window_scale_means_64k() {
+    let mut s = Sim::open_with("S 0 mss 1460", 65535);
+    s.send("P. 1:2001 ack 1");
+    let seen = s.recv(". 1 ack 2001");
+    assert!(seen.tcp.window >= 65535 - 2920);
+}
+
+#[test]
+fn out_of_order_waits_and_is_told_at_once() {
+    let mut s = Sim::open();
+    s.seg("P. 1001:2001 ack 1");
+    s.recv(". 1 ack 1");
+    s.seg("P. 3001:4001 ack 1");
+    s.recv(". 1 ack 1");
+    s.seg("P. 2001:3001 ack 1");
+    s.recv(". 1 ack 1");
+    s.host_has(0);
+    s.seg("P. 1:1001 ack 1");
+    s.end();
+    s.recv(". 1 ack 4001");
+    s.silent();
+    s.host_has(4000);
+    assert_eq!(s.budget.used, 0);
+}
+
+#[test]
+fn overlaps_and_repeats_deliver_each_byte_once() {
+    let mut s = Sim::open();
+    s.send("P. 501:1501 ack 1");
+    s.send("P. 1001:2001 ack 1");
+    s.send("P. 1:801 ack 1");
+    s.send("P. 1:801 ack 1");
+    s.send("P. 1501:2501 ack 1");
+    s.take();
+    s.host_has(2500);
+    assert_eq!(s.budget.used, 0);
+}
+
+#[test]
+fn a_fin_ahead_of_order_waits_too() {
+    let mut s = Sim::open();
+    s.send("F. 101:201 ack 1");
+    s.recv(". 1 ack 1");
+    assert!(!s.host().shut);
+    s.send("P. 1:101 ack 1");
+    s.recv(". 1 ack 202");
+    s.host_has(200);
+    assert!(s.host().shut);
+}
+
+#[test]
+fn urgent_is_plain_data() {
+    let mut s = Sim::open();
+    s.send("PU. 1:11 ack 1");
+    s.recv(". 1 ack 11");
+    s.host_has(10);
+}
+
+#[test]
+fn beyond_the_window_is_not_taken() {
+    let mut s = Sim::open_with("S 0 mss 1460", 65535);
+    s.send(". 1:70001 ack 1");
+    let got = s.host().sent.len();
+    assert_eq!(got, 65535);
+    s.recv(". 1 ack 65536");
+    s.send(". 900000:900100 ack 1");
+    s.recv(". 1 ack 65536");
+    s.host_has(got);
+}
+
+#[test]
+fn a_dead_socket_resets_the_guest() {
+    let mut s = Sim::open();
+    s.host().send_error = Some(SockError::Reset);
+    s.send("P. 1:11 ack 1");
+    s.recv("R. 1");
+    s.closed(Close::Reset);
+    // Also when the error shows while the buffer drains.
+    let mut s = Sim::open();
+    s.host().send_room = Some(0);
+    s.send("P. 1:11 ack 1");
+    s.recv(". 1 ack 11");
+    s.host().send_error = Some(SockError::Reset);
+    s.ready(true, true);
+    s.recv("R. 1 ack 11");
+    s.closed(Close::Reset);
+}
+
+#[test]
+fn a_spent_budget_takes_no_more_and_recovers() {
+    let mut s = Sim::open();
+    s.budget.limit = 3000;
+    s.host().send_room = Some(0);
+    s.send("P. 1:5001 ack 1");
+    assert!(s.budget.used <= 3000);
+    assert_eq!(s.dropped(Drop::BufferLimit), 1);
+    s.recv(". 1 ack 3001");
+    s.send("P. 6001:7001 ack 1");
+    s.recv(". 1 ack 3001");
+    assert!(s.budget.used <= 3000);
+    s.host().send_room = None;
+    s.ready(false, true);
+    s.take();
+    s.send("P. 3001:8001 ack 1");
+    s.recv(". 1 ack 8001");
+    s.host_has(8000);
+    assert_eq!(s.budget.used, 0);
+}
+
+#[test]
+fn a_full_port_keeps_the_ack_for_later() {
+    let mut s = Sim::open();
+    s.mock.port(s.path.port).room = 10;
+    s.send("P. 1:101 ack 1");
+    s.silent();
+    s.host_has(100);
+    assert!(s.tcb.waits_for_port());
+    s.mock.port(s.path.port).room = usize::MAX;
+    s.port_writable();
+    s.recv(". 1 ack 101");
+    s.silent();
+}
+
+#[test]
+fn many_tiny_pieces_ahead_of_order_are_bounded() {
+    let mut s = Sim::open();
+    for i in 0..5000u32 {
+        let at = 3 + i * 2;
+        s.seg(&format!(". {}:{} ack 1", at, at + 1));
+    }
+    s.end();
+    s.take();
+    assert!(s.budget.used < 256 * 100, "{}", s.budget.used);
+    assert!(s.dropped(Drop::BufferLimit) > 4000);
+    s.abort();
+    assert_eq!(s.budget.used, 0);
+}
