@@ -1,4 +1,4 @@
-"""What can go wrong, as types that a program can tell apart. Each message is a sentence that says what to do."""
+"""What can go wrong, as types that a program can tell apart. Each message says what to do."""
 
 from __future__ import annotations
 

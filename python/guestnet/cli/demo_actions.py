@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -10,19 +11,14 @@ import time
 import urllib.request
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
 from guestnet._linux import links
+from guestnet.testing import messages
 
 _BLOCK = bytes(256 * 1024)
-_MAGIC = b"\x63\x82\x53\x63"
-_DISCOVER, _OFFER, _REQUEST, _ACK = 1, 2, 3, 5
 _SO_BINDTODEVICE = 25
-
-
-# --- DHCP: RFC 2131, as much as a client of one lease needs
-# -------------------------------------------------------
 
 
 def lease(interface: str, mac: str, mtu: int) -> dict[str, str]:
@@ -37,54 +33,28 @@ def lease(interface: str, mac: str, mtu: int) -> dict[str, str]:
         sock.settimeout(1.0)
         sock.bind(("0.0.0.0", 68))
         transaction = os.urandom(4)
-        address, offer = _exchange(sock, transaction, hardware, _DISCOVER, _OFFER, {})
-        chosen = {50: address.packed, 54: offer[54]}
-        address, options = _exchange(sock, transaction, hardware, _REQUEST, _ACK, chosen)
-    prefix = IPv4Network(f"0.0.0.0/{IPv4Address(options[1])}").prefixlen
-    router = IPv4Address(options[3][:4])
-    links.set_address(interface, IPv4Interface((address, prefix)))
+
+        def exchange(kind: int, wanted: int, options: dict[int, bytes]) -> messages.DhcpAnswer:
+            packet = messages.dhcp_message(transaction, hardware, kind, options)
+            for _ in range(5):
+                sock.sendto(packet, ("255.255.255.255", 67))
+                with contextlib.suppress(TimeoutError):
+                    answer = messages.dhcp_answer(sock.recv(2048), transaction)
+                    if answer is not None and answer.kind == wanted:
+                        return answer
+            raise TimeoutError("no answer from the DHCP server")
+
+        offer = exchange(messages.DISCOVER, messages.OFFER, {})
+        got = exchange(messages.REQUEST, messages.ACK, offer.request())
+    links.set_address(interface, got.interface)
     links.set_mtu(interface, mtu)
-    links.add_route(IPv4Network("0.0.0.0/0"), router)
+    links.add_route(IPv4Network("0.0.0.0/0"), got.router)
     return {
-        "address": f"{address}/{prefix}",
-        "router": str(router),
-        "dns": str(IPv4Address(options[6][:4])) if 6 in options else "",
-        "seconds": str(struct.unpack("!I", options[51])[0]) if 51 in options else "",
+        "address": str(got.interface),
+        "router": str(got.router),
+        "dns": str(got.name_server or "none"),
+        "seconds": str(got.lease_seconds),
     }
-
-
-def _exchange(
-    sock: socket.socket, transaction: bytes, mac: bytes, kind: int, wanted: int, extra: dict[int, bytes]
-) -> tuple[IPv4Address, dict[int, bytes]]:
-    head = struct.pack("!BBBB4sHH16s", 1, 1, 6, 0, transaction, 0, 0x8000, b"") + mac + bytes(10 + 192)
-    options = {53: bytes([kind]), **extra, 55: bytes([1, 3, 6, 15, 26, 51, 119, 121])}
-    body = b"".join(struct.pack("BB", code, len(value)) + value for code, value in options.items())
-    packet = head + _MAGIC + body + b"\xff"
-    for _ in range(5):
-        sock.sendto(packet, ("255.255.255.255", 67))
-        try:
-            answer = sock.recv(2048)
-        except TimeoutError:
-            continue
-        if len(answer) < 240 or answer[4:8] != transaction or answer[236:240] != _MAGIC:
-            continue
-        got = _options(answer[240:])
-        if got.get(53) == bytes([wanted]):
-            return IPv4Address(answer[16:20]), got
-    raise TimeoutError("no answer from the DHCP server")
-
-
-def _options(data: bytes) -> dict[int, bytes]:
-    found: dict[int, bytes] = {}
-    at = 0
-    while at < len(data) and data[at] != 255:
-        if data[at] == 0:
-            at += 1
-            continue
-        length = data[at + 1] if at + 1 < len(data) else 0
-        found[data[at]] = data[at + 2 : at + 2 + length]
-        at += 2 + length
-    return found
 
 
 # --- names, pages, transfers
@@ -190,7 +160,7 @@ def serve_dns(name: str, address: str) -> None:
     """A name server that knows one name; the others do not exist."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.bind(("0.0.0.0", 53))
-    wanted = b"".join(bytes([len(label)]) + label.encode() for label in name.split(".")) + b"\0"
+    wanted = messages.dns_name(name)
 
     def answer(query: bytes) -> bytes:
         end = query.index(0, 12) + 5
