@@ -2,14 +2,39 @@
 //! socket events and the time; what is to happen comes out as calls on [`effects::Effects`], whose answers
 //! (a short send, a refused connect) the core needs at once. It opens nothing, sleeps never, reads no clock.
 //!
-//! The way of a frame through these files: [`switch`] (which port?) -> [`gateway`] (ARP, echo, services) or
-//! another port, or outside: [`policy`] -> [`flow`] (hit or new) -> [`tcp`], [`udp`], [`icmp`] relays.
-//! [`core`] holds them together; [`nat`] is the packet translator of the `tun` uplink.
+//! The way of a frame through these files: `core` (the API) -> `switch` (which port?) -> `arp`,
+//! `gateway` (echo, ICMP errors, `service`s, `reassembly`) or another port, or outside: `policy` ->
+//! `table` of `flow`s (hit, or new by `lifecycle`) -> `udp`, `icmp`, `relay` with `tcp`.
+//! From outside: `forward` and `neighbour`. `wheel` keeps time, `emit` makes frames; `nat` is the
+//! packet translator of the `tun` uplink.
 #![forbid(unsafe_code)]
 
+mod arp;
 pub mod config;
+pub mod core;
 pub mod effects;
+mod emit;
+mod flow;
+mod forward;
+mod gateway;
+mod icmp;
+mod lifecycle;
+mod limiter;
 pub mod nat;
+mod neighbour;
+mod policy;
+mod port;
+mod reassembly;
+mod relay;
+mod service;
+mod siphash;
 pub mod stats;
+mod switch;
+mod table;
 pub mod tcp;
 pub mod types;
+mod udp;
+mod wheel;
+
+pub use config::{CoreConfig, Filtering, Limits, Timeouts};
+pub use core::Core;

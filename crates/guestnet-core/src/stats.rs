@@ -119,4 +119,20 @@ impl Counters {
             *c += 1;
         }
     }
+
+    /// Adds another's to these.
+    pub fn add(&mut self, other: &Counters) {
+        let Counters { rx_frames, rx_bytes, tx_frames, tx_bytes, .. } = other;
+        self.rx_frames += rx_frames;
+        self.rx_bytes += rx_bytes;
+        self.tx_frames += tx_frames;
+        self.tx_bytes += tx_bytes;
+        self.flows_opened += other.flows_opened;
+        self.flows_closed += other.flows_closed;
+        self.retransmits += other.retransmits;
+        self.icmp_errors += other.icmp_errors;
+        for (mine, theirs) in self.drops.iter_mut().zip(&other.drops) {
+            *mine += theirs;
+        }
+    }
 }

@@ -1,0 +1,401 @@
+//! Theory of operation: [`Core`] holds a Network together and is all that a worker calls. Each call does its
+//! work to the end and says what is to happen through [`Effects`]; nothing is left for later but what a
+//! timer or [`Core::batch_end`] is asked for. The work itself is in the modules that the crate's head names,
+//! each an `impl Core` over the fields below.
+
+use crate::config::{AddressInUse, CoreConfig, DatagramError, FlowInfo, ForwardSpec, PortInfo};
+use crate::effects::{Effects, SockError};
+use crate::flow::List;
+use crate::limiter::Limiter;
+use crate::neighbour::{Binding, Neighbours};
+use crate::policy::Policy;
+use crate::port::{Port, Ports};
+use crate::reassembly::Reassembly;
+use crate::service::Services;
+use crate::siphash::SipKey;
+use crate::stats::Counters;
+use crate::switch::Macs;
+use crate::table::FlowTable;
+use crate::types::{FlowId, ForwardId, FrameMeta, PortConfig, PortId, ServiceId, SockId, Time};
+use crate::wheel::Wheel;
+use guestnet_wire::ether::Mac;
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+
+/// Room for one frame of the largest size: Ethernet header and 65535 bytes of IP.
+pub(crate) const FRAME_MAX: usize = 14 + 65535;
+
+/// The logic of one Network. See the module head.
+pub struct Core {
+    pub(crate) cfg: CoreConfig,
+    pub(crate) policy: Policy,
+    pub(crate) ports: Ports,
+    pub(crate) macs: Macs,
+    pub(crate) neighbours: Neighbours,
+    pub(crate) reassembly: Reassembly,
+    pub(crate) services: Services,
+    pub(crate) forwards: BTreeMap<u32, ForwardSpec>,
+    /// UDP clients of Forwards, by Forward and the client's true address.
+    pub(crate) clients: BTreeMap<(u32, SocketAddr), u32>,
+    pub(crate) flows: FlowTable,
+    pub(crate) wheel: Wheel,
+    /// TCP flows that asked for [`Core::batch_end`].
+    pub(crate) batch: List,
+    /// Keys the ISNs of RFC 6528.
+    pub(crate) isn_key: SipKey,
+    /// Identification of the IPv4 packets that are made here.
+    pub(crate) ip_id: u16,
+    /// The frame that is being made.
+    pub(crate) scratch: Vec<u8>,
+    /// A fragment of it.
+    pub(crate) piece: Vec<u8>,
+    /// Timers that fired, while they are worked off.
+    due: Vec<u32>,
+    /// ARP requests of the gateway.
+    pub(crate) arp: Limiter,
+    /// What belongs to no port, and what ports that are gone had counted.
+    pub(crate) base: Counters,
+    pub(crate) now: Time,
+}
+
+impl Core {
+    /// A Network without ports.
+    #[must_use]
+    pub fn new(config: CoreConfig, now: Time) -> Core {
+        let key = SipKey::from_secret(&config.secret, 0);
+        let limits = &config.limits;
+        Core {
+            policy: Policy::new(&config),
+            ports: Ports::default(),
+            macs: Macs::new(key),
+            neighbours: Neighbours::new(key, limits.neighbour_waiting),
+            reassembly: Reassembly::new(
+                limits.reassembly_bytes,
+                limits.reassemblies_per_port,
+                config.timeouts.reassembly,
+            ),
+            services: Services::default(),
+            forwards: BTreeMap::new(),
+            clients: BTreeMap::new(),
+            flows: FlowTable::new(limits.flows, key),
+            wheel: Wheel::new(now.as_ms()),
+            batch: List::default(),
+            isn_key: SipKey::from_secret(&config.secret, 16),
+            ip_id: (key.hash(&[now.0]) & 0xffff) as u16,
+            scratch: vec![0; FRAME_MAX],
+            piece: Vec::with_capacity(2048),
+            due: Vec::new(),
+            arp: Limiter::new(1000, now),
+            base: Counters::default(),
+            now,
+            cfg: config,
+        }
+    }
+
+    /// Adds a port; one that exists already stays as it is. Addresses that are in use by others are left out.
+    pub fn add_port(&mut self, port: PortId, config: PortConfig) {
+        let addresses = config.addresses.clone();
+        let mac = config.mac.filter(|m| m.is_unicast() && *m != self.cfg.gateway_mac);
+        let mut new = Port::new(port, config, &self.cfg.limits, self.now);
+        new.mac = None;
+        let Some(slot) = self.ports.insert(new) else { return };
+        if let Some(mac) = mac {
+            self.claim_mac(slot, mac);
+        }
+        for ip in addresses {
+            // The caller decides who has which address; one that it gave twice stays with the first.
+            let _taken = self.bind_address(port, ip, mac);
+        }
+    }
+
+    /// Removes a port: closes all its flows and frees its addresses.
+    pub fn remove_port<E: Effects>(&mut self, now: Time, port: PortId, fx: &mut E) {
+        self.now = now;
+        let Some(slot) = self.ports.slot(port) else { return };
+        let of_port = |(id, f): (FlowId, &crate::flow::Flow)| {
+            (f.key.slot == slot && !f.is_mapping()).then_some(id.index)
+        };
+        let gone: Vec<u32> = self.flows.iter().filter_map(of_port).collect();
+        for index in gone {
+            self.close_flow(index, fx);
+        }
+        while self.neighbours.give_up_port(slot).is_some() {}
+        self.neighbours.remove_port(slot);
+        self.macs.remove_port(slot);
+        self.reassembly.remove_port(slot);
+        if let Some(p) = self.ports.remove(slot) {
+            self.base.add(&p.counters);
+        }
+    }
+
+    /// Gives an address to a port. A port that only learned it loses it.
+    ///
+    /// # Errors
+    /// [`AddressInUse`] when it is assigned to another port, belongs to the gateway or a service, or the port
+    /// does not exist.
+    pub fn bind_address(&mut self, port: PortId, ip: IpAddr, mac: Option<Mac>) -> Result<(), AddressInUse> {
+        let slot = self.ports.slot(port).ok_or(AddressInUse(ip))?;
+        if self.is_own(ip) {
+            return Err(AddressInUse(ip));
+        }
+        let old = self.neighbours.get(ip).copied();
+        if let Some(b) = old {
+            if b.assigned && b.slot != slot {
+                return Err(AddressInUse(ip));
+            }
+            self.forget_learned(b.slot, ip);
+        }
+        let known = old.filter(|b| b.slot == slot).and_then(|b| b.mac);
+        let own = self.ports.get(slot).and_then(|p| p.mac);
+        let mac = mac.or(known).or(own);
+        self.neighbours.set(Binding { ip, slot, mac, assigned: true, seen: self.now });
+        Ok(())
+    }
+
+    /// Takes an address back. Flows of it live on until they end by themselves.
+    pub fn unbind_address<E: Effects>(&mut self, now: Time, ip: IpAddr, fx: &mut E) {
+        self.now = now;
+        if let Some(b) = self.neighbours.remove(ip) {
+            self.forget_learned(b.slot, ip);
+        }
+        if let Some(w) = self.neighbours.resolved(ip) {
+            self.give_up(w, fx);
+        }
+    }
+
+    /// Adds a service of the gateway: UDP datagrams come as [`crate::effects::Event::Datagram`], TCP
+    /// connects to [`crate::types::Target::Service`]. UDP port 67 also takes what is broadcast.
+    pub fn add_service(&mut self, service: ServiceId, proto: u8, address: IpAddr, port: u16) {
+        self.services.add(service, proto, address, port);
+    }
+
+    /// Adds a Forward.
+    pub fn add_forward(&mut self, id: ForwardId, spec: ForwardSpec) {
+        self.forwards.insert(id.0, spec);
+    }
+
+    /// Removes a Forward. Its TCP flows live on; its UDP flows end, because their socket goes with it.
+    pub fn remove_forward<E: Effects>(&mut self, now: Time, id: ForwardId, fx: &mut E) {
+        self.now = now;
+        self.forwards.remove(&id.0);
+        let gone: Vec<u32> = self.clients.iter().filter(|(k, _)| k.0 == id.0).map(|(_, i)| *i).collect();
+        for index in gone {
+            self.close_flow(index, fx);
+        }
+    }
+
+    /// A frame from a guest.
+    pub fn frame<E: Effects>(
+        &mut self,
+        now: Time,
+        port: PortId,
+        frame: &mut [u8],
+        meta: FrameMeta,
+        fx: &mut E,
+    ) {
+        self.now = now;
+        self.ingress(port, frame, meta, fx);
+    }
+
+    /// The end of a batch of frames and socket events: sends the ACKs that are due, one per flow.
+    pub fn batch_end<E: Effects>(&mut self, now: Time, fx: &mut E) {
+        self.now = now;
+        self.flush_batch(fx);
+    }
+
+    /// A port that was full takes frames again.
+    pub fn port_writable<E: Effects>(&mut self, now: Time, port: PortId, fx: &mut E) {
+        self.now = now;
+        self.kick_port(port, fx);
+    }
+
+    /// The outcome of [`Effects::tcp_connect`].
+    pub fn tcp_connected<E: Effects>(
+        &mut self,
+        now: Time,
+        flow: FlowId,
+        result: Result<(), SockError>,
+        fx: &mut E,
+    ) {
+        self.now = now;
+        self.with_flow(flow, fx, |tcb, cx| tcb.connected(cx, result));
+    }
+
+    /// A TCP socket became readable or writable; both on hang-up or error.
+    pub fn tcp_ready<E: Effects>(
+        &mut self,
+        now: Time,
+        flow: FlowId,
+        readable: bool,
+        writable: bool,
+        fx: &mut E,
+    ) {
+        self.now = now;
+        self.with_flow(flow, fx, |tcb, cx| tcb.ready(cx, readable, writable));
+    }
+
+    /// A client connected to a Forward's TCP socket. `None`: refused, and the caller resets the socket.
+    pub fn tcp_accepted<E: Effects>(
+        &mut self,
+        now: Time,
+        forward: ForwardId,
+        sock: SockId,
+        peer: SocketAddr,
+        _local: SocketAddr,
+        fx: &mut E,
+    ) -> Option<FlowId> {
+        self.now = now;
+        match self.accept_tcp(forward, sock, peer, fx) {
+            Ok(flow) => Some(flow),
+            Err(why) => {
+                self.base.drop(why);
+                None
+            }
+        }
+    }
+
+    /// A datagram came in on the socket of `flow`, or several of `segment` bytes each when that is not 0.
+    pub fn udp_received<E: Effects>(
+        &mut self,
+        now: Time,
+        flow: FlowId,
+        from: SocketAddr,
+        payload: &[u8],
+        segment: u16,
+        fx: &mut E,
+    ) {
+        self.now = now;
+        self.udp_in(flow, from, payload, segment, fx);
+    }
+
+    /// A datagram came in on a Forward's socket.
+    #[allow(clippy::too_many_arguments)] // One call from one place; a struct would only rename them.
+    pub fn udp_forward_received<E: Effects>(
+        &mut self,
+        now: Time,
+        forward: ForwardId,
+        sock: SockId,
+        from: SocketAddr,
+        _local: SocketAddr,
+        payload: &[u8],
+        segment: u16,
+        fx: &mut E,
+    ) {
+        self.now = now;
+        if let Err(why) = self.forward_in(forward, sock, from, payload, segment, fx) {
+            self.base.drop(why);
+        }
+    }
+
+    /// An echo reply came in on the socket of `flow`. `ttl` is as it came from the outside.
+    #[allow(clippy::too_many_arguments)] // As above.
+    pub fn ping_received<E: Effects>(
+        &mut self,
+        now: Time,
+        flow: FlowId,
+        from: IpAddr,
+        seq: u16,
+        ttl: u8,
+        body: &[u8],
+        fx: &mut E,
+    ) {
+        self.now = now;
+        self.echo_in(flow, from, seq, ttl, body, fx);
+    }
+
+    /// The kernel reported an error for a datagram or echo request that `flow` sent.
+    pub fn sock_error<E: Effects>(&mut self, now: Time, flow: FlowId, error: DatagramError<'_>, fx: &mut E) {
+        self.now = now;
+        self.relay_error(flow, &error, fx);
+    }
+
+    /// The answer of a UDP service to a guest.
+    #[allow(clippy::too_many_arguments)] // As above.
+    pub fn service_send<E: Effects>(
+        &mut self,
+        now: Time,
+        port: PortId,
+        dst_mac: Mac,
+        src: SocketAddr,
+        dst: SocketAddr,
+        payload: &[u8],
+        fx: &mut E,
+    ) {
+        self.now = now;
+        let Some(slot) = self.ports.slot(port) else {
+            self.base.drop(crate::stats::Drop::NoEndpoint);
+            return;
+        };
+        if let Err(why) = self.send_udp(slot, dst_mac, src, dst, payload, 0, fx) {
+            self.drop_at(slot, why);
+        }
+    }
+
+    /// When [`Core::timers`] is to be called next. `None`: not until something else happens.
+    #[must_use]
+    pub fn next_timer(&self) -> Option<Time> {
+        let wheel = self.wheel.next().map(|ms| Time(ms.saturating_mul(1_000_000)));
+        [wheel, self.reassembly.next_timer(), self.neighbours.next_timer()].into_iter().flatten().min()
+    }
+
+    /// Does what is due.
+    pub fn timers<E: Effects>(&mut self, now: Time, fx: &mut E) {
+        self.now = now;
+        let mut due = std::mem::take(&mut self.due);
+        due.clear();
+        self.wheel.expire(now.as_ms(), &mut due);
+        for index in &due {
+            self.flow_timer(*index, fx);
+        }
+        self.due = due;
+        self.neighbour_timers(fx);
+        self.reassembly_timers(fx);
+        self.flush_batch(fx);
+    }
+
+    /// All counters of the Network: those of its ports, of ports that are gone, and what belongs to none.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        let mut sum = self.base.clone();
+        for (_, p) in self.ports.iter() {
+            sum.add(&p.counters);
+        }
+        sum
+    }
+
+    /// Counters of one port.
+    #[must_use]
+    pub fn port_counters(&self, port: PortId) -> Option<&Counters> {
+        Some(&self.ports.get(self.ports.slot(port)?)?.counters)
+    }
+
+    /// All flows.
+    pub fn flows(&self) -> impl Iterator<Item = FlowInfo> {
+        self.flows.iter().filter(|(_, f)| !f.is_mapping()).filter_map(|(id, f)| {
+            let port = self.ports.get(f.key.slot)?.id;
+            Some(f.info(id, port, self.now))
+        })
+    }
+
+    /// All ports.
+    pub fn ports(&self) -> impl Iterator<Item = PortInfo> {
+        self.ports.iter().map(|(slot, p)| PortInfo {
+            port: p.id,
+            mac: p.mac,
+            addresses: {
+                let mut a: Vec<IpAddr> = self.neighbours.of_port(slot).map(|b| b.ip).collect();
+                a.sort_unstable();
+                a
+            },
+            mtu: p.config.mtu,
+            flows: p.flows,
+            buffered: p.budget.used,
+        })
+    }
+
+    /// Bytes held for fragments, overhead included.
+    #[must_use]
+    pub fn reassembly_bytes(&self) -> usize {
+        self.reassembly.bytes()
+    }
+}

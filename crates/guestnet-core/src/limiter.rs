@@ -1,0 +1,48 @@
+//! Theory of operation: a token bucket. Tokens are kept in nanoseconds of credit, so that refilling is one
+//! subtraction and nothing is rounded away.
+
+use crate::types::Time;
+
+/// A token bucket of `rate` tokens a second that holds one second's worth.
+#[derive(Debug, Clone, Copy)]
+pub struct Limiter {
+    cost: u64,
+    credit: u64,
+    last: Time,
+}
+
+const SECOND: u64 = 1_000_000_000;
+
+impl Limiter {
+    /// A full bucket; a rate of 0 never allows anything.
+    #[must_use]
+    pub fn new(rate: u32, now: Time) -> Limiter {
+        Limiter { cost: SECOND.checked_div(u64::from(rate)).unwrap_or(u64::MAX), credit: SECOND, last: now }
+    }
+
+    /// Takes a token; false when there is none.
+    pub fn allow(&mut self, now: Time) -> bool {
+        self.credit = self.credit.saturating_add(now.since(self.last)).min(SECOND);
+        self.last = self.last.max(now);
+        if self.credit < self.cost {
+            return false;
+        }
+        self.credit -= self.cost;
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holds_the_rate() {
+        let mut l = Limiter::new(100, Time(0));
+        let took = |l: &mut Limiter, at: u64| (0..1000).filter(|_| l.allow(Time(at))).count();
+        assert_eq!(took(&mut l, 0), 100);
+        assert_eq!(took(&mut l, SECOND / 2), 50);
+        assert_eq!(took(&mut l, SECOND * 100), 100);
+        assert!(!Limiter::new(0, Time(0)).allow(Time(SECOND)));
+    }
+}

@@ -1,0 +1,129 @@
+//! Theory of operation: what the core keeps of each port of the switch. Ports sit in slots, which flows and
+//! bindings refer to by number; a slot is given to another port only after everything of the old one is gone.
+
+use crate::flow::List;
+use crate::limiter::Limiter;
+use crate::stats::Counters;
+use crate::tcp::Budget;
+use crate::types::{PortConfig, PortId, Time};
+use guestnet_wire::ether::Mac;
+use std::collections::VecDeque;
+use std::net::IpAddr;
+
+/// One port.
+pub struct Port {
+    /// Its identifier.
+    pub id: PortId,
+    /// What the caller said of it.
+    pub config: PortConfig,
+    /// The MAC that is its own: configured, or the first seen. Never taken by another port.
+    pub mac: Option<Mac>,
+    /// Other source MACs seen (a bridge inside the guest), oldest first.
+    pub macs: VecDeque<Mac>,
+    /// Addresses learned, oldest first.
+    pub learned: VecDeque<IpAddr>,
+    /// Its counters.
+    pub counters: Counters,
+    /// Records in the flow table, mappings not counted.
+    pub flows: u32,
+    /// Mappings, each with one socket.
+    pub sockets: u32,
+    /// One-shot flows, least recently used first.
+    pub lru: List,
+    /// TCP flows that wait for the port to take frames again.
+    pub waiting: List,
+    /// Buffered bytes of its TCP flows.
+    pub budget: Budget,
+    /// ICMP errors (and refusals told) to it.
+    pub icmp: Limiter,
+    /// Frames of it that go to several ports.
+    pub flood: Limiter,
+}
+
+/// All ports.
+#[derive(Default)]
+pub struct Ports {
+    by_id: Vec<(PortId, u32)>,
+    slots: Vec<Option<Port>>,
+}
+
+impl Ports {
+    /// The slot of a port.
+    #[inline]
+    #[must_use]
+    pub fn slot(&self, id: PortId) -> Option<u32> {
+        let at = self.by_id.binary_search_by_key(&id, |e| e.0).ok()?;
+        self.by_id.get(at).map(|e| e.1)
+    }
+
+    /// Puts a port in; false when the identifier is taken.
+    pub fn insert(&mut self, port: Port) -> Option<u32> {
+        let id = port.id;
+        let at = self.by_id.binary_search_by_key(&id, |e| e.0).err()?;
+        let slot = match self.slots.iter().position(Option::is_none) {
+            Some(s) => {
+                self.slots[s] = Some(port);
+                s
+            }
+            None => {
+                self.slots.push(Some(port));
+                self.slots.len() - 1
+            }
+        } as u32;
+        self.by_id.insert(at, (id, slot));
+        Some(slot)
+    }
+
+    /// Takes a port out.
+    pub fn remove(&mut self, slot: u32) -> Option<Port> {
+        let port = self.slots.get_mut(slot as usize)?.take()?;
+        self.by_id.retain(|e| e.0 != port.id);
+        Some(port)
+    }
+
+    /// The port in a slot.
+    #[inline]
+    #[must_use]
+    pub fn get(&self, slot: u32) -> Option<&Port> {
+        self.slots.get(slot as usize)?.as_ref()
+    }
+
+    /// The port in a slot.
+    #[inline]
+    pub fn get_mut(&mut self, slot: u32) -> Option<&mut Port> {
+        self.slots.get_mut(slot as usize)?.as_mut()
+    }
+
+    /// One past the highest slot in use.
+    #[must_use]
+    pub fn end(&self) -> u32 {
+        self.slots.len() as u32
+    }
+
+    /// All ports with their slots.
+    pub fn iter(&self) -> impl Iterator<Item = (u32, &Port)> {
+        self.slots.iter().enumerate().filter_map(|(i, p)| Some((i as u32, p.as_ref()?)))
+    }
+}
+
+impl Port {
+    /// A port that nothing has happened on.
+    #[must_use]
+    pub fn new(id: PortId, config: PortConfig, limits: &crate::config::Limits, now: Time) -> Port {
+        Port {
+            id,
+            mac: config.mac,
+            config,
+            macs: VecDeque::new(),
+            learned: VecDeque::new(),
+            counters: Counters::default(),
+            flows: 0,
+            sockets: 0,
+            lru: List::default(),
+            waiting: List::default(),
+            budget: Budget { used: 0, limit: limits.buffer_per_port },
+            icmp: Limiter::new(limits.icmp_errors_per_second, now),
+            flood: Limiter::new(limits.floods_per_second, now),
+        }
+    }
+}

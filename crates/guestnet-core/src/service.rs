@@ -1,0 +1,81 @@
+//! Theory of operation: what the gateway answers itself. UDP services get the datagram as an event, with
+//! the port and MAC it came from; TCP services are a target that the relay connects to. Addresses of
+//! services in the subnet are the gateway's own: it answers ARP for them and no endpoint may have them.
+
+use crate::core::Core;
+use crate::effects::{Effects, Event};
+use crate::types::ServiceId;
+use guestnet_wire::ether::Mac;
+use guestnet_wire::proto;
+use std::net::{IpAddr, SocketAddr};
+
+/// DHCP server port (RFC 2131).
+pub const DHCP_SERVER: u16 = 67;
+/// DHCP client port.
+pub const DHCP_CLIENT: u16 = 68;
+
+struct Service {
+    id: ServiceId,
+    proto: u8,
+    address: IpAddr,
+    port: u16,
+}
+
+/// All services. There are a handful, so a scan is the fastest look-up.
+#[derive(Default)]
+pub struct Services {
+    list: Vec<Service>,
+}
+
+impl Services {
+    /// Adds one, in place of another of the same protocol, address and port.
+    pub fn add(&mut self, id: ServiceId, proto: u8, address: IpAddr, port: u16) {
+        self.list.retain(|s| (s.proto, s.address, s.port) != (proto, address, port));
+        self.list.push(Service { id, proto, address, port });
+    }
+
+    /// The service at an address and port.
+    #[must_use]
+    pub fn find(&self, proto: u8, to: SocketAddr) -> Option<ServiceId> {
+        let hit = |s: &&Service| s.port == to.port() && s.proto == proto && s.address == to.ip();
+        self.list.iter().find(hit).map(|s| s.id)
+    }
+
+    /// The DHCP service, which is reached by broadcast too.
+    #[must_use]
+    pub fn dhcp(&self) -> Option<ServiceId> {
+        self.list.iter().find(|s| s.proto == proto::UDP && s.port == DHCP_SERVER).map(|s| s.id)
+    }
+
+    /// Whether some service has the address.
+    #[must_use]
+    pub fn has_address(&self, ip: IpAddr) -> bool {
+        self.list.iter().any(|s| s.address == ip)
+    }
+}
+
+impl Core {
+    /// Hands a datagram, or several of `segment` bytes each, to a UDP service.
+    #[allow(clippy::too_many_arguments)] // The fields of the event.
+    pub(crate) fn punt<E: Effects>(
+        &mut self,
+        service: ServiceId,
+        slot: u32,
+        mac: Mac,
+        src: SocketAddr,
+        dst: SocketAddr,
+        payload: &[u8],
+        segment: u16,
+        fx: &mut E,
+    ) {
+        let Some(port) = self.ports.get(slot).map(|p| p.id) else { return };
+        let size = if segment == 0 { payload.len().max(1) } else { usize::from(segment) };
+        let mut send = |payload: &[u8]| {
+            fx.event(Event::Datagram { service, port, mac, src, dst, payload: payload.into() });
+        };
+        if payload.is_empty() {
+            return send(payload);
+        }
+        payload.chunks(size).for_each(send);
+    }
+}

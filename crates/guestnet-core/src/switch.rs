@@ -1,0 +1,372 @@
+//! Theory of operation: a learning switch that guests cannot fool. A source MAC belongs to the port where it
+//! was configured or first seen; the gateway's belongs to the gateway. Source addresses are checked before
+//! a frame goes anywhere, another guest included. Frames for several ports (broadcast, multicast, unknown
+//! MAC) are limited in rate per port. Frames between guests pass unchanged, offload requests and all; what
+//! is for the gateway's MAC goes on in [`crate::gateway`].
+
+use crate::core::Core;
+use crate::effects::{Effects, TxError};
+use crate::port::Port;
+use crate::service::{DHCP_CLIENT, DHCP_SERVER};
+use crate::siphash::SipKey;
+use crate::stats::Drop;
+use crate::types::{Csum, FrameMeta, Gso, PortId};
+use guestnet_wire::ether::{self, Ether, Mac};
+use guestnet_wire::parse::{self, Packet};
+use guestnet_wire::{WireError, be16, checksum, proto, put};
+use hashbrown::HashTable;
+use std::net::SocketAddr;
+
+/// Which port a MAC belongs to.
+pub struct Macs {
+    table: HashTable<(Mac, u32)>,
+    key: SipKey,
+}
+
+fn word(mac: Mac) -> u64 {
+    let m = mac.0;
+    u64::from_be_bytes([0, 0, m[0], m[1], m[2], m[3], m[4], m[5]])
+}
+
+impl Macs {
+    /// None known.
+    #[must_use]
+    pub fn new(key: SipKey) -> Macs {
+        Macs { table: HashTable::new(), key }
+    }
+
+    /// Slot of the port that has the MAC.
+    #[inline]
+    #[must_use]
+    pub fn get(&self, mac: Mac) -> Option<u32> {
+        self.table.find(self.key.hash(&[word(mac)]), |e| e.0 == mac).map(|e| e.1)
+    }
+
+    /// Gives the MAC to a port.
+    pub fn set(&mut self, mac: Mac, slot: u32) {
+        self.remove(mac);
+        let key = self.key;
+        self.table.insert_unique(key.hash(&[word(mac)]), (mac, slot), |e| key.hash(&[word(e.0)]));
+    }
+
+    /// Takes a MAC back.
+    pub fn remove(&mut self, mac: Mac) {
+        if let Ok(e) = self.table.find_entry(self.key.hash(&[word(mac)]), |e| e.0 == mac) {
+            e.remove();
+        }
+    }
+
+    /// Takes all MACs of a port back.
+    pub fn remove_port(&mut self, slot: u32) {
+        self.table.retain(|e| e.1 != slot);
+    }
+}
+
+/// The drop reason for bytes that are not the header that they claim to be.
+pub(crate) fn wire_drop(e: WireError) -> Drop {
+    match e {
+        WireError::Truncated => Drop::Truncated,
+        WireError::Malformed => Drop::Malformed,
+        WireError::BadChecksum => Drop::BadL4Checksum,
+        WireError::Unsupported => Drop::UnsupportedProtocol,
+    }
+}
+
+impl Core {
+    /// A frame from a guest: every one is counted, and every one that goes nowhere is counted with why.
+    pub(crate) fn ingress<E: Effects>(&mut self, id: PortId, frame: &mut [u8], meta: FrameMeta, fx: &mut E) {
+        let Some(slot) = self.ports.slot(id) else {
+            self.base.drop(Drop::NoEndpoint);
+            return;
+        };
+        if let Some(p) = self.ports.get_mut(slot) {
+            p.counters.rx_frames += 1;
+            p.counters.rx_bytes += frame.len() as u64;
+        }
+        if let Err(why) = self.switch(slot, frame, meta, fx) {
+            self.drop_at(slot, why);
+        }
+    }
+
+    fn switch<E: Effects>(
+        &mut self,
+        slot: u32,
+        frame: &mut [u8],
+        meta: FrameMeta,
+        fx: &mut E,
+    ) -> Result<(), Drop> {
+        let eth = Ether::parse(frame).map_err(wire_drop)?;
+        if frame.len() > crate::core::FRAME_MAX {
+            return Err(Drop::Oversized);
+        }
+        self.check_mac(slot, eth.src)?;
+        match eth.ethertype {
+            ether::IPV4 => self.switch_v4(slot, eth, frame, meta, fx),
+            ether::ARP => self.arp_in(slot, eth, frame, fx),
+            ether::IPV6 => self.switch_v6(slot, eth, frame, meta, fx),
+            _ => Err(Drop::UnsupportedProtocol),
+        }
+    }
+
+    /// RFC-less but universal: nobody sends with another's MAC.
+    fn check_mac(&mut self, slot: u32, src: Mac) -> Result<(), Drop> {
+        let port = self.ports.get(slot).ok_or(Drop::NoEndpoint)?;
+        if port.mac == Some(src) {
+            return Ok(());
+        }
+        if !src.is_unicast() || src == self.cfg.gateway_mac {
+            return Err(Drop::SpoofedMac);
+        }
+        match self.macs.get(src) {
+            Some(owner) if owner == slot => Ok(()),
+            Some(_) => Err(Drop::SpoofedMac),
+            None if port.mac.is_none() => {
+                self.claim_mac(slot, src);
+                Ok(())
+            }
+            None => self.learn_mac(slot, src),
+        }
+    }
+
+    /// Makes `mac` the port's own; a port that merely learned it loses it.
+    pub(crate) fn claim_mac(&mut self, slot: u32, mac: Mac) {
+        if let Some(owner) = self.macs.get(mac)
+            && let Some(p) = self.ports.get_mut(owner)
+        {
+            if p.mac == Some(mac) {
+                return;
+            }
+            p.macs.retain(|m| *m != mac);
+        }
+        self.macs.set(mac, slot);
+        if let Some(p) = self.ports.get_mut(slot) {
+            p.mac = Some(mac);
+        }
+    }
+
+    /// Remembers a further MAC of a port; the oldest makes room.
+    fn learn_mac(&mut self, slot: u32, mac: Mac) -> Result<(), Drop> {
+        let cap = self.cfg.limits.macs_per_port as usize;
+        let port = self.ports.get_mut(slot).ok_or(Drop::NoEndpoint)?;
+        if cap <= 1 {
+            return Err(Drop::SpoofedMac);
+        }
+        let oldest = if port.macs.len() + 1 >= cap { port.macs.pop_front() } else { None };
+        port.macs.push_back(mac);
+        if let Some(old) = oldest {
+            self.macs.remove(old);
+        }
+        self.macs.set(mac, slot);
+        Ok(())
+    }
+
+    fn switch_v4<E: Effects>(
+        &mut self,
+        slot: u32,
+        eth: Ether,
+        frame: &mut [u8],
+        meta: FrameMeta,
+        fx: &mut E,
+    ) -> Result<(), Drop> {
+        let p = parse::parse_ip(frame, ether::HEADER_LEN).map_err(wire_drop)?;
+        if !p.src.is_ipv4() {
+            return Err(Drop::Malformed);
+        }
+        if !parse::verify_ipv4_header(frame, &p) {
+            return Err(Drop::BadIpChecksum);
+        }
+        let port = self.ports.get(slot).ok_or(Drop::NoEndpoint)?;
+        check_size(port, &p, meta)?;
+        check_offload(frame, &p, meta)?;
+        let asks_dhcp = is_dhcp(frame, &p, DHCP_CLIENT, DHCP_SERVER);
+        // A client that has no address, or one of another network, may still ask for one.
+        if !(asks_dhcp && (p.src.is_unspecified() || !self.policy.in_subnet(p.src))) {
+            self.check_source(slot, eth.src, p.src, fx)?;
+        }
+        if eth.dst == self.cfg.gateway_mac {
+            return self.routed(slot, eth.src, frame, &p, meta, fx);
+        }
+        if let Some(service) = self.services.dhcp() {
+            if asks_dhcp && self.policy.is_broadcast(p.dst) {
+                self.verify(slot, frame, &p, meta)?;
+                let (src, dst) = (SocketAddr::new(p.src, p.src_port), SocketAddr::new(p.dst, p.dst_port));
+                let payload = frame.get(p.payload..p.end).unwrap_or(&[]);
+                self.punt(service, slot, eth.src, src, dst, payload, 0, fx);
+                return Ok(());
+            }
+            // With a DHCP service, no guest plays server to another.
+            if is_dhcp(frame, &p, DHCP_SERVER, DHCP_CLIENT) {
+                return Err(Drop::Policy);
+            }
+        }
+        let meta = self.passable(slot, frame, &p, meta);
+        self.bridge(slot, eth.dst, frame, meta, fx)
+    }
+
+    fn switch_v6<E: Effects>(
+        &mut self,
+        slot: u32,
+        eth: Ether,
+        frame: &mut [u8],
+        meta: FrameMeta,
+        fx: &mut E,
+    ) -> Result<(), Drop> {
+        let p = parse::parse_ip(frame, ether::HEADER_LEN).map_err(wire_drop)?;
+        if !p.src.is_ipv6() {
+            return Err(Drop::Malformed);
+        }
+        let port = self.ports.get(slot).ok_or(Drop::NoEndpoint)?;
+        check_size(port, &p, meta)?;
+        check_offload(frame, &p, meta)?;
+        if p.src.is_multicast() || self.neighbours.get(p.src).is_some_and(|b| b.assigned && b.slot != slot) {
+            return Err(Drop::SpoofedSource);
+        }
+        // Router advertisements and redirects are the gateway's alone (RFC 6105).
+        let kind = frame.get(p.l4).copied().unwrap_or(0);
+        if p.proto == proto::ICMPV6 && matches!(kind, 134 | 137) {
+            return Err(Drop::Policy);
+        }
+        if eth.dst == self.cfg.gateway_mac {
+            return Err(Drop::UnsupportedProtocol);
+        }
+        let meta = self.passable(slot, frame, &p, meta);
+        self.bridge(slot, eth.dst, frame, meta, fx)
+    }
+
+    /// Sends a frame of a port on to the port that has the MAC, or to all others.
+    pub(crate) fn bridge<E: Effects>(
+        &mut self,
+        slot: u32,
+        dst: Mac,
+        frame: &[u8],
+        meta: FrameMeta,
+        fx: &mut E,
+    ) -> Result<(), Drop> {
+        match if dst.is_multicast() { None } else { self.macs.get(dst) } {
+            Some(to) if to == slot => Err(Drop::NoEndpoint),
+            Some(to) => {
+                self.deliver(to, frame, meta, fx);
+                Ok(())
+            }
+            None => {
+                let port = self.ports.get_mut(slot).ok_or(Drop::NoEndpoint)?;
+                if !port.flood.allow(self.now) {
+                    return Err(Drop::RateLimit);
+                }
+                for to in 0..self.ports.end() {
+                    if to != slot {
+                        self.deliver(to, frame, meta, fx);
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Puts a frame of another port on a port, if its MTU takes it.
+    pub(crate) fn deliver<E: Effects>(&mut self, to: u32, frame: &[u8], meta: FrameMeta, fx: &mut E) {
+        let Some(port) = self.ports.get_mut(to) else { return };
+        if meta.gso.is_none() && frame.len() > ether::HEADER_LEN + usize::from(port.config.mtu) {
+            port.counters.drop(Drop::Oversized);
+            return;
+        }
+        transmit(port, frame, meta, fx);
+    }
+
+    /// What may be said of a frame that goes on to another port. Guests on a port with lax offload leave
+    /// segmentation and checksums to us without saying so.
+    fn passable(&self, slot: u32, frame: &mut [u8], p: &Packet, meta: FrameMeta) -> FrameMeta {
+        let Some(port) = self.ports.get(slot).filter(|p| p.config.lax_offload) else { return meta };
+        let offset = match p.proto {
+            proto::TCP => 16u16,
+            proto::UDP => 6,
+            _ => return meta,
+        };
+        if p.fragment.is_some() || meta != FrameMeta::default() {
+            return meta;
+        }
+        let sum = checksum::pseudo(p.src, p.dst, p.proto, (p.end - p.l4) as u32);
+        put(frame, p.l4 + usize::from(offset), &checksum::fold(sum).to_be_bytes());
+        let room = usize::from(port.config.mtu).saturating_sub(p.payload - p.l3);
+        let big = p.end - p.payload > room && room > 0;
+        let gso = (big && p.proto == proto::TCP).then_some(Gso::Tcp(room as u16));
+        FrameMeta { csum: Csum::Partial { start: p.l4 as u16, offset }, gso }
+    }
+
+    /// Verifies the transport checksum where nobody vouches for it.
+    pub(crate) fn verify(&self, slot: u32, frame: &[u8], p: &Packet, meta: FrameMeta) -> Result<(), Drop> {
+        let lax = self.ports.get(slot).is_some_and(|p| p.config.lax_offload);
+        if meta.csum == Csum::Full && !lax && !parse::verify_l4(frame, p) {
+            return Err(Drop::BadL4Checksum);
+        }
+        Ok(())
+    }
+
+    /// Counts a drop at a port.
+    pub(crate) fn drop_at(&mut self, slot: u32, why: Drop) {
+        match self.ports.get_mut(slot) {
+            Some(p) => p.counters.drop(why),
+            None => self.base.drop(why),
+        }
+    }
+}
+
+/// Puts a frame on a port and counts what became of it.
+pub(crate) fn transmit<E: Effects>(port: &mut Port, frame: &[u8], meta: FrameMeta, fx: &mut E) {
+    match fx.transmit(port.id, frame, meta) {
+        Ok(()) => {
+            port.counters.tx_frames += 1;
+            port.counters.tx_bytes += frame.len() as u64;
+        }
+        Err(TxError::Full) => port.counters.drop(Drop::PortFull),
+        Err(TxError::Gone) => port.counters.drop(Drop::NoEndpoint),
+    }
+}
+
+/// The packet fits the MTU, or asks to be cut into pieces that do.
+fn check_size(port: &Port, p: &Packet, meta: FrameMeta) -> Result<(), Drop> {
+    let mtu = usize::from(port.config.mtu);
+    if port.config.lax_offload && meta.gso.is_none() {
+        return Ok(());
+    }
+    let (want, size) = match meta.gso {
+        None if p.end - p.l3 > mtu => return Err(Drop::Oversized),
+        None => return Ok(()),
+        Some(Gso::Tcp(n)) => (proto::TCP, n),
+        Some(Gso::Udp(n)) => (proto::UDP, n),
+    };
+    if p.proto != want || size == 0 || p.fragment.is_some() {
+        return Err(Drop::Malformed);
+    }
+    // virtio counts bytes of payload per piece.
+    if p.payload - p.l3 + usize::from(size) > mtu && p.end - p.l3 > mtu {
+        return Err(Drop::Oversized);
+    }
+    Ok(())
+}
+
+/// A checksum that is left to us is where the protocol has it.
+fn check_offload(frame: &[u8], p: &Packet, meta: FrameMeta) -> Result<(), Drop> {
+    let Csum::Partial { start, offset } = meta.csum else { return Ok(()) };
+    let good = match p.proto {
+        _ if p.fragment.is_some() => false,
+        proto::TCP => offset == 16,
+        proto::UDP => offset == 6,
+        _ => usize::from(start) + usize::from(offset) + 2 <= frame.len(),
+    };
+    if good && usize::from(start) == p.l4 { Ok(()) } else { Err(Drop::Malformed) }
+}
+
+/// Whether it is UDP between these ports, first fragments included.
+fn is_dhcp(frame: &[u8], p: &Packet, from: u16, to: u16) -> bool {
+    match p.fragment {
+        None => p.proto == proto::UDP && p.src_port == from && p.dst_port == to,
+        Some(f) => {
+            p.proto == proto::UDP
+                && f.offset == 0
+                && from == DHCP_SERVER
+                && be16(frame, p.l4) == from
+                && be16(frame, p.l4 + 2) == to
+        }
+    }
+}
