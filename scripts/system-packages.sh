@@ -11,8 +11,6 @@ test="$demo"'
 qemu-system-x86_64:qemu-system-x86:virtual machine tests
 /boot/vmlinuz-*-cloud-amd64:linux-image-cloud-amd64:virtual machine tests
 busybox:busybox-static:virtual machine tests
-cpio:cpio:virtual machine tests
-xz:xz-utils:virtual machine tests
 iperf3:iperf3:throughput and fairness tests
 nft:nftables:kernel NAT in the harness
 /usr/sbin/udhcpc:udhcpc:DHCP client tests

@@ -1,0 +1,65 @@
+"""Names, asked with dig in the guest: every type, TCP, big answers, and resolvers that are not there."""
+
+from __future__ import annotations
+
+import pytest
+from lab import Lab, need
+from lab.namespaces import OUT4
+from lab.runner import GuestRunner
+
+
+def dig(guest: GuestRunner, *words: str, options: tuple[str, ...] = ()) -> str:
+    need.program("dig", "bind9-dnsutils")
+    return guest.check(["dig", "+tries=2", "+time=4", *words], *options)
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (("www.example.test", "A"), OUT4),
+        (("www.example.test", "AAAA"), "2001:db8:113::2"),
+        (("text.example.test", "TXT"), '"hello from outside" "second string"'),
+        (("_sip._tcp.example.test", "SRV"), "10 20 5060 www.example.test."),
+        (("mail.example.test", "MX"), "10 www.example.test."),
+        (("odd.example.test", "CAA"), '0 issue "ca.example.test"'),
+        (("odd.example.test", "TYPE65400"), "\\# 4 01020304"),
+        (("alias.example.test", "A"), f"www.example.test.\n{OUT4}"),
+        (("+tcp", "www.example.test", "A"), OUT4),
+    ],
+)
+def test_types(guest: GuestRunner, words: tuple[str, ...], answer: str) -> None:
+    assert dig(guest, "+short", *words).strip() == answer
+
+
+def test_a_big_answer_comes_over_tcp(guest: GuestRunner) -> None:
+    """7 kB: truncated over UDP with a small buffer, so dig asks again over TCP."""
+    lines = dig(guest, "+short", "+bufsize=1232", "big.example.test", "TXT").splitlines()
+    assert len(lines) == 40
+
+
+def test_a_big_answer_over_tcp_at_once(guest: GuestRunner) -> None:
+    assert len(dig(guest, "+short", "+tcp", "big.example.test", "TXT").splitlines()) == 40
+
+
+def test_a_name_that_is_not_there(guest: GuestRunner) -> None:
+    assert "status: NXDOMAIN" in dig(guest, "nowhere.example.test")
+
+
+def test_own_records_and_names(guest: GuestRunner) -> None:
+    options = ("--dns-record", "db.local=10.9.8.7", "--dns-record", "six.local=fd00::7")
+    assert dig(guest, "+short", "db.local", options=options).strip() == "10.9.8.7"
+    assert dig(guest, "+short", "six.local", "AAAA", options=options).strip() == "fd00::7"
+    assert dig(guest, "+short", "gateway.guestnet.internal").strip() == "192.168.64.1"
+
+
+def test_no_resolver_is_a_server_failure(own_lab: Lab) -> None:
+    own_lab.set_resolver(None)
+    guest = GuestRunner(own_lab, "guestnet")
+    assert "status: SERVFAIL" in dig(guest, "www.example.test")
+    assert dig(guest, "+short", "gateway.guestnet.internal").strip() == "192.168.64.1"
+
+
+def test_a_dead_resolver_fails_over_to_the_next(own_lab: Lab) -> None:
+    own_lab.set_resolver("192.0.2.53", OUT4)
+    guest = GuestRunner(own_lab, "guestnet")
+    assert dig(guest, "+short", "www.example.test").strip() == OUT4

@@ -1,0 +1,92 @@
+"""Running commands in guests of `guestnet run`, or of a peer, for tests."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from lab.namespaces import Lab
+from lab.process import DEADLINE, Process
+
+GUESTNET = str(Path(sys.prefix) / "bin" / "guestnet")
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A file of bytes that nothing on the way can guess, and its digest."""
+
+    path: Path
+    size: int
+    sha256: str
+
+
+@dataclass
+class GuestRunner:
+    """`guestnet run` in the host namespace, as an ordinary user unless told otherwise."""
+
+    lab: Lab
+    peer: str
+    options: list[str] = field(default_factory=list)
+    ns: str | None = None
+
+    def command(self, command: Sequence[str], options: Sequence[str] = ()) -> list[str]:
+        if self.peer == "guestnet":
+            return [GUESTNET, "run", *self.options, *options, "--", *command]
+        if self.peer == "kernel":
+            if options:
+                pytest.skip(f"the kernel has no {options[0]}")
+            return list(command)
+        words = iter(options)
+        translated = ["--config-net", "--no-map-gw", "--quiet"]
+        for word in words:
+            if word in ("-p", "--publish"):
+                spec, _, proto = next(words).partition("/")
+                translated += ["-u" if proto == "udp" else "-t", spec]
+            elif word == "--mtu":
+                translated += ["-m", next(words)]
+            else:
+                pytest.skip(f"pasta has no {word}")
+        return ["pasta", *translated, "--", *command]
+
+    def __call__(
+        self,
+        command: Sequence[str],
+        *options: str,
+        ordinary: bool = True,
+        seconds: float = DEADLINE,
+        stdin: str | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs a command in a guest to its end."""
+        return self.lab.run(
+            self.command(command, options), ns=self.ns, ordinary=ordinary, seconds=seconds, stdin=stdin
+        )
+
+    def check(
+        self, command: Sequence[str], *options: str, ordinary: bool = True, seconds: float = DEADLINE
+    ) -> str:
+        """As a call, but a status other than 0 fails the test; gives stdout."""
+        done = self(command, *options, ordinary=ordinary, seconds=seconds)
+        assert done.returncode == 0, f"{list(command)}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def start(
+        self,
+        command: Sequence[str],
+        *options: str,
+        ready: str | None = None,
+        ordinary: bool = True,
+        stdin: int | None = None,
+    ) -> Process:
+        """Starts a command in a guest; `ready` is a line of its output to wait for."""
+        return self.lab.start(
+            self.command(command, options),
+            ns=self.ns,
+            ordinary=ordinary,
+            ready=ready,
+            stdin=stdin or subprocess.DEVNULL,
+        )
