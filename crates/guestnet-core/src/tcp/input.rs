@@ -141,6 +141,12 @@ impl Tcb {
             (seq.lt(self.rcv_adv) && self.rcv_nxt.lt(seq.plus(len))) || at_edge
         };
         if rst {
+            if at_edge && self.guest_fin && self.fin_acked && self.state == State::Open {
+                // The guest's side is closed in full and its stack has forgotten the flow. What it sent and
+                // we acknowledged still goes out.
+                cx.counters.drop(Drop::OutOfWindow);
+                return Ok(());
+            }
             if at_edge {
                 self.finish(cx, Close::Reset);
                 return Err(Fate::Closed);

@@ -523,6 +523,7 @@ impl Tcb {
                 match cx.fx.tcp_send(self.sock, front) {
                     Ok(n) => {
                         b.consume(n.min(asked));
+                        self.last_seen = cx.now;
                         if n < asked {
                             break;
                         }

@@ -31,7 +31,8 @@ impl Tcb {
         let t = &self.timeouts;
         let ms = match self.state {
             State::Connecting | State::SynSent | State::SynReceived => t.transitory_ms,
-            State::Open if self.guest_fin && self.fin_sent => t.transitory_ms,
+            // A slow socket may take its time for what the guest sent before it closed.
+            State::Open if self.guest_fin && self.fin_sent && self.shut => t.transitory_ms,
             State::Open => t.established_ms,
             State::TimeWait => t.time_wait_ms,
         };

@@ -267,3 +267,22 @@ fn data_after_the_guests_fin_is_ignored() {
     s.host_has(0);
     s.live();
 }
+
+#[test]
+fn a_stack_that_forgot_the_closed_flow_takes_no_bytes_from_the_host() {
+    let mut s = Sim::open();
+    s.host_closes();
+    s.recv("F. 1 ack 1");
+    s.host().send_room = Some(0);
+    s.send("F. 1:101 ack 2");
+    s.recv(". 2 ack 102");
+    // A late frame of ours reaches the guest's stack, which has no such flow any more.
+    s.send("R 102");
+    s.live();
+    s.pass(1_000_000);
+    s.live();
+    s.host().send_room = None;
+    s.ready(false, true);
+    s.host_has(100);
+    s.closed(Close::Graceful);
+}
