@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from lab import Lab, Process, need, wait_until
+from lab import Lab, Process, need, vm, wait_until
 from lab.kernel import add_kernel_guest
 from lab.namespaces import sweep
 from lab.runner import GUESTNET, Blob, GuestRunner
@@ -91,6 +91,12 @@ def guest(lab: Lab, request: pytest.FixtureRequest) -> Iterator[GuestRunner]:
 @pytest.fixture(scope="session")
 def kernel_guest(lab: Lab) -> str:
     return add_kernel_guest(lab)
+
+
+@pytest.fixture(scope="session")
+def image(lab: Lab) -> vm.Image:
+    """The kernel and initramfs of the test guest."""
+    return vm.build(lab.dir)
 
 
 def pids_in(lab: Lab) -> set[int]:
