@@ -1,0 +1,190 @@
+"""`guestnet run` as a wrapper of a command: status, signals, terminal, what is left behind.
+
+The network is a stand-in that starts a thread and moves no packet: tests/interop has the real one.
+"""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+from guestnet.cli import checks
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux")
+    or checks.check_namespaces().state != checks.OK
+    or checks.check_tun().state != checks.OK,
+    reason="no namespaces or no /dev/net/tun here: `guestnet doctor` says how to get them",
+)
+
+_DRIVER = """
+import os, sys, threading, types
+from guestnet import errors
+
+class Network:
+    def __init__(self, config): self.is_running = False
+    def start(self):
+        self.is_running, self.done = True, threading.Event()
+        self.thread = threading.Thread(target=self.done.wait)
+        self.thread.start()
+    def stop(self): self.done.set(); self.thread.join()
+    def create_endpoint(self, *args, **kwargs): pass
+    def attach(self, endpoint, kind, *, fd): os.fstat(fd)
+    def publish(self, spec):
+        if spec == "taken": raise errors.GuestnetError("Port 80 is taken: choose another.")
+        return spec
+    def stats(self): return {"rx_frames": 3, "tx_frames": 0, "drops": {"truncated": 1}}
+
+def module(name, **members):
+    sys.modules[name] = types.ModuleType(name)
+    vars(sys.modules[name]).update(members)
+
+module("guestnet.network", NatNetwork=Network)
+module("guestnet.config", NatConfig=dict)
+module("guestnet.forwards", ForwardSpec=types.SimpleNamespace(parse=str))
+from guestnet.cli import main
+sys.exit(main(["run", *sys.argv[1:]]))
+"""
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", _DRIVER, *arguments]
+
+
+def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [("exit 0", 0), ("exit 42", 42), ("exit 255", 255), ("kill -KILL $$", 137), ("kill -TERM $$", 143)],
+)
+def test_status_is_the_commands_own(script: str, status: int) -> None:
+    got = run("--", "sh", "-c", script)
+    assert (got.returncode, got.stderr) == (status, "")
+
+
+@pytest.mark.parametrize(("name", "status"), [("no-such-command-here", 127), ("/etc/passwd", 126)])
+def test_a_command_that_cannot_start(name: str, status: int) -> None:
+    got = run("--", name)
+    assert got.returncode == status
+    assert name in got.stderr
+    assert len(got.stderr.splitlines()) == 1
+
+
+def test_a_taken_port_is_said_before_the_command_starts() -> None:
+    got = run("-p", "taken", "--", "echo", "started")
+    assert (got.returncode, got.stdout) == (125, "")
+    assert got.stderr == "guestnet: Port 80 is taken: choose another.\n"
+
+
+def test_streams_pass_through() -> None:
+    got = run("--", "sh", "-c", "cat; echo oops >&2", input="one\ntwo\n")
+    assert (got.stdout, got.stderr) == ("one\ntwo\n", "oops\n")
+
+
+def test_stats_are_printed_when_asked_for() -> None:
+    lines = [line.split() for line in run("--stats", "--", "true").stderr.splitlines()]
+    assert lines == [["rx", "frames", "3"], ["drops", "truncated", "1"]]
+
+
+def test_descendants_end_with_the_command() -> None:
+    """They hold stdout, so `run` returning at all before the sleeps end shows that they were ended."""
+    script = "sleep 600 & (setsid sleep 600 &); nohup sh -c 'sleep 600 & sleep 600' & echo here"
+    start = time.monotonic()
+    assert run("--", "sh", "-c", script).stdout == "here\n"
+    assert time.monotonic() - start < 25
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2]
+)
+def test_signals_pass_through(number: signal.Signals) -> None:
+    script = "import signal, sys, time\n"
+    script += f"signal.signal({int(number)}, lambda *_: sys.exit(33))\n"
+    script += "print('ready', flush=True)\ntime.sleep(60)\n"
+    process = subprocess.Popen(command("--", sys.executable, "-c", script), stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(number)
+    assert process.wait(20) == 33
+    process.stdout.close()
+
+
+def test_default_death_by_a_signal_is_told() -> None:
+    process = subprocess.Popen(command("--", "sh", "-c", "echo ready; exec sleep 60"), stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.terminate()
+    assert process.wait(20) == 128 + signal.SIGTERM
+    process.stdout.close()
+
+
+class Terminal:
+    """A program on a terminal of its own, as its session's leader."""
+
+    def __init__(self, *words: str) -> None:
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.execvp(words[0], words)
+        self.text = ""
+
+    def until(self, done: Callable[[str], bool]) -> None:
+        deadline = time.monotonic() + 20
+        while not done(self.text):
+            assert time.monotonic() < deadline, self.text
+            if select.select([self.fd], [], [], 0.1)[0]:
+                try:
+                    data = os.read(self.fd, 4096)
+                except OSError:
+                    data = b""
+                assert data or done(self.text), self.text
+                self.text += data.decode()
+
+    def type(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def status(self) -> int:
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        os.close(self.fd)
+        return status
+
+
+def test_ctrl_c_reaches_the_command_once() -> None:
+    script = (
+        "import signal, sys, time\nn = []\nsignal.signal(2, lambda *_: n.append(1))\n"
+        "print('re' + 'ady', flush=True)\nwhile not n: time.sleep(0.05)\n"
+        "time.sleep(0.5); print('got', len(n), sys.stdin.isatty(), flush=True)\nsys.exit(7)"
+    )
+    terminal = Terminal(*command("--", sys.executable, "-c", script))
+    terminal.until(lambda text: "ready" in text)
+    terminal.type("\x03")
+    terminal.until(lambda text: "got 1 True" in text)
+    assert terminal.status() == 7
+
+
+def test_a_shell_has_job_control() -> None:
+    terminal = Terminal(*command("--", "sh", "-i"))
+    terminal.type("sleep 60\n")
+    terminal.until(lambda text: text.count("sleep 60") >= 1 and "\n" in text)
+    time.sleep(0.5)  # until the shell has put it in the foreground
+    terminal.type("\x1a")
+    terminal.until(lambda text: "Stopped" in text)
+    terminal.type("kill -KILL %1; wait; exit 5\n")
+    terminal.until(lambda text: "exit 5" in text)
+    assert terminal.status() == 5
