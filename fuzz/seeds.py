@@ -108,9 +108,75 @@ def write(target: str, name: str, data: bytes) -> None:
     path.write_bytes(data)
 
 
+def raw(frame: bytes, flags: int = 0) -> bytes:
+    """A step of core_frames: a frame from port 0."""
+    return struct.pack("!BBH", 0, flags, len(frame)) + frame
+
+
+def answer(flags: int, length: int = 0, which: int = 0) -> bytes:
+    """A step: the segment that continues the conversation, nothing off."""
+    return struct.pack("!BBBHbbH", 4, which, flags, length, 0, 0, 64240)
+
+
+CONNECTED = bytes([7, 0, 0])
+REFUSED = bytes([7, 0, 1])
+BATCH_END = bytes([14])
+
+
+def sock(what: int, length: int = 0) -> bytes:
+    """A step on the first TCP socket: 1 data, 2 end, 4 room, 8 room for all."""
+    return struct.pack("!BBBH", 8, 0, what, length)
+
+
+def wait(ms: int) -> bytes:
+    return struct.pack("!BH", 13, ms)
+
+
+def datagram(what: int, length: int) -> bytes:
+    return struct.pack("!BBBBH", 10, 0, what, 0, length)
+
+
+OPEN = raw(FRAMES["arp"]) + raw(FRAMES["syn"]) + CONNECTED + answer(0x10)
+PROGRAMS = {
+    "refused": raw(FRAMES["syn"]) + REFUSED,
+    "download": OPEN + sock(1, 20000) + answer(0x10) + sock(2) + answer(0x10) + answer(0x11) + answer(0x10),
+    "upload": OPEN
+    + answer(0x18, 1460) * 3
+    + BATCH_END
+    + sock(4, 100)
+    + answer(0x18, 1460)
+    + sock(8)
+    + answer(0x11),
+    "half_close": OPEN + answer(0x11) + BATCH_END + sock(1, 300) + answer(0x10) + sock(2) + answer(0x10),
+    "reset_by_guest": OPEN + answer(0x14) + wait(1000),
+    "reset_by_host": OPEN + sock(0x70, 1),
+    "lost_ack": OPEN + sock(1, 3000) + wait(400) + wait(800) + wait(1600) + answer(0x10),
+    "inbound": raw(FRAMES["arp"])
+    + bytes([11, 0, 0, 0, 0])
+    + answer(0x12)
+    + sock(1, 100)
+    + answer(0x18, 50)
+    + sock(2),
+    "udp": raw(FRAMES["udp"]) + datagram(0, 100) + datagram(2, 4000) + datagram(12, 1) + wait(60000) * 6,
+    "udp_forward": raw(FRAMES["arp"]) + bytes([11, 1, 0, 0, 40]) + raw(FRAMES["udp"]),
+    "echo": raw(FRAMES["echo"]) + datagram(8, 64) + raw(FRAMES["echo_ttl_1"]) + raw(FRAMES["echo_gateway"]),
+    "fragments": raw(FRAMES["fragment_last"]) + raw(FRAMES["fragment_first"]) + wait(40000),
+    "services": raw(FRAMES["dns"])
+    + bytes([15, 0])
+    + struct.pack("!H", 4000)
+    + raw(FRAMES["syn_gateway_dns"])
+    + CONNECTED,
+    "full_port": OPEN + bytes([12, 0, 0, 100]) + sock(1, 20000) + bytes([12, 4, 0, 0]) + answer(0x10),
+    "port_gone": OPEN + raw(FRAMES["udp"]) + bytes([12, 8, 0, 0]) + sock(1, 100) + bytes([12, 10, 0, 0]),
+    "rest": raw(FRAMES["ip_options"]) + raw(FRAMES["vlan"]) + raw(FRAMES["ipv6_udp"]) + raw(FRAMES["rst"]),
+}
+
+
 def main() -> None:
     for name, frame in FRAMES.items():
         write("wire_parse", name, b"\0\0" + frame)
+    for name, program in PROGRAMS.items():
+        write("core_frames", name, program)
 
 
 if __name__ == "__main__":

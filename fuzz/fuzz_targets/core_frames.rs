@@ -1,0 +1,402 @@
+//! Theory of operation: the input is a little program for the whole core. Each step is an operation byte and
+//! its arguments: a raw frame from a guest, a TCP segment that continues a conversation the guest has, data
+//! or an end or an error on a host socket, a client at a Forward, a port that fills up or goes, time that
+//! passes. The mock world of the core's own tests keeps the contract of `Effects` and fails on any breach
+//! (use after close, peek past the end, send after shutdown). At the end all that is open must expire.
+#![no_main]
+
+#[path = "../../crates/guestnet-core/tests/common/mod.rs"]
+mod common;
+
+use common::Mock;
+use guestnet_core::config::{CoreConfig, DatagramError, ForwardSpec, Limits};
+use guestnet_core::core::Core;
+use guestnet_core::effects::SockError;
+use guestnet_core::types::{Csum, ForwardId, FrameMeta, Gso, PortConfig, PortId, ServiceId, SockId, Time};
+use guestnet_wire::ether::{self, Ether, Mac};
+use guestnet_wire::ipv4::{self, Ipv4};
+use guestnet_wire::tcp::{Options, Tcp};
+use guestnet_wire::{parse, proto};
+use libfuzzer_sys::fuzz_target;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+const GATEWAY_MAC: Mac = Mac([0x52, 0x94, 0xef, 0, 0, 1]);
+const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 64, 1);
+const MTU: u16 = 1500;
+const FLOWS: u32 = 64;
+/// Steps of one input; more adds time and no new states.
+const STEPS: usize = 400;
+
+fn guest_mac(port: u8) -> Mac {
+    Mac([0x52, 0x94, 0xef, 0, 0, 2 + port])
+}
+
+fn guest_ip(port: u8) -> Ipv4Addr {
+    Ipv4Addr::new(192, 168, 64, 2 + port)
+}
+
+/// The arguments, read from the front; zeros when they run out.
+struct Input<'a>(&'a [u8]);
+
+impl<'a> Input<'a> {
+    fn u8(&mut self) -> u8 {
+        let Some((first, rest)) = self.0.split_first() else { return 0 };
+        self.0 = rest;
+        *first
+    }
+    fn u16(&mut self) -> u16 {
+        u16::from_be_bytes([self.u8(), self.u8()])
+    }
+    fn bytes(&mut self, n: usize) -> &'a [u8] {
+        let (front, rest) = self.0.split_at(n.min(self.0.len()));
+        self.0 = rest;
+        front
+    }
+}
+
+fn outside(choice: u8) -> SocketAddr {
+    SocketAddr::from(([203, 0, 113, 2 + (choice & 3)], 7 + u16::from(choice >> 2)))
+}
+
+fn error(choice: u8) -> SockError {
+    match choice % 9 {
+        0 => SockError::Refused,
+        1 => SockError::Reset,
+        2 => SockError::NetUnreachable,
+        3 => SockError::HostUnreachable,
+        4 => SockError::TimedOut,
+        5 => SockError::Prohibited,
+        6 => SockError::MessageTooBig(u16::from(choice) * 8),
+        7 => SockError::Exhausted,
+        _ => SockError::Other(i32::from(choice)),
+    }
+}
+
+struct World {
+    core: Core,
+    fx: Mock,
+    now: Time,
+    /// Bytes of a long payload, so that lengths can grow without long inputs.
+    filler: Vec<u8>,
+    /// The last TCP header that went to a guest, by the guest's port: what an answer continues.
+    heard: Vec<(PortId, SocketAddr, SocketAddr, Tcp, u32)>,
+}
+
+impl World {
+    fn new() -> World {
+        let mut config = CoreConfig::new(GATEWAY_MAC, GATEWAY, (Ipv4Addr::new(192, 168, 64, 0), 24), [7; 32]);
+        config.host_loopback = Some(IpAddr::from([192, 168, 64, 254]));
+        config.limits = Limits {
+            flows: FLOWS,
+            flows_per_port: 24,
+            udp_sockets_per_port: 8,
+            buffer_per_port: 128 << 10,
+            reassembly_bytes: 64 << 10,
+            ..Limits::default()
+        };
+        let mut world = World {
+            core: Core::new(config, Time(1)),
+            fx: Mock::new(),
+            now: Time(1),
+            filler: (0..70_000u32).map(|i| i as u8).collect(),
+            heard: Vec::new(),
+        };
+        world.add_port(0);
+        world.add_port(1);
+        world.core.add_service(ServiceId(1), proto::UDP, IpAddr::V4(GATEWAY), 67);
+        world.core.add_service(ServiceId(2), proto::UDP, IpAddr::V4(GATEWAY), 53);
+        world.core.add_service(ServiceId(3), proto::TCP, IpAddr::V4(GATEWAY), 53);
+        for (id, proto) in [(1, proto::TCP), (2, proto::UDP)] {
+            let guest = SocketAddr::from((guest_ip(0), 80));
+            world.core.add_forward(ForwardId(id), ForwardSpec { proto, guest });
+        }
+        world
+    }
+
+    fn add_port(&mut self, n: u8) {
+        let config = PortConfig {
+            mac: (n == 0).then(|| guest_mac(n)),
+            addresses: vec![IpAddr::V4(guest_ip(n))],
+            mtu: MTU,
+            gso_max: if n == 0 { 0 } else { 65000 },
+            lax_offload: false,
+        };
+        self.fx.port(PortId(u32::from(n))).gone = false;
+        self.core.add_port(PortId(u32::from(n)), config);
+    }
+
+    fn frame(&mut self, port: PortId, frame: &mut [u8], meta: FrameMeta) {
+        self.core.frame(self.now, port, frame, meta, &mut self.fx);
+        self.listen();
+    }
+
+    /// What went to guests: every frame must be one that a guest can read, and no larger than was agreed.
+    fn listen(&mut self) {
+        for sent in self.fx.take() {
+            let e = Ether::parse(&sent.frame).expect("a frame without a header was sent");
+            if e.ethertype != ether::IPV4 || e.src != GATEWAY_MAC {
+                continue;
+            }
+            let p = parse::parse_ip(&sent.frame, ether::HEADER_LEN).expect("an unreadable packet was sent");
+            assert!(parse::verify_ipv4_header(&sent.frame, &p), "a wrong header checksum was sent");
+            assert_eq!(p.end, sent.frame.len());
+            assert!(
+                sent.meta.gso.is_some() || p.end - p.l3 <= usize::from(MTU),
+                "a packet over the MTU was sent whole"
+            );
+            if sent.meta.csum == Csum::Full && sent.meta.gso.is_none() && p.fragment.is_none() {
+                assert!(parse::verify_l4(&sent.frame, &p), "a wrong transport checksum was sent");
+            }
+            if p.proto == proto::TCP && p.fragment.is_none() {
+                let tcp = Tcp::parse(&sent.frame[p.l4..p.end]).expect("an unreadable segment was sent");
+                let from = SocketAddr::new(p.src, p.src_port);
+                let to = SocketAddr::new(p.dst, p.dst_port);
+                let used =
+                    (p.end - p.payload) as u32 + u32::from(tcp.flags & 1) + u32::from(tcp.flags >> 1 & 1);
+                self.heard.retain(|h| (h.1, h.2) != (to, from));
+                self.heard.push((sent.port, to, from, tcp, used));
+                if self.heard.len() > 32 {
+                    self.heard.remove(0);
+                }
+            }
+        }
+    }
+
+    /// A segment that continues a conversation: acknowledges what was heard, give or take.
+    fn answer(&mut self, input: &mut Input<'_>) {
+        let (which, flags, len) = (usize::from(input.u8()), input.u8(), input.u16());
+        let (seq_off, ack_off, window) = (input.u8() as i8, input.u8() as i8, input.u16());
+        if self.heard.is_empty() {
+            return;
+        }
+        let (port, from, to, tcp, used) = self.heard[which % self.heard.len()];
+        let (SocketAddr::V4(from), SocketAddr::V4(to)) = (from, to) else { return };
+        let payload = usize::from(len % 1461);
+        let segment = Tcp {
+            src_port: from.port(),
+            dst_port: to.port(),
+            seq: tcp.ack.wrapping_add_signed(i32::from(seq_off)),
+            ack: tcp.seq.wrapping_add(used).wrapping_add_signed(i32::from(ack_off)),
+            flags,
+            window,
+            urgent: u16::from(flags & 0x20 != 0) * 3,
+            header_len: 20,
+        };
+        let mut frame = vec![0u8; ether::HEADER_LEN + 40 + payload];
+        let mac = guest_mac(port.0 as u8);
+        Ether { dst: GATEWAY_MAC, src: mac, ethertype: ether::IPV4 }.emit(&mut frame);
+        let ip = Ipv4 {
+            src: *from.ip(),
+            dst: *to.ip(),
+            proto: proto::TCP,
+            ttl: 64,
+            tos: 0,
+            id: 1,
+            frag: ipv4::DF,
+            payload_len: 20 + payload as u16,
+        };
+        ip.emit(&mut frame[ether::HEADER_LEN..]);
+        segment.emit(&Options::default(), &mut frame[ether::HEADER_LEN + 20..]);
+        frame[ether::HEADER_LEN + 40..].copy_from_slice(&self.filler[..payload]);
+        self.frame(port, &mut frame, FrameMeta { csum: Csum::Valid, gso: None });
+    }
+
+    fn raw(&mut self, input: &mut Input<'_>) {
+        let (flags, len) = (input.u8(), input.u16() % 2048);
+        let port = PortId(u32::from(flags & 1));
+        let mut frame = input.bytes(usize::from(len)).to_vec();
+        if flags & 2 != 0 && frame.len() >= ether::HEADER_LEN + 20 {
+            ipv4::fill_checksum(&mut frame[ether::HEADER_LEN..]);
+        }
+        let csum = match flags >> 2 & 3 {
+            0 => Csum::Full,
+            3 => Csum::Partial { start: input.u16() & 0xff, offset: u16::from(input.u8() & 31) },
+            _ => Csum::Valid,
+        };
+        let gso = match flags >> 4 & 3 {
+            1 => Some(Gso::Tcp(input.u16())),
+            2 => Some(Gso::Udp(input.u16())),
+            _ => None,
+        };
+        self.frame(port, &mut frame, FrameMeta { csum, gso });
+    }
+
+    /// Something happens to a TCP socket that the core opened.
+    fn socket(&mut self, input: &mut Input<'_>) {
+        let (which, what, len) = (usize::from(input.u8()), input.u8(), input.u16());
+        if self.fx.connects.is_empty() {
+            return;
+        }
+        let (flow, id) = self.fx.connects[which % self.fx.connects.len()];
+        let s = self.fx.sock(id);
+        if what & 1 != 0 {
+            s.inbox.extend(&self.filler[..usize::from(len)]);
+        }
+        s.eof |= what & 2 != 0;
+        if what & 4 != 0 {
+            s.send_room = Some(usize::from(len));
+        }
+        if what & 8 != 0 {
+            s.send_room = None;
+        }
+        if what & 0x70 == 0x70 {
+            s.peek_error = Some(error(len as u8));
+            s.send_error = s.peek_error;
+        }
+        let (readable, writable) =
+            (what & 3 != 0 || what & 0x70 == 0x70, what & 8 != 0 || what & 0x70 == 0x70);
+        self.core.tcp_ready(self.now, flow, readable, writable, &mut self.fx);
+    }
+
+    fn datagram(&mut self, input: &mut Input<'_>) {
+        let (which, what, from, len) = (usize::from(input.u8()), input.u8(), input.u8(), input.u16());
+        if self.fx.opened.is_empty() {
+            return;
+        }
+        let (flow, _) = self.fx.opened[which % self.fx.opened.len()];
+        let from = match self.fx.datagrams.last() {
+            Some(last) if what & 1 == 0 => last.dst,
+            _ => outside(from),
+        };
+        let payload = &self.filler[..usize::from(len).min(65507)];
+        let segment = if what & 2 != 0 { (len / 3).max(1) } else { 0 };
+        match what >> 2 & 3 {
+            0 | 1 => self.core.udp_received(self.now, flow, from, payload, segment, &mut self.fx),
+            2 => {
+                let seq = self.fx.pings.last().map_or(len, |p| p.seq);
+                let payload = &payload[..payload.len().min(1400)];
+                self.core.ping_received(self.now, flow, from.ip(), seq, what, payload, &mut self.fx);
+            }
+            _ => {
+                let e = DatagramError {
+                    kind: error(len as u8),
+                    offender: (what & 16 == 0).then(|| from.ip()),
+                    icmp_type: what >> 5,
+                    icmp_code: len as u8,
+                    mtu: len,
+                    dst: from,
+                    seq: len,
+                    payload: &payload[..payload.len().min(600)],
+                };
+                self.core.sock_error(self.now, flow, e, &mut self.fx);
+            }
+        }
+    }
+
+    fn client(&mut self, input: &mut Input<'_>) {
+        let (what, peer, len) = (input.u8(), input.u8(), input.u16());
+        let (peer, local) = (outside(peer), SocketAddr::from(([203, 0, 113, 1], 8080)));
+        if what & 1 == 0 {
+            let sock = self.fx.new_sock();
+            let forward = ForwardId(1 + u32::from(what >> 1 & 1) * 8);
+            match self.core.tcp_accepted(self.now, forward, sock, peer, local, &mut self.fx) {
+                Some(flow) => self.fx.connects.push((flow, sock)),
+                None => drop(self.fx.socks.remove(&sock)),
+            }
+        } else {
+            let payload = &self.filler[..usize::from(len).min(65507)];
+            let segment = if what & 2 != 0 { (len / 3).max(1) } else { 0 };
+            let sock = SockId(0xffff);
+            let f = ForwardId(2);
+            self.core.udp_forward_received(self.now, f, sock, peer, local, payload, segment, &mut self.fx);
+        }
+    }
+
+    fn port(&mut self, input: &mut Input<'_>) {
+        let (what, room) = (input.u8(), input.u16());
+        let n = what & 1;
+        let port = PortId(u32::from(n));
+        match what >> 1 & 7 {
+            0 | 1 => self.fx.port(port).room = usize::from(room),
+            2 | 3 => {
+                self.fx.port(port).room = usize::MAX;
+                self.core.port_writable(self.now, port, &mut self.fx);
+            }
+            4 => {
+                self.fx.port(port).gone = true;
+                self.core.remove_port(self.now, port, &mut self.fx);
+            }
+            5 => self.add_port(n),
+            6 => drop(self.core.bind_address(port, IpAddr::from([192, 168, 64, room as u8]), None)),
+            _ => self.core.unbind_address(self.now, IpAddr::from([192, 168, 64, room as u8]), &mut self.fx),
+        }
+    }
+
+    /// Lets time pass and does what is due on the way. A timer that stays due is a loop without end.
+    fn pass(&mut self, ms: u64) {
+        let until = self.now.plus_ms(ms);
+        for _ in 0..100_000 {
+            match self.core.next_timer() {
+                Some(at) if at <= until => {
+                    self.now = self.now.max(at);
+                    self.core.timers(self.now, &mut self.fx);
+                    self.listen();
+                }
+                _ => {
+                    self.now = until;
+                    return;
+                }
+            }
+        }
+        panic!("the core's timers never come to rest: next {:?}, now {:?}", self.core.next_timer(), self.now);
+    }
+
+    fn step(&mut self, input: &mut Input<'_>) {
+        match input.u8() % 16 {
+            0..=3 => self.raw(input),
+            4..=6 => self.answer(input),
+            7 => {
+                let (which, how) = (usize::from(input.u8()), input.u8());
+                if !self.fx.connects.is_empty() {
+                    let (flow, _) = self.fx.connects[which % self.fx.connects.len()];
+                    let result = if how & 1 == 0 { Ok(()) } else { Err(error(how >> 1)) };
+                    self.core.tcp_connected(self.now, flow, result, &mut self.fx);
+                }
+            }
+            8 | 9 => self.socket(input),
+            10 => self.datagram(input),
+            11 => self.client(input),
+            12 => self.port(input),
+            13 => {
+                let ms = u64::from(input.u16());
+                self.pass(ms);
+            }
+            14 => self.core.batch_end(self.now, &mut self.fx),
+            _ => {
+                let (what, len) = (input.u8(), usize::from(input.u16()));
+                if what & 1 != 0 {
+                    self.fx.open_error = Some(error(what >> 1));
+                } else if what & 2 != 0 {
+                    self.fx.datagram_error = Some(error(what >> 2));
+                } else {
+                    let (src, dst) = (SocketAddr::from((GATEWAY, 53)), SocketAddr::from((guest_ip(0), 4000)));
+                    let payload = &self.filler[..len.min(9000)];
+                    let mac = guest_mac(0);
+                    self.core.service_send(self.now, PortId(0), mac, src, dst, payload, &mut self.fx);
+                }
+            }
+        }
+        self.listen();
+        assert!(self.core.flows().count() <= FLOWS as usize);
+        assert!(self.core.reassembly_bytes() <= 64 << 10);
+    }
+}
+
+fuzz_target!(|data: &[u8]| {
+    let mut world = World::new();
+    let mut input = Input(data);
+    for _ in 0..STEPS {
+        if input.0.is_empty() {
+            break;
+        }
+        world.step(&mut input);
+    }
+    // The longest timeout there is, twice: a timer may be set again by the first.
+    world.fx.open_error = None;
+    world.pass(2 * 7440 * 1000 + 60_000);
+    world.pass(2 * 7440 * 1000 + 60_000);
+    assert_eq!(world.core.flows().count(), 0, "flows outlive every timeout");
+    assert_eq!(world.core.reassembly_bytes(), 0, "fragments outlive every timeout");
+    let open = world.fx.socks.values().filter(|s| s.closed.is_none()).count();
+    assert_eq!(open, 0, "sockets outlive their flows");
+});
