@@ -254,12 +254,15 @@ impl Tcb {
             self.duplicate(cx)?;
         }
         if self.snd_una.le(ack) && (self.snd_wl1.lt(seq) || (self.snd_wl1 == seq && self.snd_wl2.le(ack))) {
-            if self.snd_una == self.snd_max && self.retry_at.is_some() {
-                // The persist timer runs, and the guest answers.
+            if (self.snd_una == self.snd_max || self.snd_wnd == 0) && self.retry_at.is_some() {
+                // The persist timer runs, and the guest answers (RFC 1122 4.2.2.17).
                 self.retries = 0;
                 if window > 0 {
-                    self.retry_at = None;
                     self.end_backoff();
+                    self.retry_at = None;
+                    if self.snd_una != self.snd_max {
+                        self.arm(cx.now);
+                    }
                 }
             }
             if window > self.snd_wnd {

@@ -405,7 +405,13 @@ impl Tcb {
         match self.state {
             State::SynSent | State::SynReceived => self.send_syn(cx),
             State::Connecting => {}
-            State::Open | State::TimeWait => return self.flush(cx),
+            State::Open | State::TimeWait => {
+                let fate = self.flush(cx);
+                if fate == Fate::Live && self.snd_una != self.snd_max {
+                    self.arm_if_off(cx.now);
+                }
+                return fate;
+            }
         }
         Fate::Live
     }

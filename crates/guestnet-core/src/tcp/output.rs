@@ -16,7 +16,7 @@ use std::net::IpAddr;
 const IPV6_LEN: usize = 40;
 /// Ethernet, IPv6 and TCP with all options that are ever sent (SYN: 4 + 4 + 12).
 const HEADER_MAX: usize = ether::HEADER_LEN + IPV6_LEN + MIN_LEN + 24;
-/// TTL and hop limit of what the relay says for the other side (RFC 1700).
+/// TTL and hop limit of what the relay says for the other side (RFC 1122 3.2.1.7).
 const TTL: u8 = 64;
 /// Bytes of the timestamp option with its padding.
 const TS_LEN: u16 = 12;
@@ -321,7 +321,7 @@ impl Tcb {
                     }
                 }
                 Peek::Empty => {
-                    self.readable = false;
+                    (self.readable, self.hangup) = (false, false);
                     return Ok(());
                 }
                 Peek::Eof => {

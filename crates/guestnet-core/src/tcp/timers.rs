@@ -74,8 +74,7 @@ impl Tcb {
             State::Connecting | State::TimeWait => return Ok(()),
         };
         if self.waits_port && !syn {
-            // The guest does not read; that is no loss. Port and timer both come back.
-            self.arm(cx.now);
+            // The guest does not read; that is no loss. `port_writable` starts the timer again.
             return Ok(());
         }
         self.retries = self.retries.saturating_add(1);

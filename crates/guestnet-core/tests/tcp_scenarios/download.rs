@@ -109,10 +109,26 @@ fn a_window_taken_back_in_flight_is_probed_not_flooded() {
     s.host_writes(5000);
     s.recv("P. 1:5001");
     s.send(". 1 ack 1001 win 0");
-    s.pass(5000);
-    assert!(s.take().iter().all(|f| f.payload.is_empty()));
+    for _ in 0..40 {
+        s.pass(130_000);
+        assert!(s.take().iter().all(|f| f.payload.is_empty()));
+        s.send(". 1 ack 1001 win 0");
+        s.live();
+    }
     s.send(". 1 ack 1001 win 5000");
     s.recv(". 1001:5001");
+}
+
+#[test]
+fn what_was_in_flight_when_the_window_closed_and_reopened_is_still_timed() {
+    let mut s = Sim::open_with("S 0 mss 1000 ws 0", 5000);
+    s.host_writes(5000);
+    s.recv("P. 1:5001");
+    s.send(". 1 ack 1001 win 0");
+    s.send(". 1 ack 1001 win 5000");
+    s.silent();
+    s.pass(300);
+    s.recv(". 1001:2001");
 }
 
 #[test]
