@@ -250,7 +250,12 @@ impl Tcb {
         let window = u32::from(seg.window) << self.snd_shift;
         if self.snd_una.lt(ack) {
             self.advance(cx, ack)?;
-        } else if ack == self.snd_una && len == 0 && window == self.snd_wnd && ack.lt(self.snd_max) {
+        } else if ack == self.snd_una
+            && len == 0
+            && window == self.snd_wnd
+            && window > 0
+            && ack.lt(self.snd_max)
+        {
             self.duplicate(cx)?;
         }
         if self.snd_una.le(ack) && (self.snd_wl1.lt(seq) || (self.snd_wl1 == seq && self.snd_wl2.le(ack))) {

@@ -12,22 +12,24 @@
 //!
 //! Each entry point returns a [`Fate`]. Unless it is [`Fate::Live`], the socket was closed and the buffer's
 //! bytes were given back, and the record must go. Files: [`input`] (segments), [`output`] (frames),
-//! [`timers`] (retransmission, idle), [`buffer`] (what waits for the socket), [`seq`].
+//! [`timers`] (retransmission, idle), [`host`] (the socket's side), [`buffer`] (what waits for the socket),
+//! [`seq`], [`types`] (what callers hand in and get back).
 
 mod buffer;
+mod host;
 mod input;
 mod output;
 mod seq;
 mod timers;
+mod types;
 
-use crate::effects::{Close, Effects, Peek, SockError};
-use crate::stats::Counters;
-use crate::types::{FlowId, PortId, SockId, Time};
+pub use types::{Budget, Ctx, Fate, Path, Timeouts};
+
+use crate::effects::{Close, Effects, SockError};
+use crate::types::{FlowId, SockId, Time};
 use buffer::Buffer;
-use guestnet_wire::ether::Mac;
 use guestnet_wire::tcp::{Options, Tcp};
 use seq::Seq;
-use std::net::SocketAddr;
 
 /// Bytes that wait for one host socket at most, and so the largest window offered.
 pub const FLOW_BUFFER: u32 = 1 << 20;
@@ -40,94 +42,6 @@ const DEFAULT_MSS: u16 = 536;
 /// The smallest segment size that a guest is believed: below, it would make us send a packet per few bytes.
 /// The path's MTU may still force smaller segments.
 const MIN_MSS: u16 = 64;
-
-/// Where a flow runs: the guest's side of it, as core knows it now.
-#[derive(Debug, Clone, Copy)]
-pub struct Path {
-    /// Port of the guest.
-    pub port: PortId,
-    /// Source MAC of frames to the guest.
-    pub gateway_mac: Mac,
-    /// Destination MAC of frames to the guest.
-    pub guest_mac: Mac,
-    /// The guest's address and port.
-    pub guest: SocketAddr,
-    /// The other side, as the guest names it.
-    pub remote: SocketAddr,
-    /// IP MTU towards the guest in bytes.
-    pub mtu: u16,
-    /// Largest payload of one frame when the port takes GSO frames, 0 for none.
-    pub gso_max: u32,
-}
-
-/// Buffered bytes of an endpoint, shared by all its flows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Budget {
-    /// In use now.
-    pub used: usize,
-    /// May be used.
-    pub limit: usize,
-}
-
-impl Budget {
-    /// Bytes that are left.
-    #[must_use]
-    pub fn free(&self) -> usize {
-        self.limit.saturating_sub(self.used)
-    }
-}
-
-/// How long a flow may be silent. Milliseconds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Timeouts {
-    /// Established (RFC 5382 REQ-5: at least 7440 s); a half-closed flow too.
-    pub established_ms: u32,
-    /// Opening or closed both ways but for the last ACK (RFC 5382 REQ-5: at least 240 s).
-    pub transitory_ms: u32,
-    /// TIME-WAIT. The link is local: long enough to answer a FIN that is sent again, no more.
-    pub time_wait_ms: u32,
-}
-
-impl Default for Timeouts {
-    fn default() -> Self {
-        Timeouts { established_ms: 7_440_000, transitory_ms: 240_000, time_wait_ms: 2_000 }
-    }
-}
-
-/// What an entry point needs from its caller.
-pub struct Ctx<'a, E: Effects> {
-    /// Now.
-    pub now: Time,
-    /// The world.
-    pub fx: &'a mut E,
-    /// Where frames sent (`tx_frames`, `tx_bytes`), retransmissions and drops are counted.
-    pub counters: &'a mut Counters,
-    /// The guest's side.
-    pub path: &'a Path,
-    /// The endpoint's buffered bytes.
-    pub budget: &'a mut Budget,
-}
-
-/// What is to become of a flow's record.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[must_use]
-pub enum Fate {
-    /// It lives on.
-    Live,
-    /// It is over, the socket is closed; the record goes.
-    Closed,
-    /// The connect failed in a way that ICMP tells: the record goes, and the guest is to get a destination
-    /// unreachable that quotes its SYN.
-    Unreachable {
-        /// Why ([`SockError::TimedOut`], [`SockError::HostUnreachable`], [`SockError::NetUnreachable`],
-        /// [`SockError::Prohibited`]).
-        error: SockError,
-        /// Sequence number of the guest's SYN, for the quote.
-        seq: u32,
-    },
-    /// The record goes, and the SYN that was handed in opens a new flow (RFC 1122 4.2.2.13).
-    Reopen,
-}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
@@ -517,109 +431,5 @@ impl Tcb {
             self.send_ack(cx);
         }
         Fate::Live
-    }
-
-    /// Gives the buffered bytes to the socket; afterwards the guest's FIN too, and a window that reopened.
-    fn drain<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Result<(), Fate> {
-        if let Some(b) = &mut self.buffer {
-            while let front = b.front()
-                && !front.is_empty()
-            {
-                let asked = front.len();
-                match cx.fx.tcp_send(self.sock, front) {
-                    Ok(n) => {
-                        b.consume(n.min(asked));
-                        self.last_seen = cx.now;
-                        if n < asked {
-                            break;
-                        }
-                    }
-                    Err(_) => {
-                        self.abort(cx);
-                        return Err(Fate::Closed);
-                    }
-                }
-            }
-            self.settle_buffer(cx.budget);
-            if self.window_reopened(cx.budget, cx.path) {
-                self.ack_now = true;
-            }
-        }
-        self.shut_if_done(cx)
-    }
-
-    /// Passes the guest's FIN on once everything before it is in the socket.
-    fn shut_if_done<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Result<(), Fate> {
-        if self.guest_fin && !self.shut && self.waiting() == 0 && self.sock_open {
-            self.shut = true;
-            cx.fx.tcp_shutdown(self.sock);
-        }
-        self.close_if_done(cx)
-    }
-
-    /// Ends the flow when both directions are closed and acknowledged.
-    fn close_if_done<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Result<(), Fate> {
-        if self.state != State::Open || !self.shut || !self.fin_acked {
-            return Ok(());
-        }
-        let undiscarded = std::mem::take(&mut self.undiscarded);
-        if undiscarded > 0 {
-            cx.fx.tcp_discard(self.sock, undiscarded as usize);
-        }
-        // The last ACK of the guest's FIN must not get lost with the record.
-        if self.ack_pending || self.ack_now {
-            self.send_ack(cx);
-        }
-        self.finish(cx, Close::Graceful);
-        if !self.keeps_time_wait {
-            return Err(Fate::Closed);
-        }
-        self.state = State::TimeWait;
-        self.retry_at = None;
-        self.last_seen = cx.now;
-        Ok(())
-    }
-
-    /// Bytes that wait for the socket.
-    fn waiting(&self) -> usize {
-        self.buffer.as_ref().map_or(0, |b| b.waiting())
-    }
-
-    /// Accounts the buffer's size to the endpoint and frees it when empty.
-    fn settle_buffer(&mut self, budget: &mut Budget) {
-        if let Some(b) = &mut self.buffer {
-            b.settle(budget);
-            if b.is_empty() {
-                self.buffer = None;
-            }
-        }
-    }
-
-    fn finish<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, how: Close) {
-        self.release(cx.fx, cx.budget, how);
-    }
-
-    fn release<E: Effects>(&mut self, fx: &mut E, budget: &mut Budget, how: Close) {
-        if let Some(mut b) = self.buffer.take() {
-            b.clear();
-            b.settle(budget);
-        }
-        if std::mem::take(&mut self.sock_open) {
-            fx.close(self.sock, how);
-        }
-        self.retry_at = None;
-        self.readable = false;
-    }
-
-    /// Peeks at the first byte not yet sent; a failed socket ends the flow.
-    fn peek<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, max: u32) -> Result<Peek, Fate> {
-        let offset = self.snd_nxt.since(self.snd_una).saturating_add(self.undiscarded);
-        match cx.fx.tcp_peek(self.sock, offset as usize, max as usize) {
-            Ok(peek) => Ok(peek),
-            Err(_) => {
-                self.abort(cx);
-                Err(Fate::Closed)
-            }
-        }
     }
 }
