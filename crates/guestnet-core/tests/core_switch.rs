@@ -1,0 +1,444 @@
+//! Theory of operation: the switch, ARP and the gateway as guests see them: frames in, frames out.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+#[path = "common/net.rs"]
+mod net;
+
+use guestnet_core::effects::Event;
+use guestnet_core::stats::Drop;
+use guestnet_core::types::{Csum, FrameMeta, Gso, NetMode, PortConfig, PortId, ServiceId, Time};
+use guestnet_wire::arp::{self, Arp};
+use guestnet_wire::ether::{self, Mac};
+use guestnet_wire::{icmp, proto};
+use net::*;
+use std::net::IpAddr;
+
+const C: PortId = PortId(3);
+
+fn to_b(payload: &[u8]) -> Vec<u8> {
+    udp_from(&Ip4 { to_mac: mac(B), ..Ip4::new(A, IpAddr::V4(guest_ip(B)), proto::UDP) }, 5, 6, payload)
+}
+
+#[test]
+fn guests_reach_each_other_unchanged() {
+    let mut n = Net::new();
+    n.core.add_port(C, port_config());
+    n.hello(C);
+    let frame = to_b(b"hello");
+    let out = n.ask(A, frame.clone());
+    assert_eq!(out.len(), 1);
+    assert_eq!((out[0].port, &out[0].frame), (B, &frame));
+    // A large send with its offload request passes as it is.
+    let big = to_b(&[1; 4000]);
+    let meta = FrameMeta { csum: Csum::Partial { start: 34, offset: 6 }, gso: Some(Gso::Udp(1000)) };
+    n.send_meta(A, big.clone(), meta);
+    let out = n.fx.take();
+    assert_eq!((out.len(), out[0].meta, &out[0].frame), (1, meta, &big));
+}
+
+#[test]
+fn floods_reach_everyone_else_and_are_limited() {
+    let mut n = Net::with_limits(|l| l.floods_per_second = 10);
+    n.core.add_port(C, port_config());
+    n.hello(C);
+    n.pass_ms(2000);
+    let mut h = Ip4::new(A, "255.255.255.255".parse().unwrap(), proto::UDP);
+    h.to_mac = Mac::BROADCAST;
+    let ports: Vec<PortId> = n.ask(A, udp_from(&h, 9, 9, b"x")).iter().map(|s| s.port).collect();
+    assert_eq!(ports, [B, C]);
+    // An unknown MAC is flooded too.
+    h.to_mac = Mac([2, 9, 9, 9, 9, 9]);
+    h.dst = ip("192.168.64.200");
+    assert_eq!(n.ask(A, udp_from(&h, 9, 9, b"x")).len(), 2);
+    for _ in 0..20 {
+        n.send(A, udp_from(&h, 9, 9, b"x"));
+    }
+    assert_eq!(n.drops(Drop::RateLimit), 12);
+    // B's rate is its own.
+    let mut h = Ip4::new(B, "255.255.255.255".parse().unwrap(), proto::UDP);
+    h.to_mac = Mac::BROADCAST;
+    assert_eq!(n.ask(B, udp_from(&h, 9, 9, b"x")).len(), 2);
+}
+
+#[test]
+fn nobody_sends_with_anothers_mac_or_address() {
+    let mut n = Net::new();
+    for bad in [mac(B), GATEWAY_MAC, Mac::BROADCAST, Mac([1, 0, 0, 0, 0, 9]), Mac::default()] {
+        let h = Ip4 { mac: bad, ..Ip4::new(A, "10.0.0.9".parse().unwrap(), proto::UDP) };
+        n.dropped(Drop::SpoofedMac, |n| n.send(A, udp_from(&h, 1, 2, b"")));
+    }
+    for bad in ["192.168.64.12", GATEWAY, "10.0.0.1", "0.0.0.0", "192.168.64.255", "127.0.0.1"] {
+        let h = Ip4 { src: ip(bad), ..Ip4::new(A, "10.0.0.9".parse().unwrap(), proto::UDP) };
+        n.dropped(Drop::SpoofedSource, |n| n.send(A, udp_from(&h, 1, 2, b"")));
+        let h = Ip4 { to_mac: mac(B), ..h };
+        n.dropped(Drop::SpoofedSource, |n| n.send(A, udp_from(&h, 1, 2, b"")));
+    }
+    assert!(n.fx.frames.is_empty() && n.fx.datagrams.is_empty());
+    // ARP that claims another's address, or says another sent it.
+    for (spa, to) in [(guest_ip(B), mac(B)), (ip(GATEWAY), Mac::BROADCAST)] {
+        let f = arp_frame(arp::REPLY, mac(A), spa, to, guest_ip(B));
+        n.dropped(Drop::SpoofedSource, |n| n.send(A, f));
+    }
+    let mut f = arp_frame(arp::REPLY, mac(A), guest_ip(A), mac(B), guest_ip(B));
+    f[22..28].copy_from_slice(&mac(B).0);
+    n.dropped(Drop::SpoofedMac, |n| n.send(A, f));
+    assert!(n.fx.frames.is_empty());
+}
+
+#[test]
+fn a_guest_has_a_bounded_number_of_macs_and_addresses() {
+    let mut n = Net::with_limits(|l| {
+        l.macs_per_port = 3;
+        l.addresses_per_port = 4;
+    });
+    for i in 0..100u8 {
+        let h = Ip4 {
+            mac: Mac([2, 7, 7, 7, 7, i]),
+            src: ip(&format!("192.168.64.{}", 100 + i)),
+            ..Ip4::new(A, "10.0.0.9".parse().unwrap(), proto::UDP)
+        };
+        n.send(A, udp_from(&h, 1, 2, b""));
+    }
+    let a = n.core.ports().find(|p| p.port == A).unwrap();
+    assert_eq!((a.mac, a.addresses.len()), (Some(mac(A)), 4));
+    // Its first MAC stays its own, and what it no longer uses is free for others.
+    n.core.add_port(C, port_config());
+    let h = Ip4 { mac: Mac([2, 7, 7, 7, 7, 1]), ..Ip4::new(C, "10.0.0.9".parse().unwrap(), proto::UDP) };
+    let before = n.drops(Drop::SpoofedMac);
+    n.send(C, udp_from(&h, 1, 2, b""));
+    assert_eq!(n.drops(Drop::SpoofedMac), before);
+}
+
+#[test]
+fn assigned_addresses_are_kept_and_learned_ones_give_way() {
+    let mut n = Net::new();
+    let free = IpAddr::V4(ip("192.168.64.77"));
+    n.core.bind_address(A, free, None).unwrap();
+    assert!(n.core.bind_address(B, free, None).is_err());
+    let h = Ip4 { src: ip("192.168.64.77"), ..Ip4::new(B, "10.0.0.9".parse().unwrap(), proto::UDP) };
+    n.dropped(Drop::SpoofedSource, |n| n.send(B, udp_from(&h, 1, 2, b"")));
+    // The learned address of A goes to B when the control side says so.
+    n.core.bind_address(B, IpAddr::V4(guest_ip(A)), None).unwrap();
+    n.dropped(Drop::SpoofedSource, |n| n.udp(A, 1, "10.0.0.9:2", b""));
+    for own in [GATEWAY, "192.168.64.5"] {
+        n.core.add_service(ServiceId(1), proto::UDP, "192.168.64.5".parse().unwrap(), 53);
+        assert!(n.core.bind_address(A, own.parse().unwrap(), None).is_err(), "{own} is the gateway's");
+    }
+    n.core.unbind_address(n.now, free, &mut n.fx);
+    n.core.bind_address(B, free, None).unwrap();
+}
+
+#[test]
+fn arp_is_answered_for_the_gateway_and_services_alone() {
+    let mut c = config();
+    c.host_loopback = Some("192.168.64.254".parse().unwrap());
+    let mut n = Net::with(c);
+    n.core.add_service(ServiceId(1), proto::UDP, "192.168.64.5".parse().unwrap(), 53);
+    for own in [GATEWAY, "192.168.64.254", "192.168.64.5"] {
+        let out = n.ask(A, arp_frame(arp::REQUEST, mac(A), guest_ip(A), Mac::BROADCAST, ip(own)));
+        assert_eq!((out.len(), out[0].port), (1, A), "{own}");
+        let a = Arp::parse(&out[0].frame[14..]).unwrap();
+        let want = Arp { op: arp::REPLY, sha: GATEWAY_MAC, spa: ip(own), tha: mac(A), tpa: guest_ip(A) };
+        assert_eq!(a, want);
+    }
+    // Another guest gets the question itself; nobody answers for an unused address.
+    let out = n.ask(A, arp_frame(arp::REQUEST, mac(A), guest_ip(A), Mac::BROADCAST, guest_ip(B)));
+    assert_eq!((out.len(), out[0].port), (1, B));
+    let out = n.ask(A, arp_frame(arp::REQUEST, mac(A), guest_ip(A), Mac::BROADCAST, ip("192.168.64.99")));
+    assert!(out.iter().all(|s| s.port != A));
+    // A probe (RFC 5227) for the gateway's address finds it taken.
+    let probe = arp_frame(arp::REQUEST, mac(A), ip("0.0.0.0"), Mac::BROADCAST, ip(GATEWAY));
+    assert_eq!(n.ask(A, probe).len(), 1);
+}
+
+#[test]
+fn an_address_is_announced_to_the_control_side() {
+    let mut n = Net::new();
+    n.core.add_port(C, port_config());
+    n.udp(C, 1, "10.0.0.9:2", b"");
+    let want = Event::AddressSeen { port: C, mac: mac(C), address: IpAddr::V4(guest_ip(C)) };
+    assert_eq!(n.events(|e| *e == want), 1);
+    n.udp(C, 1, "10.0.0.9:2", b"");
+    assert_eq!(n.events(|e| *e == want), 1);
+}
+
+#[test]
+fn echo_is_answered_by_the_gateway() {
+    let mut n = Net::new();
+    let out = n.ask(A, echo_frame(A, GATEWAY, 7, 9, 1, b"abcdefg"));
+    let got = read(&out[0]);
+    assert_eq!((got.icmp(), got.p.src_port, got.payload()), ((icmp::ECHO_REPLY, 0), 7, &b"abcdefg"[..]));
+    assert_eq!(&got.l4()[4..8], [0, 7, 0, 9]);
+}
+
+#[test]
+fn ttl_runs_out_here() {
+    let mut n = Net::new();
+    let h = Ip4 { ttl: 1, ..Ip4::new(A, "10.0.0.9".parse().unwrap(), proto::UDP) };
+    let mut out = Vec::new();
+    n.dropped(Drop::TtlExpired, |n| out = n.ask(A, udp_from(&h, 1, 33434, b"probe")));
+    let got = read(&out[0]);
+    assert_eq!((got.icmp(), got.p.src), ((icmp::TIME_EXCEEDED, 0), IpAddr::V4(ip(GATEWAY))));
+    // It quotes the guest's own packet.
+    assert_eq!(got.payload(), &udp_from(&h, 1, 33434, b"probe")[14..]);
+    assert!(n.fx.opened.is_empty());
+}
+
+#[test]
+fn icmp_errors_are_limited_in_rate_and_never_answer_errors() {
+    let mut n = Net::with_limits(|l| l.icmp_errors_per_second = 5);
+    for _ in 0..50 {
+        n.udp(A, 1, "192.168.64.1:9", b"");
+    }
+    assert_eq!((n.fx.frames.len(), n.core.counters().icmp_errors), (5, 5));
+    assert_eq!(n.events(|e| matches!(e, Event::Denied { .. })), 5);
+    let mut n = Net::new();
+    let mut error = vec![0; 8 + 28];
+    icmp::emit(&mut error, icmp::UNREACHABLE, 3, [0; 4], &[0; 28]);
+    let h = Ip4 { ttl: 1, ..Ip4::new(A, "10.0.0.9".parse().unwrap(), proto::ICMP) };
+    assert!(n.ask(A, h.frame(&error)).is_empty());
+}
+
+#[test]
+fn guests_on_host_routes_reach_each_other_through_the_gateway() {
+    let mut n = Net::new();
+    let out = n.ask(A, udp_frame(A, 5, guest_addr(B, 6), b"via"));
+    let got = read(&out[0]);
+    assert_eq!((out[0].port, got.p.ttl, got.src(), got.dst()), (B, 63, guest_addr(A, 5), guest_addr(B, 6)));
+    // Nobody there: told so.
+    let out = n.ask(A, udp_frame(A, 5, addr("192.168.64.99:6"), b"via"));
+    assert_eq!(read(&out[0]).icmp(), (icmp::UNREACHABLE, icmp::unreachable::HOST));
+}
+
+#[test]
+fn tags_and_unknown_types_are_refused_not_misread() {
+    let mut n = Net::new();
+    for ethertype in [ether::VLAN, ether::QINQ, 0x88cc, 0x0064] {
+        let f = eth(mac(A), mac(B), ethertype, &[0; 60]);
+        n.dropped(Drop::UnsupportedProtocol, |n| n.send(A, f));
+    }
+    n.dropped(Drop::Truncated, |n| n.send(A, vec![0; 13]));
+    n.dropped(Drop::Truncated, |n| n.send(A, Vec::new()));
+    n.dropped(Drop::NoEndpoint, |n| n.send(PortId(99), to_b(b"")));
+    assert!(n.fx.frames.is_empty());
+}
+
+#[test]
+fn ipv6_is_switched_but_not_routed() {
+    let mut n = Net::new();
+    let mut packet = vec![0x60, 0, 0, 0, 0, 8, 59, 64];
+    packet.extend_from_slice(&[0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
+    packet.extend_from_slice(&[0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2]);
+    packet.extend_from_slice(&[0; 8]);
+    assert_eq!(n.ask(A, eth(mac(A), mac(B), ether::IPV6, &packet)).len(), 1);
+    n.dropped(Drop::UnsupportedProtocol, |n| n.send(A, eth(mac(A), GATEWAY_MAC, ether::IPV6, &packet)));
+    // A router advertisement is nobody's but the gateway's.
+    packet[6] = proto::ICMPV6;
+    packet[40] = 134;
+    n.dropped(Drop::Policy, |n| n.send(A, eth(mac(A), mac(B), ether::IPV6, &packet)));
+}
+
+#[test]
+fn bad_checksums_and_sizes() {
+    let mut n = Net::new();
+    let mut f = udp_frame(A, 1, addr("10.0.0.9:2"), b"abc");
+    f[24] ^= 1;
+    n.dropped(Drop::BadIpChecksum, |n| n.send(A, f));
+    let mut f = udp_frame(A, 1, addr("10.0.0.9:2"), b"abc");
+    f[42] ^= 1;
+    n.dropped(Drop::BadL4Checksum, |n| n.send(A, f.clone()));
+    // Somebody vouches for it.
+    n.send_meta(A, f.clone(), FrameMeta { csum: Csum::Valid, gso: None });
+    n.send_meta(A, f.clone(), FrameMeta { csum: Csum::Partial { start: 34, offset: 6 }, gso: None });
+    assert_eq!(n.fx.datagrams.len(), 2);
+    for (start, offset) in [(34, 16), (35, 6), (65535, 65535)] {
+        let meta = FrameMeta { csum: Csum::Partial { start, offset }, gso: None };
+        n.dropped(Drop::Malformed, |n| n.send_meta(A, f.clone(), meta));
+    }
+    n.dropped(Drop::Oversized, |n| n.udp(A, 1, "10.0.0.9:2", &[0; 1473]));
+    let big = udp_frame(A, 1, addr("10.0.0.9:2"), &[0; 5000]);
+    for (gso, why) in [
+        (Gso::Udp(0), Drop::Malformed),
+        (Gso::Tcp(1000), Drop::Malformed),
+        (Gso::Udp(1473), Drop::Oversized),
+    ] {
+        let meta = FrameMeta { csum: Csum::Valid, gso: Some(gso) };
+        n.dropped(why, |n| n.send_meta(A, big.clone(), meta));
+    }
+}
+
+#[test]
+fn lax_ports_may_leave_checksums_and_segmentation_to_us() {
+    let mut n = Net::new();
+    n.core.add_port(C, PortConfig { lax_offload: true, ..port_config() });
+    n.hello(C);
+    // Wrong checksum, and larger than the MTU.
+    let h = Ip4::new(C, "10.0.0.9".parse().unwrap(), proto::UDP);
+    let mut f = udp_from(&h, 1, 2, &[1; 3000]);
+    f[40] ^= 0xff;
+    n.send(C, f);
+    assert_eq!(n.fx.datagrams.len(), 1);
+    // To another guest it goes with the work still to do, well described.
+    let h = Ip4 { to_mac: mac(B), ..Ip4::new(C, IpAddr::V4(guest_ip(B)), proto::TCP) };
+    let out = n.ask(C, tcp_frame(&h, &guestnet_wire::tcp::Tcp::default(), &[1; 3000]));
+    let want = FrameMeta { csum: Csum::Partial { start: 34, offset: 16 }, gso: Some(Gso::Tcp(1460)) };
+    assert_eq!(out[0].meta, want);
+    let mut count = 0;
+    guestnet_wire::segment::segment(&out[0].frame, Gso::Tcp(1460), |h, p| {
+        let whole = [h, p].concat();
+        let packet = guestnet_wire::parse::parse_ip(&whole, 14).unwrap();
+        assert!(guestnet_wire::parse::verify_l4(&whole, &packet));
+        count += 1;
+    })
+    .unwrap();
+    assert_eq!(count, 3);
+}
+
+#[test]
+fn dhcp_reaches_its_service_and_no_guest_plays_server() {
+    let mut n = Net::new();
+    let mut h = Ip4::new(A, "255.255.255.255".parse().unwrap(), proto::UDP);
+    (h.src, h.to_mac) = (ip("0.0.0.0"), Mac::BROADCAST);
+    let discover = udp_from(&h, 68, 67, b"discover");
+    assert_eq!(n.ask(A, discover.clone()).len(), 1, "no service: as any broadcast");
+    n.core.add_service(ServiceId(4), proto::UDP, GATEWAY.parse().unwrap(), 67);
+    assert!(n.ask(A, discover).is_empty(), "the service's alone");
+    let got = n.fx.events.last().unwrap().clone();
+    let Event::Datagram { service, port, mac: m, src, dst, payload } = got else { panic!("{got:?}") };
+    assert_eq!((service, port, m, &*payload), (ServiceId(4), A, mac(A), &b"discover"[..]));
+    assert_eq!((src, dst), (addr("0.0.0.0:68"), addr("255.255.255.255:67")));
+    // Renewal is unicast; a client with an address of another network may ask too.
+    n.udp(A, 68, "192.168.64.1:67", b"renew");
+    h.src = ip("10.9.9.9");
+    n.send(A, udp_from(&h, 68, 67, b"rebind"));
+    assert_eq!(n.events(|e| matches!(e, Event::Datagram { .. })), 3);
+    let mut h = Ip4::new(A, IpAddr::V4(guest_ip(B)), proto::UDP);
+    h.to_mac = mac(B);
+    n.dropped(Drop::Policy, |n| n.send(A, udp_from(&h, 67, 68, b"offer")));
+    h.frag = 0x2000;
+    let bytes = udp_bytes(IpAddr::V4(h.src), IpAddr::V4(h.dst), 67, 68, &[0; 16]);
+    n.dropped(Drop::Policy, |n| n.send(A, h.frame(&bytes)));
+    // The answer.
+    n.fx.frames.clear();
+    let (to, now) = (addr("255.255.255.255:68"), n.now);
+    n.core.service_send(now, A, mac(A), addr("192.168.64.1:67"), to, b"offer", &mut n.fx);
+    let got = read(&n.fx.frames[0]);
+    assert_eq!((got.src(), got.dst(), got.payload()), (addr("192.168.64.1:67"), to, &b"offer"[..]));
+}
+
+#[test]
+fn services_answer_at_their_address_alone() {
+    let mut n = Net::new();
+    n.core.add_service(ServiceId(1), proto::UDP, GATEWAY.parse().unwrap(), 53);
+    n.core.add_service(ServiceId(2), proto::TCP, "169.254.169.254".parse().unwrap(), 80);
+    n.udp(A, 4000, "192.168.64.1:53", b"query");
+    assert_eq!(n.events(|e| matches!(e, Event::Datagram { service: ServiceId(1), .. })), 1);
+    assert!(n.fx.opened.is_empty());
+    let out = n.ask(A, udp_frame(A, 4000, addr("192.168.64.1:54"), b"query"));
+    assert_eq!(read(&out[0]).icmp(), (icmp::UNREACHABLE, icmp::unreachable::PORT));
+    n.send(A, syn(A, 4000, "169.254.169.254:80"));
+    assert_eq!(n.fx.connects.len(), 1);
+    // Large answers go out in fragments.
+    n.fx.frames.clear();
+    let (src, dst, now) = (addr("192.168.64.1:53"), guest_addr(A, 4000), n.now);
+    n.core.service_send(now, A, mac(A), src, dst, &[7; 4000], &mut n.fx);
+    assert_eq!(n.fx.frames.len(), 3);
+    assert!(n.fx.frames.iter().all(|s| s.frame.len() <= 1514));
+}
+
+#[test]
+fn loopback_and_martians_never_reach_a_host_socket() {
+    for loopback in [None, Some("192.168.64.254".parse().unwrap())] {
+        let mut c = config();
+        c.host_loopback = loopback;
+        let mut n = Net::with(c);
+        for to in ["127.0.0.1", "127.1.2.3", "0.0.0.0", "0.0.0.7", "224.0.0.1", "239.1.1.1", "240.0.0.1"]
+            .into_iter()
+            .chain(["255.255.255.255", "192.168.64.255", "192.168.64.0", "169.254.169.254", GATEWAY])
+        {
+            for port in [80, 53, 0] {
+                n.udp(A, 4000, &format!("{to}:{port}"), b"x");
+                n.send(A, syn(A, 4000, &format!("{to}:{port}")));
+            }
+            if to != GATEWAY {
+                n.send(A, echo_frame(A, to, 1, 1, 64, b""));
+            }
+        }
+        n.udp(A, 4000, "10.0.0.9:0", b"x");
+        n.send(A, syn(A, 4000, "10.0.0.9:0"));
+        n.udp(A, 0, "10.0.0.9:80", b"x");
+        n.send(A, syn(A, 0, "10.0.0.9:80"));
+        assert!(n.fx.opened.is_empty() && n.fx.connects.is_empty() && n.fx.pings.is_empty());
+        // What loopback says of the host is only there when asked for.
+        n.udp(A, 4000, "192.168.64.254:80", b"x");
+        n.send(A, syn(A, 4000, "192.168.64.254:80"));
+        match loopback {
+            None => assert!(n.fx.opened.is_empty() && n.fx.connects.is_empty()),
+            Some(_) => {
+                assert_eq!(n.fx.datagrams[0].dst, addr("127.0.0.1:80"));
+                assert_eq!(n.fx.connects.len(), 1);
+                let (flow, _) = n.opened();
+                n.fx.frames.clear();
+                n.udp_reply(flow, "127.0.0.1:80", b"y");
+                assert_eq!(read(&n.fx.frames[0]).src(), addr("192.168.64.254:80"));
+            }
+        }
+    }
+}
+
+#[test]
+fn host_only_lets_nothing_out() {
+    let mut c = config();
+    c.mode = NetMode::HostOnly;
+    c.host_loopback = Some("192.168.64.254".parse().unwrap());
+    let mut n = Net::with(c);
+    n.core.add_service(ServiceId(1), proto::UDP, GATEWAY.parse().unwrap(), 53);
+    for to in ["10.0.0.9:80", "192.168.64.254:80"] {
+        let out = n.ask(A, udp_frame(A, 4000, addr(to), b"x"));
+        assert_eq!(read(&out[0]).icmp(), (icmp::UNREACHABLE, icmp::unreachable::ADMIN_PROHIBITED));
+        let out = n.ask(A, syn(A, 4000, to));
+        assert_eq!(read(&out[0]).icmp(), (icmp::UNREACHABLE, icmp::unreachable::ADMIN_PROHIBITED));
+    }
+    n.send(A, echo_frame(A, "10.0.0.9", 1, 1, 64, b""));
+    assert_eq!(n.drops(Drop::Policy), 5);
+    assert!(n.fx.opened.is_empty() && n.fx.connects.is_empty());
+    assert_eq!(n.ask(A, to_b(b"x")).len(), 1);
+    n.udp(A, 4000, "192.168.64.1:53", b"query");
+    assert_eq!(n.events(|e| matches!(e, Event::Datagram { .. })), 1);
+}
+
+#[test]
+fn a_full_port_drops_and_others_do_not_notice() {
+    let mut n = Net::new();
+    n.core.add_port(C, port_config());
+    n.hello(C);
+    n.fx.port(B).room = 0;
+    let mut h = Ip4::new(A, "255.255.255.255".parse().unwrap(), proto::UDP);
+    h.to_mac = Mac::BROADCAST;
+    n.dropped(Drop::PortFull, |n| n.send(A, udp_from(&h, 9, 9, b"x")));
+    assert_eq!(n.fx.frames.len(), 1);
+    assert_eq!(n.core.port_counters(B).unwrap().drops[Drop::PortFull as usize], 1);
+}
+
+#[test]
+fn a_port_that_goes_frees_everything() {
+    let mut n = Net::new();
+    n.udp(A, 4000, "10.0.0.9:53", b"x");
+    n.send(A, syn(A, 4001, "10.0.0.9:80"));
+    n.send(A, echo_frame(A, "10.0.0.9", 1, 1, 64, b""));
+    assert_eq!(n.core.flows().count(), 3);
+    let before = n.core.counters();
+    n.core.remove_port(n.now, A, &mut n.fx);
+    assert_eq!((n.core.flows().count(), n.fx.closed.len()), (0, 3));
+    assert_eq!(n.core.next_timer(), None);
+    let after = n.core.counters();
+    assert_eq!((after.rx_frames, after.flows_closed), (before.rx_frames, 3));
+    // Its MAC and address are free, its slot can be used again.
+    n.core.add_port(C, port_config());
+    let h = Ip4 { mac: mac(A), src: guest_ip(A), ..Ip4::new(C, "10.0.0.9".parse().unwrap(), proto::UDP) };
+    n.send(C, udp_from(&h, 1, 2, b""));
+    assert_eq!(n.core.flows().count(), 1);
+    assert_eq!(n.all_drops(), before.drops.iter().sum::<u64>());
+    let _: Time = n.now;
+}
