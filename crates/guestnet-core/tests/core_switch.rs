@@ -258,11 +258,9 @@ fn bad_checksums_and_sizes() {
     }
     n.dropped(Drop::Oversized, |n| n.udp(A, 1, "10.0.0.9:2", &[0; 1473]));
     let big = udp_frame(A, 1, addr("10.0.0.9:2"), &[0; 5000]);
-    for (gso, why) in [
-        (Gso::Udp(0), Drop::Malformed),
-        (Gso::Tcp(1000), Drop::Malformed),
-        (Gso::Udp(1473), Drop::Oversized),
-    ] {
+    for (gso, why) in
+        [(Gso::Udp(0), Drop::Malformed), (Gso::Tcp(1000), Drop::Malformed), (Gso::Udp(1473), Drop::Oversized)]
+    {
         let meta = FrameMeta { csum: Csum::Valid, gso: Some(gso) };
         n.dropped(why, |n| n.send_meta(A, big.clone(), meta));
     }

@@ -135,7 +135,11 @@ impl Net {
         let (one, all) = (self.drops(why), self.all_drops());
         f(self);
         let new = self.core.counters().drops;
-        assert_eq!((self.drops(why) - one, self.all_drops() - all), (1, 1), "want {why:?}, drops are {new:?}");
+        assert_eq!(
+            (self.drops(why) - one, self.all_drops() - all),
+            (1, 1),
+            "want {why:?}, drops are {new:?}"
+        );
     }
 
     /// The flow and socket opened last by a datagram or echo request.
