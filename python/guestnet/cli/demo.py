@@ -67,9 +67,8 @@ class Steps:
         from rich.markup import escape
 
         spent = (time.monotonic() - start) * 1000
-        self._console.print(
-            f"{mark} [bold]{title:<22}[/] {escape(told)} [dim]({spent:.0f} ms)[/]", highlight=False
-        )
+        text = f"{mark} [bold]{title:<18}[/] {escape(told)} [dim]({spent:.0f} ms)[/]"
+        self._console.print(text, highlight=False, soft_wrap=True)
 
 
 def main(argv: Sequence[str]) -> int:

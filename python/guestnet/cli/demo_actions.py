@@ -73,7 +73,7 @@ def fetch(url: str) -> dict[str, Any]:
         return {"status": answer.status, "text": answer.read(4096).decode()}
 
 
-def serve_http(port: int, text: str) -> str:
+def serve_http(port: int, text: str, address: str = "0.0.0.0") -> str:
     """Serves one page on `port`, which says who asked for it."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -87,14 +87,14 @@ def serve_http(port: int, text: str) -> str:
         def log_message(self, format: str, *args: object) -> None:
             """Nothing: the demo tells what happens."""
 
-    server = ThreadingHTTPServer(("0.0.0.0", port), Handler)
+    server = ThreadingHTTPServer((address, port), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return str(server.server_address[0])
 
 
-def serve_transfers(port: int) -> None:
+def serve_transfers(port: int, address: str = "0.0.0.0") -> None:
     """A TCP server for `transfer`: the client's first byte says whether it sends (S) or takes (T)."""
-    server = socket.create_server(("0.0.0.0", port))
+    server = socket.create_server((address, port))
 
     def handle(sock: socket.socket) -> None:
         with sock:

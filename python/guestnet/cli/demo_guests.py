@@ -60,8 +60,8 @@ class NamespaceGuest:
     settings: dict[str, Any] = {"subnet": SUBNET, "mtu": MTU}  # noqa: RUF012 - read only
     publish_on = str(demo_world.HOST.ip)
     picture = (
-        "guest (namespace) --TAP-- guestnet --sockets-- host (namespace) ==veth== outside (namespace)\n"
-        "No frame leaves this machine: these namespaces have no other link."
+        "guest --TAP-- guestnet --sockets-- host ==veth== outside\n"
+        "Three namespaces without any other link: no frame leaves this machine."
     )
 
     def __init__(self) -> None:

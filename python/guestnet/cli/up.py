@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+# What people are told of without --verbose.
+_SAID = {
+    "guest_up": "came",
+    "guest_down": "left",
+    "lease": "has an address",
+    "failed": "failed: end guestnet and start it again",
+}
+
 _ABOUT = """\
 Runs a network until SIGINT or SIGTERM. Each guest that attaches to one of its sockets is an endpoint of its
 own: vm1, vm2, ... or as its lease names it. Guests reach each other by name."""
@@ -224,10 +232,20 @@ class Teller:
 
     def event(self, event: Any) -> None:
         """An event of the network, called in its control thread."""
-        raise NotImplementedError
+        text = _SAID.get(event.kind)
+        if text is None and not self._verbose and not self._json:
+            return
+        who = event.endpoint or "the network"
+        details = ", ".join(f"{key} {value}" for key, value in event.details.items() if value is not None)
+        said = f"{who} {text or event.kind.replace('_', ' ')}" + (f" ({details})" if details else "")
+        self.tell(event.kind, said, endpoint=event.endpoint, **event.details)
 
 
 def _config(options: argparse.Namespace) -> NatConfig:
     from guestnet.config import NatConfig
 
-    return NatConfig(**arguments.network_settings(options))
+    leases = [
+        {"mac": arguments.format_mac(entry.mac), "ip": str(entry.address), "name": entry.name}
+        for entry in options.lease
+    ]
+    return NatConfig(**arguments.network_settings(options), static_leases=leases)

@@ -94,6 +94,12 @@ class Connection:
             self._push()
             self._wait(lambda: self._fin_acked)
 
+    def abort(self) -> None:
+        """Ends the connection with a reset."""
+        with self._changed:
+            self.error = self.error or "connection aborted"
+            self._emit(self._next, RST | ACK)
+
     def receive(self, segment: Segment) -> None:
         """A segment from the network, in its thread."""
         if segment.flags & RST:
