@@ -116,8 +116,11 @@ impl Tcb {
         Options { timestamps, ..Options::default() }
     }
 
-    /// Sends a frame without payload. False when the port was full.
+    /// Sends a frame without payload. False when the port was full, or the guest is not found yet.
     fn transmit<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, tcp: &Tcp, options: &Options) -> bool {
+        if !cx.path.guest_mac.is_unicast() {
+            return false;
+        }
         let mut h = header(cx.path, tcp, options, 0);
         let sum = checksum::finish(checksum::sum(h.bytes().get(h.l4..).unwrap_or(&[]), 0));
         put(&mut h.bytes, h.l4 + 16, &sum.to_be_bytes());

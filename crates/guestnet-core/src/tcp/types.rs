@@ -14,7 +14,7 @@ pub struct Path {
     pub port: PortId,
     /// Source MAC of frames to the guest.
     pub gateway_mac: Mac,
-    /// Destination MAC of frames to the guest.
+    /// Destination MAC of frames to the guest; nothing is sent while it is not a unicast address.
     pub guest_mac: Mac,
     /// The guest's address and port.
     pub guest: SocketAddr,
