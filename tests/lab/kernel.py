@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lab.namespaces import OUT4, Lab, _ip
+from lab.namespaces import OUT4, Lab, ip
 
 GUEST4, GATEWAY4 = "192.168.64.2", "192.168.64.1"
 RULES = """
@@ -18,9 +18,9 @@ def add_kernel_guest(lab: Lab, *, mtu: int = 1500) -> str:
     """A namespace with the addresses of a guestnet guest, veth to *host*, masqueraded by nftables."""
     name = lab.add_namespace(f"{lab.host.removesuffix('-host')}-kern")
     lab.join(lab.host, "guest0", name, "eth0", mtu=mtu)
-    _ip("-n", lab.host, "address", "add", f"{GATEWAY4}/24", "dev", "guest0")
-    _ip("-n", name, "address", "add", f"{GUEST4}/24", "dev", "eth0")
-    _ip("-n", name, "route", "add", "default", "via", GATEWAY4)
+    ip("-n", lab.host, "address", "add", f"{GATEWAY4}/24", "dev", "guest0")
+    ip("-n", name, "address", "add", f"{GUEST4}/24", "dev", "eth0")
+    ip("-n", name, "route", "add", "default", "via", GATEWAY4)
     lab.sysctl(lab.host, "net.ipv4.ip_forward", "1")
     lab.sysctl(lab.host, "net.ipv4.icmp_ratelimit", "0")
     lab.sysctl(name, "net.ipv4.ping_group_range", "0 2147483647")

@@ -30,7 +30,8 @@ _NAME = re.compile(r"^gn-(\d+)-")
 _serial = 0
 
 
-def _ip(*args: str) -> None:
+def ip(*args: str) -> None:
+    """Runs `ip ARGS`; what it says when it fails becomes the error."""
     done = subprocess.run(["ip", *args], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"ip {' '.join(args)}: {done.stderr.strip()}")
@@ -90,15 +91,13 @@ class Lab:
             (self.far, "up0", (f"{FAR4}/24",)),
         ):
             for address in addresses:
-                _ip(
-                    "-n", ns, "address", "add", address, "dev", device, *(["nodad"] if ":" in address else [])
-                )
-        _ip("-n", self.host, "route", "add", "default", "via", OUT4)
-        _ip("-n", self.host, "route", "add", "default", "via", OUT6)
-        _ip("-n", self.host, "route", "add", "unreachable", "192.0.2.0/24")
-        _ip("-n", self.far, "route", "add", "default", "via", FAR_ROUTER4)
-        _ip("-n", self.out, "route", "add", "unreachable", "198.18.1.0/24")
-        _ip("-n", self.out, "route", "add", "blackhole", "198.18.2.0/24")
+                ip("-n", ns, "address", "add", address, "dev", device, *(["nodad"] if ":" in address else []))
+        ip("-n", self.host, "route", "add", "default", "via", OUT4)
+        ip("-n", self.host, "route", "add", "default", "via", OUT6)
+        ip("-n", self.host, "route", "add", "unreachable", "192.0.2.0/24")
+        ip("-n", self.far, "route", "add", "default", "via", FAR_ROUTER4)
+        ip("-n", self.out, "route", "add", "unreachable", "198.18.1.0/24")
+        ip("-n", self.out, "route", "add", "blackhole", "198.18.2.0/24")
         self.sysctl(self.out, "net.ipv4.ip_forward", "1")
         # ICMP errors of the outside are what tests look at; the kernel would send one a second.
         self.sysctl(self.out, "net.ipv4.icmp_ratelimit", "0")
@@ -106,18 +105,18 @@ class Lab:
         self.set_resolver(self._resolver)
 
     def add_namespace(self, name: str) -> str:
-        _ip("netns", "add", name)
+        ip("netns", "add", name)
         self._made.append(name)
-        _ip("-n", name, "link", "set", "lo", "up")
+        ip("-n", name, "link", "set", "lo", "up")
         return name
 
     def join(self, a: str, a_device: str, b: str, b_device: str, *, mtu: int = 1500) -> None:
         """A veth pair between two namespaces, both ends up."""
         mine = ["name", a_device, "netns", a, "mtu", str(mtu)]
         peer = ["name", b_device, "netns", b, "mtu", str(mtu)]
-        _ip("link", "add", *mine, "type", "veth", "peer", *peer)
-        _ip("-n", a, "link", "set", a_device, "up")
-        _ip("-n", b, "link", "set", b_device, "up")
+        ip("link", "add", *mine, "type", "veth", "peer", *peer)
+        ip("-n", a, "link", "set", a_device, "up")
+        ip("-n", b, "link", "set", b_device, "up")
 
     def sysctl(self, ns: str, key: str, value: str) -> None:
         self.check(["sysctl", "-qw", f"{key}={value}"], ns=ns)
