@@ -141,11 +141,15 @@ impl Tcb {
             (seq.lt(self.rcv_adv) && self.rcv_nxt.lt(seq.plus(len))) || at_edge
         };
         if rst {
-            if at_edge && self.guest_fin && self.fin_acked && self.state == State::Open {
-                // The guest's side is closed in full and its stack has forgotten the flow. What it sent and
-                // we acknowledged still goes out.
-                cx.counters.drop(Drop::OutOfWindow);
-                return Ok(());
+            if at_edge && self.state == State::Open && self.guest_fin && self.fin_sent && self.flight() <= 1 {
+                // CLOSING or LAST-ACK with at most our FIN unacknowledged: the guest's stack has forgotten a
+                // flow that is over for it (RFC 9293 3.10.7.4). What we acknowledged still goes out, and the
+                // outside sees an orderly end.
+                self.fin_acked = true;
+                self.snd_una = self.snd_max;
+                self.snd_nxt = self.snd_max;
+                self.retry_at = None;
+                return self.close_if_done(cx);
             }
             if at_edge {
                 self.finish(cx, Close::Reset);
@@ -190,6 +194,11 @@ impl Tcb {
             self.take_text(cx, seq, payload, fin)?;
         }
         self.close_if_done(cx)
+    }
+
+    /// Sequence numbers sent and not acknowledged.
+    fn flight(&self) -> u32 {
+        self.snd_max.since(self.snd_una)
     }
 
     /// True for a SYN that may open a new connection over one in TIME-WAIT (RFC 1122 4.2.2.13, RFC 6191).

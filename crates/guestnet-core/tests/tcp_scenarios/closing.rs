@@ -286,3 +286,20 @@ fn a_stack_that_forgot_the_closed_flow_takes_no_bytes_from_the_host() {
     s.host_has(100);
     s.closed(Close::Graceful);
 }
+
+#[test]
+fn a_reset_of_the_last_ack_is_an_orderly_end_with_data_missing_it_is_not() {
+    for (acked, how) in [(101, Close::Graceful), (1, Close::Reset)] {
+        let mut s = Sim::open();
+        s.send("F. 1 ack 1");
+        s.recv(". 1 ack 2");
+        s.host_writes(100);
+        s.recv("P. 1:101 ack 2");
+        s.send(&format!(". 2 ack {acked}"));
+        s.host_closes();
+        s.recv("F. 101 ack 2");
+        s.send("R 2");
+        s.silent();
+        s.closed(how);
+    }
+}
