@@ -99,7 +99,9 @@ impl Core {
             }
             self.learn_address(slot, mac, ip)?;
         }
-        if let Some(p) = self.ports.get(slot) {
+        if let Some(p) = self.ports.get_mut(slot)
+            && p.news.allow(now)
+        {
             fx.event(Event::AddressSeen { port: p.id, mac, address: ip });
         }
         if let Some(w) = self.neighbours.resolved(ip) {

@@ -42,6 +42,8 @@ pub struct Limits {
     pub icmp_errors_per_second: u32,
     /// Frames a second of one port that go to more than one port (broadcast, multicast, unknown MAC).
     pub floods_per_second: u32,
+    /// Datagrams a second of one port to UDP services; the control side serves all ports from one queue.
+    pub service_datagrams_per_second: u32,
     /// Inbound flows and datagrams that wait for a guest's answer to ARP, all ports together.
     pub neighbour_waiting: u32,
 }
@@ -59,6 +61,7 @@ impl Default for Limits {
             reassembly_bytes: 4 << 20,
             icmp_errors_per_second: 100,
             floods_per_second: 1000,
+            service_datagrams_per_second: 1000,
             neighbour_waiting: 1024,
         }
     }

@@ -199,3 +199,16 @@ impl Flow {
         self.key.proto == proto::UDP && self.key.remote.port() == 53
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_are_small() {
+        let flow = size_of::<Option<Flow>>();
+        assert!(flow <= 272, "a flow takes {flow} bytes");
+        let idle = flow + size_of::<Tcb>();
+        assert!(idle <= 1024, "an idle TCP flow takes {idle} bytes");
+    }
+}

@@ -54,6 +54,9 @@ impl Core {
         fx: &mut E,
     ) -> Result<(), Drop> {
         if let Some(f) = p.fragment {
+            if self.route_to_guest(slot, mac, frame, p, meta, fx)? {
+                return Ok(());
+            }
             let outcome = self.reassembly.add(self.now, slot, frame, p, f);
             for _ in 0..std::mem::take(&mut self.reassembly.evicted) {
                 self.drop_at(slot, Drop::Reassembly);
@@ -101,6 +104,7 @@ impl Core {
             return Ok(true);
         };
         let Some(mtu) = self.ports.get(to).map(|t| t.config.mtu) else { return Err(Drop::NoEndpoint) };
+        let meta = self.passable(slot, frame, p, meta);
         if meta.gso.is_none() && p.end - p.l3 > usize::from(mtu) {
             self.refuse(slot, mac, frame, p, Drop::Oversized, IcmpError::too_big(mtu), fx)?;
             return Ok(true);

@@ -10,6 +10,9 @@ use guestnet_wire::ether::Mac;
 use std::collections::VecDeque;
 use std::net::IpAddr;
 
+/// Addresses a second of one port that the control side hears of.
+const NEWS_PER_SECOND: u32 = 100;
+
 /// One port.
 pub struct Port {
     /// Its identifier.
@@ -36,6 +39,10 @@ pub struct Port {
     pub budget: Budget,
     /// ICMP errors (and refusals told) to it.
     pub icmp: Limiter,
+    /// Datagrams of it to UDP services.
+    pub service: Limiter,
+    /// News of its addresses to the control side.
+    pub news: Limiter,
     /// Frames of it that go to several ports.
     pub flood: Limiter,
 }
@@ -123,6 +130,8 @@ impl Port {
             waiting: List::default(),
             budget: Budget { used: 0, limit: limits.buffer_per_port },
             icmp: Limiter::new(limits.icmp_errors_per_second, now),
+            service: Limiter::new(limits.service_datagrams_per_second, now),
+            news: Limiter::new(NEWS_PER_SECOND, now),
             flood: Limiter::new(limits.floods_per_second, now),
         }
     }

@@ -150,12 +150,18 @@ impl Reassembly {
     /// When the oldest datagram runs out of time.
     #[must_use]
     pub fn next_timer(&self) -> Option<Time> {
+        if self.bytes == 0 {
+            return None;
+        }
         self.ports.iter().filter_map(|l| l.front()).map(|d| d.since).min().map(|t| t.plus_s(self.timeout_s))
     }
 
     /// Takes out one datagram that ran out of time.
     pub fn expire(&mut self, now: Time) -> Option<Expired> {
         let timeout = self.timeout_s;
+        if self.bytes == 0 {
+            return None;
+        }
         let old = |l: &VecDeque<Datagram>| l.front().is_some_and(|d| d.since.plus_s(timeout) <= now);
         let slot = self.ports.iter().position(old)?;
         let d = self.ports.get_mut(slot)?.pop_front()?;

@@ -114,7 +114,7 @@ impl Core {
         fx: &mut E,
         f: impl FnOnce(&mut Tcb, &mut Ctx<'_, E>) -> Fate,
     ) -> Option<Fate> {
-        self.flows.get_mut(id)?;
+        self.flows.get_mut(id)?.last = self.now;
         self.with_index(id.index, fx, f)
     }
 

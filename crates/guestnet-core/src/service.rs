@@ -4,6 +4,7 @@
 
 use crate::core::Core;
 use crate::effects::{Effects, Event};
+use crate::stats::Drop;
 use crate::types::ServiceId;
 use guestnet_wire::ether::Mac;
 use guestnet_wire::proto;
@@ -68,9 +69,14 @@ impl Core {
         segment: u16,
         fx: &mut E,
     ) {
-        let Some(port) = self.ports.get(slot).map(|p| p.id) else { return };
+        let now = self.now;
+        let Some(p) = self.ports.get_mut(slot) else { return };
+        let (port, limit, counters) = (p.id, &mut p.service, &mut p.counters);
         let size = if segment == 0 { payload.len().max(1) } else { usize::from(segment) };
         let mut send = |payload: &[u8]| {
+            if !limit.allow(now) {
+                return counters.drop(Drop::RateLimit);
+            }
             fx.event(Event::Datagram { service, port, mac, src, dst, payload: payload.into() });
         };
         if payload.is_empty() {

@@ -108,7 +108,7 @@ impl Core {
         }
     }
 
-    /// RFC-less but universal: nobody sends with another's MAC.
+    /// Nobody sends with another's MAC; new ones are learned.
     fn check_mac(&mut self, slot: u32, src: Mac) -> Result<(), Drop> {
         let port = self.ports.get(slot).ok_or(Drop::NoEndpoint)?;
         if port.mac == Some(src) {
@@ -128,13 +128,16 @@ impl Core {
         }
     }
 
-    /// Makes `mac` the port's own; a port that merely learned it loses it.
+    /// Makes `mac` the port's own; a port that was not configured with it loses it.
     pub(crate) fn claim_mac(&mut self, slot: u32, mac: Mac) {
         if let Some(owner) = self.macs.get(mac)
             && let Some(p) = self.ports.get_mut(owner)
         {
-            if p.mac == Some(mac) {
+            if p.config.mac == Some(mac) && owner != slot {
                 return;
+            }
+            if p.mac == Some(mac) {
+                p.mac = None;
             }
             p.macs.retain(|m| *m != mac);
         }
@@ -178,7 +181,8 @@ impl Core {
         let port = self.ports.get(slot).ok_or(Drop::NoEndpoint)?;
         check_size(port, &p, meta)?;
         check_offload(frame, &p, meta)?;
-        let asks_dhcp = is_dhcp(frame, &p, DHCP_CLIENT, DHCP_SERVER);
+        let asks_dhcp = is_dhcp(frame, &p, DHCP_CLIENT, DHCP_SERVER)
+            && (self.policy.is_broadcast(p.dst) || self.is_own(p.dst));
         // A client that has no address, or one of another network, may still ask for one.
         if !(asks_dhcp && (p.src.is_unspecified() || !self.policy.in_subnet(p.src))) {
             self.check_source(slot, eth.src, p.src, fx)?;
@@ -275,7 +279,7 @@ impl Core {
 
     /// What may be said of a frame that goes on to another port. Guests on a port with lax offload leave
     /// segmentation and checksums to us without saying so.
-    fn passable(&self, slot: u32, frame: &mut [u8], p: &Packet, meta: FrameMeta) -> FrameMeta {
+    pub(crate) fn passable(&self, slot: u32, frame: &mut [u8], p: &Packet, meta: FrameMeta) -> FrameMeta {
         let Some(port) = self.ports.get(slot).filter(|p| p.config.lax_offload) else { return meta };
         let offset = match p.proto {
             proto::TCP => 16u16,

@@ -111,6 +111,51 @@ fn a_guest_has_a_bounded_number_of_macs_and_addresses() {
 }
 
 #[test]
+fn a_configured_mac_cannot_be_taken_beforehand() {
+    let mut n = Net::new();
+    // A sends with what will be C's MAC, and with an unknown port's first frame so does port 4.
+    let h = Ip4 { mac: mac(C), ..Ip4::new(A, "10.0.0.9".parse().unwrap(), proto::UDP) };
+    n.send(A, udp_from(&h, 1, 2, b""));
+    n.core.add_port(C, PortConfig { mac: Some(mac(C)), ..port_config() });
+    n.dropped(Drop::SpoofedMac, |n| n.send(A, udp_from(&h, 1, 2, b"")));
+    n.hello(C);
+    let d = PortId(4);
+    n.core.add_port(d, port_config());
+    let h =
+        Ip4 { mac: mac(PortId(5)), src: guest_ip(d), ..Ip4::new(d, "10.0.0.9".parse().unwrap(), proto::UDP) };
+    n.send(d, udp_from(&h, 1, 2, b""));
+    n.core.add_port(PortId(5), PortConfig { mac: Some(mac(PortId(5))), ..port_config() });
+    n.dropped(Drop::SpoofedMac, |n| n.send(d, udp_from(&h, 1, 2, b"")));
+    n.udp(PortId(5), 1, "10.0.0.9:2", b"");
+    assert_eq!(n.core.port_counters(PortId(5)).unwrap().drops.iter().sum::<u64>(), 0);
+    // Two ports configured alike: the first has it.
+    n.core.add_port(PortId(6), PortConfig { mac: Some(mac(C)), ..port_config() });
+    let h = Ip4 { mac: mac(C), ..Ip4::new(PortId(6), "10.0.0.9".parse().unwrap(), proto::UDP) };
+    n.dropped(Drop::SpoofedMac, |n| n.send(PortId(6), udp_from(&h, 1, 2, b"")));
+}
+
+#[test]
+fn one_guest_cannot_crowd_the_services() {
+    let mut n = Net::with_limits(|l| l.service_datagrams_per_second = 20);
+    n.core.add_service(ServiceId(1), proto::UDP, GATEWAY.parse().unwrap(), 53);
+    for _ in 0..50 {
+        n.udp(A, 4000, "192.168.64.1:53", b"query");
+    }
+    n.udp(B, 4000, "192.168.64.1:53", b"query");
+    assert_eq!(n.drops(Drop::RateLimit), 30);
+    assert_eq!(n.events(|e| matches!(e, Event::Datagram { port: B, .. })), 1);
+}
+
+#[test]
+fn a_request_for_a_lease_is_no_way_out_for_a_false_source() {
+    let mut n = Net::new();
+    n.core.add_service(ServiceId(4), proto::UDP, GATEWAY.parse().unwrap(), 67);
+    let h = Ip4 { src: ip("1.2.3.4"), ..Ip4::new(A, "10.0.0.9".parse().unwrap(), proto::UDP) };
+    n.dropped(Drop::SpoofedSource, |n| n.send(A, udp_from(&h, 68, 67, b"")));
+    assert!(n.fx.opened.is_empty());
+}
+
+#[test]
 fn assigned_addresses_are_kept_and_learned_ones_give_way() {
     let mut n = Net::new();
     let free = IpAddr::V4(ip("192.168.64.77"));
@@ -206,6 +251,10 @@ fn guests_on_host_routes_reach_each_other_through_the_gateway() {
     let out = n.ask(A, udp_frame(A, 5, guest_addr(B, 6), b"via"));
     let got = read(&out[0]);
     assert_eq!((out[0].port, got.p.ttl, got.src(), got.dst()), (B, 63, guest_addr(A, 5), guest_addr(B, 6)));
+    // In fragments too, which are not put together on the way.
+    let h = Ip4 { frag: 0x2000, ..Ip4::new(A, IpAddr::V4(guest_ip(B)), proto::UDP) };
+    assert_eq!(n.ask(A, h.frame(&[0; 1480])).len(), 1);
+    assert_eq!(n.core.reassembly_bytes(), 0);
     // Nobody there: told so.
     let out = n.ask(A, udp_frame(A, 5, addr("192.168.64.99:6"), b"via"));
     assert_eq!(read(&out[0]).icmp(), (icmp::UNREACHABLE, icmp::unreachable::HOST));
