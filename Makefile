@@ -28,7 +28,7 @@ $(VENV)/.deps: requirements.lock scripts/make-venv.sh
 
 # An editable install: Python changes count at once, only Rust changes need a build.
 $(VENV)/.built: $(VENV)/.deps $(RUST_SOURCES) Cargo.toml Cargo.lock pyproject.toml
-	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/maturin develop --release --locked --quiet
+	PIP_QUIET=1 VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/maturin develop --release --locked --quiet
 	touch $@
 
 check: build ## Format, lint, types and unit tests: under two minutes once built

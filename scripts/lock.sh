@@ -10,7 +10,7 @@ import tomllib
 with open("pyproject.toml", "rb") as f:
     p = tomllib.load(f)
 extras = [d for group in p["project"].get("optional-dependencies", {}).values() for d in group]
-print(*p["project"]["dependencies"], *extras, *p["dependency-groups"]["dev"], *p["build-system"]["requires"], sep="\n")
+print(*p["project"]["dependencies"], *extras, *p["dependency-groups"]["tools"], *p["build-system"]["requires"], sep="\n")
 PY
 "$scratch/venv/bin/pip" install --quiet --disable-pip-version-check --requirement "$scratch/wanted"
 {
