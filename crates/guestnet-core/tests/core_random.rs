@@ -65,7 +65,7 @@ fn op() -> impl Strategy<Value = Op> {
 
 fn good(port: PortId, kind: u8, n: u16) -> Vec<u8> {
     let outside = format!("203.0.113.{}", 1 + n % 5);
-    let to = addr(&format!("{outside}:{}", if n % 3 == 0 { 53 } else { n % 40 }));
+    let to = addr(&format!("{outside}:{}", if n.is_multiple_of(3) { 53 } else { n % 40 }));
     let from = 4000 + n % 30;
     match kind {
         0 => udp_frame(port, from, to, &vec![1; usize::from(n) % 1472]),
@@ -80,7 +80,7 @@ fn good(port: PortId, kind: u8, n: u16) -> Vec<u8> {
         ),
         5 | 6 => {
             let h = Ip4 {
-                frag: if n % 2 == 0 { 0x2000 } else { 0 } | (n % 8) * 3,
+                frag: if n.is_multiple_of(2) { 0x2000 } else { 0 } | ((n % 8) * 3),
                 id: n % 6,
                 ..Ip4::new(port, to.ip(), proto::UDP)
             };
@@ -90,7 +90,7 @@ fn good(port: PortId, kind: u8, n: u16) -> Vec<u8> {
         8 => {
             // Something for a flow that may exist.
             let seg = Tcp {
-                src_port: if n % 2 == 0 { 80 } else { from },
+                src_port: if n.is_multiple_of(2) { 80 } else { from },
                 dst_port: to.port(),
                 seq: 1000 + u32::from(n % 4),
                 ack: u32::from(n) << 16,
@@ -142,13 +142,13 @@ fn network() -> Net {
 fn socket_event(n: &mut Net, which: u16, kind: u8, v: u16) {
     let now = n.now;
     let pick = |list: &[(FlowId, SockId)]| list.get(usize::from(which) % list.len().max(1)).copied();
-    let from = addr(&format!("203.0.113.{}:{}", 1 + v % 6, if v % 3 == 0 { 53 } else { v % 40 }));
+    let from = addr(&format!("203.0.113.{}:{}", 1 + v % 6, if v.is_multiple_of(3) { 53 } else { v % 40 }));
     let payload = vec![3; usize::from(v) % 5000];
     if kind < 4 {
         let Some((flow, _)) = pick(&n.fx.opened) else { return };
         let e = DatagramError {
-            kind: if v % 2 == 0 { SockError::MessageTooBig(v) } else { SockError::Refused },
-            offender: (v % 3 == 0).then_some(from.ip()),
+            kind: if v.is_multiple_of(2) { SockError::MessageTooBig(v) } else { SockError::Refused },
+            offender: v.is_multiple_of(3).then_some(from.ip()),
             icmp_type: (v % 14) as u8,
             icmp_code: (v % 16) as u8,
             mtu: v,
@@ -173,7 +173,7 @@ fn socket_event(n: &mut Net, which: u16, kind: u8, v: u16) {
                 n.fx.sock(sock).inbox.extend(&payload);
                 n.fx.sock(sock).eof = kind == 7;
             }
-            n.core.tcp_ready(now, flow, true, v % 2 == 0, &mut n.fx);
+            n.core.tcp_ready(now, flow, true, v.is_multiple_of(2), &mut n.fx);
         }
     }
 }

@@ -194,7 +194,7 @@ mod tests {
         for _ in 0..511 {
             let p = set.allocate(500, true, true, &mut r).unwrap();
             if set.search(1, 1023, Some(0)).is_some() {
-                assert!(p < 1024 && p % 2 == 0);
+                assert!(p < 1024 && p.is_multiple_of(2));
             }
         }
         let p = set.allocate(5001, false, true, &mut r).unwrap();

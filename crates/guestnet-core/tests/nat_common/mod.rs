@@ -1,7 +1,7 @@
 //! Theory of operation: a NAT with a simulated outside and a virtual clock. [`Lab`] builds packets, sends them
 //! through the engine and checks on the way that whatever comes out has correct checksums and whatever was
 //! not translated is byte for byte what it was.
-#![allow(dead_code, unused_imports, missing_docs)]
+#![allow(dead_code, unused_imports, missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use guestnet_core::nat::{NatDirection, NatEngine, NatEngineConfig, NatResult};
 use guestnet_core::types::Time;
