@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -135,6 +136,10 @@ class Lab:
             except Timeout as error:
                 print(error, file=sys.stderr)
         for name in reversed(self._made):
+            for pid in self.output(["ip", "netns", "pids", name]).split():
+                # What a command started and left behind; nobody else has anything in our namespaces.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
             shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
         shutil.rmtree(self.dir, ignore_errors=True)
