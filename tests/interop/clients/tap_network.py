@@ -1,5 +1,8 @@
-"""tap_network.py NS DEVICE LEASE_SECONDS: a network with one endpoint, a TAP device in namespace NS that nobody
-has configured. Answers "leases" on stdin with one line of JSON: the addresses that are leased now."""
+"""tap_network.py NS DEVICE LEASE_SECONDS: a network with one endpoint that nobody has configured.
+
+The endpoint is TAP DEVICE in namespace NS. Answers "leases" on stdin with a line of JSON: the addresses that
+are leased now.
+"""
 
 import json
 import sys
