@@ -1,6 +1,29 @@
 //! Theory of operation: everything of guestnet that touches the machine: packet pool, rings, attachments,
 //! uplink sockets and the worker that drives the core with them. The only crate with `unsafe`.
+//!
+//! [`worker`] is the loop; [`dispatch`] leads from the kernel's events to the core, [`io_state`] from the core
+//! to [`attachments`] and [`uplink`]; [`control`] does the [`commands`] of the control side, which hears by
+//! [`events`].
 
+mod attachments;
+mod capture;
+pub mod commands;
+mod control;
+mod dispatch;
+pub mod events;
+mod io_state;
+mod listener;
+mod poller;
 pub mod pool;
 pub mod ring;
+mod slab;
+pub mod stats;
 mod sync;
+mod sys;
+mod uplink;
+pub mod worker;
+
+pub use commands::{Command, CommandError, ListenKind, QueueFull, Value};
+pub use events::{Event, Level};
+pub use stats::{IoCounters, StatsSnapshot};
+pub use worker::{IoError, PollingStrategy, Worker, WorkerConfig, spawn};

@@ -1,0 +1,436 @@
+//! Theory of operation: all ports and what is attached to them. A frame to a guest is written at once (TAP)
+//! or queued (sockets) and sent at the end of the batch. What an attachment cannot do is done here: a large
+//! frame is cut, a begun checksum completed. A guest that does not read fills its own queue and nobody
+//! else's; the core is told when there is room again.
+
+use super::dgram::Dgram;
+use super::stream::Stream;
+use super::tap::{Sent, Tap};
+use super::{Flushed, QUEUE_LOW, QUEUE_MAX, vnet};
+use crate::events::{Event, EventSender};
+use crate::poller::{Kind, Poller, Token};
+use crate::slab::Slab;
+use crate::stats::IoCounters;
+use guestnet_core::effects::TxError;
+use guestnet_core::types::{Csum, FrameMeta, PortId, Time};
+use guestnet_wire::segment;
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+
+/// How long a peer that is full without telling is left alone, in nanoseconds.
+const RETRY: u64 = 1_000_000;
+
+/// How frames of a port enter and leave.
+pub(crate) enum Attachment {
+    /// Not at all: an unplugged cable.
+    None,
+    Tap(Tap),
+    Stream(Stream),
+    Dgram(Dgram),
+    /// By commands and events.
+    Memory,
+}
+
+impl Attachment {
+    fn fd(&self) -> Option<&OwnedFd> {
+        match self {
+            Attachment::Tap(t) => Some(&t.fd),
+            Attachment::Stream(s) => Some(&s.fd),
+            Attachment::Dgram(d) => Some(&d.fd),
+            Attachment::None | Attachment::Memory => None,
+        }
+    }
+
+    fn waiting(&self) -> usize {
+        match self {
+            Attachment::Stream(s) => s.waiting(),
+            Attachment::Dgram(d) => d.waiting(),
+            _ => 0,
+        }
+    }
+}
+
+/// A port.
+pub(crate) struct Port {
+    pub id: PortId,
+    pub attachment: Attachment,
+    /// The listener on which the guest came.
+    pub listener: Option<u32>,
+    /// The core was told that the port is full.
+    owed: bool,
+    /// It is in the list of ports to be flushed.
+    dirty: bool,
+    /// EPOLLOUT is watched.
+    out_watched: bool,
+}
+
+/// What sending needs besides the ports.
+pub(crate) struct Outside<'a> {
+    pub poller: &'a Poller,
+    pub events: &'a mut EventSender,
+    pub counters: &'a mut IoCounters,
+    pub now: Time,
+}
+
+/// All ports.
+#[derive(Default)]
+pub(crate) struct Ports {
+    slab: Slab<Port>,
+    by_id: HashMap<PortId, u32>,
+    /// The port that was looked up last: frames come in runs.
+    last: Option<(PortId, u32)>,
+    dirty: Vec<u32>,
+    retry: Vec<u32>,
+    /// When `retry` is due.
+    pub retry_at: Option<Time>,
+    /// Memory ports that wait for room in the event ring.
+    pub events_full: bool,
+    /// Ports that the core is to be told of.
+    pub writable: Vec<PortId>,
+    /// Ports whose peer is gone.
+    pub down: Vec<(PortId, String)>,
+    /// A large frame in one piece.
+    linear: Vec<u8>,
+}
+
+impl Ports {
+    pub(crate) fn slot(&self, id: PortId) -> Option<u32> {
+        self.by_id.get(&id).copied()
+    }
+
+    pub(crate) fn get_mut(&mut self, slot: u32) -> Option<&mut Port> {
+        self.slab.get_mut(slot)
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.slab.len()
+    }
+
+    pub(crate) fn is_current(&self, token: Token) -> bool {
+        self.slab.generation(token.index) == token.generation
+    }
+
+    /// Adds a port that does not exist yet.
+    pub(crate) fn add(&mut self, id: PortId, listener: Option<u32>) -> u32 {
+        let port = Port {
+            id,
+            attachment: Attachment::None,
+            listener,
+            owed: false,
+            dirty: false,
+            out_watched: false,
+        };
+        let slot = self.slab.insert(port);
+        self.by_id.insert(id, slot);
+        slot
+    }
+
+    /// Removes a port; what is attached is closed.
+    pub(crate) fn remove(&mut self, id: PortId) -> Option<Port> {
+        let slot = self.by_id.remove(&id)?;
+        self.last = None;
+        self.slab.remove(slot)
+    }
+
+    /// Attaches to a port that has no attachment. `watch`: it has a descriptor of its own.
+    pub(crate) fn attach(
+        &mut self,
+        poller: &Poller,
+        slot: u32,
+        a: Attachment,
+        watch: bool,
+    ) -> Result<(), i32> {
+        let generation = self.slab.generation(slot);
+        let Some(port) = self.slab.get_mut(slot) else { return Ok(()) };
+        if let Some(fd) = a.fd().filter(|_| watch) {
+            poller.add(fd, Token { kind: Kind::Port, index: slot, generation }, libc::EPOLLIN)?;
+        }
+        port.attachment = a;
+        port.out_watched = false;
+        Ok(())
+    }
+
+    /// Takes the attachment away; frames that wait in it are lost.
+    pub(crate) fn detach(&mut self, slot: u32) {
+        if let Some(p) = self.slab.get_mut(slot) {
+            p.attachment = Attachment::None;
+            if std::mem::take(&mut p.owed) {
+                self.writable.push(p.id);
+            }
+        }
+    }
+
+    fn find(&mut self, id: PortId) -> Option<u32> {
+        if let Some((last, slot)) = self.last
+            && last == id
+        {
+            return Some(slot);
+        }
+        let slot = self.by_id.get(&id).copied()?;
+        self.last = Some((id, slot));
+        Some(slot)
+    }
+
+    /// Bytes that the port takes now; 0 is a promise to tell when that changes.
+    pub(crate) fn room(&mut self, id: PortId, events: &EventSender) -> usize {
+        let Some(port) = self.find(id).and_then(|s| self.slab.get_mut(s)) else { return 0 };
+        let room = match &port.attachment {
+            Attachment::Stream(_) | Attachment::Dgram(_) => {
+                QUEUE_MAX.saturating_sub(port.attachment.waiting())
+            }
+            Attachment::Memory if !events.has_room(super::FRAME_MAX) => {
+                self.events_full = true;
+                0
+            }
+            _ => QUEUE_MAX,
+        };
+        port.owed |= room == 0;
+        room
+    }
+
+    /// Sends a frame: its front, with all headers, and the rest.
+    pub(crate) fn transmit(
+        &mut self,
+        out: &mut Outside<'_>,
+        id: PortId,
+        front: &[u8],
+        rest: &[u8],
+        meta: FrameMeta,
+    ) -> Result<(), TxError> {
+        let slot = self.find(id).ok_or(TxError::Gone)?;
+        let Some(port) = self.slab.get_mut(slot) else { return Err(TxError::Gone) };
+        match &mut port.attachment {
+            Attachment::None => {
+                out.counters.unattached_frames += 1;
+                return Ok(());
+            }
+            Attachment::Tap(tap) if tap.takes(&meta) => {
+                let sent = if meta.gso.is_some() && !matches!(meta.csum, Csum::Partial { .. }) {
+                    // The kernel takes large frames only with a checksum that is begun.
+                    let mut meta = meta;
+                    linearize(&mut self.linear, front, rest);
+                    if vnet::begin_checksum(&mut self.linear, &mut meta) {
+                        tap.write(&meta, &self.linear, &[])
+                    } else {
+                        Sent::Refused
+                    }
+                } else {
+                    tap.write(&meta, front, rest)
+                };
+                return self.wrote(out, slot, sent);
+            }
+            Attachment::Memory if !out.events.has_room(super::FRAME_MAX) => {
+                port.owed = true;
+                self.events_full = true;
+                return Err(TxError::Full);
+            }
+            a if a.waiting() >= QUEUE_MAX => {
+                port.owed = true;
+                return Err(TxError::Full);
+            }
+            _ => {}
+        }
+        let mut last = Sent::Yes;
+        if let Some(gso) = meta.gso {
+            out.counters.segmented_frames += 1;
+            let whole = if rest.is_empty() {
+                front
+            } else {
+                linearize(&mut self.linear, front, rest);
+                &self.linear
+            };
+            let done = segment::segment(whole, gso, |header, piece| {
+                let sent = put(port, out.events, header, piece, Csum::Full);
+                if sent != Sent::Yes {
+                    last = sent;
+                }
+            });
+            if done.is_err() {
+                last = Sent::Refused;
+            }
+        } else if matches!(port.attachment, Attachment::Tap(_) | Attachment::Memory)
+            && let Csum::Partial { start, offset } = meta.csum
+        {
+            linearize(&mut self.linear, front, rest);
+            last = match segment::complete_checksum(&mut self.linear, start, offset) {
+                Ok(()) => put(port, out.events, &self.linear, &[], Csum::Full),
+                Err(_) => Sent::Refused,
+            };
+        } else {
+            last = put(port, out.events, front, rest, meta.csum);
+        }
+        if !port.dirty && matches!(port.attachment, Attachment::Stream(_) | Attachment::Dgram(_)) {
+            port.dirty = true;
+            self.dirty.push(slot);
+        }
+        let heavy = match &port.attachment {
+            Attachment::Stream(s) => s.is_heavy(),
+            Attachment::Dgram(d) => d.is_heavy(),
+            _ => false,
+        };
+        if heavy {
+            self.flush_slot(out, slot);
+        }
+        self.wrote(out, slot, last)
+    }
+
+    fn wrote(&mut self, out: &mut Outside<'_>, slot: u32, sent: Sent) -> Result<(), TxError> {
+        match sent {
+            Sent::Yes => Ok(()),
+            Sent::Refused => {
+                out.counters.refused_frames += 1;
+                Ok(())
+            }
+            Sent::Full => {
+                self.watch_out(out.poller, slot, true);
+                if let Some(p) = self.slab.get_mut(slot) {
+                    p.owed = true;
+                }
+                Err(TxError::Full)
+            }
+            Sent::Down(why) => {
+                self.lost(slot, why);
+                Ok(())
+            }
+        }
+    }
+
+    fn lost(&mut self, slot: u32, why: String) {
+        if let Some(p) = self.slab.get(slot)
+            && !self.down.iter().any(|(id, _)| *id == p.id)
+        {
+            self.down.push((p.id, why));
+        }
+    }
+
+    fn watch_out(&mut self, poller: &Poller, slot: u32, on: bool) {
+        let generation = self.slab.generation(slot);
+        let Some(p) = self.slab.get_mut(slot) else { return };
+        if p.out_watched == on {
+            return;
+        }
+        p.out_watched = on;
+        let events = if on { libc::EPOLLIN | libc::EPOLLOUT } else { libc::EPOLLIN };
+        if let Some(fd) = p.attachment.fd() {
+            let token = Token { kind: Kind::Port, index: slot, generation };
+            if let Err(e) = poller.modify(fd, token, events) {
+                self.lost(slot, super::reason("the attachment cannot be watched", e));
+            }
+        }
+    }
+
+    /// The descriptor of a port takes data again.
+    pub(crate) fn out_ready(&mut self, out: &mut Outside<'_>, slot: u32) {
+        let Some(p) = self.slab.get_mut(slot) else { return };
+        if matches!(p.attachment, Attachment::Tap(_)) {
+            if std::mem::take(&mut p.owed) {
+                self.writable.push(p.id);
+            }
+            self.watch_out(out.poller, slot, false);
+        } else {
+            self.flush_slot(out, slot);
+        }
+    }
+
+    fn flush_slot(&mut self, out: &mut Outside<'_>, slot: u32) {
+        let Some(p) = self.slab.get_mut(slot) else { return };
+        p.dirty = false;
+        let (flushed, blocked) = match &mut p.attachment {
+            Attachment::Stream(s) => (s.flush(), &mut s.blocked),
+            Attachment::Dgram(d) => {
+                let flushed = d.flush();
+                out.counters.refused_frames += std::mem::take(&mut d.refused);
+                (flushed, &mut d.blocked)
+            }
+            _ => return,
+        };
+        *blocked = matches!(flushed, Flushed::Blocked | Flushed::Retry);
+        if p.owed && p.attachment.waiting() < QUEUE_LOW {
+            p.owed = false;
+            self.writable.push(p.id);
+        }
+        match flushed {
+            Flushed::All => self.watch_out(out.poller, slot, false),
+            Flushed::Blocked => self.watch_out(out.poller, slot, true),
+            Flushed::Retry => {
+                if !self.retry.contains(&slot) {
+                    self.retry.push(slot);
+                }
+                self.retry_at.get_or_insert(Time(out.now.0 + RETRY));
+            }
+            Flushed::Down(why) => self.lost(slot, why),
+        }
+    }
+
+    /// The end of a batch: sends what waits and is not known to be blocked.
+    pub(crate) fn flush(&mut self, out: &mut Outside<'_>) {
+        if self.retry_at.is_some_and(|t| t <= out.now) {
+            self.retry_at = None;
+            for slot in std::mem::take(&mut self.retry) {
+                self.flush_slot(out, slot);
+            }
+        }
+        let mut dirty = std::mem::take(&mut self.dirty);
+        for slot in dirty.drain(..) {
+            let blocked = match self.slab.get_mut(slot) {
+                Some(p) => {
+                    p.dirty = false;
+                    match &p.attachment {
+                        Attachment::Stream(s) => s.blocked,
+                        Attachment::Dgram(d) => d.blocked,
+                        _ => true,
+                    }
+                }
+                None => true,
+            };
+            if !blocked {
+                self.flush_slot(out, slot);
+            }
+        }
+        self.dirty = dirty;
+        if self.events_full && out.events.has_room(super::FRAME_MAX) {
+            self.events_full = false;
+            let owed = self.slab.iter().filter(|(_, p)| p.owed && matches!(p.attachment, Attachment::Memory));
+            let owed: Vec<u32> = owed.map(|(i, _)| i).collect();
+            for slot in owed {
+                if let Some(p) = self.slab.get_mut(slot) {
+                    p.owed = false;
+                    self.writable.push(p.id);
+                }
+            }
+        } else if self.events_full {
+            out.events.want_room();
+        }
+    }
+}
+
+fn linearize(linear: &mut Vec<u8>, front: &[u8], rest: &[u8]) {
+    linear.clear();
+    linear.extend_from_slice(front);
+    linear.extend_from_slice(rest);
+}
+
+/// Hands one frame of MTU size to an attachment. `csum` is only ever partial for those that queue.
+fn put(port: &mut Port, events: &mut EventSender, front: &[u8], rest: &[u8], csum: Csum) -> Sent {
+    let queued = match &mut port.attachment {
+        Attachment::Stream(s) => s.push(front, rest),
+        Attachment::Dgram(d) => d.push(front, rest),
+        Attachment::Tap(tap) => return tap.write(&FrameMeta::default(), front, rest),
+        Attachment::Memory => {
+            let frame = [front, rest].concat().into_boxed_slice();
+            return if events.offer(Event::Frame { port: port.id, frame }) {
+                Sent::Yes
+            } else {
+                Sent::Refused
+            };
+        }
+        Attachment::None => return Sent::Refused,
+    };
+    // A field outside the frame is left alone: the receiver drops the frame for its checksum.
+    if let Csum::Partial { start, offset } = csum
+        && segment::complete_checksum(queued, start, offset).is_err()
+    {
+        return Sent::Refused;
+    }
+    Sent::Yes
+}

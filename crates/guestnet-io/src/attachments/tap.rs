@@ -1,0 +1,146 @@
+//! Theory of operation: a TAP, one frame per read and write, with virtio headers where it was made with them,
+//! so that the kernel on the other side neither segments nor sums. Each offload is asked for and left out when
+//! refused. A write hands the frame to the guest's stack at once; there is no queue of ours.
+
+// ioctl takes raw pointers.
+#![allow(unsafe_code)]
+
+use super::{Got, reason, vnet};
+use crate::sys;
+use guestnet_core::types::{Csum, FrameMeta, Gso};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+const TUNSETOFFLOAD: libc::Ioctl = 0x4004_54d0;
+const TUNGETIFF: libc::Ioctl = 0x8004_54d2_u32 as libc::Ioctl;
+const TUNSETVNETHDRSZ: libc::Ioctl = 0x4004_54d8;
+const TUNGETVNETHDRSZ: libc::Ioctl = 0x8004_54d7_u32 as libc::Ioctl;
+
+const F_CSUM: libc::c_ulong = 0x01;
+const F_TSO4: libc::c_ulong = 0x02;
+const F_TSO6: libc::c_ulong = 0x04;
+const F_USO4: libc::c_ulong = 0x20;
+const F_USO6: libc::c_ulong = 0x40;
+
+/// A TAP.
+pub(crate) struct Tap {
+    pub fd: OwnedFd,
+    /// Length of the virtio header, 0 for none.
+    header: usize,
+    /// The kernel knows UDP segmentation (6.2).
+    uso: bool,
+}
+
+/// What became of a frame.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Sent {
+    Yes,
+    /// To be tried again at EPOLLOUT.
+    Full,
+    /// Refused: the interface is down, or the kernel does not like the frame.
+    Refused,
+    Down(String),
+}
+
+impl Tap {
+    /// Takes a TAP and agrees with the kernel on headers and offloads.
+    pub(crate) fn new(fd: OwnedFd) -> Result<Tap, String> {
+        sys::adopt(&fd).map_err(|e| reason("the descriptor of the TAP cannot be set up", e))?;
+        let raw = fd.as_raw_fd();
+        // SAFETY: an ifreq is plain bytes.
+        let mut ifr: libc::ifreq = unsafe { std::mem::zeroed() };
+        // SAFETY: `ifr` is writable.
+        sys::check(unsafe { libc::ioctl(raw, TUNGETIFF, &raw mut ifr) })
+            .map_err(|e| reason("the descriptor is not a TAP that is set up", e))?;
+        // SAFETY: TUNGETIFF fills the flags.
+        let flags = i32::from(unsafe { ifr.ifr_ifru.ifru_flags });
+        if flags & libc::IFF_TAP == 0 || flags & libc::IFF_NO_PI == 0 {
+            return Err("the descriptor is not a TAP made with IFF_TAP and IFF_NO_PI".into());
+        }
+        let (mut header, mut uso) = (0, false);
+        if flags & libc::IFF_VNET_HDR != 0 {
+            header = header_len(raw)?;
+            // From all to none; what a kernel does not know it refuses as a whole.
+            let wishes = [
+                F_CSUM | F_TSO4 | F_TSO6 | F_USO4 | F_USO6,
+                F_CSUM | F_TSO4 | F_TSO6,
+                F_CSUM | F_TSO4,
+                F_CSUM,
+                0,
+            ];
+            for w in wishes {
+                // SAFETY: the argument is a number.
+                if unsafe { libc::ioctl(raw, TUNSETOFFLOAD, w) } == 0 {
+                    uso = w & F_USO4 != 0;
+                    break;
+                }
+            }
+        }
+        Ok(Tap { fd, header, uso })
+    }
+
+    /// True when the frame can be written as it is.
+    pub(crate) fn takes(&self, meta: &FrameMeta) -> bool {
+        self.header != 0 && (self.uso || !matches!(meta.gso, Some(Gso::Udp(_))))
+            || meta.gso.is_none() && !matches!(meta.csum, Csum::Partial { .. })
+    }
+
+    /// Reads a frame to `buf`: where it is and what is known of it.
+    pub(crate) fn read(&self, buf: &mut [u8]) -> Got<(usize, usize, FrameMeta)> {
+        let n = match sys::read(&self.fd, buf) {
+            Ok(n) => n,
+            Err(e) if sys::would_block(e) => return Got::Empty,
+            // The interface is down; it may come up.
+            Err(libc::EIO) => return Got::Empty,
+            Err(e) => return Got::Down(reason("the TAP is gone", e)),
+        };
+        let Some((header, frame)) = buf.get(..n).and_then(|b| b.split_at_checked(self.header)) else {
+            return Got::Bad;
+        };
+        if self.header == 0 {
+            return Got::Frame((0, n, FrameMeta::default()));
+        }
+        match vnet::parse(header, frame) {
+            Ok(meta) => Got::Frame((self.header, n, meta)),
+            Err(vnet::BadHeader) => Got::Bad,
+        }
+    }
+
+    /// Writes a frame that [`Tap::takes`]: its front, with all headers, and the rest.
+    pub(crate) fn write(&self, meta: &FrameMeta, front: &[u8], rest: &[u8]) -> Sent {
+        let sent = if self.header == 0 {
+            sys::writev(&self.fd, &[front, rest])
+        } else {
+            let Some(h) = vnet::emit(meta, front) else { return Sent::Refused };
+            let h = h.get(..self.header).unwrap_or(&h);
+            if rest.is_empty() {
+                sys::writev(&self.fd, &[h, front])
+            } else {
+                sys::writev(&self.fd, &[h, front, rest])
+            }
+        };
+        match sent {
+            Ok(_) => Sent::Yes,
+            Err(e) if sys::would_block(e) => Sent::Full,
+            Err(e @ (libc::EBADFD | libc::EBADF | libc::ENODEV)) => Sent::Down(reason("the TAP is gone", e)),
+            Err(_) => Sent::Refused,
+        }
+    }
+}
+
+fn header_len(raw: i32) -> Result<usize, String> {
+    for want in [vnet::LEN, vnet::LEN_MRG] {
+        let n = want as libc::c_int;
+        // SAFETY: the kernel reads an int.
+        if unsafe { libc::ioctl(raw, TUNSETVNETHDRSZ, &raw const n) } == 0 {
+            return Ok(want);
+        }
+    }
+    let mut n: libc::c_int = 0;
+    // SAFETY: the kernel writes an int.
+    sys::check(unsafe { libc::ioctl(raw, TUNGETVNETHDRSZ, &raw mut n) })
+        .map_err(|e| reason("the TAP does not tell the length of its headers", e))?;
+    usize::try_from(n)
+        .ok()
+        .filter(|n| [vnet::LEN, vnet::LEN_MRG].contains(n))
+        .ok_or_else(|| format!("the TAP has headers of {n} bytes, which nothing here can read"))
+}

@@ -1,0 +1,134 @@
+//! Theory of operation: one bound datagram socket on which many guests arrive, each known by the path that
+//! its own socket is bound to (vfkit and its kin; QEMU's `-netdev dgram`). vfkit first sends the four bytes
+//! `VFKT`, others begin with a frame; both are understood. The same magic from a known path is a guest that
+//! started again, and so a new guest. Who has no path cannot be answered and is refused.
+
+use super::FRAME_MAX;
+use super::dgram::{Dgram, set_buffers};
+use crate::sys::{self, RawAddr};
+use guestnet_core::types::PortId;
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+/// What vfkit sends before the first frame.
+pub(crate) const MAGIC: &[u8] = b"VFKT";
+/// Guests on one socket.
+pub(crate) const PEERS_MAX: usize = 256;
+
+/// The socket and who came.
+pub(crate) struct Unixgram {
+    pub fd: Arc<OwnedFd>,
+    pub peers: HashMap<Vec<u8>, PortId>,
+    /// `VFKT` may come.
+    magic: bool,
+}
+
+/// Who sent a datagram, and what it is.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum From {
+    /// A frame of this length by a known guest.
+    Known(PortId, usize),
+    /// Somebody new, with a frame of this length, or with none but the magic. The port is that of the guest
+    /// that had the path before, and is over.
+    New { path: Vec<u8>, frame: Option<usize>, old: Option<PortId> },
+    /// Nothing that can be used.
+    Refused,
+    /// Nothing now.
+    Empty,
+    /// The socket is broken.
+    Broken(i32),
+}
+
+impl Unixgram {
+    pub(crate) fn new(fd: OwnedFd, magic: bool) -> Unixgram {
+        set_buffers(&fd);
+        Unixgram { fd: Arc::new(fd), peers: HashMap::new(), magic }
+    }
+
+    /// Reads one datagram to `buf`.
+    pub(crate) fn read(&self, buf: &mut [u8]) -> From {
+        let (n, addr) = match sys::recv_from(&self.fd, buf, libc::MSG_TRUNC) {
+            Ok(r) => r,
+            Err(e) if sys::would_block(e) => return From::Empty,
+            // An earlier send to somebody who is gone.
+            Err(libc::ECONNREFUSED | libc::ECONNRESET) => return From::Refused,
+            Err(e) => return From::Broken(e),
+        };
+        let Some(path) = addr.to_path().filter(|_| n <= buf.len().min(FRAME_MAX)) else {
+            return From::Refused;
+        };
+        let hello = self.magic && buf.get(..n) == Some(MAGIC);
+        match self.peers.get(&path) {
+            Some(port) if !hello => From::Known(*port, n),
+            old => From::New { path, frame: (!hello).then_some(n), old: old.copied() },
+        }
+    }
+
+    /// The attachment of a guest.
+    pub(crate) fn attach(&self, path: &[u8]) -> Option<Dgram> {
+        Some(Dgram::peer(Arc::clone(&self.fd), Some(RawAddr::unix(path)?)))
+    }
+
+    /// Guests whose sockets nobody has open any more.
+    pub(crate) fn gone(&self) -> Vec<(Vec<u8>, PortId)> {
+        let Ok(probe) = sys::socket(libc::AF_UNIX, libc::SOCK_DGRAM, 0) else { return Vec::new() };
+        let dead = |path: &[u8]| {
+            // A connect sends nothing, but it fails for a path without a socket. EPERM is a socket that is
+            // connected elsewhere, and so alive.
+            RawAddr::unix(path).is_none_or(|a| {
+                matches!(sys::connect(&probe, &a), Err(libc::ECONNREFUSED | libc::ENOENT | libc::ENOTDIR))
+            })
+        };
+        self.peers.iter().filter(|(path, _)| dead(path)).map(|(path, port)| (path.clone(), *port)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixDatagram;
+
+    #[test]
+    fn knows_guests_by_their_path() {
+        let dir = std::env::temp_dir().join(format!("guestnet-unixgram-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let path = |n: &str| dir.join(n);
+        for n in ["s", "a", "b"] {
+            let _none = std::fs::remove_file(path(n));
+        }
+        let s = UnixDatagram::bind(path("s")).unwrap();
+        let mut u = Unixgram::new(s.into(), true);
+        let a = UnixDatagram::bind(path("a")).unwrap();
+        let b = UnixDatagram::bind(path("b")).unwrap();
+        for x in [&a, &b] {
+            x.connect(path("s")).unwrap();
+        }
+        let mut buf = [0; 100];
+        assert_eq!(u.read(&mut buf), From::Empty);
+        a.send(MAGIC).unwrap();
+        let From::New { path: pa, frame: None, old: None } = u.read(&mut buf) else { panic!() };
+        u.peers.insert(pa.clone(), PortId(1));
+        b.send(b"frame").unwrap();
+        let From::New { path: pb, frame: Some(5), old: None } = u.read(&mut buf) else { panic!() };
+        u.peers.insert(pb, PortId(2));
+        a.send(b"VFKTx").unwrap();
+        assert_eq!(u.read(&mut buf), From::Known(PortId(1), 5));
+        a.send(MAGIC).unwrap();
+        assert_eq!(u.read(&mut buf), From::New { path: pa.clone(), frame: None, old: Some(PortId(1)) });
+        let unnamed = UnixDatagram::unbound().unwrap();
+        unnamed.send_to(b"who?", path("s")).unwrap();
+        assert_eq!(u.read(&mut buf), From::Refused);
+        b.send(&[0; 101]).unwrap();
+        assert_eq!(u.read(&mut buf), From::Refused);
+        // A guest is answered through the shared socket, which is all that its connected socket hears.
+        let mut d = u.attach(&pa).unwrap();
+        d.push(b"he", b"llo");
+        assert_eq!(d.flush(), super::super::Flushed::All);
+        assert_eq!((a.recv(&mut buf).unwrap(), &buf[..5]), (5, &b"hello"[..]));
+        assert_eq!(u.gone(), []);
+        drop(a);
+        assert_eq!(u.gone(), [(pa, PortId(1))]);
+        std::fs::remove_dir_all(dir).unwrap();
+    }
+}

@@ -1,0 +1,270 @@
+//! Theory of operation: the control side speaks to a worker through a bounded queue and an eventfd. Each
+//! command has a number, and when it is done the number comes back in [`crate::events::Event::Done`]. What a
+//! command brings along (descriptors) belongs to the worker from then on.
+
+use crate::sys;
+use guestnet_core::config::{FlowInfo, PortInfo};
+use guestnet_core::stats::Counters;
+use guestnet_core::types::{ForwardId, PortConfig, PortId, ServiceId};
+use guestnet_wire::ether::Mac;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+/// What arrives on a listener.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ListenKind {
+    /// Connections with QEMU's framing (SOCK_STREAM), or with one frame per packet (SOCK_SEQPACKET).
+    Stream,
+    /// Datagrams of one bare frame each; a guest is known by the path of its socket.
+    Dgram,
+    /// As `Dgram`, for vfkit: a guest may begin with the four bytes `VFKT`, and may send TSO frames.
+    Unixgram,
+}
+
+/// What a worker can be told to do.
+#[derive(Debug)]
+pub enum Command {
+    /// Adds a port without attachment.
+    AddPort {
+        /// Its number, below 0x8000_0000.
+        port: PortId,
+        /// What it is.
+        config: PortConfig,
+    },
+    /// Removes a port, its flows and its attachment.
+    RemovePort {
+        /// Which.
+        port: PortId,
+    },
+    /// Attaches a TAP. Works best when it was made with IFF_VNET_HDR; the offloads are probed here.
+    AttachTap {
+        /// To which port.
+        port: PortId,
+        /// The TAP, IFF_TAP | IFF_NO_PI, IFF_VNET_HDR or not.
+        fd: OwnedFd,
+    },
+    /// Attaches a connected stream socket with QEMU's framing.
+    AttachStream {
+        /// To which port.
+        port: PortId,
+        /// The socket.
+        fd: OwnedFd,
+    },
+    /// Attaches a connected SOCK_DGRAM or SOCK_SEQPACKET socket that carries one bare frame per packet.
+    AttachDgram {
+        /// To which port.
+        port: PortId,
+        /// The socket.
+        fd: OwnedFd,
+    },
+    /// Frames come by [`Command::Inject`] and go by [`crate::events::Event::Frame`].
+    AttachMemory {
+        /// To which port.
+        port: PortId,
+    },
+    /// Takes guests that arrive on a bound (and, for `Stream`, listening) unix socket. Each becomes a port
+    /// of its own, numbered from 0x8000_0000, and is told by [`crate::events::Event::PortUp`].
+    Listen {
+        /// Its number, given by the caller.
+        listener: u32,
+        /// What arrives there.
+        kind: ListenKind,
+        /// The socket.
+        fd: OwnedFd,
+        /// What every new port is like.
+        template: PortConfig,
+    },
+    /// Takes no more guests. Those of a stream listener stay; those of a datagram listener go with its socket.
+    StopListening {
+        /// Which.
+        listener: u32,
+    },
+    /// Gives an address to a port.
+    BindAddress {
+        /// The port.
+        port: PortId,
+        /// The address.
+        ip: IpAddr,
+        /// The guest's MAC where it is known.
+        mac: Option<Mac>,
+    },
+    /// Takes an address back.
+    UnbindAddress {
+        /// The address.
+        ip: IpAddr,
+    },
+    /// Adds a service of the gateway.
+    AddService {
+        /// Its number.
+        service: ServiceId,
+        /// IP protocol: UDP, or TCP and then with `unix_path`.
+        proto: u8,
+        /// The address that it has for guests.
+        address: IpAddr,
+        /// Its port.
+        port: u16,
+        /// TCP: the unix socket that guests' connections are relayed to.
+        unix_path: Option<PathBuf>,
+    },
+    /// Sends the answer of a UDP service.
+    ServiceSend {
+        /// To which port.
+        port: PortId,
+        /// To which MAC.
+        dst_mac: Mac,
+        /// From where.
+        src: SocketAddr,
+        /// To where.
+        dst: SocketAddr,
+        /// UDP payload.
+        payload: Vec<u8>,
+    },
+    /// Publishes a guest's port.
+    AddForward {
+        /// Its number.
+        forward: ForwardId,
+        /// IP protocol: TCP or UDP.
+        proto: u8,
+        /// The guest's address and port.
+        guest: SocketAddr,
+        /// Listening TCP or bound UDP sockets.
+        fds: Vec<OwnedFd>,
+    },
+    /// Takes a published port back. Connections that run live on.
+    RemoveForward {
+        /// Which.
+        forward: ForwardId,
+    },
+    /// A frame from the guest of a memory attachment.
+    Inject {
+        /// Its port.
+        port: PortId,
+        /// The frame, Ethernet header first.
+        frame: Vec<u8>,
+    },
+    /// Writes every frame of every port to `fd` as pcapng.
+    StartCapture {
+        /// A file or pipe; written to by a thread of its own.
+        fd: OwnedFd,
+        /// Bytes kept of a frame, 0 for all.
+        snaplen: u32,
+    },
+    /// Ends the capture; done when everything is written.
+    StopCapture,
+    /// Lists the flows: [`Value::Flows`].
+    ListFlows,
+    /// Lists the ports and their counters: [`Value::Ports`].
+    PortStats,
+    /// Ends the worker.
+    Stop,
+}
+
+/// What a command brought.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Value {
+    /// Nothing but that it is done.
+    None,
+    /// All flows.
+    Flows(Vec<FlowInfo>),
+    /// All ports with their counters.
+    Ports(Vec<(PortInfo, Counters)>),
+}
+
+/// Why a command was not done; nothing has changed then.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CommandError {
+    /// No such port.
+    #[error("there is no port {}", .0.0)]
+    NoSuchPort(PortId),
+    /// The port exists.
+    #[error("port {} exists already", .0.0)]
+    PortExists(PortId),
+    /// The port has an attachment.
+    #[error("port {} has an attachment already", .0.0)]
+    Attached(PortId),
+    /// Another port or the gateway has the address.
+    #[error("address {0} is in use")]
+    AddressInUse(IpAddr),
+    /// No such listener.
+    #[error("there is no listener {0}")]
+    NoSuchListener(u32),
+    /// The number is taken.
+    #[error("number {0} is in use")]
+    NumberInUse(u32),
+    /// The descriptor is not what the command needs.
+    #[error("{0}")]
+    BadDescriptor(String),
+    /// A path that no unix socket can have.
+    #[error("{0} is too long for the path of a unix socket")]
+    BadPath(PathBuf),
+    /// The system refused something.
+    #[error("{what}: {}", std::io::Error::from_raw_os_error(*.errno))]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// Its errno.
+        errno: i32,
+    },
+}
+
+/// The command queue is full, or the worker is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the worker's command queue is full")]
+pub struct QueueFull;
+
+/// Wakes a worker. A wake-up that is not yet taken is not repeated.
+pub(crate) struct Waker {
+    fd: OwnedFd,
+    pending: AtomicBool,
+}
+
+impl Waker {
+    pub(crate) fn new() -> Result<Waker, i32> {
+        Ok(Waker { fd: sys::eventfd()?, pending: AtomicBool::new(false) })
+    }
+
+    pub(crate) fn fd(&self) -> &OwnedFd {
+        &self.fd
+    }
+
+    pub(crate) fn wake(&self) {
+        if !self.pending.swap(true, Ordering::SeqCst) {
+            sys::eventfd_signal(&self.fd);
+        }
+    }
+
+    /// Takes the wake-up; to be called before the queue is looked at. True when there was one.
+    pub(crate) fn take(&self) -> bool {
+        // Cleared first: a wake between the two writes again, and at worst the worker looks once too often.
+        sys::eventfd_clear(&self.fd);
+        self.pending.swap(false, Ordering::SeqCst)
+    }
+}
+
+/// The control side's half of the queue.
+pub(crate) struct CommandSender {
+    inner: Mutex<(rtrb::Producer<(u64, Command)>, u64)>,
+}
+
+impl CommandSender {
+    /// Queues a command; its number.
+    pub(crate) fn send(&self, command: Command) -> Result<u64, QueueFull> {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let (ring, next) = &mut *inner;
+        if ring.is_abandoned() {
+            return Err(QueueFull);
+        }
+        ring.push((*next, command)).map_err(|_| QueueFull)?;
+        *next += 1;
+        Ok(*next - 1)
+    }
+}
+
+/// A queue for `capacity` commands.
+pub(crate) fn channel(capacity: usize) -> (CommandSender, rtrb::Consumer<(u64, Command)>) {
+    let (producer, consumer) = rtrb::RingBuffer::new(capacity.max(16));
+    (CommandSender { inner: Mutex::new((producer, 1)) }, consumer)
+}

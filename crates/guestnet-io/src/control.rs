@@ -1,0 +1,247 @@
+//! Theory of operation: what the commands of the control side do. A command either does all it says or
+//! changes nothing and says why; either way it is acknowledged.
+
+use crate::attachments::dgram::Dgram;
+use crate::attachments::ports::Attachment;
+use crate::attachments::reason;
+use crate::attachments::stream::Stream;
+use crate::attachments::tap::Tap;
+use crate::capture::Capture;
+use crate::commands::{Command, CommandError, Value};
+use crate::events::Event;
+use crate::listener::{FIRST_DYNAMIC, PORTS_MAX};
+use crate::poller::{Kind, Token};
+use crate::sys::{self, RawAddr};
+use crate::uplink::forward::{ForwardParts, Listening, Origins};
+use crate::uplink::sockets::{Sock, SockKind};
+use crate::uplink::udp;
+use crate::worker::State;
+use guestnet_core::config::ForwardSpec;
+use guestnet_core::types::{ForwardId, FrameMeta, PortId, ServiceId};
+use guestnet_wire::proto;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+
+/// Commands done before the network has its turn.
+const BATCH: usize = 64;
+
+impl State {
+    /// Does what waits in the queue.
+    pub(crate) fn commands(&mut self) {
+        for _ in 0..BATCH {
+            // Acknowledgements may not be lost, so nothing is done that could not be acknowledged. The
+            // consumer wakes us when it has made room.
+            if self.io.events.is_behind() {
+                return;
+            }
+            let Ok((sequence, command)) = self.queue.pop() else {
+                self.commands_waiting = false;
+                return;
+            };
+            self.io.counters.commands += 1;
+            if matches!(command, Command::StopCapture) && self.stop_capture(sequence) {
+                continue;
+            }
+            let result = self.command(command);
+            self.io.events.must(Event::Done { sequence, result });
+        }
+    }
+
+    fn command(&mut self, command: Command) -> Result<Value, CommandError> {
+        match command {
+            Command::AddPort { port, config } => {
+                if self.io.ports.slot(port).is_some() {
+                    return Err(CommandError::PortExists(port));
+                }
+                if port.0 >= FIRST_DYNAMIC || self.io.ports.len() >= PORTS_MAX {
+                    return Err(CommandError::NumberInUse(port.0));
+                }
+                self.io.ports.add(port, None);
+                self.core.add_port(port, config);
+            }
+            Command::RemovePort { port } => {
+                self.port(port)?;
+                self.core.remove_port(self.now, port, &mut self.io);
+                if let Some(number) = self.io.ports.remove(port).and_then(|p| p.listener) {
+                    self.forget_peer(number, port);
+                }
+            }
+            Command::AttachTap { port, fd } => self.attach(port, || Tap::new(fd).map(Attachment::Tap))?,
+            Command::AttachStream { port, fd } => {
+                self.attach(port, || Stream::new(fd).map(Attachment::Stream))?;
+            }
+            Command::AttachDgram { port, fd } => {
+                self.attach(port, || Dgram::new(fd).map(Attachment::Dgram))?;
+            }
+            Command::AttachMemory { port } => self.attach(port, || Ok(Attachment::Memory))?,
+            Command::Listen { listener, kind, fd, template } => {
+                self.listen(listener, kind, fd, template)?;
+            }
+            Command::StopListening { listener } => self.stop_listening(listener)?,
+            Command::BindAddress { port, ip, mac } => {
+                self.port(port)?;
+                self.core.bind_address(port, ip, mac).map_err(|e| CommandError::AddressInUse(e.0))?;
+            }
+            Command::UnbindAddress { ip } => self.core.unbind_address(self.now, ip, &mut self.io),
+            Command::AddService { service, proto, address, port, unix_path } => {
+                self.add_service(service, proto, address, port, unix_path)?;
+            }
+            Command::ServiceSend { port, dst_mac, src, dst, payload } => {
+                self.port(port)?;
+                self.core.service_send(self.now, port, dst_mac, src, dst, &payload, &mut self.io);
+            }
+            Command::AddForward { forward, proto, guest, fds } => {
+                self.add_forward(forward, proto, guest, fds)?;
+            }
+            Command::RemoveForward { forward } => self.remove_forward(forward),
+            Command::Inject { port, mut frame } => {
+                self.port(port)?;
+                self.io.capture_in(port, &frame);
+                self.core.frame(self.now, port, &mut frame, FrameMeta::default(), &mut self.io);
+            }
+            Command::StartCapture { fd, snaplen } => {
+                let capture = Capture::start(fd, snaplen, self.now).map_err(|e| CommandError::System {
+                    what: "the capture cannot start",
+                    errno: e.raw_os_error().unwrap_or(0),
+                })?;
+                if let Some(old) = self.io.capture.replace(capture) {
+                    self.io.counters.capture_dropped += old.dropped;
+                    self.closing.push((old.finish(), None));
+                }
+            }
+            Command::StopCapture => {}
+            Command::ListFlows => return Ok(Value::Flows(self.core.flows().collect())),
+            Command::PortStats => {
+                let counters = |p: PortId| self.core.port_counters(p).cloned().unwrap_or_default();
+                let all = self.core.ports().map(|p| {
+                    let c = counters(p.port);
+                    (p, c)
+                });
+                return Ok(Value::Ports(all.collect()));
+            }
+            Command::Stop => self.stopping = true,
+        }
+        Ok(Value::None)
+    }
+
+    /// Ends the capture; acknowledged when all is written. False: there is none.
+    fn stop_capture(&mut self, sequence: u64) -> bool {
+        let Some(capture) = self.io.capture.take() else { return false };
+        self.io.counters.capture_dropped += capture.dropped;
+        self.closing.push((capture.finish(), Some(sequence)));
+        true
+    }
+
+    fn port(&self, port: PortId) -> Result<u32, CommandError> {
+        self.io.ports.slot(port).ok_or(CommandError::NoSuchPort(port))
+    }
+
+    fn attach(
+        &mut self,
+        port: PortId,
+        make: impl FnOnce() -> Result<Attachment, String>,
+    ) -> Result<(), CommandError> {
+        let slot = self.port(port)?;
+        let free = self.io.ports.get_mut(slot).is_some_and(|p| matches!(p.attachment, Attachment::None));
+        if !free {
+            return Err(CommandError::Attached(port));
+        }
+        let a = make().map_err(CommandError::BadDescriptor)?;
+        self.io
+            .ports
+            .attach(&self.io.poller, slot, a, true)
+            .map_err(|e| CommandError::BadDescriptor(reason("the descriptor cannot be watched", e)))
+    }
+
+    fn add_service(
+        &mut self,
+        service: ServiceId,
+        proto: u8,
+        address: IpAddr,
+        port: u16,
+        unix_path: Option<PathBuf>,
+    ) -> Result<(), CommandError> {
+        match (proto, unix_path) {
+            (proto::TCP, Some(path)) => {
+                let addr = RawAddr::unix(path.as_os_str().as_bytes()).ok_or(CommandError::BadPath(path))?;
+                self.io.socks.services.insert(service.0, addr);
+            }
+            (proto::UDP, None) => {}
+            _ => return Err(CommandError::BadDescriptor("a service is UDP, or TCP with a path".into())),
+        }
+        self.core.add_service(service, proto, address, port);
+        Ok(())
+    }
+
+    fn add_forward(
+        &mut self,
+        id: ForwardId,
+        proto: u8,
+        guest: SocketAddr,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(), CommandError> {
+        if self.forwards.contains_key(&id.0) {
+            return Err(CommandError::NumberInUse(id.0));
+        }
+        let want = match proto {
+            proto::TCP => libc::SOCK_STREAM,
+            proto::UDP => libc::SOCK_DGRAM,
+            _ => return Err(CommandError::BadDescriptor("only TCP and UDP ports can be published".into())),
+        };
+        for fd in &fds {
+            let kind = sys::get_opt(fd, libc::SOL_SOCKET, libc::SO_TYPE);
+            let listens = sys::get_opt(fd, libc::SOL_SOCKET, libc::SO_ACCEPTCONN);
+            if kind != Ok(want) || listens != Ok(i32::from(want == libc::SOCK_STREAM)) {
+                return Err(CommandError::BadDescriptor(
+                    "a published port needs listening TCP sockets, or bound UDP sockets".into(),
+                ));
+            }
+            sys::adopt(fd).map_err(|errno| CommandError::System { what: "a published port", errno })?;
+        }
+        self.forwards.insert(id.0, ForwardParts::default());
+        for fd in fds {
+            let watched =
+                if proto == proto::TCP { self.publish_tcp(id, fd) } else { self.publish_udp(id, fd) };
+            if let Err(errno) = watched {
+                self.remove_forward(id);
+                return Err(CommandError::System { what: "a published port cannot be watched", errno });
+            }
+        }
+        self.core.add_forward(id, ForwardSpec { proto, guest });
+        Ok(())
+    }
+
+    fn publish_tcp(&mut self, forward: ForwardId, fd: OwnedFd) -> Result<(), i32> {
+        let slot = self.listening.insert(Listening { fd, forward });
+        if let Some(parts) = self.forwards.get_mut(&forward.0) {
+            parts.listening.push(slot);
+        }
+        let token = Token { kind: Kind::Forward, index: slot, generation: self.listening.generation(slot) };
+        self.listening.get(slot).map_or(Ok(()), |l| self.io.poller.add(&l.fd, token, libc::EPOLLIN))
+    }
+
+    fn publish_udp(&mut self, forward: ForwardId, fd: OwnedFd) -> Result<(), i32> {
+        udp::set_gro(&fd);
+        let origins = Origins::new(&fd);
+        let sock = Sock { fd, flow: None, kind: SockKind::Forward { forward, origins } };
+        let id = self.io.socks.add(&self.io.poller, &mut self.io.counters, sock, libc::EPOLLIN)?;
+        if let Some(parts) = self.forwards.get_mut(&forward.0) {
+            parts.socks.push(id);
+        }
+        Ok(())
+    }
+
+    fn remove_forward(&mut self, id: ForwardId) {
+        self.core.remove_forward(self.now, id, &mut self.io);
+        let Some(parts) = self.forwards.remove(&id.0) else { return };
+        for slot in parts.listening {
+            self.listening.remove(slot);
+        }
+        self.io.socks.udp_flush(&mut self.io.counters);
+        for sock in parts.socks {
+            self.io.socks.remove(&mut self.io.counters, sock);
+        }
+    }
+}

@@ -1,0 +1,317 @@
+//! Theory of operation: events go up to the control side through one ring per worker. The consumer waits on
+//! an eventfd and says so by the `armed` flag; the worker writes the eventfd only when that flag is set, once
+//! per batch. A ring that is full, or holds too many payload bytes, drops what may be dropped and counts it.
+//! Acknowledgements and the coming and going of ports may not: they wait in the worker's own overflow, and
+//! while there is any, no more commands and guests are taken, so that it stays small.
+
+use crate::commands::{CommandError, Value, Waker};
+use crate::sys;
+use guestnet_core::effects;
+use guestnet_core::types::PortId;
+use std::collections::VecDeque;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Bytes of payload that wait in the ring at most.
+const PAYLOAD_MAX: usize = 8 << 20;
+/// Slots that only events that may not be lost can use.
+const RESERVED: usize = 64;
+
+/// How much a log record matters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    /// Of use when looking for a fault.
+    Debug,
+    /// Ordinary.
+    Info,
+    /// Something does not work as it should.
+    Warning,
+    /// Something does not work.
+    Error,
+}
+
+/// What a worker tells.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// From the core.
+    Core(effects::Event),
+    /// A command is done. Never lost.
+    Done {
+        /// The number that [`crate::Worker::submit`] gave it.
+        sequence: u64,
+        /// What came of it.
+        result: Result<Value, CommandError>,
+    },
+    /// A guest came to a listener; nothing of it is told before this. Never lost.
+    PortUp {
+        /// Its port.
+        port: PortId,
+        /// The listener.
+        listener: u32,
+        /// Its address, where it has one (a path).
+        peer: String,
+    },
+    /// The attachment of a port is gone. The port of a listener's guest is gone with it. Never lost.
+    PortDown {
+        /// The port.
+        port: PortId,
+        /// Why, for people.
+        reason: String,
+    },
+    /// A frame to a guest with a memory attachment.
+    Frame {
+        /// The port.
+        port: PortId,
+        /// Ethernet header first; all checksums complete.
+        frame: Box<[u8]>,
+    },
+    /// A log record.
+    Log {
+        /// How much it matters.
+        level: Level,
+        /// One sentence.
+        message: String,
+    },
+    /// The worker has failed and is gone. Never lost.
+    Failed {
+        /// Why.
+        message: String,
+    },
+}
+
+impl Event {
+    fn payload_len(&self) -> usize {
+        match self {
+            Event::Core(effects::Event::Datagram { payload, .. }) => payload.len(),
+            Event::Frame { frame, .. } => frame.len(),
+            _ => 0,
+        }
+    }
+}
+
+struct Shared {
+    fd: OwnedFd,
+    /// The consumer has seen the ring empty and waits for the eventfd.
+    armed: AtomicBool,
+    /// The worker waits for room.
+    wanted: AtomicBool,
+    /// Payload bytes in the ring.
+    bytes: AtomicUsize,
+}
+
+/// The worker's half.
+pub(crate) struct EventSender {
+    ring: rtrb::Producer<Event>,
+    shared: Arc<Shared>,
+    overflow: VecDeque<Event>,
+    dirty: bool,
+    /// Events dropped for want of room.
+    pub dropped: u64,
+}
+
+/// The control side's half.
+pub(crate) struct EventReceiver {
+    ring: Mutex<rtrb::Consumer<Event>>,
+    shared: Arc<Shared>,
+    waker: Arc<Waker>,
+}
+
+/// A ring for `capacity` events.
+pub(crate) fn channel(capacity: usize, waker: Arc<Waker>) -> Result<(EventSender, EventReceiver), i32> {
+    let (producer, consumer) = rtrb::RingBuffer::new(capacity.max(RESERVED * 2));
+    let shared = Arc::new(Shared {
+        fd: sys::eventfd()?,
+        armed: AtomicBool::new(true),
+        wanted: AtomicBool::new(false),
+        bytes: AtomicUsize::new(0),
+    });
+    let sender = EventSender {
+        ring: producer,
+        shared: Arc::clone(&shared),
+        overflow: VecDeque::new(),
+        dirty: false,
+        dropped: 0,
+    };
+    Ok((sender, EventReceiver { ring: Mutex::new(consumer), shared, waker }))
+}
+
+impl EventSender {
+    /// True when an event of `len` payload bytes that may be lost would be taken.
+    pub(crate) fn has_room(&self, len: usize) -> bool {
+        self.ring.slots() > RESERVED
+            && self.overflow.is_empty()
+            && self.shared.bytes.load(Ordering::Relaxed) + len <= PAYLOAD_MAX
+    }
+
+    /// Asks for a wake-up of this worker when the consumer has made room.
+    pub(crate) fn want_room(&self) {
+        self.shared.wanted.store(true, Ordering::SeqCst);
+    }
+
+    /// Sends what may be lost. False: it was.
+    pub(crate) fn offer(&mut self, event: Event) -> bool {
+        let len = event.payload_len();
+        if !self.has_room(len) {
+            self.dropped += 1;
+            return false;
+        }
+        self.shared.bytes.fetch_add(len, Ordering::Relaxed);
+        self.dirty = true;
+        self.ring.push(event).is_ok()
+    }
+
+    /// Sends what may not be lost.
+    pub(crate) fn must(&mut self, event: Event) {
+        self.dirty = true;
+        if !self.overflow.is_empty() {
+            self.overflow.push_back(event);
+        } else if let Err(rtrb::PushError::Full(event)) = self.ring.push(event) {
+            self.overflow.push_back(event);
+        }
+    }
+
+    /// True while events that may not be lost wait for room.
+    pub(crate) fn is_behind(&self) -> bool {
+        !self.overflow.is_empty()
+    }
+
+    /// The end of a batch: moves what waits, wakes the consumer if it sleeps.
+    pub(crate) fn flush(&mut self) {
+        if !self.overflow.is_empty() {
+            // Said before the ring is looked at, so that room made meanwhile is not missed.
+            self.want_room();
+            fence(Ordering::SeqCst);
+            while let Some(event) = self.overflow.pop_front() {
+                if let Err(rtrb::PushError::Full(event)) = self.ring.push(event) {
+                    self.overflow.push_front(event);
+                    break;
+                }
+            }
+        }
+        if std::mem::take(&mut self.dirty) {
+            fence(Ordering::SeqCst);
+            if self.shared.armed.swap(false, Ordering::SeqCst) {
+                sys::eventfd_signal(&self.shared.fd);
+            }
+        }
+    }
+}
+
+impl EventReceiver {
+    pub(crate) fn fd(&self) -> RawFd {
+        self.shared.fd.as_raw_fd()
+    }
+
+    /// Up to `max` events, oldest first. When it returns fewer, the eventfd tells of more.
+    pub(crate) fn drain(&self, max: usize) -> Vec<Event> {
+        let mut ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
+        sys::eventfd_clear(&self.shared.fd);
+        let mut out = Vec::with_capacity(max.min(ring.slots()));
+        let mut bytes = 0;
+        let mut rest = false;
+        loop {
+            while out.len() < max {
+                let Ok(event) = ring.pop() else { break };
+                bytes += event.payload_len();
+                out.push(event);
+            }
+            if out.len() >= max {
+                rest = true;
+                break;
+            }
+            self.shared.armed.store(true, Ordering::SeqCst);
+            fence(Ordering::SeqCst);
+            if ring.is_empty() {
+                break;
+            }
+            // Something came in between; nobody needs to be woken for it.
+            self.shared.armed.store(false, Ordering::SeqCst);
+        }
+        if rest {
+            // The caller stopped early: it is to be called again.
+            sys::eventfd_signal(&self.shared.fd);
+        }
+        self.shared.bytes.fetch_sub(bytes, Ordering::Relaxed);
+        if !out.is_empty() && self.shared.wanted.swap(false, Ordering::SeqCst) {
+            self.waker.wake();
+        }
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair(n: usize) -> (EventSender, EventReceiver) {
+        channel(n, Arc::new(Waker::new().unwrap())).unwrap()
+    }
+
+    fn log(i: usize) -> Event {
+        Event::Log { level: Level::Info, message: i.to_string() }
+    }
+
+    fn readable(fd: RawFd) -> bool {
+        let mut p = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        #[allow(unsafe_code)]
+        // SAFETY: one live pollfd.
+        let n = unsafe { libc::poll(&mut p, 1, 0) };
+        n == 1
+    }
+
+    #[test]
+    fn the_eventfd_is_written_only_for_a_sleeping_consumer() {
+        let (mut s, r) = pair(256);
+        assert!(s.offer(log(0)));
+        assert!(!readable(r.fd()));
+        s.flush();
+        assert!(readable(r.fd()));
+        // Not drained yet: no second write.
+        s.offer(log(1));
+        s.flush();
+        assert_eq!(r.drain(1).len(), 1);
+        assert!(readable(r.fd()), "more is there");
+        assert_eq!(r.drain(10).len(), 1);
+        assert!(!readable(r.fd()));
+        s.offer(log(2));
+        s.flush();
+        assert!(readable(r.fd()));
+    }
+
+    #[test]
+    fn what_may_not_be_lost_is_not() {
+        let (mut s, r) = pair(128);
+        let mut taken = 0;
+        while s.offer(log(taken)) {
+            taken += 1;
+        }
+        assert_eq!((taken, s.dropped), (64, 1));
+        for i in 0..200 {
+            s.must(Event::Done { sequence: i, result: Ok(Value::None) });
+        }
+        s.flush();
+        assert!(s.is_behind());
+        let mut done = Vec::new();
+        while done.len() < 200 {
+            for e in r.drain(7) {
+                if let Event::Done { sequence, .. } = e {
+                    done.push(sequence);
+                }
+            }
+            s.flush();
+        }
+        assert!(!s.is_behind() && done.is_sorted());
+        assert!(r.waker.take(), "the worker was woken to go on");
+    }
+
+    #[test]
+    fn payload_bytes_are_bounded() {
+        let (mut s, r) = pair(1024);
+        let frame = || Event::Frame { port: PortId(1), frame: vec![0; 65536].into() };
+        let n = (0..1000).filter(|_| s.offer(frame())).count();
+        assert_eq!(n, PAYLOAD_MAX / 65536);
+        assert_eq!(r.drain(1000).len(), n);
+        assert!(s.offer(frame()));
+    }
+}

@@ -1,0 +1,196 @@
+//! Theory of operation: the world as the core sees it: [`Effects`] over real attachments and sockets. It is
+//! apart from the core so that the worker can lend it to the core's calls.
+
+use crate::attachments::ports::{Outside, Ports};
+use crate::capture::{Capture, Direction};
+use crate::events::{Event, EventSender};
+use crate::poller::Poller;
+use crate::stats::IoCounters;
+use crate::sys;
+use crate::uplink::sockets::{Sock, SockKind, Socks};
+use guestnet_core::effects::{self, Close, Effects, Peek, SockError, TxError};
+use guestnet_core::types::{FlowId, FrameMeta, PortId, SockId, Target, Time};
+use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
+
+/// Everything of a worker but the core.
+pub(crate) struct IoState {
+    pub poller: Poller,
+    pub ports: Ports,
+    pub socks: Socks,
+    pub events: EventSender,
+    pub capture: Option<Capture>,
+    pub counters: IoCounters,
+    /// The time of the batch at hand.
+    pub now: Time,
+    /// What was peeked last, and where in the buffer it begins.
+    scratch: Vec<u8>,
+    peeked: usize,
+}
+
+impl IoState {
+    pub(crate) fn new(poller: Poller, events: EventSender) -> IoState {
+        IoState {
+            poller,
+            ports: Ports::default(),
+            socks: Socks::new(),
+            events,
+            capture: None,
+            counters: IoCounters::default(),
+            now: sys::now(),
+            scratch: Vec::new(),
+            peeked: 0,
+        }
+    }
+
+    /// The ports, and what they need to send.
+    pub(crate) fn split(&mut self) -> (&mut Ports, Outside<'_>) {
+        let IoState { poller, ports, events, counters, now, .. } = self;
+        (ports, Outside { poller, events, counters, now: *now })
+    }
+
+    /// A frame came from a guest.
+    pub(crate) fn capture_in(&mut self, port: PortId, frame: &[u8]) {
+        if let Some(c) = &mut self.capture {
+            c.frame(self.now, port, Direction::FromGuest, &[frame]);
+        }
+    }
+
+    fn capture_out(&mut self, port: PortId, front: &[u8], payload: Range<usize>) {
+        if let Some(c) = &mut self.capture {
+            let rest = self.scratch.get(payload).unwrap_or(&[]);
+            c.frame(self.now, port, Direction::ToGuest, &[front, rest]);
+        }
+    }
+
+    /// The end of a batch: everything that was put off goes out.
+    pub(crate) fn flush(&mut self) {
+        self.socks.udp_flush(&mut self.counters);
+        let (ports, mut out) = self.split();
+        ports.flush(&mut out);
+    }
+
+    /// True when the core has to hear of something.
+    pub(crate) fn has_news(&self) -> bool {
+        !self.socks.outcomes.is_empty()
+            || !self.socks.errors.is_empty()
+            || !self.ports.writable.is_empty()
+            || !self.ports.down.is_empty()
+    }
+}
+
+impl Effects for IoState {
+    fn transmit(&mut self, port: PortId, frame: &[u8], meta: FrameMeta) -> Result<(), TxError> {
+        let (ports, mut out) = self.split();
+        ports.transmit(&mut out, port, frame, &[], meta)?;
+        self.capture_out(port, frame, 0..0);
+        Ok(())
+    }
+
+    fn transmit_peeked(
+        &mut self,
+        port: PortId,
+        header: &[u8],
+        payload: Range<usize>,
+        meta: FrameMeta,
+    ) -> Result<(), TxError> {
+        let range = self.peeked + payload.start..self.peeked + payload.end;
+        let IoState { poller, ports, events, counters, now, scratch, .. } = self;
+        let mut out = Outside { poller, events, counters, now: *now };
+        let rest = scratch.get(range.clone()).unwrap_or(&[]);
+        ports.transmit(&mut out, port, header, rest, meta)?;
+        self.capture_out(port, header, range);
+        Ok(())
+    }
+
+    fn port_room(&mut self, port: PortId) -> usize {
+        self.ports.room(port, &self.events)
+    }
+
+    fn tcp_connect(&mut self, flow: FlowId, target: Target, ttl: u8) -> Result<SockId, SockError> {
+        self.socks.tcp_connect(&self.poller, &mut self.counters, flow, target, ttl)
+    }
+
+    fn tcp_send(&mut self, sock: SockId, data: &[u8]) -> Result<usize, SockError> {
+        self.socks.tcp_send(sock, data)
+    }
+
+    fn tcp_peek(&mut self, sock: SockId, offset: usize, max: usize) -> Result<Peek, SockError> {
+        let (peek, at) = self.socks.tcp_peek(sock, offset, max, &mut self.scratch)?;
+        self.peeked = at;
+        Ok(peek)
+    }
+
+    fn tcp_discard(&mut self, sock: SockId, len: usize) {
+        self.socks.tcp_discard(sock, len);
+    }
+
+    fn tcp_shutdown(&mut self, sock: SockId) {
+        self.socks.tcp_shutdown(sock);
+    }
+
+    fn udp_open(&mut self, flow: FlowId, like: SocketAddr) -> Result<SockId, SockError> {
+        self.socks.udp_open(&self.poller, &mut self.counters, flow, like)
+    }
+
+    fn udp_send(
+        &mut self,
+        sock: SockId,
+        dst: SocketAddr,
+        payload: &[u8],
+        segment: u16,
+        ttl: u8,
+        dont_fragment: bool,
+    ) -> Result<(), SockError> {
+        self.socks.udp_queue(&mut self.counters, sock, dst, payload, segment, ttl, dont_fragment, None);
+        Ok(())
+    }
+
+    fn udp_send_forward(&mut self, sock: SockId, dst: SocketAddr, payload: &[u8]) -> Result<(), SockError> {
+        let Some(Sock { kind: SockKind::Forward { origins, .. }, .. }) = self.socks.get(sock) else {
+            return Err(SockError::Reset);
+        };
+        let from = origins.local(&dst);
+        self.socks.udp_queue(&mut self.counters, sock, dst, payload, 0, 0, false, from);
+        Ok(())
+    }
+
+    fn ping_open(&mut self, flow: FlowId, like: IpAddr) -> Result<SockId, SockError> {
+        self.socks.ping_open(&self.poller, &mut self.counters, flow, like)
+    }
+
+    fn ping_send(
+        &mut self,
+        sock: SockId,
+        dst: IpAddr,
+        seq: u16,
+        body: &[u8],
+        ttl: u8,
+    ) -> Result<(), SockError> {
+        self.socks.ping_send(sock, dst, seq, body, ttl)
+    }
+
+    fn close(&mut self, sock: SockId, how: Close) {
+        match self.socks.get(sock).map(|s| &s.kind) {
+            Some(SockKind::Tcp(_)) => {
+                if let Some(s) = self.socks.remove(&mut self.counters, sock)
+                    && how == Close::Reset
+                {
+                    sys::set_abort(&s.fd);
+                }
+            }
+            Some(SockKind::Udp(_)) => {
+                // What the guest sent before still goes.
+                self.socks.udp_flush(&mut self.counters);
+                self.socks.remove(&mut self.counters, sock);
+            }
+            Some(SockKind::Ping { .. }) => drop(self.socks.remove(&mut self.counters, sock)),
+            // A published port is the Forward's, not a flow's.
+            Some(SockKind::Forward { .. }) | None => {}
+        }
+    }
+
+    fn event(&mut self, event: effects::Event) {
+        self.events.offer(Event::Core(event));
+    }
+}

@@ -1,0 +1,272 @@
+//! Theory of operation: guests that come by themselves. Each gets a port of its own with a number from
+//! 0x8000_0000, made like the listener's template, and is told of before anything else of it happens. When
+//! its peer goes, its port goes too. While the control side does not take events, no more guests are taken.
+
+use crate::attachments::dgram::Dgram;
+use crate::attachments::ports::Attachment;
+use crate::attachments::stream::Stream;
+use crate::attachments::unixgram::{From, PEERS_MAX, Unixgram};
+use crate::commands::{CommandError, ListenKind};
+use crate::events::{Event, Level};
+use crate::poller::{Kind, Token};
+use crate::sys;
+use crate::worker::State;
+use guestnet_core::types::{FrameMeta, PortConfig, PortId};
+use std::os::fd::OwnedFd;
+
+/// The first number of a port that was not asked for.
+pub(crate) const FIRST_DYNAMIC: u32 = 0x8000_0000;
+/// Ports of one worker, all together.
+pub(crate) const PORTS_MAX: usize = 4096;
+/// Connections taken before others have their turn.
+const ACCEPTS: usize = 16;
+
+/// Where guests arrive.
+pub(crate) struct Listener {
+    pub number: u32,
+    template: PortConfig,
+    pub kind: Arrivals,
+}
+
+/// How they arrive.
+pub(crate) enum Arrivals {
+    /// Connections; packets rather than a stream where `packets`.
+    Connections { fd: OwnedFd, packets: bool },
+    /// Datagrams on one socket.
+    Datagrams(Unixgram),
+}
+
+impl Listener {
+    fn fd(&self) -> &OwnedFd {
+        match &self.kind {
+            Arrivals::Connections { fd, .. } => fd,
+            Arrivals::Datagrams(u) => &u.fd,
+        }
+    }
+}
+
+fn bad(message: &str) -> CommandError {
+    CommandError::BadDescriptor(message.into())
+}
+
+impl State {
+    /// The slot of a listener.
+    fn listener(&self, number: u32) -> Option<u32> {
+        self.listeners.iter().find(|(_, l)| l.number == number).map(|(i, _)| i)
+    }
+
+    pub(crate) fn listen(
+        &mut self,
+        number: u32,
+        kind: ListenKind,
+        fd: OwnedFd,
+        template: PortConfig,
+    ) -> Result<(), CommandError> {
+        if self.listener(number).is_some() {
+            return Err(CommandError::NumberInUse(number));
+        }
+        let opt = |name| sys::get_opt(&fd, libc::SOL_SOCKET, name).map_err(|_| bad("it is not a socket"));
+        let (kind_of, listening) = (opt(libc::SO_TYPE)?, opt(libc::SO_ACCEPTCONN)? != 0);
+        let fits = match kind {
+            ListenKind::Stream => kind_of != libc::SOCK_DGRAM && listening,
+            ListenKind::Dgram | ListenKind::Unixgram => kind_of == libc::SOCK_DGRAM,
+        };
+        if !fits {
+            return Err(bad("the socket is not of the kind that was asked for, or does not listen"));
+        }
+        sys::adopt(&fd).map_err(|errno| CommandError::System { what: "the listener", errno })?;
+        let kind = match kind {
+            ListenKind::Stream => Arrivals::Connections { fd, packets: kind_of == libc::SOCK_SEQPACKET },
+            ListenKind::Dgram => Arrivals::Datagrams(Unixgram::new(fd, false)),
+            ListenKind::Unixgram => Arrivals::Datagrams(Unixgram::new(fd, true)),
+        };
+        let slot = self.listeners.insert(Listener { number, template, kind });
+        let token = Token { kind: Kind::Listener, index: slot, generation: self.listeners.generation(slot) };
+        let watched = match self.listeners.get(slot) {
+            Some(l) => self.io.poller.add(l.fd(), token, libc::EPOLLIN),
+            None => Ok(()),
+        };
+        watched.map_err(|errno| {
+            self.listeners.remove(slot);
+            CommandError::System { what: "the listener cannot be watched", errno }
+        })
+    }
+
+    pub(crate) fn stop_listening(&mut self, number: u32) -> Result<(), CommandError> {
+        let slot = self.listener(number).ok_or(CommandError::NoSuchListener(number))?;
+        if let Some(Listener { kind: Arrivals::Datagrams(u), .. }) = self.listeners.remove(slot) {
+            for port in u.peers.into_values() {
+                self.port_gone(port, "its listener was closed".into());
+            }
+        }
+        Ok(())
+    }
+
+    /// A listener is to be watched again.
+    pub(crate) fn resume_listener(&mut self, token: Token) {
+        if self.listeners.generation(token.index) == token.generation
+            && let Some(l) = self.listeners.get(token.index)
+        {
+            let _gone = self.io.poller.modify(l.fd(), token, libc::EPOLLIN);
+        }
+    }
+
+    fn rest_listener(&mut self, token: Token) {
+        if let Some(l) = self.listeners.get(token.index) {
+            // Watched for nothing, rather than reporting the same guest for ever.
+            let _gone = self.io.poller.modify(l.fd(), token, 0);
+            self.resting.put(self.now, token);
+        }
+    }
+
+    pub(crate) fn on_listener(&mut self, token: Token) {
+        if self.listeners.generation(token.index) != token.generation {
+            return;
+        }
+        if self.io.events.is_behind() {
+            return self.rest_listener(token);
+        }
+        match self.listeners.get(token.index).map(|l| &l.kind) {
+            Some(Arrivals::Connections { .. }) => self.accept_guests(token),
+            Some(Arrivals::Datagrams(_)) => self.datagrams_of_guests(token),
+            None => {}
+        }
+    }
+
+    fn accept_guests(&mut self, token: Token) {
+        for _ in 0..ACCEPTS {
+            let Some(Listener { kind: Arrivals::Connections { fd, packets }, .. }) =
+                self.listeners.get(token.index)
+            else {
+                return;
+            };
+            let (conn, from) = match sys::accept(fd) {
+                Ok(c) => c,
+                Err(e) if sys::exhausted(e) => {
+                    self.io.counters.listener_pauses += 1;
+                    self.warn(format!("no guest can be taken: {}", std::io::Error::from_raw_os_error(e)));
+                    return self.rest_listener(token);
+                }
+                // Nobody there, or somebody who left again; a listener that is broken says so by nothing.
+                Err(_) => return,
+            };
+            let attachment = if *packets {
+                Dgram::new(conn).map(Attachment::Dgram)
+            } else {
+                Stream::new(conn).map(Attachment::Stream)
+            };
+            let peer = from.to_path().map_or(String::new(), |p| String::from_utf8_lossy(&p).into_owned());
+            match attachment {
+                Ok(a) => drop(self.welcome(token.index, a, true, peer)),
+                Err(why) => {
+                    self.io.counters.guests_refused += 1;
+                    self.warn(format!("a guest was refused: {why}"));
+                }
+            }
+        }
+    }
+
+    /// Makes a port of a guest that has come.
+    fn welcome(&mut self, slot: u32, a: Attachment, watch: bool, peer: String) -> Option<PortId> {
+        let l = self.listeners.get(slot)?;
+        if self.io.ports.len() >= PORTS_MAX {
+            self.io.counters.guests_refused += 1;
+            return None;
+        }
+        let port = PortId(self.next_port);
+        self.next_port = self.next_port.checked_add(1).unwrap_or(FIRST_DYNAMIC);
+        let (number, config) = (l.number, l.template.clone());
+        let at = self.io.ports.add(port, Some(number));
+        if let Err(e) = self.io.ports.attach(&self.io.poller, at, a, watch) {
+            self.io.ports.remove(port);
+            self.io.counters.guests_refused += 1;
+            self.warn(crate::attachments::reason("a guest was refused", e));
+            return None;
+        }
+        self.core.add_port(port, config);
+        self.io.events.must(Event::PortUp { port, listener: number, peer });
+        Some(port)
+    }
+
+    fn datagrams_of_guests(&mut self, token: Token) {
+        let mut frames = 0;
+        while frames < self.batch_size {
+            let Some(Listener { kind: Arrivals::Datagrams(u), .. }) = self.listeners.get(token.index) else {
+                return;
+            };
+            frames += 1;
+            match u.read(&mut self.frame) {
+                From::Known(port, n) => self.frame_in(port, 0..n, FrameMeta::default()),
+                From::New { path, frame, old } => {
+                    if let Some(old) = old {
+                        self.port_gone(old, "the guest started again".into());
+                    }
+                    let port = self.welcome_peer(token.index, &path);
+                    if let (Some(port), Some(n)) = (port, frame) {
+                        self.frame_in(port, 0..n, FrameMeta::default());
+                    }
+                }
+                From::Refused => self.io.counters.guests_refused += 1,
+                From::Empty => {
+                    frames -= 1;
+                    break;
+                }
+                From::Broken(e) => {
+                    self.warn(crate::attachments::reason("a listener broke", e));
+                    return self.rest_listener(token);
+                }
+            }
+        }
+        self.count_batch(frames);
+    }
+
+    fn welcome_peer(&mut self, slot: u32, path: &[u8]) -> Option<PortId> {
+        let peers = |state: &State| match &state.listeners.get(slot)?.kind {
+            Arrivals::Datagrams(u) => Some((u.peers.len(), u.gone(), u.attach(path)?)),
+            Arrivals::Connections { .. } => None,
+        };
+        let (count, gone, dgram) = peers(self)?;
+        // Nothing else tells that a guest to which nothing is sent has gone.
+        let left = count - gone.len();
+        for (_, port) in gone {
+            self.port_gone(port, "the guest's socket is gone".into());
+        }
+        if left >= PEERS_MAX {
+            self.io.counters.guests_refused += 1;
+            return None;
+        }
+        let name = String::from_utf8_lossy(path).into_owned();
+        let port = self.welcome(slot, Attachment::Dgram(dgram), false, name)?;
+        if let Some(Listener { kind: Arrivals::Datagrams(u), .. }) = self.listeners.get_mut(slot) {
+            u.peers.insert(path.to_vec(), port);
+        }
+        Some(port)
+    }
+
+    /// The peer of a port is gone. Ports of listeners go with it, others are left without attachment.
+    pub(crate) fn port_gone(&mut self, port: PortId, reason: String) {
+        let Some(slot) = self.io.ports.slot(port) else { return };
+        match self.io.ports.get_mut(slot).and_then(|p| p.listener) {
+            Some(number) => {
+                self.core.remove_port(self.now, port, &mut self.io);
+                self.io.ports.remove(port);
+                self.forget_peer(number, port);
+            }
+            None => self.io.ports.detach(slot),
+        }
+        self.io.events.must(Event::PortDown { port, reason });
+    }
+
+    /// A port of a listener is gone.
+    pub(crate) fn forget_peer(&mut self, number: u32, port: PortId) {
+        if let Some(slot) = self.listener(number)
+            && let Some(Listener { kind: Arrivals::Datagrams(u), .. }) = self.listeners.get_mut(slot)
+        {
+            u.peers.retain(|_, p| *p != port);
+        }
+    }
+
+    pub(crate) fn warn(&mut self, message: String) {
+        self.io.events.offer(Event::Log { level: Level::Warning, message });
+    }
+}

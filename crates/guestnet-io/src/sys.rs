@@ -1,0 +1,467 @@
+//! Theory of operation: the few system calls that the workers need, each once, with its errors as `errno`
+//! numbers and its pointers checked here, so that the rest of the crate deals in slices and descriptors.
+
+// System calls take raw pointers.
+#![allow(unsafe_code)]
+
+use guestnet_core::effects::SockError;
+use guestnet_core::types::Time;
+use std::io;
+use std::mem::{MaybeUninit, size_of, zeroed};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+/// Turns the -1 of a system call into its errno.
+pub(crate) fn check(ret: libc::c_int) -> Result<libc::c_int, i32> {
+    if ret < 0 { Err(errno()) } else { Ok(ret) }
+}
+
+/// As [`check`], for calls that return a length.
+pub(crate) fn check_len(ret: isize) -> Result<usize, i32> {
+    usize::try_from(ret).map_err(|_| errno())
+}
+
+/// errno of the call that failed last on this thread.
+pub(crate) fn errno() -> i32 {
+    io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)
+}
+
+/// True for "not now".
+pub(crate) fn would_block(e: i32) -> bool {
+    e == libc::EAGAIN || e == libc::EWOULDBLOCK || e == libc::EINTR
+}
+
+/// True when the process or the host is out of descriptors or memory for them.
+pub(crate) fn exhausted(e: i32) -> bool {
+    matches!(e, libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS)
+}
+
+/// What guests can be told of an errno.
+pub(crate) fn sock_error(e: i32) -> SockError {
+    match e {
+        libc::ECONNREFUSED | libc::ENOENT => SockError::Refused,
+        libc::ECONNRESET | libc::EPIPE | libc::ECONNABORTED | libc::ENOTCONN => SockError::Reset,
+        libc::ENETUNREACH | libc::ENETDOWN | libc::EADDRNOTAVAIL => SockError::NetUnreachable,
+        libc::EHOSTUNREACH | libc::EHOSTDOWN => SockError::HostUnreachable,
+        libc::ETIMEDOUT => SockError::TimedOut,
+        libc::EACCES | libc::EPERM => SockError::Prohibited,
+        libc::EMSGSIZE => SockError::MessageTooBig(0),
+        e if exhausted(e) => SockError::Exhausted,
+        e => SockError::Other(e),
+    }
+}
+
+/// Monotonic time.
+pub(crate) fn now() -> Time {
+    // SAFETY: a timespec is plain numbers.
+    let mut ts: libc::timespec = unsafe { zeroed() };
+    // SAFETY: the pointer is to a live timespec.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut ts) };
+    Time((ts.tv_sec as u64).wrapping_mul(1_000_000_000).wrapping_add(ts.tv_nsec as u64))
+}
+
+/// Takes ownership of a descriptor that a system call has just made.
+fn owned(fd: RawFd) -> OwnedFd {
+    // SAFETY: the caller got it from the kernel this moment, so nobody else owns it.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// A non-blocking, close-on-exec socket.
+pub(crate) fn socket(family: i32, kind: i32, protocol: i32) -> Result<OwnedFd, i32> {
+    // SAFETY: no pointers.
+    check(unsafe { libc::socket(family, kind | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC, protocol) })
+        .map(owned)
+}
+
+/// An eventfd, non-blocking, close-on-exec.
+pub(crate) fn eventfd() -> Result<OwnedFd, i32> {
+    // SAFETY: no pointers.
+    check(unsafe { libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC) }).map(owned)
+}
+
+/// Makes an eventfd readable.
+pub(crate) fn eventfd_signal(fd: &OwnedFd) {
+    let one = 1u64.to_ne_bytes();
+    // SAFETY: eight bytes are readable. It can only fail when the counter is full, and then it is readable.
+    unsafe { libc::write(fd.as_raw_fd(), one.as_ptr().cast(), one.len()) };
+}
+
+/// Takes what is in an eventfd.
+pub(crate) fn eventfd_clear(fd: &OwnedFd) {
+    let mut count = [0u8; 8];
+    // SAFETY: eight bytes are writable. It fails when there is nothing, which is as well.
+    unsafe { libc::read(fd.as_raw_fd(), count.as_mut_ptr().cast(), count.len()) };
+}
+
+/// Makes a descriptor that came from outside non-blocking and close-on-exec.
+pub(crate) fn adopt(fd: &OwnedFd) -> Result<(), i32> {
+    let raw = fd.as_raw_fd();
+    // SAFETY: no pointers.
+    let flags = check(unsafe { libc::fcntl(raw, libc::F_GETFL) })?;
+    // SAFETY: no pointers.
+    check(unsafe { libc::fcntl(raw, libc::F_SETFL, flags | libc::O_NONBLOCK) })?;
+    // SAFETY: no pointers.
+    check(unsafe { libc::fcntl(raw, libc::F_SETFD, libc::FD_CLOEXEC) })?;
+    Ok(())
+}
+
+/// Sets an integer option.
+pub(crate) fn set_opt(fd: &OwnedFd, level: i32, name: i32, value: i32) -> Result<(), i32> {
+    let len = size_of::<i32>() as libc::socklen_t;
+    // SAFETY: `value` lives and is `len` bytes.
+    check(unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, (&raw const value).cast(), len) })
+        .map(|_| ())
+}
+
+/// Reads an integer option.
+pub(crate) fn get_opt(fd: &OwnedFd, level: i32, name: i32) -> Result<i32, i32> {
+    let mut value: i32 = 0;
+    let mut len = size_of::<i32>() as libc::socklen_t;
+    // SAFETY: `value` lives and is `len` bytes.
+    check(unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, (&raw mut value).cast(), &mut len) })?;
+    Ok(value)
+}
+
+/// Makes `close` send a reset.
+pub(crate) fn set_abort(fd: &OwnedFd) {
+    let l = libc::linger { l_onoff: 1, l_linger: 0 };
+    let len = size_of::<libc::linger>() as libc::socklen_t;
+    // SAFETY: `l` lives and is `len` bytes. Where it fails the close is an ordinary one.
+    unsafe {
+        libc::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_LINGER, (&raw const l).cast(), len)
+    };
+}
+
+/// SO_ERROR, cleared by reading; 0 for none.
+pub(crate) fn take_error(fd: &OwnedFd) -> i32 {
+    get_opt(fd, libc::SOL_SOCKET, libc::SO_ERROR).unwrap_or_else(|e| e)
+}
+
+/// send(2), without SIGPIPE.
+pub(crate) fn send(fd: &OwnedFd, data: &[u8]) -> Result<usize, i32> {
+    // SAFETY: the slice is readable.
+    check_len(unsafe {
+        libc::send(fd.as_raw_fd(), data.as_ptr().cast(), data.len(), libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT)
+    })
+}
+
+/// recv(2) with flags; never waits.
+pub(crate) fn recv(fd: &OwnedFd, buf: &mut [u8], flags: i32) -> Result<usize, i32> {
+    // SAFETY: the slice is writable.
+    check_len(unsafe {
+        libc::recv(fd.as_raw_fd(), buf.as_mut_ptr().cast(), buf.len(), flags | libc::MSG_DONTWAIT)
+    })
+}
+
+/// Throws `len` bytes of a TCP socket's unread data away without copying them.
+pub(crate) fn recv_discard(fd: &OwnedFd, len: usize) -> Result<usize, i32> {
+    // SAFETY: with MSG_TRUNC TCP writes nothing to the buffer, which may be null (tcp(7)).
+    check_len(unsafe {
+        libc::recv(fd.as_raw_fd(), std::ptr::null_mut(), len, libc::MSG_TRUNC | libc::MSG_DONTWAIT)
+    })
+}
+
+/// read(2).
+pub(crate) fn read(fd: &OwnedFd, buf: &mut [u8]) -> Result<usize, i32> {
+    // SAFETY: the slice is writable.
+    check_len(unsafe { libc::read(fd.as_raw_fd(), buf.as_mut_ptr().cast(), buf.len()) })
+}
+
+/// writev(2) of up to four parts.
+pub(crate) fn writev(fd: &OwnedFd, parts: &[&[u8]]) -> Result<usize, i32> {
+    let (iov, n) = io_vec(parts);
+    // SAFETY: the first `n` entries describe live slices.
+    check_len(unsafe { libc::writev(fd.as_raw_fd(), iov.as_ptr(), n as i32) })
+}
+
+/// An iovec of up to four parts, and how many it has.
+pub(crate) fn io_vec(parts: &[&[u8]]) -> ([libc::iovec; 4], usize) {
+    let mut iov = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; 4];
+    for (v, p) in iov.iter_mut().zip(parts) {
+        *v = libc::iovec { iov_base: p.as_ptr().cast_mut().cast(), iov_len: p.len() };
+    }
+    (iov, parts.len().min(4))
+}
+
+/// Room for any socket address.
+#[derive(Clone, Copy)]
+pub(crate) struct RawAddr {
+    pub storage: libc::sockaddr_storage,
+    pub len: libc::socklen_t,
+}
+
+impl Default for RawAddr {
+    fn default() -> Self {
+        // SAFETY: sockaddr_storage is plain bytes; zero is AF_UNSPEC.
+        RawAddr { storage: unsafe { zeroed() }, len: size_of::<libc::sockaddr_storage>() as u32 }
+    }
+}
+
+impl RawAddr {
+    /// Of an IP address and port.
+    pub(crate) fn ip(addr: SocketAddr) -> RawAddr {
+        let mut raw = RawAddr::default();
+        match addr {
+            SocketAddr::V4(a) => {
+                let sin = libc::sockaddr_in {
+                    sin_family: libc::AF_INET as u16,
+                    sin_port: a.port().to_be(),
+                    sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(a.ip().octets()) },
+                    sin_zero: [0; 8],
+                };
+                raw.put(sin);
+            }
+            SocketAddr::V6(a) => {
+                let sin6 = libc::sockaddr_in6 {
+                    sin6_family: libc::AF_INET6 as u16,
+                    sin6_port: a.port().to_be(),
+                    sin6_flowinfo: a.flowinfo(),
+                    sin6_addr: libc::in6_addr { s6_addr: a.ip().octets() },
+                    sin6_scope_id: a.scope_id(),
+                };
+                raw.put(sin6);
+            }
+        }
+        raw
+    }
+
+    /// Of a unix socket's path, or abstract name where it starts with NUL. `None` when too long.
+    pub(crate) fn unix(path: &[u8]) -> Option<RawAddr> {
+        let mut raw = RawAddr::default();
+        // SAFETY: plain bytes.
+        let mut sun: libc::sockaddr_un = unsafe { zeroed() };
+        if path.is_empty() || path.len() >= sun.sun_path.len() {
+            return None;
+        }
+        sun.sun_family = libc::AF_UNIX as u16;
+        for (d, s) in sun.sun_path.iter_mut().zip(path) {
+            *d = *s as libc::c_char;
+        }
+        raw.put(sun);
+        let nul = usize::from(path.first() != Some(&0));
+        raw.len = (std::mem::offset_of!(libc::sockaddr_un, sun_path) + path.len() + nul) as u32;
+        Some(raw)
+    }
+
+    fn put<T: Copy>(&mut self, value: T) {
+        const { assert!(size_of::<T>() <= size_of::<libc::sockaddr_storage>()) };
+        // SAFETY: sockaddr_storage is at least as large (checked above) and aligned for every sockaddr.
+        unsafe { (&raw mut self.storage).cast::<T>().write(value) };
+        self.len = size_of::<T>() as u32;
+    }
+
+    pub(crate) fn as_ptr(&self) -> *const libc::sockaddr {
+        (&raw const self.storage).cast()
+    }
+
+    pub(crate) fn as_mut_ptr(&mut self) -> *mut libc::sockaddr {
+        (&raw mut self.storage).cast()
+    }
+
+    /// The IP address in it.
+    pub(crate) fn to_ip(self) -> Option<SocketAddr> {
+        match i32::from(self.storage.ss_family) {
+            libc::AF_INET if self.len as usize >= size_of::<libc::sockaddr_in>() => {
+                // SAFETY: the family says what it is, and it is long enough.
+                let a = unsafe { *(&raw const self.storage).cast::<libc::sockaddr_in>() };
+                let ip = Ipv4Addr::from(a.sin_addr.s_addr.to_ne_bytes());
+                Some(SocketAddrV4::new(ip, u16::from_be(a.sin_port)).into())
+            }
+            libc::AF_INET6 if self.len as usize >= size_of::<libc::sockaddr_in6>() => {
+                // SAFETY: as above.
+                let a = unsafe { *(&raw const self.storage).cast::<libc::sockaddr_in6>() };
+                let ip = Ipv6Addr::from(a.sin6_addr.s6_addr);
+                let port = u16::from_be(a.sin6_port);
+                Some(match ip.to_ipv4_mapped() {
+                    Some(v4) => SocketAddrV4::new(v4, port).into(),
+                    None => SocketAddrV6::new(ip, port, a.sin6_flowinfo, a.sin6_scope_id).into(),
+                })
+            }
+            _ => None,
+        }
+    }
+
+    /// The path (or abstract name) in it; `None` for unnamed and for other families.
+    pub(crate) fn to_path(self) -> Option<Vec<u8>> {
+        let at = std::mem::offset_of!(libc::sockaddr_un, sun_path);
+        let len = (self.len as usize).min(size_of::<libc::sockaddr_un>()).checked_sub(at)?;
+        if i32::from(self.storage.ss_family) != libc::AF_UNIX || len == 0 {
+            return None;
+        }
+        // SAFETY: the storage is at least as large as sockaddr_un, and `at + len` lies in it.
+        let bytes =
+            unsafe { std::slice::from_raw_parts((&raw const self.storage).cast::<u8>().add(at), len) };
+        // The kernel counts the terminating NUL of a path; an abstract name starts with one.
+        let end =
+            if bytes.first() == Some(&0) { len } else { bytes.iter().position(|b| *b == 0).unwrap_or(len) };
+        Some(bytes.get(..end)?.to_vec())
+    }
+}
+
+/// connect(2).
+pub(crate) fn connect(fd: &OwnedFd, to: &RawAddr) -> Result<(), i32> {
+    // SAFETY: the address lives and has that length.
+    check(unsafe { libc::connect(fd.as_raw_fd(), to.as_ptr(), to.len) }).map(|_| ())
+}
+
+/// accept4(2): a non-blocking, close-on-exec connection and who it is from.
+pub(crate) fn accept(fd: &OwnedFd) -> Result<(OwnedFd, RawAddr), i32> {
+    let mut from = RawAddr::default();
+    // SAFETY: the address is writable and `len` says how long it is.
+    let new = check(unsafe {
+        libc::accept4(
+            fd.as_raw_fd(),
+            from.as_mut_ptr(),
+            &mut from.len,
+            libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC,
+        )
+    })?;
+    Ok((owned(new), from))
+}
+
+/// The socket's own address.
+pub(crate) fn local_addr(fd: &OwnedFd) -> Option<RawAddr> {
+    let mut a = RawAddr::default();
+    // SAFETY: the address is writable and `len` says how long it is.
+    check(unsafe { libc::getsockname(fd.as_raw_fd(), a.as_mut_ptr(), &mut a.len) }).ok()?;
+    Some(a)
+}
+
+/// recvfrom(2).
+pub(crate) fn recv_from(fd: &OwnedFd, buf: &mut [u8], flags: i32) -> Result<(usize, RawAddr), i32> {
+    let mut from = RawAddr::default();
+    // SAFETY: slice and address are writable and their lengths are given.
+    let n = check_len(unsafe {
+        libc::recvfrom(
+            fd.as_raw_fd(),
+            buf.as_mut_ptr().cast(),
+            buf.len(),
+            flags | libc::MSG_DONTWAIT,
+            from.as_mut_ptr(),
+            &mut from.len,
+        )
+    })?;
+    Ok((n, from))
+}
+
+/// sendto(2).
+pub(crate) fn send_to(fd: &OwnedFd, data: &[u8], to: &RawAddr) -> Result<usize, i32> {
+    // SAFETY: slice and address are readable and their lengths are given.
+    check_len(unsafe {
+        libc::sendto(
+            fd.as_raw_fd(),
+            data.as_ptr().cast(),
+            data.len(),
+            libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT,
+            to.as_ptr(),
+            to.len,
+        )
+    })
+}
+
+/// Space for control messages, aligned for their headers.
+#[repr(C, align(8))]
+#[derive(Clone, Copy)]
+pub(crate) struct Control(pub [u8; 256]);
+
+impl Control {
+    pub(crate) const EMPTY: Control = Control([0; 256]);
+}
+
+/// Calls `each(level, type, data)` for every control message of `msg`, whose control buffer must live.
+pub(crate) fn each_cmsg(msg: &libc::msghdr, mut each: impl FnMut(i32, i32, &[u8])) {
+    // SAFETY: the kernel wrote `msg_controllen` bytes of well-formed control messages to the buffer.
+    let mut c = unsafe { libc::CMSG_FIRSTHDR(msg) };
+    while !c.is_null() {
+        // SAFETY: `c` points to a header inside the buffer; its length covers header and data.
+        unsafe {
+            let head = libc::CMSG_LEN(0) as usize;
+            let len = ((*c).cmsg_len as usize).saturating_sub(head);
+            each((*c).cmsg_level, (*c).cmsg_type, std::slice::from_raw_parts(libc::CMSG_DATA(c), len));
+            c = libc::CMSG_NXTHDR(msg, c);
+        }
+    }
+}
+
+/// Writes one control message at `at` of `control`; returns the end of it.
+pub(crate) fn put_cmsg<T: Copy>(control: &mut Control, at: usize, level: i32, kind: i32, value: T) -> usize {
+    let size = size_of::<T>() as u32;
+    // SAFETY: CMSG_SPACE is arithmetic.
+    let space = unsafe { libc::CMSG_SPACE(size) } as usize;
+    if at + space > control.0.len() || !at.is_multiple_of(8) {
+        return at;
+    }
+    // SAFETY: `at` is aligned for cmsghdr, and header and data fit (checked above).
+    unsafe {
+        let c = control.0.as_mut_ptr().add(at).cast::<libc::cmsghdr>();
+        (*c).cmsg_level = level;
+        (*c).cmsg_type = kind;
+        (*c).cmsg_len = libc::CMSG_LEN(size) as _;
+        libc::CMSG_DATA(c).cast::<T>().write_unaligned(value);
+    }
+    at + space
+}
+
+/// An empty msghdr.
+pub(crate) fn msghdr() -> libc::msghdr {
+    // SAFETY: null pointers and zero lengths are an empty message.
+    unsafe { MaybeUninit::<libc::msghdr>::zeroed().assume_init() }
+}
+
+/// Reads a native i32 from the front of a control message.
+pub(crate) fn cmsg_i32(data: &[u8]) -> Option<i32> {
+    data.get(..4)?.try_into().ok().map(i32::from_ne_bytes)
+}
+
+/// The address of an in_pktinfo or in6_pktinfo.
+pub(crate) fn pktinfo_addr(level: i32, kind: i32, data: &[u8]) -> Option<IpAddr> {
+    match (level, kind) {
+        // struct in_pktinfo { ifindex, spec_dst, addr }: spec_dst is the local address to answer from.
+        (libc::IPPROTO_IP, libc::IP_PKTINFO) => {
+            let a: [u8; 4] = data.get(4..8)?.try_into().ok()?;
+            Some(Ipv4Addr::from(a).into())
+        }
+        (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
+            let a: [u8; 16] = data.get(..16)?.try_into().ok()?;
+            let ip = Ipv6Addr::from(a);
+            Some(ip.to_ipv4_mapped().map_or(IpAddr::V6(ip), IpAddr::V4))
+        }
+        _ => None,
+    }
+}
+
+/// Blocks all signals for the calling thread: they are the control side's.
+pub(crate) fn block_signals() {
+    // SAFETY: a sigset_t is plain numbers, filled in by sigfillset.
+    unsafe {
+        let mut set: libc::sigset_t = zeroed();
+        libc::sigfillset(&mut set);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &set, std::ptr::null_mut());
+    }
+}
+
+/// Sends FIN. It fails when the connection is over, and then there is nothing to do.
+pub(crate) fn shutdown_write(fd: &OwnedFd) {
+    // SAFETY: no pointers.
+    unsafe { libc::shutdown(fd.as_raw_fd(), libc::SHUT_WR) };
+}
+
+/// Which of `events` are there now.
+pub(crate) fn poll_now(fd: &OwnedFd, events: i16) -> i16 {
+    let mut p = libc::pollfd { fd: fd.as_raw_fd(), events, revents: 0 };
+    // SAFETY: one live pollfd.
+    unsafe { libc::poll(&mut p, 1, 0) };
+    p.revents
+}
+
+/// Lets the process have as many descriptors as it is allowed to: every relayed connection is one.
+pub(crate) fn raise_descriptor_limit() {
+    let mut l = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the struct lives. Where either call fails the limit stays what it is.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &mut l) == 0 && l.rlim_cur < l.rlim_max {
+            l.rlim_cur = l.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &l);
+        }
+    }
+}

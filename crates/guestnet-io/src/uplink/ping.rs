@@ -1,0 +1,201 @@
+//! Theory of operation: echo requests through ping sockets, for which the kernel chooses the identifier and
+//! filters the replies. Where `net.ipv4.ping_group_range` forbids them, a raw socket does the same if the
+//! process may open one; it hears all replies of the host and keeps those to its own identifier. Where
+//! neither may be, the guest is told that it is prohibited.
+
+// recvmsg takes raw pointers.
+#![allow(unsafe_code)]
+
+use super::sockets::{Sock, SockKind, Socks};
+use super::udp;
+use crate::poller::Poller;
+use crate::stats::IoCounters;
+use crate::sys::{self, Control, RawAddr};
+use guestnet_core::effects::SockError;
+use guestnet_core::types::{FlowId, SockId};
+use guestnet_wire::checksum;
+use std::mem::size_of;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+const ECHO: u8 = 8;
+const ECHO_REPLY: u8 = 0;
+const ECHO6: u8 = 128;
+const ECHO6_REPLY: u8 = 129;
+const HEADER: usize = 8;
+/// struct icmp_filter: a set bit is a type that is not passed on.
+const ICMP_FILTER: i32 = 1;
+
+/// A reply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Reply {
+    pub from: IpAddr,
+    pub seq: u16,
+    pub ttl: u8,
+    /// Where the body is in the buffer.
+    pub start: usize,
+    pub end: usize,
+}
+
+impl Socks {
+    pub(crate) fn ping_open(
+        &mut self,
+        poller: &Poller,
+        counters: &mut IoCounters,
+        flow: FlowId,
+        like: IpAddr,
+    ) -> Result<SockId, SockError> {
+        let v6 = like.is_ipv6();
+        let (family, protocol) =
+            if v6 { (libc::AF_INET6, libc::IPPROTO_ICMPV6) } else { (libc::AF_INET, libc::IPPROTO_ICMP) };
+        let (fd, raw) = match sys::socket(family, libc::SOCK_DGRAM, protocol) {
+            Ok(fd) => (fd, None),
+            // A raw ICMPv6 socket would need its own filter; hosts without ping sockets are v4's legacy.
+            Err(e) if v6 => return Err(sys::sock_error(e)),
+            Err(_) => {
+                let fd = sys::socket(family, libc::SOCK_RAW, protocol).map_err(|e| match e {
+                    libc::EPROTONOSUPPORT => SockError::Prohibited,
+                    e => sys::sock_error(e),
+                })?;
+                let _all = sys::set_opt(&fd, libc::SOL_RAW, ICMP_FILTER, !(1 << ECHO_REPLY));
+                (fd, Some(identifier()))
+            }
+        };
+        udp::set_recverr(&fd, v6);
+        let (level, name) = if v6 {
+            (libc::IPPROTO_IPV6, libc::IPV6_RECVHOPLIMIT)
+        } else {
+            (libc::IPPROTO_IP, libc::IP_RECVTTL)
+        };
+        let _without = sys::set_opt(&fd, level, name, 1);
+        let kind = SockKind::Ping { raw, v6, ttl: 0 };
+        self.add(poller, counters, Sock { fd, flow: Some(flow), kind }, libc::EPOLLIN)
+            .map_err(sys::sock_error)
+    }
+
+    pub(crate) fn ping_send(
+        &mut self,
+        id: SockId,
+        dst: IpAddr,
+        seq: u16,
+        body: &[u8],
+        ttl: u8,
+    ) -> Result<(), SockError> {
+        let Some(Sock { fd, kind: SockKind::Ping { raw, v6, ttl: now }, .. }) = self.get_mut(id) else {
+            return Err(SockError::Reset);
+        };
+        if *now != ttl {
+            udp::set_ttl(fd, *v6, ttl);
+            *now = ttl;
+        }
+        let mut packet = Vec::with_capacity(HEADER + body.len());
+        packet.extend_from_slice(&[if *v6 { ECHO6 } else { ECHO }, 0, 0, 0]);
+        packet.extend_from_slice(&raw.unwrap_or(0).to_be_bytes());
+        packet.extend_from_slice(&seq.to_be_bytes());
+        packet.extend_from_slice(body);
+        if !*v6 {
+            let sum = checksum::finish(checksum::sum(&packet, 0));
+            guestnet_wire::put(&mut packet, 2, &sum.to_be_bytes());
+        }
+        let to = RawAddr::ip(SocketAddr::new(dst, 0));
+        let mut sent = sys::send_to(fd, &packet, &to);
+        if let Err(e) = sent
+            && !sys::would_block(e)
+        {
+            // The error of an earlier request is reported by the next send.
+            sent = sys::send_to(fd, &packet, &to);
+        }
+        match sent {
+            Ok(_) => Ok(()),
+            // The host is busy; a ping may be lost.
+            Err(e) if sys::would_block(e) => Ok(()),
+            Err(e) => Err(sys::sock_error(e)),
+        }
+    }
+}
+
+/// An identifier that no other raw socket of this host is likely to have, and that nobody can guess.
+fn identifier() -> u16 {
+    use std::hash::{BuildHasher, Hasher};
+    // Keyed from the operating system's randomness.
+    std::hash::RandomState::new().build_hasher().finish() as u16
+}
+
+/// Receives one ICMP message to `buf`. `Ok(None)`: it was not a reply to us.
+pub(crate) fn receive(
+    fd: &OwnedFd,
+    raw: Option<u16>,
+    v6: bool,
+    buf: &mut [u8],
+) -> Result<Option<Reply>, i32> {
+    let mut control = Control::EMPTY;
+    let mut name = RawAddr::default();
+    let mut iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
+    let mut msg = sys::msghdr();
+    msg.msg_name = name.as_mut_ptr().cast();
+    msg.msg_namelen = name.len;
+    msg.msg_iov = &raw mut iov;
+    msg.msg_iovlen = 1;
+    msg.msg_control = control.0.as_mut_ptr().cast();
+    msg.msg_controllen = control.0.len();
+    // SAFETY: name, data and control buffer live and are as long as the message says.
+    let n = sys::check_len(unsafe { libc::recvmsg(fd.as_raw_fd(), &mut msg, libc::MSG_DONTWAIT) })?;
+    name.len = msg.msg_namelen;
+    let mut ttl = 64;
+    sys::each_cmsg(&msg, |level, kind, data| {
+        if matches!(
+            (level, kind),
+            (libc::IPPROTO_IP, libc::IP_TTL) | (libc::IPPROTO_IPV6, libc::IPV6_HOPLIMIT)
+        ) && data.len() >= size_of::<i32>()
+        {
+            ttl = sys::cmsg_i32(data).and_then(|v| u8::try_from(v).ok()).unwrap_or(64);
+        }
+    });
+    // A raw socket gets the IP header too.
+    let start = match raw {
+        Some(_) => usize::from(buf.first().copied().unwrap_or(0) & 0xf) * 4,
+        None => 0,
+    };
+    let (Some(from), Some(&[kind, _, _, _, id_hi, id_lo, seq_hi, seq_lo])) =
+        (name.to_ip(), buf.get(..n).and_then(|b| b.get(start..start + HEADER)))
+    else {
+        return Ok(None);
+    };
+    let want = if v6 { ECHO6_REPLY } else { ECHO_REPLY };
+    if kind != want || raw.is_some_and(|id| id != u16::from_be_bytes([id_hi, id_lo])) {
+        return Ok(None);
+    }
+    let seq = u16::from_be_bytes([seq_hi, seq_lo]);
+    Ok(Some(Reply { from: from.ip(), seq, ttl, start: start + HEADER, end: n }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_echo_on_loopback_comes_back() {
+        let (mut socks, poller) = (Socks::new(), Poller::new(4).unwrap());
+        let mut c = IoCounters::default();
+        let lo: IpAddr = "127.0.0.1".parse().unwrap();
+        let id = match socks.ping_open(&poller, &mut c, FlowId { index: 0, generation: 0 }, lo) {
+            Ok(id) => id,
+            Err(e) => return assert_eq!(e, SockError::Prohibited),
+        };
+        socks.ping_send(id, lo, 77, b"body", 9).unwrap();
+        let Some(Sock { fd, kind: SockKind::Ping { raw, .. }, .. }) = socks.get(id) else { panic!() };
+        let mut buf = [0; 200];
+        for _ in 0..100 {
+            sys::poll_now(fd, libc::POLLIN);
+            match receive(fd, *raw, false, &mut buf) {
+                Ok(Some(r)) => {
+                    assert_eq!((r.from, r.seq, &buf[r.start..r.end]), (lo, 77, &b"body"[..]));
+                    return;
+                }
+                Ok(None) => {}
+                Err(_) => std::thread::yield_now(),
+            }
+        }
+        panic!("no reply");
+    }
+}

@@ -1,0 +1,116 @@
+//! Theory of operation: all sockets of the uplink in numbered slots, and what they have to tell the core
+//! besides plain readiness. Outcomes and errors that come up in the middle of a call into the core wait here
+//! until the worker hands them over.
+
+use super::errors::LateError;
+use super::forward::Origins;
+use super::tcp::TcpSock;
+use super::udp::{UdpOut, UdpSock};
+use crate::poller::{Kind, Poller, Token};
+use crate::slab::Slab;
+use crate::stats::IoCounters;
+use crate::sys::RawAddr;
+use guestnet_core::effects::SockError;
+use guestnet_core::types::{FlowId, ForwardId, SockId};
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+
+/// What a socket is for.
+pub(crate) enum SockKind {
+    Tcp(TcpSock),
+    Udp(UdpSock),
+    /// Echo; `raw` carries the identifier that a raw socket has to write itself.
+    Ping {
+        raw: Option<u16>,
+        v6: bool,
+        ttl: u8,
+    },
+    /// A published UDP port.
+    Forward {
+        forward: ForwardId,
+        origins: Origins,
+    },
+}
+
+/// One socket.
+pub(crate) struct Sock {
+    pub fd: OwnedFd,
+    /// Whose it is; none for published ports, and for connections that the core has not taken yet.
+    pub flow: Option<FlowId>,
+    pub kind: SockKind,
+}
+
+/// All sockets.
+pub(crate) struct Socks {
+    slab: Slab<Sock>,
+    /// TCP services by number.
+    pub services: HashMap<u32, RawAddr>,
+    /// Outcomes of connects.
+    pub outcomes: Vec<(FlowId, Result<(), SockError>)>,
+    /// Errors of datagrams.
+    pub errors: Vec<LateError>,
+    /// Datagrams that go out at the end of the batch.
+    pub out: UdpOut,
+    /// SO_PEEK_OFF works for TCP (Linux 6.9).
+    pub peek_off: bool,
+}
+
+impl Socks {
+    pub(crate) fn new() -> Socks {
+        Socks {
+            slab: Slab::default(),
+            services: HashMap::new(),
+            outcomes: Vec::new(),
+            errors: Vec::new(),
+            out: UdpOut::default(),
+            peek_off: super::tcp::probe_peek_off(),
+        }
+    }
+
+    /// Takes a socket in and watches it.
+    pub(crate) fn add(
+        &mut self,
+        poller: &Poller,
+        counters: &mut IoCounters,
+        sock: Sock,
+        events: i32,
+    ) -> Result<SockId, i32> {
+        let index = self.slab.insert(sock);
+        if events != 0
+            && let Err(e) = self.watch(poller, SockId(index), events)
+        {
+            self.slab.remove(index);
+            return Err(e);
+        }
+        counters.sockets_open = self.slab.len() as u64;
+        counters.sockets_peak = counters.sockets_peak.max(counters.sockets_open);
+        Ok(SockId(index))
+    }
+
+    pub(crate) fn watch(&self, poller: &Poller, id: SockId, events: i32) -> Result<(), i32> {
+        let token = Token { kind: Kind::Sock, index: id.0, generation: self.slab.generation(id.0) };
+        self.slab.get(id.0).map_or(Ok(()), |s| poller.add(&s.fd, token, events))
+    }
+
+    /// The socket that an event is for.
+    pub(crate) fn current(&mut self, token: Token) -> Option<&mut Sock> {
+        if self.slab.generation(token.index) != token.generation {
+            return None;
+        }
+        self.slab.get_mut(token.index)
+    }
+
+    pub(crate) fn get(&self, id: SockId) -> Option<&Sock> {
+        self.slab.get(id.0)
+    }
+
+    pub(crate) fn get_mut(&mut self, id: SockId) -> Option<&mut Sock> {
+        self.slab.get_mut(id.0)
+    }
+
+    pub(crate) fn remove(&mut self, counters: &mut IoCounters, id: SockId) -> Option<Sock> {
+        let s = self.slab.remove(id.0);
+        counters.sockets_open = self.slab.len() as u64;
+        s
+    }
+}

@@ -1,0 +1,198 @@
+//! Theory of operation: TCP connections to the outside. Data from the outside stays in the kernel's queue
+//! until the guest has acknowledged it: it is peeked at an offset and thrown away later. Linux moves that
+//! offset itself (SO_PEEK_OFF, 6.9); before, all from the start is peeked and the front skipped. Sockets are
+//! watched edge-triggered, because what was peeked but not thrown away keeps them readable.
+
+use super::sockets::{Sock, SockKind, Socks};
+use crate::poller::Poller;
+use crate::stats::IoCounters;
+use crate::sys::{self, RawAddr};
+use guestnet_core::effects::{Peek, SockError};
+use guestnet_core::types::{FlowId, SockId, Target};
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+
+/// Most bytes of one peek.
+pub(crate) const PEEK_MAX: usize = 65536;
+/// Most bytes that are peeked to skip them, where the kernel cannot peek at an offset.
+const SKIP_MAX: usize = 4 << 20;
+
+const WATCHED: i32 = libc::EPOLLIN | libc::EPOLLOUT | libc::EPOLLRDHUP | libc::EPOLLPRI | libc::EPOLLET;
+
+/// State of one connection.
+#[derive(Debug, Default)]
+pub(crate) struct TcpSock {
+    /// The outcome of the connect is not known yet.
+    pub connecting: bool,
+    /// A send fell short, and the core waits to hear of room.
+    pub wants_write: bool,
+    /// Where the kernel peeks next; `None` while SO_PEEK_OFF was never set.
+    offset: Option<usize>,
+}
+
+/// True when the kernel can peek at an offset of a TCP socket.
+pub(crate) fn probe_peek_off() -> bool {
+    sys::socket(libc::AF_INET, libc::SOCK_STREAM, 0)
+        .and_then(|s| sys::set_opt(&s, libc::SOL_SOCKET, libc::SO_PEEK_OFF, 0))
+        .is_ok()
+}
+
+/// What every connection is set to.
+fn prepare(fd: &OwnedFd, ttl: Option<(u8, bool)>) {
+    // Relayed segments were already gathered by the guest's stack; urgent data is plain data. None of these
+    // is worth refusing a connection for.
+    let _best_effort = sys::set_opt(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1);
+    let _best_effort = sys::set_opt(fd, libc::SOL_SOCKET, libc::SO_OOBINLINE, 1);
+    if let Some((ttl, v6)) = ttl {
+        super::udp::set_ttl(fd, v6, ttl);
+    }
+}
+
+impl Socks {
+    pub(crate) fn tcp_connect(
+        &mut self,
+        poller: &Poller,
+        counters: &mut IoCounters,
+        flow: FlowId,
+        target: Target,
+        ttl: u8,
+    ) -> Result<SockId, SockError> {
+        let (family, addr) = match target {
+            Target::Address(a @ SocketAddr::V4(_)) => (libc::AF_INET, RawAddr::ip(a)),
+            Target::Address(a @ SocketAddr::V6(_)) => (libc::AF_INET6, RawAddr::ip(a)),
+            Target::Service(id) => (libc::AF_UNIX, *self.services.get(&id.0).ok_or(SockError::Refused)?),
+        };
+        let fd = sys::socket(family, libc::SOCK_STREAM, 0).map_err(sys::sock_error)?;
+        if family != libc::AF_UNIX {
+            prepare(&fd, Some((ttl, family == libc::AF_INET6)));
+        }
+        let outcome = match sys::connect(&fd, &addr) {
+            Ok(()) => Some(Ok(())),
+            Err(libc::EINPROGRESS) => None,
+            // A unix service whose queue is full: as good as refused, and the guest may try again.
+            Err(libc::EAGAIN) => Some(Err(SockError::Refused)),
+            Err(e) => Some(Err(sys::sock_error(e))),
+        };
+        let tcp = TcpSock { connecting: outcome.is_none(), ..TcpSock::default() };
+        let failed = matches!(outcome, Some(Err(_)));
+        let sock = Sock { fd, flow: Some(flow), kind: SockKind::Tcp(tcp) };
+        // An unconnected socket is always "hung up"; nothing is to be heard from one that failed.
+        let events = if failed { 0 } else { WATCHED };
+        let id = self.add(poller, counters, sock, events).map_err(sys::sock_error)?;
+        if let Some(result) = outcome {
+            self.outcomes.push((flow, result));
+        }
+        Ok(id)
+    }
+
+    /// Takes in a connection that somebody made to a published port. It is watched from
+    /// [`Socks::tcp_adopt`] on.
+    pub(crate) fn tcp_accepted(
+        &mut self,
+        poller: &Poller,
+        counters: &mut IoCounters,
+        fd: OwnedFd,
+    ) -> Result<SockId, i32> {
+        prepare(&fd, None);
+        let sock = Sock { fd, flow: None, kind: SockKind::Tcp(TcpSock::default()) };
+        self.add(poller, counters, sock, 0)
+    }
+
+    /// The core made a flow of an accepted connection.
+    pub(crate) fn tcp_adopt(&mut self, poller: &Poller, id: SockId, flow: FlowId) -> Result<(), i32> {
+        if let Some(s) = self.get_mut(id) {
+            s.flow = Some(flow);
+        }
+        self.watch(poller, id, WATCHED)
+    }
+
+    pub(crate) fn tcp_send(&mut self, id: SockId, data: &[u8]) -> Result<usize, SockError> {
+        let Some(Sock { fd, kind: SockKind::Tcp(tcp), .. }) = self.get_mut(id) else {
+            return Err(SockError::Reset);
+        };
+        let sent = match sys::send(fd, data) {
+            Ok(n) => n,
+            Err(e) if sys::would_block(e) => 0,
+            Err(e) => return Err(sys::sock_error(e)),
+        };
+        tcp.wants_write |= sent < data.len();
+        Ok(sent)
+    }
+
+    /// Peeks to `scratch`; says where in it the data is.
+    pub(crate) fn tcp_peek(
+        &mut self,
+        id: SockId,
+        offset: usize,
+        max: usize,
+        scratch: &mut Vec<u8>,
+    ) -> Result<(Peek, usize), SockError> {
+        let peek_off = self.peek_off;
+        let Some(Sock { fd, kind: SockKind::Tcp(tcp), .. }) = self.get_mut(id) else {
+            return Err(SockError::Reset);
+        };
+        let max = max.min(PEEK_MAX);
+        // A connection that never has more than one read in flight never needs the option.
+        let first = offset == 0 && tcp.offset.is_none();
+        let skip = if first || peek_off && (tcp.offset == Some(offset) || set_offset(fd, tcp, offset)) {
+            0
+        } else {
+            offset
+        };
+        let want = (skip + max).min(SKIP_MAX);
+        if scratch.len() < want {
+            scratch.resize(want, 0);
+        }
+        let got = match sys::recv(fd, scratch.get_mut(..want).unwrap_or(&mut []), libc::MSG_PEEK) {
+            Ok(n) => n,
+            Err(e) if sys::would_block(e) => return Ok((Peek::Empty, 0)),
+            Err(e) => return Err(sys::sock_error(e)),
+        };
+        if let Some(o) = &mut tcp.offset {
+            *o += got;
+        }
+        if got > skip {
+            return Ok((Peek::Data(got - skip), skip));
+        }
+        if skip == 0 {
+            return Ok((Peek::Eof, 0));
+        }
+        // Everything was peeked before, and a plain peek does not tell "no more now" from "no more ever".
+        Ok((if peer_closed(fd) { Peek::Eof } else { Peek::Empty }, 0))
+    }
+
+    pub(crate) fn tcp_discard(&mut self, id: SockId, len: usize) {
+        let Some(Sock { fd, kind: SockKind::Tcp(tcp), .. }) = self.get_mut(id) else { return };
+        let mut left = len;
+        while left > 0 {
+            match sys::recv_discard(fd, left) {
+                Ok(0) => break,
+                Ok(n) => left -= n.min(left),
+                Err(libc::EINTR) => {}
+                // The peer reset meanwhile, and the data went with it; the next call tells the core.
+                Err(_) => break,
+            }
+        }
+        if let Some(o) = &mut tcp.offset {
+            *o = o.saturating_sub(len - left);
+        }
+    }
+
+    pub(crate) fn tcp_shutdown(&self, id: SockId) {
+        if let Some(s) = self.get(id) {
+            sys::shutdown_write(&s.fd);
+        }
+    }
+}
+
+fn set_offset(fd: &OwnedFd, tcp: &mut TcpSock, offset: usize) -> bool {
+    let Ok(value) = i32::try_from(offset) else { return false };
+    let set = sys::set_opt(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, value).is_ok();
+    tcp.offset = set.then_some(offset);
+    set
+}
+
+/// True when the peer has sent its FIN.
+fn peer_closed(fd: &OwnedFd) -> bool {
+    sys::poll_now(fd, libc::POLLRDHUP) & libc::POLLRDHUP != 0
+}

@@ -1,0 +1,475 @@
+//! Theory of operation: UDP, a batch at a time. Datagrams to the outside are copied to one arena and go at
+//! the end of the batch, those of one socket in one call, and runs of one size to one destination as one
+//! large send that the kernel or the NIC cuts (UDP_SEGMENT). What comes in is read many at a time, and
+//! merged by the kernel where it was one run (UDP_GRO). Sockets are bound to no address, so that one serves
+//! all destinations of a guest's port (RFC 4787 REQ-1).
+
+// sendmmsg and recvmmsg take raw pointers.
+#![allow(unsafe_code)]
+
+use super::errors::{self, LateError};
+use super::sockets::{Sock, SockKind, Socks};
+use crate::poller::Poller;
+use crate::stats::IoCounters;
+use crate::sys::{self, Control, RawAddr};
+use guestnet_core::effects::SockError;
+use guestnet_core::types::{FlowId, SockId};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+/// Messages per call.
+const BATCH: usize = 16;
+/// Bytes of one received message: the most that GRO gathers.
+const MESSAGE_MAX: usize = 65536;
+/// Bytes gathered before they are sent, batch or not.
+const ARENA: usize = 1 << 20;
+/// What one large send can carry: the kernel takes 64 pieces, in one IP packet.
+const SEGMENTS_MAX: usize = 64;
+const PAYLOAD_MAX: usize = 65507;
+
+/// Errors that wait for the core at most.
+const ERRORS_MAX: usize = 1024;
+
+const SOL_UDP: i32 = 17;
+const UDP_SEGMENT: i32 = 103;
+const UDP_GRO: i32 = 104;
+
+/// State of one UDP socket.
+#[derive(Debug, Default)]
+pub(crate) struct UdpSock {
+    v6: bool,
+    ttl: u8,
+    df: Option<bool>,
+}
+
+struct Pending {
+    sock: SockId,
+    dst: SocketAddr,
+    start: usize,
+    len: usize,
+    /// Size of the pieces; `len` for one datagram.
+    piece: usize,
+    /// Nothing can be added: its last piece is short.
+    closed: bool,
+    ttl: u8,
+    df: bool,
+    /// Local address to answer from (published ports).
+    from: Option<IpAddr>,
+}
+
+/// Datagrams that wait for the end of the batch.
+#[derive(Default)]
+pub(crate) struct UdpOut {
+    arena: Vec<u8>,
+    pending: Vec<Pending>,
+}
+
+/// Sets the TTL or hop limit of what a socket sends.
+pub(crate) fn set_ttl(fd: &OwnedFd, v6: bool, ttl: u8) {
+    let (level, name) =
+        if v6 { (libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS) } else { (libc::IPPROTO_IP, libc::IP_TTL) };
+    // A TTL that the kernel refuses (0) leaves the one before; the core sends none such.
+    let _kept = sys::set_opt(fd, level, name, i32::from(ttl));
+}
+
+fn set_df(fd: &OwnedFd, v6: bool, df: bool) {
+    let (level, name) = if v6 {
+        (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER)
+    } else {
+        (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER)
+    };
+    let value = if df { libc::IP_PMTUDISC_DO } else { libc::IP_PMTUDISC_DONT };
+    let _kept = sys::set_opt(fd, level, name, value);
+}
+
+/// Asks for the error queue.
+pub(crate) fn set_recverr(fd: &OwnedFd, v6: bool) {
+    let (level, name) =
+        if v6 { (libc::IPPROTO_IPV6, libc::IPV6_RECVERR) } else { (libc::IPPROTO_IP, libc::IP_RECVERR) };
+    let _without = sys::set_opt(fd, level, name, 1);
+}
+
+/// Asks for merged datagrams; without, they come one by one.
+pub(crate) fn set_gro(fd: &OwnedFd) {
+    let _without = sys::set_opt(fd, SOL_UDP, UDP_GRO, 1);
+}
+
+impl Socks {
+    pub(crate) fn udp_open(
+        &mut self,
+        poller: &Poller,
+        counters: &mut IoCounters,
+        flow: FlowId,
+        like: SocketAddr,
+    ) -> Result<SockId, SockError> {
+        let v6 = like.is_ipv6();
+        let family = if v6 { libc::AF_INET6 } else { libc::AF_INET };
+        let fd = sys::socket(family, libc::SOCK_DGRAM, 0).map_err(sys::sock_error)?;
+        set_recverr(&fd, v6);
+        set_gro(&fd);
+        // The first send binds it to a port that the kernel chooses, at random (RFC 6056).
+        let kind = SockKind::Udp(UdpSock { v6, ttl: 0, df: None });
+        self.add(poller, counters, Sock { fd, flow: Some(flow), kind }, libc::EPOLLIN)
+            .map_err(sys::sock_error)
+    }
+
+    /// Queues a datagram, or several of `segment` bytes.
+    #[allow(clippy::too_many_arguments)] // One datagram has that many properties.
+    pub(crate) fn udp_queue(
+        &mut self,
+        counters: &mut IoCounters,
+        sock: SockId,
+        dst: SocketAddr,
+        payload: &[u8],
+        segment: u16,
+        ttl: u8,
+        df: bool,
+        from: Option<IpAddr>,
+    ) {
+        if self.out.arena.len() + payload.len() > ARENA {
+            self.udp_flush(counters);
+        }
+        let out = &mut self.out;
+        let start = out.arena.len();
+        out.arena.extend_from_slice(payload);
+        if segment == 0
+            && let Some(p) = out.pending.last_mut()
+            && (p.sock, p.dst, p.ttl, p.df, p.from) == (sock, dst, ttl, df, from)
+            && !p.closed
+            && !payload.is_empty()
+            && payload.len() <= p.piece
+            && p.len + payload.len() <= PAYLOAD_MAX
+            && p.len / p.piece < SEGMENTS_MAX
+        {
+            p.len += payload.len();
+            p.closed = payload.len() < p.piece;
+            return;
+        }
+        let piece = if segment == 0 { payload.len() } else { usize::from(segment).min(payload.len()) };
+        let closed = segment != 0 || payload.is_empty();
+        out.pending.push(Pending { sock, dst, start, len: payload.len(), piece, closed, ttl, df, from });
+    }
+
+    /// Sends all that waits.
+    pub(crate) fn udp_flush(&mut self, counters: &mut IoCounters) {
+        if self.out.pending.is_empty() {
+            return;
+        }
+        let mut out = std::mem::take(&mut self.out);
+        let mut errors = std::mem::take(&mut self.errors);
+        let mut at = 0;
+        while let Some(first) = out.pending.get(at) {
+            let same = |p: &&Pending| (p.sock, p.ttl, p.df) == (first.sock, first.ttl, first.df);
+            let n = out.pending.iter().skip(at).take_while(same).take(BATCH).count();
+            let run = out.pending.get(at..at + n).unwrap_or(&[]);
+            if let Some(sock) = self.get_mut(first.sock) {
+                send_run(sock, &mut errors, counters, run, &out.arena);
+            }
+            at += n;
+        }
+        out.pending.clear();
+        out.arena.clear();
+        self.out = out;
+        self.errors = errors;
+    }
+}
+
+impl Pending {
+    /// Datagrams in it.
+    fn count(&self) -> u64 {
+        if self.piece == 0 { 1 } else { self.len.div_ceil(self.piece) as u64 }
+    }
+
+    fn is_gso(&self) -> bool {
+        self.len > self.piece
+    }
+
+    fn payload<'a>(&self, arena: &'a [u8]) -> &'a [u8] {
+        arena.get(self.start..self.start + self.len).unwrap_or(&[])
+    }
+}
+
+/// Sends messages of one socket that need the same settings.
+fn send_run(
+    sock: &mut Sock,
+    errors: &mut Vec<LateError>,
+    counters: &mut IoCounters,
+    run: &[Pending],
+    arena: &[u8],
+) {
+    let Some(first) = run.first() else { return };
+    if let SockKind::Udp(u) = &mut sock.kind {
+        if u.ttl != first.ttl {
+            set_ttl(&sock.fd, u.v6, first.ttl);
+            u.ttl = first.ttl;
+        }
+        if u.df != Some(first.df) {
+            set_df(&sock.fd, u.v6, first.df);
+            u.df = Some(first.df);
+        }
+    }
+    let mut rest = run;
+    // An error of an earlier datagram is reported by the next send, which it has nothing to do with.
+    let mut again = true;
+    while let Some(p) = rest.first() {
+        counters.datagram_sends += 1;
+        match send_batch(&sock.fd, rest, arena) {
+            Ok(n) => {
+                counters.datagrams_sent += rest.iter().take(n).map(Pending::count).sum::<u64>();
+                rest = rest.get(n.max(1)..).unwrap_or(&[]);
+                again = true;
+            }
+            Err(e) if again && e != libc::EMSGSIZE && !sys::would_block(e) => again = false,
+            Err(e) => {
+                if p.is_gso() && !sys::would_block(e) {
+                    // Pieces over the path's MTU, or no checksum offload on the way out: one by one.
+                    let mut from = p.start;
+                    for piece in p.payload(arena).chunks(p.piece.max(1)) {
+                        let one = Pending { start: from, len: piece.len(), piece: piece.len(), ..*p };
+                        from += piece.len();
+                        counters.datagram_sends += 1;
+                        match send_batch(&sock.fd, std::slice::from_ref(&one), arena) {
+                            Ok(_) => counters.datagrams_sent += 1,
+                            Err(e) => failed(sock, errors, counters, p.dst, piece, e),
+                        }
+                    }
+                } else {
+                    failed(sock, errors, counters, p.dst, p.payload(arena), e);
+                }
+                rest = rest.get(1..).unwrap_or(&[]);
+                again = true;
+            }
+        }
+    }
+}
+
+/// A datagram was refused: the core hears of it, unless the host was only busy.
+fn failed(
+    sock: &Sock,
+    errors: &mut Vec<LateError>,
+    counters: &mut IoCounters,
+    dst: SocketAddr,
+    payload: &[u8],
+    errno: i32,
+) {
+    counters.datagrams_refused += 1;
+    let mut kind = sys::sock_error(errno);
+    if errno == libc::EMSGSIZE {
+        // The queue names the MTU that it was too big for.
+        kind = SockError::MessageTooBig(errors::drain(sock, errors));
+    }
+    if let Some(flow) = sock.flow
+        && !sys::would_block(errno)
+        && errors.len() < ERRORS_MAX
+    {
+        // An ICMP error quotes at most 548 bytes (RFC 1812 4.3.2.3).
+        errors.push(LateError::local(flow, kind, dst, payload.get(..548).unwrap_or(payload)));
+    }
+}
+
+fn send_batch(fd: &OwnedFd, run: &[Pending], arena: &[u8]) -> Result<usize, i32> {
+    let mut names = [RawAddr::default(); BATCH];
+    let mut controls = [Control::EMPTY; BATCH];
+    let mut iov = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; BATCH];
+    // SAFETY: an mmsghdr of zeros is an empty message.
+    let mut msgs: [libc::mmsghdr; BATCH] = unsafe { std::mem::zeroed() };
+    let slots = msgs.iter_mut().zip(&mut iov).zip(names.iter_mut().zip(&mut controls));
+    for (((m, v), (name, control)), p) in slots.zip(run) {
+        let bytes = p.payload(arena);
+        *name = RawAddr::ip(p.dst);
+        *v = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+        let h = &mut m.msg_hdr;
+        h.msg_name = name.as_mut_ptr().cast();
+        h.msg_namelen = name.len;
+        h.msg_iov = v;
+        h.msg_iovlen = 1;
+        let mut end = 0;
+        if p.is_gso() {
+            end = sys::put_cmsg(control, end, SOL_UDP, UDP_SEGMENT, p.piece as u16);
+        }
+        match p.from {
+            Some(IpAddr::V4(a)) => {
+                let info = libc::in_pktinfo {
+                    ipi_ifindex: 0,
+                    ipi_spec_dst: libc::in_addr { s_addr: u32::from_ne_bytes(a.octets()) },
+                    ipi_addr: libc::in_addr { s_addr: 0 },
+                };
+                end = sys::put_cmsg(control, end, libc::IPPROTO_IP, libc::IP_PKTINFO, info);
+            }
+            Some(IpAddr::V6(a)) => {
+                let info =
+                    libc::in6_pktinfo { ipi6_addr: libc::in6_addr { s6_addr: a.octets() }, ipi6_ifindex: 0 };
+                end = sys::put_cmsg(control, end, libc::IPPROTO_IPV6, libc::IPV6_PKTINFO, info);
+            }
+            None => {}
+        }
+        if end > 0 {
+            h.msg_control = control.0.as_mut_ptr().cast();
+            h.msg_controllen = end;
+        }
+    }
+    let n = run.len().min(BATCH) as u32;
+    // SAFETY: the first `n` messages point to live names, iovecs and control buffers.
+    sys::check(unsafe {
+        libc::sendmmsg(fd.as_raw_fd(), msgs.as_mut_ptr(), n, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
+    })
+    .map(|n| n as usize)
+}
+
+/// One datagram, or a run of them, as it came in.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Received {
+    pub from: SocketAddr,
+    /// Local address that it was sent to, where the socket asked for it.
+    pub local: Option<IpAddr>,
+    /// Bytes of payload.
+    pub len: usize,
+    /// Size of the pieces of a run, 0 for one datagram.
+    pub segment: u16,
+}
+
+/// Room for what comes in.
+pub(crate) struct Inbox {
+    memory: Vec<u8>,
+    got: Vec<Received>,
+}
+
+impl Inbox {
+    pub(crate) fn new() -> Inbox {
+        Inbox { memory: vec![0; BATCH * MESSAGE_MAX], got: Vec::with_capacity(BATCH) }
+    }
+
+    /// Message `i` of the last receive.
+    pub(crate) fn message(&self, i: usize) -> Option<(Received, &[u8])> {
+        let r = *self.got.get(i)?;
+        Some((r, self.memory.get(i * MESSAGE_MAX..i * MESSAGE_MAX + r.len)?))
+    }
+
+    /// Receives up to a batch; how many messages there are. Fewer than [`Inbox::BATCH`] are all.
+    pub(crate) fn receive(&mut self, fd: &OwnedFd) -> Result<usize, i32> {
+        self.got.clear();
+        let mut names = [RawAddr::default(); BATCH];
+        let mut controls = [Control::EMPTY; BATCH];
+        let mut iov = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; BATCH];
+        // SAFETY: an mmsghdr of zeros is an empty message.
+        let mut msgs: [libc::mmsghdr; BATCH] = unsafe { std::mem::zeroed() };
+        let slots = msgs.iter_mut().zip(&mut iov).zip(names.iter_mut().zip(&mut controls));
+        for (((m, v), (name, control)), bytes) in slots.zip(self.memory.chunks_exact_mut(MESSAGE_MAX)) {
+            *v = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+            let h = &mut m.msg_hdr;
+            h.msg_name = name.as_mut_ptr().cast();
+            h.msg_namelen = name.len;
+            h.msg_iov = v;
+            h.msg_iovlen = 1;
+            h.msg_control = control.0.as_mut_ptr().cast();
+            h.msg_controllen = control.0.len();
+        }
+        // SAFETY: all messages point to live names, iovecs and control buffers.
+        let n = sys::check(unsafe {
+            libc::recvmmsg(
+                fd.as_raw_fd(),
+                msgs.as_mut_ptr(),
+                BATCH as u32,
+                libc::MSG_DONTWAIT,
+                std::ptr::null_mut(),
+            )
+        })? as usize;
+        for (m, name) in msgs.iter().zip(&mut names).take(n) {
+            name.len = m.msg_hdr.msg_namelen;
+            let (mut segment, mut local) = (0, None);
+            sys::each_cmsg(&m.msg_hdr, |level, kind, data| {
+                if (level, kind) == (SOL_UDP, UDP_GRO) {
+                    segment = sys::cmsg_i32(data).and_then(|v| u16::try_from(v).ok()).unwrap_or(0);
+                } else {
+                    local = local.or(sys::pktinfo_addr(level, kind, data));
+                }
+            });
+            let len = (m.msg_len as usize).min(MESSAGE_MAX);
+            let unspecified = SocketAddr::from(([0, 0, 0, 0], 0));
+            let from = name.to_ip().unwrap_or(unspecified);
+            self.got.push(Received {
+                from,
+                local,
+                len,
+                segment: if len > usize::from(segment) { segment } else { 0 },
+            });
+        }
+        Ok(n)
+    }
+
+    /// Messages per receive.
+    pub(crate) const BATCH: usize = BATCH;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::UdpSocket;
+
+    fn world() -> (Socks, Poller, IoCounters) {
+        (Socks::new(), Poller::new(8).unwrap(), IoCounters::default())
+    }
+
+    #[test]
+    fn a_run_goes_as_one_send_and_comes_as_one_message() {
+        let (mut socks, poller, mut c) = world();
+        let flow = FlowId { index: 1, generation: 0 };
+        let like = "127.0.0.1:1".parse().unwrap();
+        let a = socks.udp_open(&poller, &mut c, flow, like).unwrap();
+        let peer = UdpSocket::bind("127.0.0.1:0").unwrap();
+        set_gro(&peer.try_clone().unwrap().into());
+        let dst = peer.local_addr().unwrap();
+        for i in 0..10u8 {
+            socks.udp_queue(&mut c, a, dst, &[i; 500], 0, 64, false, None);
+        }
+        socks.udp_queue(&mut c, a, dst, &[10; 99], 0, 64, false, None);
+        socks.udp_queue(&mut c, a, dst, &[11; 99], 0, 64, false, None);
+        socks.udp_queue(&mut c, a, dst, &[], 0, 64, false, None);
+        assert_eq!(c.datagram_sends, 0, "deferred");
+        socks.udp_flush(&mut c);
+        assert_eq!((c.datagram_sends, c.datagrams_sent), (1, 13));
+        let mut inbox = Inbox::new();
+        let fd: OwnedFd = peer.into();
+        let n = inbox.receive(&fd).unwrap();
+        let all: Vec<_> = (0..n).filter_map(|i| inbox.message(i)).collect();
+        assert_eq!((n, all[0].0.segment, all[0].1.len()), (3, 500, 5099));
+        assert_eq!((all[1].0.segment, all[1].1), (0, &[11; 99][..]));
+        assert_eq!(all[2].1.len(), 0);
+    }
+
+    #[test]
+    fn an_icmp_error_comes_with_its_quote_and_the_next_datagram_is_not_lost() {
+        let (mut socks, poller, mut c) = world();
+        let flow = FlowId { index: 1, generation: 0 };
+        let like = "127.0.0.1:1".parse().unwrap();
+        let a = socks.udp_open(&poller, &mut c, flow, like).unwrap();
+        let closed = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let peer = UdpSocket::bind("127.0.0.1:0").unwrap();
+        socks.udp_queue(&mut c, a, closed, b"nobody", 0, 64, false, None);
+        socks.udp_flush(&mut c);
+        socks.udp_queue(&mut c, a, peer.local_addr().unwrap(), b"somebody", 0, 64, false, None);
+        socks.udp_flush(&mut c);
+        let mut buf = [0; 20];
+        assert_eq!(peer.recv(&mut buf).unwrap(), 8);
+        let mut errors = Vec::new();
+        errors::drain(socks.get(a).unwrap(), &mut errors);
+        let [e] = &errors[..] else { panic!("{errors:?}") };
+        assert_eq!((e.kind, e.icmp, e.dst), (SockError::Refused, (3, 3), closed));
+        assert_eq!((&e.payload[..], e.offender), (&b"nobody"[..], Some("127.0.0.1".parse().unwrap())));
+    }
+
+    #[test]
+    fn a_datagram_over_the_mtu_with_df_tells_the_mtu() {
+        let (mut socks, poller, mut c) = world();
+        let flow = FlowId { index: 1, generation: 0 };
+        let peer = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let dst = peer.local_addr().unwrap();
+        let a = socks.udp_open(&poller, &mut c, flow, dst).unwrap();
+        // Larger than loopback's MTU of 65536 with its headers is what no datagram can be.
+        socks.udp_queue(&mut c, a, dst, &vec![0; 65508], 0, 64, true, None);
+        socks.udp_flush(&mut c);
+        let [e] = &socks.errors[..] else { panic!("{:?}", socks.errors) };
+        assert!(matches!(e.kind, SockError::MessageTooBig(_)), "{e:?}");
+        assert_eq!((e.dst, c.datagrams_refused), (dst, 1));
+    }
+}

@@ -1,0 +1,453 @@
+//! Theory of operation: a worker is one plain thread that owns a core and everything it touches, and finishes
+//! what it reads. A round: wait; hand what is ready to the core, a batch per descriptor; do timers and
+//! commands; tell the core what came up meanwhile; send what was put off. With nothing to do it sleeps until
+//! a descriptor or the next timer; the adaptive strategy first polls a little, as long as that has paid of late.
+//! A panic ends the worker, not the process, and is told as an event.
+
+use crate::attachments::{FRAME_MAX, stream, vnet};
+use crate::capture::Closing;
+use crate::commands::{self, Command, CommandSender, QueueFull, Value, Waker};
+use crate::events::{self, Event, EventReceiver};
+use crate::io_state::IoState;
+use crate::listener::{FIRST_DYNAMIC, Listener};
+use crate::poller::{Kind, Poller, Token, until};
+use crate::slab::Slab;
+use crate::stats::{IoCounters, Published, StatsSnapshot};
+use crate::sys;
+use crate::uplink::forward::{ForwardParts, Listening, Resting};
+use crate::uplink::udp::Inbox;
+use guestnet_core::config::CoreConfig;
+use guestnet_core::core::Core;
+use guestnet_core::types::Time;
+use std::collections::HashMap;
+use std::os::fd::RawFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+/// Counters are published at least this often while there is work, in nanoseconds.
+const PUBLISH: u64 = 10_000_000;
+/// Captured frames are handed to the writer at least this often.
+const CAPTURE_FLUSH: u64 = 100_000_000;
+/// How often a capture that is ending is looked at.
+const CLOSING_POLL: u64 = 5_000_000;
+/// Rounds of telling the core and sending before other descriptors have their turn.
+const SETTLE_ROUNDS: usize = 4;
+/// Descriptors reported at once.
+const READY_MAX: usize = 256;
+/// Polls that the adaptive strategy begins with.
+const SPINS_FIRST: u32 = 16;
+
+/// What a worker does when nothing is ready.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum PollingStrategy {
+    /// Polls for ever: shortest delay, one processor.
+    Busy,
+    /// Polls for a moment after work, then sleeps.
+    #[default]
+    Adaptive,
+    /// Sleeps.
+    EventDriven,
+}
+
+/// What a worker is to be like.
+#[derive(Clone)]
+pub struct WorkerConfig {
+    /// The Network.
+    pub core: CoreConfig,
+    /// What to do when nothing is ready.
+    pub strategy: PollingStrategy,
+    /// Frames of one guest before others have their turn, 1 to 1024.
+    pub batch_size: usize,
+    /// Most polls of the adaptive strategy before it sleeps.
+    pub max_spins: u32,
+    /// Events that wait for the control side, at least 128.
+    pub event_ring: usize,
+    /// Commands that wait for the worker, at least 16.
+    pub command_ring: usize,
+    /// Name of the thread.
+    pub name: String,
+}
+
+impl WorkerConfig {
+    /// With the usual sizes.
+    #[must_use]
+    pub fn new(core: CoreConfig) -> WorkerConfig {
+        WorkerConfig {
+            core,
+            strategy: PollingStrategy::default(),
+            batch_size: 64,
+            max_spins: 1000,
+            event_ring: 8192,
+            command_ring: 1024,
+            name: "guestnet".into(),
+        }
+    }
+}
+
+/// A worker could not start.
+#[derive(Debug, thiserror::Error)]
+#[error("the worker cannot start: {what}: {source}")]
+pub struct IoError {
+    what: &'static str,
+    source: std::io::Error,
+}
+
+fn io_error(what: &'static str) -> impl Fn(i32) -> IoError {
+    move |errno| IoError { what, source: std::io::Error::from_raw_os_error(errno) }
+}
+
+/// A running worker, as the control side has it.
+pub struct Worker {
+    commands: CommandSender,
+    events: EventReceiver,
+    waker: Arc<Waker>,
+    published: Arc<Published>,
+    healthy: Arc<AtomicBool>,
+    stop: Arc<AtomicBool>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// Starts a worker. Raises the process's soft limit of descriptors to its hard limit, since every relayed
+/// connection is one.
+///
+/// # Errors
+/// [`IoError`] when the system has no descriptor or thread for it.
+pub fn spawn(config: WorkerConfig) -> Result<Worker, IoError> {
+    sys::raise_descriptor_limit();
+    let waker = Arc::new(Waker::new().map_err(io_error("no eventfd"))?);
+    let poller = Poller::new(READY_MAX).map_err(io_error("no epoll"))?;
+    let token = Token { kind: Kind::Waker, index: 0, generation: 0 };
+    poller.add(waker.fd(), token, libc::EPOLLIN).map_err(io_error("no epoll"))?;
+    let (event_tx, event_rx) =
+        events::channel(config.event_ring, Arc::clone(&waker)).map_err(io_error("no eventfd"))?;
+    let (command_tx, command_rx) = commands::channel(config.command_ring);
+    let published = Arc::new(Published::new());
+    let healthy = Arc::new(AtomicBool::new(true));
+    let stop = Arc::new(AtomicBool::new(false));
+    let shared = (Arc::clone(&waker), Arc::clone(&published), Arc::clone(&healthy), Arc::clone(&stop));
+    let name = config.name.clone();
+    let main = move || {
+        sys::block_signals();
+        let (waker, published, healthy, stop) = shared;
+        let io = IoState::new(poller, event_tx);
+        let mut state = State::new(config, io, command_rx, waker, published, stop);
+        let ended = catch_unwind(AssertUnwindSafe(|| state.run()));
+        let failed = match ended {
+            Ok(Ok(())) => None,
+            Ok(Err(errno)) => Some(crate::attachments::reason("polling failed", errno)),
+            Err(panic) => Some(panic_text(panic.as_ref())),
+        };
+        if let Some(message) = failed {
+            state.io.events.must(Event::Failed { message });
+        }
+        healthy.store(false, Ordering::SeqCst);
+        let _end = catch_unwind(AssertUnwindSafe(|| state.end()));
+    };
+    let thread = std::thread::Builder::new()
+        .name(name)
+        .spawn(main)
+        .map_err(|source| IoError { what: "no thread", source })?;
+    Ok(Worker {
+        commands: command_tx,
+        events: event_rx,
+        waker,
+        published,
+        healthy,
+        stop,
+        thread: Mutex::new(Some(thread)),
+    })
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
+    let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+    format!("the worker panicked: {}", text.unwrap_or_default())
+}
+
+impl Worker {
+    /// Readable when there are events.
+    #[must_use]
+    pub fn event_fd(&self) -> RawFd {
+        self.events.fd()
+    }
+
+    /// Takes up to `max` events, oldest first. The descriptor of [`Worker::event_fd`] is readable again when
+    /// there are more.
+    #[must_use]
+    pub fn drain(&self, max: usize) -> Vec<Event> {
+        self.events.drain(max)
+    }
+
+    /// Gives the worker something to do. The number comes back in [`Event::Done`].
+    ///
+    /// # Errors
+    /// [`QueueFull`]; the command, and the descriptors in it, are dropped.
+    pub fn submit(&self, command: Command) -> Result<u64, QueueFull> {
+        let sequence = self.commands.send(command)?;
+        self.waker.wake();
+        Ok(sequence)
+    }
+
+    /// The counters, at most some 10 milliseconds old.
+    #[must_use]
+    pub fn stats(&self) -> StatsSnapshot {
+        self.published.read()
+    }
+
+    /// False when the worker has ended, by [`Worker::stop`] or by a failure.
+    #[must_use]
+    pub fn is_healthy(&self) -> bool {
+        self.healthy.load(Ordering::SeqCst)
+    }
+
+    /// Ends the worker and waits for it. May be called again. What is being written to a capture gets a
+    /// second to be finished; nothing else can make it wait.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::SeqCst);
+        self.waker.wake();
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(t) = thread {
+            // A panic was caught inside and told as an event.
+            let _ended = t.join();
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// Everything of a worker.
+pub(crate) struct State {
+    pub core: Core,
+    pub io: IoState,
+    pub queue: rtrb::Consumer<(u64, Command)>,
+    pub waker: Arc<Waker>,
+    pub commands_waiting: bool,
+    pub stopping: bool,
+    stop: Arc<AtomicBool>,
+    published: Arc<Published>,
+    published_at: Time,
+    unpublished: bool,
+    strategy: PollingStrategy,
+    max_spins: u32,
+    /// Polls that are tried now; moves with how often they pay.
+    spins: u32,
+    pub batch_size: usize,
+    pub now: Time,
+    /// A frame from a guest, behind its virtio header.
+    pub frame: Vec<u8>,
+    /// Many frames of a stream.
+    pub stream_buffer: Vec<u8>,
+    pub inbox: Inbox,
+    pub listeners: Slab<Listener>,
+    pub next_port: u32,
+    pub listening: Slab<Listening>,
+    pub forwards: HashMap<u32, ForwardParts>,
+    pub resting: Resting<Token>,
+    /// Captures that are being finished, and what is to be acknowledged then.
+    pub closing: Vec<(Closing, Option<u64>)>,
+    capture_flush: Option<Time>,
+}
+
+impl State {
+    fn new(
+        config: WorkerConfig,
+        io: IoState,
+        queue: rtrb::Consumer<(u64, Command)>,
+        waker: Arc<Waker>,
+        published: Arc<Published>,
+        stop: Arc<AtomicBool>,
+    ) -> State {
+        let now = sys::now();
+        State {
+            core: Core::new(config.core, now),
+            io,
+            queue,
+            waker,
+            commands_waiting: false,
+            stopping: false,
+            stop,
+            published,
+            published_at: now,
+            unpublished: true,
+            strategy: config.strategy,
+            max_spins: config.max_spins,
+            spins: SPINS_FIRST.min(config.max_spins),
+            batch_size: config.batch_size.clamp(1, 1024),
+            now,
+            frame: vec![0; FRAME_MAX + vnet::LEN_MRG],
+            stream_buffer: vec![0; stream::READ_BUFFER],
+            inbox: Inbox::new(),
+            listeners: Slab::default(),
+            next_port: FIRST_DYNAMIC,
+            listening: Slab::default(),
+            forwards: HashMap::new(),
+            resting: Resting::default(),
+            closing: Vec::new(),
+            capture_flush: None,
+        }
+    }
+
+    fn run(&mut self) -> Result<(), i32> {
+        while !self.stopping {
+            let n = self.wait()?;
+            self.round(n);
+        }
+        Ok(())
+    }
+
+    /// One round, with `n` descriptors ready.
+    fn round(&mut self, n: usize) {
+        self.now = sys::now();
+        self.io.now = self.now;
+        for i in 0..n {
+            if let Some(ready) = self.io.poller.ready(i) {
+                self.dispatch(ready);
+            }
+        }
+        if self.core.next_timer().is_some_and(|t| t <= self.now) {
+            self.core.timers(self.now, &mut self.io);
+        }
+        self.chores();
+        if self.commands_waiting {
+            self.commands();
+        }
+        self.stopping |= self.stop.load(Ordering::Relaxed);
+        self.settle();
+        self.io.events.flush();
+        self.unpublished |= n > 0;
+        if self.unpublished && self.now.since(self.published_at) >= PUBLISH {
+            self.publish();
+        }
+    }
+
+    /// Tells the core what came up and sends what was put off, until there is nothing left of both.
+    fn settle(&mut self) {
+        for _ in 0..SETTLE_ROUNDS {
+            let (now, io) = (self.now, &mut self.io);
+            for (flow, result) in std::mem::take(&mut io.socks.outcomes) {
+                self.core.tcp_connected(now, flow, result, io);
+            }
+            for e in std::mem::take(&mut io.socks.errors) {
+                self.core.sock_error(now, e.flow, e.as_core(), io);
+            }
+            for port in std::mem::take(&mut io.ports.writable) {
+                self.core.port_writable(now, port, io);
+            }
+            for (port, why) in std::mem::take(&mut self.io.ports.down) {
+                self.port_gone(port, why);
+            }
+            self.core.batch_end(self.now, &mut self.io);
+            self.io.flush();
+            if !self.io.has_news() {
+                return;
+            }
+        }
+    }
+
+    /// What is due besides the core's timers.
+    fn chores(&mut self) {
+        self.resume();
+        if let Some(c) = &mut self.io.capture {
+            if self.capture_flush.is_some_and(|t| t <= self.now) {
+                self.capture_flush = None;
+                if !c.flush() {
+                    self.io.counters.capture_dropped += c.dropped;
+                    self.io.capture = None;
+                    self.warn("the capture ended: its file cannot be written".into());
+                }
+            } else if c.is_dirty() && self.capture_flush.is_none() {
+                self.capture_flush = Some(Time(self.now.0 + CAPTURE_FLUSH));
+            }
+        }
+        let mut i = 0;
+        while let Some((closing, sequence)) = self.closing.get_mut(i) {
+            if closing.poll() {
+                if let Some(sequence) = *sequence {
+                    self.io.events.must(Event::Done { sequence, result: Ok(Value::None) });
+                }
+                self.closing.swap_remove(i);
+            } else {
+                i += 1;
+            }
+        }
+    }
+
+    /// How long to sleep at most; `None` without end.
+    fn timeout(&self) -> Option<u64> {
+        let busy = self.io.has_news() || self.commands_waiting && !self.io.events.is_behind();
+        if busy || self.strategy == PollingStrategy::Busy {
+            return Some(0);
+        }
+        let now = sys::now();
+        let publish = self.unpublished.then_some(Time(self.published_at.0 + PUBLISH));
+        let closing = (!self.closing.is_empty()).then_some(Time(self.now.0 + CLOSING_POLL));
+        let capture = self.capture_flush;
+        let (retry, rest) = (self.io.ports.retry_at, self.resting.until);
+        until(now, [self.core.next_timer(), publish, closing, capture, retry, rest])
+    }
+
+    fn wait(&mut self) -> Result<usize, i32> {
+        let timeout = self.timeout();
+        let mut n = 0;
+        if timeout != Some(0) && self.strategy == PollingStrategy::Adaptive && self.unpublished {
+            n = self.spin()?;
+        }
+        if n == 0 {
+            n = self.io.poller.wait(timeout)?;
+            self.io.counters.polls += 1;
+            self.io.counters.wakeups += u64::from(timeout != Some(0));
+        }
+        self.io.counters.ready_events += n as u64;
+        if let Some(b) = self.io.counters.poll_histogram.get_mut(IoCounters::bucket(n)) {
+            *b += 1;
+        }
+        Ok(n)
+    }
+
+    /// Polls without sleeping. How often follows from whether it found anything of late.
+    fn spin(&mut self) -> Result<usize, i32> {
+        for _ in 0..self.spins {
+            let n = self.io.poller.wait(Some(0))?;
+            self.io.counters.polls += 1;
+            if n > 0 {
+                self.spins = (self.spins * 2).clamp(1, self.max_spins);
+                return Ok(n);
+            }
+            self.io.counters.empty_spins += 1;
+        }
+        self.spins = (self.spins / 2).max(1).min(self.max_spins);
+        Ok(0)
+    }
+
+    fn publish(&mut self) {
+        self.io.counters.events_dropped = self.io.events.dropped;
+        let mut io = self.io.counters;
+        if let Some(c) = &self.io.capture {
+            io.capture_dropped += c.dropped;
+        }
+        self.published.write(&StatsSnapshot { core: self.core.counters(), io });
+        self.published_at = self.now;
+        self.unpublished = false;
+    }
+
+    /// The last things: counters, captures, events.
+    fn end(&mut self) {
+        if let Some(c) = self.io.capture.take() {
+            self.io.counters.capture_dropped += c.dropped;
+            self.closing.push((c.finish(), None));
+        }
+        let deadline = sys::now().plus_s(1);
+        while !self.closing.is_empty() && sys::now() < deadline {
+            self.chores();
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        self.publish();
+        self.io.events.flush();
+    }
+}
