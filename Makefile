@@ -56,8 +56,8 @@ bench: ## Race guestnet with kernel NAT, pasta and slirp4netns; one table (BENCH
 	@$(MAKE) --no-print-directory build
 	$(BIN)/python bench/race.py $(BENCH_ARGS)
 
-conformance: build ## Prove the NAT engine against its RFCs, requirement by requirement
-	$(BIN)/python -m pytest -q tests/conformance
+conformance: ## Prove the NAT engine against its RFCs, requirement by requirement
+	cargo test --locked -p guestnet-core --test 'nat_rfc*'
 
 bench-engine: ## Measure the packet path of the crates alone (criterion)
 	cargo bench --workspace --locked

@@ -18,6 +18,7 @@ until [ -s "$dir/up" ]; do
 done
 echo go >"$dir/ready"
 status=0
+trap 'kill "$guest" 2>/dev/null || true' TERM INT
 wait "$guest" || status=$?
 kill "$slirp" 2>/dev/null || true
 wait "$slirp" 2>/dev/null || true

@@ -19,6 +19,10 @@ if ! command -v cargo >/dev/null; then
 fi
 if [ ! -x "$dir/bin/python" ] || ! good "$dir/bin/python"; then
     rm -rf "$dir"
+    if ! "$python" -c 'import ensurepip' 2>/dev/null; then
+        echo "$python cannot make virtual environments: install it whole (Debian: apt-get install python3-venv)" >&2
+        exit 1
+    fi
     "$python" -m venv "$dir"
 fi
 "$dir/bin/python" -m pip install --quiet --disable-pip-version-check --requirement "$lock"

@@ -6,7 +6,7 @@ set -euo pipefail
 
 # program or file : Debian package : what it is for
 demo='
-ip:iproute2:the demo'"'"'s namespace'
+ip:iproute2:namespaces'
 test="$demo"'
 qemu-system-x86_64:qemu-system-x86:virtual machine tests
 /boot/vmlinuz-*-cloud-amd64:linux-image-cloud-amd64:virtual machine tests
@@ -23,6 +23,7 @@ ping:iputils-ping:ping tests
 traceroute:traceroute:traceroute tests
 tshark:tshark:capture tests
 strace:strace:idle tests
+sysctl:procps:the namespaces of tests
 setpriv:util-linux:tests as an ordinary user'
 bench="$test"'
 pasta:passt:the peer pasta

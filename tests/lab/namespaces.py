@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -134,10 +135,19 @@ class Lab:
                 process.stop(5)
             except Timeout as error:
                 print(error, file=sys.stderr)
-        for name in reversed(self._made):
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
-            shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
+        for name in reversed(list(self._made)):
+            self.remove_namespace(name)
         shutil.rmtree(self.dir, ignore_errors=True)
+
+    def remove_namespace(self, name: str) -> None:
+        """Removes a namespace and ends what runs in it."""
+        for pid in self.output(["ip", "netns", "pids", name]).split():
+            # What a command started and left behind; nobody else has anything in our namespaces.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+        shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
+        self._made.remove(name)
 
     # ---- running things ----------------------------------------------------------------------------
     def command(self, command: Sequence[str], *, ns: str | None = None, ordinary: bool = False) -> list[str]:

@@ -174,10 +174,20 @@ impl Tcb {
         }
     }
 
+    /// The sequence number of an ACK alone: the next one never sent, unless the guest took back its window.
+    /// Beyond its window it would not look at the ACK, and two sides that do not look at each other's ACKs
+    /// are stuck.
+    fn ack_seq(&self) -> Seq {
+        match self.state {
+            State::Open => self.snd_una.plus(self.snd_wnd).min_of(self.snd_max),
+            _ => self.snd_max,
+        }
+    }
+
     /// An ACK alone.
     pub(super) fn send_ack<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) {
         let window = self.offer(cx, false);
-        let tcp = self.tcp(cx.path, self.snd_max, flags::ACK, window);
+        let tcp = self.tcp(cx.path, self.ack_seq(), flags::ACK, window);
         let options = self.options(cx.now);
         self.ack_now = true;
         if self.transmit(cx, &tcp, &options) {

@@ -90,3 +90,24 @@ fn a_very_bad_link() {
     })
     .unwrap();
 }
+
+/// Once stuck: each side's ACKs lay outside the other's window.
+#[test]
+fn a_window_smaller_than_a_segment_on_a_bad_link() {
+    run(&Scenario {
+        seed: 12_791_488_831_572_915_738,
+        upload: 111_409,
+        download: 82_788,
+        loss: 92,
+        reorder: 29,
+        repeat: 11,
+        mtu: 9000,
+        guest_rx: 2967,
+        guest_tx: 36_293,
+        timestamps: false,
+        inbound: true,
+        gso_max: 0,
+        rough_host: true,
+    })
+    .unwrap();
+}

@@ -289,3 +289,16 @@ fn sequence_numbers_wrap() {
     assert_eq!(s.host().discarded, 1_000_000);
     s.host_has(20_000);
 }
+
+#[test]
+fn acks_stay_inside_a_window_that_was_taken_back() {
+    let mut s = Sim::open_with("S 0 mss 1000 ws 0", 5000);
+    s.host_writes(5000);
+    s.recv("P. 1:5001");
+    s.send("P. 1:11 ack 1001 win 0");
+    s.recv(". 1001 ack 11");
+    s.send("P. 11:21 ack 1001 win 2000");
+    s.recv(". 3001 ack 21");
+    s.send("P. 21:31 ack 5001 win 2000");
+    s.recv(". 5001 ack 31");
+}
