@@ -39,7 +39,14 @@ def ip(*args: str) -> None:
 
 
 def sweep() -> None:
-    """Removes namespaces whose test run is no more (it was killed)."""
+    """Removes namespaces and files whose test run is no more (it was killed)."""
+    for path in Path(tempfile.gettempdir()).glob("gn-*-*"):
+        found = _NAME.match(path.name)
+        if found and not Path(f"/proc/{found[1]}").exists():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
     out = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False).stdout
     for line in out.splitlines():
         name = line.split()[0] if line.split() else ""
