@@ -21,7 +21,7 @@ BLOB_SIZE = 1 << 30
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--peer",
-        choices=("guestnet", "pasta", "kernel"),
+        choices=("guestnet", "pasta", "kernel", "dataplane"),
         default="guestnet",
         help="run the tests of `guestnet run` against a peer instead, to prove the tests themselves",
     )
@@ -73,6 +73,12 @@ def start_servers(lab: Lab, blob: Blob) -> None:
 def guest(lab: Lab, request: pytest.FixtureRequest) -> Iterator[GuestRunner]:
     """`guestnet run`; afterwards nothing of it may be left in the host namespace."""
     peer = request.config.getoption("--peer")
+    if peer == "dataplane":
+        runner = GuestRunner(lab, peer)
+        yield runner
+        for process in runner.dataplanes:
+            process.stop()
+        return
     if peer == "kernel":
         yield GuestRunner(lab, peer, ns=request.getfixturevalue("kernel_guest"))
         return

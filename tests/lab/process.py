@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -104,6 +105,9 @@ class Process:
         except subprocess.TimeoutExpired:
             raise Timeout(f"{self.command} still runs after {seconds:g} s:\n{self.output[-4000:]}") from None
         self._reader.join(5)
+        if self._popen.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._popen.stdin.close()
         return status
 
     def signal(self, number: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lab.dataplane import add_dataplane_guest
 from lab.namespaces import Lab
 from lab.process import DEADLINE, Process
 
@@ -33,6 +34,7 @@ class GuestRunner:
     peer: str
     options: list[str] = field(default_factory=list)
     ns: str | None = None
+    dataplanes: list[Process] = field(default_factory=list)
 
     def command(self, command: Sequence[str], options: Sequence[str] = ()) -> list[str]:
         if self.peer == "guestnet":
@@ -40,6 +42,9 @@ class GuestRunner:
         if self.peer == "kernel":
             if options:
                 pytest.skip(f"the kernel has no {options[0]}")
+            return list(command)
+        if self.peer == "dataplane":
+            self.ns = self._dataplane(options)
             return list(command)
         words = iter(options)
         translated = ["--config-net", "--no-map-gw", "--quiet"]
@@ -53,6 +58,20 @@ class GuestRunner:
                 pytest.skip(f"pasta has no {word}")
         return ["pasta", *translated, "--", *command]
 
+    def _dataplane(self, options: Sequence[str]) -> str:
+        words, forwards, mtu = iter(options), [], 1500
+        for word in words:
+            if word == "-p":
+                spec = next(words)
+                forwards.append(spec if "/" in spec else f"{spec}/tcp")
+            elif word == "--mtu":
+                mtu = int(next(words))
+            else:
+                pytest.skip(f"the data plane alone has no {word}")
+        ns, process = add_dataplane_guest(self.lab, *forwards, mtu=mtu)
+        self.dataplanes.append(process)
+        return ns
+
     def __call__(
         self,
         command: Sequence[str],
@@ -62,9 +81,8 @@ class GuestRunner:
         stdin: str | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Runs a command in a guest to its end."""
-        return self.lab.run(
-            self.command(command, options), ns=self.ns, ordinary=ordinary, seconds=seconds, stdin=stdin
-        )
+        full = self.command(command, options)
+        return self.lab.run(full, ns=self.ns, ordinary=ordinary, seconds=seconds, stdin=stdin)
 
     def check(
         self, command: Sequence[str], *options: str, ordinary: bool = True, seconds: float = DEADLINE
@@ -83,10 +101,6 @@ class GuestRunner:
         stdin: int | None = None,
     ) -> Process:
         """Starts a command in a guest; `ready` is a line of its output to wait for."""
-        return self.lab.start(
-            self.command(command, options),
-            ns=self.ns,
-            ordinary=ordinary,
-            ready=ready,
-            stdin=stdin or subprocess.DEVNULL,
-        )
+        full = self.command(command, options)
+        stdin = stdin or subprocess.DEVNULL
+        return self.lab.start(full, ns=self.ns, ordinary=ordinary, ready=ready, stdin=stdin)

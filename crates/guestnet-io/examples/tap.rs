@@ -1,0 +1,61 @@
+//! Theory of operation: the data plane alone, with no Python: one guest on a TAP device whose descriptor is
+//! inherited, and nothing but NAT. For measuring and debugging. The guest configures itself as
+//! 192.168.64.2/24 with the gateway 192.168.64.1; counters are printed when stdin ends.
+//!
+//! `tap FD [HOST_PORT:GUEST_PORT/tcp|udp]...`
+#![allow(unsafe_code)]
+
+use guestnet_core::config::CoreConfig;
+use guestnet_core::types::{ForwardId, PortConfig, PortId};
+use guestnet_io::{Command, WorkerConfig, spawn};
+use guestnet_wire::ether::Mac;
+use guestnet_wire::proto;
+use std::error::Error;
+use std::io::Read;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::os::fd::{FromRawFd, OwnedFd};
+
+fn forward(number: u32, spec: &str) -> Result<Command, Box<dyn Error>> {
+    let (ports, proto) = spec.split_once('/').ok_or("a forward is HOST_PORT:GUEST_PORT/tcp|udp")?;
+    let (host, guest) = ports.split_once(':').ok_or("a forward is HOST_PORT:GUEST_PORT/tcp|udp")?;
+    let host = (Ipv4Addr::UNSPECIFIED, host.parse::<u16>()?);
+    let (proto, fd): (u8, OwnedFd) = if proto == "udp" {
+        (proto::UDP, UdpSocket::bind(host)?.into())
+    } else {
+        (proto::TCP, TcpListener::bind(host)?.into())
+    };
+    let guest = SocketAddr::from(([192, 168, 64, 2], guest.parse::<u16>()?));
+    Ok(Command::AddForward { forward: ForwardId(number), proto, guest, fds: vec![fd] })
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let mut args = std::env::args().skip(1);
+    let fd: i32 = args.next().ok_or("tap FD [FORWARD]...")?.parse()?;
+    // SAFETY: the caller hands over the descriptor that it names, and nobody else in this process knows it.
+    let tap = unsafe { OwnedFd::from_raw_fd(fd) };
+    let gateway = Ipv4Addr::new(192, 168, 64, 1);
+    let mac = Mac([0x52, 0x94, 0xef, 0, 0, 1]);
+    let core = CoreConfig::new(mac, gateway, (Ipv4Addr::new(192, 168, 64, 0), 24), [7; 32]);
+    let worker = spawn(WorkerConfig::new(core))?;
+    let port = PortId(1);
+    let config = PortConfig {
+        mac: None,
+        addresses: vec![Ipv4Addr::new(192, 168, 64, 2).into()],
+        mtu: std::env::var("MTU").ok().and_then(|m| m.parse().ok()).unwrap_or(1500),
+        gso_max: 65_000,
+        lax_offload: false,
+    };
+    worker.submit(Command::AddPort { port, config })?;
+    worker.submit(Command::AttachTap { port, fd: tap })?;
+    for (number, spec) in args.enumerate() {
+        worker.submit(forward(number as u32 + 1, &spec)?)?;
+    }
+    println!("ready");
+    std::io::stdin().read_to_end(&mut Vec::new())?;
+    for event in worker.drain(10_000) {
+        eprintln!("{event:?}");
+    }
+    println!("{:#?}", worker.stats());
+    worker.stop();
+    Ok(())
+}
