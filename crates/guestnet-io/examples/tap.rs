@@ -2,7 +2,8 @@
 //! inherited, and nothing but NAT. For measuring and debugging. The guest configures itself as
 //! 192.168.64.2/24 with the gateway 192.168.64.1; counters are printed when stdin ends.
 //!
-//! `tap FD [HOST_PORT:GUEST_PORT/tcp|udp]...`
+//! `tap FD [dgram:FD] [HOST_PORT:GUEST_PORT/tcp|udp]...`; `dgram:FD` is a second guest, 192.168.64.3, on a
+//! socket of one frame per datagram.
 #![allow(unsafe_code)]
 
 use guestnet_core::config::CoreConfig;
@@ -28,27 +29,35 @@ fn forward(number: u32, spec: &str) -> Result<Command, Box<dyn Error>> {
     Ok(Command::AddForward { forward: ForwardId(number), proto, guest, fds: vec![fd] })
 }
 
+/// The descriptor that `text` names.
+fn inherited(text: &str) -> Result<OwnedFd, Box<dyn Error>> {
+    let fd: i32 = text.parse()?;
+    // SAFETY: the caller hands over the descriptor that it names, and nobody else in this process knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn config(last: u8) -> Result<PortConfig, Box<dyn Error>> {
+    let mtu = std::env::var("MTU").map_or(Ok(1500), |m| m.parse())?;
+    let addresses = vec![Ipv4Addr::new(192, 168, 64, last).into()];
+    Ok(PortConfig { mac: None, addresses, mtu, gso_max: 65_000, lax_offload: false })
+}
+
 fn main() -> Result<(), Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
-    let fd: i32 = args.next().ok_or("tap FD [FORWARD]...")?.parse()?;
-    // SAFETY: the caller hands over the descriptor that it names, and nobody else in this process knows it.
-    let tap = unsafe { OwnedFd::from_raw_fd(fd) };
+    let tap = inherited(&args.next().ok_or("tap FD [dgram:FD] [FORWARD]...")?)?;
     let gateway = Ipv4Addr::new(192, 168, 64, 1);
     let mac = Mac([0x52, 0x94, 0xef, 0, 0, 1]);
     let core = CoreConfig::new(mac, gateway, (Ipv4Addr::new(192, 168, 64, 0), 24), [7; 32]);
     let worker = spawn(WorkerConfig::new(core))?;
-    let port = PortId(1);
-    let config = PortConfig {
-        mac: None,
-        addresses: vec![Ipv4Addr::new(192, 168, 64, 2).into()],
-        mtu: std::env::var("MTU").ok().and_then(|m| m.parse().ok()).unwrap_or(1500),
-        gso_max: 65_000,
-        lax_offload: false,
-    };
-    worker.submit(Command::AddPort { port, config })?;
-    worker.submit(Command::AttachTap { port, fd: tap })?;
+    worker.submit(Command::AddPort { port: PortId(1), config: config(2)? })?;
+    worker.submit(Command::AttachTap { port: PortId(1), fd: tap })?;
     for (number, spec) in args.enumerate() {
-        worker.submit(forward(number as u32 + 1, &spec)?)?;
+        if let Some(fd) = spec.strip_prefix("dgram:") {
+            worker.submit(Command::AddPort { port: PortId(2), config: config(3)? })?;
+            worker.submit(Command::AttachDgram { port: PortId(2), fd: inherited(fd)? })?;
+        } else {
+            worker.submit(forward(number as u32 + 1, &spec)?)?;
+        }
     }
     println!("ready");
     std::io::stdin().read_to_end(&mut Vec::new())?;
