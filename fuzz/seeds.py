@@ -175,6 +175,17 @@ PROGRAMS = {
 def main() -> None:
     for name, frame in FRAMES.items():
         write("wire_parse", name, b"\0\0" + frame)
+    for name in ("arp", "syn", "udp", "ack_data"):
+        frame = FRAMES[name]
+        framed = struct.pack("!I", len(frame)) + frame
+        write("attachments", f"stream_{name}", b"\x14" + framed + framed)
+        # virtio_net_hdr: NEEDS_CSUM from byte 34, TCPv4 or UDP segments of 500.
+        offset, kind = (6, 5) if name == "udp" else (16, 1)
+        write(
+            "attachments",
+            f"vnet_{name}",
+            b"\0" + struct.pack("<BBHHHH", 1, kind, 54, 500, 34, offset) + frame,
+        )
     for name, program in PROGRAMS.items():
         write("core_frames", name, program)
 

@@ -11,6 +11,8 @@ pub mod commands;
 mod control;
 mod dispatch;
 pub mod events;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod io_state;
 mod listener;
 mod poller;
