@@ -67,14 +67,17 @@ impl State {
         };
         let (frames, down) = match self.io.ports.get_mut(slot).map(|p| &p.attachment) {
             Some(Attachment::Stream(_)) => self.read_stream(slot, id),
-            Some(Attachment::Tap(_) | Attachment::Dgram(_)) => self.read_frames(slot, id),
+            Some(Attachment::Tap(_) | Attachment::Dgram(_)) => {
+                let (frames, down) = self.read_frames(slot, id);
+                // Of these, reading does not always tell.
+                let hung_up = frames == 0 && ready.has(HUNG_UP);
+                (frames, down.or_else(|| hung_up.then(|| "the peer hung up".into())))
+            }
             _ => return,
         };
         self.count_batch(frames);
         if let Some(why) = down {
             self.io.ports.down.push((id, why));
-        } else if frames == 0 && ready.has(HUNG_UP) {
-            self.io.ports.down.push((id, "the peer hung up".into()));
         }
     }
 

@@ -1,0 +1,440 @@
+//! Theory of operation: whole ways through a worker, guest to loopback and back, over every attachment that
+//! needs no privileges.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use common::{Got, Guest, HOST, Link, Net, PATIENCE, StreamLink, pattern, port_config, tcp_echo, udp_echo};
+use guestnet_core::effects;
+use guestnet_core::types::{ForwardId, PortId, ServiceId};
+use guestnet_io::{Command, CommandError, Event, ListenKind, Value};
+use guestnet_wire::{proto, tcp};
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// A directory of this test's own.
+fn directory(name: &str) -> PathBuf {
+    let dir = std::env::temp_dir().join(format!("guestnet-io-{name}-{}", std::process::id()));
+    let _none = std::fs::remove_dir_all(&dir);
+    std::fs::create_dir_all(&dir).unwrap();
+    dir
+}
+
+fn udp_works<L: Link>(g: &mut Guest<L>, echo: SocketAddrV4) {
+    g.udp_send(5000, echo, b"are you there?");
+    let Got { src, payload, .. } = g.udp_receive(5000);
+    assert_eq!((src, &payload[..]), (SocketAddr::V4(echo), &b"are you there?"[..]));
+}
+
+fn tcp_works<L: Link>(g: &mut Guest<L>, echo: SocketAddrV4, len: usize) {
+    let mut c = g.connect(4000, echo).unwrap();
+    let data = pattern(len);
+    assert!(g.exchange(&mut c, &data, len) == data);
+    assert!(g.close(&mut c).is_empty());
+}
+
+#[test]
+fn stream() {
+    let net = Net::new();
+    let mut g = net.stream_guest(1);
+    udp_works(&mut g, udp_echo());
+    tcp_works(&mut g, tcp_echo(), 3_000_000);
+    let s = net.worker.stats();
+    assert!(s.io.segmented_frames > 0, "large frames are cut for a stream");
+}
+
+#[test]
+fn dgram() {
+    let net = Net::new();
+    let mut g = net.dgram_guest(1);
+    udp_works(&mut g, udp_echo());
+    tcp_works(&mut g, tcp_echo(), 1_000_000);
+}
+
+#[test]
+fn packets_of_a_connection() {
+    let net = Net::new();
+    let dir = directory("seqpacket");
+    let path = dir.join("s");
+    let l = seqpacket(&path, true);
+    net.command(Command::Listen { listener: 3, kind: ListenKind::Stream, fd: l, template: port_config() });
+    // It speaks like a datagram socket once it is connected.
+    let mut g = Guest::new(UnixDatagram::from(seqpacket(&path, false)), 1);
+    let (port, _) = net.port_up();
+    udp_works(&mut g, udp_echo());
+    drop(g);
+    assert_eq!(net.port_down().0, port);
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+/// A SOCK_SEQPACKET socket that listens on a path, or is connected to it.
+#[allow(unsafe_code)]
+fn seqpacket(path: &std::path::Path, listen: bool) -> std::os::fd::OwnedFd {
+    use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+    use std::os::unix::ffi::OsStrExt;
+    // SAFETY: the address is plain bytes; the calls get its length; the descriptor is new.
+    unsafe {
+        let fd =
+            OwnedFd::from_raw_fd(libc::socket(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0));
+        let mut a: libc::sockaddr_un = std::mem::zeroed();
+        a.sun_family = libc::AF_UNIX as u16;
+        for (d, s) in a.sun_path.iter_mut().zip(path.as_os_str().as_bytes()) {
+            *d = *s as libc::c_char;
+        }
+        let len = std::mem::size_of_val(&a) as u32;
+        let p = (&raw const a).cast();
+        if listen {
+            assert_eq!(libc::bind(fd.as_raw_fd(), p, len), 0);
+            assert_eq!(libc::listen(fd.as_raw_fd(), 8), 0);
+        } else {
+            assert_eq!(libc::connect(fd.as_raw_fd(), p, len), 0);
+        }
+        fd
+    }
+}
+
+#[test]
+fn memory() {
+    let net = Rc::new(Net::new());
+    let mut g = net.memory_guest(1);
+    udp_works(&mut g, udp_echo());
+    tcp_works(&mut g, tcp_echo(), 50_000);
+}
+
+#[test]
+fn unixgram_with_and_without_magic() {
+    let net = Net::new();
+    let dir = directory("unixgram");
+    let server = UnixDatagram::bind(dir.join("s")).unwrap();
+    net.command(Command::Listen {
+        listener: 1,
+        kind: ListenKind::Unixgram,
+        fd: server.into(),
+        template: port_config(),
+    });
+    let bind = |name: &str| {
+        let s = UnixDatagram::bind(dir.join(name)).unwrap();
+        s.connect(dir.join("s")).unwrap();
+        s
+    };
+    let a = bind("a");
+    a.send(b"VFKT").unwrap();
+    let (port_a, peer) = net.port_up();
+    assert_eq!(PathBuf::from(peer), dir.join("a"));
+    let mut a = Guest::new(a, 1);
+    let echo = udp_echo();
+    udp_works(&mut a, echo);
+    // No magic: the first datagram is the first frame, and is not lost.
+    let mut b = Guest::new(bind("b"), 2);
+    udp_works(&mut b, echo);
+    let (port_b, _) = net.port_up();
+    assert!(port_a != port_b && port_a.0 >= 0x8000_0000);
+    // Both are on one segment and nobody hears what is for the other.
+    tcp_works(&mut a, tcp_echo(), 300_000);
+    udp_works(&mut b, echo);
+    // The same path says hello again: a guest that started anew.
+    Link::send(&mut a.link, b"VFKT");
+    assert_eq!(net.port_down().0, port_a);
+    let (port_a2, _) = net.port_up();
+    assert_ne!(port_a2, port_a);
+    udp_works(&mut a, echo);
+    // A guest that left is noticed when somebody comes.
+    drop(b);
+    std::fs::remove_file(dir.join("b")).unwrap();
+    let mut c = Guest::new(bind("c"), 3);
+    udp_works(&mut c, echo);
+    assert_eq!(net.port_down().0, port_b);
+    // Who has no name cannot be answered.
+    let nobody = UnixDatagram::unbound().unwrap();
+    nobody.send_to(b"VFKT", dir.join("s")).unwrap();
+    udp_works(&mut c, echo);
+    net.command(Command::StopListening { listener: 1 });
+    net.port_down();
+    net.port_down();
+    assert!(matches!(net.command(Command::PortStats), Value::Ports(p) if p.is_empty()));
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
+fn qemu_dgram_guests_are_not_connected() {
+    let net = Net::new();
+    let dir = directory("dgram");
+    let server = UnixDatagram::bind(dir.join("s")).unwrap();
+    net.command(Command::Listen {
+        listener: 1,
+        kind: ListenKind::Dgram,
+        fd: server.into(),
+        template: port_config(),
+    });
+    struct Unconnected(UnixDatagram, PathBuf);
+    impl Link for Unconnected {
+        fn send(&mut self, frame: &[u8]) {
+            self.0.send_to(frame, &self.1).unwrap();
+        }
+        fn receive(&mut self, wait: Duration) -> Option<Vec<u8>> {
+            self.0.receive(wait)
+        }
+    }
+    let mut guests: Vec<_> = (0..3u8)
+        .map(|n| {
+            let s = UnixDatagram::bind(dir.join(format!("g{n}"))).unwrap();
+            Guest::new(Unconnected(s, dir.join("s")), n)
+        })
+        .collect();
+    let (udp, tcp) = (udp_echo(), tcp_echo());
+    for g in &mut guests {
+        udp_works(g, udp);
+        net.port_up();
+    }
+    for g in &mut guests {
+        tcp_works(g, tcp, 200_000);
+    }
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
+fn guests_of_a_stream_listener_come_and_go() {
+    let net = Net::new();
+    let dir = directory("listener");
+    let l = UnixListener::bind(dir.join("s")).unwrap();
+    net.command(Command::Listen {
+        listener: 9,
+        kind: ListenKind::Stream,
+        fd: l.into(),
+        template: port_config(),
+    });
+    let echo = udp_echo();
+    let come = |n| Guest::new(StreamLink::new(UnixStream::connect(dir.join("s")).unwrap()), n);
+    let mut a = come(1);
+    let (port_a, _) = net.port_up();
+    let mut b = come(2);
+    let (port_b, _) = net.port_up();
+    udp_works(&mut a, echo);
+    udp_works(&mut b, echo);
+    // One dies in the middle of a frame.
+    a.link.stream.write_all(&[0, 0, 1, 0, 1, 2, 3]).unwrap();
+    drop(a);
+    let (port, why) = net.port_down();
+    assert!(port == port_a && why.contains("middle"), "{why}");
+    udp_works(&mut b, echo);
+    // One announces a frame that cannot be.
+    b.link.stream.write_all(&[0xff, 0, 0, 0]).unwrap();
+    let (port, why) = net.port_down();
+    assert!(port == port_b && why.contains("4278190080"), "{why}");
+    let mut c = come(3);
+    net.port_up();
+    udp_works(&mut c, echo);
+    net.command(Command::StopListening { listener: 9 });
+    assert_eq!(net.try_command(Command::StopListening { listener: 9 }), Err(CommandError::NoSuchListener(9)));
+    udp_works(&mut c, echo);
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
+fn a_guest_that_does_not_read_is_bounded_and_alone() {
+    let net = Net::new();
+    let mut deaf = net.stream_guest(1);
+    let mut other = net.stream_guest(2);
+    let (udp, tcp) = (udp_echo(), tcp_echo());
+    deaf.gateway();
+    // Straight through the switch, many times what waits for a guest at most.
+    other.gateway();
+    let mut datagram = [0; 1400];
+    guestnet_wire::udp::emit(&mut datagram, other.ip.into(), deaf.ip.into(), 7, 7);
+    let mut frame = other.ipv4(proto::UDP, deaf.ip, &datagram);
+    frame[..6].copy_from_slice(&deaf.mac.0);
+    for _ in 0..8000 {
+        other.link.send(&frame);
+    }
+    tcp_works(&mut other, tcp, 500_000);
+    udp_works(&mut other, udp);
+    let full = |s: guestnet_io::StatsSnapshot| s.core.drops[guestnet_core::stats::Drop::PortFull as usize];
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(full(net.worker.stats()) > 0, "{:?}", net.worker.stats());
+    // When it reads again, it is served again.
+    while deaf.link.receive(Duration::from_millis(200)).is_some() {}
+    udp_works(&mut deaf, udp);
+    tcp_works(&mut deaf, tcp, 200_000);
+}
+
+#[test]
+fn garbage_is_counted_and_harms_nobody() {
+    let net = Net::new();
+    let mut bad = net.dgram_guest(1);
+    let mut worse = net.stream_guest(2);
+    let mut good = net.stream_guest(3);
+    let noise = pattern(100_000);
+    for i in 0..3000usize {
+        let at = (i * 31) % 90_000;
+        let mut f = noise[at..at + (i * 7) % 1600].to_vec();
+        if i % 3 == 0 && f.len() > 14 {
+            f[..6].fill(0xff);
+            f[12..14].copy_from_slice(&[8, 0]);
+        }
+        Link::send(&mut bad.link, &f);
+        worse.link.send(&f);
+    }
+    udp_works(&mut good, udp_echo());
+    tcp_works(&mut good, tcp_echo(), 100_000);
+    std::thread::sleep(Duration::from_millis(30));
+    let s = net.worker.stats();
+    assert!(s.core.drops.iter().sum::<u64>() > 1000 && net.worker.is_healthy());
+}
+
+#[test]
+fn refused_is_seen_as_refused() {
+    let net = Net::new();
+    let mut g = net.stream_guest(1);
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let to = SocketAddrV4::new(HOST, closed);
+    let got = g.connect(4000, to).unwrap_err();
+    assert_eq!(got.tcp.unwrap().flags & tcp::flags::RST, tcp::flags::RST);
+    // ICMP has no ports: the error is found by its type.
+    g.udp_send(5000, to, b"anybody?");
+    let icmp = g.receive(proto::ICMP, 0, PATIENCE).expect("an ICMP error");
+    assert_eq!(icmp.src.ip(), HOST, "{icmp:?}");
+}
+
+#[test]
+fn half_close() {
+    let net = Net::new();
+    let l = TcpListener::bind("127.0.0.1:0").unwrap();
+    let to = SocketAddrV4::new(HOST, l.local_addr().unwrap().port());
+    let server = std::thread::spawn(move || {
+        let (mut s, _) = l.accept().unwrap();
+        let mut all = Vec::new();
+        s.read_to_end(&mut all).unwrap();
+        s.write_all(&pattern(200_000)).unwrap();
+        all
+    });
+    let mut g = net.dgram_guest(1);
+    let mut c = g.connect(4000, to).unwrap();
+    assert!(g.exchange(&mut c, b"question", 0).is_empty());
+    assert!(g.close(&mut c) == pattern(200_000), "data after our FIN");
+    assert_eq!(server.join().unwrap(), b"question");
+}
+
+#[test]
+fn published_ports() {
+    let net = Net::new();
+    let mut g = net.stream_guest(1);
+    g.gateway();
+    net.command(Command::BindAddress { port: PortId(1), ip: g.ip.into(), mac: Some(g.mac) });
+    let l = TcpListener::bind("127.0.0.1:0").unwrap();
+    let at = l.local_addr().unwrap();
+    net.command(Command::AddForward {
+        forward: ForwardId(1),
+        proto: proto::TCP,
+        guest: SocketAddr::new(g.ip.into(), 80),
+        fds: vec![l.into()],
+    });
+    let client = std::thread::spawn(move || {
+        let mut s = TcpStream::connect(at).unwrap();
+        s.write_all(b"hello guest").unwrap();
+        s.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut all = Vec::new();
+        s.read_to_end(&mut all).unwrap();
+        all
+    });
+    let mut c = g.accept(80);
+    assert_eq!(g.exchange(&mut c, b"hello client", 11), b"hello guest");
+    g.close(&mut c);
+    assert_eq!(client.join().unwrap(), b"hello client");
+
+    let s = UdpSocket::bind("0.0.0.0:0").unwrap();
+    let port = s.local_addr().unwrap().port();
+    net.command(Command::AddForward {
+        forward: ForwardId(2),
+        proto: proto::UDP,
+        guest: SocketAddr::new(g.ip.into(), 53),
+        fds: vec![s.into()],
+    });
+    let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    // The answer comes from the address that was asked.
+    let asked: SocketAddr = format!("127.0.0.77:{port}").parse().unwrap();
+    client.send_to(b"query", asked).unwrap();
+    let q = g.udp_receive(53);
+    assert_eq!(q.payload, b"query");
+    let SocketAddr::V4(from) = q.src else { panic!() };
+    g.udp_send(53, from, b"answer");
+    let mut buf = [0; 20];
+    let (n, from) = client.recv_from(&mut buf).unwrap();
+    assert_eq!((&buf[..n], from), (&b"answer"[..], asked));
+    net.command(Command::RemoveForward { forward: ForwardId(1) });
+    net.command(Command::RemoveForward { forward: ForwardId(2) });
+    assert!(TcpStream::connect(at).is_err());
+}
+
+#[test]
+fn services() {
+    let net = Net::new();
+    let dir = directory("services");
+    let mut g = net.stream_guest(1);
+    let l = UnixListener::bind(dir.join("web")).unwrap();
+    std::thread::spawn(move || {
+        for s in l.incoming() {
+            let mut s = s.unwrap();
+            let mut buf = [0; 3];
+            s.read_exact(&mut buf).unwrap();
+            s.write_all(b"page").unwrap();
+        }
+    });
+    net.command(Command::AddService {
+        service: ServiceId(1),
+        proto: proto::TCP,
+        address: common::GATEWAY.into(),
+        port: 80,
+        unix_path: Some(dir.join("web")),
+    });
+    let mut c = g.connect(4000, SocketAddrV4::new(common::GATEWAY, 80)).unwrap();
+    assert_eq!(g.exchange(&mut c, b"get", 4), b"page");
+
+    net.command(Command::AddService {
+        service: ServiceId(2),
+        proto: proto::UDP,
+        address: common::GATEWAY.into(),
+        port: 53,
+        unix_path: None,
+    });
+    let gateway = SocketAddrV4::new(common::GATEWAY, 53);
+    g.udp_send(5353, gateway, b"name?");
+    let (src, mac) = net.wait("datagram", |e| match e {
+        Event::Core(effects::Event::Datagram { service: ServiceId(2), src, mac, payload, .. }) => {
+            assert_eq!(&payload[..], b"name?");
+            Some((*src, *mac))
+        }
+        _ => None,
+    });
+    net.command(Command::ServiceSend {
+        port: PortId(1),
+        dst_mac: mac,
+        src: SocketAddr::V4(gateway),
+        dst: src,
+        payload: b"address!".to_vec(),
+    });
+    assert_eq!(g.udp_receive(5353).payload, b"address!");
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
+fn a_path_that_nobody_listens_on_is_a_refused_service() {
+    let net = Net::new();
+    let mut g = net.stream_guest(1);
+    let dir = directory("noservice");
+    let address = Ipv4Addr::new(192, 168, 64, 200);
+    net.command(Command::AddService {
+        service: ServiceId(1),
+        proto: proto::TCP,
+        address: address.into(),
+        port: 80,
+        unix_path: Some(dir.join("nobody")),
+    });
+    let got = g.connect(4000, SocketAddrV4::new(address, 80)).unwrap_err();
+    assert_eq!(got.tcp.unwrap().flags & tcp::flags::RST, tcp::flags::RST);
+    std::fs::remove_dir_all(dir).unwrap();
+}

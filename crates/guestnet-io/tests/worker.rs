@@ -1,0 +1,253 @@
+//! Theory of operation: the worker as the control side sees it: commands and their answers, sleep, end,
+//! counters, captures.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use common::{Net, port_config, tcp_echo, udp_echo};
+use guestnet_core::types::{ForwardId, PortId};
+use guestnet_io::{Command, CommandError, Event, ListenKind, PollingStrategy, Value};
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::time::{Duration, Instant};
+
+/// How often the thread of that name went to sleep so far.
+fn sleeps(name: &str) -> u64 {
+    for task in std::fs::read_dir("/proc/self/task").unwrap() {
+        let dir = task.unwrap().path();
+        let comm = std::fs::read_to_string(dir.join("comm")).unwrap_or_default();
+        if comm.trim() == name {
+            let status = std::fs::read_to_string(dir.join("status")).unwrap();
+            let line = status.lines().find(|l| l.starts_with("voluntary_ctxt_switches")).unwrap();
+            return line.split_whitespace().nth(1).unwrap().parse().unwrap();
+        }
+    }
+    panic!("no thread {name}");
+}
+
+#[test]
+fn nothing_wakes_an_idle_worker() {
+    for (strategy, name) in
+        [(PollingStrategy::Adaptive, "gn-adaptive"), (PollingStrategy::EventDriven, "gn-event")]
+    {
+        let net = Net::with(|c| {
+            c.strategy = strategy;
+            c.name = name.into();
+        });
+        let mut g = net.stream_guest(1);
+        let echo = udp_echo();
+        g.udp_send(5000, echo, b"x");
+        g.udp_receive(5000);
+        // The counters are published a moment after the last work.
+        std::thread::sleep(Duration::from_millis(200));
+        let (before, stats) = (sleeps(name), net.worker.stats());
+        std::thread::sleep(Duration::from_millis(800));
+        // One for the expiry wheel of the one flow, if it falls in this second.
+        assert!(sleeps(name) - before <= 1, "{} wake-ups", sleeps(name) - before);
+        let polls = net.worker.stats().since(&stats).io.polls;
+        assert!(polls <= 2, "{polls} polls");
+    }
+}
+
+#[test]
+fn stopping_is_quick_and_may_be_repeated() {
+    let net = Net::new();
+    let mut g = net.stream_guest(1);
+    let mut c = g.connect(4000, tcp_echo()).unwrap();
+    g.exchange(&mut c, b"x", 1);
+    let start = Instant::now();
+    net.worker.stop();
+    net.worker.stop();
+    assert!(start.elapsed() < Duration::from_millis(500));
+    assert!(!net.worker.is_healthy());
+    assert!(net.worker.submit(Command::ListFlows).is_err());
+}
+
+#[test]
+fn a_stop_command_is_acknowledged() {
+    let net = Net::new();
+    assert_eq!(net.command(Command::Stop), Value::None);
+    net.worker.stop();
+    assert!(!net.worker.is_healthy());
+}
+
+#[test]
+fn commands_that_cannot_be_done_say_why() {
+    let net = Net::new();
+    let port = net.add_port(1);
+    let no = PortId(7);
+    let pair = || UnixStream::pair().unwrap();
+    let refused = |c| net.try_command(c).unwrap_err();
+    assert_eq!(refused(Command::AddPort { port, config: port_config() }), CommandError::PortExists(port));
+    assert!(matches!(
+        refused(Command::AddPort { port: PortId(0x8000_0000), config: port_config() }),
+        CommandError::NumberInUse(_)
+    ));
+    assert_eq!(refused(Command::RemovePort { port: no }), CommandError::NoSuchPort(no));
+    assert_eq!(refused(Command::AttachMemory { port: no }), CommandError::NoSuchPort(no));
+    assert!(matches!(
+        refused(Command::AttachTap { port, fd: pair().0.into() }),
+        CommandError::BadDescriptor(why) if why.contains("TAP")
+    ));
+    assert!(matches!(
+        refused(Command::AttachDgram { port, fd: pair().0.into() }),
+        CommandError::BadDescriptor(why) if why.contains("SOCK_DGRAM")
+    ));
+    net.command(Command::AttachMemory { port });
+    assert_eq!(refused(Command::AttachMemory { port }), CommandError::Attached(port));
+    assert!(matches!(
+        refused(Command::Listen {
+            listener: 1,
+            kind: ListenKind::Stream,
+            fd: pair().0.into(),
+            template: port_config()
+        }),
+        CommandError::BadDescriptor(_)
+    ));
+    let gateway = common::GATEWAY.into();
+    assert_eq!(
+        refused(Command::BindAddress { port, ip: gateway, mac: None }),
+        CommandError::AddressInUse(gateway)
+    );
+    assert!(matches!(
+        refused(Command::AddForward {
+            forward: ForwardId(1),
+            proto: 6,
+            guest: "192.168.64.2:80".parse().unwrap(),
+            fds: vec![pair().0.into()]
+        }),
+        CommandError::BadDescriptor(_)
+    ));
+    // Nothing of all that is left.
+    net.command(Command::RemovePort { port });
+    assert_eq!(net.command(Command::PortStats), Value::Ports(vec![]));
+    assert_eq!(net.command(Command::ListFlows), Value::Flows(vec![]));
+}
+
+#[test]
+fn a_command_queue_without_end_is_refused_and_every_answer_comes() {
+    let net = Net::with(|c| {
+        c.event_ring = 128;
+        c.command_ring = 64;
+    });
+    // Nobody drains: the worker stops taking commands rather than losing answers.
+    let mut taken = Vec::new();
+    let end = Instant::now() + Duration::from_secs(5);
+    loop {
+        match net.worker.submit(Command::UnbindAddress { ip: common::HOST.into() }) {
+            Ok(n) => taken.push(n),
+            Err(_) if taken.len() > 150 => break,
+            Err(_) => std::thread::sleep(Duration::from_millis(1)),
+        }
+        assert!(Instant::now() < end, "{}", taken.len());
+    }
+    for n in taken {
+        net.wait("answer", |e| matches!(e, Event::Done { sequence, .. } if *sequence == n).then_some(()));
+    }
+}
+
+#[test]
+fn flows_and_ports_are_listed() {
+    let net = Net::new();
+    let mut g = net.stream_guest(1);
+    let to = tcp_echo();
+    let mut c = g.connect(4000, to).unwrap();
+    g.exchange(&mut c, &[1; 1000], 1000);
+    let Value::Flows(flows) = net.command(Command::ListFlows) else { panic!() };
+    let [f] = &flows[..] else { panic!("{flows:?}") };
+    assert_eq!((f.port, f.proto, f.inbound), (PortId(1), 6, false));
+    assert_eq!((f.bytes_out, f.bytes_in, f.remote), (1000, 1000, std::net::SocketAddr::V4(to)));
+    let Value::Ports(ports) = net.command(Command::PortStats) else { panic!() };
+    let [(p, counters)] = &ports[..] else { panic!("{ports:?}") };
+    assert_eq!((p.port, p.mac, p.flows), (PortId(1), Some(g.mac), 1));
+    assert!(counters.rx_frames >= 4 && counters.tx_bytes > 1000);
+}
+
+#[test]
+fn a_peer_that_goes_leaves_the_port_for_another() {
+    let net = Net::new();
+    let g = net.dgram_guest(1);
+    let s = net.stream_guest(2);
+    drop(s);
+    let (port, _) = net.port_down();
+    assert_eq!(port, PortId(2));
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    net.command(Command::AttachStream { port, fd: theirs.into() });
+    let mut s = common::Guest::new(common::StreamLink::new(ours), 2);
+    s.gateway();
+    drop(g);
+    // A datagram socket only tells when something is sent to it.
+    s.udp_send(1, std::net::SocketAddrV4::new(std::net::Ipv4Addr::BROADCAST, 9), b"all");
+    assert!(net.worker.is_healthy());
+}
+
+#[test]
+fn capture() {
+    let net = Net::new();
+    let mut g = net.dgram_guest(1);
+    g.gateway();
+    let path = std::env::temp_dir().join(format!("guestnet-io-capture-{}.pcapng", std::process::id()));
+    let file = std::fs::File::create(&path).unwrap();
+    net.command(Command::StartCapture { fd: file.into(), snaplen: 0 });
+    for i in 0..10u8 {
+        g.udp_send(5000, udp_echo(), &[i; 300]);
+        g.udp_receive(5000);
+    }
+    net.command(Command::StopCapture);
+    // Acknowledged means written.
+    let bytes = std::fs::read(&path).unwrap();
+    let (mut at, mut packets) = (0, 0);
+    while at < bytes.len() {
+        let word = |o: usize| u32::from_le_bytes(bytes[at + o..at + o + 4].try_into().unwrap());
+        packets += u32::from(word(0) == 6);
+        at += word(4) as usize;
+    }
+    assert_eq!((at, packets), (bytes.len(), 20));
+    std::fs::remove_file(path).unwrap();
+    // Without a capture there is nothing to stop.
+    net.command(Command::StopCapture);
+}
+
+#[test]
+fn a_capture_that_nobody_reads_stops_nothing() {
+    let net = Net::new();
+    let mut g = net.stream_guest(1);
+    let (a, b) = UnixStream::pair().unwrap();
+    net.command(Command::StartCapture { fd: a.into(), snaplen: 0 });
+    let mut c = g.connect(4000, tcp_echo()).unwrap();
+    let data = common::pattern(8_000_000);
+    assert!(g.exchange(&mut c, &data, data.len()) == data);
+    std::thread::sleep(Duration::from_millis(30));
+    assert!(net.worker.stats().io.capture_dropped > 0);
+    drop(b);
+    let start = Instant::now();
+    net.worker.stop();
+    assert!(start.elapsed() < Duration::from_secs(2));
+}
+
+#[test]
+fn many_connections_at_once() {
+    let net = Net::new();
+    let mut g = net.stream_guest(1);
+    let echo = tcp_echo();
+    let mut all: Vec<_> = (0..500u16).map(|i| g.connect(10_000 + i, echo).unwrap()).collect();
+    for c in &mut all {
+        assert_eq!(g.exchange(c, b"ping", 4), b"ping");
+    }
+    for c in &mut all {
+        g.close(c);
+    }
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(net.worker.stats().io.sockets_open, 0);
+}
+
+#[test]
+fn a_datagram_socket_whose_peer_is_gone_is_noticed_when_it_is_sent_to() {
+    let net = Net::new();
+    let port = net.add_port(1);
+    let (ours, theirs) = UnixDatagram::pair().unwrap();
+    net.command(Command::AttachDgram { port, fd: theirs.into() });
+    let mut g = common::Guest::new(ours, 1);
+    g.udp_send(5000, udp_echo(), b"bye");
+    drop(g);
+    assert_eq!(net.port_down().0, port);
+}
