@@ -50,9 +50,9 @@ fn bad(message: &str) -> CommandError {
 }
 
 impl State {
-    /// The slot of a listener.
-    fn listener(&self, number: u32) -> Option<u32> {
-        self.listeners.iter().find(|(_, l)| l.number == number).map(|(i, _)| i)
+    /// The slots of a listener: its socket, and those that were left to guests.
+    fn slots(&self, number: u32) -> Vec<u32> {
+        self.listeners.iter().filter(|(_, l)| l.number == number).map(|(i, _)| i).collect()
     }
 
     pub(crate) fn listen(
@@ -62,7 +62,7 @@ impl State {
         fd: OwnedFd,
         template: PortConfig,
     ) -> Result<(), CommandError> {
-        if self.listener(number).is_some() {
+        if !self.slots(number).is_empty() {
             return Err(CommandError::NumberInUse(number));
         }
         let opt = |name| sys::get_opt(&fd, libc::SOL_SOCKET, name).map_err(|_| bad("it is not a socket"));
@@ -81,22 +81,27 @@ impl State {
             ListenKind::Unixgram => Arrivals::Datagrams(Unixgram::new(fd, true)),
         };
         let slot = self.listeners.insert(Listener { number, template, kind });
-        let token = Token { kind: Kind::Listener, index: slot, generation: self.listeners.generation(slot) };
-        let watched = match self.listeners.get(slot) {
-            Some(l) => self.io.poller.add(l.fd(), token, libc::EPOLLIN),
-            None => Ok(()),
-        };
-        watched.map_err(|errno| {
+        self.watch_listener(slot).map_err(|errno| {
             self.listeners.remove(slot);
             CommandError::System { what: "the listener cannot be watched", errno }
         })
     }
 
+    fn watch_listener(&self, slot: u32) -> Result<(), i32> {
+        let token = Token { kind: Kind::Listener, index: slot, generation: self.listeners.generation(slot) };
+        self.listeners.get(slot).map_or(Ok(()), |l| self.io.poller.add(l.fd(), token, libc::EPOLLIN))
+    }
+
     pub(crate) fn stop_listening(&mut self, number: u32) -> Result<(), CommandError> {
-        let slot = self.listener(number).ok_or(CommandError::NoSuchListener(number))?;
-        if let Some(Listener { kind: Arrivals::Datagrams(u), .. }) = self.listeners.remove(slot) {
-            for port in u.peers.into_values() {
-                self.port_gone(port, "its listener was closed".into());
+        let slots = self.slots(number);
+        if slots.is_empty() {
+            return Err(CommandError::NoSuchListener(number));
+        }
+        for slot in slots {
+            if let Some(Listener { kind: Arrivals::Datagrams(u), .. }) = self.listeners.remove(slot) {
+                for port in u.peers.into_values() {
+                    self.port_gone(port, "its listener was closed".into());
+                }
             }
         }
         Ok(())
@@ -191,17 +196,30 @@ impl State {
     fn datagrams_of_guests(&mut self, token: Token) {
         let mut frames = 0;
         while frames < self.batch_size {
-            let Some(Listener { kind: Arrivals::Datagrams(u), .. }) = self.listeners.get(token.index) else {
+            let Some(Listener { number, kind: Arrivals::Datagrams(u), .. }) = self.listeners.get(token.index)
+            else {
                 return;
             };
+            let number = *number;
             frames += 1;
             match u.read(&mut self.frame) {
                 From::Known(port, n) => self.frame_in(port, 0..n, FrameMeta::default()),
                 From::New { path, frame, old } => {
-                    if let Some(old) = old {
-                        self.port_gone(old, "the guest started again".into());
-                    }
-                    let port = self.welcome_peer(token.index, &path);
+                    // The guest may have come to a socket that was here before.
+                    let old = old.or_else(|| self.peer_elsewhere(number, &path));
+                    let port = match (old, frame) {
+                        (Some(port), Some(_)) => Some(port),
+                        (old, _) => {
+                            // The socket may have been left to the old one, and is the new one's now.
+                            self.listener_in_use = Some(token.index);
+                            if let Some(old) = old {
+                                self.port_gone(old, "the guest started again".into());
+                            }
+                            let new = self.welcome_peer(token.index, &path);
+                            self.listener_in_use = None;
+                            new
+                        }
+                    };
                     if let (Some(port), Some(n)) = (port, frame) {
                         self.frame_in(port, 0..n, FrameMeta::default());
                     }
@@ -220,13 +238,23 @@ impl State {
         self.count_batch(frames);
     }
 
-    fn welcome_peer(&mut self, slot: u32, path: &[u8]) -> Option<PortId> {
-        let peers = |state: &State| match &state.listeners.get(slot)?.kind {
-            Arrivals::Datagrams(u) => Some((u.peers.len(), u.gone(), u.attach(path)?)),
+    fn peer_elsewhere(&self, number: u32, path: &[u8]) -> Option<PortId> {
+        self.slots(number).into_iter().find_map(|slot| match &self.listeners.get(slot)?.kind {
+            Arrivals::Datagrams(u) => u.peers.get(path).copied(),
             Arrivals::Connections { .. } => None,
-        };
-        let (count, gone, dgram) = peers(self)?;
+        })
+    }
+
+    fn welcome_peer(&mut self, slot: u32, path: &[u8]) -> Option<PortId> {
+        let number = self.listeners.get(slot)?.number;
         // Nothing else tells that a guest to which nothing is sent has gone.
+        let (mut count, mut gone) = (0, Vec::new());
+        for other in self.slots(number) {
+            if let Some(Listener { kind: Arrivals::Datagrams(u), .. }) = self.listeners.get(other) {
+                count += u.peers.len();
+                gone.extend(u.gone());
+            }
+        }
         let left = count - gone.len();
         for (_, port) in gone {
             self.port_gone(port, "the guest's socket is gone".into());
@@ -235,12 +263,33 @@ impl State {
             self.io.counters.guests_refused += 1;
             return None;
         }
+        let dgram = match &self.listeners.get(slot)?.kind {
+            Arrivals::Datagrams(u) => u.attach(path)?,
+            Arrivals::Connections { .. } => return None,
+        };
         let name = String::from_utf8_lossy(path).into_owned();
         let port = self.welcome(slot, Attachment::Dgram(dgram), false, name)?;
         if let Some(Listener { kind: Arrivals::Datagrams(u), .. }) = self.listeners.get_mut(slot) {
             u.peers.insert(path.to_vec(), port);
         }
+        self.replace_socket(slot);
         Some(port)
+    }
+
+    /// Leaves the socket to the guest that came to it, where a new one can take its place.
+    fn replace_socket(&mut self, slot: u32) {
+        let Some(Listener { number, template, kind: Arrivals::Datagrams(u) }) = self.listeners.get_mut(slot)
+        else {
+            return;
+        };
+        let Some(fd) = u.replace() else { return };
+        u.replaced = true;
+        let kind = Arrivals::Datagrams(Unixgram::new(fd, true));
+        let next = Listener { number: *number, template: template.clone(), kind };
+        let next = self.listeners.insert(next);
+        if let Err(e) = self.watch_listener(next) {
+            self.warn(crate::attachments::reason("no more guests can be taken", e));
+        }
     }
 
     /// The peer of a port is gone. Ports of listeners go with it, others are left without attachment.
@@ -257,12 +306,15 @@ impl State {
         self.io.events.must(Event::PortDown { port, reason });
     }
 
-    /// A port of a listener is gone.
+    /// A port of a listener is gone, and a socket that was left to it with it.
     pub(crate) fn forget_peer(&mut self, number: u32, port: PortId) {
-        if let Some(slot) = self.listener(number)
-            && let Some(Listener { kind: Arrivals::Datagrams(u), .. }) = self.listeners.get_mut(slot)
-        {
-            u.peers.retain(|_, p| *p != port);
+        for slot in self.slots(number) {
+            if let Some(Listener { kind: Arrivals::Datagrams(u), .. }) = self.listeners.get_mut(slot) {
+                u.peers.retain(|_, p| *p != port);
+                if u.replaced && u.peers.is_empty() && self.listener_in_use != Some(slot) {
+                    self.listeners.remove(slot);
+                }
+            }
         }
     }
 

@@ -304,6 +304,12 @@ pub(crate) fn connect(fd: &OwnedFd, to: &RawAddr) -> Result<(), i32> {
     check(unsafe { libc::connect(fd.as_raw_fd(), to.as_ptr(), to.len) }).map(|_| ())
 }
 
+/// bind(2).
+pub(crate) fn bind(fd: &OwnedFd, to: &RawAddr) -> Result<(), i32> {
+    // SAFETY: the address lives and has that length.
+    check(unsafe { libc::bind(fd.as_raw_fd(), to.as_ptr(), to.len) }).map(|_| ())
+}
+
 /// accept4(2): a non-blocking, close-on-exec connection and who it is from.
 pub(crate) fn accept(fd: &OwnedFd) -> Result<(OwnedFd, RawAddr), i32> {
     let mut from = RawAddr::default();
@@ -464,4 +470,11 @@ pub(crate) fn raise_descriptor_limit() {
             libc::setrlimit(libc::RLIMIT_NOFILE, &l);
         }
     }
+}
+
+/// Sends with MSG_OOB.
+#[cfg(test)]
+pub(crate) fn send_urgent(fd: &OwnedFd, data: &[u8]) -> Result<usize, i32> {
+    // SAFETY: the slice is readable.
+    check_len(unsafe { libc::send(fd.as_raw_fd(), data.as_ptr().cast(), data.len(), libc::MSG_OOB) })
 }

@@ -245,6 +245,8 @@ pub(crate) struct State {
     pub stream_buffer: Vec<u8>,
     pub inbox: Inbox,
     pub listeners: Slab<Listener>,
+    /// A listener that stays even when its last guest has gone.
+    pub listener_in_use: Option<u32>,
     pub next_port: u32,
     pub listening: Slab<Listening>,
     pub forwards: HashMap<u32, ForwardParts>,
@@ -284,6 +286,7 @@ impl State {
             stream_buffer: vec![0; stream::READ_BUFFER],
             inbox: Inbox::new(),
             listeners: Slab::default(),
+            listener_in_use: None,
             next_port: FIRST_DYNAMIC,
             listening: Slab::default(),
             forwards: HashMap::new(),

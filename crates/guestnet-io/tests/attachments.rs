@@ -262,6 +262,40 @@ fn a_guest_that_does_not_read_is_bounded_and_alone() {
 }
 
 #[test]
+fn a_deaf_guest_on_a_shared_socket_is_alone_too() {
+    let net = Net::new();
+    let dir = directory("deaf");
+    let server = UnixDatagram::bind(dir.join("s")).unwrap();
+    net.command(Command::Listen {
+        listener: 1,
+        kind: ListenKind::Unixgram,
+        fd: server.into(),
+        template: port_config(),
+    });
+    let come = |name: &str, n| {
+        let s = UnixDatagram::bind(dir.join(name)).unwrap();
+        s.connect(dir.join("s")).unwrap();
+        Guest::new(s, n)
+    };
+    let mut deaf = come("deaf", 1);
+    deaf.gateway();
+    let mut other = come("other", 2);
+    other.gateway();
+    let mut datagram = [0; 1400];
+    guestnet_wire::udp::emit(&mut datagram, other.ip.into(), deaf.ip.into(), 7, 7);
+    let mut frame = other.ipv4(proto::UDP, deaf.ip, &datagram);
+    frame[..6].copy_from_slice(&deaf.mac.0);
+    for _ in 0..8000 {
+        Link::send(&mut other.link, &frame);
+    }
+    udp_works(&mut other, udp_echo());
+    tcp_works(&mut other, tcp_echo(), 500_000);
+    while deaf.link.receive(Duration::from_millis(200)).is_some() {}
+    udp_works(&mut deaf, udp_echo());
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
 fn garbage_is_counted_and_harms_nobody() {
     let net = Net::new();
     let mut bad = net.dgram_guest(1);

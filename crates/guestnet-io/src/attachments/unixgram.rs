@@ -2,13 +2,20 @@
 //! its own socket is bound to (vfkit and its kin; QEMU's `-netdev dgram`). vfkit first sends the four bytes
 //! `VFKT`, others begin with a frame; both are understood. The same magic from a known path is a guest that
 //! started again, and so a new guest. Who has no path cannot be answered and is refused.
+//!
+//! vfkit connects, so it hears only the very socket that it found at the path, and what it leaves unread
+//! fills that socket's send buffer, for all guests on it. Therefore a socket that a guest of vfkit has come
+//! to is left to that guest, and a new one takes its place at the path ([`Unixgram::replace`]).
 
 use super::FRAME_MAX;
 use super::dgram::{Dgram, set_buffers};
 use crate::sys::{self, RawAddr};
 use guestnet_core::types::PortId;
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::sync::Arc;
 
 /// What vfkit sends before the first frame.
@@ -22,6 +29,8 @@ pub(crate) struct Unixgram {
     pub peers: HashMap<Vec<u8>, PortId>,
     /// `VFKT` may come.
     magic: bool,
+    /// Another socket has taken its place at the path.
+    pub replaced: bool,
 }
 
 /// Who sent a datagram, and what it is.
@@ -43,7 +52,7 @@ pub(crate) enum From {
 impl Unixgram {
     pub(crate) fn new(fd: OwnedFd, magic: bool) -> Unixgram {
         set_buffers(&fd);
-        Unixgram { fd: Arc::new(fd), peers: HashMap::new(), magic }
+        Unixgram { fd: Arc::new(fd), peers: HashMap::new(), magic, replaced: false }
     }
 
     /// Reads one datagram to `buf`.
@@ -63,6 +72,30 @@ impl Unixgram {
             Some(port) if !hello => From::Known(*port, n),
             old => From::New { path, frame: (!hello).then_some(n), old: old.copied() },
         }
+    }
+
+    /// Puts a new socket at the path of this one, which stays with the guests that found it. `None` where
+    /// that is not needed, or cannot be done; then the guests share the socket.
+    pub(crate) fn replace(&self) -> Option<OwnedFd> {
+        if !self.magic || self.replaced {
+            return None;
+        }
+        let path = sys::local_addr(&self.fd)?.to_path().filter(|p| p.first() == Some(&b'/'))?;
+        let beside = [&path, &b".new"[..]].concat();
+        let fd = sys::socket(libc::AF_UNIX, libc::SOCK_DGRAM, 0).ok()?;
+        let (path, beside_path) =
+            (Path::new(OsStr::from_bytes(&path)), Path::new(OsStr::from_bytes(&beside)));
+        let mode = std::fs::metadata(path).ok()?.permissions();
+        sys::bind(&fd, &RawAddr::unix(&beside)?).ok()?;
+        // In one step, so that nobody finds nothing there.
+        let placed =
+            std::fs::set_permissions(beside_path, mode).and_then(|()| std::fs::rename(beside_path, path));
+        if placed.is_err() {
+            let _left = std::fs::remove_file(beside_path);
+            return None;
+        }
+        set_buffers(&fd);
+        Some(fd)
     }
 
     /// The attachment of a guest.

@@ -196,3 +196,74 @@ fn set_offset(fd: &OwnedFd, tcp: &mut TcpSock, offset: usize) -> bool {
 fn peer_closed(fd: &OwnedFd) -> bool {
     sys::poll_now(fd, libc::POLLRDHUP) & libc::POLLRDHUP != 0
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::net::{Shutdown, TcpListener, TcpStream};
+
+    fn peek(s: &mut Socks, id: SockId, offset: usize, max: usize) -> Result<Vec<u8>, Peek> {
+        let mut scratch = Vec::new();
+        // What the other end wrote is not there at once.
+        for _ in 0..200 {
+            match s.tcp_peek(id, offset, max, &mut scratch).unwrap() {
+                (Peek::Data(n), at) => return Ok(scratch[at..at + n].to_vec()),
+                (Peek::Eof, _) => return Err(Peek::Eof),
+                (Peek::Empty, _) => std::thread::sleep(std::time::Duration::from_millis(1)),
+            }
+        }
+        Err(Peek::Empty)
+    }
+
+    fn pair(s: &mut Socks) -> (SockId, TcpStream) {
+        let (poller, mut c) = (Poller::new(4).unwrap(), IoCounters::default());
+        let l = TcpListener::bind("127.0.0.1:0").unwrap();
+        let target = Target::Address(l.local_addr().unwrap());
+        let id = s.tcp_connect(&poller, &mut c, FlowId { index: 0, generation: 0 }, target, 9).unwrap();
+        let (other, _) = l.accept().unwrap();
+        (id, other)
+    }
+
+    #[test]
+    fn peeking_at_an_offset_with_the_kernel_s_help_and_without() {
+        for peek_off in [true, false] {
+            let mut s = Socks::new();
+            s.peek_off &= peek_off;
+            let (id, mut other) = pair(&mut s);
+            other.write_all(b"0123456789").unwrap();
+            assert_eq!(peek(&mut s, id, 0, 4).unwrap(), b"0123");
+            assert_eq!(peek(&mut s, id, 4, 100).unwrap(), b"456789");
+            assert_eq!(peek(&mut s, id, 2, 3).unwrap(), b"234", "going back, as for a retransmission");
+            s.tcp_discard(id, 3);
+            assert_eq!(peek(&mut s, id, 0, 100).unwrap(), b"3456789");
+            assert_eq!(peek(&mut s, id, 7, 100), Err(Peek::Empty));
+            other.write_all(b"ab").unwrap();
+            assert_eq!(peek(&mut s, id, 7, 100).unwrap(), b"ab");
+            other.shutdown(Shutdown::Write).unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(5));
+            assert_eq!(peek(&mut s, id, 9, 100), Err(Peek::Eof));
+            assert_eq!(peek(&mut s, id, 5, 2).unwrap(), b"89");
+            s.tcp_discard(id, 9);
+            assert_eq!(peek(&mut s, id, 0, 1), Err(Peek::Eof));
+        }
+    }
+
+    #[test]
+    fn urgent_data_is_plain_data() {
+        let mut s = Socks::new();
+        let (id, other) = pair(&mut s);
+        other.set_nodelay(true).unwrap();
+        let raw = OwnedFd::from(other);
+        sys::send(&raw, b"ab").unwrap();
+        sys::send_urgent(&raw, b"c").unwrap();
+        sys::send(&raw, b"d").unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(5));
+        let mut got = Vec::new();
+        while got.len() < 4 {
+            let more = peek(&mut s, id, got.len(), 100).unwrap();
+            got.extend(more);
+        }
+        assert_eq!(got, b"abcd");
+    }
+}
