@@ -1,1 +1,84 @@
-"""guestnet: the network for guests that nobody trusts."""
+"""guestnet: the network for guests that nobody trusts.
+
+>>> from guestnet import NatConfig, NatNetwork
+>>> with NatNetwork(NatConfig(subnet="10.9.0.0/24")) as network:
+...     vm = network.create_endpoint("vm1")
+...     str(vm.ip)
+'10.9.0.2'
+
+Importing this costs nothing: each public name is imported from its module when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from guestnet.config import Filtering as Filtering
+    from guestnet.config import NatConfig as NatConfig
+    from guestnet.config import NetMode as NetMode
+    from guestnet.config import PollingStrategy as PollingStrategy
+    from guestnet.config import StaticLease as StaticLease
+    from guestnet.endpoint import Endpoint as Endpoint
+    from guestnet.errors import AddressInUse as AddressInUse
+    from guestnet.errors import AddressPoolExhausted as AddressPoolExhausted
+    from guestnet.errors import AlreadyRunning as AlreadyRunning
+    from guestnet.errors import AttachError as AttachError
+    from guestnet.errors import BusyError as BusyError
+    from guestnet.errors import ConfigError as ConfigError
+    from guestnet.errors import DataPlaneError as DataPlaneError
+    from guestnet.errors import EndpointExists as EndpointExists
+    from guestnet.errors import EndpointNotFound as EndpointNotFound
+    from guestnet.errors import ForwardNotFound as ForwardNotFound
+    from guestnet.errors import GuestnetError as GuestnetError
+    from guestnet.errors import NotRunning as NotRunning
+    from guestnet.errors import PortInUse as PortInUse
+    from guestnet.errors import UnsupportedError as UnsupportedError
+    from guestnet.events import NetworkEvent as NetworkEvent
+    from guestnet.forwards import ForwardSpec as ForwardSpec
+    from guestnet.ipam import IpAllocator as IpAllocator
+    from guestnet.ipam import generate_mac as generate_mac
+    from guestnet.stats import NetworkStats as NetworkStats
+
+# Where each public name lives. tests/unit/test_package.py holds it against the imports above.
+_HOME = {
+    "guestnet.config": ("Filtering", "NatConfig", "NetMode", "PollingStrategy", "StaticLease"),
+    "guestnet.endpoint": ("Endpoint",),
+    "guestnet.errors": (
+        "AddressInUse",
+        "AddressPoolExhausted",
+        "AlreadyRunning",
+        "AttachError",
+        "BusyError",
+        "ConfigError",
+        "DataPlaneError",
+        "EndpointExists",
+        "EndpointNotFound",
+        "ForwardNotFound",
+        "GuestnetError",
+        "NotRunning",
+        "PortInUse",
+        "UnsupportedError",
+    ),
+    "guestnet.events": ("NetworkEvent",),
+    "guestnet.forwards": ("ForwardSpec",),
+    "guestnet.ipam": ("IpAllocator", "generate_mac"),
+    "guestnet.stats": ("NetworkStats",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)  # noqa: PLE0605 - computed, and checked by the test
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module 'guestnet' has no attribute {name!r}")
+    value = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})

@@ -133,6 +133,14 @@ pub enum Command {
         /// Listening TCP or bound UDP sockets.
         fds: Vec<OwnedFd>,
     },
+    /// Leads a published port to another address and port; what runs stays where it is. An address that no
+    /// port has (0.0.0.0) refuses every client until the guest is there.
+    RetargetForward {
+        /// Which.
+        forward: ForwardId,
+        /// The guest's address and port.
+        guest: SocketAddr,
+    },
     /// Takes a published port back. Connections that run live on.
     RemoveForward {
         /// Which.
@@ -154,6 +162,12 @@ pub enum Command {
     },
     /// Ends the capture; done when everything is written.
     StopCapture,
+    /// Tells of flows that open, close and are denied, or (to spare both sides the work) does not. A worker
+    /// begins with telling.
+    TellFlows {
+        /// Whether it tells.
+        on: bool,
+    },
     /// Lists the flows: [`Value::Flows`].
     ListFlows,
     /// Lists the ports and their counters: [`Value::Ports`].
@@ -191,6 +205,9 @@ pub enum CommandError {
     /// No such listener.
     #[error("there is no listener {0}")]
     NoSuchListener(u32),
+    /// No such forward.
+    #[error("there is no forward {}", .0.0)]
+    NoSuchForward(ForwardId),
     /// The number is taken.
     #[error("number {0} is in use")]
     NumberInUse(u32),

@@ -95,6 +95,10 @@ impl State {
             Command::AddForward { forward, proto, guest, fds } => {
                 self.add_forward(forward, proto, guest, fds)?;
             }
+            Command::RetargetForward { forward, guest } => {
+                let proto = self.forwards.get(&forward.0).ok_or(CommandError::NoSuchForward(forward))?.proto;
+                self.core.add_forward(forward, ForwardSpec { proto, guest });
+            }
             Command::RemoveForward { forward } => self.remove_forward(forward),
             Command::Inject { port, mut frame } => {
                 self.port(port)?;
@@ -112,6 +116,7 @@ impl State {
                 }
             }
             Command::StopCapture => {}
+            Command::TellFlows { on } => self.io.tell_flows = on,
             Command::ListFlows => return Ok(Value::Flows(self.core.flows().collect())),
             Command::PortStats => {
                 let counters = |p: PortId| self.core.port_counters(p).cloned().unwrap_or_default();
@@ -200,7 +205,7 @@ impl State {
             }
             sys::adopt(fd).map_err(|errno| CommandError::System { what: "a published port", errno })?;
         }
-        self.forwards.insert(id.0, ForwardParts::default());
+        self.forwards.insert(id.0, ForwardParts { proto, ..ForwardParts::default() });
         for fd in fds {
             let watched =
                 if proto == proto::TCP { self.publish_tcp(id, fd) } else { self.publish_udp(id, fd) };

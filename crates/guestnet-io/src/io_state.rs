@@ -21,6 +21,8 @@ pub(crate) struct IoState {
     pub events: EventSender,
     pub capture: Option<Capture>,
     pub counters: IoCounters,
+    /// Whether the control side wants to hear of every flow.
+    pub tell_flows: bool,
     /// The time of the batch at hand.
     pub now: Time,
     /// What was peeked last, and where in the buffer it begins.
@@ -37,6 +39,7 @@ impl IoState {
             events,
             capture: None,
             counters: IoCounters::default(),
+            tell_flows: true,
             now: sys::now(),
             scratch: Vec::new(),
             peeked: 0,
@@ -191,6 +194,9 @@ impl Effects for IoState {
     }
 
     fn event(&mut self, event: effects::Event) {
-        self.events.offer(Event::Core(event));
+        use effects::Event::{Denied, FlowClosed, FlowOpened};
+        if self.tell_flows || !matches!(event, FlowOpened { .. } | FlowClosed { .. } | Denied { .. }) {
+            self.events.offer(Event::Core(event));
+        }
     }
 }

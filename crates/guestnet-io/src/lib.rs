@@ -28,4 +28,5 @@ pub mod worker;
 pub use commands::{Command, CommandError, ListenKind, QueueFull, Value};
 pub use events::{Event, Level};
 pub use stats::{IoCounters, StatsSnapshot};
+pub use sys::duplicate;
 pub use worker::{IoError, PollingStrategy, Worker, WorkerConfig, spawn};

@@ -105,6 +105,19 @@ pub(crate) fn adopt(fd: &OwnedFd) -> Result<(), i32> {
     Ok(())
 }
 
+/// A descriptor of our own for what `fd` names, so that its owner may close theirs when they like. This is
+/// how the control side hands over what it holds by number.
+///
+/// # Errors
+/// EBADF when `fd` is not open, EMFILE when there is no room for another.
+pub fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: no pointers.
+    let new =
+        check(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) }).map_err(io::Error::from_raw_os_error)?;
+    // SAFETY: the kernel has just made it for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(new) })
+}
+
 /// Sets an integer option.
 pub(crate) fn set_opt(fd: &OwnedFd, level: i32, name: i32, value: i32) -> Result<(), i32> {
     let len = size_of::<i32>() as libc::socklen_t;

@@ -107,6 +107,8 @@ pub struct Worker {
     healthy: Arc<AtomicBool>,
     stop: Arc<AtomicBool>,
     thread: Mutex<Option<JoinHandle<()>>>,
+    /// The process that has the thread.
+    process: u32,
 }
 
 /// Starts a worker. Raises the process's soft limit of descriptors to its hard limit, since every relayed
@@ -157,6 +159,7 @@ pub fn spawn(config: WorkerConfig) -> Result<Worker, IoError> {
         healthy,
         stop,
         thread: Mutex::new(Some(thread)),
+        process: std::process::id(),
     })
 }
 
@@ -205,6 +208,11 @@ impl Worker {
     /// Ends the worker and waits for it. May be called again. What is being written to a capture gets a
     /// second to be finished; nothing else can make it wait.
     pub fn stop(&self) {
+        if self.process != std::process::id() {
+            // A fork of the process has a copy of this, but not the thread: there is nobody to wait for, and
+            // what is shared (the eventfd) is not ours to write to.
+            return;
+        }
         self.stop.store(true, Ordering::SeqCst);
         self.waker.wake();
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();

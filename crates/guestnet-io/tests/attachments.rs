@@ -405,6 +405,34 @@ fn published_ports() {
 }
 
 #[test]
+fn a_forward_waits_for_its_guest() {
+    let net = Net::new();
+    let mut g = net.stream_guest(1);
+    g.gateway();
+    let l = TcpListener::bind("127.0.0.1:0").unwrap();
+    let at = l.local_addr().unwrap();
+    let forward = ForwardId(1);
+    let nobody = SocketAddr::from(([0, 0, 0, 0], 80));
+    net.command(Command::AddForward { forward, proto: proto::TCP, guest: nobody, fds: vec![l.into()] });
+    let mut refused = TcpStream::connect(at).unwrap();
+    assert!(refused.read(&mut [0; 1]).is_err(), "reset at once");
+    let guest = SocketAddr::new(g.ip.into(), 80);
+    net.command(Command::RetargetForward { forward, guest });
+    let client = std::thread::spawn(move || {
+        let mut s = TcpStream::connect(at).unwrap();
+        s.write_all(b"hello").unwrap();
+        let mut answer = [0; 5];
+        s.read_exact(&mut answer).unwrap();
+        answer
+    });
+    let mut c = g.accept(80);
+    assert_eq!(g.exchange(&mut c, b"world", 5), b"hello");
+    assert_eq!(client.join().unwrap(), *b"world");
+    let unknown = Command::RetargetForward { forward: ForwardId(2), guest };
+    assert_eq!(net.try_command(unknown), Err(CommandError::NoSuchForward(ForwardId(2))));
+}
+
+#[test]
 fn services() {
     let net = Net::new();
     let dir = directory("services");

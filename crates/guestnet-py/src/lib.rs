@@ -1,1 +1,31 @@
-//! x
+//! Theory of operation: the only place where Rust knows Python, and nothing else. [`dataplane`] is one worker
+//! with a method per command, [`events`] are the records that it brings up, [`errors`] leads from Rust's
+//! errors to those of `guestnet.errors`. Packet threads never come here: Python asks, and takes what is there.
+//!
+//! Every class is frozen, and what can wait is done detached from the interpreter. The contract with Python
+//! is `python/guestnet/_native.pyi`.
+
+mod addresses;
+mod config;
+mod dataplane;
+mod errors;
+mod events;
+mod records;
+
+/// The module `guestnet._native`.
+#[pyo3::pymodule]
+mod _native {
+    #[pymodule_export]
+    use super::dataplane::DataPlane;
+    #[pymodule_export]
+    use super::events::{
+        AddressSeen, Datagram, Denied, Done, Failed, FlowClosed, FlowOpened, Frame, Log, PortDown, PortUp,
+    };
+    #[pymodule_export]
+    use super::records::{FlowInfo, PortInfo};
+
+    /// The version of the crate.
+    #[pymodule_export]
+    #[allow(non_upper_case_globals)]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+}

@@ -1,0 +1,285 @@
+//! Theory of operation: one worker as an object. Every command is a method that queues it and returns its
+//! number; the number comes back in a `Done` event. Nothing here waits but `stop`, and a full queue is an
+//! error at once. Descriptors are duplicated: the caller's stay the caller's.
+
+use crate::addresses::{Pair, mac, socket};
+use crate::config::{self, Named};
+use crate::errors::{config_error, descriptor_error, queue_full, start_error};
+use crate::{events, records};
+use guestnet_core::types::{ForwardId, PortConfig, PortId, ServiceId};
+use guestnet_io::{Command, Event, Worker, WorkerConfig, duplicate, spawn};
+use guestnet_wire::proto;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList};
+use std::net::IpAddr;
+use std::os::fd::{OwnedFd, RawFd};
+use std::path::PathBuf;
+
+/// Most that guests are offered in one piece where their attachment cannot cut: the largest IP packet.
+const MTU_MAX: u16 = 65_520;
+/// The least that IPv4 allows (RFC 791).
+const MTU_MIN: u16 = 68;
+
+/// A running worker.
+#[pyclass(frozen, module = "guestnet._native")]
+pub struct DataPlane {
+    worker: Worker,
+}
+
+fn take(py: Python<'_>, fd: RawFd) -> PyResult<OwnedFd> {
+    duplicate(fd).map_err(|e| descriptor_error(py, fd, &e))
+}
+
+fn port_config(
+    py: Python<'_>,
+    mac_bytes: Option<&[u8]>,
+    addresses: Vec<IpAddr>,
+    mtu: u16,
+    gso_max: u32,
+    lax_offload: bool,
+) -> PyResult<PortConfig> {
+    if !(MTU_MIN..=MTU_MAX).contains(&mtu) {
+        return Err(config_error(py, format!("the MTU {mtu} is not between {MTU_MIN} and {MTU_MAX}")));
+    }
+    let mac = mac_bytes.map(|m| mac(py, m)).transpose()?;
+    Ok(PortConfig { mac, addresses, mtu, gso_max, lax_offload })
+}
+
+fn protocol(py: Python<'_>, name: &str) -> PyResult<u8> {
+    match name {
+        "tcp" => Ok(proto::TCP),
+        "udp" => Ok(proto::UDP),
+        _ => Err(config_error(py, format!("there is no protocol {name:?}: \"tcp\" or \"udp\""))),
+    }
+}
+
+impl DataPlane {
+    fn submit(&self, py: Python<'_>, command: Command) -> PyResult<u64> {
+        self.worker.submit(command).map_err(|e| queue_full(py, e))
+    }
+}
+
+#[pymethods]
+#[allow(clippy::too_many_arguments)] // Keywords in Python.
+impl DataPlane {
+    #[new]
+    #[pyo3(signature = (*, gateway, prefix, gateway_mac, secret, mode="nat", host_loopback=None,
+        filtering="address_dependent", limits=Named::new(), timeouts=Named::new(), strategy="adaptive",
+        batch_size=64, max_spins=1000, event_ring=8192, command_ring=1024, name="guestnet"))]
+    fn new(
+        py: Python<'_>,
+        gateway: IpAddr,
+        prefix: u8,
+        gateway_mac: &[u8],
+        secret: &[u8],
+        mode: &str,
+        host_loopback: Option<IpAddr>,
+        filtering: &str,
+        limits: Named,
+        timeouts: Named,
+        strategy: &str,
+        batch_size: usize,
+        max_spins: u32,
+        event_ring: usize,
+        command_ring: usize,
+        name: &str,
+    ) -> PyResult<Self> {
+        let core = config::core(
+            py,
+            mode,
+            gateway,
+            prefix,
+            gateway_mac,
+            secret,
+            host_loopback,
+            filtering,
+            &limits,
+            &timeouts,
+        )?;
+        if !(1..=1024).contains(&batch_size) {
+            return Err(config_error(py, format!("the batch size {batch_size} is not 1 to 1024")));
+        }
+        let config = WorkerConfig {
+            strategy: config::strategy(py, strategy)?,
+            batch_size,
+            max_spins,
+            event_ring: event_ring.clamp(128, 1 << 20),
+            command_ring: command_ring.clamp(16, 1 << 20),
+            name: name.replace('\0', ""),
+            ..WorkerConfig::new(core)
+        };
+        let worker = py.detach(|| spawn(config)).map_err(|e| start_error(py, &e))?;
+        Ok(DataPlane { worker })
+    }
+
+    /// Readable when there are events.
+    #[getter]
+    fn event_fd(&self) -> RawFd {
+        self.worker.event_fd()
+    }
+
+    /// False when the worker has ended.
+    #[getter]
+    fn is_healthy(&self) -> bool {
+        self.worker.is_healthy()
+    }
+
+    /// Takes up to `max` events, oldest first.
+    fn drain<'py>(&self, py: Python<'py>, max: usize) -> PyResult<Bound<'py, PyList>> {
+        let taken: Vec<Event> = self.worker.drain(max);
+        let list = PyList::empty(py);
+        for event in taken {
+            list.append(events::into_object(py, event)?)?;
+        }
+        Ok(list)
+    }
+
+    /// The counters.
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        records::snapshot(py, &self.worker.stats())
+    }
+
+    /// Ends the worker and waits for it.
+    fn stop(&self, py: Python<'_>) {
+        py.detach(|| self.worker.stop());
+    }
+
+    #[pyo3(signature = (port, *, mac=None, addresses=Vec::new(), mtu=1500, gso_max=65_000, lax_offload=false))]
+    fn add_port(
+        &self,
+        py: Python<'_>,
+        port: u32,
+        mac: Option<&[u8]>,
+        addresses: Vec<IpAddr>,
+        mtu: u16,
+        gso_max: u32,
+        lax_offload: bool,
+    ) -> PyResult<u64> {
+        let config = port_config(py, mac, addresses, mtu, gso_max, lax_offload)?;
+        self.submit(py, Command::AddPort { port: PortId(port), config })
+    }
+
+    fn remove_port(&self, py: Python<'_>, port: u32) -> PyResult<u64> {
+        self.submit(py, Command::RemovePort { port: PortId(port) })
+    }
+
+    fn attach_tap(&self, py: Python<'_>, port: u32, fd: RawFd) -> PyResult<u64> {
+        self.submit(py, Command::AttachTap { port: PortId(port), fd: take(py, fd)? })
+    }
+
+    fn attach_stream(&self, py: Python<'_>, port: u32, fd: RawFd) -> PyResult<u64> {
+        self.submit(py, Command::AttachStream { port: PortId(port), fd: take(py, fd)? })
+    }
+
+    fn attach_dgram(&self, py: Python<'_>, port: u32, fd: RawFd) -> PyResult<u64> {
+        self.submit(py, Command::AttachDgram { port: PortId(port), fd: take(py, fd)? })
+    }
+
+    fn attach_memory(&self, py: Python<'_>, port: u32) -> PyResult<u64> {
+        self.submit(py, Command::AttachMemory { port: PortId(port) })
+    }
+
+    #[pyo3(signature = (listener, kind, fd, *, mtu=1500, gso_max=65_000, lax_offload=false))]
+    fn listen(
+        &self,
+        py: Python<'_>,
+        listener: u32,
+        kind: &str,
+        fd: RawFd,
+        mtu: u16,
+        gso_max: u32,
+        lax_offload: bool,
+    ) -> PyResult<u64> {
+        let template = port_config(py, None, Vec::new(), mtu, gso_max, lax_offload)?;
+        let kind = config::listen_kind(py, kind)?;
+        self.submit(py, Command::Listen { listener, kind, fd: take(py, fd)?, template })
+    }
+
+    fn stop_listening(&self, py: Python<'_>, listener: u32) -> PyResult<u64> {
+        self.submit(py, Command::StopListening { listener })
+    }
+
+    #[pyo3(signature = (port, ip, mac=None))]
+    fn bind_address(&self, py: Python<'_>, port: u32, ip: IpAddr, mac: Option<&[u8]>) -> PyResult<u64> {
+        let mac = mac.map(|m| crate::addresses::mac(py, m)).transpose()?;
+        self.submit(py, Command::BindAddress { port: PortId(port), ip, mac })
+    }
+
+    fn unbind_address(&self, py: Python<'_>, ip: IpAddr) -> PyResult<u64> {
+        self.submit(py, Command::UnbindAddress { ip })
+    }
+
+    #[pyo3(signature = (service, proto, address, port, unix_path=None))]
+    fn add_service(
+        &self,
+        py: Python<'_>,
+        service: u32,
+        proto: &str,
+        address: IpAddr,
+        port: u16,
+        unix_path: Option<PathBuf>,
+    ) -> PyResult<u64> {
+        let proto = protocol(py, proto)?;
+        self.submit(py, Command::AddService { service: ServiceId(service), proto, address, port, unix_path })
+    }
+
+    fn service_send(
+        &self,
+        py: Python<'_>,
+        port: u32,
+        dst_mac: &[u8],
+        src: Pair,
+        dst: Pair,
+        payload: Vec<u8>,
+    ) -> PyResult<u64> {
+        let dst_mac = mac(py, dst_mac)?;
+        let (src, dst) = (socket(src), socket(dst));
+        self.submit(py, Command::ServiceSend { port: PortId(port), dst_mac, src, dst, payload })
+    }
+
+    fn add_forward(
+        &self,
+        py: Python<'_>,
+        forward: u32,
+        proto: &str,
+        guest: Pair,
+        fds: Vec<RawFd>,
+    ) -> PyResult<u64> {
+        let proto = protocol(py, proto)?;
+        let fds = fds.into_iter().map(|fd| take(py, fd)).collect::<PyResult<_>>()?;
+        self.submit(py, Command::AddForward { forward: ForwardId(forward), proto, guest: socket(guest), fds })
+    }
+
+    fn retarget_forward(&self, py: Python<'_>, forward: u32, guest: Pair) -> PyResult<u64> {
+        self.submit(py, Command::RetargetForward { forward: ForwardId(forward), guest: socket(guest) })
+    }
+
+    fn remove_forward(&self, py: Python<'_>, forward: u32) -> PyResult<u64> {
+        self.submit(py, Command::RemoveForward { forward: ForwardId(forward) })
+    }
+
+    fn inject(&self, py: Python<'_>, port: u32, frame: Vec<u8>) -> PyResult<u64> {
+        self.submit(py, Command::Inject { port: PortId(port), frame })
+    }
+
+    #[pyo3(signature = (fd, snaplen=0))]
+    fn start_capture(&self, py: Python<'_>, fd: RawFd, snaplen: u32) -> PyResult<u64> {
+        self.submit(py, Command::StartCapture { fd: take(py, fd)?, snaplen })
+    }
+
+    fn stop_capture(&self, py: Python<'_>) -> PyResult<u64> {
+        self.submit(py, Command::StopCapture)
+    }
+
+    fn tell_flows(&self, py: Python<'_>, on: bool) -> PyResult<u64> {
+        self.submit(py, Command::TellFlows { on })
+    }
+
+    fn list_flows(&self, py: Python<'_>) -> PyResult<u64> {
+        self.submit(py, Command::ListFlows)
+    }
+
+    fn port_stats(&self, py: Python<'_>) -> PyResult<u64> {
+        self.submit(py, Command::PortStats)
+    }
+}

@@ -1,0 +1,49 @@
+//! Theory of operation: the one table that leads from Rust's errors to the classes of `guestnet.errors`. The
+//! classes live in Python, where people look for them, and are looked up when one is needed.
+
+use guestnet_io::{CommandError, IoError, QueueFull};
+use pyo3::prelude::*;
+use std::io;
+
+/// An instance of a class of `guestnet.errors`; when that cannot be had, what stood in the way.
+fn error(py: Python<'_>, class: &str, message: String) -> PyErr {
+    let made = py.import("guestnet.errors").and_then(|m| m.getattr(class)).and_then(|c| c.call1((message,)));
+    made.map_or_else(|e| e, PyErr::from_value)
+}
+
+/// A wrong value.
+pub fn config_error(py: Python<'_>, message: String) -> PyErr {
+    error(py, "ConfigError", message)
+}
+
+/// The worker could not start.
+pub fn start_error(py: Python<'_>, e: &IoError) -> PyErr {
+    error(py, "DataPlaneError", e.to_string())
+}
+
+/// The queue of commands is full, or nobody reads it any more.
+pub fn queue_full(py: Python<'_>, e: QueueFull) -> PyErr {
+    error(py, "BusyError", format!("{e}: wait for commands to be done, or start the network again"))
+}
+
+/// A descriptor that cannot be taken over.
+pub fn descriptor_error(py: Python<'_>, fd: i32, e: &io::Error) -> PyErr {
+    error(py, "AttachError", format!("descriptor {fd} cannot be taken over: {e}"))
+}
+
+/// What came of a command.
+pub fn command_error(py: Python<'_>, e: &CommandError) -> PyErr {
+    let class = match e {
+        CommandError::NoSuchPort(_) => "EndpointNotFound",
+        CommandError::PortExists(_) => "EndpointExists",
+        CommandError::AddressInUse(_) => "AddressInUse",
+        CommandError::Attached(_) | CommandError::BadDescriptor(_) | CommandError::BadPath(_) => {
+            "AttachError"
+        }
+        CommandError::NoSuchForward(_) => "ForwardNotFound",
+        CommandError::NoSuchListener(_) | CommandError::NumberInUse(_) | CommandError::System { .. } => {
+            "DataPlaneError"
+        }
+    };
+    error(py, class, e.to_string())
+}

@@ -1,0 +1,331 @@
+"""The data plane: the contract with the crate `guestnet-py`, checked by stubtest (scripts/stubtest.sh).
+
+Only `guestnet.control` and the modules for the NAT engine use it. MACs are six bytes, addresses are those of
+`ipaddress`.
+"""
+
+from collections.abc import Mapping, Sequence
+from ipaddress import IPv4Address, IPv6Address
+from typing import Any, Final, TypeAlias, final
+
+from guestnet.errors import GuestnetError
+
+_Ip: TypeAlias = IPv4Address | IPv6Address
+_IpIn: TypeAlias = _Ip | str
+_Socket: TypeAlias = tuple[_Ip, int]
+_SocketIn: TypeAlias = tuple[_IpIn, int]
+
+__all__ = [
+    "AddressSeen",
+    "DataPlane",
+    "Datagram",
+    "Denied",
+    "Done",
+    "Failed",
+    "FlowClosed",
+    "FlowInfo",
+    "FlowOpened",
+    "Frame",
+    "Log",
+    "PortDown",
+    "PortInfo",
+    "PortUp",
+    "__version__",
+]
+
+__version__: Final[str]
+
+@final
+class DataPlane:
+    """A running worker: a packet thread with everything that it owns.
+
+    Each command is a method that queues it and returns its number; a `Done` event brings the number back.
+    Raises BusyError when the queue is full or the worker has ended, ConfigError for a value out of range,
+    AttachError for a descriptor that is not open. Descriptors are duplicated: close yours when you like.
+    """
+
+    def __new__(
+        cls,
+        *,
+        gateway: IPv4Address | str,
+        prefix: int,
+        gateway_mac: bytes,
+        secret: bytes,
+        mode: str = "nat",
+        host_loopback: IPv4Address | str | None = None,
+        filtering: str = "address_dependent",
+        limits: Mapping[str, int] = ...,
+        timeouts: Mapping[str, int] = ...,
+        strategy: str = "adaptive",
+        batch_size: int = 64,
+        max_spins: int = 1000,
+        event_ring: int = 8192,
+        command_ring: int = 1024,
+        name: str = "guestnet",
+    ) -> DataPlane:
+        """Starts the worker. `secret` is 32 random bytes that key its hashes and sequence numbers. Raises
+        DataPlaneError when the system has no descriptor or thread for it."""
+
+    @property
+    def event_fd(self) -> int:
+        """Readable when there are events."""
+    @property
+    def is_healthy(self) -> bool:
+        """False when the worker has ended, by `stop` or by a failure."""
+    def drain(self, max: int) -> list[_Event]:
+        """Takes up to `max` events, oldest first; `event_fd` is readable again when there are more."""
+    def stats(self) -> dict[str, Any]:
+        """The counters of one moment; `drops` and `io` are dictionaries in it."""
+    def stop(self) -> None:
+        """Ends the worker and waits for it; may be called again."""
+    def add_port(
+        self,
+        port: int,
+        *,
+        mac: bytes | None = None,
+        addresses: Sequence[_IpIn] = ...,
+        mtu: int = 1500,
+        gso_max: int = 65000,
+        lax_offload: bool = False,
+    ) -> int:
+        """Adds a port without attachment; its number is below 0x8000_0000."""
+    def remove_port(self, port: int) -> int:
+        """Removes a port, its flows and its attachment."""
+    def attach_tap(self, port: int, fd: int) -> int:
+        """Attaches a TAP device, made with IFF_VNET_HDR or without."""
+    def attach_stream(self, port: int, fd: int) -> int:
+        """Attaches a connected stream socket with QEMU's framing."""
+    def attach_dgram(self, port: int, fd: int) -> int:
+        """Attaches a connected socket that carries one frame per packet."""
+    def attach_memory(self, port: int) -> int:
+        """Frames come by `inject` and go by `Frame` events."""
+    def listen(
+        self,
+        listener: int,
+        kind: str,
+        fd: int,
+        *,
+        mtu: int = 1500,
+        gso_max: int = 65000,
+        lax_offload: bool = False,
+    ) -> int:
+        """Takes guests on a bound unix socket: "stream", "dgram" or "unixgram"."""
+    def stop_listening(self, listener: int) -> int:
+        """Takes no more guests there."""
+    def bind_address(self, port: int, ip: _IpIn, mac: bytes | None = None) -> int:
+        """Gives an address to a port."""
+    def unbind_address(self, ip: _IpIn) -> int:
+        """Takes an address back."""
+    def add_service(
+        self, service: int, proto: str, address: _IpIn, port: int, unix_path: str | None = None
+    ) -> int:
+        """Adds a service of the gateway: UDP as `Datagram` events, TCP relayed to a unix socket."""
+    def service_send(self, port: int, dst_mac: bytes, src: _SocketIn, dst: _SocketIn, payload: bytes) -> int:
+        """Sends the answer of a UDP service."""
+    def add_forward(self, forward: int, proto: str, guest: _SocketIn, fds: Sequence[int]) -> int:
+        """Publishes a guest's port on listening TCP or bound UDP sockets."""
+    def retarget_forward(self, forward: int, guest: _SocketIn) -> int:
+        """Leads a forward elsewhere; an address that no port has refuses every client."""
+    def remove_forward(self, forward: int) -> int:
+        """Takes a published port back; connections that run live on."""
+    def inject(self, port: int, frame: bytes) -> int:
+        """A frame from the guest of a memory attachment."""
+    def start_capture(self, fd: int, snaplen: int = 0) -> int:
+        """Writes every frame of every port to `fd` as pcapng, `snaplen` bytes of it (0: all)."""
+    def stop_capture(self) -> int:
+        """Ends the capture; done when everything is written."""
+    def tell_flows(self, on: bool) -> int:
+        """Whether `FlowOpened`, `FlowClosed` and `Denied` events come."""
+    def list_flows(self) -> int:
+        """Brings a list of `FlowInfo`."""
+    def port_stats(self) -> int:
+        """Brings a list of `PortInfo`."""
+
+@final
+class FlowInfo:
+    """One flow."""
+
+    @property
+    def flow(self) -> tuple[int, int]: ...
+    @property
+    def port(self) -> int: ...
+    @property
+    def proto(self) -> int: ...
+    @property
+    def guest(self) -> _Socket: ...
+    @property
+    def remote(self) -> _Socket: ...
+    @property
+    def inbound(self) -> bool: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def bytes_out(self) -> int: ...
+    @property
+    def bytes_in(self) -> int: ...
+    @property
+    def age_ms(self) -> int: ...
+    @property
+    def idle_ms(self) -> int: ...
+
+@final
+class PortInfo:
+    """One port with its counters."""
+
+    @property
+    def port(self) -> int: ...
+    @property
+    def mac(self) -> bytes | None: ...
+    @property
+    def addresses(self) -> list[_Ip]: ...
+    @property
+    def mtu(self) -> int: ...
+    @property
+    def flows(self) -> int: ...
+    @property
+    def buffered(self) -> int: ...
+    @property
+    def counters(self) -> dict[str, Any]: ...
+
+@final
+class Datagram:
+    """A datagram for a UDP service."""
+
+    @property
+    def service(self) -> int: ...
+    @property
+    def port(self) -> int: ...
+    @property
+    def mac(self) -> bytes: ...
+    @property
+    def src(self) -> _Socket: ...
+    @property
+    def dst(self) -> _Socket: ...
+    @property
+    def payload(self) -> bytes: ...
+
+@final
+class AddressSeen:
+    """A guest was seen to use an address."""
+
+    @property
+    def port(self) -> int: ...
+    @property
+    def mac(self) -> bytes: ...
+    @property
+    def address(self) -> _Ip: ...
+
+@final
+class FlowOpened:
+    """A flow began."""
+
+    @property
+    def flow(self) -> tuple[int, int]: ...
+    @property
+    def port(self) -> int: ...
+    @property
+    def proto(self) -> int: ...
+    @property
+    def guest(self) -> _Socket: ...
+    @property
+    def remote(self) -> _Socket: ...
+    @property
+    def inbound(self) -> bool: ...
+
+@final
+class FlowClosed:
+    """A flow ended."""
+
+    @property
+    def flow(self) -> tuple[int, int]: ...
+    @property
+    def bytes_out(self) -> int: ...
+    @property
+    def bytes_in(self) -> int: ...
+
+@final
+class Denied:
+    """A new flow was refused."""
+
+    @property
+    def port(self) -> int: ...
+    @property
+    def proto(self) -> int: ...
+    @property
+    def guest(self) -> _Socket: ...
+    @property
+    def remote(self) -> _Socket: ...
+    @property
+    def reason(self) -> str: ...
+
+@final
+class Done:
+    """A command is done."""
+
+    @property
+    def sequence(self) -> int: ...
+    @property
+    def error(self) -> GuestnetError | None:
+        """Why it was not done; nothing has changed then."""
+    @property
+    def value(self) -> list[FlowInfo] | list[PortInfo] | None:
+        """What it brought."""
+
+@final
+class PortUp:
+    """A guest came to a listener; nothing of it is told before this."""
+
+    @property
+    def port(self) -> int: ...
+    @property
+    def listener(self) -> int: ...
+    @property
+    def peer(self) -> str: ...
+
+@final
+class PortDown:
+    """The attachment of a port is gone. The port of a listener's guest is gone with it."""
+
+    @property
+    def port(self) -> int: ...
+    @property
+    def reason(self) -> str: ...
+
+@final
+class Frame:
+    """A frame to a guest with a memory attachment."""
+
+    @property
+    def port(self) -> int: ...
+    @property
+    def frame(self) -> bytes: ...
+
+@final
+class Log:
+    """A log record; `level` is one of the module `logging`."""
+
+    @property
+    def level(self) -> int: ...
+    @property
+    def message(self) -> str: ...
+
+@final
+class Failed:
+    """The worker has failed and is gone."""
+
+    @property
+    def message(self) -> str: ...
+
+_Event: TypeAlias = (
+    Datagram
+    | AddressSeen
+    | FlowOpened
+    | FlowClosed
+    | Denied
+    | Done
+    | PortUp
+    | PortDown
+    | Frame
+    | Log
+    | Failed
+)

@@ -1,0 +1,376 @@
+"""NatConfig: what a network is, checked when it is made.
+
+A frozen dataclass with its own checks and not a pydantic model: importing pydantic costs 90 ms, of the 400
+that `guestnet run -- true` may take in all. Every wrong value is a ConfigError that names it and says what
+to write instead.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, NetmaskValueError, ip_address
+from typing import Any, NoReturn, TypeVar
+
+from guestnet.errors import ConfigError
+from guestnet.ipam import format_mac, parse_mac
+
+MTU_LOWEST, MTU_HIGHEST = 68, 65520
+"""RFC 791, and what TAP and virtio carry."""
+PREFIX_SHORTEST, PREFIX_LONGEST = 8, 30
+"""A /30 has room for the gateway and one guest."""
+LEASE_SHORTEST, LEASE_LONGEST = 10, 0xFFFFFFFE
+NAME_LONGEST, LABEL_LONGEST = 253, 63
+_DEFAULT_SUBNET = "192.168.64.0/24"
+
+
+class NetMode(StrEnum):
+    """What the guests of a network can reach."""
+
+    NAT = "nat"
+    """Each other, the gateway, and everything that the host can reach."""
+    HOST_ONLY = "host_only"
+    """Each other, the gateway and its services."""
+    BRIDGED = "bridged"
+    """Joined to a network of the host."""
+
+
+class PollingStrategy(StrEnum):
+    """What a packet thread does when nothing is ready."""
+
+    BUSY = "busy"
+    """Polls for ever: shortest delay, one processor."""
+    ADAPTIVE = "adaptive"
+    """Polls for a moment after work, then sleeps."""
+    EVENT_DRIVEN = "event_driven"
+    """Sleeps."""
+
+
+class Filtering(StrEnum):
+    """Who may send to a port that a guest has opened by sending UDP (RFC 4787 section 5)."""
+
+    ENDPOINT_INDEPENDENT = "endpoint_independent"
+    """Anyone."""
+    ADDRESS_DEPENDENT = "address_dependent"
+    """Hosts that the guest has sent to from that port."""
+    ADDRESS_AND_PORT_DEPENDENT = "address_and_port_dependent"
+    """Ports that the guest has sent to from that port."""
+
+
+@dataclass(frozen=True)
+class StaticLease:
+    """An address, and perhaps a name, that a MAC always gets."""
+
+    mac: str
+    ip: IPv4Address
+    name: str | None = None
+
+
+_Choice = TypeVar("_Choice", bound=StrEnum)
+
+
+def _choice(kind: type[_Choice], what: str, value: object) -> _Choice:
+    try:
+        return kind(str(value))
+    except ValueError:
+        known = ", ".join(repr(choice.value) for choice in kind)
+        raise ConfigError(f"{what} {value!r} is none of {known}: choose one of them.") from None
+
+
+def _number(what: str, value: object, lowest: int, highest: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{what} {value!r} is not a whole number: write one from {lowest} to {highest}.")
+    if not lowest <= value <= highest:
+        raise ConfigError(f"{what} {value} is not between {lowest} and {highest}: choose one that is.")
+    return value
+
+
+def _yes_or_no(what: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{what} {value!r} is neither True nor False: write one of them.")
+    return value
+
+
+def _address(what: str, value: object) -> IPv4Address:
+    try:
+        if isinstance(value, str | IPv4Address):
+            return IPv4Address(value)
+    except AddressValueError:
+        pass
+    raise ConfigError(f"{what} {value!r} is not an IPv4 address: write one such as 192.168.64.10.")
+
+
+def _subnet(value: object) -> IPv4Network:
+    if isinstance(value, IPv4Network):
+        network = value
+    elif not isinstance(value, str):
+        raise ConfigError(f"subnet {value!r} is not an IPv4 subnet: write one such as {_DEFAULT_SUBNET!r}.")
+    else:
+        try:
+            network = IPv4Network(value, strict=False)
+        except (AddressValueError, NetmaskValueError, ValueError):
+            raise ConfigError(
+                f"subnet {value!r} is not an IPv4 subnet: write one such as {_DEFAULT_SUBNET!r}."
+            ) from None
+        if "/" not in value or str(network.network_address) != value.partition("/")[0]:
+            raise ConfigError(f"subnet {value!r} is an address, not a subnet: write {str(network)!r}.")
+    if not PREFIX_SHORTEST <= network.prefixlen <= PREFIX_LONGEST:
+        raise ConfigError(
+            f"subnet {network} must have a prefix of /{PREFIX_SHORTEST} to /{PREFIX_LONGEST}: "
+            f"write one such as {_DEFAULT_SUBNET!r}."
+        )
+    first, last = network.network_address.packed[0], network.broadcast_address.packed[0]
+    if first == 0 or last >= 224 or first == 127:
+        raise ConfigError(
+            f"subnet {network} is not for hosts: write a private one such as {_DEFAULT_SUBNET!r}."
+        )
+    return network
+
+
+def domain(what: str, value: object, *, one_label: bool = False) -> str:
+    """A domain name in lower case, without its final dot."""
+    kind = "name of one label" if one_label else "domain name"
+    example = "web" if one_label else "guestnet.internal"
+    if isinstance(value, str):
+        name = value.rstrip(".").lower()
+        labels = name.split(".")
+        if len(name) <= NAME_LONGEST and all(map(_is_label, labels)) and (len(labels) == 1 or not one_label):
+            return name
+    raise ConfigError(
+        f"{what} {value!r} is not a {kind}: write letters, digits and hyphens, such as {example!r}."
+    )
+
+
+def _is_label(label: str) -> bool:
+    fits = 0 < len(label) <= LABEL_LONGEST and label.isascii() and label.replace("_", "").replace("-", "")
+    return bool(fits) and str(fits).isalnum() and label[0] != "-" and label[-1] != "-"
+
+
+def _records(value: object) -> dict[str, tuple[str, ...]]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"dns_records {value!r} is not a mapping: write {{'web.example': ['192.0.2.1']}}.")
+    found: dict[str, tuple[str, ...]] = {}
+    for name, given in value.items():
+        if not isinstance(name, str) or not 0 < len(name.rstrip(".")) <= NAME_LONGEST:
+            raise ConfigError(f"dns_records name {name!r} is not a domain name: write one such as 'web.lan'.")
+        values = (
+            [given] if isinstance(given, str | IPv4Address | IPv6Address) else _several("dns_records", given)
+        )
+        for one in values:
+            _ip("dns_records", one)
+        found[name.rstrip(".").lower()] = tuple(str(one) for one in values)
+    return found
+
+
+def _several(what: str, value: object) -> tuple[Any, ...]:
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise ConfigError(f"{what} {value!r} is not a list: write one in brackets.")
+    return tuple(value)
+
+
+def _ip(what: str, value: object) -> str:
+    try:
+        if isinstance(value, str | IPv4Address | IPv6Address):
+            return str(ip_address(value))
+    except ValueError:
+        pass
+    raise ConfigError(f"{what} {value!r} is not an IP address: write one such as '192.0.2.1'.")
+
+
+def _path(what: str, value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str | os.PathLike) or not (path := os.fspath(value)) or "\0" in path:
+        raise ConfigError(f"{what} {value!r} is not a path: write one such as 'guests.pcapng'.")
+    return path
+
+
+def _named_numbers(what: str, value: object) -> dict[str, int]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{what} {value!r} is not a mapping of names to numbers.")
+    return {str(name): _number(f"{what} {name}", number, 1, 0xFFFFFFFF) for name, number in value.items()}
+
+
+@dataclass(frozen=True, init=False, eq=True)
+class NatConfig:
+    """A network. All arguments are keywords; text is taken wherever it is clear what it means.
+
+    - `subnet`: IPv4, /8 to /30. `gateway`: an address of it, the first by default.
+    - `mtu`: IP MTU of the guests in bytes, 68 to 65520.
+    - `mode`: see `NetMode`.
+    - `host_loopback`: let guests reach the host's 127.0.0.1 at the last address of the subnet, which is then
+      named `host.guestnet.internal`. Without it no guest reaches a service there.
+    - `dhcp`, `dns`: whether the gateway serves them. `lease_time` in seconds, 10 or more.
+    - `dns_records`: names with their addresses. `zone`: where endpoints have their names. `search`: domains
+      that guests try for short names, the zone by default. `resolvers`: addresses of name servers that
+      other names are asked of, those of the host by default, () for none.
+    - `static_leases`: addresses and names for known MACs, as `StaticLease` or mappings with its fields.
+    - `dhcp_start`, `dhcp_end`: the addresses that endpoints get, all of the subnet by default.
+    - `capture`: a file that every frame is written to (pcapng).
+    - `polling`, `batch_size` (frames, 1 to 1024), `max_spins`: see `PollingStrategy`.
+    - `filtering`: see `Filtering`.
+    - `gateway_mac`: the gateway's hardware address.
+    - `limits`, `timeouts` (seconds): bounds of the data plane by name, where its defaults do not fit.
+    """
+
+    subnet: IPv4Network
+    gateway: IPv4Address
+    mtu: int
+    mode: NetMode
+    host_loopback: bool
+    dhcp: bool
+    dns: bool
+    lease_time: int
+    dns_records: Mapping[str, tuple[str, ...]]
+    zone: str
+    search: tuple[str, ...]
+    resolvers: tuple[str, ...] | None
+    static_leases: tuple[StaticLease, ...]
+    dhcp_start: IPv4Address
+    dhcp_end: IPv4Address
+    capture: str | None
+    polling: PollingStrategy
+    batch_size: int
+    max_spins: int
+    filtering: Filtering
+    gateway_mac: str
+    limits: Mapping[str, int]
+    timeouts: Mapping[str, int]
+
+    def __init__(
+        self,
+        *,
+        subnet: str | IPv4Network = _DEFAULT_SUBNET,
+        gateway: str | IPv4Address | None = None,
+        mtu: int = 1500,
+        mode: str | NetMode = NetMode.NAT,
+        host_loopback: bool = False,
+        dhcp: bool = True,
+        dns: bool = True,
+        lease_time: int = 3600,
+        dns_records: Mapping[str, str | Iterable[str]] | None = None,
+        zone: str = "guestnet.internal",
+        search: Iterable[str] | None = None,
+        resolvers: Iterable[str] | None = None,
+        static_leases: Iterable[StaticLease | Mapping[str, Any]] = (),
+        dhcp_start: str | IPv4Address | None = None,
+        dhcp_end: str | IPv4Address | None = None,
+        capture: str | os.PathLike[str] | None = None,
+        polling: str | PollingStrategy = PollingStrategy.ADAPTIVE,
+        batch_size: int = 64,
+        max_spins: int = 1000,
+        filtering: str | Filtering = Filtering.ADDRESS_DEPENDENT,
+        gateway_mac: str | bytes | None = None,
+        limits: Mapping[str, int] | None = None,
+        timeouts: Mapping[str, int] | None = None,
+    ) -> None:
+        put = object.__setattr__
+        put(self, "subnet", _subnet(subnet))
+        put(self, "mtu", _number("mtu", mtu, MTU_LOWEST, MTU_HIGHEST))
+        put(self, "mode", _choice(NetMode, "mode", mode))
+        put(self, "host_loopback", _yes_or_no("host_loopback", host_loopback))
+        put(self, "dhcp", _yes_or_no("dhcp", dhcp))
+        put(self, "dns", _yes_or_no("dns", dns))
+        put(self, "lease_time", _number("lease_time", lease_time, LEASE_SHORTEST, LEASE_LONGEST))
+        put(self, "dns_records", _records({} if dns_records is None else dns_records))
+        put(self, "zone", domain("zone", zone))
+        names = (self.zone,) if search is None else _several("search", search)
+        put(self, "search", tuple(domain("search", name) for name in names))
+        servers = resolvers if resolvers is None else _several("resolvers", resolvers)
+        put(self, "resolvers", servers and tuple(_ip("resolvers", server) for server in servers))
+        put(self, "capture", _path("capture", capture))
+        put(self, "polling", _choice(PollingStrategy, "polling", polling))
+        put(self, "batch_size", _number("batch_size", batch_size, 1, 1024))
+        put(self, "max_spins", _number("max_spins", max_spins, 0, 1_000_000))
+        put(self, "filtering", _choice(Filtering, "filtering", filtering))
+        put(self, "limits", _named_numbers("limits", limits or {}))
+        put(self, "timeouts", _named_numbers("timeouts", timeouts or {}))
+        put(self, "gateway", self._host("gateway", self.subnet[1] if gateway is None else gateway))
+        self._check_loopback()
+        own = parse_mac(b"\x02gn" + self.gateway.packed[1:] if gateway_mac is None else gateway_mac)
+        put(self, "gateway_mac", format_mac(own))
+        # The whole subnet is handed out; the gateway and the host's loopback are taken from it beforehand.
+        put(
+            self, "dhcp_start", self._host("dhcp_start", self.subnet[1] if dhcp_start is None else dhcp_start)
+        )
+        put(self, "dhcp_end", self._host("dhcp_end", self.subnet[-2] if dhcp_end is None else dhcp_end))
+        if self.dhcp_start > self.dhcp_end:
+            raise ConfigError(
+                f"dhcp_start {self.dhcp_start} is after dhcp_end {self.dhcp_end}: give the lower one first."
+            )
+        put(self, "static_leases", self._leases(_several("static_leases", static_leases)))
+
+    @property
+    def prefix_len(self) -> int:
+        """Length of the subnet's prefix."""
+        return self.subnet.prefixlen
+
+    @property
+    def loopback_address(self) -> IPv4Address | None:
+        """What guests reach the host's 127.0.0.1 by, None when they do not."""
+        return self.subnet[-2] if self.host_loopback else None
+
+    def replace(self, **changes: Any) -> NatConfig:
+        """A copy with other values. What followed from the values that change is worked out anew."""
+        kept = {f.name: getattr(self, f.name) for f in fields(self)}
+        if "subnet" in changes:
+            for name in ("gateway", "dhcp_start", "dhcp_end", "gateway_mac"):
+                kept.pop(name)
+        return NatConfig(**{**kept, **changes})
+
+    def _host(self, what: str, value: object) -> IPv4Address:
+        """An address that a host of the subnet can have."""
+        address = _address(what, value)
+        ends = (self.subnet.network_address, self.subnet.broadcast_address)
+        if address not in self.subnet or address in ends:
+            raise ConfigError(
+                f"{what} {address} is not the address of a host in {self.subnet}: "
+                f"choose one from {self.subnet[1]} to {self.subnet[-2]}."
+            )
+        return address
+
+    def _check_loopback(self) -> None:
+        if not self.host_loopback:
+            return
+        if self.subnet.prefixlen == PREFIX_LONGEST:
+            raise ConfigError(
+                f"subnet {self.subnet} has no room for host_loopback besides the gateway and a guest: "
+                "choose a larger one, such as a /29."
+            )
+        if self.gateway == self.loopback_address:
+            raise ConfigError(
+                f"gateway {self.gateway} is the address that host_loopback takes: choose another gateway."
+            )
+
+    def _leases(self, values: tuple[object, ...]) -> tuple[StaticLease, ...]:
+        leases: list[StaticLease] = []
+        seen: set[object] = set()
+        for value in values:
+            lease = self._lease(value)
+            for one in (lease.mac, lease.ip, lease.name):
+                if one is not None and one in seen:
+                    raise ConfigError(f"static_leases names {one} twice: give each guest its own.")
+                seen.add(one)
+            leases.append(lease)
+        return tuple(leases)
+
+    def _lease(self, value: object) -> StaticLease:
+        if isinstance(value, StaticLease):
+            value = {"mac": value.mac, "ip": value.ip, "name": value.name}
+        if not isinstance(value, Mapping) or not {"mac", "ip"} <= set(value) <= {"mac", "ip", "name"}:
+            _refuse_lease(value)
+        ip = self._host("static_leases", value["ip"])
+        if ip in (self.gateway, self.loopback_address):
+            raise ConfigError(f"static_leases {ip} is an address of the gateway's own: choose another.")
+        name = value.get("name")
+        mac = format_mac(parse_mac(value["mac"]))
+        return StaticLease(mac, ip, None if name is None else domain("static_leases", name, one_label=True))
+
+
+def _refuse_lease(value: object) -> NoReturn:
+    raise ConfigError(
+        f"static_leases entry {value!r} is not a lease: write "
+        "{'mac': '02:00:5e:10:00:01', 'ip': '192.168.64.10', 'name': 'web'}."
+    )

@@ -1,0 +1,77 @@
+"""Endpoint: one guest's network card, as the network knows it."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address
+
+from guestnet.config import NetMode
+
+
+class Endpoint:
+    """One guest NIC. Made by the network; what may change (the address after a conflict, the MAC of a guest
+    that does not have the one it was given) is changed by the network alone.
+    """
+
+    __slots__ = ("_attached", "_hostname", "_id", "_ip", "_listener", "_mac", "_mode", "_seen")
+
+    def __init__(
+        self,
+        id: str,
+        mac: str,
+        ip: IPv4Address,
+        mode: NetMode = NetMode.NAT,
+        hostname: str | None = None,
+        listener: str | None = None,
+    ) -> None:
+        self._id = id
+        self._mac = mac
+        self._ip = ip
+        self._mode = mode
+        self._hostname = hostname
+        self._listener = listener
+        self._attached: str | None = None
+        self._seen: dict[IPv4Address, None] = {}
+
+    @property
+    def id(self) -> str:
+        """The name that tells it apart, also for DNS."""
+        return self._id
+
+    @property
+    def mac(self) -> str:
+        """Its hardware address. A generated one is a proposal until the guest has shown its own."""
+        return self._mac
+
+    @property
+    def ip(self) -> IPv4Address:
+        """The address that DHCP gives it."""
+        return self._ip
+
+    @property
+    def mode(self) -> NetMode:
+        """What it can reach."""
+        return self._mode
+
+    @property
+    def hostname(self) -> str | None:
+        """Another name that it has for DNS: given, or told by the guest itself."""
+        return self._hostname
+
+    @property
+    def attachment(self) -> str | None:
+        """How its frames enter: "tap", "stream", "dgram", "unixgram", "memory"; None when they do not."""
+        return self._attached
+
+    @property
+    def listener(self) -> str | None:
+        """The path of the listener that it came to, None for one that was created."""
+        return self._listener
+
+    @property
+    def addresses(self) -> tuple[IPv4Address, ...]:
+        """All addresses: the one that DHCP gives, then those that the guest was seen to use besides."""
+        return (self._ip, *(address for address in self._seen if address != self._ip))
+
+    def __repr__(self) -> str:
+        how = f" by {self._attached}" if self._attached else ""
+        return f"<Endpoint {self._id!r} {self._mac} {self._ip} {self._mode}{how}>"

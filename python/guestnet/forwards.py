@@ -1,0 +1,236 @@
+"""Forwards: published ports, their grammar (Docker's, and a guest's name) and the host's sockets for them.
+
+    [HOST_IP:]HOST_PORT[-END]:[GUEST:]GUEST_PORT[-END][/tcp|/udp]
+
+The sockets are opened here, all of a range or none, so that "port taken" is said before any guest starts.
+Imported before `guestnet run` forks: light, and no thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+from guestnet.errors import ConfigError, GuestnetError, PortInUse, UnsupportedError
+
+PORT_HIGHEST = 65535
+BACKLOG = 4096
+_EVERYWHERE = IPv4Address("0.0.0.0")
+_GRAMMAR = "[HOST_IP:]PORT[-END]:[GUEST:]PORT[-END][/tcp|/udp], such as 8080:80 or 127.0.0.1:53:vm1:53/udp"
+
+
+@dataclass(frozen=True)
+class ForwardSpec:
+    """A range of ports of the host (often of one) that leads to ports of a guest."""
+
+    host_ports: range
+    guest_ports: range
+    protocol: str = "tcp"
+    host_ip: IPv4Address | IPv6Address | None = None
+    """None: every address of the host."""
+    guest: str | None = None
+    """An endpoint's id or an address; None: the only endpoint."""
+
+    def __post_init__(self) -> None:
+        if len(self.host_ports) != len(self.guest_ports):
+            raise ConfigError(
+                f"{_ports(self.host_ports)} and {_ports(self.guest_ports)} are not equally many ports: "
+                "write ranges of the same length."
+            )
+        if self.protocol not in ("tcp", "udp"):
+            raise ConfigError(f"{self.protocol!r} is not a protocol of ports: write tcp or udp.")
+
+    @classmethod
+    def parse(cls, text: str) -> ForwardSpec:
+        """Reads the grammar of this module."""
+        body, slash, protocol = text.strip().rpartition("/")
+        if not slash:
+            body, protocol = protocol, "tcp"
+        parts = _split(text, body)
+        if len(parts) < 2 or len(parts) > 4:
+            raise _wrong(text, f"write {_GRAMMAR}")
+        guest_ports = _range(text, parts.pop(), lowest=1)
+        guest, host_ip = None, None
+        # Two parts may stand before the guest's port or between: the host's port is the one that is a port.
+        if len(parts) == 3:
+            host_ip, host, guest = parts
+        elif len(parts) == 1:
+            (host,) = parts
+        elif _looks_like_ports(parts[0]):
+            host, guest = parts
+        else:
+            host_ip, host = parts
+        try:
+            return cls(
+                _range(text, host, lowest=0),
+                guest_ports,
+                protocol.lower(),
+                None if host_ip is None else _host_ip(text, host_ip),
+                None if guest is None else _guest(text, guest),
+            )
+        except ConfigError as error:
+            if str(error).startswith("The published port"):
+                raise
+            raise _wrong(text, str(error).rstrip(".")) from None
+
+    def __str__(self) -> str:
+        where = _EVERYWHERE if self.host_ip is None else self.host_ip
+        shown = f"[{where}]" if where.version == 6 else str(where)
+        guest = "guest" if self.guest is None else self.guest
+        guest = f"[{guest}]" if ":" in guest else guest
+        return f"{shown}:{_ports(self.host_ports)}/{self.protocol} -> {guest}:{_ports(self.guest_ports)}"
+
+    @property
+    def guest_address(self) -> IPv4Address | None:
+        """The guest's address, where it was given and not a name."""
+        try:
+            address = ip_address(self.guest or "")
+        except ValueError:
+            return None
+        if isinstance(address, IPv6Address):
+            raise UnsupportedError(f"Ports of IPv6 guests ({address}) cannot be published yet: use IPv4.")
+        return address
+
+
+def _wrong(text: str, what: str) -> ConfigError:
+    return ConfigError(f"The published port {text!r} is not right: {what}.")
+
+
+def _split(text: str, body: str) -> list[str]:
+    """Parts at colons outside brackets; an IPv6 address in brackets loses them."""
+    parts, at = [""], 0
+    while at < len(body):
+        if body[at] == "[" and parts[-1] == "":
+            end = body.find("]", at)
+            if end < 0 or body[end + 1 : end + 2] != ":":
+                raise _wrong(text, "an IPv6 address stands in brackets, with a colon behind")
+            parts[-1] = body[at + 1 : end]
+            if ":" not in parts[-1]:
+                raise _wrong(text, f"{parts[-1]!r} in brackets is not an IPv6 address")
+            at = end + 1
+        elif body[at] == ":":
+            parts.append("")
+            at += 1
+        else:
+            parts[-1] += body[at]
+            at += 1
+    return parts
+
+
+def _looks_like_ports(part: str) -> bool:
+    return part.replace("-", "", 1).isdigit()
+
+
+def _range(text: str, part: str, lowest: int) -> range:
+    first, dash, last = part.partition("-")
+    numbers = [first, last] if dash else [first]
+    if not all(number.isascii() and number.isdigit() and len(number) <= 5 for number in numbers):
+        raise _wrong(text, f"{part!r} is not a port or a range of ports; write {_GRAMMAR}")
+    start, end = int(numbers[0]), int(numbers[-1])
+    if not lowest <= start <= PORT_HIGHEST or end > PORT_HIGHEST:
+        raise _wrong(text, f"{part!r} is not between {lowest or 1} and {PORT_HIGHEST}")
+    if end < start or (start == 0 and dash):
+        raise _wrong(text, f"the range {part!r} is upside down or begins with 0")
+    return range(start, end + 1)
+
+
+def _host_ip(text: str, part: str) -> IPv4Address | IPv6Address | None:
+    if part == "":
+        return None
+    if part == "localhost":
+        return IPv4Address("127.0.0.1")
+    try:
+        return ip_address(part)
+    except ValueError:
+        raise _wrong(text, f"{part!r} is not an address of the host") from None
+
+
+def _guest(text: str, part: str) -> str | None:
+    if any(c in part for c in " \t/[]"):
+        raise _wrong(text, f"{part!r} is not the name or address of a guest")
+    return part or None
+
+
+def _ports(ports: range) -> str:
+    return str(ports[0]) if len(ports) == 1 else f"{ports[0]}-{ports[-1]}"
+
+
+# --- sockets ---
+
+
+def open_sockets(spec: ForwardSpec) -> list[list[socket.socket]]:
+    """For each port of the range the sockets that listen on it: all ports of the range, or none."""
+    opened: list[list[socket.socket]] = []
+    try:
+        for port in spec.host_ports:
+            opened.append(_open_port(spec, port))
+    except BaseException:
+        close_sockets(opened)
+        raise
+    return opened
+
+
+def close_sockets(sockets: list[list[socket.socket]]) -> None:
+    """Closes them all."""
+    for group in sockets:
+        for one in group:
+            one.close()
+
+
+def _open_port(spec: ForwardSpec, port: int) -> list[socket.socket]:
+    if spec.host_ip is not None:
+        return [_open(spec, spec.host_ip, port)]
+    first = _open(spec, _EVERYWHERE, port)
+    try:
+        # The same port for both families, also when the kernel chose it.
+        return [first, _open(spec, IPv6Address("::"), int(first.getsockname()[1]))]
+    except PortInUse:
+        first.close()
+        raise
+    except (GuestnetError, OSError):
+        return [first]  # a host without IPv6
+
+
+def _open(spec: ForwardSpec, address: IPv4Address | IPv6Address, port: int) -> socket.socket:
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    kind = socket.SOCK_STREAM if spec.protocol == "tcp" else socket.SOCK_DGRAM
+    try:
+        made = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    except OSError as error:
+        raise _not_opened(spec, address, port, error) from error
+    try:
+        if family == socket.AF_INET6:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if kind == socket.SOCK_STREAM:
+            # A connection of an earlier run that lingers in TIME_WAIT does not hold the port.
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((str(address), port))
+        if kind == socket.SOCK_STREAM:
+            made.listen(BACKLOG)
+    except OSError as error:
+        made.close()
+        raise _not_opened(spec, address, port, error) from error
+    return made
+
+
+def _not_opened(
+    spec: ForwardSpec, address: IPv4Address | IPv6Address, port: int, error: OSError
+) -> GuestnetError:
+    shown = f"[{address}]" if address.version == 6 else str(address)
+    where = f"{spec.protocol.upper()} port {shown}:{port} of the host"
+    if error.errno == errno.EADDRINUSE:
+        flag = "t" if spec.protocol == "tcp" else "u"
+        return PortInUse(
+            f"{where} is in use, so {spec} cannot be published: publish another one "
+            f"(`ss -ln{flag}p sport = :{port}` says who has it)."
+        )
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return GuestnetError(
+            f"{where} may not be opened by this user: publish a port from 1024 up, or lower the sysctl "
+            "net.ipv4.ip_unprivileged_port_start."
+        )
+    if error.errno == errno.EADDRNOTAVAIL:
+        return GuestnetError(f"{where} cannot be opened: this host has no address {address}.")
+    return GuestnetError(f"{where} cannot be opened ({error.strerror}): publish another port.")

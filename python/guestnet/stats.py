@@ -1,0 +1,67 @@
+"""Counters of a network, as one moment that can be kept, printed and subtracted from a later one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class NetworkStats:
+    """Since the network was started; frames and bytes are counted at the guests' side.
+
+    `drops` has a count for every reason that something was dropped for, `io` what the packet thread counts.
+    """
+
+    rx_frames: int = 0
+    """Frames from guests."""
+    rx_bytes: int = 0
+    tx_frames: int = 0
+    """Frames to guests."""
+    tx_bytes: int = 0
+    flows_opened: int = 0
+    flows_closed: int = 0
+    retransmits: int = 0
+    """TCP segments sent to guests again."""
+    icmp_errors: int = 0
+    """ICMP errors sent to guests."""
+    drops: Mapping[str, int] = field(default_factory=dict)
+    io: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_native(cls, values: Mapping[str, Any]) -> NetworkStats:
+        """From what `guestnet._native` gives."""
+        return cls(**values)
+
+    @property
+    def connections(self) -> int:
+        """Flows that are open."""
+        return self.flows_opened - self.flows_closed
+
+    @property
+    def dropped(self) -> int:
+        """All drops together."""
+        return sum(self.drops.values())
+
+    def __sub__(self, earlier: NetworkStats) -> NetworkStats:
+        """What was counted since `earlier`; what can fall (open sockets) is 0 when it fell."""
+        return NetworkStats(
+            **{f.name: _less(getattr(self, f.name), getattr(earlier, f.name)) for f in fields(self)}
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain dictionaries, for JSON."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+
+def _less(now: Any, then: Any) -> Any:
+    if isinstance(now, Mapping):
+        return {key: _less(value, then.get(key, 0)) for key, value in now.items()}
+    if isinstance(now, list | tuple):
+        return [_less(a, b) for a, b in zip(now, then or [0] * len(now), strict=True)]
+    return max(0, now - then)
+
+
+def _plain(value: Any) -> Any:
+    return {key: _plain(v) for key, v in value.items()} if isinstance(value, Mapping) else value

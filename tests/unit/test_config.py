@@ -1,0 +1,129 @@
+"""Every wrong value of a configuration is named by a ConfigError."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address, IPv4Network
+from typing import Any
+
+import pytest
+from guestnet.config import Filtering, NatConfig, NetMode, PollingStrategy, StaticLease
+from guestnet.errors import ConfigError, GuestnetError
+
+
+def test_defaults() -> None:
+    config = NatConfig()
+    assert config.subnet == IPv4Network("192.168.64.0/24")
+    assert config.gateway == IPv4Address("192.168.64.1")
+    assert (config.prefix_len, config.mtu, config.mode) == (24, 1500, NetMode.NAT)
+    assert config.dhcp_end == IPv4Address("192.168.64.254")
+    assert config.loopback_address is None
+    assert config.search == ("guestnet.internal",)
+    assert config.resolvers is None
+    assert config.gateway_mac == "02:67:6e:a8:40:01"
+    assert NatConfig() == config
+    assert "192.168.64.0/24" in repr(config)
+
+
+def test_text_is_read() -> None:
+    config = NatConfig(
+        subnet="10.0.0.0/29",
+        gateway="10.0.0.5",
+        mode="host_only",
+        polling="busy",
+        filtering="endpoint_independent",
+        host_loopback=True,
+        dns_records={"Web.Example.": "192.0.2.1", "v6.example": ["2001:db8::1", "192.0.2.2"]},
+        resolvers=["192.0.2.53"],
+        static_leases=[{"mac": "02-00-00-00-00-01", "ip": "10.0.0.2", "name": "Web"}],
+        capture="x.pcapng",
+        gateway_mac="02:00:00:00:00:ff",
+    )
+    assert config.loopback_address == IPv4Address("10.0.0.6")
+    assert (config.mode, config.polling) == (NetMode.HOST_ONLY, PollingStrategy.BUSY)
+    assert config.filtering == Filtering.ENDPOINT_INDEPENDENT
+    assert config.dns_records["web.example"] == ("192.0.2.1",)
+    assert config.static_leases == (StaticLease("02:00:00:00:00:01", IPv4Address("10.0.0.2"), "web"),)
+
+
+def test_replace() -> None:
+    config = NatConfig(
+        mtu=9000, static_leases=[StaticLease("02:00:00:00:00:01", IPv4Address("192.168.64.9"))]
+    )
+    assert config.replace(mtu=1400).mtu == 1400
+    assert config.replace(mtu=1400).static_leases == config.static_leases
+    moved = NatConfig(mtu=9000).replace(subnet="10.1.0.0/16")
+    assert (moved.gateway, moved.mtu) == (IPv4Address("10.1.0.1"), 9000)
+    assert moved.dhcp_end == IPv4Address("10.1.255.254")
+
+
+def test_frozen() -> None:
+    with pytest.raises(AttributeError):
+        NatConfig().mtu = 9000  # type: ignore[misc]
+
+
+LEASE = {"mac": "02:00:00:00:00:01", "ip": "192.168.64.9"}
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"subnet": "192.168.64.0"}, "subnet '192.168.64.0'"),
+        ({"subnet": "192.168.64.1/24"}, "192.168.64.0/24"),
+        ({"subnet": "192.168.64.0/31"}, "/8 to /30"),
+        ({"subnet": "0.0.0.0/0"}, "/8 to /30"),
+        ({"subnet": "10.0.0.0/7"}, "subnet"),
+        ({"subnet": "127.0.0.0/8"}, "not for hosts"),
+        ({"subnet": "224.0.0.0/24"}, "not for hosts"),
+        ({"subnet": "240.0.0.0/8"}, "not for hosts"),
+        ({"subnet": "0.0.0.0/8"}, "not for hosts"),
+        ({"subnet": "fd00::/64"}, "not an IPv4 subnet"),
+        ({"subnet": 7}, "subnet 7"),
+        ({"gateway": "10.0.0.1"}, "gateway 10.0.0.1"),
+        ({"gateway": "192.168.64.0"}, "gateway 192.168.64.0"),
+        ({"gateway": "192.168.64.255"}, "gateway 192.168.64.255"),
+        ({"gateway": "x"}, "gateway 'x'"),
+        ({"gateway": 3232251905}, "gateway 3232251905"),
+        ({"mtu": 67}, "mtu 67"),
+        ({"mtu": 65521}, "mtu 65521"),
+        ({"mtu": "1500"}, "mtu '1500'"),
+        ({"mtu": True}, "mtu True"),
+        ({"mode": "wild"}, "mode 'wild'"),
+        ({"host_loopback": 1}, "host_loopback 1"),
+        ({"host_loopback": True, "subnet": "10.0.0.0/30"}, "no room"),
+        ({"host_loopback": True, "gateway": "192.168.64.254"}, "gateway 192.168.64.254"),
+        ({"dns": None}, "dns None"),
+        ({"lease_time": 0}, "lease_time 0"),
+        ({"dns_records": ["a"]}, "dns_records"),
+        ({"dns_records": {"a": "b"}}, "dns_records 'b'"),
+        ({"dns_records": {"": "192.0.2.1"}}, "dns_records name ''"),
+        ({"zone": "a..b"}, "zone 'a..b'"),
+        ({"zone": "a b"}, "zone 'a b'"),
+        ({"search": "guestnet.internal"}, "search"),
+        ({"search": ["-x"]}, "search '-x'"),
+        ({"resolvers": "192.0.2.53"}, "resolvers"),
+        ({"resolvers": ["dns.example"]}, "resolvers 'dns.example'"),
+        ({"static_leases": [{}]}, "static_leases"),
+        ({"static_leases": [{**LEASE, "ip": "192.168.64.1"}]}, "192.168.64.1"),
+        ({"static_leases": [{**LEASE, "ip": "10.0.0.1"}]}, "10.0.0.1"),
+        ({"static_leases": [{**LEASE, "mac": "x"}]}, "MAC address"),
+        ({"static_leases": [LEASE, LEASE]}, "twice"),
+        ({"static_leases": [{**LEASE, "name": "a.b"}]}, "'a.b'"),
+        ({"static_leases": [{**LEASE, "nome": "a"}]}, "nome"),
+        ({"dhcp_start": "192.168.64.9", "dhcp_end": "192.168.64.8"}, "dhcp_start 192.168.64.9"),
+        ({"capture": ""}, "capture ''"),
+        ({"capture": 3}, "capture 3"),
+        ({"polling": "lazy"}, "polling 'lazy'"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"max_spins": -1}, "max_spins -1"),
+        ({"filtering": "none"}, "filtering 'none'"),
+        ({"gateway_mac": "ff:ff:ff:ff:ff:ff"}, "ff:ff"),
+        ({"limits": {"flows": 0}}, "limits flows 0"),
+        ({"timeouts": [1]}, "timeouts"),
+    ],
+)
+def test_wrong_values_are_named(values: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        NatConfig(**values)
+    assert named in str(caught.value)
+    assert isinstance(caught.value, GuestnetError)
+    assert isinstance(caught.value, ValueError)
