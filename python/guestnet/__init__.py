@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from guestnet.forwards import ForwardSpec as ForwardSpec
     from guestnet.ipam import IpAllocator as IpAllocator
     from guestnet.ipam import generate_mac as generate_mac
+    from guestnet.network import NatNetwork as NatNetwork
+    from guestnet.publishing import Forward as Forward
+    from guestnet.stats import FlowRecord as FlowRecord
     from guestnet.stats import NetworkStats as NetworkStats
 
 # Where each public name lives. tests/unit/test_package.py holds it against the imports above.
@@ -64,7 +67,9 @@ _HOME = {
     "guestnet.events": ("NetworkEvent",),
     "guestnet.forwards": ("ForwardSpec",),
     "guestnet.ipam": ("IpAllocator", "generate_mac"),
-    "guestnet.stats": ("NetworkStats",),
+    "guestnet.network": ("NatNetwork",),
+    "guestnet.publishing": ("Forward",),
+    "guestnet.stats": ("FlowRecord", "NetworkStats"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -287,15 +287,19 @@ class NatConfig:
         put(self, "filtering", _choice(Filtering, "filtering", filtering))
         put(self, "limits", _named_numbers("limits", limits or {}))
         put(self, "timeouts", _named_numbers("timeouts", timeouts or {}))
-        put(self, "gateway", self._host("gateway", self.subnet[1] if gateway is None else gateway))
+        put(self, "gateway", self.host_address("gateway", self.subnet[1] if gateway is None else gateway))
         self._check_loopback()
         own = parse_mac(b"\x02gn" + self.gateway.packed[1:] if gateway_mac is None else gateway_mac)
         put(self, "gateway_mac", format_mac(own))
         # The whole subnet is handed out; the gateway and the host's loopback are taken from it beforehand.
         put(
-            self, "dhcp_start", self._host("dhcp_start", self.subnet[1] if dhcp_start is None else dhcp_start)
+            self,
+            "dhcp_start",
+            self.host_address("dhcp_start", self.subnet[1] if dhcp_start is None else dhcp_start),
         )
-        put(self, "dhcp_end", self._host("dhcp_end", self.subnet[-2] if dhcp_end is None else dhcp_end))
+        put(
+            self, "dhcp_end", self.host_address("dhcp_end", self.subnet[-2] if dhcp_end is None else dhcp_end)
+        )
         if self.dhcp_start > self.dhcp_end:
             raise ConfigError(
                 f"dhcp_start {self.dhcp_start} is after dhcp_end {self.dhcp_end}: give the lower one first."
@@ -320,7 +324,7 @@ class NatConfig:
                 kept.pop(name)
         return NatConfig(**{**kept, **changes})
 
-    def _host(self, what: str, value: object) -> IPv4Address:
+    def host_address(self, what: str, value: object) -> IPv4Address:
         """An address that a host of the subnet can have."""
         address = _address(what, value)
         ends = (self.subnet.network_address, self.subnet.broadcast_address)
@@ -361,7 +365,7 @@ class NatConfig:
             value = {"mac": value.mac, "ip": value.ip, "name": value.name}
         if not isinstance(value, Mapping) or not {"mac", "ip"} <= set(value) <= {"mac", "ip", "name"}:
             _refuse_lease(value)
-        ip = self._host("static_leases", value["ip"])
+        ip = self.host_address("static_leases", value["ip"])
         if ip in (self.gateway, self.loopback_address):
             raise ConfigError(f"static_leases {ip} is an address of the gateway's own: choose another.")
         name = value.get("name")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
@@ -76,11 +77,7 @@ class ForwardSpec:
             raise _wrong(text, str(error).rstrip(".")) from None
 
     def __str__(self) -> str:
-        where = _EVERYWHERE if self.host_ip is None else self.host_ip
-        shown = f"[{where}]" if where.version == 6 else str(where)
-        guest = "guest" if self.guest is None else self.guest
-        guest = f"[{guest}]" if ":" in guest else guest
-        return f"{shown}:{_ports(self.host_ports)}/{self.protocol} -> {guest}:{_ports(self.guest_ports)}"
+        return show(self, self.host_ports)
 
     @property
     def guest_address(self) -> IPv4Address | None:
@@ -92,6 +89,15 @@ class ForwardSpec:
         if isinstance(address, IPv6Address):
             raise UnsupportedError(f"Ports of IPv6 guests ({address}) cannot be published yet: use IPv4.")
         return address
+
+
+def show(spec: ForwardSpec, host_ports: Sequence[int]) -> str:
+    """What leads where, with the host's ports as they are."""
+    where = _EVERYWHERE if spec.host_ip is None else spec.host_ip
+    shown = f"[{where}]" if where.version == 6 else str(where)
+    guest = "guest" if spec.guest is None else spec.guest
+    guest = f"[{guest}]" if ":" in guest else guest
+    return f"{shown}:{_ports(host_ports)}/{spec.protocol} -> {guest}:{_ports(spec.guest_ports)}"
 
 
 def _wrong(text: str, what: str) -> ConfigError:
@@ -153,7 +159,7 @@ def _guest(text: str, part: str) -> str | None:
     return part or None
 
 
-def _ports(ports: range) -> str:
+def _ports(ports: Sequence[int]) -> str:
     return str(ports[0]) if len(ports) == 1 else f"{ports[0]}-{ports[-1]}"
 
 

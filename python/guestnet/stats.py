@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 
@@ -65,3 +66,28 @@ def _less(now: Any, then: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     return {key: _plain(v) for key, v in value.items()} if isinstance(value, Mapping) else value
+
+
+@dataclass(frozen=True)
+class FlowRecord:
+    """One conversation that the network carries now."""
+
+    endpoint: str | None
+    """The id of the guest, None when it has just left."""
+    protocol: str
+    """ "tcp", "udp" or "icmp"."""
+    guest: tuple[IPv4Address | IPv6Address, int]
+    """The guest's address and port (echo: identifier)."""
+    remote: tuple[IPv4Address | IPv6Address, int]
+    """The other side, as the guest names it."""
+    inbound: bool
+    """Whether the outside opened it, through a forward."""
+    state: str
+    bytes_out: int
+    """Payload from the guest."""
+    bytes_in: int
+    """Payload to the guest."""
+    age: float
+    """Seconds since it was opened."""
+    idle: float
+    """Seconds since it last carried something."""

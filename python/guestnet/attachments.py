@@ -1,0 +1,163 @@
+"""How frames of an endpoint enter, and where guests arrive: what a network hands out for them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from threading import Condition
+from typing import TYPE_CHECKING
+
+from guestnet.errors import AttachError, BusyError, ConfigError, NotRunning
+
+if TYPE_CHECKING:
+    from guestnet.network import NatNetwork
+    from guestnet.session import Session
+
+ATTACHMENTS = ("tap", "stream", "dgram", "memory")
+LISTENERS = ("stream", "dgram", "unixgram")
+PATH_LONGEST = 107
+"""sun_path of Linux is 108 bytes with its final zero."""
+_BACKLOG = 128
+_KEPT_FRAMES = 4096
+_SEND_SECONDS = 1.0
+_RETRY_SECONDS = 0.0005
+
+
+class Attachment:
+    """Frames of an endpoint enter and leave here."""
+
+    def __init__(self, endpoint_id: str, kind: str) -> None:
+        self.endpoint_id = endpoint_id
+        self.kind = kind
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.kind} of {self.endpoint_id!r}>"
+
+
+class MemoryAttachment(Attachment):
+    """A guest in this process: `send` gives its frames to the network; those for it go to `on_frame`, in the
+    control thread, or wait for `recv` when there is no `on_frame`."""
+
+    def __init__(
+        self, endpoint_id: str, session: Session, port: int, on_frame: Callable[[bytes], object] | None
+    ) -> None:
+        super().__init__(endpoint_id, "memory")
+        self._session = session
+        self._port = port
+        self._on_frame = on_frame
+        self._frames: deque[bytes] = deque(maxlen=_KEPT_FRAMES)
+        self._arrived = Condition()
+        self.lost = 0
+
+    def send(self, frame: bytes) -> None:
+        """A frame from the guest, Ethernet header first. From any thread; waits a little when the network is
+        behind, and loses the frame (`lost` counts it) when that lasts, as any network does."""
+        control = self._session.control
+        deadline = 0.0 if control.is_own_thread else time.monotonic() + _SEND_SECONDS
+        while True:
+            try:
+                control.plane.inject(self._port, frame)
+                return
+            except BusyError:
+                if not control.plane.is_healthy:
+                    raise NotRunning("The network of this guest was stopped.") from None
+                if time.monotonic() >= deadline:
+                    self.lost += 1
+                    return
+                time.sleep(_RETRY_SECONDS)
+
+    def recv(self, timeout: float | None = None) -> bytes | None:
+        """The next frame for the guest, None when none came in `timeout` seconds."""
+        with self._arrived:
+            if not self._arrived.wait_for(lambda: bool(self._frames), timeout):
+                return None
+            return self._frames.popleft()
+
+    def deliver(self, frame: bytes) -> None:
+        """A frame for the guest; called by the network."""
+        if self._on_frame is not None:
+            self._on_frame(frame)
+            return
+        with self._arrived:
+            self._frames.append(frame)
+            self._arrived.notify()
+
+
+class Listener:
+    """A socket where guests arrive. Each that comes is an endpoint of its own."""
+
+    def __init__(self, network: NatNetwork, number: int, kind: str, path: str) -> None:
+        self._network = network
+        self.number = number
+        self.kind = kind
+        self.path = path
+
+    def close(self) -> None:
+        """Takes no more guests and removes the socket. Guests on a stream stay; others go with it."""
+        self._network._run(self._network._live().stop_listening(self))
+
+    async def aclose(self) -> None:
+        """As `close`."""
+        await self._network._arun(self._network._live().stop_listening(self))
+
+    def unlink(self) -> None:
+        """Removes the socket's file."""
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+
+    def __repr__(self) -> str:
+        return f"<Listener {self.kind} {self.path}>"
+
+
+def listening_socket(kind: str, path: str | os.PathLike[str]) -> socket.socket:
+    """A unix socket that only this user can reach, bound to `path`, and listening for `stream`."""
+    if kind not in LISTENERS:
+        raise ConfigError(f"{kind!r} is not a kind of listener: choose one of {', '.join(LISTENERS)}.")
+    name = os.fspath(path)
+    if not isinstance(name, str) or not 0 < len(os.fsencode(name)) <= PATH_LONGEST or "\0" in name:
+        raise ConfigError(f"The socket path {name!r} must have 1 to {PATH_LONGEST} bytes: choose another.")
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM if kind == "stream" else socket.SOCK_DGRAM)
+    try:
+        # The file gets the mode that the socket has when it is bound, so that there is no moment at which
+        # somebody else could attach.
+        os.fchmod(made.fileno(), 0o600)
+        made.bind(name)
+        if kind == "stream":
+            made.listen(_BACKLOG)
+    except OSError as error:
+        made.close()
+        raise AttachError(
+            f"Guests cannot attach to {name!r} ({error.strerror}): remove what is there, "
+            "or choose another path."
+        ) from error
+    return made
+
+
+def taken_descriptor(kind: str, fd: int | None, sock: socket.socket | None, on_frame: object) -> int | None:
+    """The descriptor that an attachment of `kind` is given; checks that it is what the kind needs."""
+    if kind not in ATTACHMENTS:
+        raise ConfigError(f"{kind!r} is not a kind of attachment: choose one of {', '.join(ATTACHMENTS)}.")
+    if kind == "memory":
+        if fd is not None or sock is not None:
+            raise ConfigError("A memory attachment has no descriptor: leave out fd and sock.")
+        return None
+    if on_frame is not None:
+        raise ConfigError(f"on_frame is for a memory attachment, not for {kind!r}: leave it out.")
+    if (fd is None) == (sock is None):
+        raise ConfigError(f"A {kind} attachment needs either fd or sock: give one of them.")
+    number = sock.fileno() if sock is not None else fd
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise AttachError(f"The descriptor {number!r} is not open: give one that is.")
+    return number
+
+
+def release_descriptor(fd: int | None, sock: socket.socket | None) -> None:
+    """The network has a descriptor of its own now: the one that it was given is closed."""
+    if sock is not None:
+        sock.close()
+    elif fd is not None:
+        os.close(fd)

@@ -1,0 +1,198 @@
+"""The control thread: one asyncio loop that hears a worker's events and gives it commands.
+
+The worker writes an eventfd when this loop sleeps, and the loop drains events in batches; nothing is called
+per event from a packet thread. A command has a number, and the event that brings it back completes a future.
+Everything of a running network happens in this one thread, so nothing here needs a lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import CancelledError as FutureCancelled
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from guestnet.errors import BusyError, DataPlaneError, GuestnetError, NotRunning
+
+if TYPE_CHECKING:
+    from guestnet._native import DataPlane
+
+_T = TypeVar("_T")
+Handlers = Mapping[type, Callable[[Any], object]]
+
+_log = logging.getLogger("guestnet")
+
+_BATCH = 512
+"""Events per turn of the loop, so that services have theirs under any load."""
+_RETRY_SECONDS = 0.002
+
+
+class Control:
+    """A running control thread with its worker."""
+
+    def __init__(self, make: Callable[[], DataPlane], handlers: Callable[[], Handlers], name: str) -> None:
+        self._make = make
+        self._make_handlers = handlers
+        self._handlers: Handlers = {}
+        self._pending: dict[int, asyncio.Future[Any]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._ready: Future[None] = Future()
+        self._failure: str | None = None
+        # A daemon, so that a program that forgets to stop its network can still end; NatNetwork stops it
+        # at exit, before the interpreter goes.
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self.loop: asyncio.AbstractEventLoop
+        self.plane: DataPlane
+
+    # --- from any thread ---
+
+    def start(self) -> None:
+        """Starts thread and worker; raises what kept them from starting."""
+        self._thread.start()
+        try:
+            self._ready.result()
+        except BaseException:
+            self._thread.join()
+            raise
+
+    def stop(self) -> None:
+        """Ends both and waits for them. What still waited for an answer is cancelled."""
+        with contextlib.suppress(RuntimeError):  # it has ended by itself
+            self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+
+    @property
+    def is_own_thread(self) -> bool:
+        """Whether the caller is the control thread, which cannot wait for itself."""
+        return threading.current_thread() is self._thread
+
+    def submit(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
+        """Runs a coroutine in the control thread."""
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self.loop)
+        except RuntimeError:
+            work.close()
+            raise NotRunning("The network was stopped: start it again.") from None
+
+    def wait(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Runs a coroutine in the control thread and waits for it."""
+        future = self.submit(work)
+        try:
+            return future.result()
+        except FutureCancelled:
+            raise NotRunning("The network was stopped meanwhile: start it again.") from None
+        except BaseException:
+            future.cancel()  # a KeyboardInterrupt here must not leave the work running
+            raise
+
+    # --- in the control thread ---
+
+    async def do(self, command: Callable[..., int], *arguments: Any, **keywords: Any) -> Any:
+        """Gives the worker a command and waits until it is done; returns what it brought."""
+        while True:
+            try:
+                sequence = command(*arguments, **keywords)
+                break
+            except BusyError:
+                self._check()
+                await asyncio.sleep(_RETRY_SECONDS)  # the worker is behind: its queue is bounded
+        future: asyncio.Future[Any] = self.loop.create_future()
+        self._pending[sequence] = future
+        try:
+            return await future
+        finally:
+            self._pending.pop(sequence, None)
+
+    def post(self, command: Callable[..., int], *arguments: Any, **keywords: Any) -> bool:
+        """Gives the worker a command that nobody waits for. False when it was not taken."""
+        try:
+            command(*arguments, **keywords)
+        except GuestnetError as error:
+            _log.debug("a command was not taken: %s", error)
+            return False
+        return True
+
+    def spawn(self, work: Coroutine[Any, Any, object]) -> None:
+        """Runs a task that is kept alive, and whose failure is logged."""
+        task = self.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("a task of the network failed", exc_info=error)
+
+    def _check(self) -> None:
+        if self._failure is not None or not self.plane.is_healthy:
+            why = self._failure or "it has ended"
+            raise DataPlaneError(
+                f"The packet thread has failed ({why}): stop the network and start it again."
+            )
+
+    def fail(self, message: str) -> None:
+        """The worker has failed: everyone who waits hears of it."""
+        self._failure = message
+        for future in self._pending.values():
+            if not future.done():
+                future.set_exception(
+                    DataPlaneError(f"The packet thread has failed ({message}): start the network again.")
+                )
+
+    def _main(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        try:
+            self.plane = self._make()
+            self._handlers = self._make_handlers()
+            self.loop.add_reader(self.plane.event_fd, self._drain)
+        except BaseException as error:
+            self.loop.close()
+            self._ready.set_exception(error)
+            return
+        asyncio.set_event_loop(self.loop)
+        self.loop.call_soon(self._ready.set_result, None)
+        try:
+            self.loop.run_forever()
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        loop = self.loop
+        loop.remove_reader(self.plane.event_fd)
+        self.plane.stop()
+        left = asyncio.all_tasks(loop)
+        for task in left:
+            task.cancel()
+        if left:
+            loop.run_until_complete(asyncio.wait(left, timeout=1.0))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        asyncio.set_event_loop(None)
+        loop.close()
+
+    def _drain(self) -> None:
+        for event in self.plane.drain(_BATCH):
+            handler = self._handlers.get(type(event))
+            if handler is None:
+                self._acknowledge(event)
+                continue
+            try:
+                handler(event)
+            except Exception:
+                # One guest's event must not keep the others from being served.
+                _log.exception("an event of the network was not handled")
+
+    def _acknowledge(self, event: Any) -> None:
+        future = self._pending.get(event.sequence)
+        if future is None:
+            if (error := event.error) is not None:
+                _log.debug("a command failed: %s", error)
+        elif not future.done():
+            error = event.error
+            if error is None:
+                future.set_result(event.value)
+            else:
+                future.set_exception(error)

@@ -1,0 +1,487 @@
+"""NatNetwork: a network for guests, from synchronous and from asyncio programs.
+
+The work is done in a control thread of its own (`guestnet.control`), so guests are served whatever the
+program does. Each method that changes something waits until it is done; its twin with an `a` in front
+(`acreate_endpoint`) is the same for asyncio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from ipaddress import IPv4Address
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar, overload
+
+from guestnet.attachments import (
+    Attachment,
+    Listener,
+    MemoryAttachment,
+    listening_socket,
+    release_descriptor,
+    taken_descriptor,
+)
+from guestnet.config import NatConfig, NetMode
+from guestnet.endpoint import Endpoint
+from guestnet.errors import AlreadyRunning, ConfigError, GuestnetError, NotRunning, UnsupportedError
+from guestnet.events import EventCallback, NetworkEvent
+from guestnet.forwards import ForwardSpec, close_sockets, open_sockets
+from guestnet.publishing import Forward
+from guestnet.registry import Registry
+from guestnet.service_host import Services
+from guestnet.session import Session
+from guestnet.stats import FlowRecord, NetworkStats
+
+_T = TypeVar("_T")
+
+_log = logging.getLogger("guestnet")
+
+
+class NatNetwork:
+    """A network: one virtual segment with a gateway, its services, and a way out.
+
+    >>> with NatNetwork(NatConfig()) as network:
+    ...     vm = network.create_endpoint("vm1")
+    ...     network.attach("vm1", "stream", sock=ours)       # QEMU has the other end
+    ...     network.publish("8080:80")
+
+    `with` and `async with` start it and stop it. It can be started again: endpoints that were created stay,
+    while attachments, listeners and forwards end with `stop`.
+    """
+
+    def __init__(self, config: NatConfig | None = None) -> None:
+        self._config = NatConfig() if config is None else config
+        if not isinstance(self._config, NatConfig):
+            raise ConfigError(f"{config!r} is not a NatConfig: make one with NatConfig(subnet=...).")
+        if self._config.mode is NetMode.BRIDGED:
+            raise UnsupportedError("The mode 'bridged' is not there yet: choose 'nat' or 'host_only'.")
+        self._registry = Registry(self._config)
+        self._services = Services(self._config, self._registry)
+        self._session: Session | None = None
+        self._changing = threading.Lock()
+        self._callbacks: list[tuple[EventCallback, bool]] = []
+        self._last_stats = NetworkStats()
+        self._process = os.getpid()
+
+    @classmethod
+    def with_defaults(cls) -> Self:
+        """A network with the default configuration."""
+        return cls(NatConfig())
+
+    # --- what it is ---
+
+    @property
+    def config(self) -> NatConfig:
+        """The configuration."""
+        return self._config
+
+    @property
+    def gateway(self) -> IPv4Address:
+        """The gateway's address."""
+        return self._config.gateway
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started and not stopped."""
+        return self._session is not None
+
+    @property
+    def services(self) -> Services:
+        """What the gateway serves: `services.dns`, `services.dhcp`."""
+        return self._services
+
+    def __repr__(self) -> str:
+        state, connections = ("running", self.stats().connections) if self.is_running else ("stopped", 0)
+        return (
+            f"<NatNetwork {self._config.subnet} {self._config.mode} gateway={self.gateway} "
+            f"endpoints={self.endpoint_count} connections={connections} {state}>"
+        )
+
+    # --- life ---
+
+    def start(self) -> None:
+        """Starts it. Raises AlreadyRunning when it runs, DataPlaneError when the system does not let it."""
+        with self._changing:
+            if self._session is not None:
+                raise AlreadyRunning("The network runs already: stop it before you start it again.")
+            session = Session(self, self._config, self._registry, self._services)
+            session.control.start()
+            try:
+                session.control.wait(session.open())
+            except BaseException:
+                session.control.stop()
+                session.closed()
+                raise
+            self._session = session
+            self._process = os.getpid()
+            atexit.register(self.stop)
+
+    def stop(self) -> None:
+        """Stops it; nothing happens when it does not run. Flows end, and guests lose their network."""
+        with self._changing:
+            session = self._session
+            if session is None:
+                return
+            if self._process != os.getpid():  # a fork of the process that runs it
+                self._session = None
+                return
+            if session.control.is_own_thread:
+                raise GuestnetError(
+                    "stop() was called in an event callback, whose thread it would wait for: "
+                    "call it from another thread."
+                )
+            self._session = None
+            atexit.unregister(self.stop)
+            try:
+                session.control.wait(session.close())
+            except NotRunning:
+                pass
+            except GuestnetError as error:
+                _log.warning("the network did not end in order: %s", error)
+            finally:
+                session.control.stop()
+                self._last_stats = NetworkStats.from_native(session.control.plane.stats())
+                session.closed()
+
+    async def astart(self) -> None:
+        """As `start`."""
+        await asyncio.to_thread(self.start)
+
+    async def aclose(self) -> None:
+        """As `stop`."""
+        await asyncio.to_thread(self.stop)
+
+    astop = aclose
+
+    def close(self) -> None:
+        """As `stop`."""
+        self.stop()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    async def __aenter__(self) -> Self:
+        await self.astart()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    # --- endpoints ---
+
+    @property
+    def endpoints(self) -> list[Endpoint]:
+        """All endpoints, oldest first."""
+        return self._registry.all()
+
+    @property
+    def endpoint_count(self) -> int:
+        """How many endpoints there are."""
+        return len(self._registry)
+
+    def get_endpoint(self, id: str) -> Endpoint | None:
+        """The endpoint with this id, None when there is none."""
+        return self._registry.get(id)
+
+    def __iter__(self) -> Iterator[Endpoint]:
+        return iter(self._registry.all())
+
+    def __contains__(self, id: object) -> bool:
+        return isinstance(id, str) and self._registry.get(id) is not None
+
+    def __len__(self) -> int:
+        return len(self._registry)
+
+    def __bool__(self) -> bool:
+        return True  # also without endpoints
+
+    def create_endpoint(
+        self,
+        id: str,
+        *,
+        mac: str | bytes | None = None,
+        ip: str | IPv4Address | None = None,
+        hostname: str | None = None,
+    ) -> Endpoint:
+        """A new endpoint. Its address is the next free one, or `ip`; its MAC is generated, or `mac`.
+
+        `hostname` is another name for DNS. Raises EndpointExists, AddressPoolExhausted, AddressInUse, or
+        ConfigError for a value that is wrong in itself.
+        """
+        return self._run(self._create(id, mac, ip, hostname))
+
+    async def acreate_endpoint(
+        self,
+        id: str,
+        *,
+        mac: str | bytes | None = None,
+        ip: str | IPv4Address | None = None,
+        hostname: str | None = None,
+    ) -> Endpoint:
+        """As `create_endpoint`."""
+        return await self._arun(self._create(id, mac, ip, hostname))
+
+    async def _create(
+        self, id: str, mac: str | bytes | None, ip: str | IPv4Address | None, hostname: str | None
+    ) -> Endpoint:
+        if self._session is not None:
+            return await self._session.create_endpoint(id, mac, ip, hostname)
+        return self._registry.create(id, mac, ip, hostname)
+
+    def remove_endpoint(self, id: str) -> None:
+        """Removes an endpoint: its flows end, its address is free. Raises EndpointNotFound."""
+        self._run(self._remove(id))
+
+    async def aremove_endpoint(self, id: str) -> None:
+        """As `remove_endpoint`."""
+        await self._arun(self._remove(id))
+
+    async def _remove(self, id: str) -> None:
+        if self._session is not None:
+            await self._session.remove_endpoint(id)
+        else:
+            self._registry.remove(id)
+
+    # --- attachments ---
+
+    @overload
+    def attach(
+        self, endpoint_id: str, kind: Literal["memory"], *, on_frame: Callable[[bytes], object] | None = None
+    ) -> MemoryAttachment: ...
+    @overload
+    def attach(
+        self,
+        endpoint_id: str,
+        kind: str,
+        *,
+        fd: int | None = None,
+        sock: socket.socket | None = None,
+        on_frame: Callable[[bytes], object] | None = None,
+    ) -> Attachment: ...
+
+    def attach(
+        self,
+        endpoint_id: str,
+        kind: str,
+        *,
+        fd: int | None = None,
+        sock: socket.socket | None = None,
+        on_frame: Callable[[bytes], object] | None = None,
+    ) -> Attachment:
+        """Joins a guest: `kind` is "tap" (a TAP device), "stream" (QEMU's framing), "dgram" (a frame per
+        packet) or "memory" (frames of this process).
+
+        `fd` or `sock` belongs to the network from then on; when it cannot be used (AttachError) it stays
+        yours. `on_frame` is called in the control thread.
+        """
+        number = taken_descriptor(kind, fd, sock, on_frame)
+        made = self._run(self._live().attach(endpoint_id, kind, number, on_frame))
+        release_descriptor(fd, sock)
+        return made
+
+    async def aattach(
+        self,
+        endpoint_id: str,
+        kind: str,
+        *,
+        fd: int | None = None,
+        sock: socket.socket | None = None,
+        on_frame: Callable[[bytes], object] | None = None,
+    ) -> Attachment:
+        """As `attach`."""
+        number = taken_descriptor(kind, fd, sock, on_frame)
+        made = await self._arun(self._live().attach(endpoint_id, kind, number, on_frame))
+        release_descriptor(fd, sock)
+        return made
+
+    def listen(self, kind: str, path: str | os.PathLike[str]) -> Listener:
+        """Makes a socket where guests arrive: "stream" (QEMU), "dgram", or "unixgram" (vfkit).
+
+        Each guest that comes is an endpoint of its own, as soon as its MAC shows: named by its static lease,
+        else vm1, vm2 and so on. A guest that leaves is removed.
+        """
+        with listening_socket(kind, path) as sock:
+            return self._run(self._live().listen(kind, os.fspath(path), sock))
+
+    async def alisten(self, kind: str, path: str | os.PathLike[str]) -> Listener:
+        """As `listen`."""
+        with listening_socket(kind, path) as sock:
+            return await self._arun(self._live().listen(kind, os.fspath(path), sock))
+
+    # --- published ports ---
+
+    @property
+    def forwards(self) -> list[Forward]:
+        """All published ports."""
+        session = self._session
+        return [] if session is None else session.publishing.all()
+
+    def publish(self, spec: str | ForwardSpec) -> Forward:
+        """Publishes ports of a guest on the host: `[host_ip:]port[-end]:[guest:]port[-end][/tcp|/udp]`.
+
+        The guest is an endpoint's id, its host name or its address; it need not be there yet. Without one
+        the only guest is meant. All ports of a range are published or none. Raises PortInUse.
+        """
+        wanted = ForwardSpec.parse(spec) if isinstance(spec, str) else spec
+        session = self._live()
+        sockets = open_sockets(wanted)
+        try:
+            return self._run(session.publish(wanted, sockets))
+        finally:
+            close_sockets(sockets)
+
+    async def apublish(self, spec: str | ForwardSpec) -> Forward:
+        """As `publish`."""
+        wanted = ForwardSpec.parse(spec) if isinstance(spec, str) else spec
+        session = self._live()
+        sockets = open_sockets(wanted)
+        try:
+            return await self._arun(session.publish(wanted, sockets))
+        finally:
+            close_sockets(sockets)
+
+    def unpublish(self, forward: Forward) -> None:
+        """Takes published ports back; connections that run live on. Raises ForwardNotFound."""
+        self._run(self._live().unpublish(forward))
+
+    async def aunpublish(self, forward: Forward) -> None:
+        """As `unpublish`."""
+        await self._arun(self._live().unpublish(forward))
+
+    # --- looking ---
+
+    def stats(self) -> NetworkStats:
+        """All counters since the start, of at most some 10 milliseconds ago; never waits. After `stop`, those
+        of the last run."""
+        session = self._session
+        if session is None:
+            return self._last_stats
+        return NetworkStats.from_native(session.control.plane.stats())
+
+    def endpoint_stats(self) -> dict[str, NetworkStats]:
+        """The counters of each endpoint."""
+        return self._run(self._live().endpoint_stats())
+
+    async def aendpoint_stats(self) -> dict[str, NetworkStats]:
+        """As `endpoint_stats`."""
+        return await self._arun(self._live().endpoint_stats())
+
+    def flows(self) -> list[FlowRecord]:
+        """The conversations that the network carries now."""
+        return self._run(self._live().flows())
+
+    async def aflows(self) -> list[FlowRecord]:
+        """As `flows`."""
+        return await self._arun(self._live().flows())
+
+    def maintenance(self) -> None:
+        """Does what is due. Flows expire by themselves; here addresses that were declined become free."""
+        self._registry.tidy()
+
+    def start_capture(self, path: str | os.PathLike[str]) -> None:
+        """Writes every frame to a file (pcapng), in place of one that is being written."""
+        self._run(self._live().start_capture(os.fspath(path)))
+
+    async def astart_capture(self, path: str | os.PathLike[str]) -> None:
+        """As `start_capture`."""
+        await self._arun(self._live().start_capture(os.fspath(path)))
+
+    def stop_capture(self) -> None:
+        """Ends the capture; its file is complete then."""
+        self._run(self._live().stop_capture())
+
+    async def astop_capture(self) -> None:
+        """As `stop_capture`."""
+        await self._arun(self._live().stop_capture())
+
+    def on_event(self, callback: EventCallback, *, flows: bool = False) -> Callable[[], None]:
+        """Calls `callback` for every NetworkEvent, in the control thread: return soon, and wait for nothing
+        of the network there. With `flows` also for each flow. Returns a function that ends it."""
+        entry = (callback, flows)
+        self._callbacks = [*self._callbacks, entry]
+        self._flows_wanted()
+
+        def end() -> None:
+            self._callbacks = [one for one in self._callbacks if one is not entry]
+            self._flows_wanted()
+
+        return end
+
+    # --- inside ---
+
+    @property
+    def _tells_flows(self) -> bool:
+        return any(flows for _, flows in self._callbacks)
+
+    def _flows_wanted(self) -> None:
+        session = self._session
+        if session is not None:
+            session.control.post(session.control.plane.tell_flows, self._tells_flows)
+
+    def _tell(self, event: NetworkEvent) -> None:
+        of_flow = event.kind in ("flow_opened", "flow_closed", "denied")
+        for callback, flows in self._callbacks:
+            if of_flow and not flows:
+                continue
+            try:
+                callback(event)
+            except Exception:
+                _log.exception("a callback for events failed")
+
+    def _live(self) -> Session:
+        session = self._session
+        if session is None:
+            raise NotRunning("The network does not run: start it first.")
+        return session
+
+    def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Does work in the control thread and waits; here, when there is no such thread."""
+        session = self._session
+        if session is None:
+            return _finish(work)
+        if session.control.is_own_thread:
+            work.close()
+            raise GuestnetError(
+                "This was called in the network's own thread (an event callback), which it would wait for: "
+                "call it from another thread, or await its twin for asyncio in a task."
+            )
+        return session.control.wait(work)
+
+    async def _arun(self, work: Coroutine[Any, Any, _T]) -> _T:
+        session = self._session
+        if session is None:
+            return _finish(work)
+        if session.control.is_own_thread:
+            return await work
+        future = session.control.submit(work)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise NotRunning("The network was stopped meanwhile: start it again.") from None
+
+
+def _finish(work: Coroutine[Any, Any, _T]) -> _T:
+    """Runs a coroutine that has nothing to wait for."""
+    try:
+        work.send(None)
+    except StopIteration as done:
+        value: _T = done.value
+        return value
+    work.close()
+    raise NotRunning("The network does not run: start it first.")

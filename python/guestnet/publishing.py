@@ -1,0 +1,133 @@
+"""Published ports of a running network: which guest each leads to, also before it comes and after it left.
+
+A forward names its guest by id, by host name, by address, or not at all (the only guest). The worker has the
+sockets from the first moment; while the guest is not there it refuses every client, as a host does whose
+server is not running.
+"""
+
+from __future__ import annotations
+
+import socket
+from ipaddress import IPv4Address
+from typing import TYPE_CHECKING
+
+from guestnet.errors import ConfigError
+from guestnet.forwards import ForwardSpec, show
+
+if TYPE_CHECKING:
+    from guestnet.control import Control
+    from guestnet.endpoint import Endpoint
+    from guestnet.registry import Registry
+
+_NOBODY = IPv4Address("0.0.0.0")
+
+
+class Forward:
+    """A published port, or a range of them."""
+
+    def __init__(self, spec: ForwardSpec, host_ports: tuple[int, ...], numbers: tuple[int, ...]) -> None:
+        self.spec = spec
+        self.host_ports = host_ports
+        """The ports of the host; where the kernel was to choose one, the one it chose."""
+        self.numbers = numbers
+        self.endpoint_id: str | None = None
+        """The guest that a forward without a name found."""
+        self.target: IPv4Address | None = None
+        """Where it leads now, None while its guest is not there."""
+
+    @property
+    def host_port(self) -> int:
+        """The first port of the host."""
+        return self.host_ports[0]
+
+    @property
+    def protocol(self) -> str:
+        """ "tcp" or "udp"."""
+        return self.spec.protocol
+
+    def __str__(self) -> str:
+        return show(self.spec, self.host_ports)
+
+    def __repr__(self) -> str:
+        return f"<Forward {self}>"
+
+
+class Publishing:
+    """All forwards of a session."""
+
+    def __init__(self, control: Control, registry: Registry) -> None:
+        self._control = control
+        self._registry = registry
+        self._forwards: dict[int, Forward] = {}
+        self._next = 1
+
+    def all(self) -> list[Forward]:
+        """All forwards, oldest first."""
+        return list(self._forwards.values())
+
+    def check(self, spec: ForwardSpec) -> None:
+        """Refuses what could lead to several guests."""
+        _ = spec.guest_address
+        if spec.guest is None and len(self._registry) > 1:
+            names = ", ".join(endpoint.id for endpoint in self._registry.all()[:4])
+            more = ", ..." if len(self._registry) > 4 else ""
+            raise ConfigError(
+                f"{spec} does not say which guest: write {spec.host_ports[0]}:GUEST:{spec.guest_ports[0]} "
+                f"with one of {names}{more}."
+            )
+
+    async def add(self, spec: ForwardSpec, sockets: list[list[socket.socket]]) -> Forward:
+        """Hands the sockets to the worker: of every port, or of none."""
+        numbers = tuple(range(self._next, self._next + len(sockets)))
+        self._next += len(sockets)
+        ports = tuple(int(group[0].getsockname()[1]) for group in sockets)
+        forward = Forward(spec, ports, numbers)
+        forward.target = self._target(forward)
+        plane, done = self._control.plane, 0
+        try:
+            for number, guest_port, group in zip(numbers, spec.guest_ports, sockets, strict=True):
+                guest = (forward.target or _NOBODY, guest_port)
+                fds = [one.fileno() for one in group]
+                await self._control.do(plane.add_forward, number, spec.protocol, guest, fds)
+                done += 1
+        except BaseException:
+            for number in numbers[:done]:
+                self._control.post(plane.remove_forward, number)
+            raise
+        self._forwards[numbers[0]] = forward
+        return forward
+
+    async def remove(self, forward: Forward) -> bool:
+        """Takes it back; False when it is not here."""
+        if self._forwards.get(forward.numbers[0]) is not forward:
+            return False
+        del self._forwards[forward.numbers[0]]
+        for number in forward.numbers:
+            await self._control.do(self._control.plane.remove_forward, number)
+        return True
+
+    def refresh(self) -> None:
+        """Guests came, went or moved: leads every forward to where its guest is now."""
+        for forward in self._forwards.values():
+            target = self._target(forward)
+            if target == forward.target:
+                continue
+            forward.target = target
+            for number, port in zip(forward.numbers, forward.spec.guest_ports, strict=True):
+                self._control.post(self._control.plane.retarget_forward, number, (target or _NOBODY, port))
+
+    def _target(self, forward: Forward) -> IPv4Address | None:
+        spec = forward.spec
+        if spec.guest is not None:
+            return spec.guest_address or self._registry.address_named(spec.guest)
+        endpoint = self._only(forward)
+        return None if endpoint is None else endpoint.ip
+
+    def _only(self, forward: Forward) -> Endpoint | None:
+        """The guest that it found before, else the only one."""
+        if forward.endpoint_id is not None and (known := self._registry.get(forward.endpoint_id)) is not None:
+            return known
+        everyone = self._registry.all()
+        endpoint = everyone[0] if len(everyone) == 1 else None
+        forward.endpoint_id = None if endpoint is None else endpoint.id
+        return endpoint

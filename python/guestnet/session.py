@@ -1,0 +1,426 @@
+"""A network that runs: what happens in its control thread, from events of the worker to its commands.
+
+A session begins with `start` and ends with `stop`; what outlives it (endpoints, callbacks) belongs to the
+network. All methods but the constructor run in the control thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+from ipaddress import IPv4Address
+from typing import TYPE_CHECKING, Any
+
+from guestnet.attachments import Attachment, Listener, MemoryAttachment
+from guestnet.control import Control, Handlers
+from guestnet.endpoint import Endpoint
+from guestnet.errors import (
+    AddressInUse,
+    AddressPoolExhausted,
+    AttachError,
+    ConfigError,
+    EndpointNotFound,
+    ForwardNotFound,
+)
+from guestnet.events import NetworkEvent
+from guestnet.forwards import ForwardSpec
+from guestnet.ipam import format_mac, parse_mac
+from guestnet.publishing import Forward, Publishing
+from guestnet.registry import Registry
+from guestnet.service_host import ServiceHost, Services
+from guestnet.stats import FlowRecord, NetworkStats
+
+if TYPE_CHECKING:
+    from guestnet import _native
+    from guestnet.config import NatConfig
+    from guestnet.network import NatNetwork
+
+_log = logging.getLogger("guestnet")
+
+FIRST_DYNAMIC = 0x8000_0000
+_CAPTURE_SECONDS = 3.0
+
+
+def _make_plane(config: NatConfig) -> _native.DataPlane:
+    from guestnet._native import DataPlane
+
+    return DataPlane(
+        gateway=config.gateway,
+        prefix=config.prefix_len,
+        gateway_mac=parse_mac(config.gateway_mac),
+        secret=os.urandom(32),
+        mode=config.mode.value,
+        host_loopback=config.loopback_address,
+        filtering=config.filtering.value,
+        limits=config.limits,
+        timeouts=config.timeouts,
+        strategy=config.polling.value,
+        batch_size=config.batch_size,
+        max_spins=config.max_spins,
+    )
+
+
+class Session:
+    """The control side of one running network."""
+
+    def __init__(
+        self, network: NatNetwork, config: NatConfig, registry: Registry, services: Services
+    ) -> None:
+        self._network = network
+        self.config = config
+        self.registry = registry
+        self.control = Control(lambda: _make_plane(config), self._handlers, "guestnet-control")
+        self.publishing = Publishing(self.control, registry)
+        self._ports: dict[int, str] = {}
+        self._port_of: dict[str, int] = {}
+        self._arrivals: dict[int, int] = {}
+        """Ports of guests that came to a listener and have not shown their MAC yet, with the listener."""
+        self._listeners: dict[int, Listener] = {}
+        self._memory: dict[int, MemoryAttachment] = {}
+        self._next_port = 1
+        self._next_listener = 1
+        self._capturing = False
+        self._services = ServiceHost(self, services)
+
+    # --- beginning and end ---
+
+    async def open(self) -> None:
+        """Makes the network that the configuration describes."""
+        control = self.control
+        await control.do(control.plane.tell_flows, self._network._tells_flows)
+        if self.config.capture is not None:
+            await self.start_capture(self.config.capture)
+        self.registry.moved = self._moved
+        for endpoint in self.registry.all():
+            endpoint._attached = None
+            await self._add_port(endpoint)
+        await self._services.open()
+
+    async def close(self) -> None:
+        """Ends what has an end: the capture is written, services are closed, sockets are removed."""
+        for listener in self._listeners.values():
+            listener.unlink()
+        await self._services.close()
+        if self._capturing:
+            await self.stop_capture()
+
+    def closed(self) -> None:
+        """After the end: guests of listeners are gone, others stay for the next start."""
+        self.registry.moved = lambda _endpoint, _old: None
+        for endpoint in self.registry.all():
+            endpoint._attached = None
+            if endpoint.listener is not None:
+                self.registry.remove(endpoint.id)
+
+    # --- endpoints ---
+
+    async def create_endpoint(
+        self, id: str, mac: str | bytes | None, ip: str | IPv4Address | None, hostname: str | None
+    ) -> Endpoint:
+        endpoint = self.registry.create(id, mac, ip, hostname)
+        try:
+            await self._add_port(endpoint)
+        except BaseException:
+            self.registry.remove(endpoint.id)
+            raise
+        self.publishing.refresh()
+        return endpoint
+
+    async def _add_port(self, endpoint: Endpoint) -> None:
+        port, self._next_port = self._next_port, self._next_port + 1
+        mac = None if self.registry.is_proposed(endpoint.id) else parse_mac(endpoint.mac)
+        await self.control.do(
+            self.control.plane.add_port,
+            port,
+            mac=mac,
+            addresses=[endpoint.ip],
+            mtu=self.config.mtu,
+        )
+        self._ports[port] = endpoint.id
+        self._port_of[endpoint.id] = port
+
+    async def remove_endpoint(self, id: str) -> None:
+        port = self._port_of.get(id)
+        self.registry.remove(id)
+        if port is not None:
+            self._forget_port(port)
+            await self.control.do(self.control.plane.remove_port, port)
+        self.publishing.refresh()
+
+    def _forget_port(self, port: int) -> str | None:
+        self._memory.pop(port, None)
+        self._arrivals.pop(port, None)
+        name = self._ports.pop(port, None)
+        if name is not None:
+            self._port_of.pop(name, None)
+        return name
+
+    def _moved(self, endpoint: Endpoint, old: IPv4Address) -> None:
+        port = self._port_of.get(endpoint.id)
+        if port is None:
+            return
+        plane = self.control.plane
+        self.control.post(plane.unbind_address, old)
+        self.control.post(plane.bind_address, port, endpoint.ip, parse_mac(endpoint.mac))
+        self.publishing.refresh()
+        self.emit("address_changed", endpoint.id, ip=str(endpoint.ip), old=str(old))
+
+    # --- attachments ---
+
+    async def attach(
+        self,
+        id: str,
+        kind: str,
+        fd: int | None,
+        on_frame: Callable[[bytes], object] | None,
+    ) -> Attachment:
+        endpoint, port = self.registry.get(id), self._port_of.get(id)
+        if endpoint is None or port is None:
+            raise EndpointNotFound(f"There is no endpoint {id!r}: create it first.")
+        if endpoint._attached is not None:
+            raise AttachError(
+                f"Endpoint {id!r} is attached already ({endpoint._attached}): remove the endpoint first."
+            )
+        plane = self.control.plane
+        attachment = Attachment(id, kind)
+        if fd is None:
+            # Known before the worker is told, so that no frame comes too early.
+            attachment = self._memory[port] = MemoryAttachment(id, self, port, on_frame)
+            work = self.control.do(plane.attach_memory, port)
+        else:
+            command = {"tap": plane.attach_tap, "stream": plane.attach_stream, "dgram": plane.attach_dgram}[
+                kind
+            ]
+            work = self.control.do(command, port, fd)
+        endpoint._attached = kind
+        try:
+            await work
+        except BaseException:
+            endpoint._attached = None
+            self._memory.pop(port, None)
+            raise
+        self._tell_up(endpoint, attachment=kind)
+        return attachment
+
+    async def listen(self, kind: str, path: str, sock: socket.socket) -> Listener:
+        number, self._next_listener = self._next_listener, self._next_listener + 1
+        listener = Listener(self._network, number, kind, path)
+        self._listeners[number] = listener
+        try:
+            await self.control.do(
+                self.control.plane.listen,
+                number,
+                kind,
+                sock.fileno(),
+                mtu=self.config.mtu,
+                lax_offload=kind == "unixgram",
+            )
+        except BaseException:
+            del self._listeners[number]
+            listener.unlink()
+            raise
+        return listener
+
+    async def stop_listening(self, listener: Listener) -> None:
+        if self._listeners.get(listener.number) is not listener:
+            return
+        listener.unlink()
+        await self.control.do(self.control.plane.stop_listening, listener.number)
+        self._listeners.pop(listener.number, None)
+
+    # --- published ports ---
+
+    async def publish(self, spec: ForwardSpec, sockets: list[list[socket.socket]]) -> Forward:
+        self.publishing.check(spec)
+        return await self.publishing.add(spec, sockets)
+
+    async def unpublish(self, forward: Forward) -> None:
+        if not await self.publishing.remove(forward):
+            raise ForwardNotFound(f"{forward} is not published (any more): `forwards` lists those that are.")
+
+    # --- what services tell ---
+
+    def leased(self, id: str, mac: bytes, ip: IPv4Address, hostname: str | None) -> None:
+        """A guest has taken an address."""
+        endpoint, port = self.registry.get(id), self._port_of.get(id)
+        if endpoint is None or port is None:
+            return
+        self.registry.note_hostname(endpoint, mac, hostname)
+        # Also an address besides the endpoint's own, for what is bridged behind it.
+        self.control.post(self.control.plane.bind_address, port, ip, mac)
+        self.emit("lease", id, mac=format_mac(mac), ip=str(ip), hostname=endpoint.hostname)
+
+    # --- looking ---
+
+    async def flows(self) -> list[FlowRecord]:
+        names = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmp"}
+        return [
+            FlowRecord(
+                endpoint=self._ports.get(flow.port),
+                protocol=names.get(flow.proto, str(flow.proto)),
+                guest=flow.guest,
+                remote=flow.remote,
+                inbound=flow.inbound,
+                state=flow.state,
+                bytes_out=flow.bytes_out,
+                bytes_in=flow.bytes_in,
+                age=flow.age_ms / 1000,
+                idle=flow.idle_ms / 1000,
+            )
+            for flow in await self.control.do(self.control.plane.list_flows)
+        ]
+
+    async def endpoint_stats(self) -> dict[str, NetworkStats]:
+        found = await self.control.do(self.control.plane.port_stats)
+        return {
+            self._ports[info.port]: NetworkStats.from_native(info.counters)
+            for info in found
+            if info.port in self._ports
+        }
+
+    async def tell_flows(self, on: bool) -> None:
+        await self.control.do(self.control.plane.tell_flows, on)
+
+    async def start_capture(self, path: str) -> None:
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ConfigError(
+                f"The capture file {path!r} cannot be written ({error.strerror}): choose another one."
+            ) from error
+        try:
+            await self.control.do(self.control.plane.start_capture, fd)
+        finally:
+            os.close(fd)
+        self._capturing = True
+
+    async def stop_capture(self) -> None:
+        import asyncio
+
+        self._capturing = False
+        # A pipe that nobody reads must not keep the network from ending.
+        work = self.control.do(self.control.plane.stop_capture)
+        try:
+            await asyncio.wait_for(work, _CAPTURE_SECONDS)
+        except TimeoutError:
+            _log.warning("the capture could not be written to its end")
+
+    # --- events ---
+
+    def emit(self, kind: str, endpoint: str | None = None, **details: Any) -> None:
+        """Tells the network's owner."""
+        self._network._tell(NetworkEvent(kind, endpoint, details))
+
+    def _tell_up(self, endpoint: Endpoint, **more: Any) -> None:
+        self.emit(
+            "guest_up", endpoint.id, mac=endpoint.mac, ip=str(endpoint.ip), hostname=endpoint.hostname, **more
+        )
+
+    def _handlers(self) -> Handlers:
+        from guestnet import _native
+
+        return {
+            _native.Datagram: self._on_datagram,
+            _native.AddressSeen: self._on_address,
+            _native.PortUp: self._on_port_up,
+            _native.PortDown: self._on_port_down,
+            _native.Frame: self._on_frame,
+            _native.Log: self._on_log,
+            _native.Failed: self._on_failed,
+            _native.FlowOpened: self._on_flow_opened,
+            _native.FlowClosed: self._on_flow_closed,
+            _native.Denied: self._on_denied,
+        }
+
+    def _on_datagram(self, event: _native.Datagram) -> None:
+        endpoint = self._endpoint_at(event.port, event.mac)
+        if endpoint is not None:
+            self._services.datagram(event, endpoint)
+
+    def _on_address(self, event: _native.AddressSeen) -> None:
+        if not isinstance(event.address, IPv4Address):
+            return
+        endpoint = self._endpoint_at(event.port, event.mac, event.address)
+        if endpoint is None or event.address in endpoint.addresses:
+            return
+        while len(endpoint._seen) >= 16:
+            endpoint._seen.pop(next(iter(endpoint._seen)))
+        endpoint._seen[event.address] = None
+        self.emit("address_seen", endpoint.id, ip=str(event.address), mac=format_mac(event.mac))
+
+    def _endpoint_at(self, port: int, mac: bytes, seen: IPv4Address | None = None) -> Endpoint | None:
+        """Whose port it is. A guest that came to a listener becomes an endpoint here, when its MAC shows."""
+        name = self._ports.get(port)
+        if name is not None:
+            return self.registry.get(name)
+        number = self._arrivals.get(port)
+        listener = None if number is None else self._listeners.get(number)
+        if listener is None:
+            return None
+        try:
+            endpoint = self.registry.arrive(mac, listener.path, seen)
+        except (AddressPoolExhausted, AddressInUse) as error:
+            self.emit("log", None, level="warning", message=f"A guest cannot be served: {error}")
+            return None
+        del self._arrivals[port]
+        endpoint._attached = listener.kind
+        self._ports[port] = endpoint.id
+        self._port_of[endpoint.id] = port
+        self.control.post(self.control.plane.bind_address, port, endpoint.ip, mac)
+        self.publishing.refresh()
+        self._tell_up(endpoint, listener=listener.path)
+        return endpoint
+
+    def _on_port_up(self, event: _native.PortUp) -> None:
+        self._arrivals[event.port] = event.listener
+
+    def _on_port_down(self, event: _native.PortDown) -> None:
+        name = self._ports.get(event.port)
+        endpoint = None if name is None else self.registry.get(name)
+        if event.port >= FIRST_DYNAMIC:
+            self._forget_port(event.port)
+        if endpoint is None:
+            return
+        endpoint._attached = None
+        if event.port >= FIRST_DYNAMIC:
+            self.registry.remove(endpoint.id)
+            self.publishing.refresh()
+        self.emit("guest_down", endpoint.id, mac=endpoint.mac, ip=str(endpoint.ip), reason=event.reason)
+
+    def _on_frame(self, event: _native.Frame) -> None:
+        attachment = self._memory.get(event.port)
+        if attachment is not None:
+            attachment.deliver(event.frame)
+
+    def _on_log(self, event: _native.Log) -> None:
+        _log.log(event.level, "%s", event.message)
+        self.emit("log", None, level=logging.getLevelName(event.level).lower(), message=event.message)
+
+    def _on_failed(self, event: _native.Failed) -> None:
+        _log.error("the packet thread failed: %s", event.message)
+        self.control.fail(event.message)
+        self.emit("failed", None, reason=event.message)
+
+    def _on_flow_opened(self, event: _native.FlowOpened) -> None:
+        self._tell_flow("flow_opened", event, flow=list(event.flow), inbound=event.inbound)
+
+    def _on_denied(self, event: _native.Denied) -> None:
+        self._tell_flow("denied", event, reason=event.reason)
+
+    def _tell_flow(self, kind: str, event: _native.FlowOpened | _native.Denied, **more: Any) -> None:
+        (guest, guest_port), (remote, remote_port) = event.guest, event.remote
+        self.emit(
+            kind,
+            self._ports.get(event.port),
+            protocol=event.proto,
+            guest=[str(guest), guest_port],
+            remote=[str(remote), remote_port],
+            **more,
+        )
+
+    def _on_flow_closed(self, event: _native.FlowClosed) -> None:
+        self.emit(
+            "flow_closed", None, flow=list(event.flow), bytes_out=event.bytes_out, bytes_in=event.bytes_in
+        )
