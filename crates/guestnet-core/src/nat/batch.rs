@@ -7,8 +7,8 @@
 use super::engine::NatEngine;
 use super::index::Index;
 use super::packet::adjust;
+use super::records::Key;
 use super::state::ConnState;
-use super::table::Key;
 use super::{NatDirection, NatResult};
 use crate::stats::Drop;
 use crate::types::Time;
@@ -175,9 +175,17 @@ impl NatEngine {
             g.slot = index.first(g.hash);
         }
         let mut touched = 0;
+        let mut fresh = 0;
         for g in group.iter() {
-            if let Some(s) = Index::record(g.slot).and_then(|r| self.table.sessions.get(r)) {
-                touched ^= s.expires;
+            match Index::record(g.slot) {
+                Some(r) => touched ^= self.table.sessions.get(r).map_or(0, |s| s.expires),
+                None => fresh += usize::from(g.total != 0),
+            }
+        }
+        if OUT && fresh > 1 {
+            // Several new connections: what making them needs is fetched for all at once.
+            for g in group.iter().filter(|g| g.total != 0 && !Index::may_be(g.slot, g.hash)) {
+                touched ^= self.table.foresee(&g.key);
             }
         }
         std::hint::black_box(touched);
@@ -214,7 +222,7 @@ impl NatEngine {
             return None;
         }
         let mut id = Index::record(g.slot)?;
-        let same = |s: &super::table::Session| if OUT { s.is_out(&g.key) } else { s.is_in(&g.key) };
+        let same = |s: &super::records::Session| if OUT { s.is_out(&g.key) } else { s.is_in(&g.key) };
         if !self.table.sessions.get(id).is_some_and(same) {
             let index = if OUT { &self.table.out } else { &self.table.inn };
             id = index.find(g.hash, |r| self.table.sessions.get(r).is_some_and(same))?;

@@ -5,9 +5,10 @@ use super::config::{NatConfigError, NatEngineConfig, Refusal};
 use super::fragments::Fragments;
 use super::output::Output;
 use super::packet::{self, End, Kind, View};
+use super::records::{HAIRPIN, Key};
 use super::state::{ConnState, TICK_BITS, Timers};
 use super::stats::{ConnTrackStats, Connection, NatStats};
-use super::table::{HAIRPIN, Key, Table};
+use super::table::Table;
 use super::{NatDirection, NatResult};
 use crate::stats::Drop;
 use crate::types::Time;
@@ -232,23 +233,40 @@ impl NatEngine {
         }
     }
 
-    /// Looks at up to `visits` records whose time may be over. Returns how many went.
+    /// Looks at up to `visits` records whose time may be over. Returns how many went. They go in groups, so
+    /// that the memory that removing one needs is fetched for all at once.
     pub(super) fn reap(&mut self, visits: usize) -> usize {
         let mut gone = 0;
-        for _ in 0..visits {
-            let Some(id) = self.table.wheel.pop(&mut self.table.sessions, self.tick) else {
-                self.table.due = self.table.wheel.next().unwrap_or(u32::MAX);
-                break;
-            };
-            match self.table.sessions.get(id).map(|s| s.expires) {
-                Some(expires) if expires > self.tick => {
-                    self.table.wheel.arm(&mut self.table.sessions, id, expires);
-                }
-                _ => {
-                    self.table.remove_session(id, self.tick);
-                    gone += 1;
+        let mut left = visits;
+        let mut done = false;
+        while left > 0 && !done {
+            let mut dead = [0u32; 16];
+            let mut n = 0;
+            while n < dead.len() && left > 0 {
+                let Some(id) = self.table.wheel.pop(&mut self.table.sessions, self.tick) else {
+                    done = true;
+                    break;
+                };
+                left -= 1;
+                match self.table.sessions.get(id).map(|s| s.expires) {
+                    Some(expires) if expires > self.tick => {
+                        self.table.wheel.arm(&mut self.table.sessions, id, expires);
+                    }
+                    _ => {
+                        dead[n] = id;
+                        n += 1;
+                    }
                 }
             }
+            let dead = &dead[..n];
+            std::hint::black_box(dead.iter().fold(0, |seen, id| seen ^ self.table.foresee_removal(*id)));
+            for id in dead {
+                self.table.remove_session(*id, self.tick);
+            }
+            gone += n;
+        }
+        if done {
+            self.table.due = self.table.wheel.next().unwrap_or(u32::MAX);
         }
         self.stats.expired += gone as u64;
         gone
@@ -256,7 +274,7 @@ impl NatEngine {
 
     /// Does expiry work for up to `visits` records, and for fragments, resting ports and unsolicited SYNs.
     /// Returns how many connections ended. Call it when [`NatEngine::next_timer`] says, and again while that
-    /// still says now: 1000 visits take well under a millisecond.
+    /// still says now; 256 visits take a fraction of a millisecond.
     pub fn expire(&mut self, now: Time, visits: usize) -> usize {
         self.set_time(now);
         self.fragments.expire(self.now);

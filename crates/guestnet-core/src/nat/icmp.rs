@@ -6,7 +6,7 @@
 
 use super::engine::NatEngine;
 use super::packet::{self, End, View};
-use super::table::{Key, deltas};
+use super::records::{Key, deltas};
 use super::{NatDirection, NatResult};
 use crate::stats::Drop;
 use guestnet_wire::checksum::{checksum, fold, sum};

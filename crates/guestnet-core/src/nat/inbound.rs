@@ -6,7 +6,7 @@
 use super::engine::{MAX_UNSOLICITED, NatEngine, UnsolicitedSyn};
 use super::fragments::Rule;
 use super::packet::{self, End, Kind, View};
-use super::table::{Key, deltas};
+use super::records::{Key, deltas};
 use super::{NatDirection, NatResult};
 use crate::stats::Drop;
 use guestnet_wire::{proto, tcp};

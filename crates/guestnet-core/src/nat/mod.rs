@@ -17,6 +17,7 @@ mod outbound;
 mod output;
 mod packet;
 pub mod ports;
+mod records;
 mod state;
 mod stats;
 mod table;

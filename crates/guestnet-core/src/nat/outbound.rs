@@ -6,7 +6,7 @@ use super::config::unicast;
 use super::engine::NatEngine;
 use super::fragments::{Fate, Rule, SetKey};
 use super::packet::{self, End, Kind, View};
-use super::table::{HAIRPIN, Key, deltas};
+use super::records::{HAIRPIN, Key, deltas};
 use super::{NatDirection, NatResult};
 use crate::stats::Drop;
 use guestnet_wire::{proto, tcp};

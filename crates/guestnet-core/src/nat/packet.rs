@@ -2,7 +2,7 @@
 //! few words that it writes. Checksums are changed by difference (RFC 1624 equation 3), never recomputed,
 //! so a packet that came in broken leaves broken and its receiver finds out.
 
-use super::table::Key;
+use super::records::Key;
 use crate::stats::Drop;
 use guestnet_wire::checksum::fold;
 use guestnet_wire::{be16, be32, ipv4, proto, put};

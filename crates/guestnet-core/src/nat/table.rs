@@ -1,244 +1,20 @@
 //! Theory of operation: the records behind the NAT. A *session* is one connection (five-tuple), one cache line,
 //! found from both sides through two indexes. A *mapping* ties an internal address and port to an external
 //! one; sessions count as its references and it goes with the last. A *peer* says that a mapping talked to an
-//! address (address-dependent filtering), a *host* counts what an internal address holds (caps) and keeps
-//! its external address (pooling "paired"). All are slabs with free lists inside; none moves or is evicted.
+//! address (address-dependent filtering; the first one is kept in the mapping itself), a *host* counts what an
+//! internal address holds (caps) and keeps its external address (pooling "paired"). All are slabs with free
+//! lists inside; none moves or is evicted.
 
 use super::config::{Behaviour, NatEngineConfig};
 use super::hash::{Keys, Random};
 use super::index::Index;
 use super::ports::PortSet;
+use super::records::*;
 use super::state::ConnState;
-use super::wheel::{Links, NONE, Records, Wheel};
+use super::wheel::{NONE, Wheel};
 use crate::stats::Drop;
-use guestnet_wire::checksum::fold;
 use guestnet_wire::proto;
 use std::collections::VecDeque;
-
-/// A five-tuple as one side sees it: `local` is the internal (outbound) or external (inbound) end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) struct Key {
-    pub local: u32,
-    pub remote: u32,
-    pub local_port: u16,
-    pub remote_port: u16,
-    pub proto: u8,
-}
-
-impl Key {
-    #[inline(always)]
-    pub fn hash(&self, keys: &Keys) -> u64 {
-        keys.hash(
-            u64::from(self.local) << 32 | u64::from(self.remote),
-            u64::from(self.proto) << 32 | u64::from(self.local_port) << 16 | u64::from(self.remote_port),
-        )
-    }
-}
-
-/// One connection.
-#[derive(Debug, Clone, Copy)]
-#[repr(align(64))]
-pub(crate) struct Session {
-    pub int_ip: u32,
-    pub ext_ip: u32,
-    pub rem_ip: u32,
-    pub int_port: u16,
-    pub ext_port: u16,
-    pub rem_port: u16,
-    pub proto: u8,
-    pub state: ConnState,
-    /// What the change outbound adds to the IP and to the transport checksum's sum; inbound it is complemented.
-    pub delta_ip: u16,
-    pub delta_l4: u16,
-    pub mapping: u32,
-    pub peer: u32,
-    /// Tick from which it is dead.
-    pub expires: u32,
-    pub links: Links,
-    pub bytes_out: u64,
-    pub bytes_in: u64,
-}
-
-/// Flag in `links.spare`: the other side is one of our own external addresses.
-pub(crate) const HAIRPIN: u16 = 1;
-
-impl Session {
-    #[inline(always)]
-    pub fn is_out(&self, k: &Key) -> bool {
-        self.int_ip == k.local
-            && self.rem_ip == k.remote
-            && self.int_port == k.local_port
-            && self.rem_port == k.remote_port
-            && self.proto == k.proto
-    }
-    #[inline(always)]
-    pub fn is_in(&self, k: &Key) -> bool {
-        self.ext_ip == k.local
-            && self.rem_ip == k.remote
-            && self.ext_port == k.local_port
-            && self.rem_port == k.remote_port
-            && self.proto == k.proto
-    }
-    fn out_key(&self) -> Key {
-        Key {
-            local: self.int_ip,
-            remote: self.rem_ip,
-            local_port: self.int_port,
-            remote_port: self.rem_port,
-            proto: self.proto,
-        }
-    }
-    fn in_key(&self) -> Key {
-        Key { local: self.ext_ip, local_port: self.ext_port, ..self.out_key() }
-    }
-}
-
-/// An internal address and port, and the external ones that stand for it.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Mapping {
-    pub int_ip: u32,
-    pub ext_ip: u32,
-    /// What the mapping depends on besides, zero where it does not.
-    pub rem_ip: u32,
-    pub int_port: u16,
-    pub ext_port: u16,
-    pub rem_port: u16,
-    pub proto: u8,
-    /// A published port: lives until it is taken back, lets everybody in.
-    pub published: bool,
-    /// Sessions, and one for being published.
-    refs: u32,
-    host: u32,
-}
-
-impl Mapping {
-    fn out_key(&self) -> Key {
-        Key {
-            local: self.int_ip,
-            remote: self.rem_ip,
-            local_port: self.int_port,
-            remote_port: self.rem_port,
-            proto: self.proto,
-        }
-    }
-    fn in_key(&self) -> Key {
-        Key { local: self.ext_ip, remote: 0, local_port: self.ext_port, remote_port: 0, proto: self.proto }
-    }
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Peer {
-    mapping: u32,
-    rem_ip: u32,
-    count: u32,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Host {
-    ip: u32,
-    external: u32,
-    ports: u32,
-    sessions: u32,
-}
-
-/// A record that can carry a free list.
-trait Slot: Copy {
-    fn link(&mut self) -> &mut u32;
-}
-impl Slot for Session {
-    fn link(&mut self) -> &mut u32 {
-        self.links.free_link()
-    }
-}
-impl Slot for Mapping {
-    fn link(&mut self) -> &mut u32 {
-        &mut self.refs
-    }
-}
-impl Slot for Peer {
-    fn link(&mut self) -> &mut u32 {
-        &mut self.count
-    }
-}
-impl Slot for Host {
-    fn link(&mut self) -> &mut u32 {
-        &mut self.ports
-    }
-}
-
-#[derive(Debug)]
-pub(crate) struct Slab<T> {
-    pub items: Vec<T>,
-    free: u32,
-    len: usize,
-    limit: usize,
-}
-
-#[allow(private_bounds)]
-impl<T: Slot> Slab<T> {
-    fn new(limit: usize) -> Self {
-        // Address space only: pages come as records do.
-        Slab { items: Vec::with_capacity(limit), free: NONE, len: 0, limit }
-    }
-    fn is_full(&self) -> bool {
-        self.len >= self.limit
-    }
-    fn add(&mut self, item: T) -> u32 {
-        self.len += 1;
-        let at = self.free;
-        if let Some(slot) = self.items.get_mut(at as usize) {
-            self.free = *slot.link();
-            *slot = item;
-            at
-        } else {
-            self.items.push(item);
-            (self.items.len() - 1) as u32
-        }
-    }
-    /// `dead` is what the free record looks like.
-    fn remove(&mut self, at: u32, dead: T) {
-        if let Some(slot) = self.items.get_mut(at as usize) {
-            *slot = dead;
-            *slot.link() = self.free;
-            self.free = at;
-            self.len -= 1;
-        }
-    }
-    #[inline(always)]
-    pub fn get(&self, at: u32) -> Option<&T> {
-        self.items.get(at as usize)
-    }
-    #[inline(always)]
-    pub fn get_mut(&mut self, at: u32) -> Option<&mut T> {
-        self.items.get_mut(at as usize)
-    }
-}
-
-impl Records for Slab<Session> {
-    #[inline]
-    fn links(&mut self, record: u32) -> Option<&mut Links> {
-        self.items.get_mut(record as usize).map(|s| &mut s.links)
-    }
-}
-
-const DEAD: Session = Session {
-    int_ip: 0,
-    ext_ip: 0,
-    rem_ip: 0,
-    int_port: 0,
-    ext_port: 0,
-    rem_port: 0,
-    proto: 0,
-    state: ConnState::Other,
-    delta_ip: 0,
-    delta_l4: 0,
-    mapping: NONE,
-    peer: NONE,
-    expires: 0,
-    links: Links::UNARMED,
-    bytes_out: 0,
-    bytes_in: 0,
-};
 
 struct External {
     ip: u32,
@@ -311,21 +87,21 @@ impl Table {
     pub fn new(c: &NatEngineConfig, tick: u32) -> Table {
         let mut random = Random::new(&c.secret);
         let keys = Keys::new(&mut random);
-        let n = c.table_size;
+        let (n, now) = (c.table_size, c.prefault);
         let hosts = n.min(1 << 20);
         Table {
             keys,
             random,
-            sessions: Slab::new(n),
-            out: Index::new(n),
-            inn: Index::new(n),
-            mappings: Slab::new(n),
-            map_out: Index::new(n),
-            map_in: Index::new(n),
-            peers: Slab::new(n),
-            peer_index: Index::new(n),
-            hosts: Slab::new(hosts),
-            host_index: Index::new(hosts),
+            sessions: Slab::new(n, DEAD, now),
+            out: Index::new(n, now),
+            inn: Index::new(n, now),
+            mappings: Slab::new(n, NO_MAPPING, now),
+            map_out: Index::new(n, now),
+            map_in: Index::new(n, now),
+            peers: Slab::new(n, NO_PEER, false),
+            peer_index: Index::new(n, false),
+            hosts: Slab::new(hosts, NO_HOST, false),
+            host_index: Index::new(hosts, false),
             externals: c
                 .external
                 .iter()
@@ -416,9 +192,52 @@ impl Table {
         m.published
             || match self.filtering(m.proto) {
                 Behaviour::EndpointIndependent => true,
-                Behaviour::AddressDependent => self.find_peer(mapping, rem_ip).is_some(),
+                Behaviour::AddressDependent => {
+                    m.first_count > 0 && m.first_peer == rem_ip || self.find_peer(mapping, rem_ip).is_some()
+                }
                 Behaviour::AddressAndPortDependent => false,
             }
+    }
+
+    /// Notes one more session of a mapping with an address; gives what [`Table::drop_peer`] wants back.
+    fn add_peer(&mut self, mapping: u32, rem_ip: u32) -> u32 {
+        if let Some(m) = self.mappings.get_mut(mapping)
+            && (m.first_count == 0 || m.first_peer == rem_ip)
+        {
+            m.first_peer = rem_ip;
+            m.first_count += 1;
+            return FIRST;
+        }
+        let peer = match self.find_peer(mapping, rem_ip) {
+            Some(p) => p,
+            None => {
+                let p = self.peers.add(Peer { mapping, rem_ip, count: 0 });
+                self.peer_index.insert(self.peer_hash(mapping, rem_ip), p);
+                p
+            }
+        };
+        if let Some(p) = self.peers.get_mut(peer) {
+            p.count += 1;
+        }
+        peer
+    }
+
+    fn drop_peer(&mut self, mapping: u32, peer: u32) {
+        if peer == FIRST {
+            if let Some(m) = self.mappings.get_mut(mapping) {
+                m.first_count = m.first_count.saturating_sub(1);
+            }
+            return;
+        }
+        let Some(p) = self.peers.get_mut(peer) else { return };
+        p.count = p.count.saturating_sub(1);
+        let p = *p;
+        if p.count == 0 {
+            let (keys, peers) = (&self.keys, &self.peers);
+            let hash = |p: &Peer| keys.hash(u64::from(p.mapping) << 32 | u64::from(p.rem_ip), 1);
+            self.peer_index.remove(hash(&p), peer, |x| peers.get(x).map_or(0, hash));
+            self.peers.remove(peer, NO_PEER);
+        }
     }
 
     fn host_hash(&self, ip: u32) -> u64 {
@@ -458,7 +277,7 @@ impl Table {
             self.host_index.remove(keys.hash(u64::from(host.ip), 2), h, |r| {
                 keys.hash(hosts.get(r).map_or(0, |h| u64::from(h.ip)), 2)
             });
-            self.hosts.remove(h, Host { ip: 0, ..host });
+            self.hosts.remove(h, NO_HOST);
         }
     }
 
@@ -528,6 +347,8 @@ impl Table {
             published: false,
             refs: 0,
             host,
+            first_peer: 0,
+            first_count: 0,
         }))
     }
 
@@ -558,6 +379,8 @@ impl Table {
             published: true,
             refs: 1,
             host,
+            first_peer: 0,
+            first_count: 0,
         }))
     }
 
@@ -604,8 +427,7 @@ impl Table {
                 set.release(r.ext_port);
             }
         }
-        let dead = Mapping { int_ip: 0, ext_ip: 0, proto: 0, published: false, ..r };
-        self.mappings.remove(m, dead);
+        self.mappings.remove(m, NO_MAPPING);
         if let Some(h) = self.hosts.get_mut(r.host) {
             h.ports = h.ports.saturating_sub(1);
         }
@@ -685,17 +507,7 @@ impl Table {
             && self.filtering(k.proto) == Behaviour::AddressDependent
             && port_class(k.proto).is_some()
         {
-            s.peer = match self.find_peer(mapping, k.remote) {
-                Some(p) => p,
-                None => {
-                    let p = self.peers.add(Peer { mapping, rem_ip: k.remote, count: 0 });
-                    self.peer_index.insert(self.peer_hash(mapping, k.remote), p);
-                    p
-                }
-            };
-            if let Some(p) = self.peers.get_mut(s.peer) {
-                p.count += 1;
-            }
+            s.peer = self.add_peer(mapping, k.remote);
         }
         if let Some(m) = self.mappings.get_mut(mapping) {
             m.refs += 1;
@@ -723,21 +535,50 @@ impl Table {
             .remove(s.out_key().hash(keys), id, |x| sessions.get(x).map_or(0, |y| y.out_key().hash(keys)));
         self.inn.remove(s.in_key().hash(keys), id, |x| sessions.get(x).map_or(0, |y| y.in_key().hash(keys)));
         self.sessions.remove(id, DEAD);
-        if let Some(p) = self.peers.get_mut(s.peer) {
-            p.count -= 1;
-            let p = *p;
-            if p.count == 0 {
-                let (keys, peers) = (&self.keys, &self.peers);
-                let hash = |p: &Peer| keys.hash(u64::from(p.mapping) << 32 | u64::from(p.rem_ip), 1);
-                self.peer_index.remove(hash(&p), s.peer, |x| peers.get(x).map_or(0, hash));
-                self.peers.remove(s.peer, Peer { mapping: NONE, ..p });
-            }
-        }
+        self.drop_peer(s.mapping, s.peer);
         let host = self.mappings.get(s.mapping).map_or(NONE, |m| m.host);
         if let Some(h) = self.hosts.get_mut(host) {
             h.sessions = h.sessions.saturating_sub(1);
         }
         self.release_mapping(s.mapping, tick);
+    }
+
+    /// Reads what a new outbound connection with this key will need, so that it is in the cache: the slots of
+    /// its mapping, and those of its external end should it keep its port. Changes nothing.
+    #[inline]
+    pub fn foresee(&self, k: &Key) -> u32 {
+        let b = self.mapping_behaviour(k.proto);
+        let own = Key {
+            remote: if b == Behaviour::EndpointIndependent { 0 } else { k.remote },
+            remote_port: if b == Behaviour::AddressAndPortDependent { k.remote_port } else { 0 },
+            ..*k
+        };
+        let mut seen = self.map_out.first(own.hash(&self.keys));
+        let ip = k.local;
+        let host =
+            self.host_index.find(self.host_hash(ip), |r| self.hosts.get(r).is_some_and(|h| h.ip == ip));
+        if let Some(e) =
+            host.and_then(|h| self.hosts.get(h)).and_then(|h| self.externals.get(h.external as usize))
+        {
+            let inner = Key { local: e.ip, ..*k };
+            seen ^= self.inn.first(inner.hash(&self.keys));
+            let outer = Key { remote: 0, remote_port: 0, ..inner };
+            seen ^= self.map_in.first(outer.hash(&self.keys));
+        }
+        seen
+    }
+
+    /// Reads what removing a session will need.
+    #[inline]
+    pub fn foresee_removal(&self, id: u32) -> u32 {
+        let Some(s) = self.sessions.get(id) else { return 0 };
+        let mut seen = self.out.first(s.out_key().hash(&self.keys));
+        seen ^= self.inn.first(s.in_key().hash(&self.keys));
+        if let Some(m) = self.mappings.get(s.mapping) {
+            seen ^= self.map_out.first(m.out_key().hash(&self.keys));
+            seen ^= self.map_in.first(m.in_key().hash(&self.keys));
+        }
+        seen
     }
 
     /// Moves a session's deadline to an earlier tick (a later one needs no move: the wheel looks again).
@@ -781,17 +622,4 @@ impl Table {
             + self.externals.iter().map(|e| e.ports.iter().flatten().count() * 8500).sum::<usize>()
             + self.held.capacity() * size_of::<Held>()
     }
-}
-
-/// What replacing `old` by `new` adds to the IP header's and to the transport's one's complement sum.
-pub(crate) fn deltas(p: u8, old: (u32, u16), new: (u32, u16)) -> (u16, u16) {
-    let half = |a: u32| u64::from(a >> 16) + u64::from(a & 0xffff);
-    let ip = half(!old.0) + half(new.0);
-    let port = u64::from(!old.1) + u64::from(new.1);
-    let l4 = match p {
-        proto::TCP | proto::UDP => ip + port,
-        proto::ICMP => port,
-        _ => 0,
-    };
-    (fold(ip), fold(l4))
 }
