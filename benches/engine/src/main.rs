@@ -125,11 +125,16 @@ fn hits(rows: &mut Vec<Row>, label: &str, flows: usize, mix: Mix, budget: Durati
 fn expiry(e: &mut NatEngine) -> Row {
     let now = Time(400_000_000_000);
     let mut worst = Duration::ZERO;
+    let mut all = Vec::new();
     while e.connection_count() > 0 {
         let t = Instant::now();
         black_box(e.expire(now, 256));
         worst = worst.max(t.elapsed());
+        all.push(t.elapsed().as_nanos());
     }
+    eprintln!("{:?}", all.iter().enumerate().filter(|x| *x.1 > 500_000).collect::<Vec<_>>());
+    all.sort_unstable();
+    eprintln!("{:?} {:?} {:?}", all[all.len() / 2], all[all.len() * 99 / 100], &all[all.len() - 10..]);
     Row { name: "expire_1m_longest_pause".into(), guestnet: worst.as_secs_f64() * 1e6, arcbox: None, unit: "us" }
 }
 
@@ -255,6 +260,17 @@ fn pool(rows: &mut Vec<Row>) {
 fn main() {
     let path = std::env::args().nth(1).unwrap_or_else(|| "engine.json".into());
     let mut rows = Vec::new();
+    if std::env::args().nth(2).as_deref() == Some("100k") {
+        attack(&mut rows);
+        for r in &rows {
+            println!("{} {:.2} {:?}", r.name, r.guestnet, r.arcbox);
+        }
+        return;
+    }
+    if std::env::args().nth(2).as_deref() == Some("1m") {
+        hits(&mut rows, "udp64_1m_flows", 1_000_000, Mix::Udp64, Duration::from_millis(1));
+        return;
+    }
     if std::env::args().nth(2).as_deref() == Some("new") {
         new_flows(&mut rows);
         for r in &rows {

@@ -24,10 +24,21 @@ impl PortSet {
     /// All of `first..=last` free.
     #[must_use]
     pub fn new(first: u16, last: u16) -> PortSet {
-        let mut set =
-            PortSet { taken: vec![u64::MAX; WORDS], free_words: [[0; WORDS / 64]; 2], first, last, free: 0 };
-        for port in first..=last {
-            set.release(port);
+        let mut set = PortSet {
+            taken: vec![u64::MAX; WORDS],
+            free_words: [[0; WORDS / 64]; 2],
+            first,
+            last,
+            free: u32::from(last.saturating_sub(first)) + 1,
+        };
+        for word in usize::from(first >> 6)..=usize::from(last >> 6) {
+            let from = usize::from(first).saturating_sub(word * 64).min(63);
+            let to = (usize::from(last) - word * 64).min(63);
+            let free = (u64::MAX << from) & (u64::MAX >> (63 - to));
+            if let Some(w) = set.taken.get_mut(word) {
+                *w = !free;
+            }
+            set.summarise(word);
         }
         set
     }
@@ -76,7 +87,12 @@ impl PortSet {
         } else {
             *w &= !(1 << (port & 63));
         }
-        let free = !*w;
+        self.summarise(word);
+    }
+
+    #[inline]
+    fn summarise(&mut self, word: usize) {
+        let free = !self.taken.get(word).copied().unwrap_or(u64::MAX);
         for (parity, mask) in [EVEN, !EVEN].into_iter().enumerate() {
             if let Some(s) = self.free_words[parity].get_mut(word / 64) {
                 *s = (*s & !(1 << (word & 63))) | (u64::from(free & mask != 0) << (word & 63));
