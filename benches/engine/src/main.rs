@@ -107,7 +107,12 @@ fn hits(rows: &mut Vec<Row>, label: &str, flows: usize, mix: Mix, budget: Durati
     if flows == 1_000_000 {
         let s = e.conntrack_stats();
         let per = s.memory as f64 / s.connections as f64;
-        rows.push(Row { name: "memory_per_connection_1m".into(), guestnet: per, arcbox: None, unit: "bytes" });
+        rows.push(Row {
+            name: "memory_per_connection_1m".into(),
+            guestnet: per,
+            arcbox: None,
+            unit: "bytes",
+        });
         rows.push(expiry(&mut e));
     }
     drop(e);
@@ -135,7 +140,12 @@ fn expiry(e: &mut NatEngine) -> Row {
     eprintln!("{:?}", all.iter().enumerate().filter(|x| *x.1 > 500_000).collect::<Vec<_>>());
     all.sort_unstable();
     eprintln!("{:?} {:?} {:?}", all[all.len() / 2], all[all.len() * 99 / 100], &all[all.len() - 10..]);
-    Row { name: "expire_1m_longest_pause".into(), guestnet: worst.as_secs_f64() * 1e6, arcbox: None, unit: "us" }
+    Row {
+        name: "expire_1m_longest_pause".into(),
+        guestnet: worst.as_secs_f64() * 1e6,
+        arcbox: None,
+        unit: "us",
+    }
 }
 
 /// First packets of flows, each from a socket of its own. The slowest tenth counts too: `never`.
@@ -176,9 +186,10 @@ fn new_flows(rows: &mut Vec<Row>) {
 /// for bits that a multiply without secret would lose), against random ones.
 fn attack(rows: &mut Vec<Row>) {
     const N: usize = 100_000;
-    for (name, load) in
-        [("new_flows_100k_random", Load::every_flow(N, Mix::Udp64)), ("new_flows_100k_attack", Load::attack(N))]
-    {
+    for (name, load) in [
+        ("new_flows_100k_random", Load::every_flow(N, Mix::Udp64)),
+        ("new_flows_100k_attack", Load::attack(N)),
+    ] {
         let mut probe = 0;
         let rate = best(Duration::from_secs(1), || {
             let mut work = load.clone();
@@ -188,7 +199,12 @@ fn attack(rows: &mut Vec<Row>) {
             (N, t)
         });
         rows.push(Row { name: name.into(), guestnet: rate, arcbox: None, unit: "Mpps" });
-        rows.push(Row { name: format!("{name}_longest_run"), guestnet: probe as f64, arcbox: None, unit: "slots" });
+        rows.push(Row {
+            name: format!("{name}_longest_run"),
+            guestnet: probe as f64,
+            arcbox: None,
+            unit: "slots",
+        });
     }
 }
 
