@@ -313,13 +313,15 @@ class NatNetwork:
         Each guest that comes is an endpoint of its own, as soon as its MAC shows: named by its static lease,
         else vm1, vm2 and so on. A guest that leaves is removed.
         """
+        session = self._live()
         with listening_socket(kind, path) as sock:
-            return self._run(self._live().listen(kind, os.fspath(path), sock))
+            return self._run(session.listen(kind, os.fspath(path), sock))
 
     async def alisten(self, kind: str, path: str | os.PathLike[str]) -> Listener:
         """As `listen`."""
+        session = self._live()
         with listening_socket(kind, path) as sock:
-            return await self._arun(self._live().listen(kind, os.fspath(path), sock))
+            return await self._arun(session.listen(kind, os.fspath(path), sock))
 
     # --- published ports ---
 

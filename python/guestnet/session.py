@@ -197,9 +197,11 @@ class Session:
         endpoint._attached = kind
         try:
             await work
-        except BaseException:
+        except BaseException as error:
             endpoint._attached = None
             self._memory.pop(port, None)
+            if isinstance(error, AttachError):
+                raise AttachError(f"Endpoint {id!r} cannot be attached as {kind!r}: {error}.") from None
             raise
         self._tell_up(endpoint, attachment=kind)
         return attachment

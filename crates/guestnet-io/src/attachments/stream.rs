@@ -35,6 +35,11 @@ pub(crate) struct Filled {
 impl Stream {
     pub(crate) fn new(fd: OwnedFd) -> Result<Stream, String> {
         sys::adopt(&fd).map_err(|e| reason("the socket cannot be set up", e))?;
+        let opt = |name| sys::get_opt(&fd, libc::SOL_SOCKET, name);
+        let kind = opt(libc::SO_TYPE).map_err(|e| reason("the descriptor is not a socket", e))?;
+        if kind != libc::SOCK_STREAM || opt(libc::SO_ACCEPTCONN) != Ok(0) {
+            return Err("the socket is not a connected SOCK_STREAM".into());
+        }
         // More in flight than the small default of unix sockets; the kernel limits what it grants.
         for name in [libc::SO_SNDBUF, libc::SO_RCVBUF] {
             let _as_granted = sys::set_opt(&fd, libc::SOL_SOCKET, name, 1 << 20);

@@ -1,0 +1,273 @@
+"""The life of a network, and what misuse gets."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from guestnet import (
+    AddressPoolExhausted,
+    AlreadyRunning,
+    ConfigError,
+    EndpointExists,
+    EndpointNotFound,
+    GuestnetError,
+    NatConfig,
+    NatNetwork,
+    NetMode,
+    NetworkEvent,
+    NotRunning,
+    UnsupportedError,
+)
+
+PLAIN = NatConfig(dhcp=False, dns=False)
+
+
+def test_creation() -> None:
+    network = NatNetwork.with_defaults()
+    assert not network.is_running
+    assert network.endpoint_count == 0
+    assert str(network.gateway) == "192.168.64.1"
+    assert network.config == NatConfig()
+    assert repr(network) == (
+        "<NatNetwork 192.168.64.0/24 nat gateway=192.168.64.1 endpoints=0 connections=0 stopped>"
+    )
+
+
+def test_endpoints_without_a_running_network() -> None:
+    network = NatNetwork(PLAIN)
+    endpoint = network.create_endpoint("vm1")
+    assert (endpoint.mode, str(endpoint.ip)) == (NetMode.NAT, "192.168.64.2")
+    network.create_endpoint("vm2")
+    assert network.endpoint_count == len(network) == 2
+    assert network.get_endpoint("vm1") is endpoint
+    assert "vm1" in network
+    network.remove_endpoint("vm1")
+    assert network.endpoint_count == 1
+    assert network.get_endpoint("vm1") is None
+    with pytest.raises(EndpointNotFound):
+        network.remove_endpoint("vm1")
+    with pytest.raises(EndpointExists):
+        network.create_endpoint("vm2")
+    assert [endpoint.id for endpoint in network] == ["vm2"]
+
+
+def test_the_same_while_it_runs() -> None:
+    with NatNetwork(PLAIN.replace(subnet="10.0.0.0/30")) as network:
+        network.create_endpoint("vm1")
+        with pytest.raises(EndpointExists):
+            network.create_endpoint("vm1")
+        with pytest.raises(AddressPoolExhausted):
+            network.create_endpoint("vm2")
+        with pytest.raises(EndpointNotFound):
+            network.remove_endpoint("vm2")
+        network.remove_endpoint("vm1")
+        network.create_endpoint("vm2")
+        assert network.endpoint_count == 1
+
+
+def test_start_and_stop() -> None:
+    network = NatNetwork(PLAIN)
+    for _ in range(3):
+        network.start()
+        assert network.is_running
+        with pytest.raises(AlreadyRunning):
+            network.start()
+        network.stop()
+        network.stop()
+        assert not network.is_running
+
+
+def test_endpoints_outlive_a_stop() -> None:
+    network = NatNetwork(PLAIN)
+    network.create_endpoint("before")
+    with network:
+        network.create_endpoint("during")
+        network.attach("before", "memory")
+    assert [e.id for e in network.endpoints] == ["before", "during"]
+    assert network.endpoints[0].attachment is None
+    with network:
+        network.attach("during", "memory")
+        network.attach("before", "memory")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda n: n.attach("vm1", "memory"),
+        lambda n: n.listen("stream", "/tmp/never"),
+        lambda n: n.publish("0:80"),
+        lambda n: n.flows(),
+        lambda n: n.endpoint_stats(),
+        lambda n: n.start_capture("/tmp/never"),
+    ],
+)
+def test_what_needs_a_running_network_says_so(call: object) -> None:
+    network = NatNetwork(PLAIN)
+    with pytest.raises(NotRunning, match="start it"):
+        call(network)  # type: ignore[operator]
+    assert not Path("/tmp/never").exists()
+
+
+def test_wrong_configurations() -> None:
+    with pytest.raises(ConfigError, match="NatConfig"):
+        NatNetwork({"subnet": "10.0.0.0/24"})  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match="bridged"):
+        NatNetwork(NatConfig(mode="bridged"))
+    network = NatNetwork(PLAIN.replace(limits={"nothing_like_it": 5}))
+    with pytest.raises(ConfigError, match="nothing_like_it"):
+        network.start()
+    assert not network.is_running
+    network = NatNetwork(PLAIN.replace(capture="/nowhere/at/all.pcapng"))
+    with pytest.raises(ConfigError, match="/nowhere/at/all"):
+        network.start()
+    assert not network.is_running
+
+
+def test_no_threads_and_descriptors_are_left() -> None:
+    def left() -> tuple[int, int]:
+        gc.collect()
+        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    NatNetwork(PLAIN).start  # noqa: B018 - everything is imported
+    with NatNetwork(PLAIN):
+        pass
+    before = left()
+    for _ in range(5):
+        with NatNetwork(PLAIN) as network:
+            network.create_endpoint("vm1")
+            network.attach("vm1", "memory")
+            network.publish("0:80")
+    assert left() == before
+
+
+async def test_asyncio() -> None:
+    network = NatNetwork(PLAIN)
+    async with network:
+        assert network.is_running
+        with pytest.raises(AlreadyRunning):
+            await network.astart()
+        endpoints = await asyncio.gather(*(network.acreate_endpoint(f"vm{n}") for n in range(20)))
+        assert len({e.ip for e in endpoints}) == 20
+        with pytest.raises(EndpointExists):
+            await network.acreate_endpoint("vm1")
+        await network.aattach("vm1", "memory")
+        forward = await network.apublish("0:vm1:80")
+        assert await network.aflows() == []
+        assert set(await network.aendpoint_stats()) == {e.id for e in endpoints}
+        await network.aunpublish(forward)
+        await network.aremove_endpoint("vm1")
+        assert network.endpoint_count == 19
+    assert not network.is_running
+    await network.aclose()
+    with pytest.raises(NotRunning):
+        await network.aflows()
+
+
+def test_waiting_for_the_own_thread_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[str] = []
+
+    def callback(event: NetworkEvent) -> None:
+        for call in (network.flows, network.stop, lambda: network.create_endpoint("x")):
+            try:
+                call()
+            except GuestnetError as error:
+                seen.append(str(error))
+        raise ValueError("also that is survived")
+
+    with NatNetwork(PLAIN) as network:
+        network.on_event(callback)
+        network.create_endpoint("vm1")
+        with caplog.at_level(logging.CRITICAL, logger="guestnet"):
+            network.attach("vm1", "memory")
+        assert len(seen) == 3
+        assert all("another thread" in text for text in seen)
+        assert network.endpoint_count == 1
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False
+    )
+
+
+BEGIN = """
+from guestnet import NatConfig, NatNetwork
+network = NatNetwork(NatConfig(dhcp=False, dns=False))
+network.start()
+network.create_endpoint("vm1")
+"""
+
+
+@pytest.mark.parametrize(
+    "end",
+    ["", "raise SystemExit(0)", "import threading; threading.Thread(target=network.flows).start()"],
+)
+def test_a_program_that_forgets_to_stop_ends_all_the_same(end: str) -> None:
+    done = run(BEGIN + end)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_fork_leaves_the_network_to_its_parent() -> None:
+    code = """
+import os
+pid = os.fork()
+if pid == 0:
+    network.stop()
+    raise SystemExit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+network.create_endpoint("vm2")
+print(network.flows())
+"""
+    done = run("import warnings; warnings.simplefilter('ignore')\n" + BEGIN + code)
+    assert (done.stdout, done.stderr, done.returncode) == ("[]\n", "", 0)
+
+
+def test_interrupted_while_it_waits() -> None:
+    code = """
+import os, signal, threading
+def slow():
+    import asyncio
+    async def work():
+        await asyncio.sleep(60)
+    network._run(work())
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    slow()
+except KeyboardInterrupt:
+    print("interrupted")
+network.create_endpoint("vm2")
+network.stop()
+"""
+    done = run(BEGIN + code)
+    assert (done.stdout, done.stderr, done.returncode) == ("interrupted\n", "", 0)
+
+
+def test_stop_while_others_wait() -> None:
+    network = NatNetwork(PLAIN)
+    network.start()
+
+    async def for_ever() -> None:
+        await asyncio.sleep(600)
+
+    outcome: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            network._run(for_ever())
+        except NotRunning as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    network.flows()
+    network.stop()
+    thread.join(10)
+    assert len(outcome) == 1

@@ -1,0 +1,233 @@
+"""Guests in memory talk to each other, to the host's loopback and to clients of published ports."""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+from collections.abc import Callable
+from ipaddress import IPv4Address
+from pathlib import Path
+
+import pytest
+from guestnet import (
+    AttachError,
+    ConfigError,
+    EndpointNotFound,
+    ForwardNotFound,
+    NatConfig,
+    NatNetwork,
+    PortInUse,
+    UnsupportedError,
+)
+from guestnet.testing.guest import GuestError
+from guestnet.testing.tcp import Connection
+
+from .conftest import PATIENCE, AddGuest, Events, add_memory_guest, fetch, until
+
+LOOPBACK = "192.168.64.254"
+
+
+def read_all(connection: Connection) -> bytes:
+    data = b""
+    while more := connection.recv(65536):
+        data += more
+    return data
+
+
+def answer(text: bytes) -> Callable[[Connection], None]:
+    def handle(connection: Connection) -> None:
+        connection.send(text + connection.recv(100))
+        connection.close()
+
+    return handle
+
+
+def test_to_the_hosts_loopback_and_back(network: NatNetwork, add_guest: AddGuest, echo: int) -> None:
+    guest = add_guest("vm1")
+    data = random.Random(1).randbytes(400_000)
+    connection = guest.connect(LOOPBACK, echo)
+    sender = threading.Thread(target=lambda: (connection.send(data), connection.close()))
+    sender.start()
+    assert read_all(connection) == data
+    sender.join()
+    (flow,) = network.flows() or [None]
+    if flow is not None:  # it is gone once both sides have closed
+        assert (flow.endpoint, flow.protocol, flow.inbound) == ("vm1", "tcp", False)
+    until(lambda: network.stats().flows_closed == 1, "the flow to be counted")
+    stats = network.stats()
+    assert stats.rx_bytes > len(data)
+    assert (stats - stats).rx_bytes == 0
+    assert stats.as_dict()["drops"].keys() == stats.drops.keys()
+    assert network.endpoint_stats()["vm1"].rx_frames > 0
+
+
+def test_refused_is_seen_as_such(add_guest: AddGuest) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        with pytest.raises(GuestError, match="refused"):
+            add_guest("vm1").connect(LOOPBACK, nobody.getsockname()[1])
+
+
+def test_guests_reach_each_other(add_guest: AddGuest) -> None:
+    one, two = add_guest("vm1"), add_guest("vm2")
+    two.serve(7, answer(b"hello "))
+    connection = one.connect("192.168.64.3", 7)
+    connection.send(b"world")
+    assert read_all(connection) == b"hello world"
+
+
+def test_published(network: NatNetwork, add_guest: AddGuest) -> None:
+    add_guest("vm1").serve(80, answer(b"hello "))
+    forward = network.publish("127.0.0.1:0:80")
+    assert str(forward) == f"127.0.0.1:{forward.host_port}/tcp -> guest:80"
+    assert network.forwards == [forward]
+    assert fetch(forward.host_port, b"you") == b"hello you"
+    network.unpublish(forward)
+    with pytest.raises(ConnectionRefusedError):
+        fetch(forward.host_port)
+    with pytest.raises(ForwardNotFound):
+        network.unpublish(forward)
+    assert network.forwards == []
+
+
+def test_a_published_range(network: NatNetwork, add_guest: AddGuest) -> None:
+    guest = add_guest("vm1")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        base = probe.getsockname()[1] - 1
+    for n in range(3):
+        guest.serve(90 + n, answer(b"%d " % n))
+    network.publish(f"127.0.0.1:{base}-{base + 2}:vm1:90-92")
+    assert [fetch(base + n, b"x") for n in range(3)] == [b"0 x", b"1 x", b"2 x"]
+    with pytest.raises(PortInUse, match=str(base + 1)):
+        network.publish(f"127.0.0.1:{base + 1}:80")
+
+
+def test_published_before_the_guest_is_there(network: NatNetwork, add_guest: AddGuest) -> None:
+    by_name = network.publish("127.0.0.1:0:vm2:80")
+    by_address = network.publish("127.0.0.1:0:192.168.64.3:80")
+    only = network.publish("127.0.0.1:0:80")
+    for forward in (by_name, by_address, only):
+        with pytest.raises(ConnectionResetError):
+            fetch(forward.host_port)
+    add_guest("vm1").serve(80, answer(b"one "))
+    assert fetch(only.host_port, b"x") == b"one x"
+    add_guest("vm2").serve(80, answer(b"two "))
+    for forward, text in ((by_name, b"two x"), (by_address, b"two x"), (only, b"one x")):
+        assert fetch(forward.host_port, b"x") == text
+    with pytest.raises(ConfigError, match="which guest"):
+        network.publish("127.0.0.1:0:80")
+    network.remove_endpoint("vm2")
+    with pytest.raises(ConnectionResetError):
+        fetch(by_name.host_port)
+    network.remove_endpoint("vm1")
+    add_guest("vm3").serve(80, answer(b"three "))
+    assert fetch(only.host_port, b"x") == b"three x", "the only guest is another one now"
+
+
+def test_published_udp(network: NatNetwork, add_guest: AddGuest) -> None:
+    guest = add_guest("vm1")
+    forward = network.publish("127.0.0.1:0:vm1:5000/udp")
+    guest._datagrams[5000] = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.settimeout(PATIENCE)
+        client.sendto(b"question", ("127.0.0.1", forward.host_port))
+        with guest._changed:
+            assert guest._changed.wait_for(lambda: guest._datagrams[5000], PATIENCE)
+        assert guest._datagrams[5000] == [b"question"]
+        # A client on the loopback is the gateway for the guest.
+        guest.send_udp("192.168.64.1", client.getsockname()[1], 5000, b"answer")
+        assert client.recv(100) == b"answer"
+
+
+def test_ipv6_guests_cannot_be_published_to_yet(network: NatNetwork) -> None:
+    with pytest.raises(UnsupportedError, match="fd00::2"):
+        network.publish("127.0.0.1:0:[fd00::2]:80")
+
+
+def test_attach_misuse(network: NatNetwork) -> None:
+    network.create_endpoint("vm1")
+    with pytest.raises(EndpointNotFound, match="'vm2'"):
+        network.attach("vm2", "memory")
+    with pytest.raises(ConfigError, match="'carrier pigeon'"):
+        network.attach("vm1", "carrier pigeon", fd=3)
+    with pytest.raises(ConfigError, match="fd or sock"):
+        network.attach("vm1", "stream")
+    with pytest.raises(ConfigError, match="on_frame"):
+        network.attach("vm1", "stream", fd=0, on_frame=print)
+    with pytest.raises(ConfigError, match="no descriptor"):
+        network.attach("vm1", "memory", fd=0)  # type: ignore[call-overload]
+    with pytest.raises(AttachError, match="999999"):
+        network.attach("vm1", "stream", fd=999999)
+    with pytest.raises(AttachError):
+        network.attach("vm1", "stream", fd=-1)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as wrong:
+        for kind in ("tap", "stream"):
+            with pytest.raises(AttachError):
+                network.attach("vm1", kind, sock=wrong)
+        assert wrong.fileno() >= 0, "what is refused stays the caller's"
+    network.attach("vm1", "memory")
+    with pytest.raises(AttachError, match="memory"):
+        network.attach("vm1", "memory")
+
+
+def test_frames_wait_for_recv(network: NatNetwork) -> None:
+    network.create_endpoint("vm1", mac="02:00:00:00:00:01")
+    attachment = network.attach("vm1", "memory")
+    ask = bytes.fromhex(
+        "ffffffffffff020000000001080600010800060400010200000000010000000000000000000000000000"
+    )
+    request = ask[:28] + IPv4Address("192.168.64.2").packed + bytes(6) + network.gateway.packed
+    attachment.send(request)
+    frame = attachment.recv(PATIENCE)
+    assert frame is not None
+    assert frame[12:14] == b"\x08\x06"
+    assert attachment.recv(0) is None
+
+
+def test_events_of_flows(network: NatNetwork, add_guest: AddGuest, echo: int) -> None:
+    quiet, events = Events(network), Events(network, flows=True)
+    guest = add_guest("vm1")
+    assert events.next("guest_up").endpoint == "vm1"
+    connection = guest.connect(LOOPBACK, echo)
+    opened = events.next("flow_opened")
+    assert (opened.endpoint, opened.details["remote"]) == ("vm1", [LOOPBACK, echo])
+    connection.send(b"12345")
+    connection.recv(5)
+    connection.close()
+    closed = events.next("flow_closed")
+    assert closed.details["flow"] == opened.details["flow"]
+    assert closed.details["bytes_out"] == 5
+    kinds = {quiet.queue.get_nowait().kind for _ in range(quiet.queue.qsize())}
+    assert not kinds & {"flow_opened", "flow_closed"}
+
+
+def test_callbacks_can_be_ended(network: NatNetwork) -> None:
+    seen: list[str] = []
+    end = network.on_event(lambda event: seen.append(event.kind))
+    end()
+    end()
+    network.create_endpoint("vm1")
+    network.attach("vm1", "memory")
+    assert seen == []
+
+
+def test_capture(network: NatNetwork, add_guest: AddGuest, echo: int, tmp_path: Path) -> None:
+    path = tmp_path / "all.pcapng"
+    network.start_capture(path)
+    connection = add_guest("vm1").connect(LOOPBACK, echo)
+    connection.send(b"marked bytes")
+    connection.recv(100)
+    network.stop_capture()
+    content = path.read_bytes()
+    assert content[:4] == b"\x0a\x0d\x0d\x0a"
+    assert content.count(b"marked bytes") >= 2
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_host_only_lets_nothing_out() -> None:
+    with NatNetwork(NatConfig(mode="host_only", dhcp=False, dns=False)) as network:
+        seen = Events(network, flows=True)
+        add_memory_guest(network, "vm1").send_udp("192.0.2.1", 53, 5000, b"x")
+        assert seen.next("denied").details["reason"] == "policy"
+        until(lambda: network.stats().drops["policy"] == 1, "the drop to be counted")
