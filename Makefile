@@ -56,11 +56,13 @@ bench: ## Race guestnet with kernel NAT, pasta and slirp4netns; one table (BENCH
 	@$(MAKE) --no-print-directory build
 	$(BIN)/python bench/race.py $(BENCH_ARGS)
 
-conformance: ## Prove the NAT engine against its RFCs, requirement by requirement
-	cargo test --locked -p guestnet-core --test 'nat_rfc*'
+conformance: ## Prove the NAT engine against its RFCs and write docs/conformance.md
+	python3 scripts/conformance.py
 
-bench-engine: ## Measure the packet path of the crates alone (criterion)
-	cargo bench --workspace --locked
+# The peer is downloaded from the registry for this alone.
+bench-engine: ## Race the NAT engine with arcbox-conntrack; writes target/bench/engine.json
+	mkdir -p target/bench
+	cargo run --release --locked --manifest-path benches/engine/Cargo.toml --target-dir $(TARGET)/bench-engine -- target/bench/engine.json
 
 fuzz: ## Fuzz each target for a short time (FUZZ_SECONDS=20 each)
 	scripts/fuzz.py --seconds $(or $(FUZZ_SECONDS),20)

@@ -1,0 +1,299 @@
+#!/usr/bin/env python3
+"""Runs the RFC tests and writes docs/conformance.md: requirement, met or not, why not, for both uplinks.
+
+A requirement is met by the packet engine when it has tests (named for it) and all of them pass. For the socket
+relay it is met by guestnet, with tests, or by the host's kernel, or does not apply; the table says which.
+The exit status is 1 when a test fails, a test that the table names is gone, or a test names no requirement.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LINE = re.compile(r"^test (?:[\w:]+::)?(\w+) \.\.\. (ok|FAILED)")
+
+KERNEL = "by the host's kernel"
+NOT_APPLICABLE = "not applicable"
+#: Tests of the relay that a cell of the table may name, by the word that the cell uses.
+NO_EXTERNAL = "the host picks the port of its own sockets"
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """One row. `tests` are prefixes of test names; none of them means that it is not met, and `note` why."""
+
+    name: str
+    text: str
+    tests: tuple[str, ...] = ()
+    note: str = ""
+    relay: str = ""
+    relay_tests: tuple[str, ...] = ()
+
+
+def r(
+    name: str,
+    text: str,
+    *,
+    relay: str,
+    note: str = "",
+    by: tuple[str, ...] = (),
+    tests: tuple[str, ...] | None = None,
+) -> Requirement:
+    """A row whose engine tests are named for it unless said otherwise: `4787-13a` -> `rfc4787_req13a_`."""
+    if tests is None:
+        rfc, number = name.split("-", 1)
+        tests = (f"rfc{rfc}_req{number}_",)
+    return Requirement(name, text, tests, note, relay, by)
+
+
+TABLE: dict[str, list[Requirement]] = {
+    "RFC 4787, UDP": [
+        r(
+            "4787-1",
+            "endpoint-independent mapping",
+            relay="met",
+            by=("req_1_one_socket_for_all_destinations",),
+        ),
+        r("4787-2", "pooling is paired", relay=f"{KERNEL}: one route, one address"),
+        r("4787-3", "no port overloading", relay=f"{KERNEL}: a port has one socket"),
+        r(
+            "4787-3a",
+            "ports below 1024 stay below",
+            relay=f"not met: {NO_EXTERNAL}, and below 1024 needs a privilege",
+        ),
+        r("4787-4", "parity kept (recommended)", relay=f"not met: {NO_EXTERNAL}"),
+        r("4787-5", "mapping lives 300 s", relay="met", by=("req_5_and_6_timeouts",)),
+        r("4787-5a", "shorter for well-known destinations", relay="met", by=("req_5_and_6_timeouts",)),
+        r("4787-6", "outbound packets refresh", relay="met", by=("req_5_and_6_timeouts",)),
+        r(
+            "4787-6a",
+            "inbound refresh can be chosen",
+            relay="met: they refresh",
+            by=("req_5_and_6_timeouts",),
+        ),
+        r(
+            "4787-7",
+            "address conflict is an error",
+            relay=f"{NOT_APPLICABLE}: the guests' subnet never leaves",
+        ),
+        r("4787-8", "filtering: independent or address-dependent", relay="met", by=("req_8_filtering",)),
+        r("4787-9", "hairpinning", relay=f"{KERNEL}: a socket reaches another on the same host"),
+        r("4787-9a", "hairpinned source is the external end", relay=KERNEL),
+        r("4787-10", "no ALG", relay="met", by=("replies_come_back",)),
+        r("4787-11", "deterministic", relay="met", by=("req_1_one_socket_for_all_destinations",)),
+        r("4787-12", "ICMP keeps the mapping", relay="met", by=("errors_of_the_network_quote",)),
+        r("4787-13", "DF and too big: ICMP 3/4", relay="met", by=("errors_at_once_are_told",)),
+        r("4787-13a", "fragments in order", relay="met", by=("req_13_and_14_fragments",)),
+        r("4787-14", "fragments in any order", relay="met", by=("req_13_and_14_fragments",)),
+        r("4787-14a", "fragment floods are bounded", relay="met", by=("req_14a_incomplete_datagrams",)),
+    ],
+    "RFC 5382, TCP": [
+        r("5382-1", "endpoint-independent mapping", relay="not met: each connect has a port of its own"),
+        r(
+            "5382-2",
+            "all valid sequences",
+            relay="met",
+            by=("half_closed_for_an_hour", "urgent_is_plain_data"),
+        ),
+        r("5382-2a", "simultaneous open", relay="met towards the guest", by=("both_open_at_once",)),
+        r("5382-3", "filtering", relay=f"{KERNEL}: address and port dependent, but for published ports"),
+        r("5382-4", "unsolicited SYN waits six seconds", relay=f"{KERNEL}: RST at once, as any host"),
+        r("5382-5", "established 7440 s, transitory 240 s", relay="met", by=("idle_limits",)),
+        r("5382-6", "no ALG", relay="met", by=("payload_goes_straight",)),
+        r("5382-7", "no port overloading", relay=f"{KERNEL}: four-tuples are unique"),
+        r("5382-8", "hairpinning", relay=f"{KERNEL}: through published ports"),
+        r("5382-9", "ICMP unreachable reaches the guest", relay="met", by=("unreachable_is_told",)),
+        r("5382-10", "ICMP does not end a connection", relay=KERNEL),
+    ],
+    "RFC 5508, ICMP": [
+        r("5508-1", "queries permitted", relay="met", by=("echo_is_relayed",)),
+        r("5508-1a", "identifier mapping is endpoint-independent", relay="met", by=("echo_is_relayed",)),
+        r("5508-2", "query lives 60 s", relay="met", by=("echo_is_relayed",)),
+        r("5508-3", "bad outer checksum is dropped", relay="met", by=("bad_checksums_and_sizes",)),
+        r("5508-3a", "bad inner IP checksum is dropped", relay="met", by=("errors_of_a_guest_are_checked",)),
+        r("5508-3b", "inner options are understood", relay=KERNEL),
+        r("5508-3c", "inner transport checksum is not verified", relay=KERNEL),
+        r("5508-3d", "extensions are left alone", relay=f"{NOT_APPLICABLE}: the error is built anew"),
+        r(
+            "5508-4",
+            "errors from outside are reverted",
+            relay="met",
+            by=("errors_of_the_network_quote",),
+        ),
+        r("5508-5", "errors from inside are reverted", relay=f"{NOT_APPLICABLE}: sockets cannot send them"),
+        r("5508-6", "errors neither refresh nor delete", relay="met", by=("errors_of_the_network_quote",)),
+        r("5508-7", "hairpinned queries", relay=KERNEL),
+        r("5508-7a", "hairpinned errors", relay=f"{NOT_APPLICABLE}: sockets cannot send them"),
+        r(
+            "5508-8",
+            "refusals are told, at a limited rate",
+            relay="met",
+            by=("icmp_errors_are_limited_in_rate",),
+        ),
+        r("5508-10", "unreachable, time exceeded, echo", relay="met", by=("ttl_runs_out_here",)),
+    ],
+    "RFC 6888, with guests for subscribers": [
+        r("6888-4", "cap of ports per guest", relay="met", by=("the_cap_evicts_one_shot_flows",)),
+        r("6888-5", "cap of state per guest", relay="met", by=("a_flood_of_flows_stays_within_the_caps",)),
+        r(
+            "6888-6",
+            "translation off for destinations",
+            relay=f"{NOT_APPLICABLE}: nothing leaves untranslated",
+        ),
+        r("6888-7", "endpoint-independent filtering", relay="met", by=("req_8_filtering",)),
+        r("6888-8", "a freed port rests 120 s", relay=f"not met: {NO_EXTERNAL}"),
+        r(
+            "6888-9",
+            "Port Control Protocol",
+            tests=(),
+            note="no PCP server yet; ports are published by the control side",
+            relay="not met: no PCP server yet",
+        ),
+        r(
+            "6888-11",
+            "never evict a live mapping",
+            relay="one-shot UDP flows are evicted, least recently used first; nothing else is",
+            by=("the_cap_evicts_one_shot_flows",),
+        ),
+        r(
+            "6888-12",
+            "destinations are not logged",
+            tests=(),
+            note="met by construction: the engine logs nothing",
+            relay="flow events are for the owner of the network alone",
+        ),
+        r("6888-15", "unguessable ports", relay=KERNEL),
+    ],
+    "RFC 7857, updates": [
+        r("7857-2.1", "TCP state machine", tests=("rfc7857_2_1_",), relay="met", by=("both_close_at_once",)),
+        r(
+            "7857-2.2",
+            "opening and closing timers",
+            tests=("rfc7857_2_2_",),
+            relay="met",
+            by=("idle_limits",),
+        ),
+        r("7857-2.3", "a reset does not end the session", tests=("rfc7857_2_3_",), relay=KERNEL),
+        r(
+            "7857-3",
+            "port overlap",
+            tests=("rfc7857_3_",),
+            relay=KERNEL,
+            note="not offered, which is allowed",
+        ),
+        r("7857-4", "refusals do not refresh", tests=("rfc7857_4_",), relay=NOT_APPLICABLE),
+        r("7857-5", "behaviour per protocol", tests=("rfc7857_5_",), relay="met", by=("req_8_filtering",)),
+        r("7857-8", "parity may be off", tests=("rfc7857_8_",), relay=NOT_APPLICABLE),
+        r("7857-9", "port randomisation", tests=("rfc7857_9_",), relay=KERNEL),
+        r(
+            "7857-10",
+            "IP identification",
+            tests=("rfc7857_10_",),
+            note="unique for fragments; other packets keep the guest's, so that errors quote what it sent",
+            relay=KERNEL,
+        ),
+        r("7857-11", "ICMP mapping goes with its last session", tests=("rfc7857_11_",), relay="met"),
+    ],
+    "RFC 3022 and 1624, the basics": [
+        r("UDP zero", "checksum 0 stays 0", tests=("rfc3022_udp_checksum_zero",), relay=KERNEL),
+        r(
+            "UDP ones",
+            "a computed 0 goes out as 0xffff",
+            tests=("rfc3022_a_computed_udp_zero",),
+            relay=KERNEL,
+        ),
+        r("Partial sums", "are completed", tests=("rfc3022_a_partial_checksum",), relay=KERNEL),
+        r(
+            "Published ports",
+            "DNAT",
+            tests=("rfc3022_published_ports",),
+            relay="met",
+            by=("published_udp_keeps",),
+        ),
+        r(
+            "Others",
+            "GRE, ESP and SCTP where unambiguous",
+            tests=("rfc3022_protocols_without_ports",),
+            relay="refused: no socket for them",
+        ),
+        r("Not ours", "passes unchanged", tests=("rfc3022_what_is_not_ours",), relay=NOT_APPLICABLE),
+    ],
+}
+
+
+def run_tests() -> dict[str, bool]:
+    """Name and outcome of every test of guestnet-core."""
+    command = ["cargo", "test", "--locked", "--no-fail-fast", "-p", "guestnet-core", "--tests"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    found = {m[1]: m[2] == "ok" for line in done.stdout.splitlines() if (m := LINE.match(line))}
+    if not found:
+        sys.stderr.write(done.stderr[-4000:])
+    return found
+
+
+def main() -> int:
+    outcomes = run_tests()
+    problems = [f"{name} failed" for name, ok in outcomes.items() if not ok and name.startswith("rfc")]
+    if not outcomes:
+        problems.append("the tests did not run")
+    named: set[str] = set()
+    lines = [
+        "# Conformance of guestnet's NAT",
+        "",
+        "Written by `make conformance`, which runs the tests that it counts. Do not edit.",
+        "",
+        "`tun` is the packet engine behind `--uplink tun`, tested with a simulated outside and a virtual",
+        "clock. `sockets` is the relay over host sockets: what a requirement asks of packets that the relay",
+        "never sees or makes is done by the host's kernel, or does not apply.",
+    ]
+    met = total = 0
+    for title, rows in TABLE.items():
+        lines += ["", f"## {title}", "", "| requirement | | tun | tests | sockets |", "|---|---|---|---|---|"]
+        for row in rows:
+            mine = [n for n in outcomes if any(n.startswith(p) for p in row.tests)]
+            named.update(mine)
+            total += 1
+            if not row.tests:
+                state = "met" if row.note.startswith("met") else "**not met**"
+            elif not mine:
+                state = "**no test**"
+                problems.append(f"{row.name}: no test is named {' or '.join(row.tests)}*")
+            else:
+                state = "met" if all(outcomes[n] for n in mine) else "**not met**"
+            met += state == "met"
+            note = row.note.removeprefix("met ")
+            relay = row.relay
+            for prefix in row.relay_tests:
+                by = [n for n in outcomes if n.startswith(prefix)]
+                if not by:
+                    problems.append(f"{row.name}: no test of the relay is named {prefix}*")
+                elif not all(outcomes[n] for n in by):
+                    relay = f"**not met**: {prefix} fails"
+                    problems.append(f"{row.name}: {prefix} failed")
+            tested = " (tested)" if row.relay_tests else ""
+            cell = f"{state}: {note}" if note else state
+            lines.append(f"| {row.name} | {row.text} | {cell} | {len(mine) or ''} | {relay}{tested} |")
+    lines += ["", f"{met} of {total} met by the packet engine.", ""]
+    # Tests beyond a requirement's letter are welcome; a test that claims a requirement must be counted.
+    claims = re.compile(r"^rfc\d+_req\d+")
+    problems += [
+        f"{n} names a requirement that the table lacks"
+        for n in outcomes
+        if claims.match(n) and n not in named
+    ]
+    out = ROOT / "docs" / "conformance.md"
+    out.parent.mkdir(exist_ok=True)
+    out.write_text("\n".join(lines), encoding="utf-8")
+    print("\n".join(lines[8:]))
+    for p in problems:
+        print(p, file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
