@@ -100,6 +100,8 @@ class Control:
             except BusyError:
                 self._check()
                 await asyncio.sleep(_RETRY_SECONDS)  # the worker is behind: its queue is bounded
+        if self._failure is not None:
+            self._check()  # nobody will answer any more
         future: asyncio.Future[Any] = self.loop.create_future()
         self._pending[sequence] = future
         try:

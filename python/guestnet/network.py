@@ -114,8 +114,7 @@ class NatNetwork:
             try:
                 session.control.wait(session.open())
             except BaseException:
-                session.control.stop()
-                session.closed()
+                self._end(session)
                 raise
             self._session = session
             self._process = os.getpid()
@@ -137,16 +136,17 @@ class NatNetwork:
                 )
             self._session = None
             atexit.unregister(self.stop)
-            try:
-                session.control.wait(session.close())
-            except NotRunning:
-                pass
-            except GuestnetError as error:
-                _log.warning("the network did not end in order: %s", error)
-            finally:
-                session.control.stop()
-                self._last_stats = NetworkStats.from_native(session.control.plane.stats())
-                session.closed()
+            self._end(session)
+
+    def _end(self, session: Session) -> None:
+        try:
+            session.control.wait(session.close())
+        except Exception as error:
+            _log.warning("the network did not end in order: %s", error)
+        finally:
+            session.control.stop()
+            self._last_stats = NetworkStats.from_native(session.control.plane.stats())
+            session.closed()
 
     async def astart(self) -> None:
         """As `start`."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from ipaddress import IPv4Address
 from threading import RLock
 
-from guestnet.config import NatConfig, StaticLease
+from guestnet.config import NatConfig, StaticLease, domain
 from guestnet.endpoint import Endpoint
 from guestnet.errors import (
     AddressInUse,
@@ -82,12 +82,21 @@ class Registry:
             name = check_id(id)
             if name in self._endpoints:
                 raise EndpointExists(f"There is an endpoint {name!r} already: choose another id.")
+            alias = (
+                None
+                if hostname is None
+                else domain(f"hostname of endpoint {name!r}", hostname, one_label=True)
+            )
+            if alias is not None and (other := self.named(alias)) is not None:
+                raise EndpointExists(
+                    f"The hostname {alias!r} is that of endpoint {other.id!r}: choose another for {name!r}."
+                )
             own = generate_mac() if mac is None else format_mac(parse_mac(mac))
-            for other in self._endpoints.values():
-                if other.mac == own:
-                    raise AddressInUse(f"The MAC {own} is that of endpoint {other.id!r}: choose another one.")
+            for known in self._endpoints.values():
+                if known.mac == own:
+                    raise AddressInUse(f"The MAC {own} is that of endpoint {known.id!r}: choose another one.")
             address = self._address(name, own, ip)
-            endpoint = Endpoint(name, own, address, self._config.mode, hostname, listener)
+            endpoint = Endpoint(name, own, address, self._config.mode, alias, listener)
             self._endpoints[name] = endpoint
             self._by_ip[address] = endpoint
             if mac is None:
@@ -183,9 +192,13 @@ class Registry:
         """The guest told its own name; it gets it unless it was given one, or another guest has it."""
         if hostname is None or endpoint.mac != format_mac(mac) or endpoint.hostname is not None:
             return
+        try:
+            alias = domain("hostname", hostname, one_label=True)
+        except ConfigError:
+            return
         with self._lock:
-            if self.address_named(hostname) is None:
-                endpoint._hostname = hostname
+            if self.address_named(alias) is None:
+                endpoint._hostname = alias
 
     def name_of(self, address: IPv4Address) -> str | None:
         """The id of the endpoint with this address."""

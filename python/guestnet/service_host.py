@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from guestnet.config import NetMode
 from guestnet.errors import ConfigError
-from guestnet.ipam import format_mac
 
 if TYPE_CHECKING:
     from guestnet import _native
@@ -197,4 +196,4 @@ class ServiceHost:
         self._session.leased(lease.endpoint_id, lease.mac, lease.ip, lease.hostname)
 
     def _released(self, lease: Any) -> None:
-        self._session.emit("release", lease.endpoint_id, mac=format_mac(lease.mac), ip=str(lease.ip))
+        self._session.released(lease.endpoint_id, lease.mac, lease.ip)

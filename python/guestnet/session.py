@@ -6,6 +6,7 @@ network. All methods but the constructor run in the control thread.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
@@ -41,6 +42,7 @@ _log = logging.getLogger("guestnet")
 
 FIRST_DYNAMIC = 0x8000_0000
 _CAPTURE_SECONDS = 3.0
+_END_SECONDS = 5.0
 
 
 def _make_plane(config: NatConfig) -> _native.DataPlane:
@@ -77,6 +79,8 @@ class Session:
         self._port_of: dict[str, int] = {}
         self._arrivals: dict[int, int] = {}
         """Ports of guests that came to a listener and have not shown their MAC yet, with the listener."""
+        self._turned_away: set[int] = set()
+        """Those of them that cannot be served; said once."""
         self._listeners: dict[int, Listener] = {}
         self._memory: dict[int, MemoryAttachment] = {}
         self._next_port = 1
@@ -102,9 +106,9 @@ class Session:
         """Ends what has an end: the capture is written, services are closed, sockets are removed."""
         for listener in self._listeners.values():
             listener.unlink()
-        await self._services.close()
         if self._capturing:
             await self.stop_capture()
+        await asyncio.wait_for(self._services.close(), _END_SECONDS)
 
     def closed(self) -> None:
         """After the end: guests of listeners are gone, others stay for the next start."""
@@ -152,6 +156,7 @@ class Session:
     def _forget_port(self, port: int) -> str | None:
         self._memory.pop(port, None)
         self._arrivals.pop(port, None)
+        self._turned_away.discard(port)
         name = self._ports.pop(port, None)
         if name is not None:
             self._port_of.pop(name, None)
@@ -254,6 +259,13 @@ class Session:
         self.control.post(self.control.plane.bind_address, port, ip, mac)
         self.emit("lease", id, mac=format_mac(mac), ip=str(ip), hostname=endpoint.hostname)
 
+    def released(self, id: str, mac: bytes, ip: IPv4Address) -> None:
+        """A guest gave an address back. The endpoint's own stays reserved for it."""
+        endpoint = self.registry.get(id)
+        if endpoint is not None and endpoint.ip != ip and self.registry.owner(ip) is None:
+            self.control.post(self.control.plane.unbind_address, ip)
+        self.emit("release", id, mac=format_mac(mac), ip=str(ip))
+
     # --- looking ---
 
     async def flows(self) -> list[FlowRecord]:
@@ -299,8 +311,6 @@ class Session:
         self._capturing = True
 
     async def stop_capture(self) -> None:
-        import asyncio
-
         self._capturing = False
         # A pipe that nobody reads must not keep the network from ending.
         work = self.control.do(self.control.plane.stop_capture)
@@ -364,7 +374,9 @@ class Session:
         try:
             endpoint = self.registry.arrive(mac, listener.path, seen)
         except (AddressPoolExhausted, AddressInUse) as error:
-            self.emit("log", None, level="warning", message=f"A guest cannot be served: {error}")
+            if port not in self._turned_away:
+                self._turned_away.add(port)
+                self.emit("log", None, level="warning", message=f"A guest cannot be served: {error}")
             return None
         del self._arrivals[port]
         endpoint._attached = listener.kind

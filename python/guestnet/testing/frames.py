@@ -48,6 +48,20 @@ def udp(src: bytes, dst: bytes, src_port: int, dst_port: int, payload: bytes) ->
     return ipv4(src, dst, UDP, head[:6] + struct.pack("!H", total) + payload)
 
 
+def echo(src: bytes, dst: bytes, kind: int, identity: int, sequence: int, payload: bytes) -> bytes:
+    """An ICMP echo request (kind 8) or reply (kind 0) in its IPv4 packet."""
+    message = struct.pack("!BBHHH", kind, 0, 0, identity, sequence) + payload
+    return ipv4(src, dst, ICMP, message[:2] + struct.pack("!H", checksum(message)) + message[4:])
+
+
+def parse_icmp(packet: Packet) -> tuple[int, int, int, int, bytes] | None:
+    """Type, code, identity, sequence number and payload; None when malformed."""
+    if len(packet.payload) < 8 or checksum(packet.payload):
+        return None
+    kind, code, _, identity, sequence = struct.unpack_from("!BBHHH", packet.payload)
+    return kind, code, identity, sequence, packet.payload[8:]
+
+
 @dataclass(frozen=True)
 class Segment:
     """A TCP segment, without the options that the guest does not use."""
@@ -99,6 +113,13 @@ def parse_ipv4(data: bytes) -> Packet | None:
     if head < 20 or not head <= length <= len(data) or checksum(data[:head]):
         return None
     return Packet(data[12:16], data[16:20], data[9], data[head:length])
+
+
+def parse_ipv4_head(data: bytes) -> Packet | None:
+    """A packet of which an ICMP error quotes the beginning."""
+    if len(data) < 28 or data[0] >> 4 != 4 or (head := (data[0] & 15) * 4) < 20 or len(data) < head + 8:
+        return None
+    return Packet(data[12:16], data[16:20], data[9], data[head:])
 
 
 def parse_udp(packet: Packet) -> tuple[int, int, bytes] | None:

@@ -41,6 +41,8 @@ class Guest:
         self._datagrams: dict[int, list[bytes]] = {}
         self._connections: dict[Key, Connection] = {}
         self._servers: dict[int, Callable[[Connection], None]] = {}
+        self._pings: dict[tuple[int, int], str] = {}
+        """Echo requests under way, by identity and sequence number, with what came of them."""
         self._next_port = 49152
 
     # --- calls of the guest's program ---
@@ -88,6 +90,23 @@ class Guest:
             raise GuestError(f"{host} port {port}: {connection.error}")
         return connection
 
+    def ping(self, host: str, payload: bytes = b"guestnet", patience: float = _ANSWER_SECONDS) -> float:
+        """The seconds that an echo takes. Raises GuestError when none comes back, or an error does."""
+        target = IPv4Address(host).packed
+        key = (int.from_bytes(os.urandom(2), "big"), 1)
+        self._pings[key] = ""
+        start = time.monotonic()
+        try:
+            self._send_ip(target, frames.echo(self._own(), target, 8, *key, payload))
+            with self._changed:
+                self._changed.wait_for(lambda: self._pings[key], patience)
+            outcome = self._pings[key]
+        finally:
+            del self._pings[key]
+        if outcome != "answered":
+            raise GuestError(f"{host} does not answer to echo: {outcome or 'nothing came back'}")
+        return time.monotonic() - start
+
     def serve(self, port: int, handler: Callable[[Connection], None]) -> None:
         """Calls `handler` in a thread of its own for every TCP connection to `port`."""
         with self._changed:
@@ -124,10 +143,28 @@ class Guest:
             queue = self._datagrams.get(parsed[1])
             if queue is not None and len(queue) < 64:
                 queue.append(parsed[2])
+        elif packet.protocol == frames.ICMP and packet.dst == self._own():
+            self._icmp(packet)
         elif packet.protocol == frames.TCP and packet.dst == self._own():
             segment = frames.parse_tcp(packet)
             if segment is not None:
                 self._tcp(packet.src, segment)
+
+    def _icmp(self, packet: frames.Packet) -> None:
+        parsed = frames.parse_icmp(packet)
+        if parsed is None:
+            return
+        kind, code, identity, sequence, payload = parsed
+        if kind == 8:
+            answer = frames.echo(self._own(), packet.src, 0, identity, sequence, payload)
+            self._send_ip(packet.src, answer)
+        elif kind == 0 and (identity, sequence) in self._pings:
+            self._pings[identity, sequence] = "answered"
+        elif kind in (3, 11) and (quoted := frames.parse_ipv4_head(payload)) is not None:
+            key = (int.from_bytes(quoted.payload[4:6], "big"), int.from_bytes(quoted.payload[6:8], "big"))
+            if quoted.protocol == frames.ICMP and key in self._pings:
+                what = "unreachable" if kind == 3 else "time exceeded"
+                self._pings[key] = f"{what} (code {code}) from {IPv4Address(packet.src)}"
 
     def _tcp(self, host: bytes, segment: frames.Segment) -> None:
         key = (host, segment.src_port, segment.dst_port)

@@ -175,11 +175,17 @@ def test_names() -> None:
     assert (r.named("VM-a"), r.named("vm-A"), r.named("ALPHA")) == (a, a, a)
     assert r.address_named("alpha") == a.ip
     assert r.address_named("beta") is None
+    with pytest.raises(EndpointExists, match="'alpha'"):
+        r.create("b", hostname="Alpha")
+    with pytest.raises(ConfigError, match="'a b'"):
+        r.create("b", hostname="a b")
     b = r.create("b", mac=B)
     r.note_hostname(b, parse_mac(B), "alpha")
     assert b.hostname is None, "another guest has the name"
     r.note_hostname(b, parse_mac(A), "beta")
     assert b.hostname is None, "not the endpoint's own card"
-    r.note_hostname(b, parse_mac(B), "beta")
+    r.note_hostname(b, parse_mac(B), "be ta")
+    assert b.hostname is None, "no name that DNS can have"
+    r.note_hostname(b, parse_mac(B), "Beta")
     assert r.named("beta") is b
     assert "b" in repr(b)

@@ -77,6 +77,13 @@ def test_guests_reach_each_other(add_guest: AddGuest) -> None:
     assert read_all(connection) == b"hello world"
 
 
+def test_echo(network: NatNetwork, add_guest: AddGuest) -> None:
+    one = add_guest("vm1")
+    add_guest("vm2")
+    assert one.ping("192.168.64.3") < PATIENCE
+    assert one.ping(str(network.gateway), bytes(1000)) < PATIENCE
+
+
 def test_published(network: NatNetwork, add_guest: AddGuest) -> None:
     add_guest("vm1").serve(80, answer(b"hello "))
     forward = network.publish("127.0.0.1:0:80")

@@ -78,6 +78,16 @@ def test_refused() -> None:
         wire.close()
 
 
+def test_ping() -> None:
+    wire = Wire()
+    try:
+        assert wire.guests[0].ping("10.0.0.2") < 5
+        with pytest.raises(GuestError, match=r"10\.0\.0\.9"):
+            wire.guests[0].ping("10.0.0.9", patience=0.1)
+    finally:
+        wire.close()
+
+
 def test_dhcp_messages_fit_each_other() -> None:
     query = messages.dhcp_message(b"abcd", bytes(6), messages.DISCOVER)
     assert messages.dhcp_answer(query, b"abcd") is None
