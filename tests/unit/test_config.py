@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
 import pytest
 from guestnet.config import Filtering, NatConfig, NetMode, PollingStrategy, StaticLease
 from guestnet.errors import ConfigError, GuestnetError
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 
 def test_defaults() -> None:
@@ -127,3 +130,30 @@ def test_wrong_values_are_named(values: dict[str, Any], named: str) -> None:
     assert named in str(caught.value)
     assert isinstance(caught.value, GuestnetError)
     assert isinstance(caught.value, ValueError)
+
+
+_NAMES = sorted(f.name for f in fields(NatConfig))
+_ANYTHING = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=20),
+    st.binary(max_size=8),
+    st.lists(st.one_of(st.text(max_size=5), st.integers(), st.none()), max_size=3),
+    st.dictionaries(
+        st.text(max_size=5), st.one_of(st.text(max_size=5), st.integers(), st.none()), max_size=3
+    ),
+    st.just(object()),
+)
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])  # tables of Unicode, the first time
+@given(st.dictionaries(st.sampled_from(_NAMES), _ANYTHING, max_size=3))
+def test_any_value_is_taken_or_refused(values: dict[str, Any]) -> None:
+    try:
+        config = NatConfig(**values)
+    except ConfigError:
+        return
+    assert config.gateway in config.subnet
+    assert repr(config)

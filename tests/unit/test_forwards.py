@@ -8,6 +8,8 @@ from ipaddress import ip_address
 import pytest
 from guestnet.errors import ConfigError, GuestnetError, PortInUse, UnsupportedError
 from guestnet.forwards import ForwardSpec, close_sockets, open_sockets
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 @pytest.mark.parametrize(
@@ -120,3 +122,20 @@ def test_one_port_for_both_families() -> None:
 def test_an_address_that_the_host_does_not_have() -> None:
     with pytest.raises(GuestnetError, match=r"no address 192\.0\.2\.7"):
         open_sockets(ForwardSpec.parse("192.0.2.7:0:80"))
+
+
+_PARTS = st.sampled_from(
+    ["80", "8000-8002", "0", "[::1]", "127.0.0.1", "vm1", ":", "::", "/tcp", "/udp", "-", "x"]
+)
+
+
+@given(st.one_of(st.text(max_size=40), st.lists(_PARTS, max_size=9).map("".join)))
+def test_any_text_is_read_or_refused(text: str) -> None:
+    try:
+        spec = ForwardSpec.parse(text)
+    except ConfigError:
+        return
+    assert len(spec.host_ports) == len(spec.guest_ports) > 0
+    assert 0 < spec.guest_ports[0] <= spec.guest_ports[-1] <= 65535
+    assert 0 <= spec.host_ports[0] <= spec.host_ports[-1] <= 65535
+    assert str(spec)
