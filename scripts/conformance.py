@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Runs the RFC tests and writes docs/conformance.md: requirement, met or not, why not, for both uplinks.
 
-A requirement is met by the packet engine when it has tests (named for it) and all of them pass. For the socket
-relay it is met by guestnet, with tests, or by the host's kernel, or does not apply; the table says which.
+A requirement is met by the packet engine when it has tests (named for it) and all of them pass. For the
+socket relay it is met by guestnet, with tests, or by the host's kernel, or does not apply: the table says.
 The exit status is 1 when a test fails, a test that the table names is gone, or a test names no requirement.
 """
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from guestnet.config import NetMode as NetMode
     from guestnet.config import PollingStrategy as PollingStrategy
     from guestnet.config import StaticLease as StaticLease
+    from guestnet.datapath import Datapath as Datapath
+    from guestnet.datapath import DatapathPoller as DatapathPoller
     from guestnet.endpoint import Endpoint as Endpoint
     from guestnet.errors import AddressInUse as AddressInUse
     from guestnet.errors import AddressPoolExhausted as AddressPoolExhausted
@@ -39,14 +41,24 @@ if TYPE_CHECKING:
     from guestnet.forwards import ForwardSpec as ForwardSpec
     from guestnet.ipam import IpAllocator as IpAllocator
     from guestnet.ipam import generate_mac as generate_mac
+    from guestnet.nat import NatDirection as NatDirection
+    from guestnet.nat import NatEngine as NatEngine
+    from guestnet.nat import NatEngineConfig as NatEngineConfig
+    from guestnet.nat import NatResult as NatResult
+    from guestnet.nat import PacketPool as PacketPool
+    from guestnet.nat import Ring as Ring
     from guestnet.network import NatNetwork as NatNetwork
     from guestnet.publishing import Forward as Forward
+    from guestnet.stats import ConnTrackStats as ConnTrackStats
+    from guestnet.stats import DatapathStats as DatapathStats
     from guestnet.stats import FlowRecord as FlowRecord
+    from guestnet.stats import NatStats as NatStats
     from guestnet.stats import NetworkStats as NetworkStats
 
 # Where each public name lives. tests/unit/test_package.py holds it against the imports above.
 _HOME = {
     "guestnet.config": ("Filtering", "NatConfig", "NetMode", "PollingStrategy", "StaticLease"),
+    "guestnet.datapath": ("Datapath", "DatapathPoller"),
     "guestnet.endpoint": ("Endpoint",),
     "guestnet.errors": (
         "AddressInUse",
@@ -67,9 +79,10 @@ _HOME = {
     "guestnet.events": ("NetworkEvent",),
     "guestnet.forwards": ("ForwardSpec",),
     "guestnet.ipam": ("IpAllocator", "generate_mac"),
+    "guestnet.nat": ("NatDirection", "NatEngine", "NatEngineConfig", "NatResult", "PacketPool", "Ring"),
     "guestnet.network": ("NatNetwork",),
     "guestnet.publishing": ("Forward",),
-    "guestnet.stats": ("FlowRecord", "NetworkStats"),
+    "guestnet.stats": ("ConnTrackStats", "DatapathStats", "FlowRecord", "NatStats", "NetworkStats"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

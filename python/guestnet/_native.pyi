@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any, Final, TypeAlias, final
 
+from typing_extensions import Buffer
+
 from guestnet.errors import GuestnetError
 
 _Ip: TypeAlias = IPv4Address | IPv6Address
@@ -27,10 +29,14 @@ __all__ = [
     "FlowOpened",
     "Frame",
     "Log",
+    "NatEngine",
+    "PacketPool",
     "PortDown",
     "PortInfo",
     "PortUp",
+    "Ring",
     "__version__",
+    "drop_reasons",
 ]
 
 __version__: Final[str]
@@ -329,3 +335,131 @@ _Event: TypeAlias = (
     | Log
     | Failed
 )
+
+_U32s: TypeAlias = Sequence[int] | Buffer
+_Network: TypeAlias = tuple[_IpIn, int]
+
+def drop_reasons() -> list[str]:
+    """The names of the reasons for drops, by number."""
+
+@final
+class NatEngine:
+    """In-place NAT with connection tracking. Times are nanoseconds; a result is one byte (guestnet.nat)."""
+
+    def __new__(
+        cls,
+        *,
+        external: Sequence[_IpIn],
+        internal: _Network,
+        secret: bytes,
+        gateway: _IpIn | None = None,
+        ports: tuple[int, int] = ...,
+        table_size: int = 65536,
+        prefault: bool = False,
+        timeouts: Mapping[str, int] = ...,
+        mapping_udp: str = "endpoint_independent",
+        mapping_tcp: str = "endpoint_independent",
+        filtering_udp: str = "address_dependent",
+        filtering_tcp: str = "address_dependent",
+        port_preservation: bool = True,
+        port_parity: bool = True,
+        inbound_refresh: bool = True,
+        tcp_pickup: bool = True,
+        hairpin: bool = True,
+        decrement_ttl: bool = True,
+        mtu_outside: int = 65535,
+        mtu_inside: int = 65535,
+        ports_per_endpoint: int = 65536,
+        sessions_per_endpoint: int = ...,
+        no_nat: Sequence[_Network] = ...,
+        denied: Sequence[_Network] = ...,
+        refusal: str = "prohibited",
+        answer_unsolicited_syn: bool = True,
+        icmp_errors_per_second: int = 100,
+        fragment_sets: int = 1024,
+        fragment_bytes: int = ...,
+        output_bytes: int = ...,
+        now: int = 0,
+    ) -> NatEngine:
+        """Raises ConfigError for what the engine cannot work with."""
+    def translate(self, packet: Buffer, outbound: bool, now: int, offset: int = 0) -> int:
+        """Translates one packet in place."""
+    def translate_spans(
+        self, buffer: Buffer, offsets: _U32s, lengths: _U32s | None, outbound: bool, now: int
+    ) -> bytes:
+        """Translates packets of one buffer in place; no lengths: up to the next."""
+    def translate_each(self, packets: Sequence[Buffer], outbound: bool, now: int) -> bytes:
+        """Translates packets that are a buffer each."""
+    def translate_pool(self, pool: PacketPool, indices: _U32s, outbound: bool, now: int) -> bytes:
+        """Translates packets of a pool, by index."""
+    def poll_output(self) -> tuple[bool, bytes] | None:
+        """The next packet that the engine itself sends: whether it goes out, and its bytes."""
+    def expire(self, now: int, visits: int) -> int:
+        """Expiry work for up to `visits` records; returns how many connections ended."""
+    def next_timer(self) -> int | None:
+        """When there is expiry work next."""
+    def add_forward(self, protocol: str, external: _SocketIn, internal: _SocketIn) -> None:
+        """Publishes a port. Raises PortInUse or ConfigError."""
+    def remove_forward(self, protocol: str, external: _SocketIn) -> bool:
+        """Takes a published port back; False when it was not published."""
+    @property
+    def connection_count(self) -> int:
+        """Connections tracked now."""
+    def stats(self) -> dict[str, Any]:
+        """Counters since the engine was made."""
+    def conntrack_stats(self) -> dict[str, int]:
+        """What the engine holds now."""
+    def connections(
+        self,
+    ) -> list[
+        tuple[int, str, tuple[IPv4Address, int], tuple[IPv4Address, int], tuple[IPv4Address, int], int, int]
+    ]:
+        """Protocol, state, internal, external and remote end, bytes out and in."""
+
+@final
+class PacketPool:
+    """Preallocated packet buffers of one size, by index. Raises ConfigError for an index that is not held."""
+
+    def __new__(cls, capacity: int = ..., buffer_size: int = ...) -> PacketPool: ...
+    @property
+    def capacity(self) -> int:
+        """Buffers in the pool."""
+    @property
+    def buffer_size(self) -> int:
+        """Bytes that a buffer holds."""
+    @property
+    def available(self) -> int:
+        """Buffers that are free now."""
+    def alloc(self) -> int | None:
+        """Takes a buffer; None when none is free."""
+    def free(self, index: int) -> None:
+        """Gives a buffer back."""
+    def get(self, index: int) -> bytes:
+        """The bytes in use."""
+    def set(self, index: int, data: bytes) -> None:
+        """Makes these the bytes in use."""
+    def put(self, data: bytes) -> int | None:
+        """Takes a buffer and fills it; None when none is free."""
+    def __len__(self) -> int: ...
+
+@final
+class Ring:
+    """A queue of buffer indices. Any thread may use either end; one at a time has it."""
+
+    def __new__(cls, capacity: int = 1024) -> Ring: ...
+    @property
+    def capacity(self) -> int:
+        """How many it holds at most: what was asked for, rounded up to a power of two."""
+    @property
+    def is_empty(self) -> bool: ...
+    @property
+    def is_full(self) -> bool: ...
+    def enqueue(self, index: int) -> bool:
+        """Puts one; False when the ring is full."""
+    def dequeue(self) -> int | None:
+        """Takes the oldest; None when the ring is empty."""
+    def enqueue_batch(self, indices: Sequence[int]) -> int:
+        """Puts as many as there is room for, in order; returns how many."""
+    def dequeue_batch(self, count: int) -> list[int]:
+        """Takes up to `count`, oldest first."""
+    def __len__(self) -> int: ...

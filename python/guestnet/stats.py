@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from ipaddress import IPv4Address, IPv6Address
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,90 @@ class NetworkStats:
     def as_dict(self) -> dict[str, Any]:
         """As plain dictionaries, for JSON."""
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+
+class _Subtractable:
+    """What counts up can be subtracted; what can fall is 0 when it fell."""
+
+    def __sub__(self, earlier: Self) -> Self:
+        names = [f.name for f in fields(self)]  # type: ignore[arg-type]
+        return type(self)(**{n: _less(getattr(self, n), getattr(earlier, n)) for n in names})
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain dictionaries, for JSON."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class NatStats(_Subtractable):
+    """What a NatEngine did since it was made."""
+
+    outbound: int = 0
+    """Packets translated on the way out."""
+    inbound: int = 0
+    """Packets translated on the way in."""
+    hairpinned: int = 0
+    passed: int = 0
+    """Packets that are none of its business."""
+    fragmented: int = 0
+    held: int = 0
+    too_big: int = 0
+    icmp_errors: int = 0
+    """ICMP errors made."""
+    drops: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def translated(self) -> int:
+        """Packets translated, either way."""
+        return self.outbound + self.inbound + self.hairpinned
+
+    @property
+    def dropped(self) -> int:
+        """All drops together."""
+        return sum(self.drops.values())
+
+
+@dataclass(frozen=True)
+class ConnTrackStats(_Subtractable):
+    """What a NatEngine holds at one moment, and how its table was used since it was made."""
+
+    connections: int = 0
+    mappings: int = 0
+    """Internal ends that have an external one."""
+    ports: int = 0
+    """External ports taken, resting ones included."""
+    capacity: int = 0
+    memory: int = 0
+    """Bytes of records and indexes."""
+    created: int = 0
+    expired: int = 0
+    hits: int = 0
+    """Packets that found their connection."""
+    misses: int = 0
+
+
+@dataclass(frozen=True)
+class DatapathStats(_Subtractable):
+    """What a datapath moved, in frames and bytes as its rings carry them."""
+
+    tx_packets: int = 0
+    """From guests."""
+    tx_bytes: int = 0
+    tx_errors: int = 0
+    rx_packets: int = 0
+    """To guests."""
+    rx_bytes: int = 0
+    rx_errors: int = 0
+    nat_outbound: int = 0
+    nat_inbound: int = 0
+    nat_expired: int = 0
+    polls: int = 0
+    busy_polls: int = 0
+    """Polls that found work."""
+    batches: int = 0
+    batched: int = 0
+    """Packets in those; `batched / batches` is the mean size."""
+    largest_batch: int = 0
 
 
 def _less(now: Any, then: Any) -> Any:

@@ -4,7 +4,7 @@
 use crate::errors::config_error;
 use guestnet_wire::ether::Mac;
 use pyo3::prelude::*;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 /// An address and a port, as Python writes them.
 pub type Pair = (IpAddr, u16);
@@ -24,4 +24,19 @@ pub fn mac(py: Python<'_>, bytes: &[u8]) -> PyResult<Mac> {
     <[u8; 6]>::try_from(bytes)
         .map(Mac)
         .map_err(|_| config_error(py, format!("a MAC address has 6 bytes, not {}", bytes.len())))
+}
+
+/// An IPv4 address, where the other family makes no sense.
+#[derive(Clone, Copy)]
+pub struct V4(pub Ipv4Addr);
+
+impl<'a, 'py> FromPyObject<'a, 'py> for V4 {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        match object.extract()? {
+            IpAddr::V4(a) => Ok(V4(a)),
+            IpAddr::V6(a) => Err(config_error(object.py(), format!("{a} is not an IPv4 address."))),
+        }
+    }
 }

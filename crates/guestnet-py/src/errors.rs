@@ -1,6 +1,7 @@
 //! Theory of operation: the one table that leads from Rust's errors to the classes of `guestnet.errors`. The
 //! classes live in Python, where people look for them, and are looked up when one is needed.
 
+use guestnet_core::nat::ForwardError;
 use guestnet_io::{CommandError, IoError, QueueFull};
 use pyo3::prelude::*;
 use std::io;
@@ -46,4 +47,10 @@ pub fn command_error(py: Python<'_>, e: &CommandError) -> PyErr {
         }
     };
     error(py, class, e.to_string())
+}
+
+/// A port that cannot be published by the NAT engine.
+pub fn nat_error(py: Python<'_>, e: ForwardError) -> PyErr {
+    let class = if matches!(e, ForwardError::InUse(_)) { "PortInUse" } else { "ConfigError" };
+    error(py, class, format!("{e}."))
 }

@@ -6,10 +6,13 @@
 //! is `python/guestnet/_native.pyi`.
 
 mod addresses;
+mod buffers;
 mod config;
 mod dataplane;
 mod errors;
 mod events;
+mod nat;
+mod pool;
 mod records;
 
 /// The module `guestnet._native`.
@@ -21,6 +24,10 @@ mod _native {
     use super::events::{
         AddressSeen, Datagram, Denied, Done, Failed, FlowClosed, FlowOpened, Frame, Log, PortDown, PortUp,
     };
+    #[pymodule_export]
+    use super::nat::{NatEngine, drop_reasons};
+    #[pymodule_export]
+    use super::pool::{PacketPool, Ring};
     #[pymodule_export]
     use super::records::{FlowInfo, PortInfo};
 

@@ -1,0 +1,426 @@
+//! Theory of operation: the NAT engine as an object behind a lock. A result is one byte: its kind, or 16 and the
+//! number of the reason for a drop; `guestnet.nat` makes words of it. Batches run detached from the
+//! interpreter, on the buffers themselves.
+
+use crate::addresses::{self, V4};
+use crate::buffers::Foreign;
+use crate::errors::{config_error, nat_error};
+use crate::pool::{PacketPool, lock};
+use guestnet_core::nat::{
+    self, Behaviour, NatDirection, NatEngineConfig, NatResult, NatTimeouts, PacketBatch, Prefix, Refusal,
+};
+use guestnet_core::stats::Drop;
+use guestnet_core::types::Time;
+use guestnet_wire::proto;
+use pyo3::buffer::PyBuffer;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict};
+use std::collections::HashMap;
+use std::net::SocketAddrV4;
+use std::sync::Mutex;
+
+/// From here on a result is a drop.
+const DROPPED: u8 = 16;
+
+fn code(r: NatResult) -> u8 {
+    match r {
+        NatResult::Translated => 0,
+        NatResult::Hairpinned => 1,
+        NatResult::PassThrough => 2,
+        NatResult::Held => 3,
+        NatResult::Fragmented => 4,
+        NatResult::TooBig(_) => 5,
+        NatResult::Dropped(why) => DROPPED + why as u8,
+    }
+}
+
+fn direction(outbound: bool) -> NatDirection {
+    if outbound { NatDirection::Outbound } else { NatDirection::Inbound }
+}
+
+fn behaviour(py: Python<'_>, name: &str) -> PyResult<Behaviour> {
+    match name {
+        "endpoint_independent" => Ok(Behaviour::EndpointIndependent),
+        "address_dependent" => Ok(Behaviour::AddressDependent),
+        "address_and_port_dependent" => Ok(Behaviour::AddressAndPortDependent),
+        _ => Err(config_error(py, format!("There is no mapping or filtering behaviour {name:?}."))),
+    }
+}
+
+fn prefix(py: Python<'_>, (V4(address), len): (V4, u8)) -> PyResult<Prefix> {
+    Prefix::new(address, len).ok_or_else(|| config_error(py, format!("{address}/{len} is not a network.")))
+}
+
+fn timeouts(py: Python<'_>, values: &HashMap<String, u32>) -> PyResult<NatTimeouts> {
+    let mut t = NatTimeouts::default();
+    for (name, value) in values {
+        let field = match name.as_str() {
+            "udp" => &mut t.udp,
+            "udp_dns" => &mut t.udp_dns,
+            "icmp" => &mut t.icmp,
+            "tcp_established" => &mut t.tcp_established,
+            "tcp_opening" => &mut t.tcp_opening,
+            "tcp_closing" => &mut t.tcp_closing,
+            "other" => &mut t.other,
+            "fragment" => &mut t.fragment,
+            "port_hold" => &mut t.port_hold,
+            "unsolicited_syn" => &mut t.unsolicited_syn,
+            _ => return Err(config_error(py, format!("There is no timeout {name:?}."))),
+        };
+        *field = *value;
+    }
+    Ok(t)
+}
+
+/// The names of the reasons for drops, by number.
+#[pyfunction]
+pub fn drop_reasons() -> Vec<&'static str> {
+    Drop::ALL.iter().map(|d| d.name()).collect()
+}
+
+/// In-place NAT with connection tracking.
+#[pyclass(frozen, module = "guestnet._native")]
+pub struct NatEngine {
+    inner: Mutex<nat::NatEngine>,
+}
+
+/// Packets of a pool, by index; an index that is not the caller's is an empty packet.
+struct Pooled<'a> {
+    buffers: Vec<Option<guestnet_io::pool::PoolBuffer<'a>>>,
+}
+
+impl PacketBatch for Pooled<'_> {
+    fn len(&self) -> usize {
+        self.buffers.len()
+    }
+    #[inline]
+    fn packet(&mut self, i: usize) -> &mut [u8] {
+        match self.buffers.get_mut(i) {
+            Some(Some(b)) => b,
+            _ => &mut [],
+        }
+    }
+}
+
+impl NatEngine {
+    fn batch<B: PacketBatch + Send>(
+        &self,
+        py: Python<'_>,
+        mut packets: B,
+        outbound: bool,
+        now: u64,
+    ) -> Vec<u8> {
+        py.detach(|| {
+            let mut engine = lock(&self.inner);
+            let mut codes = Vec::with_capacity(packets.len());
+            // In steps, so that the results in between stay in the cache.
+            let mut results = [NatResult::PassThrough; 512];
+            let mut from = 0;
+            while from < packets.len() {
+                let n = results.len().min(packets.len() - from);
+                let mut part = Part { all: &mut packets, from, len: n };
+                engine.translate_batch(&mut part, direction(outbound), Time(now), &mut results[..n]);
+                codes.extend(results[..n].iter().map(|r| code(*r)));
+                from += n;
+            }
+            codes
+        })
+    }
+}
+
+/// Some of the packets of a batch.
+struct Part<'a, B: ?Sized> {
+    all: &'a mut B,
+    from: usize,
+    len: usize,
+}
+
+impl<B: PacketBatch + ?Sized> PacketBatch for Part<'_, B> {
+    fn len(&self) -> usize {
+        self.len
+    }
+    #[inline(always)]
+    fn packet(&mut self, i: usize) -> &mut [u8] {
+        self.all.packet(self.from + i)
+    }
+}
+
+/// Numbers from a buffer of unsigned 32-bit integers, or from any sequence.
+fn numbers(py: Python<'_>, object: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
+    match PyBuffer::<u32>::get(object) {
+        Ok(b) => b.to_vec(py),
+        Err(_) => object.extract(),
+    }
+}
+
+#[pymethods]
+#[allow(clippy::too_many_arguments)] // Keywords in Python.
+impl NatEngine {
+    #[new]
+    #[pyo3(signature = (*, external, internal, secret, gateway=None, ports=(49152, 65535), table_size=65536,
+        prefault=false, timeouts=HashMap::new(), mapping_udp="endpoint_independent",
+        mapping_tcp="endpoint_independent", filtering_udp="address_dependent",
+        filtering_tcp="address_dependent", port_preservation=true, port_parity=true, inbound_refresh=true,
+        tcp_pickup=true, hairpin=true, decrement_ttl=true, mtu_outside=65535, mtu_inside=65535,
+        ports_per_endpoint=65536, sessions_per_endpoint=u32::MAX, no_nat=Vec::new(), denied=Vec::new(),
+        refusal="prohibited", answer_unsolicited_syn=true, icmp_errors_per_second=100, fragment_sets=1024,
+        fragment_bytes=1 << 20, output_bytes=1 << 20, now=0))]
+    fn new(
+        py: Python<'_>,
+        external: Vec<V4>,
+        internal: (V4, u8),
+        secret: &[u8],
+        gateway: Option<V4>,
+        ports: (u16, u16),
+        table_size: usize,
+        prefault: bool,
+        timeouts: HashMap<String, u32>,
+        mapping_udp: &str,
+        mapping_tcp: &str,
+        filtering_udp: &str,
+        filtering_tcp: &str,
+        port_preservation: bool,
+        port_parity: bool,
+        inbound_refresh: bool,
+        tcp_pickup: bool,
+        hairpin: bool,
+        decrement_ttl: bool,
+        mtu_outside: u16,
+        mtu_inside: u16,
+        ports_per_endpoint: u32,
+        sessions_per_endpoint: u32,
+        no_nat: Vec<(V4, u8)>,
+        denied: Vec<(V4, u8)>,
+        refusal: &str,
+        answer_unsolicited_syn: bool,
+        icmp_errors_per_second: u32,
+        fragment_sets: usize,
+        fragment_bytes: usize,
+        output_bytes: usize,
+        now: u64,
+    ) -> PyResult<Self> {
+        let prefixes =
+            |list: Vec<(V4, u8)>| list.into_iter().map(|p| prefix(py, p)).collect::<PyResult<Vec<_>>>();
+        let config = NatEngineConfig {
+            external: external.into_iter().map(|a| a.0).collect(),
+            internal: prefix(py, internal)?,
+            gateway: gateway.map(|a| a.0),
+            ports,
+            table_size,
+            prefault,
+            timeouts: self::timeouts(py, &timeouts)?,
+            mapping_udp: behaviour(py, mapping_udp)?,
+            mapping_tcp: behaviour(py, mapping_tcp)?,
+            filtering_udp: behaviour(py, filtering_udp)?,
+            filtering_tcp: behaviour(py, filtering_tcp)?,
+            port_preservation,
+            port_parity,
+            inbound_refresh,
+            tcp_pickup,
+            hairpin,
+            decrement_ttl,
+            mtu_outside,
+            mtu_inside,
+            ports_per_endpoint,
+            sessions_per_endpoint,
+            no_nat: prefixes(no_nat)?,
+            denied: prefixes(denied)?,
+            refusal: match refusal {
+                "prohibited" => Refusal::Prohibited,
+                "host_unreachable" => Refusal::HostUnreachable,
+                "silent" => Refusal::Silent,
+                _ => return Err(config_error(py, format!("There is no refusal {refusal:?}."))),
+            },
+            answer_unsolicited_syn,
+            icmp_errors_per_second,
+            fragment_sets,
+            fragment_bytes,
+            output_bytes,
+            secret: secret.try_into().map_err(|_| config_error(py, "The secret is not 32 bytes.".into()))?,
+        };
+        let engine = py
+            .detach(|| nat::NatEngine::new(config, Time(now)))
+            .map_err(|e| config_error(py, format!("{e}.")))?;
+        Ok(NatEngine { inner: Mutex::new(engine) })
+    }
+
+    /// Translates one packet in place.
+    #[pyo3(signature = (packet, outbound, now, offset=0))]
+    fn translate(&self, packet: &Bound<'_, PyAny>, outbound: bool, now: u64, offset: usize) -> PyResult<u8> {
+        let mut one = Foreign::each(std::slice::from_ref(packet))?;
+        let result = lock(&self.inner).translate_at(one.packet(0), offset, direction(outbound), Time(now));
+        Ok(code(result))
+    }
+
+    /// Translates packets of one buffer in place; `lengths` defaults to "up to the next".
+    #[pyo3(signature = (buffer, offsets, lengths, outbound, now))]
+    fn translate_spans<'py>(
+        &self,
+        py: Python<'py>,
+        buffer: &Bound<'py, PyAny>,
+        offsets: &Bound<'py, PyAny>,
+        lengths: Option<&Bound<'py, PyAny>>,
+        outbound: bool,
+        now: u64,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let offsets = numbers(py, offsets)?;
+        let packets = match lengths {
+            Some(lengths) => {
+                let lengths = numbers(py, lengths)?;
+                if lengths.len() != offsets.len() {
+                    return Err(config_error(py, "There are not as many lengths as offsets.".into()));
+                }
+                Foreign::spans(buffer, offsets.into_iter().zip(lengths))?
+            }
+            None => {
+                let end = PyBuffer::<u8>::get(buffer)?.len_bytes().min(u32::MAX as usize) as u32;
+                let ends = offsets.iter().copied().skip(1).chain([end]);
+                let spans: Vec<_> = offsets.iter().copied().zip(ends).collect();
+                Foreign::spans(buffer, spans.into_iter().map(|(a, b)| (a, b.saturating_sub(a))))?
+            }
+        };
+        Ok(PyBytes::new(py, &self.batch(py, packets, outbound, now)))
+    }
+
+    /// Translates packets that are a buffer each.
+    fn translate_each<'py>(
+        &self,
+        py: Python<'py>,
+        packets: Vec<Bound<'py, PyAny>>,
+        outbound: bool,
+        now: u64,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let packets = Foreign::each(&packets)?;
+        Ok(PyBytes::new(py, &self.batch(py, packets, outbound, now)))
+    }
+
+    /// Translates packets of a pool, by index.
+    fn translate_pool<'py>(
+        &self,
+        py: Python<'py>,
+        pool: &Bound<'py, PacketPool>,
+        indices: &Bound<'py, PyAny>,
+        outbound: bool,
+        now: u64,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let pool = &pool.get().inner;
+        let buffers = numbers(py, indices)?
+            .into_iter()
+            .map(|i| pool.borrow(i).map(Some))
+            .collect::<Result<_, _>>()
+            .map_err(|e| config_error(py, format!("{e}.")))?;
+        Ok(PyBytes::new(py, &self.batch(py, Pooled { buffers }, outbound, now)))
+    }
+
+    /// The next packet that the engine itself sends: whether it goes out, and its bytes.
+    fn poll_output<'py>(&self, py: Python<'py>) -> Option<(bool, Bound<'py, PyBytes>)> {
+        let (way, packet) = lock(&self.inner).poll_output()?;
+        Some((way == NatDirection::Outbound, PyBytes::new(py, &packet)))
+    }
+
+    /// Expiry work for up to `visits` records; returns how many connections ended.
+    fn expire(&self, py: Python<'_>, now: u64, visits: usize) -> usize {
+        py.detach(|| lock(&self.inner).expire(Time(now), visits))
+    }
+
+    /// When there is expiry work next, in nanoseconds.
+    fn next_timer(&self) -> Option<u64> {
+        lock(&self.inner).next_timer().map(|t| t.0)
+    }
+
+    /// Publishes a port.
+    fn add_forward(
+        &self,
+        py: Python<'_>,
+        protocol: &str,
+        external: (V4, u16),
+        internal: (V4, u16),
+    ) -> PyResult<()> {
+        let (external, internal) = (socket4(external), socket4(internal));
+        lock(&self.inner)
+            .add_forward(protocol_number(py, protocol)?, external, internal)
+            .map_err(|e| nat_error(py, e))
+    }
+
+    /// Takes a published port back; False when it was not published.
+    fn remove_forward(&self, py: Python<'_>, protocol: &str, external: (V4, u16)) -> PyResult<bool> {
+        Ok(lock(&self.inner).remove_forward(protocol_number(py, protocol)?, socket4(external)))
+    }
+
+    /// Connections tracked now.
+    #[getter]
+    fn connection_count(&self) -> usize {
+        lock(&self.inner).connection_count()
+    }
+
+    /// Counters since the engine was made.
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let s = lock(&self.inner).stats();
+        let d = PyDict::new(py);
+        for (name, value) in [
+            ("outbound", s.outbound),
+            ("inbound", s.inbound),
+            ("hairpinned", s.hairpinned),
+            ("passed", s.passed),
+            ("fragmented", s.fragmented),
+            ("held", s.held),
+            ("too_big", s.too_big),
+            ("icmp_errors", s.icmp_errors),
+        ] {
+            d.set_item(name, value)?;
+        }
+        let drops = PyDict::new(py);
+        for (why, count) in Drop::ALL.iter().zip(s.drops) {
+            drops.set_item(why.name(), count)?;
+        }
+        d.set_item("drops", drops)?;
+        Ok(d)
+    }
+
+    /// What the engine holds now.
+    fn conntrack_stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let s = lock(&self.inner).conntrack_stats();
+        let d = PyDict::new(py);
+        for (name, value) in [
+            ("connections", s.connections as u64),
+            ("mappings", s.mappings as u64),
+            ("ports", s.ports),
+            ("capacity", s.capacity as u64),
+            ("memory", s.memory as u64),
+            ("created", s.created),
+            ("expired", s.expired),
+            ("hits", s.hits),
+            ("misses", s.misses),
+        ] {
+            d.set_item(name, value)?;
+        }
+        Ok(d)
+    }
+
+    /// The live connections: protocol, state, internal, external and remote end, bytes out and in.
+    #[allow(clippy::type_complexity)]
+    fn connections(
+        &self,
+    ) -> Vec<(u8, &'static str, addresses::Pair, addresses::Pair, addresses::Pair, u64, u64)> {
+        let at = |a: SocketAddrV4| addresses::pair(a.into());
+        lock(&self.inner)
+            .connections()
+            .map(|c| {
+                let ends = (at(c.internal), at(c.external), at(c.remote));
+                (c.proto, c.state.name(), ends.0, ends.1, ends.2, c.bytes_out, c.bytes_in)
+            })
+            .collect()
+    }
+}
+
+fn socket4((V4(ip), port): (V4, u16)) -> SocketAddrV4 {
+    SocketAddrV4::new(ip, port)
+}
+
+fn protocol_number(py: Python<'_>, name: &str) -> PyResult<u8> {
+    match name {
+        "tcp" => Ok(proto::TCP),
+        "udp" => Ok(proto::UDP),
+        _ => Err(config_error(py, format!("There is no protocol {name:?} to publish: \"tcp\" or \"udp\"."))),
+    }
+}

@@ -1,0 +1,163 @@
+//! Theory of operation: packet pool and ring for Python. Indices are plain numbers; what goes wrong with one (a
+//! second free, a foreign index) is a `ValueError` of the pool. A ring's two halves are behind locks, so any
+//! Python thread may use either end; one at a time has it.
+
+use crate::errors::config_error;
+use guestnet_io::pool::{self, PoolError};
+use guestnet_io::ring::{Consumer, Producer};
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+pub(crate) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn pool_error(py: Python<'_>, e: PoolError) -> PyErr {
+    config_error(py, format!("{e}."))
+}
+
+/// Preallocated packet buffers of one size.
+#[pyclass(frozen, module = "guestnet._native")]
+pub struct PacketPool {
+    pub(crate) inner: Arc<pool::PacketPool>,
+}
+
+#[pymethods]
+impl PacketPool {
+    #[new]
+    #[pyo3(signature = (capacity=pool::DEFAULT_POOL_CAPACITY, buffer_size=pool::DEFAULT_BUFFER_SIZE))]
+    fn new(py: Python<'_>, capacity: usize, buffer_size: usize) -> PyResult<Self> {
+        let inner =
+            pool::PacketPool::with_buffer_size(capacity, buffer_size).map_err(|e| pool_error(py, e))?;
+        Ok(PacketPool { inner: Arc::new(inner) })
+    }
+
+    #[getter]
+    fn capacity(&self) -> usize {
+        self.inner.capacity()
+    }
+
+    #[getter]
+    fn buffer_size(&self) -> usize {
+        self.inner.buffer_size()
+    }
+
+    #[getter]
+    fn available(&self) -> usize {
+        self.inner.available()
+    }
+
+    /// Takes a buffer; None when none is free.
+    fn alloc(&self) -> Option<u32> {
+        self.inner.alloc()
+    }
+
+    /// Gives a buffer back.
+    fn free(&self, py: Python<'_>, index: u32) -> PyResult<()> {
+        self.inner.free(index).map_err(|e| pool_error(py, e))
+    }
+
+    /// The bytes in use.
+    fn get<'py>(&self, py: Python<'py>, index: u32) -> PyResult<Bound<'py, PyBytes>> {
+        let b = self.inner.borrow(index).map_err(|e| pool_error(py, e))?;
+        Ok(PyBytes::new(py, &b))
+    }
+
+    /// Makes these the bytes in use.
+    fn set(&self, py: Python<'_>, index: u32, data: &[u8]) -> PyResult<()> {
+        let mut b = self.inner.borrow(index).map_err(|e| pool_error(py, e))?;
+        b.fill(data).map_err(|e| pool_error(py, e))
+    }
+
+    /// Takes a buffer and fills it; None when none is free.
+    fn put(&self, py: Python<'_>, data: &[u8]) -> PyResult<Option<u32>> {
+        let Some(index) = self.inner.alloc() else { return Ok(None) };
+        match self.set(py, index, data) {
+            Ok(()) => Ok(Some(index)),
+            Err(e) => {
+                self.free(py, index)?;
+                Err(e)
+            }
+        }
+    }
+
+    fn __len__(&self) -> usize {
+        self.inner.capacity()
+    }
+
+    fn __repr__(&self) -> String {
+        format!(
+            "<PacketPool of {} buffers of {} bytes, {} free>",
+            self.inner.capacity(),
+            self.inner.buffer_size(),
+            self.inner.available()
+        )
+    }
+}
+
+/// A queue of buffer indices.
+#[pyclass(frozen, module = "guestnet._native")]
+pub struct Ring {
+    producer: Mutex<Producer<u32>>,
+    consumer: Mutex<Consumer<u32>>,
+}
+
+#[pymethods]
+impl Ring {
+    #[new]
+    #[pyo3(signature = (capacity=1024))]
+    fn new(py: Python<'_>, capacity: usize) -> PyResult<Self> {
+        let ring = guestnet_io::ring::Ring::new(capacity).map_err(|e| config_error(py, format!("{e}.")))?;
+        let (p, c) = ring.split();
+        Ok(Ring { producer: Mutex::new(p), consumer: Mutex::new(c) })
+    }
+
+    #[getter]
+    fn capacity(&self) -> usize {
+        lock(&self.producer).capacity()
+    }
+
+    /// Puts one; False when the ring is full.
+    fn enqueue(&self, index: u32) -> bool {
+        lock(&self.producer).enqueue(index).is_ok()
+    }
+
+    /// Takes the oldest; None when the ring is empty.
+    fn dequeue(&self) -> Option<u32> {
+        lock(&self.consumer).dequeue()
+    }
+
+    /// Puts as many as there is room for, in order; returns how many.
+    fn enqueue_batch(&self, indices: Vec<u32>) -> usize {
+        lock(&self.producer).enqueue_batch(&indices)
+    }
+
+    /// Takes up to `count`, oldest first.
+    fn dequeue_batch(&self, count: usize) -> Vec<u32> {
+        let mut c = lock(&self.consumer);
+        let mut out = vec![0; count.min(c.len())];
+        let n = c.dequeue_batch(&mut out);
+        out.truncate(n);
+        out
+    }
+
+    #[getter]
+    fn is_empty(&self) -> bool {
+        lock(&self.consumer).is_empty()
+    }
+
+    #[getter]
+    fn is_full(&self) -> bool {
+        let p = lock(&self.producer);
+        p.len() == p.capacity()
+    }
+
+    fn __len__(&self) -> usize {
+        lock(&self.consumer).len()
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<Ring of {}, {} in it>", self.capacity(), self.__len__())
+    }
+}
