@@ -390,8 +390,19 @@ class NatNetwork:
         return await self._arun(self._live().flows())
 
     def maintenance(self) -> None:
-        """Does what is due. Flows expire by themselves; here addresses that were declined become free."""
-        self._registry.tidy()
+        """Does now what is done some time by itself: leases that are over end, and addresses that were
+        declined become free. Flows expire without it."""
+        self._run(self._maintain())
+
+    async def amaintenance(self) -> None:
+        """As `maintenance`."""
+        await self._arun(self._maintain())
+
+    async def _maintain(self) -> None:
+        if self._session is not None:
+            self._session.maintain()
+        else:
+            self._registry.tidy()
 
     def start_capture(self, path: str | os.PathLike[str]) -> None:
         """Writes every frame to a file (pcapng), in place of one that is being written."""

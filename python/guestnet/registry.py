@@ -261,6 +261,16 @@ class Registry:
             self._extra[key] = address
         return address
 
+    def hostname_for(self, endpoint_id: str, mac: bytes) -> str | None:
+        """The name that a client is told it has."""
+        endpoint = self._endpoints.get(endpoint_id)
+        if endpoint is None or endpoint.mac != format_mac(mac):
+            return None
+        try:
+            return endpoint.hostname or domain("id", endpoint.id, one_label=True)
+        except ConfigError:  # an id that is no name
+            return None
+
     def release(self, endpoint_id: str, mac: bytes, address: IPv4Address) -> None:
         """The client gives its address back. An endpoint's own stays reserved for it."""
         with self._lock:

@@ -164,6 +164,16 @@ class ServiceHost:
             self._asking[endpoint.id] = asking + 1
             self._session.control.spawn(self._answer_dns(event, endpoint.id))
 
+    def forget(self, endpoint_id: str) -> None:
+        """An endpoint goes: what its guest held ends before its address is free."""
+        if self._config.dhcp:
+            self._services.dhcp.remove_endpoint(endpoint_id)
+
+    def expire(self) -> None:
+        """Ends leases that are over; the server does it too, whenever it is asked something."""
+        if self._config.dhcp:
+            self._services.dhcp.expire(time.monotonic())
+
     def _answer_dhcp(self, event: _native.Datagram, endpoint: Endpoint) -> None:
         reply = self._services.dhcp.handle(
             event.payload, endpoint_id=endpoint.id, mac=event.mac, now=time.monotonic()

@@ -116,7 +116,7 @@ class Session:
         for endpoint in self.registry.all():
             endpoint._attached = None
             if endpoint.listener is not None:
-                self.registry.remove(endpoint.id)
+                self._remove(endpoint.id)
 
     # --- endpoints ---
 
@@ -147,11 +147,20 @@ class Session:
 
     async def remove_endpoint(self, id: str) -> None:
         port = self._port_of.get(id)
-        self.registry.remove(id)
+        self._remove(id)
         if port is not None:
             self._forget_port(port)
             await self.control.do(self.control.plane.remove_port, port)
         self.publishing.refresh()
+
+    def _remove(self, id: str) -> None:
+        self._services.forget(id)
+        self.registry.remove(id)
+
+    def maintain(self) -> None:
+        """Ends leases that are over, and frees what was declined long ago."""
+        self._services.expire()
+        self.registry.tidy()
 
     def _forget_port(self, port: int) -> str | None:
         self._memory.pop(port, None)
@@ -399,7 +408,7 @@ class Session:
             return
         endpoint._attached = None
         if event.port >= FIRST_DYNAMIC:
-            self.registry.remove(endpoint.id)
+            self._remove(endpoint.id)
             self.publishing.refresh()
         self.emit("guest_down", endpoint.id, mac=endpoint.mac, ip=str(endpoint.ip), reason=event.reason)
 

@@ -188,4 +188,9 @@ def test_names() -> None:
     assert b.hostname is None, "no name that DNS can have"
     r.note_hostname(b, parse_mac(B), "Beta")
     assert r.named("beta") is b
+    assert r.hostname_for("b", parse_mac(B)) == "beta"
+    assert r.hostname_for("b", parse_mac(A)) is None
+    assert r.hostname_for("nobody", parse_mac(A)) is None
+    r.create("c_1.x", mac=A)
+    assert r.hostname_for("c_1.x", parse_mac(A)) is None
     assert "b" in repr(b)

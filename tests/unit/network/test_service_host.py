@@ -37,6 +37,14 @@ class Dhcp:
         self.on_lease: Any = None
         self.on_release: Any = None
         self.seen: list[tuple[str, bytes]] = []
+        self.gone: list[str] = []
+
+    def remove_endpoint(self, endpoint_id: str) -> None:
+        self.gone.append(endpoint_id)
+
+    def expire(self, now: float) -> None:
+        assert now > 0
+        self.gone.append("expired")
 
     def handle(self, payload: bytes, *, endpoint_id: str, mac: bytes, now: float) -> Reply | None:
         assert now > 0
@@ -130,6 +138,13 @@ def test_a_release_is_told(served: Served, network: NatNetwork) -> None:
     lease = SimpleNamespace(endpoint_id="vm1", mac=bytes(6), ip=IPv4Address("192.168.64.2"))
     served.dhcp.on_release(lease)
     assert events.next("release").details["ip"] == "192.168.64.2"
+
+
+def test_leases_end_with_their_endpoint(served: Served, network: NatNetwork) -> None:
+    network.create_endpoint("vm1")
+    network.maintenance()
+    network.remove_endpoint("vm1")
+    assert served.dhcp.gone == ["expired", "vm1"]
 
 
 def test_dns_over_udp(served: Served, add_guest: AddGuest) -> None:
