@@ -28,6 +28,8 @@ pub(crate) struct TcpSock {
     pub wants_write: bool,
     /// Where the kernel peeks next; `None` while SO_PEEK_OFF was never set.
     offset: Option<usize>,
+    /// A unix socket to a service: what is thrown away must be read, MSG_TRUNC is TCP's.
+    unix: bool,
 }
 
 /// True when the kernel can peek at an offset of a TCP socket.
@@ -73,7 +75,8 @@ impl Socks {
             Err(libc::EAGAIN) => Some(Err(SockError::Refused)),
             Err(e) => Some(Err(sys::sock_error(e))),
         };
-        let tcp = TcpSock { connecting: outcome.is_none(), ..TcpSock::default() };
+        let unix = family == libc::AF_UNIX;
+        let tcp = TcpSock { connecting: outcome.is_none(), unix, ..TcpSock::default() };
         let failed = matches!(outcome, Some(Err(_)));
         let sock = Sock { fd, flow: Some(flow), kind: SockKind::Tcp(tcp) };
         // An unconnected socket is always "hung up"; nothing is to be heard from one that failed.
@@ -165,7 +168,14 @@ impl Socks {
         let Some(Sock { fd, kind: SockKind::Tcp(tcp), .. }) = self.get_mut(id) else { return };
         let mut left = len;
         while left > 0 {
-            match sys::recv_discard(fd, left) {
+            let got = if tcp.unix {
+                let mut waste = [0; 4096];
+                let most = left.min(waste.len());
+                sys::recv(fd, waste.get_mut(..most).unwrap_or(&mut []), 0)
+            } else {
+                sys::recv_discard(fd, left)
+            };
+            match got {
                 Ok(0) => break,
                 Ok(n) => left -= n.min(left),
                 Err(libc::EINTR) => {}
@@ -247,6 +257,30 @@ mod tests {
             s.tcp_discard(id, 9);
             assert_eq!(peek(&mut s, id, 0, 1), Err(Peek::Eof));
         }
+    }
+
+    #[test]
+    fn what_a_service_sent_is_thrown_away_too() {
+        let path = std::env::temp_dir().join(format!("gn-tcp-{}", std::process::id()));
+        let l = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let (poller, mut c, mut s) = (Poller::new(4).unwrap(), IoCounters::default(), Socks::new());
+        s.services.insert(7, RawAddr::unix(std::os::unix::ffi::OsStrExt::as_bytes(path.as_os_str())).unwrap());
+        let flow = FlowId { index: 0, generation: 0 };
+        let target = Target::Service(guestnet_core::types::ServiceId(7));
+        let id = s.tcp_connect(&poller, &mut c, flow, target, 9).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let (mut other, _) = l.accept().unwrap();
+        other.write_all(b"0123456789").unwrap();
+        assert_eq!(peek(&mut s, id, 0, 6).unwrap(), b"012345");
+        s.tcp_discard(id, 6);
+        assert_eq!(peek(&mut s, id, 0, 100).unwrap(), b"6789");
+        assert_eq!(peek(&mut s, id, 2, 100).unwrap(), b"89");
+        s.tcp_discard(id, 4);
+        assert_eq!(peek(&mut s, id, 0, 100), Err(Peek::Empty));
+        other.write_all(b"ab").unwrap();
+        assert_eq!(peek(&mut s, id, 0, 100).unwrap(), b"ab");
+        other.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(peek(&mut s, id, 2, 100), Err(Peek::Eof));
     }
 
     #[test]

@@ -1,0 +1,192 @@
+"""Who holds which address until when.
+
+Addresses are not given out here: the `AddressBook`, which knows the endpoints, does. The store remembers what
+was offered and taken, for how long, and how many addresses an endpoint has made unusable. It holds a bounded
+number of entries per endpoint, and never more than the book has addresses.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from threading import RLock
+from typing import Protocol
+
+from guestnet.services.dhcp.message import DhcpRefusal, Refused
+
+PER_ENDPOINT = 16
+"""Clients of one endpoint: the guest, and what is bridged behind it."""
+DECLINES = 4
+"""Addresses of one endpoint that are put aside at a time: without a bound one guest could use up the pool."""
+ASIDE = 600.0
+"""Seconds that they are put aside for; the book has the same."""
+OFFERED = 60.0
+"""Seconds that an offer stands."""
+
+
+class AddressBook(Protocol):
+    """Gives out the addresses of a network."""
+
+    def address_for(
+        self, endpoint_id: str, mac: bytes, client_id: bytes | None, requested: IPv4Address | None
+    ) -> IPv4Address | None:
+        """The address of a client, the same each time until it is given back; None: there is none for it."""
+
+    def release(self, endpoint_id: str, mac: bytes, address: IPv4Address) -> None:
+        """The client does not use it any more."""
+
+    def decline(self, endpoint_id: str, mac: bytes, address: IPv4Address) -> None:
+        """The client found that somebody else uses it."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """An address held by a client. `expires`: seconds of the clock that the server is used with."""
+
+    endpoint_id: str
+    mac: bytes
+    ip: IPv4Address
+    hostname: str | None
+    expires: float
+
+
+@dataclass
+class _Entry:
+    lease: Lease
+    taken: bool
+
+
+_Key = tuple[str, bytes]
+
+
+class LeaseStore:
+    """The leases of one network. May be looked at from any thread."""
+
+    def __init__(self, book: AddressBook) -> None:
+        self._book = book
+        self._entries: dict[_Key, _Entry] = {}
+        self._per_endpoint: dict[str, int] = {}
+        self._declined: dict[str, list[float]] = {}
+        self._first = math.inf
+        """Nothing expires before."""
+        self._lock = RLock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def find(
+        self, endpoint_id: str, mac: bytes, client_id: bytes | None, requested: IPv4Address | None
+    ) -> IPv4Address:
+        """The client's address. Raises `Refused`."""
+        with self._lock:
+            if (endpoint_id, mac) not in self._entries and self._count(endpoint_id) >= PER_ENDPOINT:
+                raise Refused(DhcpRefusal.NO_ADDRESS)
+            address = self._book.address_for(endpoint_id, mac, client_id, requested)
+            if address is None:
+                raise Refused(DhcpRefusal.NO_ADDRESS)
+            return address
+
+    def _count(self, endpoint_id: str) -> int:
+        return self._per_endpoint.get(endpoint_id, 0)
+
+    def hostname(self, endpoint_id: str, mac: bytes) -> str | None:
+        """The name that the client goes by, where the book knows one."""
+        ask = getattr(self._book, "hostname_for", None)
+        name = None if ask is None else ask(endpoint_id, mac)
+        return name if isinstance(name, str) else None
+
+    def offer(self, endpoint_id: str, mac: bytes, ip: IPv4Address, now: float) -> None:
+        """Remembers an offer, so that an address that nobody takes becomes free again."""
+        with self._lock:
+            entry = self._entries.get((endpoint_id, mac))
+            if entry is None or not entry.taken:
+                self._put(Lease(endpoint_id, mac, ip, None, now + OFFERED), taken=False)
+
+    def take(self, lease: Lease) -> Lease | None:
+        """Records a lease. Returns the one that it replaces, when that was of another address."""
+        with self._lock:
+            before = self._entries.get((lease.endpoint_id, lease.mac))
+            self._put(lease, taken=True)
+            return (
+                before.lease if before is not None and before.taken and before.lease.ip != lease.ip else None
+            )
+
+    def _put(self, lease: Lease, *, taken: bool) -> None:
+        key = (lease.endpoint_id, lease.mac)
+        if key not in self._entries:
+            self._per_endpoint[lease.endpoint_id] = self._count(lease.endpoint_id) + 1
+        self._entries[key] = _Entry(lease, taken)
+        self._first = min(self._first, lease.expires)
+
+    def held(self, endpoint_id: str, mac: bytes) -> Lease | None:
+        """What the client holds, or was offered."""
+        entry = self._entries.get((endpoint_id, mac))
+        return None if entry is None else entry.lease
+
+    def release(self, endpoint_id: str, mac: bytes, ip: IPv4Address) -> Lease:
+        """The client gives its address back. Raises `Refused` when it does not hold it."""
+        with self._lock:
+            entry = self._entries.get((endpoint_id, mac))
+            if entry is None or not entry.taken or entry.lease.ip != ip:
+                raise Refused(DhcpRefusal.NOT_LEASED)
+            self._drop(entry)
+            return entry.lease
+
+    def decline(self, endpoint_id: str, mac: bytes, ip: IPv4Address, now: float) -> Lease | None:
+        """Puts the client's address aside. Returns the lease that ends by it. Raises `Refused`."""
+        with self._lock:
+            entry = self._entries.get((endpoint_id, mac))
+            if entry is None or entry.lease.ip != ip:
+                raise Refused(DhcpRefusal.NOT_LEASED)
+            recent = [until for until in self._declined.get(endpoint_id, ()) if until > now]
+            if len(recent) >= DECLINES:
+                raise Refused(DhcpRefusal.TOO_MANY_DECLINED)
+            self._declined[endpoint_id] = [*recent, now + ASIDE]
+            self._forget(entry)
+            self._book.decline(endpoint_id, mac, ip)
+            return entry.lease if entry.taken else None
+
+    def _drop(self, entry: _Entry) -> None:
+        self._forget(entry)
+        self._book.release(entry.lease.endpoint_id, entry.lease.mac, entry.lease.ip)
+
+    def _forget(self, entry: _Entry) -> None:
+        lease = entry.lease
+        del self._entries[lease.endpoint_id, lease.mac]
+        left = self._count(lease.endpoint_id) - 1
+        if left:
+            self._per_endpoint[lease.endpoint_id] = left
+        else:
+            del self._per_endpoint[lease.endpoint_id]
+
+    def expire(self, now: float) -> list[Lease]:
+        """Ends what is over. Returns the leases, not the offers."""
+        with self._lock:
+            if now < self._first:
+                return []
+            over = [entry for entry in self._entries.values() if entry.lease.expires <= now]
+            for entry in over:
+                self._drop(entry)
+            self._first = min((entry.lease.expires for entry in self._entries.values()), default=math.inf)
+            self._declined = {
+                endpoint: kept
+                for endpoint, times in self._declined.items()
+                if (kept := [until for until in times if until > now])
+            }
+            return [entry.lease for entry in over if entry.taken]
+
+    def remove(self, endpoint_id: str) -> list[Lease]:
+        """The endpoint is gone, and all that its guest held with it."""
+        with self._lock:
+            gone = [entry for key, entry in self._entries.items() if key[0] == endpoint_id]
+            for entry in gone:
+                self._drop(entry)
+            self._declined.pop(endpoint_id, None)
+            return [entry.lease for entry in gone if entry.taken]
+
+    def all(self, now: float) -> list[Lease]:
+        """The leases that hold."""
+        with self._lock:
+            entries = list(self._entries.values())
+        return [entry.lease for entry in entries if entry.taken and entry.lease.expires > now]

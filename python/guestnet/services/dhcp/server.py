@@ -1,0 +1,342 @@
+"""The DHCP server: one message in, at most one out. Opens nothing and reads no clock: the caller gives both.
+
+The endpoint that a message came from decides which address its client gets, so the server is the authority
+for the whole segment: whoever asks for an address that is not theirs is told so at once (DHCPNAK).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from ipaddress import IPv4Address, IPv4Network
+
+from guestnet.services.dhcp import options as make
+from guestnet.services.dhcp.leases import Lease, LeaseStore
+from guestnet.services.dhcp.message import (
+    BROADCAST,
+    NOWHERE,
+    DhcpRefusal,
+    Message,
+    MessageType,
+    Refused,
+    emit,
+    parse,
+)
+
+_log = logging.getLogger("guestnet")
+
+CLIENT_PORT = 68
+_ETHERNET = 1
+_REQUEST, _REPLY = 1, 2
+_EVERYWHERE = IPv4Address("255.255.255.255")
+_EVERYONE = b"\xff" * 6
+_IP_AND_UDP = 28
+_SMALLEST_MAXIMUM = 576
+"""What every client takes, as an IP datagram (RFC 2132 section 9.10)."""
+_SHORTEST_LEASE = 60
+"""Seconds; a client that wants less gets this, or the server's own time where that is shorter."""
+_FOR_EVER = 0xFFFFFFFF
+_BOOTP_LARGEST = 300
+"""Bytes: a BOOTP client has 64 for options (RFC 951)."""
+_ALWAYS = (1,)
+_USUAL = (1, 3, 6, 12, 15, 26, 28, 119)
+"""What a client that names no options gets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DhcpConfig:
+    """What the server tells. `lease_time` in seconds, up to 0xFFFFFFFE; `mtu` in bytes."""
+
+    server: IPv4Address
+    subnet: IPv4Network
+    router: IPv4Address | None = None
+    dns: tuple[IPv4Address, ...] = ()
+    domain: str | None = None
+    search: tuple[str, ...] = ()
+    mtu: int = 1500
+    lease_time: int = 3600
+    routes: tuple[tuple[IPv4Network, IPv4Address], ...] = ()
+    """Ways besides the default route."""
+
+
+@dataclass(frozen=True)
+class DhcpReply:
+    """An answer and where it goes to; it comes from the server's address, port 67."""
+
+    payload: bytes
+    dst_ip: IPv4Address
+    dst_port: int
+    dst_mac: bytes
+    broadcast: bool
+
+
+@dataclass(frozen=True)
+class _Client:
+    """Who asks, and when."""
+
+    endpoint_id: str
+    mac: bytes
+    now: float
+
+
+class DhcpServer:
+    """Answers DHCP and BOOTP clients."""
+
+    def __init__(
+        self, config: DhcpConfig, leases: LeaseStore, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._config = config
+        self._store = leases
+        self._clock = clock
+        self.on_lease: Callable[[Lease], object] = lambda _lease: None
+        """Called when a client has taken or renewed an address."""
+        self.on_release: Callable[[Lease], object] = lambda _lease: None
+        """Called when a lease ends: given back, declined, or over."""
+        self.counters: Counter[str] = Counter()
+        """Messages by type ("discover", "offer", ...) and refusals by reason ("refused_" and the reason)."""
+        self._values = self._make_values()
+        self._answer: dict[MessageType, Callable[[Message, dict[int, bytes], _Client], DhcpReply | None]] = {
+            MessageType.DISCOVER: self._discover,
+            MessageType.REQUEST: self._request,
+            MessageType.DECLINE: self._decline,
+            MessageType.RELEASE: self._release,
+            MessageType.INFORM: self._inform,
+        }
+
+    def _make_values(self) -> dict[int, bytes]:
+        config = self._config
+        values = {1: config.subnet.netmask.packed}
+        routes = list(config.routes)
+        if config.router is not None:
+            values[3] = config.router.packed
+            routes.append((IPv4Network("0.0.0.0/0"), config.router))
+        if config.dns:
+            values[6] = make.addresses(config.dns)
+        if config.domain:
+            values[15] = config.domain.encode("ascii")
+        values[26] = config.mtu.to_bytes(2, "big")
+        values[28] = config.subnet.broadcast_address.packed
+        if config.search:
+            values[119] = make.search_list(config.search)
+        if routes:
+            # A client that takes these ignores option 3, so the default route is among them.
+            values[121] = make.classless_routes(routes)
+        return values
+
+    def leases(self, now: float | None = None) -> list[Lease]:
+        """The leases that hold. From any thread."""
+        return self._store.all(self._clock() if now is None else now)
+
+    def expire(self, now: float) -> None:
+        """Ends the leases that are over. `handle` does it too."""
+        for lease in self._store.expire(now):
+            self.on_release(lease)
+
+    def remove_endpoint(self, endpoint_id: str) -> None:
+        """Ends what the guest of an endpoint held: the endpoint is gone."""
+        for lease in self._store.remove(endpoint_id):
+            self.on_release(lease)
+
+    def handle(self, payload: bytes, *, endpoint_id: str, mac: bytes, now: float) -> DhcpReply | None:
+        """The answer to a datagram from `mac` (six bytes) at `now` (seconds); None: none, and counted why."""
+        try:
+            self.expire(now)
+            return self._handle(payload, _Client(endpoint_id, mac, now))
+        except Refused as refused:
+            self.counters[f"refused_{refused.reason}"] += 1
+            _log.debug("DHCP of %s refused: %s", endpoint_id, refused.reason)
+            return None
+
+    def _handle(self, payload: bytes, client: _Client) -> DhcpReply | None:
+        message = parse(payload)
+        if message.op != _REQUEST:
+            raise Refused(DhcpRefusal.NOT_A_REQUEST)
+        mac = message.chaddr
+        if message.htype != _ETHERNET or len(mac) != 6 or mac[0] & 1 or not any(mac):
+            raise Refused(DhcpRefusal.BAD_HARDWARE)
+        if message.giaddr != NOWHERE:
+            raise Refused(DhcpRefusal.RELAYED)
+        if mac != client.mac:
+            raise Refused(DhcpRefusal.MAC_MISMATCH)
+        if message.options is None or 53 not in message.options:
+            return self._bootp(message, client)
+        try:
+            kind = MessageType(message.options[53][0])
+        except ValueError:
+            raise Refused(DhcpRefusal.BAD_TYPE) from None
+        answer = self._answer.get(kind)
+        if answer is None:
+            raise Refused(DhcpRefusal.BAD_TYPE)
+        self.counters[kind.name.lower()] += 1
+        return answer(message, message.options, client)
+
+    # --- by type ---
+
+    def _discover(self, message: Message, asked: dict[int, bytes], client: _Client) -> DhcpReply:
+        address = self._find(message, asked, client)
+        if 80 in asked:
+            # Rapid commit (RFC 4039): there is no other server, so the offer can be the lease.
+            return self._lease(message, asked, client, address, {80: b""})
+        self._store.offer(client.endpoint_id, client.mac, address, client.now)
+        return self._reply(message, asked, client, MessageType.OFFER, address, self._times(asked))
+
+    def _request(self, message: Message, asked: dict[int, bytes], client: _Client) -> DhcpReply:
+        server, wanted = message.address(54), message.address(50)
+        if server is not None and server != self._config.server:
+            raise Refused(DhcpRefusal.OTHER_SERVER)
+        if wanted is None:
+            # RENEWING or REBINDING: it has the address already.
+            wanted = message.ciaddr
+            if wanted == NOWHERE:
+                raise Refused(DhcpRefusal.CONTRADICTION)
+        elif message.ciaddr not in (NOWHERE, wanted):
+            raise Refused(DhcpRefusal.CONTRADICTION)
+        if wanted not in self._config.subnet:
+            return self._nak(message, asked, client, "not an address of this network")
+        own = self._find(message, asked, client, wanted)
+        if own != wanted:
+            # What was found for it is an offer that it may come for.
+            self._store.offer(client.endpoint_id, client.mac, own, client.now)
+            return self._nak(message, asked, client, "not your address")
+        return self._lease(message, asked, client, wanted, {})
+
+    def _decline(self, message: Message, asked: dict[int, bytes], client: _Client) -> None:
+        address = message.address(50)
+        if message.address(54) not in (None, self._config.server):
+            raise Refused(DhcpRefusal.OTHER_SERVER)
+        if address is None:
+            raise Refused(DhcpRefusal.CONTRADICTION)
+        ended = self._store.decline(client.endpoint_id, client.mac, address, client.now)
+        _log.warning(
+            "guest %s says that somebody else uses %s: it is not given again for a while",
+            client.endpoint_id,
+            address,
+        )
+        if ended is not None:
+            self.on_release(ended)
+
+    def _release(self, message: Message, asked: dict[int, bytes], client: _Client) -> None:
+        if message.address(54) not in (None, self._config.server):
+            raise Refused(DhcpRefusal.OTHER_SERVER)
+        self.on_release(self._store.release(client.endpoint_id, client.mac, message.ciaddr))
+
+    def _inform(self, message: Message, asked: dict[int, bytes], client: _Client) -> DhcpReply:
+        if message.ciaddr not in self._config.subnet:
+            raise Refused(DhcpRefusal.CONTRADICTION)
+        return self._reply(message, asked, client, MessageType.ACK, NOWHERE, {})
+
+    def _bootp(self, message: Message, client: _Client) -> DhcpReply:
+        """RFC 1534: a BOOTP client keeps its address for ever, as an endpoint does."""
+        self.counters["bootp"] += 1
+        address = self._store.find(client.endpoint_id, client.mac, None, None)
+        self._take(Lease(client.endpoint_id, client.mac, address, None, float("inf")))
+        known = None if message.options is None else {c: self._values[c] for c in _USUAL if c in self._values}
+        answer = self._head(message, address)
+        answer.options = known
+        return self._send(answer, message, client, _BOOTP_LARGEST, overload=False)
+
+    # --- parts ---
+
+    def _find(
+        self, message: Message, asked: dict[int, bytes], client: _Client, wanted: IPv4Address | None = None
+    ) -> IPv4Address:
+        requested = wanted or message.address(50)
+        return self._store.find(client.endpoint_id, client.mac, asked.get(61), requested)
+
+    def _times(self, asked: dict[int, bytes]) -> dict[int, bytes]:
+        lease = self._config.lease_time
+        if 51 in asked:
+            lease = min(lease, max(int.from_bytes(asked[51], "big"), _SHORTEST_LEASE))
+        if lease >= _FOR_EVER:
+            return {51: make.seconds(_FOR_EVER)}
+        return {51: make.seconds(lease), 58: make.seconds(lease // 2), 59: make.seconds(lease * 7 // 8)}
+
+    def _lease(
+        self,
+        message: Message,
+        asked: dict[int, bytes],
+        client: _Client,
+        address: IPv4Address,
+        more: dict[int, bytes],
+    ) -> DhcpReply:
+        times = self._times(asked)
+        seconds = int.from_bytes(times[51], "big")
+        expires = float("inf") if seconds == _FOR_EVER else client.now + seconds
+        name = make.client_name(asked)
+        self._take(Lease(client.endpoint_id, client.mac, address, name, expires))
+        return self._reply(message, asked, client, MessageType.ACK, address, {**times, **more})
+
+    def _take(self, lease: Lease) -> None:
+        before = self._store.take(lease)
+        if before is not None:
+            self.on_release(before)
+        self.on_lease(lease)
+
+    def _head(self, message: Message, yiaddr: IPv4Address) -> Message:
+        # The broadcast flag is the client's; the other flags must be zero.
+        return Message(
+            op=_REPLY,
+            xid=message.xid,
+            chaddr=message.chaddr,
+            flags=message.flags & BROADCAST,
+            ciaddr=message.ciaddr,
+            yiaddr=yiaddr,
+        )
+
+    def _reply(
+        self,
+        message: Message,
+        asked: dict[int, bytes],
+        client: _Client,
+        kind: MessageType,
+        yiaddr: IPv4Address,
+        times: dict[int, bytes],
+    ) -> DhcpReply:
+        answer = self._head(message, yiaddr)
+        if kind is MessageType.OFFER:
+            answer.ciaddr = NOWHERE
+        values = dict(self._values)
+        if (name := self._store.hostname(client.endpoint_id, client.mac)) is not None:
+            values[12] = name.encode("ascii")
+        said = {53: bytes((kind,)), 54: self._config.server.packed, **times}
+        if 61 in asked:
+            said[61] = asked[61]  # RFC 6842
+        wanted = (*_ALWAYS, *asked[55]) if 55 in asked else _USUAL
+        for code in wanted:
+            if code in values:
+                said.setdefault(code, values[code])
+        answer.options = said
+        self.counters[kind.name.lower()] += 1
+        return self._send(answer, message, client, self._largest(asked))
+
+    def _nak(self, message: Message, asked: dict[int, bytes], client: _Client, why: str) -> DhcpReply:
+        answer = replace(self._head(message, NOWHERE), ciaddr=NOWHERE)
+        said = {53: bytes((MessageType.NAK,)), 54: self._config.server.packed, 56: why.encode("ascii")}
+        if 61 in asked:
+            said[61] = asked[61]
+        answer.options = said
+        self.counters["nak"] += 1
+        payload, _ = emit(answer)
+        # RFC 2131 section 4.3.2: the client's address cannot be relied on.
+        return DhcpReply(payload, _EVERYWHERE, CLIENT_PORT, _EVERYONE, True)
+
+    def _largest(self, asked: dict[int, bytes]) -> int:
+        """Bytes of an answer: what the client takes and the MTU carries (option 57)."""
+        takes = int.from_bytes(asked[57], "big") if 57 in asked else _SMALLEST_MAXIMUM
+        return max(_SMALLEST_MAXIMUM, min(takes, self._config.mtu)) - _IP_AND_UDP
+
+    def _send(
+        self, answer: Message, message: Message, client: _Client, largest: int, *, overload: bool = True
+    ) -> DhcpReply:
+        payload, dropped = emit(answer, largest, overload=overload)
+        if dropped:
+            self.counters["options_without_room"] += len(dropped)
+        # RFC 2131 section 4.1.
+        if message.ciaddr != NOWHERE and message.ciaddr in self._config.subnet:
+            return DhcpReply(payload, message.ciaddr, CLIENT_PORT, client.mac, False)
+        if message.flags & BROADCAST or answer.yiaddr == NOWHERE:
+            return DhcpReply(payload, _EVERYWHERE, CLIENT_PORT, _EVERYONE, True)
+        return DhcpReply(payload, answer.yiaddr, CLIENT_PORT, client.mac, False)

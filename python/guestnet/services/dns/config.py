@@ -1,0 +1,57 @@
+"""What a DNS server is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network
+from typing import Protocol
+
+
+class Directory(Protocol):
+    """Knows the endpoints of a network by name."""
+
+    def address_named(self, name: str) -> IPv4Address | None:
+        """The address of the guest with this name, in any case."""
+
+    def name_of(self, address: IPv4Address) -> str | None:
+        """The name of the guest with this address."""
+
+
+class NoDirectory:
+    """Knows nobody."""
+
+    def address_named(self, name: str) -> IPv4Address | None:
+        """Nobody."""
+        return None
+
+    def name_of(self, address: IPv4Address) -> str | None:
+        """Nobody."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DnsConfig:
+    """A DNS server.
+
+    - `zone`: where endpoints have their names, and the gateway its own: `gateway.` and the zone.
+    - `records`: names with their values, each an address or `TYPE:value`.
+    - `gateway`, `subnet`: the network's; addresses of the subnet are not asked of others.
+    - `host`: where guests reach the host's loopback, None when they do not.
+    - `resolvers`: name servers for all other names, as `192.0.2.53`, `192.0.2.53:5353` or
+      `[2001:db8::53]:5353`; None: those of `resolv_conf`, which is read again when it changes; (): none.
+    - `questions`, `questions_per_endpoint`: how many are asked of others at a time; beyond: REFUSED.
+    - `connections`: how many guests' TCP connections are served at a time.
+    """
+
+    zone: str = "guestnet.internal"
+    records: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    gateway: IPv4Address
+    subnet: IPv4Network | None = None
+    host: IPv4Address | None = None
+    resolvers: tuple[str, ...] | None = None
+    directory: Directory = field(default_factory=NoDirectory)
+    resolv_conf: str = "/etc/resolv.conf"
+    questions: int = 512
+    questions_per_endpoint: int = 128
+    connections: int = 256

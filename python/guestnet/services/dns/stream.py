@@ -1,0 +1,113 @@
+"""DNS over TCP (RFC 7766), as the relay brings it: each guest's connection is one to a unix socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+
+IDLE = 10.0
+"""Seconds that a connection may be silent, or take for one message."""
+PER_CONNECTION = 32
+"""Questions of one connection that are answered at once; more are not read until then."""
+
+Answer = Callable[[bytes, bool, object], Awaitable[bytes | None]]
+
+
+class StreamServer:
+    """Serves connections; when there are too many the one that was silent longest is closed for a new one."""
+
+    def __init__(self, answer: Answer, most: int) -> None:
+        self._answer, self._most = answer, most
+        self._server: asyncio.Server | None = None
+        self._path = ""
+        self._connections: OrderedDict[_Connection, None] = OrderedDict()
+
+    async def open(self, path: str) -> None:
+        """Listens from when this returns."""
+        self._server = await asyncio.start_unix_server(self._accept, path, backlog=128)
+        self._path = path
+
+    async def close(self) -> None:
+        """Ends everything."""
+        if self._server is None:
+            return
+        self._server.close()
+        self._server = None
+        tasks = [connection.task for connection in self._connections]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        if task is None or self._server is None:
+            writer.transport.abort()
+            return
+        if len(self._connections) >= self._most:
+            oldest, _ = self._connections.popitem(last=False)
+            oldest.task.cancel()
+        connection = _Connection(task)
+        self._connections[connection] = None
+        try:
+            await self._serve(connection, reader, writer)
+        except (OSError, EOFError, TimeoutError):
+            pass
+        except asyncio.CancelledError:
+            # Closed for another connection, or with the server; nobody waits for this task's result.
+            pass
+        finally:
+            self._connections.pop(connection, None)
+            for question in connection.questions:
+                question.cancel()
+            writer.transport.abort()
+
+    async def _serve(
+        self, connection: _Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        free = asyncio.Semaphore(PER_CONNECTION)
+        while True:
+            try:
+                async with asyncio.timeout(IDLE):
+                    length = int.from_bytes(await reader.readexactly(2), "big")
+                    data = await reader.readexactly(length)
+            except (asyncio.IncompleteReadError, TimeoutError):
+                break
+            if connection in self._connections:
+                self._connections.move_to_end(connection)
+            await free.acquire()
+            question = asyncio.create_task(self._one(connection, data, writer))
+            connection.questions.add(question)
+            question.add_done_callback(connection.questions.discard)
+            question.add_done_callback(lambda _: free.release())
+        # The guest may have ended its side only: it still gets what it asked for.
+        if connection.questions:
+            await asyncio.wait(connection.questions)
+        writer.close()
+        async with asyncio.timeout(IDLE):
+            await writer.wait_closed()
+
+    async def _one(self, connection: _Connection, data: bytes, writer: asyncio.StreamWriter) -> None:
+        answer = await self._answer(data, True, connection)
+        if answer is None:
+            # What is no query ends the conversation: there is no telling what else comes.
+            connection.task.cancel()
+            return
+        try:
+            writer.write(len(answer).to_bytes(2, "big") + answer)
+            async with asyncio.timeout(IDLE):
+                await writer.drain()
+        except (OSError, TimeoutError):
+            connection.task.cancel()
+
+
+class _Connection:
+    """One guest's connection."""
+
+    def __init__(self, task: asyncio.Task[None]) -> None:
+        self.task = task
+        self.questions: set[asyncio.Task[None]] = set()
