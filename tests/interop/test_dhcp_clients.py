@@ -30,7 +30,8 @@ case $event in
         ip address replace "$address/24" dev {DEVICE}
         ip route replace default via "${{router:-$new_routers}}" dev {DEVICE}
         ;;
-    deconfig|release|stop*) ip address flush dev {DEVICE} ;;
+    deconfig) ip address flush dev {DEVICE}; ip link set {DEVICE} up ;;
+    release|stop*) ip address flush dev {DEVICE} ;;
     preinit) ip link set {DEVICE} up ;;
 esac
 echo "EVENT $event $address mtu=$mtu$new_interface_mtu dns=${{dns:-$new_domain_name_servers}}"
@@ -113,7 +114,10 @@ def test_dhclient(segment: Segment) -> None:
 
 def test_dhcpcd(segment: Segment) -> None:
     program = need.program("dhcpcd", "dhcpcd-base")
-    client = segment.start(program, "-4", "-B", "-d", "-f", "/dev/null", "-c", segment.script, DEVICE)
+    # Without a configuration it asks for next to nothing.
+    asked = ["-o", "domain_name_servers", "-o", "interface_mtu"]
+    common = ["-4", "-B", "-d", "-f", "/dev/null", *asked, "-c", segment.script, DEVICE]
+    client = segment.start(program, *common)
     segment.check_bound(client)
     segment.lab.run([program, "-4", "-N", DEVICE], ns=segment.ns)
     client.wait_line("^EVENT renew 192.168.64.2")

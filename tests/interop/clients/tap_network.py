@@ -19,7 +19,7 @@ def main(ns: str, device: str, lease: str) -> None:
         print("ready", flush=True)
         for line in sys.stdin:
             if line.strip() == "leases":
-                held = [str(lease.address) for lease in network.services.dhcp.leases()]
+                held = [str(lease.ip) for lease in network.services.dhcp.leases()]
                 print("leases " + json.dumps(held), flush=True)
 
 
