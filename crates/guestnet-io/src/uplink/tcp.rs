@@ -264,7 +264,8 @@ mod tests {
         let path = std::env::temp_dir().join(format!("gn-tcp-{}", std::process::id()));
         let l = std::os::unix::net::UnixListener::bind(&path).unwrap();
         let (poller, mut c, mut s) = (Poller::new(4).unwrap(), IoCounters::default(), Socks::new());
-        s.services.insert(7, RawAddr::unix(std::os::unix::ffi::OsStrExt::as_bytes(path.as_os_str())).unwrap());
+        s.services
+            .insert(7, RawAddr::unix(std::os::unix::ffi::OsStrExt::as_bytes(path.as_os_str())).unwrap());
         let flow = FlowId { index: 0, generation: 0 };
         let target = Target::Service(guestnet_core::types::ServiceId(7));
         let id = s.tcp_connect(&poller, &mut c, flow, target, 9).unwrap();
