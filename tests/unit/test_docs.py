@@ -27,6 +27,7 @@ def test_example(code: str, tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         cwd=tmp_path,
+        check=False,
         capture_output=True,
         text=True,
         timeout=60,
