@@ -251,7 +251,7 @@ impl Core {
             _ => return Err(Drop::Truncated),
         };
         if icmp::is_error(kind) && (self.is_own(p.dst) || !self.policy.in_subnet(p.dst)) {
-            return self.guest_error(slot, frame, p);
+            return self.guest_error(slot, frame, p, fx);
         }
         if !self.is_own(p.dst) && self.route_to_guest(slot, mac, frame, p, meta, fx)? {
             return Ok(());

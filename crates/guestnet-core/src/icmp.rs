@@ -2,7 +2,8 @@
 //! ping socket for all destinations, one flow for each. Errors that the kernel reports for what a guest sent
 //! become ICMP errors that quote the guest's own packet, with whoever complained as their source, so
 //! traceroute and path MTU discovery work; they neither refresh nor end a flow (REQ-6). Errors that a guest
-//! sends about its flows are checked and accepted: a socket has no way to pass them on.
+//! sends about its flows are checked and accepted: a socket has no way to pass them on, but a smaller MTU
+//! behind the guest makes the segments of its connection smaller.
 
 use crate::config::DatagramError;
 use crate::core::Core;
@@ -134,7 +135,13 @@ impl Core {
     }
 
     /// An ICMP error of a guest about a packet that it got from us.
-    pub(crate) fn guest_error(&mut self, slot: u32, frame: &[u8], p: &Packet) -> Result<(), Drop> {
+    pub(crate) fn guest_error<E: Effects>(
+        &mut self,
+        slot: u32,
+        frame: &[u8],
+        p: &Packet,
+        fx: &mut E,
+    ) -> Result<(), Drop> {
         let quote = frame.get(p.payload..p.end).unwrap_or(&[]);
         let ihl = usize::from(quote.first().copied().unwrap_or(0) & 0xf) * 4;
         if quote.first().is_none_or(|b| b >> 4 != 4) || ihl < ipv4::MIN_LEN {
@@ -163,7 +170,17 @@ impl Core {
             guest: SocketAddr::new(ip(16), guest),
             remote: SocketAddr::new(ip(12), remote),
         };
-        self.flows.find(&key).map(|_| ()).ok_or(Drop::NoFlow)
+        let index = self.flows.find(&key).ok_or(Drop::NoFlow)?;
+        let too_big = frame.get(p.l4..p.l4 + 2) == Some(&[icmp::UNREACHABLE, icmp::unreachable::FRAG_NEEDED]);
+        if proto == proto::TCP && too_big {
+            let mtu = match be16(frame, p.l4 + 6) {
+                0 => plateau(usize::from(be16(quote, 2))),
+                mtu => mtu,
+            };
+            let seq = guestnet_wire::be32(quote, ihl + 4);
+            self.with_index(index, fx, |tcb, cx| tcb.path_mtu(cx, mtu, seq));
+        }
+        Ok(())
     }
 }
 

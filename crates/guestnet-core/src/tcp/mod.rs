@@ -350,6 +350,25 @@ impl Tcb {
         self.waits_port
     }
 
+    /// The guest, or a router behind it, says that our segment at sequence number `seq` was larger than `mtu`
+    /// bytes (RFC 1191 6.3). Believed only of what is in flight (RFC 5927 4.1); segments get smaller, and what
+    /// is in flight is sent again.
+    pub fn path_mtu<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, mtu: u16, seq: u32) -> Fate {
+        let seq = Seq(seq);
+        if self.state != State::Open || !self.snd_una.le(seq) || !seq.lt(self.snd_max) {
+            return Fate::Live;
+        }
+        let mss = mtu.saturating_sub(output::ip_overhead(cx.path)).max(MIN_MSS);
+        if mss >= self.mss.min(cx.path.mtu.saturating_sub(output::ip_overhead(cx.path))) {
+            return Fate::Live;
+        }
+        self.mss = mss;
+        self.snd_nxt = self.snd_una;
+        self.rtt_from = None;
+        cx.counters.retransmits += 1;
+        self.flush(cx)
+    }
+
     /// Ends the flow: a reset to both sides.
     pub fn abort<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) {
         if self.state != State::TimeWait {

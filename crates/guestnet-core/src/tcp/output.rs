@@ -39,7 +39,7 @@ impl Header {
     }
 }
 
-fn ip_overhead(path: &Path) -> u16 {
+pub(super) fn ip_overhead(path: &Path) -> u16 {
     if path.guest.is_ipv4() { (ipv4::MIN_LEN + MIN_LEN) as u16 } else { (IPV6_LEN + MIN_LEN) as u16 }
 }
 

@@ -302,3 +302,29 @@ fn acks_stay_inside_a_window_that_was_taken_back() {
     s.send("P. 21:31 ack 5001 win 2000");
     s.recv(". 5001 ack 31");
 }
+
+#[test]
+fn a_smaller_mtu_behind_the_guest_makes_smaller_segments() {
+    let mut s = Sim::open();
+    s.host_writes(5000);
+    s.recv("P. 1:5001 gso 1460");
+    // Not of this flight: ignored.
+    s.path_mtu(1280, 5001);
+    s.path_mtu(1280, 0);
+    // No smaller than what it is: ignored.
+    s.path_mtu(1500, 1);
+    s.silent();
+    s.path_mtu(1280, 1461);
+    s.recv("P. 1:5001 gso 1240");
+    // Told of each segment of the flight: once is enough.
+    s.path_mtu(1280, 2921);
+    s.silent();
+    s.send(". 1 ack 5001");
+    // No lie makes a packet for every few bytes.
+    s.host_writes(640);
+    s.recv("P. 5001:5641");
+    s.path_mtu(1, 5001);
+    s.recv("P. 5001:5641 gso 64");
+    s.send(". 1 ack 5641");
+    s.live();
+}

@@ -248,6 +248,12 @@ impl Sim {
             call!(self, batch_end);
         }
     }
+    /// An ICMP error of the guest that quotes the segment at `seq` of the stream.
+    pub fn path_mtu(&mut self, mtu: u16, seq: u32) {
+        let seq = OUR_ISN.wrapping_add(seq);
+        call!(self, path_mtu, mtu, seq);
+        self.end();
+    }
     pub fn abort(&mut self) {
         let mut cx = Ctx {
             now: self.now,
