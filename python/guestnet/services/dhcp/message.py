@@ -169,20 +169,17 @@ def emit(message: Message, largest: int = 548, *, overload: bool = True) -> tupl
     """The bytes of a message, at most `largest` of them, and the codes of the options that had no room.
 
     Options go in their order: first into the options field, then, by overloading, into `file` and `sname`.
+    One that fits nowhere whole is split over what is left of them (RFC 3396).
     """
-    left = (
-        [] if message.options is None else [(code, _chunks(code, v)) for code, v in message.options.items()]
-    )
+    options = list((message.options or {}).items())
     room = max(largest, SMALLEST) - OPTIONS_AT - 1
     file = sname = b""
-    if overload and sum(len(value) for _, value in left) > room:
-        area, left = _fill(left, room - 3)
-        file, left = _fill(left, _FILE - 1)
-        sname, left = _fill(left, _SNAME - 1)
+    if overload and sum(len(_chunks(code, value)) for code, value in options) > room:
+        (area, file, sname), left = _fill(options, [room - 3, _FILE - 1, _SNAME - 1])
         used = (_IN_FILE if file else 0) | (_IN_SNAME if sname else 0)
         area += bytes((_OVERLOAD, 1, used)) if used else b""
     else:
-        area, left = _fill(left, room)
+        (area,), left = _fill(options, [room])
     head = HEADER.pack(
         message.op,
         message.htype,
@@ -200,7 +197,7 @@ def emit(message: Message, largest: int = 548, *, overload: bool = True) -> tupl
         file + b"\xff" if file else b"",
     )
     body = b"" if message.options is None else MAGIC + area + b"\xff"
-    return (head + body).ljust(SMALLEST, b"\0"), [code for code, _ in left]
+    return (head + body).ljust(SMALLEST, b"\0"), left
 
 
 def _chunks(code: int, value: bytes) -> bytes:
@@ -210,12 +207,30 @@ def _chunks(code: int, value: bytes) -> bytes:
     return b"".join(bytes((code, len(part))) + part for part in parts)
 
 
-def _fill(options: list[tuple[int, bytes]], room: int) -> tuple[bytes, list[tuple[int, bytes]]]:
-    """As many whole options as there is room for, and those that are left."""
-    area, left = b"", []
+def _fill(options: list[tuple[int, bytes]], rooms: list[int]) -> tuple[list[bytes], list[int]]:
+    """The contents of areas of so many bytes, and the codes of the options that do not fit."""
+    areas, left = [b"" for _ in rooms], []
     for code, value in options:
-        if len(area) + len(value) <= room:
-            area += value
+        parts = _place(code, value, [room - len(area) for room, area in zip(rooms, areas, strict=True)])
+        if parts is None:
+            left.append(code)
         else:
-            left.append((code, value))
-    return area, left
+            areas = [area + part for area, part in zip(areas, parts, strict=True)]
+    return areas, left
+
+
+def _place(code: int, value: bytes, free: list[int]) -> list[bytes] | None:
+    """What of an option goes into each area: all into one if that can be, else a part into each."""
+    whole = _chunks(code, value)
+    for number, room in enumerate(free):
+        if len(whole) <= room:
+            return [whole if number == at else b"" for at in range(len(free))]
+    parts = []
+    for room in free:
+        part = b""
+        while value and len(part) + 2 < room:
+            take = min(_CHUNK, room - len(part) - 2)
+            part += _chunks(code, value[:take])
+            value = value[take:]
+        parts.append(part)
+    return None if value else parts
