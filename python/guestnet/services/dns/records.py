@@ -45,13 +45,15 @@ def record_name(name: str) -> bytes:
 def parse_record(name: str, value: str | IPv4Address | IPv6Address) -> OwnRecord:
     """A record from its name and value. Raises ConfigError."""
     labels = record_name(name)
-    try:
-        address = ip_address(value)
-    except ValueError:
-        pass
-    else:
-        return _address(labels, address)
     typed = _TYPED.fullmatch(str(value))
+    # "AAAA:2001:db8::1" is an address by itself too, but nobody means that one.
+    if typed is None or typed[1].upper() not in _KNOWN:
+        try:
+            address = ip_address(value)
+        except ValueError:
+            pass
+        else:
+            return _address(labels, address)
     if typed is None:
         raise ConfigError(
             f"The DNS record {name}={value} has neither an address nor a type: "

@@ -114,15 +114,15 @@ class Zones:
     def _index(self, names: _Names, serial: int) -> _Content:
         between: set[bytes] = set()
         reverse: dict[bytes, tuple[OwnRecord, ...]] = {}
+        tops = {self._zone} | {name[len(_ANYTHING) :] for name in names if name.startswith(_ANYTHING)}
         for name, records in names.items():
-            inside = self._in_zone(name)
+            above: list[bytes] = []
             for parent in parents(name)[1:]:
-                if inside and len(parent) <= len(self._zone):
+                if parent in tops:
+                    # Below the zone and below what a wildcard is for, all names are ours.
+                    between.update(above if parent == self._zone else (*above, parent))
                     break
-                if inside or name.startswith(_ANYTHING):
-                    between.add(parent)
-                if not inside:
-                    break
+                above.append(parent)
             for own in records:
                 if own.address is not None and not name.startswith(_ANYTHING):
                     key = to_labels(own.address.reverse_pointer)

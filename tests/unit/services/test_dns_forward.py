@@ -1,0 +1,353 @@
+"""Names of others: asked of name servers that the test plays on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import dns.edns
+import dns.flags
+import dns.message
+import dns.rcode
+import dns.rrset
+import pytest
+from guestnet.services.dns import DnsServer
+from guestnet.services.dns import upstream as upstream_module
+from guestnet.services.dns.resolvers import Resolvers, parse_resolv_conf, parse_resolver
+
+from .dns_played import Upstream, reply, resolve, server, texts
+
+ADDRESS = "www.example.org. 300 A 192.0.2.80"
+
+
+def hurried(dns_server: DnsServer, timeout: float = 0.05, attempts: int = 1) -> DnsServer:
+    """The server with little patience."""
+    source = dns_server._source
+    source._current = dns_server._resolvers = replace(source._current, timeout=timeout, attempts=attempts)
+    return dns_server
+
+
+def silent(query: dns.message.Message, tcp: bool) -> None:
+    """A server that says nothing."""
+
+
+async def test_an_answer_comes_back_as_it_was_said() -> None:
+    async with Upstream(lambda query, tcp: reply(query, ADDRESS, flags=dns.flags.AA)) as up:
+        answer = await resolve(server(resolvers=(up.address,)), "www.example.org")
+        assert texts(answer) == ["www.example.org. A 192.0.2.80"]
+        assert answer.answer[0].ttl == 300
+        assert answer.flags & dns.flags.AA
+        assert up.ways == ["udp"]
+
+
+@pytest.mark.parametrize(
+    ("type_", "data"),
+    [
+        ("AAAA", "2001:db8::5"),
+        ("MX", "10 mail.example.org."),
+        ("TXT", '"a" "b"'),
+        ("SRV", "1 2 3 target.example.org."),
+        ("HTTPS", '1 . alpn="h2"'),
+        ("NAPTR", '1 1 "u" "x" "y" .'),
+        ("TYPE65500", r"\# 4 01020304"),
+    ],
+)
+async def test_any_type_passes(type_: str, data: str) -> None:
+    async with Upstream(lambda query, tcp: reply(query, f"www.example.org. 60 {type_} {data}")) as up:
+        answer = await resolve(server(resolvers=(up.address,)), "www.example.org", type_)
+        assert texts(answer) == [f"www.example.org. {type_} {data}"]
+
+
+async def test_what_the_guest_said_besides_its_question_is_not_passed_on() -> None:
+    async with Upstream(lambda query, tcp: reply(query, ADDRESS)) as up:
+        made = server(resolvers=(up.address,))
+        cookie = dns.edns.GenericOption(10, b"12345678")
+        await resolve(made, "WWW.example.org", use_edns=0, payload=4096, options=[cookie], flags=0x0120)
+        query, _ = up.asked[0]
+        assert (query.edns, query.payload) == (0, 1232)
+        assert query.options == ()
+        assert str(query.question[0].name) == "WWW.example.org."
+
+
+async def test_identifiers_are_not_the_guests_and_not_in_order() -> None:
+    async with Upstream(lambda query, tcp: reply(query)) as up:
+        made = server(resolvers=(up.address,))
+        for number in range(20):
+            await resolve(made, f"n{number}.example.org", id=7)
+        ids = [query.id for query, _ in up.asked]
+        assert len(set(ids)) > 15
+        assert ids != sorted(ids)
+
+
+async def test_nxdomain_and_its_soa_come_back() -> None:
+    def play(query: dns.message.Message, tcp: bool) -> bytes:
+        answer = dns.message.make_response(query)
+        answer.set_rcode(dns.rcode.NXDOMAIN)
+        soa = "ns.example.org. admin.example.org. 1 2 3 4 60"
+        answer.authority.append(dns.rrset.from_text("example.org.", 60, "IN", "SOA", soa))
+        return answer.to_wire()
+
+    async with Upstream(play) as up:
+        answer = await resolve(server(resolvers=(up.address,)), "no.example.org")
+        assert answer.rcode() == dns.rcode.NXDOMAIN
+        assert answer.authority[0][0].minimum == 60
+
+
+BIG = [f"big.example.org. 60 TXT {number:03}{'x' * 90}" for number in range(40)]
+
+
+def truncating(query: dns.message.Message, tcp: bool) -> bytes:
+    return reply(query, *BIG) if tcp else reply(query, flags=dns.flags.TC)
+
+
+async def test_a_guest_on_udp_is_told_to_come_over_tcp_and_gets_it_there() -> None:
+    async with Upstream(truncating) as up:
+        made = server(resolvers=(up.address,))
+        cut = await resolve(made, "big.example.org", "TXT")
+        assert cut.flags & dns.flags.TC
+        assert cut.answer == []
+        assert up.ways == ["udp"], "what does not fit is not fetched before it is wanted"
+        whole = await resolve(made, "big.example.org", "TXT", tcp=True)
+        assert len(texts(whole)) == 40
+        assert not whole.flags & dns.flags.TC
+        assert up.ways == ["udp", "udp", "tcp"]
+
+
+async def test_an_answer_that_fits_the_server_and_not_the_guest() -> None:
+    async with Upstream(lambda query, tcp: reply(query, *BIG[:8])) as up:
+        made = server(resolvers=(up.address,))
+        assert (await resolve(made, "big.example.org", "TXT", use_edns=-1)).flags & dns.flags.TC
+        assert len(texts(await resolve(made, "big.example.org", "TXT", use_edns=0, payload=1232))) == 8
+        assert len(texts(await resolve(made, "big.example.org", "TXT", tcp=True))) == 8
+
+
+async def test_a_server_that_does_not_know_edns_is_asked_without() -> None:
+    def play(query: dns.message.Message, tcp: bool) -> bytes:
+        if query.edns >= 0:
+            return query.id.to_bytes(2, "big") + b"\x80\x01" + bytes(8)
+        return reply(query, ADDRESS)
+
+    async with Upstream(play) as up:
+        made = server(resolvers=(up.address,))
+        assert texts(await resolve(made, "www.example.org")) == ["www.example.org. A 192.0.2.80"]
+        assert [query.edns for query, _ in up.asked] == [0, -1]
+        await resolve(made, "other.example.org")
+        assert [query.edns for query, _ in up.asked] == [0, -1, -1], "remembered"
+
+
+async def test_dnssec_is_asked_for_when_the_guest_wants_it() -> None:
+    async with Upstream(lambda query, tcp: reply(query, ADDRESS, flags=dns.flags.AD)) as up:
+        made = server(resolvers=(up.address,))
+        wanted = await resolve(made, "www.example.org", want_dnssec=True)
+        assert wanted.flags & dns.flags.AD
+        assert up.asked[0][0].ednsflags & dns.flags.DO
+        plain = await resolve(made, "www.example.org", use_edns=-1)
+        assert not plain.flags & dns.flags.AD
+        assert not up.asked[1][0].ednsflags & dns.flags.DO
+
+
+async def test_wrong_answers_are_passed_over() -> None:
+    """RFC 5452: another identifier, another question, no answer at all, rubbish; then the right one."""
+
+    def play(query: dns.message.Message, tcp: bool) -> list[bytes]:
+        right = reply(query, ADDRESS)
+        lie = reply(query, "www.example.org. 300 A 203.0.113.66")
+        other = dns.message.make_query("evil.example.org", "A")
+        other.id = query.id
+        return [
+            bytes((lie[0] ^ 1, lie[1])) + lie[2:],
+            reply(other, "evil.example.org. 300 A 203.0.113.66"),
+            lie[:2] + bytes((lie[2] & 0x7F,)) + lie[3:],
+            lie[:20],
+            b"",
+            b"\xff" * 40,
+            right,
+        ]
+
+    async with Upstream(play) as up:
+        answer = await resolve(server(resolvers=(up.address,)), "www.example.org")
+        assert texts(answer) == ["www.example.org. A 192.0.2.80"]
+
+
+async def test_who_guesses_too_long_is_not_listened_to() -> None:
+    def play(query: dns.message.Message, tcp: bool) -> list[bytes]:
+        return [b"\0\0" + bytes(20)] * 80 + [reply(query, ADDRESS)]
+
+    async with Upstream(play) as up:
+        made = hurried(server(resolvers=(up.address,)), timeout=30)
+        assert (await resolve(made, "www.example.org")).rcode() == dns.rcode.SERVFAIL
+
+
+async def test_a_silent_server_is_passed_over_and_then_asked_last() -> None:
+    async with Upstream(silent) as mute, Upstream(lambda query, tcp: reply(query, ADDRESS)) as up:
+        made = hurried(server(resolvers=(mute.address, up.address)))
+        assert (await resolve(made, "www.example.org")).answer
+        assert len(mute.asked) == 1
+        assert (await resolve(made, "two.example.org")).rcode() == dns.rcode.NOERROR
+        assert len(mute.asked) == 1
+
+
+@pytest.mark.parametrize("rcode", [dns.rcode.SERVFAIL, dns.rcode.REFUSED])
+async def test_a_server_that_fails_is_passed_over(rcode: int) -> None:
+    async with Upstream(lambda query, tcp: reply(query, rcode=rcode)) as bad:
+        async with Upstream(lambda query, tcp: reply(query, ADDRESS)) as up:
+            made = hurried(server(resolvers=(bad.address, up.address)))
+            assert (await resolve(made, "www.example.org")).answer
+        alone = hurried(server(resolvers=(bad.address,)))
+        assert (await resolve(alone, "www.example.org")).rcode() == rcode
+
+
+async def test_a_closed_port_is_passed_over_at_once() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    async with Upstream(lambda query, tcp: reply(query, ADDRESS)) as up:
+        made = hurried(server(resolvers=(f"127.0.0.1:{port}", up.address)), timeout=60)
+        assert (await resolve(made, "www.example.org")).answer
+
+
+async def test_when_no_server_answers() -> None:
+    async with Upstream(silent) as one, Upstream(silent) as two:
+        made = hurried(server(resolvers=(one.address, two.address)), timeout=0.02, attempts=2)
+        answer = await resolve(made, "www.example.org", use_edns=0)
+        assert answer.rcode() == dns.rcode.SERVFAIL
+        assert answer.extended_errors()[0].text == "no name server of the host answers"
+        assert (len(one.asked), len(two.asked)) == (2, 2)
+        assert made.counters["unanswered"] == 1
+
+
+async def test_all_tries_together_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream_module, "PATIENCE", 0.05)
+    async with Upstream(silent) as up:
+        made = hurried(server(resolvers=(up.address,)), timeout=600, attempts=5)
+        assert (await resolve(made, "www.example.org")).rcode() == dns.rcode.SERVFAIL
+
+
+async def test_tcp_that_is_cut_off_or_lies_is_no_answer() -> None:
+    async with Upstream(lambda query, tcp: b"\xff" * 30 if tcp else reply(query, flags=dns.flags.TC)) as up:
+        made = hurried(server(resolvers=(up.address,)))
+        assert (await resolve(made, "www.example.org", tcp=True)).rcode() == dns.rcode.SERVFAIL
+
+
+async def test_the_same_question_is_asked_once_at_a_time() -> None:
+    async with Upstream(lambda query, tcp: reply(query, ADDRESS)) as up:
+        made = server(resolvers=(up.address,))
+        answers = await asyncio.gather(
+            *(resolve(made, "www.example.org", endpoint=f"vm{n}") for n in range(30))
+        )
+        assert all(texts(answer) for answer in answers)
+        assert len(up.asked) == 1
+
+
+async def test_questions_of_one_guest_are_bounded_and_others_still_ask() -> None:
+    gate = asyncio.Event()
+    made = server(resolvers=("127.0.0.1:1",), questions=20, questions_per_endpoint=8)
+
+    async def slow(*_: object, **__: object) -> None:
+        await gate.wait()
+
+    made._upstream.ask = slow  # type: ignore[method-assign]
+    asked = [
+        asyncio.create_task(resolve(made, f"n{n}.example.org", endpoint="greedy", use_edns=0))
+        for n in range(40)
+    ]
+    other = asyncio.create_task(resolve(made, "www.example.org", endpoint="modest"))
+    done, _ = await asyncio.wait(asked, timeout=0, return_when=asyncio.ALL_COMPLETED)
+    while len(done) < 32:
+        await asyncio.sleep(0)
+        done = {task for task in asked if task.done()}
+    assert {task.result().rcode() for task in done} == {dns.rcode.REFUSED}
+    assert made.counters["busy"] == 32
+    assert not other.done()
+    gate.set()
+    assert (await other).rcode() == dns.rcode.SERVFAIL
+    await asyncio.gather(*asked)
+    assert made._asking_total == 0
+    assert not made._asking
+
+
+async def test_a_guest_that_goes_away_takes_no_answer_from_others() -> None:
+    async with Upstream(silent) as up:
+        made = server(resolvers=(up.address,))
+        first = asyncio.create_task(resolve(made, "www.example.org", endpoint="first"))
+        second = asyncio.create_task(resolve(made, "www.example.org", endpoint="second"))
+        await up.came.wait()
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert not second.done()
+        await made.close()
+        with pytest.raises(asyncio.CancelledError):
+            await second
+
+
+async def test_an_own_cname_to_a_name_of_others() -> None:
+    def play(query: dns.message.Message, tcp: bool) -> bytes:
+        return reply(
+            query, "www.example.org. 60 CNAME real.example.org.", "real.example.org. 60 A 192.0.2.80"
+        )
+
+    async with Upstream(play) as up:
+        made = server(resolvers=(up.address,), records={"my.example": ("CNAME:www.example.org",)})
+        assert texts(await resolve(made, "my.example")) == [
+            "my.example. CNAME www.example.org.",
+            "www.example.org. CNAME real.example.org.",
+            "real.example.org. A 192.0.2.80",
+        ]
+
+
+async def test_extended_errors_of_the_server_are_passed_on() -> None:
+    def play(query: dns.message.Message, tcp: bool) -> bytes:
+        answer = dns.message.make_response(query)
+        answer.set_rcode(dns.rcode.SERVFAIL)
+        answer.use_edns(0, options=[dns.edns.EDEOption(dns.edns.EDECode.DNSSEC_BOGUS, "bogus")])
+        return answer.to_wire()
+
+    async with Upstream(play) as up:
+        answer = await resolve(server(resolvers=(up.address,)), "www.example.org", use_edns=0)
+        assert answer.extended_errors()[0].text == "bogus"
+
+
+async def test_resolv_conf_is_read_again_when_it_changes(tmp_path: Path) -> None:
+    path = tmp_path / "resolv.conf"
+    made = server(resolvers=None, resolv_conf=str(path))
+    assert (await resolve(made, "www.example.org")).rcode() == dns.rcode.SERVFAIL
+    for number in (1, 2):
+        path.with_suffix(".new").write_text(f"nameserver 127.0.0.{number}\n")
+        os.rename(path.with_suffix(".new"), path)
+        assert [one.host for one in made._source.current().servers] == [f"127.0.0.{number}"]
+        assert made._source.current() is made._source.current()
+    path.unlink()
+    assert made._source.current().servers == ()
+    assert (await resolve(made, "www.example.org")).rcode() == dns.rcode.SERVFAIL
+
+
+async def test_other_servers_may_know_other_things() -> None:
+    async with (
+        Upstream(lambda query, tcp: reply(query, ADDRESS)) as one,
+        Upstream(lambda query, tcp: reply(query, "www.example.org. 9 A 10.0.0.1")) as two,
+    ):
+        made = server(resolvers=(one.address,))
+        assert texts(await resolve(made, "www.example.org")) == ["www.example.org. A 192.0.2.80"]
+        made._source._current = Resolvers((parse_resolver(two.address),))
+        assert texts(await resolve(made, "www.example.org")) == ["www.example.org. A 10.0.0.1"]
+
+
+def test_resolv_conf_is_read_as_far_as_it_can_be() -> None:
+    text = (
+        "# a comment\n; another\n\nnameserver 192.0.2.53 trailing\nnameserver\nnameserver x.example\n"
+        "nameserver 2001:db8::53\nnameserver fe80::1%eth0\nnameserver 192.0.2.53\nnameserver 0.0.0.0\n"
+        "search a b\noptions timeout:7 attempts:9 rotate use-vc ndots:2\n\x00\xff garbage\n"
+    )
+    found = parse_resolv_conf(text)
+    assert [one.host for one in found.servers] == ["192.0.2.53", "2001:db8::53", "fe80::1%eth0"]
+    assert {one.port for one in found.servers} == {53}
+    assert (found.timeout, found.attempts, found.rotate, found.use_tcp) == (7, 5, True, True)
+    assert parse_resolv_conf("") == Resolvers()
+    many = parse_resolv_conf("".join(f"nameserver 10.0.0.{n}\n" for n in range(1, 99)))
+    assert len(many.servers) == 6
+    for options in ("timeout:", "timeout:-1", "timeout:99999999999", "timeout:x", "attempts:0"):
+        assert parse_resolv_conf(f"options {options}").timeout == 2.0

@@ -1,0 +1,198 @@
+"""DNS over TCP, on the unix socket that guests' connections are relayed to (RFC 7766)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import dns.message
+import pytest
+from guestnet.services.dns import DnsServer
+from guestnet.services.dns import stream as stream_module
+
+from .dns_played import server, texts
+
+QUERY = dns.message.make_query("vm1", "A", use_edns=-1).to_wire()
+
+
+def framed(data: bytes) -> bytes:
+    return len(data).to_bytes(2, "big") + data
+
+
+async def read(reader: asyncio.StreamReader) -> dns.message.Message:
+    length = int.from_bytes(await reader.readexactly(2), "big")
+    return dns.message.from_wire(await reader.readexactly(length))
+
+
+class Served:
+    def __init__(self, made: DnsServer, path: str) -> None:
+        self.server, self.path = made, path
+        self.writers: list[asyncio.StreamWriter] = []
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_unix_connection(self.path)
+        self.writers.append(writer)
+        return reader, writer
+
+
+@asynccontextmanager
+async def serving(tmp_path: Path, **values: Any) -> AsyncIterator[Served]:
+    made = Served(server(**values), str(tmp_path / "dns"))
+    await made.server.serve_unix(made.path)
+    try:
+        yield made
+    finally:
+        await made.server.close()
+        for writer in made.writers:
+            writer.transport.abort()
+        # Transports close in the next turn of the loop.
+        await asyncio.sleep(0)
+
+
+async def test_one_question(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        reader, writer = await served.connect()
+        writer.write(framed(QUERY))
+        assert texts(await read(reader)) == ["vm1. A 192.168.64.2"]
+
+
+async def test_questions_in_a_row_and_in_pieces(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        reader, writer = await served.connect()
+        ids = set()
+        stream = b""
+        for number in range(100):
+            query = dns.message.make_query("vm1", "A", id=number, use_edns=-1)
+            stream += framed(query.to_wire())
+        for at in range(0, len(stream), 7):
+            writer.write(stream[at : at + 7])
+            await asyncio.sleep(0)
+        for _ in range(100):
+            ids.add((await read(reader)).id)
+        assert ids == set(range(100))
+
+
+async def test_a_guest_that_ends_its_side_still_gets_its_answers(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        reader, writer = await served.connect()
+        writer.write(framed(QUERY) * 3)
+        writer.write_eof()
+        for _ in range(3):
+            await read(reader)
+        assert await reader.read() == b""
+
+
+async def test_slow_questions_do_not_hold_up_the_others(tmp_path: Path) -> None:
+    async with serving(tmp_path, resolvers=("127.0.0.1:1",)) as served:
+        gate = asyncio.Event()
+
+        async def slow(*_: object, **__: object) -> None:
+            await gate.wait()
+
+        served.server._upstream.ask = slow  # type: ignore[method-assign]
+        reader, writer = await served.connect()
+        later = dns.message.make_query("www.example.org", "A", id=1)
+        writer.write(framed(later.to_wire()) + framed(QUERY))
+        assert texts(await read(reader)) == ["vm1. A 192.168.64.2"]
+        gate.set()
+        assert (await read(reader)).id == 1
+
+
+async def test_questions_of_one_connection_are_bounded(tmp_path: Path) -> None:
+    async with serving(tmp_path, resolvers=("127.0.0.1:1",)) as served:
+        gate, full, asked = asyncio.Event(), asyncio.Event(), []
+
+        async def slow(query: object, *_: object, **__: object) -> None:
+            asked.append(query)
+            if len(asked) == stream_module.PER_CONNECTION:
+                full.set()
+            await gate.wait()
+
+        served.server._upstream.ask = slow  # type: ignore[method-assign]
+        reader, writer = await served.connect()
+        for number in range(200):
+            query = dns.message.make_query(f"n{number}.example.org", "A", id=number)
+            writer.write(framed(query.to_wire()))
+        other, own = await served.connect()
+        own.write(framed(QUERY))
+        await read(other)
+        await full.wait()
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert len(asked) == stream_module.PER_CONNECTION
+        gate.set()
+        assert len({(await read(reader)).id for _ in range(200)}) == 200
+
+
+@pytest.mark.parametrize("data", [b"\0\0", framed(b"x"), framed(b"\0\1\x80\0" + bytes(8))])
+async def test_what_is_no_query_ends_the_connection(tmp_path: Path, data: bytes) -> None:
+    async with serving(tmp_path) as served:
+        reader, writer = await served.connect()
+        writer.write(data)
+        assert await reader.read() == b""
+
+
+@pytest.mark.parametrize("data", [b"", b"\0", b"\xff\xff", framed(QUERY)[:-1]])
+async def test_who_is_silent_too_long_is_closed(
+    tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_module, "IDLE", 0.05)
+    async with serving(tmp_path) as served:
+        reader, writer = await served.connect()
+        writer.write(data)
+        assert await reader.read() == b""
+        assert not served.server._stream._connections
+
+
+async def test_a_guest_that_does_not_read_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "IDLE", 0.1)
+    big = {"big.example": tuple(f"TXT:{number:03}{'x' * 240}" for number in range(200))}
+    async with serving(tmp_path, records=big) as served:
+        reader, writer = await served.connect()
+        reader._transport.pause_reading()  # type: ignore[attr-defined]
+        query = framed(dns.message.make_query("big.example", "TXT").to_wire())
+        writer.write(query * 200)
+
+        async def write_on() -> None:
+            while True:
+                await writer.drain()
+                writer.write(query)
+
+        # Writing fails when the server has closed its side.
+        with pytest.raises((ConnectionError, BrokenPipeError)):
+            await write_on()
+
+
+async def test_connections_are_bounded_and_the_silent_one_goes(tmp_path: Path) -> None:
+    async with serving(tmp_path, connections=4) as served:
+        made = [await served.connect() for _ in range(4)]
+        for reader, writer in made[1:]:
+            writer.write(framed(QUERY))
+            await read(reader)
+        new = await served.connect()
+        new[1].write(framed(QUERY))
+        await read(new[0])
+        assert await made[0][0].read() == b""
+        assert len(served.server._stream._connections) == 4
+        for reader, writer in (*made[1:], new):
+            writer.write(framed(QUERY))
+            await read(reader)
+
+
+async def test_close_ends_all_and_removes_the_socket(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        reader, writer = await served.connect()
+        writer.write(framed(QUERY))
+        await read(reader)
+        await served.server.close()
+        assert await reader.read() == b""
+        assert os.listdir(tmp_path) == []
+        await served.server.close()
+        await served.server.serve_unix(served.path)
+        again, asking = await served.connect()
+        asking.write(framed(QUERY))
+        assert texts(await read(again)) == ["vm1. A 192.168.64.2"]
