@@ -289,7 +289,7 @@ impl World {
         if what & 1 == 0 {
             let sock = self.fx.new_sock();
             let forward = ForwardId(1 + u32::from(what >> 1 & 1) * 8);
-            match self.core.tcp_accepted(self.now, forward, sock, peer, local, &mut self.fx) {
+            match self.core.tcp_accepted(self.now, forward, sock, peer, &mut self.fx) {
                 Some(flow) => self.fx.connects.push((flow, sock)),
                 None => drop(self.fx.socks.remove(&sock)),
             }

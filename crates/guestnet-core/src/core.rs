@@ -241,7 +241,6 @@ impl Core {
         forward: ForwardId,
         sock: SockId,
         peer: SocketAddr,
-        _local: SocketAddr,
         fx: &mut E,
     ) -> Option<FlowId> {
         self.now = now;

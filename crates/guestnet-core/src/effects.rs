@@ -46,6 +46,8 @@ pub enum Peek {
     /// This many bytes (at least 1) are in the scratch buffer. When it is fewer than asked for, the socket
     /// has no more now and `tcp_ready` will tell of more.
     Data(usize),
+    /// As `Data`, and they are the last: the peer closed its side behind them.
+    Last(usize),
     /// Nothing there now; `tcp_ready` will tell.
     Empty,
     /// The peer closed its side and all data before `offset` is all there is.

@@ -1,7 +1,7 @@
 //! Theory of operation: how records of the flow table come and go. A new flow must be admitted: within the
-//! port's cap, the table's, and for sockets the port's cap of those; one-shot datagram flows of the same
-//! port make room, least recently used first, never anybody else's. Timers are lazy: a flow that is used
-//! only notes its new end, and the wheel finds out when the old one comes.
+//! port's cap, the table's, and for sockets the port's cap of those; one-shot datagram flows and TCP flows
+//! in TIME-WAIT of the same port make room, least recently used first, never anybody else's. Timers are
+//! lazy: a flow that is used only notes its new end, and the wheel finds out when the old one comes.
 
 use crate::config::Limits;
 use crate::core::Core;
@@ -72,9 +72,9 @@ impl Core {
             return;
         }
         let id = self.flows.id(index);
-        let (slot, tcp) = (f.key.slot, matches!(f.state, State::Tcp(_)));
+        let (slot, tcp, parked) = (f.key.slot, matches!(f.state, State::Tcp(_)), f.parked);
         if let Some(port) = self.ports.get_mut(slot) {
-            let list = if tcp { &mut port.waiting } else { &mut port.lru };
+            let list = if tcp && !parked { &mut port.waiting } else { &mut port.lru };
             self.flows.unlink(list, Chain::Lru, index);
         }
         if tcp {

@@ -31,7 +31,7 @@ pub struct Port {
     pub flows: u32,
     /// Mappings, each with one socket.
     pub sockets: u32,
-    /// One-shot flows, least recently used first.
+    /// One-shot flows and TCP flows in TIME-WAIT, least recently used first.
     pub lru: List,
     /// TCP flows that wait for the port to take frames again.
     pub waiting: List,

@@ -141,11 +141,16 @@ impl Core {
         let mut cx = Ctx { now, fx, counters: &mut port.counters, path: &path, budget: &mut port.budget };
         let fate = f(tcb, &mut cx);
         if fate == Fate::Live {
-            let (batch, waits) = (tcb.wants_batch_end(), tcb.waits_for_port());
+            let (batch, waits, over) = (tcb.wants_batch_end(), tcb.waits_for_port(), tcb.is_over());
+            let park = over && !std::mem::replace(&mut flow.parked, over);
             if batch {
                 self.flows.push(&mut self.batch, Chain::Siblings, index);
             }
-            if waits {
+            if park {
+                // It waits for nothing but its end, and makes room for others when there is none.
+                self.flows.unlink(&mut port.waiting, Chain::Lru, index);
+                self.flows.push(&mut port.lru, Chain::Lru, index);
+            } else if waits && !over {
                 self.flows.push(&mut port.waiting, Chain::Lru, index);
             }
             self.wake_tcp(index);

@@ -485,8 +485,8 @@ fn a_guest_is_asked_for_its_mac_while_clients_wait() {
     client(&mut n, "203.0.113.9:5000", b"one");
     client(&mut n, "203.0.113.9:5000", b"two");
     let sock = n.fx.new_sock();
-    let (peer, local) = (addr("203.0.113.9:6000"), addr("198.51.100.1:8080"));
-    assert!(n.core.tcp_accepted(n.now, ForwardId(2), sock, peer, local, &mut n.fx).is_some());
+    let peer = addr("203.0.113.9:6000");
+    assert!(n.core.tcp_accepted(n.now, ForwardId(2), sock, peer, &mut n.fx).is_some());
     let asked = n.fx.take();
     assert_eq!((asked.len(), asked[0].port), (1, c), "one question, on the guest's port alone");
     let a = arp::Arp::parse(&asked[0].frame[14..]).unwrap();
@@ -509,8 +509,8 @@ fn a_guest_that_does_not_answer_is_given_up() {
     n.core.bind_address(c, IpAddr::V4(guest_ip(c)), None).unwrap();
     n.core.add_forward(ForwardId(2), ForwardSpec { proto: proto::TCP, guest: guest_addr(c, 80) });
     let sock = n.fx.new_sock();
-    let (peer, local) = (addr("203.0.113.9:6000"), addr("198.51.100.1:8080"));
-    n.core.tcp_accepted(n.now, ForwardId(2), sock, peer, local, &mut n.fx).unwrap();
+    let peer = addr("203.0.113.9:6000");
+    n.core.tcp_accepted(n.now, ForwardId(2), sock, peer, &mut n.fx).unwrap();
     n.pass_ms(5_000);
     assert_eq!((n.fx.closed.len(), n.core.flows().count()), (1, 0));
     let asked = n.fx.frames.iter().filter(|f| f.frame[..6] == Mac::BROADCAST.0 && f.frame[12..14] == [8, 6]);
@@ -520,7 +520,7 @@ fn a_guest_that_does_not_answer_is_given_up() {
     n.core.add_forward(ForwardId(3), ForwardSpec { proto: proto::TCP, guest: addr("192.168.64.99:80") });
     n.dropped(Drop::NoEndpoint, |n| {
         let sock = n.fx.new_sock();
-        assert_eq!(n.core.tcp_accepted(n.now, ForwardId(3), sock, peer, local, &mut n.fx), None);
+        assert_eq!(n.core.tcp_accepted(n.now, ForwardId(3), sock, peer, &mut n.fx), None);
     });
 }
 
@@ -528,11 +528,10 @@ fn a_guest_that_does_not_answer_is_given_up() {
 fn published_tcp_opens_towards_the_guest() {
     let mut n = Net::new();
     forward(&mut n, proto::TCP, A);
-    let local = addr("198.51.100.1:8080");
     let mut seen = Vec::new();
     for from in ["203.0.113.9:6000", "127.0.0.1:6000", "127.0.0.2:6000"] {
         let sock = n.fx.new_sock();
-        let id = n.core.tcp_accepted(n.now, ForwardId(1), sock, addr(from), local, &mut n.fx);
+        let id = n.core.tcp_accepted(n.now, ForwardId(1), sock, addr(from), &mut n.fx);
         assert!(id.is_some());
         let got = read(n.fx.frames.last().unwrap());
         assert_eq!((got.dst(), got.l4()[13]), (guest_addr(A, 80), guestnet_wire::tcp::flags::SYN));

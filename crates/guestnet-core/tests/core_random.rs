@@ -223,7 +223,7 @@ proptest! {
                     let (now, local) = (n.now, addr("198.51.100.1:80"));
                     if tcp {
                         let sock = n.fx.new_sock();
-                        n.core.tcp_accepted(now, forward, sock, from, local, &mut n.fx);
+                        n.core.tcp_accepted(now, forward, sock, from, &mut n.fx);
                     } else {
                         let payload = vec![4; usize::from(v) % 3000];
                         let segment = if v % 5 == 0 { 700 } else { 0 };

@@ -184,7 +184,9 @@ impl World {
                 }
             }
             Op::HostEof => {
-                self.mock.sock(self.sock).eof = true;
+                let s = self.mock.sock(self.sock);
+                s.eof = true;
+                s.tells_last = s.inbox.len().is_multiple_of(2);
                 self.call(|t, cx| t.ready(cx, true, true));
             }
             Op::HostError { send } => {

@@ -14,7 +14,7 @@ use crate::poller::{Kind, Token};
 use crate::sys::{self, RawAddr};
 use crate::uplink::forward::{ForwardParts, Listening, Origins};
 use crate::uplink::sockets::{Sock, SockKind};
-use crate::uplink::udp;
+use crate::uplink::{tcp, udp};
 use crate::worker::State;
 use guestnet_core::config::ForwardSpec;
 use guestnet_core::types::{ForwardId, FrameMeta, PortId, ServiceId};
@@ -219,6 +219,7 @@ impl State {
     }
 
     fn publish_tcp(&mut self, forward: ForwardId, fd: OwnedFd) -> Result<(), i32> {
+        tcp::prepare_listener(&fd);
         let slot = self.listening.insert(Listening { fd, forward });
         if let Some(parts) = self.forwards.get_mut(&forward.0) {
             parts.listening.push(slot);

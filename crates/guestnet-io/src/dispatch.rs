@@ -184,6 +184,8 @@ impl State {
 
     fn on_tcp(&mut self, flow: FlowId, ready: Ready) {
         let Some(Sock { kind: SockKind::Tcp(tcp), .. }) = self.io.socks.current(ready.token) else { return };
+        tcp.ended |= ready.has(libc::EPOLLRDHUP) && !ready.has(libc::EPOLLERR);
+        tcp.urgent |= ready.has(libc::EPOLLPRI);
         let room = ready.has(libc::EPOLLOUT) && std::mem::take(&mut tcp.wants_write);
         // Behind the end of the data, an error or urgent data nothing more is reported: the core reads until
         // there is nothing.
@@ -309,11 +311,10 @@ impl State {
     }
 
     fn accept_forward(&mut self, conn: OwnedFd, peer: SocketAddr, forward: guestnet_core::types::ForwardId) {
-        let local = sys::local_addr(&conn).and_then(sys::RawAddr::to_ip).unwrap_or(peer);
         let Ok(sock) = self.io.socks.tcp_accepted(&self.io.poller, &mut self.io.counters, conn) else {
             return;
         };
-        let flow = self.core.tcp_accepted(self.now, forward, sock, peer, local, &mut self.io);
+        let flow = self.core.tcp_accepted(self.now, forward, sock, peer, &mut self.io);
         match flow {
             Some(flow) => {
                 if let Err(e) = self.io.socks.tcp_adopt(&self.io.poller, sock, flow) {

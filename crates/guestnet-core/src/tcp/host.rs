@@ -41,7 +41,10 @@ impl Tcb {
     pub(super) fn shut_if_done<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Result<(), Fate> {
         if self.guest_fin && !self.shut && self.waiting() == 0 && self.sock_open {
             self.shut = true;
-            cx.fx.tcp_shutdown(self.sock);
+            // When the other direction is over too, the close that follows says it as well.
+            if !(self.fin_sent && self.fin_acked) {
+                cx.fx.tcp_shutdown(self.sock);
+            }
         }
         self.close_if_done(cx)
     }

@@ -369,6 +369,7 @@ impl Tcb {
             self.send_ack(cx);
             return Ok(());
         }
+        self.heard = true;
         let all = self.deliver(cx, data)?;
         if all && self.buffer.is_some() {
             self.take_ahead(cx)?;

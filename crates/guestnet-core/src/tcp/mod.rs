@@ -4,7 +4,8 @@
 //!
 //! Guest to host: payload goes to the socket straight from the frame. What the socket does not take waits in
 //! a [`buffer`] that exists only then, and the window offered is what that buffer can still take. The ACK
-//! goes out once per batch ([`Tcb::batch_end`]), at once where the guest counts duplicates.
+//! goes out once per batch ([`Tcb::batch_end`]), at once where the guest counts duplicates. In a conversation
+//! of questions and answers it waits a moment for the answer to carry it ([`timers`]).
 //!
 //! Host to guest: bytes stay in the kernel's socket until the guest acknowledged them. [`output`] peeks at
 //! the offset of the first byte not yet sent and sends one large segment; an ACK discards from the front.
@@ -109,6 +110,10 @@ pub struct Tcb {
     rttvar_us: u32,
     rto_ms: u32,
     challenge_second: u32,
+    /// When the ACK that waits for an answer goes out alone.
+    ack_at: Option<Time>,
+    /// Rises with each answer that follows a question; from [`timers::PATIENT`] on ACKs wait.
+    patience: i8,
     // ---- flags
     /// The socket is ours to close.
     sock_open: bool,
@@ -128,6 +133,8 @@ pub struct Tcb {
     ack_pending: bool,
     ack_now: bool,
     in_recovery: bool,
+    /// The guest said something since we last did.
+    heard: bool,
     wants_batch: bool,
     waits_port: bool,
     // ---- totals
@@ -176,6 +183,8 @@ impl Tcb {
             rttvar_us: 0,
             rto_ms: timers::RTO_INITIAL_MS,
             challenge_second: 0,
+            ack_at: None,
+            patience: timers::PATIENT,
             sock_open: true,
             readable: true,
             hangup: false,
@@ -187,6 +196,7 @@ impl Tcb {
             ack_pending: false,
             ack_now: false,
             in_recovery: false,
+            heard: false,
             wants_batch: false,
             waits_port: false,
             bytes_out: 0,
@@ -369,6 +379,12 @@ impl Tcb {
         self.flush(cx)
     }
 
+    /// True in TIME-WAIT: nothing is lost when the record goes.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.state == State::TimeWait
+    }
+
     /// Ends the flow: a reset to both sides.
     pub fn abort<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) {
         if self.state != State::TimeWait {
@@ -446,7 +462,7 @@ impl Tcb {
                 return fate;
             }
         }
-        if self.ack_pending || self.ack_now {
+        if self.ack_now || self.ack_pending && !self.ack_may_wait(cx.now, cx.path) {
             self.send_ack(cx);
         }
         Fate::Live

@@ -5,6 +5,7 @@
 //! segment (RFC 9293 3.8.6.2.2).
 
 use super::seq::Seq;
+use super::timers::PATIENT;
 use super::{Ctx, FLOW_BUFFER, Fate, Path, RCV_SHIFT, State, Tcb};
 use crate::effects::{Effects, Peek, TxError};
 use crate::stats::Drop;
@@ -151,6 +152,7 @@ impl Tcb {
     fn acked(&mut self) {
         self.ack_pending = false;
         self.ack_now = false;
+        self.ack_at = None;
         self.last_ack = self.rcv_nxt;
     }
 
@@ -323,13 +325,22 @@ impl Tcb {
             if want > mss {
                 want -= want % mss;
             }
-            match self.peek(cx, want)? {
-                Peek::Data(n) => {
+            let peek = self.peek(cx, want)?;
+            match peek {
+                Peek::Data(n) | Peek::Last(n) => {
                     let n = u32::try_from(n).unwrap_or(u32::MAX).min(want);
                     if !resend && n < want && !self.hangup {
                         self.readable = false;
                     }
-                    if n == 0 || !self.send_data(cx, n, mss, n < want) {
+                    let fin = !resend && matches!(peek, Peek::Last(_));
+                    let end = if fin {
+                        flags::FIN | flags::PSH
+                    } else if n < want {
+                        flags::PSH
+                    } else {
+                        0
+                    };
+                    if n == 0 || !self.send_data(cx, n, mss, end) {
                         return Ok(());
                     }
                 }
@@ -352,7 +363,7 @@ impl Tcb {
     /// end of data needs no window.
     fn window_closed<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Result<(), Fate> {
         match self.peek(cx, 1)? {
-            Peek::Data(_) => self.arm_if_off(cx.now),
+            Peek::Data(_) | Peek::Last(_) => self.arm_if_off(cx.now),
             Peek::Empty => self.readable = false,
             Peek::Eof if self.snd_nxt == self.snd_max => self.send_fin(cx),
             Peek::Eof => {}
@@ -360,11 +371,11 @@ impl Tcb {
         Ok(())
     }
 
-    /// Sends the first `n` peeked bytes at `snd_nxt`. False when the port did not take them.
-    fn send_data<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, n: u32, mss: u32, last: bool) -> bool {
+    /// Sends the first `n` peeked bytes at `snd_nxt`, with the flags `end` on the last of them. False when the
+    /// port did not take them.
+    fn send_data<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, n: u32, mss: u32, end: u8) -> bool {
         let window = self.offer(cx, false);
-        let push = if last { flags::PSH } else { 0 };
-        let tcp = self.tcp(cx.path, self.snd_nxt, flags::ACK | push, window);
+        let tcp = self.tcp(cx.path, self.snd_nxt, flags::ACK | end, window);
         let h = header(cx.path, &tcp, &self.options(cx.now), n as usize);
         let meta = FrameMeta {
             csum: Csum::Partial { start: h.l4 as u16, offset: 16 },
@@ -377,7 +388,12 @@ impl Tcb {
             return false;
         }
         self.acked();
-        let end = self.snd_nxt.plus(n);
+        if std::mem::take(&mut self.heard) {
+            self.patience = self.patience.saturating_add(1).min(PATIENT);
+        }
+        let fin = end & flags::FIN != 0;
+        let end = self.snd_nxt.plus(n + u32::from(fin));
+        self.fin_sent |= fin;
         if self.snd_nxt.lt(self.snd_max) {
             cx.counters.retransmits += 1;
         } else if self.rtt_from.is_none() {
@@ -420,10 +436,10 @@ impl Tcb {
             if self.fin_sent {
                 self.send_fin(cx);
             }
-        } else if let Peek::Data(n) = self.peek(cx, left.min(mss))? {
+        } else if let Peek::Data(n) | Peek::Last(n) = self.peek(cx, left.min(mss))? {
             let n = u32::try_from(n).unwrap_or(u32::MAX).min(left.min(mss));
             if n > 0 {
-                self.send_data(cx, n, mss, false);
+                self.send_data(cx, n, mss, 0);
             }
         }
         self.snd_nxt = self.snd_nxt.max(next);

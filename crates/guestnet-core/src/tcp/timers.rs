@@ -3,7 +3,7 @@
 //! (RFC 9293 3.8.6.1). The idle limit is a distance from the last segment seen, so traffic never re-arms
 //! anything: [`Tcb::deadline`] says when to look again, and [`Tcb::timer`] looks what is due.
 
-use super::{Ctx, Fate, State, Tcb};
+use super::{Ctx, Fate, Path, State, Tcb};
 use crate::effects::{Close, Effects, SockError};
 use crate::types::Time;
 
@@ -18,13 +18,19 @@ const SYN_RETRIES: u8 = 6;
 /// Data, FIN, unanswered probes: about a quarter of an hour (RFC 1122 4.2.3.5: at least 100 s), so that a
 /// guest may be paused for a while.
 const RETRIES: u8 = 15;
+/// From this patience on ACKs wait for answers.
+pub(super) const PATIENT: i8 = 2;
+/// What is left of it when no answer came in time: so many more answers must be seen before.
+const IMPATIENT: i8 = -6;
+/// More than this is never left without an ACK for long.
+const ACK_BYTES: u32 = 4096;
 
 impl Tcb {
     /// When [`Tcb::timer`] is due. It only moves closer within a call of the Tcb, so ask after each.
     #[must_use]
     pub fn deadline(&self) -> Option<Time> {
         let idle = self.idle_at();
-        Some(self.retry_at.map_or(idle, |r| r.min(idle)))
+        Some([self.retry_at, self.ack_at].into_iter().flatten().fold(idle, Time::min))
     }
 
     fn idle_at(&self) -> Time {
@@ -43,6 +49,13 @@ impl Tcb {
     pub fn timer<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Fate {
         if self.idle_at() <= cx.now {
             return self.idled(cx);
+        }
+        if self.ack_at.is_some_and(|at| at <= cx.now) {
+            self.ack_at = None;
+            self.patience = IMPATIENT;
+            if self.ack_pending {
+                self.send_ack(cx);
+            }
         }
         if self.retry_at.is_none_or(|at| cx.now < at) {
             return Fate::Live;
@@ -103,6 +116,23 @@ impl Tcb {
         }
         self.arm(cx.now);
         Ok(())
+    }
+
+    /// Whether the ACK that is due may wait for an answer to travel with, and if so, starts its timer: less
+    /// than two segments are without one (RFC 9293 3.8.6.3), and answers have come quickly before.
+    pub(super) fn ack_may_wait(&mut self, now: Time, path: &Path) -> bool {
+        let delay = self.timeouts.ack_delay_ms;
+        let most = (2 * u32::from(self.segment_size(path))).min(ACK_BYTES);
+        let may = delay > 0
+            && self.state == State::Open
+            && self.patience >= PATIENT
+            && !self.guest_fin
+            && self.buffer.is_none()
+            && self.rcv_nxt.since(self.last_ack) < most;
+        if may && self.ack_at.is_none() {
+            self.ack_at = Some(now.plus_ms(u64::from(delay)));
+        }
+        may
     }
 
     /// What is in flight is to be sent again, from its start.

@@ -52,11 +52,14 @@ pub struct Timeouts {
     pub transitory_ms: u32,
     /// TIME-WAIT. The link is local: long enough to answer a FIN that is sent again, no more.
     pub time_wait_ms: u32,
+    /// How long the ACK of a little data may wait for an answer to travel with (RFC 9293 3.8.6.3: under
+    /// 500), 0 for not at all.
+    pub ack_delay_ms: u32,
 }
 
 impl Default for Timeouts {
     fn default() -> Self {
-        Timeouts { established_ms: 7_440_000, transitory_ms: 240_000, time_wait_ms: 2_000 }
+        Timeouts { established_ms: 7_440_000, transitory_ms: 240_000, time_wait_ms: 2_000, ack_delay_ms: 10 }
     }
 }
 

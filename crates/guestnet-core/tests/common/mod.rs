@@ -49,6 +49,8 @@ pub struct MockSock {
     pub inbox: VecDeque<u8>,
     /// The peer closed after `inbox`.
     pub eof: bool,
+    /// A peek that reaches the end says so with the bytes.
+    pub tells_last: bool,
     /// What `tcp_peek` fails with.
     pub peek_error: Option<SockError>,
     /// SHUT_WR was done.
@@ -237,8 +239,9 @@ impl Effects for Mock {
             return Ok(if s.eof { Peek::Eof } else { Peek::Empty });
         }
         let n = bytes.len();
+        let last = s.eof && s.tells_last && n < max;
         self.scratch = bytes;
-        Ok(Peek::Data(n))
+        Ok(if last { Peek::Last(n) } else { Peek::Data(n) })
     }
 
     fn tcp_discard(&mut self, sock: SockId, len: usize) {

@@ -234,6 +234,7 @@ impl<'a> World<'a> {
         if self.written == self.s.download && !self.host_closed && (!rough || self.rng.permille(300)) {
             self.host_closed = true;
             self.mock.sock(self.sock).eof = true;
+            self.mock.sock(self.sock).tells_last = self.rng.permille(500);
             // As epoll tells it: with whatever else there is.
             (readable, writable) = (true, true);
         }

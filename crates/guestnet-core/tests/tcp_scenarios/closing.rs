@@ -1,6 +1,6 @@
 //! Closing: half-close both ways, both at once, resets, TIME-WAIT, idle limits.
 
-use crate::tcp_support::Sim;
+use crate::tcp_support::{PORT, Sim};
 use guestnet_core::effects::Close;
 use guestnet_core::tcp::Fate;
 
@@ -38,9 +38,10 @@ fn the_host_closes_first() {
     assert!(!s.host().shut);
     s.send("F. 101 ack 2");
     s.recv(". 2 ack 102");
-    assert!(s.host().shut);
+    assert!(!s.host().shut, "the close says it");
     s.closed(Close::Graceful);
     s.live();
+    assert!(s.tcb.is_over());
     assert_eq!(s.tcb.state_name(), "time_wait");
     s.send("F. 101 ack 2");
     s.recv(". 2 ack 102");
@@ -302,4 +303,39 @@ fn a_reset_of_the_last_ack_is_an_orderly_end_with_data_missing_it_is_not() {
         s.silent();
         s.closed(how);
     }
+}
+
+#[test]
+fn the_last_bytes_carry_the_fin() {
+    let mut s = Sim::open();
+    s.host().tells_last = true;
+    s.host().eof = true;
+    let before = s.mock.peeks;
+    s.host_writes(2000);
+    s.recv("FP. 1:2001 ack 1 gso 1460");
+    s.silent();
+    assert_eq!((s.tcb.state_name(), s.mock.peeks), ("fin_wait_1", before + 1));
+    // Both are lost; the data goes alone, then the FIN.
+    s.pass(200);
+    s.recv("P. 1:1461 ack 1");
+    s.send(". 1 ack 1461");
+    s.recv("P. 1461:2001 ack 1");
+    s.recv("F. 2001 ack 1");
+    s.send(". 1 ack 2002");
+    assert_eq!((s.tcb.state_name(), s.host().discarded), ("fin_wait_2", 2000));
+}
+
+#[test]
+fn a_full_port_keeps_the_last_bytes_and_their_fin() {
+    let mut s = Sim::open();
+    s.host().tells_last = true;
+    s.host().eof = true;
+    s.mock.port(PORT).room = 0;
+    s.host_writes(100);
+    s.silent();
+    assert_eq!(s.tcb.state_name(), "established");
+    s.mock.port(PORT).room = usize::MAX;
+    s.port_writable();
+    s.recv("FP. 1:101 ack 1");
+    s.silent();
 }

@@ -245,3 +245,57 @@ fn many_tiny_pieces_ahead_of_order_are_bounded() {
     s.abort();
     assert_eq!(s.budget.used, 0);
 }
+
+#[test]
+fn an_answer_carries_the_ack_of_its_question() {
+    let mut s = Sim::open_patient(10);
+    for i in 0..20 {
+        let (from, to) = (1 + 100 * i, 101 + 100 * i);
+        s.send(&format!("P. {from}:{to} ack {from}"));
+        s.silent();
+        s.pass(9);
+        s.silent();
+        s.host_writes(100);
+        s.recv(&format!("P. {from}:{to} ack {to}"));
+        s.silent();
+    }
+    s.host_has(2000);
+}
+
+#[test]
+fn without_an_answer_the_ack_waits_once() {
+    let mut s = Sim::open_patient(10);
+    s.send("P. 1:101 ack 1");
+    s.pass(10);
+    s.recv(". 1 ack 101");
+    s.send("P. 101:201 ack 1");
+    s.recv(". 1 ack 201");
+    // Answers make it wait again, but not the first of them.
+    for i in 0..8 {
+        let (from, to) = (201 + 100 * i, 301 + 100 * i);
+        s.send(&format!("P. {from}:{to} ack {}", 1 + 10 * i));
+        s.recv(&format!(". {} ack {to}", 1 + 10 * i));
+        s.host_writes(10);
+        s.recv(&format!("P. {}:{} ack {to}", 1 + 10 * i, 11 + 10 * i));
+    }
+    s.send("P. 1001:1101 ack 81");
+    s.silent();
+    s.pass(10);
+    s.recv(". 81 ack 1101");
+    s.silent();
+}
+
+#[test]
+fn much_data_a_fin_and_what_is_ahead_of_order_wait_for_no_answer() {
+    let mut s = Sim::open_patient(10);
+    s.send(". 1:2001 ack 1");
+    s.silent();
+    s.send("P. 2001:3001 ack 1");
+    s.recv(". 1 ack 3001");
+    s.send("P. 3101:3201 ack 1");
+    s.recv(". 1 ack 3001");
+    s.send("P. 3001:3101 ack 1");
+    s.silent();
+    s.send("F. 3201 ack 1");
+    s.recv(". 1 ack 3202");
+}

@@ -171,8 +171,13 @@ impl Sim {
         }
     }
 
-    /// The guest sent this SYN, the connect is under way.
+    /// The guest sent this SYN, the connect is under way. ACKs wait for nothing.
     pub fn outbound(syn: &str) -> Sim {
+        Sim::outbound_with(syn, Timeouts { ack_delay_ms: 0, ..Timeouts::default() })
+    }
+
+    /// As [`Sim::outbound`], with these timeouts.
+    pub fn outbound_with(syn: &str, timeouts: Timeouts) -> Sim {
         let line = Line::parse(syn);
         let mut mock = Mock::new();
         let sock = mock.new_sock();
@@ -183,7 +188,7 @@ impl Sim {
             window: line.win.unwrap_or(65535),
             ..Tcp::default()
         };
-        let tcb = Tcb::outbound(FLOW, sock, &tcp, &line.options, OUR_ISN, Timeouts::default(), now);
+        let tcb = Tcb::outbound(FLOW, sock, &tcp, &line.options, OUR_ISN, timeouts, now);
         let mut s = Sim::with(tcb, mock, sock);
         s.guest_wscale = line.options.wscale.is_some();
         s
@@ -193,7 +198,8 @@ impl Sim {
     pub fn inbound() -> Sim {
         let mut mock = Mock::new();
         let sock = mock.new_sock();
-        let tcb = Tcb::inbound(FLOW, sock, OUR_ISN, Timeouts::default(), Time(1_000_000_000_000));
+        let timeouts = Timeouts { ack_delay_ms: 0, ..Timeouts::default() };
+        let tcb = Tcb::inbound(FLOW, sock, OUR_ISN, timeouts, Time(1_000_000_000_000));
         Sim::with(tcb, mock, sock)
     }
 
@@ -202,9 +208,20 @@ impl Sim {
         Sim::open_with("S 0 win 65535 mss 1460 ws 7", 65535)
     }
 
+    /// As [`Sim::open`], and the ACK of a little data may wait this many milliseconds for an answer.
+    #[track_caller]
+    pub fn open_patient(ack_delay_ms: u32) -> Sim {
+        let timeouts = Timeouts { ack_delay_ms, ..Timeouts::default() };
+        Sim::opened(Sim::outbound_with("S 0 win 65535 mss 1460 ws 7", timeouts), 65535)
+    }
+
     #[track_caller]
     pub fn open_with(syn: &str, win: u16) -> Sim {
-        let mut s = Sim::outbound(syn);
+        Sim::opened(Sim::outbound(syn), win)
+    }
+
+    #[track_caller]
+    fn opened(mut s: Sim, win: u16) -> Sim {
         s.connected(Ok(()));
         s.recv("S. 0 ack 1");
         s.send(&format!(". 1 ack 1 win {win}"));

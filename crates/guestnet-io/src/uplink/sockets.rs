@@ -42,7 +42,7 @@ pub(crate) struct Sock {
 
 /// All sockets.
 pub(crate) struct Socks {
-    slab: Slab<Sock>,
+    pub slab: Slab<Sock>,
     /// TCP services by number.
     pub services: HashMap<u32, RawAddr>,
     /// Outcomes of connects.
@@ -53,6 +53,10 @@ pub(crate) struct Socks {
     pub out: UdpOut,
     /// SO_PEEK_OFF works for TCP (Linux 6.9).
     pub peek_off: bool,
+    /// Bytes read from TCP connections that the core may ask for again.
+    pub kept_all: usize,
+    /// The TTL that the host gives its packets.
+    pub ttl: u8,
 }
 
 impl Socks {
@@ -64,6 +68,8 @@ impl Socks {
             errors: Vec::new(),
             out: UdpOut::default(),
             peek_off: super::tcp::probe_peek_off(),
+            kept_all: 0,
+            ttl: super::tcp::host_ttl(),
         }
     }
 
@@ -110,6 +116,9 @@ impl Socks {
 
     pub(crate) fn remove(&mut self, counters: &mut IoCounters, id: SockId) -> Option<Sock> {
         let s = self.slab.remove(id.0);
+        if let Some(Sock { kind: SockKind::Tcp(tcp), .. }) = &s {
+            self.kept_all = self.kept_all.saturating_sub(tcp.kept());
+        }
         counters.sockets_open = self.slab.len() as u64;
         s
     }

@@ -1,7 +1,9 @@
 //! Theory of operation: TCP connections to the outside. Data from the outside stays in the kernel's queue
 //! until the guest has acknowledged it: it is peeked at an offset and thrown away later. Linux moves that
-//! offset itself (SO_PEEK_OFF, 6.9); before, all from the start is peeked and the front skipped. Sockets are
-//! watched edge-triggered, because what was peeked but not thrown away keeps them readable.
+//! offset itself (SO_PEEK_OFF, 6.9); before, all from the start is peeked and the front skipped. A connection
+//! that carries little at a time is read outright, one call in place of two, and what was read is kept here
+//! instead, in bounds. Sockets are watched edge-triggered, because what was peeked but not thrown away keeps
+//! them readable.
 
 use super::sockets::{Sock, SockKind, Socks};
 use crate::poller::Poller;
@@ -16,6 +18,14 @@ use std::os::fd::OwnedFd;
 pub(crate) const PEEK_MAX: usize = 65536;
 /// Most bytes that are peeked to skip them, where the kernel cannot peek at an offset.
 const SKIP_MAX: usize = 4 << 20;
+/// A read of less than this is worth keeping instead of peeking twice.
+const SMALL: usize = 2048;
+/// Bytes of one connection that are kept at most.
+const KEEP_MAX: usize = 2 * SMALL;
+/// Bytes of all connections that are kept at most; beyond it they are peeked.
+const KEEP_ALL_MAX: usize = 4 << 20;
+/// The first send of a connection goes at once whatever its options, if it is one segment (RFC 9293 3.7.1).
+const SEGMENT_MIN: usize = 536;
 
 const WATCHED: i32 = libc::EPOLLIN | libc::EPOLLOUT | libc::EPOLLRDHUP | libc::EPOLLPRI | libc::EPOLLET;
 
@@ -26,6 +36,18 @@ pub(crate) struct TcpSock {
     pub connecting: bool,
     /// A send fell short, and the core waits to hear of room.
     pub wants_write: bool,
+    /// The peer closed its side in order: all that it ever sends is in the queue.
+    pub ended: bool,
+    /// It sent urgent data, at which the kernel ends a read.
+    pub urgent: bool,
+    /// The last read was a large one.
+    bulk: bool,
+    /// Something was sent.
+    spoken: bool,
+    /// Nagle's algorithm is off.
+    no_delay: bool,
+    /// Read and not yet thrown away; the kernel's queue goes on behind it.
+    kept: Vec<u8>,
     /// Where the kernel peeks next; `None` while SO_PEEK_OFF was never set.
     offset: Option<usize>,
     /// A unix socket to a service: what is thrown away must be read, MSG_TRUNC is TCP's.
@@ -39,15 +61,18 @@ pub(crate) fn probe_peek_off() -> bool {
         .is_ok()
 }
 
-/// What every connection is set to.
-fn prepare(fd: &OwnedFd, ttl: Option<(u8, bool)>) {
-    // Relayed segments were already gathered by the guest's stack; urgent data is plain data. None of these
-    // is worth refusing a connection for.
+/// The TTL that the host gives its packets.
+pub(crate) fn host_ttl() -> u8 {
+    let ttl = sys::socket(libc::AF_INET, libc::SOCK_STREAM, 0)
+        .and_then(|s| sys::get_opt(&s, libc::IPPROTO_IP, libc::IP_TTL));
+    ttl.ok().and_then(|t| u8::try_from(t).ok()).unwrap_or(64)
+}
+
+/// What a listening socket of a published port is set to; its connections inherit it. Relayed segments were
+/// already gathered by the guest's stack; urgent data is plain data. Neither is worth refusing one for.
+pub(crate) fn prepare_listener(fd: &OwnedFd) {
     let _best_effort = sys::set_opt(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1);
     let _best_effort = sys::set_opt(fd, libc::SOL_SOCKET, libc::SO_OOBINLINE, 1);
-    if let Some((ttl, v6)) = ttl {
-        super::udp::set_ttl(fd, v6, ttl);
-    }
 }
 
 impl Socks {
@@ -66,7 +91,11 @@ impl Socks {
         };
         let fd = sys::socket(family, libc::SOCK_STREAM, 0).map_err(sys::sock_error)?;
         if family != libc::AF_UNIX {
-            prepare(&fd, Some((ttl, family == libc::AF_INET6)));
+            let _best_effort = sys::set_opt(&fd, libc::SOL_SOCKET, libc::SO_OOBINLINE, 1);
+            // A guest's TTL matters when it is small (traceroute); the host's own will do for another's.
+            if ttl.saturating_add(1) < self.ttl {
+                super::udp::set_ttl(&fd, family == libc::AF_INET6, ttl);
+            }
         }
         let outcome = match sys::connect(&fd, &addr) {
             Ok(()) => Some(Ok(())),
@@ -96,8 +125,8 @@ impl Socks {
         counters: &mut IoCounters,
         fd: OwnedFd,
     ) -> Result<SockId, i32> {
-        prepare(&fd, None);
-        let sock = Sock { fd, flow: None, kind: SockKind::Tcp(TcpSock::default()) };
+        let tcp = TcpSock { no_delay: true, ..TcpSock::default() };
+        let sock = Sock { fd, flow: None, kind: SockKind::Tcp(tcp) };
         self.add(poller, counters, sock, 0)
     }
 
@@ -113,6 +142,12 @@ impl Socks {
         let Some(Sock { fd, kind: SockKind::Tcp(tcp), .. }) = self.get_mut(id) else {
             return Err(SockError::Reset);
         };
+        // Many connections send once, and most of those little: they need no option.
+        if !tcp.no_delay && !tcp.unix && (tcp.spoken || data.len() > SEGMENT_MIN) {
+            let _best_effort = sys::set_opt(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1);
+            tcp.no_delay = true;
+        }
+        tcp.spoken = true;
         let sent = match sys::send(fd, data) {
             Ok(n) => n,
             Err(e) if sys::would_block(e) => 0,
@@ -131,10 +166,44 @@ impl Socks {
         scratch: &mut Vec<u8>,
     ) -> Result<(Peek, usize), SockError> {
         let peek_off = self.peek_off;
-        let Some(Sock { fd, kind: SockKind::Tcp(tcp), .. }) = self.get_mut(id) else {
+        let may_keep = self.kept_all < KEEP_ALL_MAX;
+        let Some(Sock { fd, kind: SockKind::Tcp(tcp), .. }) = self.slab.get_mut(id.0) else {
             return Err(SockError::Reset);
         };
         let max = max.min(PEEK_MAX);
+        if scratch.len() < max {
+            scratch.resize(max, 0);
+        }
+        // What was read before, when it is asked for again.
+        let again = tcp.kept.get(offset..).unwrap_or(&[]);
+        let have = again.len().min(max);
+        if let (Some(to), Some(from)) = (scratch.get_mut(..have), again.get(..have)) {
+            to.copy_from_slice(from);
+        }
+        if have == max {
+            return Ok((Peek::Data(max), 0));
+        }
+        let mut got = have;
+        if !tcp.bulk && may_keep && !tcp.unix && offset == tcp.kept.len() && offset < KEEP_MAX {
+            let room = scratch.get_mut(..max.min(SMALL)).unwrap_or(&mut []);
+            got = match sys::recv(fd, room, 0) {
+                Ok(0) => return Ok((Peek::Eof, 0)),
+                Ok(n) => n,
+                Err(e) if sys::would_block(e) => return Ok((Peek::Empty, 0)),
+                Err(e) => return Err(sys::sock_error(e)),
+            };
+            tcp.kept.extend_from_slice(scratch.get(..got).unwrap_or(&[]));
+            self.kept_all += got;
+            if let Some(o) = &mut tcp.offset {
+                *o = o.saturating_sub(got);
+            }
+            if got < max.min(SMALL) || got == max {
+                return Ok((tcp.data(got, max), 0));
+            }
+            tcp.bulk = true;
+        }
+        // From here on the kernel's queue: `got` bytes are there already, and it goes on behind them.
+        let (offset, max) = ((offset + got).saturating_sub(tcp.kept.len()), max - got);
         // A connection that never has more than one read in flight never needs the option.
         let first = offset == 0 && tcp.offset.is_none();
         let skip = if first || peek_off && (tcp.offset == Some(offset) || set_offset(fd, tcp, offset)) {
@@ -143,19 +212,30 @@ impl Socks {
             offset
         };
         let want = (skip + max).min(SKIP_MAX);
-        if scratch.len() < want {
-            scratch.resize(want, 0);
+        if scratch.len() < got + want {
+            scratch.resize(got + want, 0);
         }
-        let got = match sys::recv(fd, scratch.get_mut(..want).unwrap_or(&mut []), libc::MSG_PEEK) {
+        let peeked = match sys::recv(fd, scratch.get_mut(got..got + want).unwrap_or(&mut []), libc::MSG_PEEK)
+        {
             Ok(n) => n,
+            Err(_) if got > 0 => 0,
             Err(e) if sys::would_block(e) => return Ok((Peek::Empty, 0)),
             Err(e) => return Err(sys::sock_error(e)),
         };
         if let Some(o) = &mut tcp.offset {
-            *o += got;
+            *o += peeked;
         }
-        if got > skip {
-            return Ok((Peek::Data(got - skip), skip));
+        tcp.bulk = got + peeked.saturating_sub(skip) >= SMALL;
+        if peeked > skip {
+            if got > 0 && skip > 0 {
+                // The two parts are to be one.
+                scratch.copy_within(got + skip..got + peeked, got);
+                return Ok((tcp.data(got + peeked - skip, got + max), 0));
+            }
+            return Ok((tcp.data(got + peeked - skip, got + max), skip));
+        }
+        if got > 0 {
+            return Ok((tcp.data(got, got + max), 0));
         }
         if skip == 0 {
             return Ok((Peek::Eof, 0));
@@ -165,7 +245,15 @@ impl Socks {
     }
 
     pub(crate) fn tcp_discard(&mut self, id: SockId, len: usize) {
-        let Some(Sock { fd, kind: SockKind::Tcp(tcp), .. }) = self.get_mut(id) else { return };
+        let Some(Sock { fd, kind: SockKind::Tcp(tcp), .. }) = self.slab.get_mut(id.0) else { return };
+        let kept = len.min(tcp.kept.len());
+        if kept == tcp.kept.len() {
+            tcp.kept = Vec::new();
+        } else {
+            tcp.kept.drain(..kept);
+        }
+        self.kept_all = self.kept_all.saturating_sub(kept);
+        let len = len - kept;
         let mut left = len;
         while left > 0 {
             let got = if tcp.unix {
@@ -195,6 +283,19 @@ impl Socks {
     }
 }
 
+impl TcpSock {
+    /// What a read of `got` bytes, where `max` were asked for, says.
+    fn data(&self, got: usize, max: usize) -> Peek {
+        let last = got < max && self.ended && !self.urgent && !self.unix;
+        if last { Peek::Last(got) } else { Peek::Data(got) }
+    }
+
+    /// Bytes that are kept here.
+    pub(crate) fn kept(&self) -> usize {
+        self.kept.len()
+    }
+}
+
 fn set_offset(fd: &OwnedFd, tcp: &mut TcpSock, offset: usize) -> bool {
     let Ok(value) = i32::try_from(offset) else { return false };
     let set = sys::set_opt(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, value).is_ok();
@@ -218,7 +319,7 @@ mod tests {
         // What the other end wrote is not there at once.
         for _ in 0..200 {
             match s.tcp_peek(id, offset, max, &mut scratch).unwrap() {
-                (Peek::Data(n), at) => return Ok(scratch[at..at + n].to_vec()),
+                (Peek::Data(n) | Peek::Last(n), at) => return Ok(scratch[at..at + n].to_vec()),
                 (Peek::Eof, _) => return Err(Peek::Eof),
                 (Peek::Empty, _) => std::thread::sleep(std::time::Duration::from_millis(1)),
             }
@@ -300,5 +401,83 @@ mod tests {
             got.extend(more);
         }
         assert_eq!(got, b"abcd");
+    }
+
+    fn tcp(s: &mut Socks, id: SockId) -> &mut TcpSock {
+        match s.get_mut(id) {
+            Some(Sock { kind: SockKind::Tcp(tcp), .. }) => tcp,
+            _ => panic!("{id:?} is not a connection"),
+        }
+    }
+
+    /// Small reads are kept here, large ones stay in the kernel, and both can be asked for again.
+    #[test]
+    fn what_is_kept_and_what_is_peeked_are_one_stream() {
+        let stream: Vec<u8> = (0..30_000u32).map(|i| (i * 7 % 251) as u8).collect();
+        for peek_off in [true, false] {
+            let mut s = Socks::new();
+            s.peek_off &= peek_off;
+            let (id, mut other) = pair(&mut s);
+            let (mut from, mut seen, mut written) = (0, 0, 0);
+            for (n, acked) in
+                [(100, 40), (9, 69), (3000, 0), (500, 2000), (20, 0), (8000, 9520), (3, 3), (5000, 0)]
+            {
+                other.write_all(&stream[written..written + n]).unwrap();
+                written += n;
+                while seen < written {
+                    let got = peek(&mut s, id, seen - from, 60_000).unwrap();
+                    assert_eq!(got, stream[seen..seen + got.len()]);
+                    seen += got.len();
+                }
+                s.tcp_discard(id, acked);
+                from += acked;
+                // From anywhere in between, as retransmissions do.
+                for at in [from, from + (seen - from) / 2, seen.saturating_sub(1).max(from)] {
+                    if at < seen {
+                        let got = peek(&mut s, id, at - from, 60_000).unwrap();
+                        assert_eq!(got, stream[at..seen], "from {at} of {from}..{seen}");
+                        assert_eq!(peek(&mut s, id, at - from, 1).unwrap(), stream[at..=at]);
+                    }
+                }
+                assert!(tcp(&mut s, id).kept.len() <= KEEP_MAX + SMALL);
+            }
+            let kept = tcp(&mut s, id).kept.len();
+            assert_eq!(s.kept_all, kept);
+            other.shutdown(Shutdown::Write).unwrap();
+            assert_eq!(peek(&mut s, id, seen - from, 10), Err(Peek::Eof));
+            s.remove(&mut IoCounters::default(), id);
+            assert_eq!(s.kept_all, 0);
+        }
+    }
+
+    #[test]
+    fn nothing_is_kept_beyond_the_bound_of_all() {
+        let mut s = Socks::new();
+        let (id, mut other) = pair(&mut s);
+        s.kept_all = KEEP_ALL_MAX;
+        other.write_all(b"0123456789").unwrap();
+        assert_eq!(peek(&mut s, id, 0, 100).unwrap(), b"0123456789");
+        assert_eq!(peek(&mut s, id, 4, 100).unwrap(), b"456789");
+        assert!(tcp(&mut s, id).kept.is_empty());
+        s.tcp_discard(id, 10);
+        assert_eq!(s.kept_all, KEEP_ALL_MAX);
+    }
+
+    #[test]
+    fn the_last_bytes_are_told_as_such_unless_urgent_data_may_hide_more() {
+        for urgent in [false, true] {
+            let mut s = Socks::new();
+            let (id, mut other) = pair(&mut s);
+            other.write_all(b"0123456789").unwrap();
+            other.shutdown(Shutdown::Write).unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(5));
+            let t = tcp(&mut s, id);
+            (t.ended, t.urgent) = (true, urgent);
+            let mut scratch = Vec::new();
+            assert_eq!(s.tcp_peek(id, 0, 4, &mut scratch), Ok((Peek::Data(4), 0)));
+            let last = if urgent { Peek::Data(6) } else { Peek::Last(6) };
+            assert_eq!(s.tcp_peek(id, 4, 100, &mut scratch), Ok((last, 0)));
+            assert_eq!(s.tcp_peek(id, 10, 100, &mut scratch), Ok((Peek::Eof, 0)));
+        }
     }
 }
