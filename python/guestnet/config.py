@@ -149,6 +149,11 @@ def _is_label(label: str) -> bool:
 
 
 def _records(value: object) -> dict[str, tuple[str, ...]]:
+    if not value:
+        return {}
+    # Imported only where there are records: it brings asyncio.
+    from guestnet.services.dns.records import parse_record
+
     if not isinstance(value, Mapping):
         raise ConfigError(f"dns_records {value!r} is not a mapping: write {{'web.example': ['192.0.2.1']}}.")
     found: dict[str, tuple[str, ...]] = {}
@@ -159,7 +164,7 @@ def _records(value: object) -> dict[str, tuple[str, ...]]:
             [given] if isinstance(given, str | IPv4Address | IPv6Address) else _several("dns_records", given)
         )
         for one in values:
-            _ip("dns_records", one)
+            parse_record(name, one)
         found[name.rstrip(".").lower()] = tuple(str(one) for one in values)
     return found
 
@@ -203,9 +208,10 @@ class NatConfig:
     - `host_loopback`: let guests reach the host's 127.0.0.1 at the last address of the subnet, which is then
       named `host.guestnet.internal`. Without it no guest reaches a service there.
     - `dhcp`, `dns`: whether the gateway serves them. `lease_time` in seconds, 10 or more.
-    - `dns_records`: names with their addresses. `zone`: where endpoints have their names. `search`: domains
-      that guests try for short names, the zone by default. `resolvers`: addresses of name servers that
-      other names are asked of, those of the host by default, () for none.
+    - `dns_records`: names with their records, each an address or `TYPE:value` (`TXT:some text`,
+      `SRV:10 5 5060 sip.example`); `*.` in front stands for all names below. `zone`: where endpoints have
+      their names. `search`: domains that guests try for short names, the zone by default. `resolvers`:
+      addresses of name servers that other names are asked of, those of the host by default, () for none.
     - `static_leases`: addresses and names for known MACs, as `StaticLease` or mappings with its fields.
     - `dhcp_start`, `dhcp_end`: the addresses that endpoints get, all of the subnet by default.
     - `capture`: a file that every frame is written to (pcapng).

@@ -11,7 +11,8 @@ The way of a launch (P is this process, C the child):
     P  `go()`: C executes the command; P learns at once if it could not
 
 Nothing spawns a program and nothing is written to a disk. The child is killed when the parent dies, however
-that happens, since its network would be dead as well.
+that happens, since its network would be dead as well; what the command left in the background is ended by a
+guard (`_linux/guard.py`).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ server is not running.
 from __future__ import annotations
 
 import socket
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
 from typing import TYPE_CHECKING
 
 from guestnet.errors import ConfigError
@@ -65,9 +65,16 @@ class Publishing:
         """All forwards, oldest first."""
         return list(self._forwards.values())
 
-    def check(self, spec: ForwardSpec) -> None:
-        """Refuses what could lead to several guests."""
-        _ = spec.guest_address
+    def check(self, spec: ForwardSpec, subnet: IPv4Network) -> None:
+        """Refuses what could lead to several guests, or to none ever."""
+        address = spec.guest_address
+        if address is not None and (
+            address not in subnet or address in (subnet.network_address, subnet.broadcast_address)
+        ):
+            raise ConfigError(
+                f"The published port {spec} leads to {address}, which no guest of {subnet} can have: "
+                f"choose an address from {subnet[2]} to {subnet[-2]}, or a guest's name."
+            )
         if spec.guest is None and len(self._registry) > 1:
             names = ", ".join(endpoint.id for endpoint in self._registry.all()[:4])
             more = ", ..." if len(self._registry) > 4 else ""

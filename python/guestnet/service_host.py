@@ -105,6 +105,7 @@ class ServiceHost:
         self._config = session.config
         self._asking: dict[str, int] = {}
         self._directory: str | None = None
+        self._dns_is_open = False
         self.refused = 0
         """DNS questions that were not taken because too many were being answered."""
 
@@ -118,6 +119,7 @@ class ServiceHost:
             await control.do(plane.add_service, _DHCP, "udp", gateway, DHCP_PORT)
         if self._config.dns:
             dns = self._services.dns
+            self._dns_is_open = True
             await control.do(plane.add_service, _DNS_UDP, "udp", gateway, DNS_PORT)
             path = self._private_path("dns")
             if path is not None:
@@ -126,7 +128,7 @@ class ServiceHost:
 
     async def close(self) -> None:
         """Ends what listens, and removes its socket."""
-        if self._config.dns:
+        if self._dns_is_open:
             await self._services.dns.close()
         if self._directory is not None:
             for name in os.listdir(self._directory):

@@ -249,7 +249,7 @@ class Session:
     # --- published ports ---
 
     async def publish(self, spec: ForwardSpec, sockets: list[list[socket.socket]]) -> Forward:
-        self.publishing.check(spec)
+        self.publishing.check(spec, self.config.subnet)
         return await self.publishing.add(spec, sockets)
 
     async def unpublish(self, forward: Forward) -> None:

@@ -1,4 +1,4 @@
-"""The system calls that Python lacks: unshare, mount, umount2, prctl.
+"""The system calls that Python lacks: unshare, setns, mount, umount2, prctl.
 
 `os.unshare` came with Python 3.12 and mount never did, so they are called in the C library by ctypes (about
 6 ms to import, measured; the rest of the launcher takes 3 ms).
@@ -37,6 +37,11 @@ def _check(result: int, what: str) -> None:
 def unshare(flags: int) -> None:
     """Moves the calling process to new namespaces (unshare(2)). It must have one thread for CLONE_NEWUSER."""
     _check(_libc.unshare(ctypes.c_int(flags)), "unshare")
+
+
+def setns(fd: int, kind: int) -> None:
+    """Moves the calling process to a namespace (setns(2)); `kind` is its CLONE_ flag."""
+    _check(_libc.setns(ctypes.c_int(fd), ctypes.c_int(kind)), "setns")
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:

@@ -65,6 +65,7 @@ def version() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
+    _hold_standard_descriptors()
     try:
         status = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -81,6 +82,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         status = failure(error)
     return int(status)
+
+
+def _hold_standard_descriptors() -> None:
+    """Where the shell closed one of them (`<&-`), no file of ours may take its number: what is meant for
+    stderr would be written to it. A command still finds it closed, as the shell left it."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    # Python has no stream for a descriptor that was closed when it started.
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the end
 
 
 def _dispatch(arguments: list[str]) -> int:

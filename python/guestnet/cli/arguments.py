@@ -110,7 +110,7 @@ def mtu(text: str) -> int:
 
 
 def dns_record(text: str) -> tuple[str, str]:
-    """`name=address`, the address IPv4 or IPv6."""
+    """`name=address`, the address IPv4 or IPv6, or `name=TYPE:value`, which the configuration reads."""
     name, equals, value = text.partition("=")
     name = name.rstrip(".")
     if not equals or not _is_name(name):
@@ -118,16 +118,20 @@ def dns_record(text: str) -> tuple[str, str]:
     try:
         ip_address(value)
     except ValueError:
-        raise UsageError(
-            f"--dns-record {text!r}: {value!r} is not an address, write {name}=192.0.2.1."
-        ) from None
+        kind, colon, _ = value.partition(":")
+        if not colon or not kind.isascii() or not kind.isalnum() or not kind[0].isalpha():
+            raise UsageError(
+                f"--dns-record {text!r}: {value!r} is not an address, write {name}=192.0.2.1."
+            ) from None
     return name, value
 
 
 def _is_name(name: str) -> bool:
     labels = name.split(".")
-    return len(name) <= 253 and all(
-        0 < len(label) <= 63 and not set(label) & set(" \t/=\\") for label in labels
+    return (
+        name.isascii()
+        and len(name) <= 253
+        and all(0 < len(label) <= 63 and not set(label) & set(" \t/=\\") for label in labels)
     )
 
 
@@ -204,7 +208,7 @@ def add_network_options(parser: Parser) -> None:
         default=[],
         type=checked(dns_record),
         metavar="NAME=ADDRESS",
-        help="a name that guests resolve to this address (repeatable)",
+        help="a name that guests resolve to this address, or NAME=TYPE:VALUE (repeatable)",
     )
     add(
         "--host-loopback",

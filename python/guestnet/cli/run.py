@@ -40,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
     mask = supervise.block_signals()
     supervise.become_subreaper()
 
+    from guestnet._linux.guard import watch_over
     from guestnet._linux.links import Interface
     from guestnet.namespace import Guest, launch
 
@@ -52,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
     guest = Guest(interface, nameserver=str(where.gateway), search=(ZONE,), hostname=options.hostname)
     # The child sets its namespace up while this process imports and starts the network.
     namespace = launch(guest, command, mask)
+    guard = watch_over(namespace.pid)
 
     def attach(network: NatNetwork) -> None:
         network.attach(ENDPOINT, "tap", fd=namespace.take_tap())
@@ -62,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
         with network_of_one(options, mac, attach):
             if options.verbose:
                 say(f"guestnet: the guest is {where.guest}, its gateway {where.gateway}")
+            guard.wait_ready()
             namespace.go()
             return supervise.wait(namespace.pid)
     finally:

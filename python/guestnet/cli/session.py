@@ -7,13 +7,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from guestnet.cli import arguments, supervise
+from guestnet.cli import UsageError, arguments, supervise
 from guestnet.cli.terminal import say
 
 if TYPE_CHECKING:
+    from guestnet.forwards import ForwardSpec
     from guestnet.network import NatNetwork
 
 ENDPOINT = "guest"
+
+
+def check_guest(publication: ForwardSpec, options: argparse.Namespace) -> None:
+    """Refuses a port for a guest that will never be there. Raises UsageError."""
+    guest, address = publication.guest, arguments.plan(options.subnet).guest
+    known = (None, ENDPOINT, str(address), options.hostname)
+    if guest not in known:
+        raise UsageError(
+            f"The published port {publication} names another guest than the only one, {ENDPOINT!r} "
+            f"({address}): write {publication.host_ports[0]}:{publication.guest_ports[0]}."
+        )
 
 
 @contextmanager
@@ -38,8 +50,10 @@ def network_of_one(
         )
         attach(network)
         for publication in options.publish:
+            check_guest(publication, options)
             forward = network.publish(publication)
-            if options.verbose:
+            # A port that the kernel chose is of no use to who does not know it.
+            if options.verbose or (not publication.host_ports[0] and not options.quiet):
                 say(f"guestnet: published {forward}")
         yield network
     finally:

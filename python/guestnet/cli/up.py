@@ -119,15 +119,16 @@ def main(argv: Sequence[str]) -> int:
     with ExitStack() as stack:
         network.on_event(teller.event)
         stack.enter_context(network)
+        # First the ports, then the sockets: no guest comes to a network that cannot start.
+        for publication in options.publish:
+            forward = network.publish(publication)
+            teller.tell("published", f"published {forward}", forward=str(forward))
         for kind, path in listeners:
             if remove_stale(path):
                 teller.tell("stale_socket_removed", f"replaced {path}, which a dead process left", path=path)
             network.listen(kind, path)
             stack.callback(_unlink, path)
             teller.tell("listening", f"guests can attach to {path} ({kind})", kind=kind, path=path)
-        for publication in options.publish:
-            forward = network.publish(publication)
-            teller.tell("published", f"published {forward}", forward=str(forward))
         if options.pid_file is not None:
             stack.enter_context(_pid_file(options.pid_file))
         _announce(options.ready_fd)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from guestnet.cli import arguments, supervise
@@ -98,7 +99,8 @@ def other_network(command: Sequence[str]) -> str | None:
 
 def _options(command: Sequence[str]) -> Iterator[tuple[str, str]]:
     """QEMU's options with their values: it takes `-x` and `--x` alike."""
-    for word, value in zip(command[1:], [*command[2:], ""], strict=True):
+    words = [*command[1:], ""]
+    for word, value in pairwise(words):
         if word.startswith("-"):
             yield word.lstrip("-"), value
 

@@ -11,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -38,7 +39,7 @@ class Network:
     def create_endpoint(self, *args, **kwargs): pass
     def attach(self, endpoint, kind, *, fd): os.fstat(fd)
     def publish(self, spec):
-        if spec == "taken": raise errors.GuestnetError("Port 80 is taken: choose another.")
+        if 80 in spec.host_ports: raise errors.GuestnetError("Port 80 is taken: choose another.")
         return spec
     def stats(self): return {"rx_frames": 3, "tx_frames": 0, "drops": {"truncated": 1}}
 
@@ -48,7 +49,6 @@ def module(name, **members):
 
 module("guestnet.network", NatNetwork=Network)
 module("guestnet.config", NatConfig=dict)
-module("guestnet.forwards", ForwardSpec=types.SimpleNamespace(parse=str))
 from guestnet.cli import main
 sys.exit(main(["run", *sys.argv[1:]]))
 """
@@ -87,7 +87,7 @@ def test_a_command_that_cannot_start(name: str, status: int) -> None:
 
 
 def test_a_taken_port_is_said_before_the_command_starts() -> None:
-    got = run("-p", "taken", "--", "echo", "started")
+    got = run("-p", "80:80", "--", "echo", "started")
     assert (got.returncode, got.stdout) == (125, "")
     assert got.stderr == "guestnet: Port 80 is taken: choose another.\n"
 
@@ -108,6 +108,44 @@ def test_descendants_end_with_the_command() -> None:
     start = time.monotonic()
     assert run("--", "sh", "-c", script).stdout == "here\n"
     assert time.monotonic() - start < 25
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_descendants_end_when_guestnet_is_killed(nested: bool) -> None:
+    """They hold stdout, which ends only when the last of them has."""
+    script = "sleep 600 & (setsid sleep 600 &); nohup sh -c 'sleep 600 & sleep 600' 2>&- & echo here; wait"
+    words = ["sh", "-c", script]
+    process = subprocess.Popen(
+        command("--", *(command("--", *words) if nested else words)), stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"here\n"
+    process.kill()
+    process.wait(20)
+    assert select.select([process.stdout], [], [], 20)[0], "something is left"
+    assert process.stdout.read() == b""
+    process.stdout.close()
+
+
+def test_closed_streams_stay_closed() -> None:
+    """As the shell left them, and no descriptor of ours has their numbers."""
+    code = "import os, sys; print(*sorted(os.listdir('/proc/self/fd')), file=open(sys.argv[1], 'w'))"
+    for closed, left in (("<&-", "1 2"), (">&-", "0 2"), ("<&- >&- 2>&-", "")):
+        with tempfile.NamedTemporaryFile("r") as file:
+            words = command("--", sys.executable, "-c", code, file.name)
+            done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *words], timeout=30, check=False)
+            assert done.returncode == 0
+            # One more is the directory, with the lowest number that is free.
+            lowest = min(set("0123") - set(left.split()))
+            assert set(file.read().split()) == {*left.split(), lowest}
+
+
+@pytest.mark.parametrize("guest", ["nobody", "10.0.0.9", "192.168.64.3"])
+def test_a_port_of_a_guest_that_will_never_be_there(guest: str) -> None:
+    got = run("-p", f"8080:{guest}:80", "--", "echo", "started")
+    assert (got.returncode, got.stdout) == (2, "")
+    assert guest in got.stderr
+    assert len(got.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

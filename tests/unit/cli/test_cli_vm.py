@@ -17,6 +17,11 @@ def test_adds_netdev_and_card() -> None:
     ]
 
 
+def test_a_command_without_options() -> None:
+    assert vm.qemu_command(["qemu"], 7, MAC)[:3] == ["qemu", "-netdev", NETDEV]
+    assert vm.other_network(["qemu", "-nic"]) == "-nic "
+
+
 def test_keeps_the_users_own_card_and_learns_its_mac() -> None:
     command = ["qemu-system-x86_64", "-device", "e1000,mac=02:00:00:00:00:09,netdev=guestnet0"]
     assert vm.qemu_command(command, 7, MAC) == [*command, "-netdev", NETDEV]

@@ -110,6 +110,13 @@ def test_a_published_range(network: NatNetwork, add_guest: AddGuest) -> None:
         network.publish(f"127.0.0.1:{base + 1}:80")
 
 
+@pytest.mark.parametrize("address", ["10.0.0.1", "192.168.64.0", "192.168.64.255", "8.8.8.8"])
+def test_no_guest_can_have_that_address(network: NatNetwork, address: str) -> None:
+    with pytest.raises(ConfigError, match=address):
+        network.publish(f"127.0.0.1:0:{address}:80")
+    assert network.forwards == []
+
+
 def test_published_before_the_guest_is_there(network: NatNetwork, add_guest: AddGuest) -> None:
     by_name = network.publish("127.0.0.1:0:vm2:80")
     by_address = network.publish("127.0.0.1:0:192.168.64.3:80")
