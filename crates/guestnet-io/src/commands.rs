@@ -22,6 +22,8 @@ pub enum ListenKind {
     Dgram,
     /// As `Dgram`, for vfkit: a guest may begin with the four bytes `VFKT`, and may send TSO frames.
     Unixgram,
+    /// Connections of vhost-user front-ends.
+    VhostUser,
 }
 
 /// What a worker can be told to do.
@@ -58,6 +60,14 @@ pub enum Command {
         /// To which port.
         port: PortId,
         /// The socket.
+        fd: OwnedFd,
+    },
+    /// Attaches a vhost-user front-end, which shares the guest's memory.
+    AttachVhostUser {
+        /// To which port.
+        port: PortId,
+        /// A connected unix stream socket, or a listening one: then a front-end may come, go and come again
+        /// and is always this port.
         fd: OwnedFd,
     },
     /// Frames come by [`Command::Inject`] and go by [`crate::events::Event::Frame`].

@@ -6,6 +6,7 @@ use crate::attachments::ports::Attachment;
 use crate::attachments::reason;
 use crate::attachments::stream::Stream;
 use crate::attachments::tap::Tap;
+use crate::attachments::vhost::Vhost;
 use crate::capture::Capture;
 use crate::commands::{Command, CommandError, Value};
 use crate::events::Event;
@@ -74,6 +75,9 @@ impl State {
             }
             Command::AttachDgram { port, fd } => {
                 self.attach(port, || Dgram::new(fd).map(Attachment::Dgram))?;
+            }
+            Command::AttachVhostUser { port, fd } => {
+                self.attach(port, || Vhost::new(fd).map(|v| Attachment::Vhost(Box::new(v))))?;
             }
             Command::AttachMemory { port } => self.attach(port, || Ok(Attachment::Memory))?,
             Command::Listen { listener, kind, fd, template } => {

@@ -34,6 +34,7 @@ impl State {
             Kind::Sock => self.on_sock(ready),
             Kind::Listener => self.on_listener(ready.token),
             Kind::Forward => self.on_forward(ready.token),
+            Kind::Kick => self.on_kick(ready.token),
         }
     }
 
@@ -67,6 +68,7 @@ impl State {
         };
         let (frames, down) = match self.io.ports.get_mut(slot).map(|p| &p.attachment) {
             Some(Attachment::Stream(_)) => self.read_stream(slot, id),
+            Some(Attachment::Vhost(_)) => return self.on_front_end(ready, id),
             Some(Attachment::Tap(_) | Attachment::Dgram(_)) => {
                 let (frames, down) = self.read_frames(slot, id);
                 // Of these, reading does not always tell.

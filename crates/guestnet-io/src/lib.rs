@@ -23,6 +23,7 @@ pub mod stats;
 mod sync;
 mod sys;
 mod uplink;
+mod vhost_events;
 pub mod worker;
 
 pub use commands::{Command, CommandError, ListenKind, QueueFull, Value};

@@ -6,6 +6,7 @@ use crate::attachments::dgram::Dgram;
 use crate::attachments::ports::Attachment;
 use crate::attachments::stream::Stream;
 use crate::attachments::unixgram::{From, PEERS_MAX, Unixgram};
+use crate::attachments::vhost::Vhost;
 use crate::commands::{CommandError, ListenKind};
 use crate::events::{Event, Level};
 use crate::poller::{Kind, Token};
@@ -30,10 +31,21 @@ pub(crate) struct Listener {
 
 /// How they arrive.
 pub(crate) enum Arrivals {
-    /// Connections; packets rather than a stream where `packets`.
-    Connections { fd: OwnedFd, packets: bool },
+    /// Connections, and what they carry.
+    Connections { fd: OwnedFd, speak: Speak },
     /// Datagrams on one socket.
     Datagrams(Unixgram),
+}
+
+/// What is spoken on a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Speak {
+    /// Frames with a length in front.
+    Framed,
+    /// A frame per packet.
+    Packets,
+    /// vhost-user.
+    VhostUser,
 }
 
 impl Listener {
@@ -70,13 +82,18 @@ impl State {
         let fits = match kind {
             ListenKind::Stream => kind_of != libc::SOCK_DGRAM && listening,
             ListenKind::Dgram | ListenKind::Unixgram => kind_of == libc::SOCK_DGRAM,
+            ListenKind::VhostUser => kind_of == libc::SOCK_STREAM && listening,
         };
         if !fits {
             return Err(bad("the socket is not of the kind that was asked for, or does not listen"));
         }
         sys::adopt(&fd).map_err(|errno| CommandError::System { what: "the listener", errno })?;
         let kind = match kind {
-            ListenKind::Stream => Arrivals::Connections { fd, packets: kind_of == libc::SOCK_SEQPACKET },
+            ListenKind::Stream if kind_of == libc::SOCK_SEQPACKET => {
+                Arrivals::Connections { fd, speak: Speak::Packets }
+            }
+            ListenKind::Stream => Arrivals::Connections { fd, speak: Speak::Framed },
+            ListenKind::VhostUser => Arrivals::Connections { fd, speak: Speak::VhostUser },
             ListenKind::Dgram => Arrivals::Datagrams(Unixgram::new(fd, false)),
             ListenKind::Unixgram => Arrivals::Datagrams(Unixgram::new(fd, true)),
         };
@@ -140,7 +157,7 @@ impl State {
 
     fn accept_guests(&mut self, token: Token) {
         for _ in 0..ACCEPTS {
-            let Some(Listener { kind: Arrivals::Connections { fd, packets }, .. }) =
+            let Some(Listener { kind: Arrivals::Connections { fd, speak }, .. }) =
                 self.listeners.get(token.index)
             else {
                 return;
@@ -155,10 +172,10 @@ impl State {
                 // Nobody there, or somebody who left again; a listener that is broken says so by nothing.
                 Err(_) => return,
             };
-            let attachment = if *packets {
-                Dgram::new(conn).map(Attachment::Dgram)
-            } else {
-                Stream::new(conn).map(Attachment::Stream)
+            let attachment = match speak {
+                Speak::Framed => Stream::new(conn).map(Attachment::Stream),
+                Speak::Packets => Dgram::new(conn).map(Attachment::Dgram),
+                Speak::VhostUser => Vhost::new(conn).map(|v| Attachment::Vhost(Box::new(v))),
             };
             let peer = from.to_path().map_or(String::new(), |p| String::from_utf8_lossy(&p).into_owned());
             match attachment {
@@ -295,6 +312,9 @@ impl State {
     /// The peer of a port is gone. Ports of listeners go with it, others are left without attachment.
     pub(crate) fn port_gone(&mut self, port: PortId, reason: String) {
         let Some(slot) = self.io.ports.slot(port) else { return };
+        if self.wait_for_front_end(slot, &reason) {
+            return;
+        }
         match self.io.ports.get_mut(slot).and_then(|p| p.listener) {
             Some(number) => {
                 self.core.remove_port(self.now, port, &mut self.io);

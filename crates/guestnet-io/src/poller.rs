@@ -8,6 +8,7 @@
 use crate::sys;
 use guestnet_core::types::Time;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
 
 /// What an event is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,6 +23,8 @@ pub(crate) enum Kind {
     Listener,
     /// A published TCP port.
     Forward,
+    /// A queue of a vhost-user attachment.
+    Kick,
 }
 
 /// Names what is watched.
@@ -43,6 +46,7 @@ impl Token {
             2 => Kind::Sock,
             3 => Kind::Listener,
             4 => Kind::Forward,
+            5 => Kind::Kick,
             _ => Kind::Waker,
         };
         Token { kind, index: v as u32, generation: (v >> 32) as u32 & 0xff_ffff }
@@ -62,9 +66,29 @@ impl Ready {
     }
 }
 
+/// A descriptor that is watched until this is dropped.
+pub(crate) struct Watch {
+    fd: OwnedFd,
+    epoll: Arc<OwnedFd>,
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        // SAFETY: both are open, and DEL takes no event. It can fail only when it is not watched.
+        unsafe {
+            libc::epoll_ctl(
+                self.epoll.as_raw_fd(),
+                libc::EPOLL_CTL_DEL,
+                self.fd.as_raw_fd(),
+                std::ptr::null_mut(),
+            )
+        };
+    }
+}
+
 /// An epoll instance with room for a batch of events.
 pub(crate) struct Poller {
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
     events: Vec<libc::epoll_event>,
     ready: usize,
     /// The kernel has no epoll_pwait2 (before 5.11).
@@ -78,7 +102,7 @@ impl Poller {
         // SAFETY: the kernel has just made it for us.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         Ok(Poller {
-            fd,
+            fd: Arc::new(fd),
             events: vec![libc::epoll_event { events: 0, u64: 0 }; batch],
             ready: 0,
             coarse: false,
@@ -97,6 +121,13 @@ impl Poller {
 
     pub(crate) fn modify(&self, fd: &OwnedFd, token: Token, events: i32) -> Result<(), i32> {
         self.ctl(libc::EPOLL_CTL_MOD, fd, token, events)
+    }
+
+    /// Watches a descriptor that others hold too for being written to: each write is reported, and nothing is
+    /// read of it. Closing it would not end that, so dropping what is returned does.
+    pub(crate) fn watch_edges(&self, fd: OwnedFd, token: Token) -> Result<Watch, i32> {
+        self.add(&fd, token, libc::EPOLLIN | libc::EPOLLET)?;
+        Ok(Watch { fd, epoll: Arc::clone(&self.fd) })
     }
 
     /// Waits until something is ready or `timeout` (nanoseconds; `None`: without end) is over; returns how
@@ -161,7 +192,7 @@ mod tests {
 
     #[test]
     fn a_token_comes_back_as_it_went() {
-        for kind in [Kind::Waker, Kind::Port, Kind::Sock, Kind::Listener, Kind::Forward] {
+        for kind in [Kind::Waker, Kind::Port, Kind::Sock, Kind::Listener, Kind::Forward, Kind::Kick] {
             let t = Token { kind, index: u32::MAX - 3, generation: 0xab_cdef };
             assert_eq!(Token::unpack(t.pack()), t);
         }

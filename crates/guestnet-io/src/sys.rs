@@ -449,12 +449,16 @@ pub(crate) fn pktinfo_addr(level: i32, kind: i32, data: &[u8]) -> Option<IpAddr>
     }
 }
 
-/// Blocks all signals for the calling thread: they are the control side's.
+/// Blocks all signals for the calling thread: they are the control side's. Those of the thread's own faults
+/// stay, since one that is blocked ends the process.
 pub(crate) fn block_signals() {
     // SAFETY: a sigset_t is plain numbers, filled in by sigfillset.
     unsafe {
         let mut set: libc::sigset_t = zeroed();
         libc::sigfillset(&mut set);
+        for fault in [libc::SIGBUS, libc::SIGSEGV, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP] {
+            libc::sigdelset(&mut set, fault);
+        }
         libc::pthread_sigmask(libc::SIG_SETMASK, &set, std::ptr::null_mut());
     }
 }

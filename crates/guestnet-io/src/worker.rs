@@ -316,6 +316,9 @@ impl State {
     fn round(&mut self, n: usize) {
         self.now = sys::now();
         self.io.now = self.now;
+        for token in std::mem::take(&mut self.io.ports.again) {
+            self.on_kick(token);
+        }
         for i in 0..n {
             if let Some(ready) = self.io.poller.ready(i) {
                 self.dispatch(ready);
@@ -391,7 +394,9 @@ impl State {
 
     /// How long to sleep at most; `None` without end.
     fn timeout(&self) -> Option<u64> {
-        let busy = self.io.has_news() || self.commands_waiting && !self.io.events.is_behind();
+        let busy = self.io.has_news()
+            || !self.io.ports.again.is_empty()
+            || self.commands_waiting && !self.io.events.is_behind();
         if busy || self.strategy == PollingStrategy::Busy {
             return Some(0);
         }

@@ -9,6 +9,7 @@ pub(crate) mod queue;
 pub(crate) mod stream;
 pub(crate) mod tap;
 pub(crate) mod unixgram;
+pub(crate) mod vhost;
 pub(crate) mod vnet;
 
 /// The longest frame that any attachment takes: QEMU's own bound is 4096 + 65536, the core's 14 + 65535.

@@ -6,8 +6,9 @@
 use super::dgram::Dgram;
 use super::stream::Stream;
 use super::tap::{Sent, Tap};
+use super::vhost::{self, Vhost};
 use super::{Flushed, QUEUE_LOW, QUEUE_MAX, vnet};
-use crate::events::{Event, EventSender};
+use crate::events::{Event, EventSender, Level};
 use crate::poller::{Kind, Poller, Token};
 use crate::slab::Slab;
 use crate::stats::IoCounters;
@@ -27,6 +28,7 @@ pub(crate) enum Attachment {
     Tap(Tap),
     Stream(Stream),
     Dgram(Dgram),
+    Vhost(Box<Vhost>),
     /// By commands and events.
     Memory,
 }
@@ -37,6 +39,7 @@ impl Attachment {
             Attachment::Tap(t) => Some(&t.fd),
             Attachment::Stream(s) => Some(&s.fd),
             Attachment::Dgram(d) => Some(&d.fd),
+            Attachment::Vhost(v) => v.fd(),
             Attachment::None | Attachment::Memory => None,
         }
     }
@@ -87,6 +90,8 @@ pub(crate) struct Ports {
     pub events_full: bool,
     /// Ports that the core is to be told of.
     pub writable: Vec<PortId>,
+    /// Queues of vhost-user that have more than their batch, and nobody kicks for.
+    pub again: Vec<Token>,
     /// Ports whose peer is gone.
     pub down: Vec<(PortId, String)>,
     /// A large frame in one piece.
@@ -104,6 +109,28 @@ impl Ports {
 
     pub(crate) fn len(&self) -> usize {
         self.slab.len()
+    }
+
+    /// The port that watches queues, by the token of one, and which queue it is.
+    pub(crate) fn queue(&self, token: Token) -> Option<(u32, usize)> {
+        let per_port = vhost::RINGS_MAX as u32;
+        let slot = token.index / per_port;
+        (self.slab.generation(slot) == token.generation).then_some((slot, (token.index % per_port) as usize))
+    }
+
+    /// The token of a queue.
+    pub(crate) fn queue_token(&self, slot: u32, queue: usize) -> Token {
+        let index = slot * vhost::RINGS_MAX as u32 + queue as u32;
+        Token { kind: Kind::Kick, index, generation: self.slab.generation(slot) }
+    }
+
+    /// There are buffers for frames to the guest again.
+    pub(crate) fn room_again(&mut self, slot: u32) {
+        if let Some(p) = self.slab.get_mut(slot)
+            && std::mem::take(&mut p.owed)
+        {
+            self.writable.push(p.id);
+        }
     }
 
     pub(crate) fn is_current(&self, token: Token) -> bool {
@@ -182,6 +209,10 @@ impl Ports {
                 self.events_full = true;
                 0
             }
+            Attachment::Vhost(_) => {
+                let Attachment::Vhost(v) = &mut port.attachment else { return 0 };
+                if v.has_room() { QUEUE_MAX } else { 0 }
+            }
             _ => QUEUE_MAX,
         };
         port.owed |= room == 0;
@@ -218,6 +249,23 @@ impl Ports {
                     tap.write(&meta, front, rest)
                 };
                 return self.wrote(out, slot, sent);
+            }
+            Attachment::Vhost(v) => {
+                let segmented = &mut out.counters.segmented_frames;
+                match v.send(&mut self.linear, segmented, front, rest, meta) {
+                    vhost::Sent::Yes => {}
+                    vhost::Sent::Full => {
+                        port.owed = true;
+                        return Err(TxError::Full);
+                    }
+                    vhost::Sent::Refused => out.counters.refused_frames += 1,
+                    vhost::Sent::Unplugged => out.counters.unattached_frames += 1,
+                }
+                if !port.dirty {
+                    port.dirty = true;
+                    self.dirty.push(slot);
+                }
+                return Ok(());
             }
             Attachment::Memory if !out.events.has_room(super::FRAME_MAX) => {
                 port.owed = true;
@@ -335,6 +383,15 @@ impl Ports {
     fn flush_slot(&mut self, out: &mut Outside<'_>, slot: u32) {
         let Some(p) = self.slab.get_mut(slot) else { return };
         p.dirty = false;
+        if let Attachment::Vhost(v) = &mut p.attachment {
+            v.flush();
+            match v.complaint() {
+                Some(Ok(message)) => drop(out.events.offer(Event::Log { level: Level::Warning, message })),
+                Some(Err(why)) => self.lost(slot, why),
+                None => {}
+            }
+            return;
+        }
         let (flushed, blocked) = match &mut p.attachment {
             Attachment::Stream(s) => (s.flush(), &mut s.blocked),
             Attachment::Dgram(d) => {
@@ -378,6 +435,7 @@ impl Ports {
                     match &p.attachment {
                         Attachment::Stream(s) => s.blocked,
                         Attachment::Dgram(d) => d.blocked,
+                        Attachment::Vhost(_) => false,
                         _ => true,
                     }
                 }
@@ -424,7 +482,8 @@ fn put(port: &mut Port, events: &mut EventSender, front: &[u8], rest: &[u8], csu
                 Sent::Refused
             };
         }
-        Attachment::None => return Sent::Refused,
+        // vhost-user cuts for itself.
+        Attachment::None | Attachment::Vhost(_) => return Sent::Refused,
     };
     // A field outside the frame is left alone: the receiver drops the frame for its checksum.
     if let Csum::Partial { start, offset } = csum

@@ -4,6 +4,8 @@
 //! what the Network maps 192.168.64.254 to.
 #![allow(dead_code, missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+pub mod vhost;
+
 use guestnet_core::config::CoreConfig;
 use guestnet_core::types::{PortConfig, PortId};
 use guestnet_io::{Command, CommandError, Event, Value, Worker, WorkerConfig, spawn};
@@ -323,6 +325,10 @@ impl<L: Link> Guest<L> {
 
     pub fn ipv4(&mut self, proto: u8, dst: Ipv4Addr, body: &[u8]) -> Vec<u8> {
         let mac = self.gateway();
+        self.ipv4_to(mac, proto, dst, body)
+    }
+
+    fn ipv4_to(&self, mac: Mac, proto: u8, dst: Ipv4Addr, body: &[u8]) -> Vec<u8> {
         let mut b = vec![0; ipv4::MIN_LEN];
         let payload_len = body.len() as u16;
         Ipv4 { src: self.ip, dst, proto, ttl: 64, tos: 0, id: 7, frag: 0, payload_len }.emit(&mut b);
@@ -387,11 +393,31 @@ impl<L: Link> Guest<L> {
         }
     }
 
+    /// A datagram in a frame to that MAC.
+    pub fn udp_frame(&self, to: Mac, from: u16, dst: SocketAddrV4, payload: &[u8]) -> Vec<u8> {
+        let mut b = vec![0; udp::LEN];
+        b.extend_from_slice(payload);
+        udp::emit(&mut b, self.ip.into(), (*dst.ip()).into(), from, dst.port());
+        self.ipv4_to(to, proto::UDP, *dst.ip(), &b)
+    }
+
+    pub fn udp_send_to(&mut self, to: Mac, from: u16, dst: SocketAddrV4, payload: &[u8]) {
+        let f = self.udp_frame(to, from, dst, payload);
+        self.link.send(&f);
+    }
+
+    /// A TCP segment of no connection, with a whole checksum.
+    pub fn tcp_to(&self, to: Mac, from: u16, dst: SocketAddrV4, payload: &[u8]) -> Vec<u8> {
+        let c = Conn { local: from, remote: dst, snd: 1, una: 1, rcv: 1, window: 0, shift: 0 };
+        let b = self.tcp_bytes(&c, flags::ACK, &Options::default(), payload);
+        self.ipv4_to(to, proto::TCP, *dst.ip(), &b)
+    }
+
     pub fn udp_receive(&mut self, port: u16) -> Got {
         self.receive(proto::UDP, port, PATIENCE).expect("a datagram")
     }
 
-    pub fn segment(&mut self, c: &Conn, flags: u8, options: &Options, payload: &[u8]) {
+    fn tcp_bytes(&self, c: &Conn, flags: u8, options: &Options, payload: &[u8]) -> Vec<u8> {
         let t = Tcp {
             src_port: c.local,
             dst_port: c.remote.port(),
@@ -408,6 +434,11 @@ impl<L: Link> Guest<L> {
         let s = checksum::pseudo(self.ip.into(), (*c.remote.ip()).into(), proto::TCP, b.len() as u32);
         let sum = checksum::finish(checksum::sum(&b, s));
         b[16..18].copy_from_slice(&sum.to_be_bytes());
+        b
+    }
+
+    pub fn segment(&mut self, c: &Conn, flags: u8, options: &Options, payload: &[u8]) {
+        let b = self.tcp_bytes(c, flags, options, payload);
         let f = self.ipv4(proto::TCP, *c.remote.ip(), &b);
         self.link.send(&f);
     }
@@ -514,6 +545,16 @@ impl<L: Link> Guest<L> {
         c.snd = c.snd.wrapping_add(1);
         c.una = c.snd;
         self.exchange(c, &[], usize::MAX)
+    }
+}
+
+impl Guest<vhost::VhostLink> {
+    /// Sends a segment as one large frame to be cut, its checksum begun.
+    pub fn segment_large(&mut self, c: &Conn, payload: &[u8]) {
+        let b = self.tcp_bytes(c, flags::ACK | flags::PSH, &Options::default(), payload);
+        let mut f = self.ipv4(proto::TCP, *c.remote.ip(), &b);
+        let header = vhost::as_tso(&mut f, 1448);
+        self.link.send_with(&header, &f);
     }
 }
 

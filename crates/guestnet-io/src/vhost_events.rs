@@ -1,0 +1,122 @@
+//! Theory of operation: what vhost-user attachments are woken for: a front-end that speaks, comes or goes, and
+//! a guest that kicks a queue. Frames from a queue are taken a batch at a time; one that has more is looked
+//! at again in the next round, since nobody kicks for what is there already.
+
+use crate::attachments::Got;
+use crate::attachments::ports::{Attachment, Port};
+use crate::attachments::vhost::Vhost;
+use crate::poller::{Kind, Ready, Token};
+use crate::worker::State;
+use guestnet_core::types::PortId;
+
+impl State {
+    fn vhost(&mut self, slot: u32) -> Option<&mut Vhost> {
+        match self.io.ports.get_mut(slot) {
+            Some(Port { attachment: Attachment::Vhost(v), .. }) => Some(v),
+            _ => None,
+        }
+    }
+
+    /// The socket of a front-end, or the one where it is waited for, is ready.
+    pub(crate) fn on_front_end(&mut self, ready: Ready, id: PortId) {
+        let Token { index: slot, generation, .. } = ready.token;
+        let Some(v) = self.vhost(slot) else { return };
+        if !v.is_connected() {
+            if v.accept() {
+                self.watch_front_end(ready.token, id);
+            }
+            return;
+        }
+        let poller = &self.io.poller;
+        let Some(Port { attachment: Attachment::Vhost(v), .. }) = self.io.ports.get_mut(slot) else { return };
+        match v.control(poller, slot, generation) {
+            Ok(changes) => {
+                if changes.writable {
+                    self.io.ports.room_again(slot);
+                }
+                for queue in changes.started {
+                    let token = self.io.ports.queue_token(slot, queue);
+                    self.io.ports.again.push(token);
+                }
+                self.complain(slot, id);
+            }
+            Err(why) => self.io.ports.down.push((id, why)),
+        }
+    }
+
+    /// A front-end has come to the socket where it was waited for.
+    fn watch_front_end(&mut self, token: Token, id: PortId) {
+        let poller = &self.io.poller;
+        let Some(Port { attachment: Attachment::Vhost(v), .. }) = self.io.ports.get_mut(token.index) else {
+            return;
+        };
+        // Nobody else is let in meanwhile.
+        let watched = match (v.fd(), &v.listener) {
+            (Some(fd), Some(listener)) => {
+                poller.add(fd, token, libc::EPOLLIN).and_then(|()| poller.modify(listener, token, 0))
+            }
+            _ => Ok(()),
+        };
+        if let Err(e) = watched {
+            let why = crate::attachments::reason("the front-end cannot be watched", e);
+            self.io.ports.down.push((id, why));
+        }
+    }
+
+    /// The front-end of a port is gone. True when it may come again to the same port.
+    pub(crate) fn wait_for_front_end(&mut self, slot: u32, reason: &str) -> bool {
+        let token = Token { kind: Kind::Port, ..self.io.ports.queue_token(slot, 0) };
+        let token = Token { index: slot, ..token };
+        let poller = &self.io.poller;
+        let Some(Port { attachment: Attachment::Vhost(v), .. }) = self.io.ports.get_mut(slot) else {
+            return false;
+        };
+        let Some(listener) = v.listener.as_ref() else { return false };
+        if poller.modify(listener, token, libc::EPOLLIN).is_err() {
+            return false;
+        }
+        v.hang_up();
+        self.io.ports.room_again(slot);
+        self.warn(format!("a vhost-user front-end left, and may come again: {reason}"));
+        true
+    }
+
+    /// A queue was kicked, or has more than a batch.
+    pub(crate) fn on_kick(&mut self, token: Token) {
+        let Some((slot, queue)) = self.io.ports.queue(token) else { return };
+        let Some(Port { id, attachment: Attachment::Vhost(_), .. }) = self.io.ports.get_mut(slot) else {
+            return;
+        };
+        let id = *id;
+        if queue.is_multiple_of(2) {
+            return self.io.ports.room_again(slot);
+        }
+        let mut frames = 0;
+        while frames < self.batch_size {
+            let Some(Port { attachment: Attachment::Vhost(v), .. }) = self.io.ports.get_mut(slot) else {
+                return;
+            };
+            match v.read(queue, &mut self.frame) {
+                Got::Frame((from, to, meta)) => self.frame_in(id, from..to, meta),
+                Got::Bad => self.io.counters.bad_frames += 1,
+                Got::Empty => break,
+                Got::Down(why) => return self.io.ports.down.push((id, why)),
+            }
+            frames += 1;
+        }
+        self.count_batch(frames);
+        if self.vhost(slot).is_some_and(|v| v.end_batch(queue)) && !self.io.ports.again.contains(&token) {
+            self.io.ports.again.push(token);
+        }
+        self.complain(slot, id);
+    }
+
+    /// Tells of what a guest has broken.
+    fn complain(&mut self, slot: u32, id: PortId) {
+        match self.vhost(slot).and_then(Vhost::complaint) {
+            Some(Ok(warning)) => self.warn(warning),
+            Some(Err(why)) => self.io.ports.down.push((id, why)),
+            None => {}
+        }
+    }
+}
