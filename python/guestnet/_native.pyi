@@ -103,6 +103,8 @@ class DataPlane:
         """Attaches a connected stream socket with QEMU's framing."""
     def attach_dgram(self, port: int, fd: int) -> int:
         """Attaches a connected socket that carries one frame per packet."""
+    def attach_vhost_user(self, port: int, fd: int) -> int:
+        """Attaches a vhost-user front-end: its connection, or a listening socket where it may come and go."""
     def attach_memory(self, port: int) -> int:
         """Frames come by `inject` and go by `Frame` events."""
     def listen(
@@ -115,7 +117,7 @@ class DataPlane:
         gso_max: int = 65000,
         lax_offload: bool = False,
     ) -> int:
-        """Takes guests on a bound unix socket: "stream", "dgram" or "unixgram"."""
+        """Takes guests on a bound unix socket: "stream", "dgram", "unixgram" or "vhost-user"."""
     def stop_listening(self, listener: int) -> int:
         """Takes no more guests there."""
     def bind_address(self, port: int, ip: _IpIn, mac: bytes | None = None) -> int:

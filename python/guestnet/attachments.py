@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from guestnet.network import NatNetwork
     from guestnet.session import Session
 
-ATTACHMENTS = ("tap", "stream", "dgram", "memory")
-LISTENERS = ("stream", "dgram", "unixgram")
+ATTACHMENTS = ("tap", "stream", "dgram", "vhost-user", "memory")
+LISTENERS = ("stream", "dgram", "unixgram", "vhost-user")
+_CONNECTED = ("stream", "vhost-user")
 PATH_LONGEST = 107
 """sun_path of Linux is 108 bytes with its final zero."""
 _BACKLOG = 128
@@ -97,7 +98,7 @@ class Listener:
         self.path = path
 
     def close(self) -> None:
-        """Takes no more guests and removes the socket. Guests on a stream stay; others go with it."""
+        """Takes no more guests and removes the socket. Guests with a connection stay, others go."""
         self._network._run(self._network._live().stop_listening(self))
 
     async def aclose(self) -> None:
@@ -114,19 +115,19 @@ class Listener:
 
 
 def listening_socket(kind: str, path: str | os.PathLike[str]) -> socket.socket:
-    """A unix socket that only this user can reach, bound to `path`, and listening for `stream`."""
+    """A unix socket that only this user can reach, bound to `path`, and listening where guests connect."""
     if kind not in LISTENERS:
         raise ConfigError(f"{kind!r} is not a kind of listener: choose one of {', '.join(LISTENERS)}.")
     name = os.fspath(path)
     if not isinstance(name, str) or not 0 < len(os.fsencode(name)) <= PATH_LONGEST or "\0" in name:
         raise ConfigError(f"The socket path {name!r} must have 1 to {PATH_LONGEST} bytes: choose another.")
-    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM if kind == "stream" else socket.SOCK_DGRAM)
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM if kind in _CONNECTED else socket.SOCK_DGRAM)
     try:
         # The file gets the mode that the socket has when it is bound, so that there is no moment at which
         # somebody else could attach.
         os.fchmod(made.fileno(), 0o600)
         made.bind(name)
-        if kind == "stream":
+        if kind in _CONNECTED:
             made.listen(_BACKLOG)
     except OSError as error:
         made.close()

@@ -59,7 +59,8 @@ class Endpoint:
 
     @property
     def attachment(self) -> str | None:
-        """How its frames enter: "tap", "stream", "dgram", "unixgram", "memory"; None when they do not."""
+        """How its frames enter: "tap", "stream", "dgram", "unixgram", "vhost-user", "memory"; None when they
+        do not."""
         return self._attached
 
     @property

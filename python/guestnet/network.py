@@ -282,7 +282,8 @@ class NatNetwork:
         on_frame: Callable[[bytes], object] | None = None,
     ) -> Attachment:
         """Joins a guest: `kind` is "tap" (a TAP device), "stream" (QEMU's framing), "dgram" (a frame per
-        packet) or "memory" (frames of this process).
+        packet), "vhost-user" (the guest's own memory; a connected socket, or a listening one where the
+        front-end may come, go and come again) or "memory" (frames of this process).
 
         `fd` or `sock` belongs to the network from then on; when it cannot be used (AttachError) it stays
         yours. `on_frame` is called in the control thread.
@@ -308,7 +309,7 @@ class NatNetwork:
         return made
 
     def listen(self, kind: str, path: str | os.PathLike[str]) -> Listener:
-        """Makes a socket where guests arrive: "stream" (QEMU), "dgram", or "unixgram" (vfkit).
+        """Makes a socket where guests arrive: "stream" (QEMU), "dgram", "unixgram" (vfkit), or "vhost-user".
 
         Each guest that comes is an endpoint of its own, as soon as its MAC shows: named by its static lease,
         else vm1, vm2 and so on. A guest that leaves is removed.

@@ -204,9 +204,12 @@ class Session:
             attachment = self._memory[port] = MemoryAttachment(id, self, port, on_frame)
             work = self.control.do(plane.attach_memory, port)
         else:
-            command = {"tap": plane.attach_tap, "stream": plane.attach_stream, "dgram": plane.attach_dgram}[
-                kind
-            ]
+            command = {
+                "tap": plane.attach_tap,
+                "stream": plane.attach_stream,
+                "dgram": plane.attach_dgram,
+                "vhost-user": plane.attach_vhost_user,
+            }[kind]
             work = self.control.do(command, port, fd)
         endpoint._attached = kind
         try:

@@ -39,6 +39,7 @@ pub fn listen_kind(py: Python<'_>, name: &str) -> PyResult<ListenKind> {
         "stream" => Ok(ListenKind::Stream),
         "dgram" => Ok(ListenKind::Dgram),
         "unixgram" => Ok(ListenKind::Unixgram),
+        "vhost-user" => Ok(ListenKind::VhostUser),
         _ => Err(unknown(py, "kind of listener", name)),
     }
 }

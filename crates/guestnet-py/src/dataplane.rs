@@ -175,6 +175,10 @@ impl DataPlane {
         self.submit(py, Command::AttachDgram { port: PortId(port), fd: take(py, fd)? })
     }
 
+    fn attach_vhost_user(&self, py: Python<'_>, port: u32, fd: RawFd) -> PyResult<u64> {
+        self.submit(py, Command::AttachVhostUser { port: PortId(port), fd: take(py, fd)? })
+    }
+
     fn attach_memory(&self, py: Python<'_>, port: u32) -> PyResult<u64> {
         self.submit(py, Command::AttachMemory { port: PortId(port) })
     }

@@ -89,6 +89,14 @@ def parser() -> arguments.Parser:
     add(
         "--unixgram", action="append", default=[], type=path, metavar="PATH", help="datagram socket for vfkit"
     )
+    add(
+        "--vhost-user",
+        action="append",
+        default=[],
+        type=path,
+        metavar="PATH",
+        help="socket for QEMU's `-netdev vhost-user`: the fastest",
+    )
     arguments.add_network_options(made)
     add(
         "--lease",
@@ -107,7 +115,8 @@ def parser() -> arguments.Parser:
 def main(argv: Sequence[str]) -> int:
     """Runs the command line after `guestnet up`; returns the exit status."""
     options = parser().parse_args(argv)
-    listeners = [(kind, path) for kind in ("stream", "dgram", "unixgram") for path in getattr(options, kind)]
+    kinds = ("stream", "dgram", "unixgram", "vhost-user")
+    listeners = [(kind, path) for kind in kinds for path in getattr(options, kind.replace("-", "_"))]
     _check(options, listeners)
     # Blocked before any thread starts, and taken by this one alone.
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
@@ -149,7 +158,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _check(options: argparse.Namespace, listeners: list[tuple[str, str]]) -> None:
     if not listeners:
-        raise UsageError("Say where guests attach: --stream PATH, --dgram PATH or --unixgram PATH.")
+        raise UsageError("Say where guests attach: --stream, --vhost-user, --dgram or --unixgram PATH.")
     paths = [os.path.abspath(path) for _, path in listeners]
     if len(set(paths)) != len(paths):
         raise UsageError("A socket path is given twice: give each listener its own.")

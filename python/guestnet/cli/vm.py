@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from guestnet.cli import arguments, supervise
+from guestnet.attachments import listening_socket
+from guestnet.cli import UsageError, arguments, supervise
 from guestnet.cli.session import ENDPOINT, network_of_one
 from guestnet.cli.terminal import complain, say
 
 if TYPE_CHECKING:
+    import argparse
+
     from guestnet.network import NatNetwork
 
 NETDEV = "guestnet0"
+_UNITS = {"": 1 << 20, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 _ABOUT = """\
 Runs the QEMU command with a network card attached to guestnet: the guest gets its address by DHCP. A
@@ -33,6 +40,11 @@ def parser() -> arguments.Parser:
         "--mac", type=arguments.checked(arguments.mac), help="the guest's MAC address (default: a random one)"
     )
     made.add_argument(
+        "--vhost-user",
+        action="store_true",
+        help="share the guest's memory with guestnet rather than copy frames through a socket: faster",
+    )
+    made.add_argument(
         "--hostname", type=arguments.checked(arguments.hostname), help="the guest's name for DNS"
     )
     return made
@@ -45,21 +57,43 @@ def main(argv: Sequence[str]) -> int:
     mac = options.mac or own_mac(command) or arguments.random_mac()
     if not options.quiet and (other := other_network(command)):
         complain(f"Note: the command has another network ({other}), and the guest can leave by that one too.")
+    with ExitStack() as stack:
+        if options.vhost_user:
+            added = vhost_user_options(command, path := _private_path(stack))
+            attached, ours, theirs = "vhost-user", listening_socket("vhost-user", path), None
+        else:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            attached, added = "stream", stream_options(theirs.fileno())
+        stack.callback(ours.close)
+        added += card_options(command, mac, vhost_user=options.vhost_user)
+        return _run(options, mac, attached, ours, theirs, [*command, *added])
+
+
+def _run(
+    options: argparse.Namespace,
+    mac: bytes,
+    attached: str,
+    ours: socket.socket,
+    theirs: socket.socket | None,
+    command: list[str],
+) -> int:
+    """Runs QEMU, its network attached by `ours`; `theirs` is what it is to inherit."""
     mask = supervise.block_signals()
     supervise.become_subreaper()
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
 
     def attach(network: NatNetwork) -> None:
-        network.attach(ENDPOINT, "stream", fd=ours.detach())
+        network.attach(ENDPOINT, attached, fd=ours.detach())
 
     def prepare(_control: socket.socket) -> None:
-        os.set_inheritable(theirs.fileno(), True)  # in the child alone, which closes ours on exec
+        if theirs is not None:
+            os.set_inheritable(theirs.fileno(), True)  # in the child alone, which closes ours on exec
 
     from guestnet._linux.held import fork_held
 
     # Forked before the network starts threads, and held until it is attached and its ports are published.
-    child = fork_held(prepare, qemu_command(command, theirs.fileno(), mac), mask)
-    theirs.close()
+    child = fork_held(prepare, command, mask)
+    if theirs is not None:
+        theirs.close()
     try:
         with network_of_one(options, mac, attach):
             if options.verbose:
@@ -67,17 +101,79 @@ def main(argv: Sequence[str]) -> int:
             child.go()
             return supervise.wait(child.pid)
     finally:
-        ours.close()
         child.close()
 
 
-def qemu_command(command: Sequence[str], fd: int, mac: bytes) -> list[str]:
-    """The user's command with guestnet's netdev, and a card on it unless the user gave one."""
-    added = ["-netdev", f"stream,id={NETDEV},server=off,addr.type=fd,addr.str={fd}"]
-    if _own_device(command) is None:
-        card = "virtio-net-device" if _machine(command).startswith("microvm") else "virtio-net-pci"
-        added += ["-device", f"{card},netdev={NETDEV},mac={arguments.format_mac(mac)}"]
-    return [*command, *added]
+def _private_path(stack: ExitStack) -> str:
+    """A path for a socket that only this user can reach; gone with `stack`."""
+    return os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="guestnet-")), "vhost.sock")
+
+
+def stream_options(fd: int) -> list[str]:
+    """guestnet's netdev over a socket that QEMU inherits."""
+    return ["-netdev", f"stream,id={NETDEV},server=off,addr.type=fd,addr.str={fd}"]
+
+
+def vhost_user_options(command: Sequence[str], path: str) -> list[str]:
+    """guestnet's netdev as a vhost-user front-end, and memory that can be shared unless the user has that."""
+    made = ["-chardev", f"socket,id={NETDEV}c,path={path.replace(',', ',,')}"]
+    made += ["-netdev", f"vhost-user,id={NETDEV},chardev={NETDEV}c"]
+    if not _shares_memory(command):
+        size = memory_size(command)
+        made += ["-object", f"memory-backend-memfd,id={NETDEV}m,size={size},share=on"]
+        made += ["-machine", f"memory-backend={NETDEV}m"]
+    return made
+
+
+def card_options(command: Sequence[str], mac: bytes, *, vhost_user: bool = False) -> list[str]:
+    """A card on guestnet's netdev, unless the user gave one."""
+    if _own_device(command) is not None:
+        return []
+    options = f"netdev={NETDEV},mac={arguments.format_mac(mac)}"
+    if _machine(command).startswith("microvm"):
+        return ["-device", f"virtio-net-device,{options}"]
+    if vhost_user and not _uses_kvm(command):
+        # QEMU 7.2 without KVM ends with a memory fault when a vhost-user card has MSI-X.
+        options += ",vectors=0"
+    return ["-device", f"virtio-net-pci,{options}"]
+
+
+def _uses_kvm(command: Sequence[str]) -> bool:
+    for option, value in _options(command):
+        if option == "enable-kvm" or (option == "accel" and value.startswith("kvm")):
+            return True
+        if option in ("machine", "M") and "accel=kvm" in value:
+            return True
+    return False
+
+
+def memory_size(command: Sequence[str]) -> int:
+    """Bytes of memory that the command gives its guest."""
+    text = "128"  # QEMU's own default
+    for option, value in _options(command):
+        if option == "m":
+            fields = dict(part.split("=", 1) for part in value.split(",")[1:] if "=" in part)
+            first = value.split(",")[0]
+            key, equals, rest = first.partition("=")
+            if equals:
+                fields[key] = rest
+            text = fields.get("size", text) if equals else first or text
+    match = re.fullmatch(r"(\d+)([bkmgt]?)", text.lower())
+    if match is None:
+        raise UsageError(
+            f"The memory size {text!r} is not understood: write -m 1G, or share memory yourself."
+        )
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def _shares_memory(command: Sequence[str]) -> bool:
+    """Whether the user arranges the guest's memory: guestnet leaves that alone."""
+    for option, value in _options(command):
+        if option in ("machine", "M") and "memory-backend=" in value:
+            return True
+        if option == "numa" and "memdev=" in value:
+            return True
+    return False
 
 
 def own_mac(command: Sequence[str]) -> bytes | None:
