@@ -186,3 +186,31 @@ async def test_asyncio(network: NatNetwork, tmp_path: Path) -> None:
     assert repr(listener) == f"<Listener stream {tmp_path / 'x'}>"
     await listener.aclose()
     assert not (tmp_path / "x").exists()
+
+
+def test_vhost_user_guests_come_and_go_with_their_connection(tmp_path: Path) -> None:
+    with NatNetwork(NatConfig()) as network:
+        listener = network.listen("vhost-user", tmp_path / "s")
+        with socket.socket(socket.AF_UNIX) as front_end:
+            front_end.connect(listener.path)
+            # GET_FEATURES: version 1, no body.
+            front_end.sendall(struct.pack("=3I", 1, 1, 0))
+            request, flags, size, features = struct.unpack("=3IQ", front_end.recv(20))
+            assert (request, flags, size) == (1, 5, 8)
+            assert features >> 32 & 1
+        listener.close()
+        assert not Path(listener.path).exists()
+
+
+def test_a_front_end_may_come_again_to_an_endpoint(tmp_path: Path) -> None:
+    with NatNetwork(NatConfig()) as network, socket.socket(socket.AF_UNIX) as waiting:
+        waiting.bind(str(tmp_path / "s"))
+        waiting.listen()
+        network.create_endpoint("vm")
+        network.attach("vm", "vhost-user", sock=waiting)
+        for _ in range(2):
+            with socket.socket(socket.AF_UNIX) as front_end:
+                front_end.settimeout(PATIENCE)
+                front_end.connect(str(tmp_path / "s"))
+                front_end.sendall(struct.pack("=3I", 15, 1, 0))
+                assert len(front_end.recv(20)) == 20
