@@ -15,7 +15,7 @@ def test_adds_netdev_and_card() -> None:
 
 
 def test_a_command_without_options() -> None:
-    assert vm.qemu_command(["qemu"], 7, MAC)[:3] == ["qemu", "-netdev", NETDEV]
+    assert vm.card_options(["qemu"], MAC)[0] == "-device"
     assert vm.other_network(["qemu", "-nic"]) == "-nic "
 
 
