@@ -57,7 +57,10 @@ impl Core {
             return self.reset(slot, mac, p, &seg, why, fx);
         }
         let target = match self.services.find(proto::TCP, remote) {
-            Some(service) => Target::Service(service),
+            Some(service) => {
+                let Some(port) = self.ports.get(slot) else { return Ok(()) };
+                Target::Service(service, port.id)
+            }
             None if self.is_own(p.dst) && self.cfg.host_loopback != Some(p.dst) => {
                 return self.reset(slot, mac, p, &seg, Drop::BadDestination, fx);
             }

@@ -97,8 +97,8 @@ pub struct PortConfig {
 pub enum Target {
     /// A host or anything behind it.
     Address(SocketAddr),
-    /// A TCP service of the gateway (a unix socket on the I/O side).
-    Service(ServiceId),
+    /// A TCP service of the gateway (a unix socket on the I/O side), and the port whose guest connects.
+    Service(ServiceId, PortId),
 }
 
 /// What a Network does with packets for the outside.

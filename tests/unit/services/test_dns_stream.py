@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import dns.message
+import dns.rcode
 import pytest
 from guestnet.services.dns import DnsServer
 from guestnet.services.dns import stream as stream_module
@@ -33,8 +35,13 @@ class Served:
         self.server, self.path = made, path
         self.writers: list[asyncio.StreamWriter] = []
 
-    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        reader, writer = await asyncio.open_unix_connection(self.path)
+    async def connect(self, port: int | None = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection, named as the relay names those of the guest on a port."""
+        sock = socket.socket(socket.AF_UNIX)
+        if port is not None:
+            sock.bind(f"\0guestnet/{port}/{os.getpid()}.{sock.fileno()}")
+        sock.connect(self.path)
+        reader, writer = await asyncio.open_unix_connection(sock=sock)
         self.writers.append(writer)
         return reader, writer
 
@@ -181,6 +188,45 @@ async def test_connections_are_bounded_and_the_silent_one_goes(tmp_path: Path) -
         for reader, writer in (*made[1:], new):
             writer.write(framed(QUERY))
             await read(reader)
+
+
+async def test_one_guest_cannot_take_the_connections_of_others(tmp_path: Path) -> None:
+    async with serving(tmp_path, connections=4) as served:
+        modest = await served.connect(1)
+        for _ in range(20):
+            greedy = await served.connect(2)
+        greedy[1].write(framed(QUERY))
+        await read(greedy[0])
+        modest[1].write(framed(QUERY))
+        assert texts(await read(modest[0])) == ["vm1. A 192.168.64.2"]
+
+
+async def test_one_guests_connections_share_its_questions(tmp_path: Path) -> None:
+    values: dict[str, Any] = {"resolvers": ("127.0.0.1:1",), "questions": 20, "questions_per_endpoint": 8}
+    async with serving(tmp_path, **values) as served:
+        gate, full, asked = asyncio.Event(), asyncio.Event(), []
+
+        async def slow(query: object, *_: object, **__: object) -> None:
+            asked.append(query)
+            if len(asked) == 8:
+                full.set()
+            await gate.wait()
+
+        served.server._upstream.ask = slow  # type: ignore[method-assign]
+        greedy = [await served.connect(2) for _ in range(6)]
+        for number, (_, writer) in enumerate(greedy):
+            if number == 2:
+                await full.wait()
+            for part in range(4):
+                query = dns.message.make_query(f"n{number}-{part}.example.org", "A", id=part)
+                writer.write(framed(query.to_wire()))
+        for reader, _ in greedy[2:]:
+            for _ in range(4):
+                assert (await read(reader)).rcode() == dns.rcode.REFUSED
+        reader, writer = await served.connect(1)
+        writer.write(framed(dns.message.make_query("www.example.org", "A", id=9).to_wire()))
+        gate.set()
+        assert (await read(reader)).rcode() == dns.rcode.SERVFAIL
 
 
 async def test_close_ends_all_and_removes_the_socket(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ use crate::poller::Poller;
 use crate::stats::IoCounters;
 use crate::sys::{self, RawAddr};
 use guestnet_core::effects::{Peek, SockError};
-use guestnet_core::types::{FlowId, SockId, Target};
+use guestnet_core::types::{FlowId, PortId, SockId, Target};
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 /// Most bytes of one peek.
 pub(crate) const PEEK_MAX: usize = 65536;
@@ -75,6 +75,17 @@ pub(crate) fn prepare_listener(fd: &OwnedFd) {
     let _best_effort = sys::set_opt(fd, libc::SOL_SOCKET, libc::SO_OOBINLINE, 1);
 }
 
+/// Tells a service which port a connection comes from, so that it can treat guests alike: as the socket's own
+/// name, `guestnet/PORT/` and something unique, in the abstract namespace where there is one.
+fn name(fd: &OwnedFd, port: PortId) {
+    if cfg!(target_os = "linux") {
+        let text = format!("\0guestnet/{}/{}.{}", port.0, std::process::id(), fd.as_raw_fd());
+        if let Some(own) = RawAddr::unix(text.as_bytes()) {
+            let _best_effort = sys::bind(fd, &own);
+        }
+    }
+}
+
 impl Socks {
     pub(crate) fn tcp_connect(
         &mut self,
@@ -87,10 +98,12 @@ impl Socks {
         let (family, addr) = match target {
             Target::Address(a @ SocketAddr::V4(_)) => (libc::AF_INET, RawAddr::ip(a)),
             Target::Address(a @ SocketAddr::V6(_)) => (libc::AF_INET6, RawAddr::ip(a)),
-            Target::Service(id) => (libc::AF_UNIX, *self.services.get(&id.0).ok_or(SockError::Refused)?),
+            Target::Service(id, _) => (libc::AF_UNIX, *self.services.get(&id.0).ok_or(SockError::Refused)?),
         };
         let fd = sys::socket(family, libc::SOCK_STREAM, 0).map_err(sys::sock_error)?;
-        if family != libc::AF_UNIX {
+        if let Target::Service(_, port) = target {
+            name(&fd, port);
+        } else {
             let _best_effort = sys::set_opt(&fd, libc::SOL_SOCKET, libc::SO_OOBINLINE, 1);
             // A guest's TTL matters when it is small (traceroute); the host's own will do for another's.
             if ttl.saturating_add(1) < self.ttl {
@@ -368,10 +381,15 @@ mod tests {
         s.services
             .insert(7, RawAddr::unix(std::os::unix::ffi::OsStrExt::as_bytes(path.as_os_str())).unwrap());
         let flow = FlowId { index: 0, generation: 0 };
-        let target = Target::Service(guestnet_core::types::ServiceId(7));
+        let target = Target::Service(guestnet_core::types::ServiceId(7), PortId(3));
         let id = s.tcp_connect(&poller, &mut c, flow, target, 9).unwrap();
         std::fs::remove_file(&path).unwrap();
-        let (mut other, _) = l.accept().unwrap();
+        let (mut other, from) = l.accept().unwrap();
+        #[cfg(target_os = "linux")]
+        {
+            use std::os::linux::net::SocketAddrExt;
+            assert!(from.as_abstract_name().unwrap().starts_with(b"guestnet/3/"));
+        }
         other.write_all(b"0123456789").unwrap();
         assert_eq!(peek(&mut s, id, 0, 6).unwrap(), b"012345");
         s.tcp_discard(id, 6);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
 
 IDLE = 10.0
@@ -17,7 +17,8 @@ Answer = Callable[[bytes, bool, object], Awaitable[bytes | None]]
 
 
 class StreamServer:
-    """Serves connections; when there are too many the one that was silent longest is closed for a new one."""
+    """Serves connections; when there are too many, the guest that has the most of them loses the one that was
+    silent longest for a new one."""
 
     def __init__(self, answer: Answer, most: int) -> None:
         self._answer, self._most = answer, most
@@ -49,9 +50,12 @@ class StreamServer:
             writer.transport.abort()
             return
         if len(self._connections) >= self._most:
-            oldest, _ = self._connections.popitem(last=False)
+            held = Counter(one.asker for one in self._connections)
+            most = max(held.values())
+            oldest = next(one for one in self._connections if held[one.asker] == most)
+            del self._connections[oldest]
             oldest.task.cancel()
-        connection = _Connection(task)
+        connection = _Connection(task, _asker(writer.get_extra_info("peername")))
         self._connections[connection] = None
         try:
             await self._serve(connection, reader, writer)
@@ -92,7 +96,7 @@ class StreamServer:
             await writer.wait_closed()
 
     async def _one(self, connection: _Connection, data: bytes, writer: asyncio.StreamWriter) -> None:
-        answer = await self._answer(data, True, connection)
+        answer = await self._answer(data, True, connection.asker)
         if answer is None:
             # What is no query ends the conversation: there is no telling what else comes.
             connection.task.cancel()
@@ -105,9 +109,18 @@ class StreamServer:
             connection.task.cancel()
 
 
+def _asker(name: object) -> object:
+    """Who a connection is of: the relay names its sockets `guestnet/PORT/` and something unique."""
+    if not isinstance(name, bytes) or not name.startswith(b"\0guestnet/"):
+        return None
+    return name.rpartition(b"/")[0]
+
+
 class _Connection:
     """One guest's connection."""
 
-    def __init__(self, task: asyncio.Task[None]) -> None:
+    def __init__(self, task: asyncio.Task[None], asker: object) -> None:
         self.task = task
+        self.asker = asker or self
+        """The guest, where the relay tells which one it is."""
         self.questions: set[asyncio.Task[None]] = set()
