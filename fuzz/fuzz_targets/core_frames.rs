@@ -377,6 +377,9 @@ impl World {
             }
         }
         self.listen();
+        if let Err(why) = self.core.audit() {
+            panic!("{why}");
+        }
         assert!(self.core.flows().count() <= FLOWS as usize);
         assert!(self.core.reassembly_bytes() <= 64 << 10);
     }

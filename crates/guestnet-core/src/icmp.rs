@@ -33,6 +33,10 @@ impl Core {
         p: &Packet,
         fx: &mut E,
     ) -> Result<(), Drop> {
+        // Before the table is asked: all zeros is how it files a mapping.
+        if p.dst.is_unspecified() {
+            return Err(Drop::BadDestination);
+        }
         let remote = SocketAddr::new(p.dst, 0);
         let key = Key { slot, proto: proto::ICMP, guest: SocketAddr::new(p.src, p.src_port), remote };
         let index = match self.flows.find(&key) {

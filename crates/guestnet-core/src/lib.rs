@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod arp;
+mod audit;
 pub mod config;
 pub mod core;
 pub mod effects;

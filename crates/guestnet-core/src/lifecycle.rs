@@ -139,7 +139,8 @@ impl Core {
     pub(crate) fn touch(&mut self, index: u32) {
         let now = self.now.as_ms();
         let t = self.cfg.timeouts;
-        let Some(f) = self.flows.at_mut(index) else { return };
+        // A mapping ends with its flows, and is never in the list of what may be evicted.
+        let Some(f) = self.flows.at_mut(index).filter(|f| !f.is_mapping()) else { return };
         f.last = self.now;
         let seconds = if f.key.proto == proto::ICMP {
             t.icmp

@@ -58,11 +58,12 @@ impl Core {
         let guest = SocketAddr::new(p.src, p.src_port);
         let remote = SocketAddr::new(p.dst, p.dst_port);
         let key = Key { slot, proto: proto::UDP, guest, remote };
-        if let Some(index) = self.flows.find(&key) {
-            return self.send_datagram(index, slot, mac, frame, p, segment, fx);
-        }
+        // Before the table is asked: all zeros is how it files a mapping.
         if p.src_port == 0 || p.dst_port == 0 {
             return Err(Drop::BadDestination);
+        }
+        if let Some(index) = self.flows.find(&key) {
+            return self.send_datagram(index, slot, mac, frame, p, segment, fx);
         }
         let broadcast = p.dst_port == crate::service::DHCP_SERVER && self.policy.is_broadcast(p.dst);
         let service = self.services.find(proto::UDP, remote);

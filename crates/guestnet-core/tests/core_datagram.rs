@@ -64,6 +64,23 @@ fn replies_come_back() {
     assert_eq!((f.bytes_out, f.bytes_in, f.state), (5, 5, "assured"));
 }
 
+/// A destination of all zeros is how a mapping is filed in the flow table, and is nobody's to name.
+#[test]
+fn nothing_can_be_sent_to_a_mapping() {
+    let mut n = Net::new();
+    n.udp(A, 4000, X1, b"hello");
+    n.send(A, echo_frame(A, "203.0.113.1", 77, 1, 64, b"ping"));
+    n.core.audit().unwrap();
+    n.dropped(Drop::BadDestination, |n| n.udp(A, 4000, "0.0.0.0:0", b"x"));
+    n.core.audit().unwrap();
+    n.dropped(Drop::BadDestination, |n| n.send(A, echo_frame(A, "0.0.0.0", 77, 1, 64, b"x")));
+    n.core.audit().unwrap();
+    // The mapping goes with its flow, and its record is another guest's next.
+    n.pass_ms(400_000);
+    n.udp(B, 4000, X1, b"hello");
+    n.core.audit().unwrap();
+}
+
 #[test]
 fn req_8_filtering() {
     use Filtering::{AddressAndPortDependent, AddressDependent, EndpointIndependent};

@@ -180,6 +180,7 @@ fn socket_event(n: &mut Net, which: u16, kind: u8, v: u16) {
 
 /// What every step must leave behind.
 fn check(n: &Net) {
+    n.core.audit().unwrap();
     let mut flows = 0;
     for p in n.core.ports() {
         assert!(p.flows <= 30 && p.addresses.len() <= 4, "{p:?}");
