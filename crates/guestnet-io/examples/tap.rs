@@ -1,6 +1,7 @@
 //! Theory of operation: the data plane alone, with no Python: one guest on a TAP device whose descriptor is
 //! inherited, and nothing but NAT. For measuring and debugging. The guest configures itself as
-//! 192.168.64.2/24 with the gateway 192.168.64.1; counters are printed when stdin ends.
+//! 192.168.64.2/24 with the gateway 192.168.64.1; counters are printed when stdin ends. `MTU` and `SPINS` (most
+//! polls before it sleeps) in the environment are the rest of its settings.
 //!
 //! `tap FD [dgram:FD] [HOST_PORT:GUEST_PORT/tcp|udp]...`; `dgram:FD` is a second guest, 192.168.64.3, on a
 //! socket of one frame per datagram.
@@ -48,7 +49,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let gateway = Ipv4Addr::new(192, 168, 64, 1);
     let mac = Mac([0x52, 0x94, 0xef, 0, 0, 1]);
     let core = CoreConfig::new(mac, gateway, (Ipv4Addr::new(192, 168, 64, 0), 24), [7; 32]);
-    let worker = spawn(WorkerConfig::new(core))?;
+    let mut worker = WorkerConfig::new(core);
+    worker.max_spins = std::env::var("SPINS").map_or(Ok(worker.max_spins), |n| n.parse())?;
+    let worker = spawn(worker)?;
     worker.submit(Command::AddPort { port: PortId(1), config: config(2)? })?;
     worker.submit(Command::AttachTap { port: PortId(1), fd: tap })?;
     for (number, spec) in args.enumerate() {

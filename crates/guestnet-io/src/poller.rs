@@ -135,7 +135,7 @@ impl Poller {
     pub(crate) fn wait(&mut self, timeout: Option<u64>) -> Result<usize, i32> {
         self.ready = 0;
         let (events, max) = (self.events.as_mut_ptr(), self.events.len() as i32);
-        if timeout != Some(0) && !self.coarse {
+        if !self.coarse {
             let ts = timeout.map(|ns| libc::timespec {
                 tv_sec: (ns / 1_000_000_000) as libc::time_t,
                 tv_nsec: (ns % 1_000_000_000) as _,

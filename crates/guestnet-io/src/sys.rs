@@ -60,6 +60,12 @@ pub(crate) fn now() -> Time {
     Time((ts.tv_sec as u64).wrapping_mul(1_000_000_000).wrapping_add(ts.tv_nsec as u64))
 }
 
+/// Lets others run that want this processor; returns at once when there are none.
+pub(crate) fn yield_now() {
+    // SAFETY: no pointers; it does not fail on Linux.
+    unsafe { libc::sched_yield() };
+}
+
 /// Takes ownership of a descriptor that a system call has just made.
 fn owned(fd: RawFd) -> OwnedFd {
     // SAFETY: the caller got it from the kernel this moment, so nobody else owns it.

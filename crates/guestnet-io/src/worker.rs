@@ -38,6 +38,11 @@ const SETTLE_ROUNDS: usize = 4;
 const READY_MAX: usize = 256;
 /// Polls that the adaptive strategy begins with.
 const SPINS_FIRST: u32 = 16;
+/// A poll that took longer, in nanoseconds: somebody else had the processor.
+const TAKEN_AWAY: u64 = 30_000;
+/// How long there is no spinning then, in milliseconds; doubled as long as it stays so.
+const CROWDED_MIN: u64 = 2;
+const CROWDED_MAX: u64 = 64;
 
 /// What a worker does when nothing is ready.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -245,6 +250,10 @@ pub(crate) struct State {
     max_spins: u32,
     /// Polls that are tried now; moves with how often they pay.
     spins: u32,
+    /// Others want the processor: none are tried until then.
+    crowded_until: Option<Time>,
+    /// How long that is next time, in milliseconds.
+    crowded_for: u64,
     pub batch_size: usize,
     pub now: Time,
     /// A frame from a guest, behind its virtio header.
@@ -288,6 +297,8 @@ impl State {
             strategy: config.strategy,
             max_spins: config.max_spins,
             spins: SPINS_FIRST.min(config.max_spins),
+            crowded_until: None,
+            crowded_for: CROWDED_MIN,
             batch_size: config.batch_size.clamp(1, 1024),
             now,
             frame: vec![0; FRAME_MAX + vnet::LEN_MRG],
@@ -426,16 +437,31 @@ impl State {
         Ok(n)
     }
 
-    /// Polls without sleeping. How often follows from whether it found anything of late.
+    /// Polls without sleeping. How often follows from whether it found anything of late. Between two polls
+    /// whoever else wants this processor has it, and where they keep it, it is not ours to spin on: a guest
+    /// or server that waits for it would wait for us to stop waiting for them.
     fn spin(&mut self) -> Result<usize, i32> {
+        if self.crowded_until.is_some_and(|t| self.now < t) {
+            return Ok(0);
+        }
+        let mut before = sys::now();
         for _ in 0..self.spins {
             let n = self.io.poller.wait(Some(0))?;
             self.io.counters.polls += 1;
             if n > 0 {
                 self.spins = (self.spins * 2).clamp(1, self.max_spins);
+                self.crowded_for = CROWDED_MIN;
                 return Ok(n);
             }
             self.io.counters.empty_spins += 1;
+            sys::yield_now();
+            let now = sys::now();
+            if now.since(before) > TAKEN_AWAY {
+                self.crowded_until = Some(now.plus_ms(self.crowded_for));
+                self.crowded_for = (self.crowded_for * 2).min(CROWDED_MAX);
+                return Ok(0);
+            }
+            before = now;
         }
         self.spins = (self.spins / 2).max(1).min(self.max_spins);
         Ok(0)
