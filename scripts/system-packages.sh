@@ -23,6 +23,7 @@ ping:iputils-ping:ping tests
 traceroute:traceroute:traceroute tests
 tshark:tshark:capture tests
 strace:strace:idle tests
+turnserver:coturn:NAT behaviour tests
 sysctl:procps:the namespaces of tests
 setpriv:util-linux:tests as an ordinary user'
 bench="$test"'

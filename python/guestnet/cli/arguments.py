@@ -215,6 +215,12 @@ def add_network_options(parser: Parser) -> None:
         action="store_true",
         help="let guests reach the host's 127.0.0.1 as host.guestnet.internal, the subnet's last address",
     )
+    add(
+        "--filtering",
+        choices=("endpoint_independent", "address_dependent", "address_and_port_dependent"),
+        default="address_dependent",
+        help="who may send to a UDP port that a guest uses (RFC 4787 section 5; default address_dependent)",
+    )
     add("--pcap", metavar="FILE", help="write every frame to FILE (pcapng, for Wireshark)")
     add("--stats", action="store_true", help="print the counters at the end, on stderr")
     add("-q", "--quiet", action="store_true", help="say nothing but errors")
@@ -248,5 +254,6 @@ def network_settings(options: argparse.Namespace) -> dict[str, Any]:
         "mode": options.mode,
         "dns_records": records,
         "host_loopback": options.host_loopback,
+        "filtering": options.filtering,
         "capture": options.pcap,
     }
