@@ -91,7 +91,7 @@ impl Core {
             _ => false,
         };
         if !known {
-            if !self.policy.is_host(ip) || self.is_own(ip) {
+            if ip.is_ipv4() && !self.policy.is_host(ip) || self.is_own(ip) {
                 return Err(Drop::SpoofedSource);
             }
             if let Some(old) = self.neighbours.remove(ip) {
@@ -100,6 +100,7 @@ impl Core {
             self.learn_address(slot, mac, ip)?;
         }
         if let Some(p) = self.ports.get_mut(slot)
+            && ip.is_ipv4()
             && p.news.allow(now)
         {
             fx.event(Event::AddressSeen { port: p.id, mac, address: ip });
@@ -116,8 +117,9 @@ impl Core {
         if cap == 0 {
             return Err(Drop::SpoofedSource);
         }
-        let oldest = if port.learned.len() >= cap { port.learned.pop_front() } else { None };
-        port.learned.push_back(ip);
+        let learned = if ip.is_ipv4() { &mut port.learned } else { &mut port.learned6 };
+        let oldest = if learned.len() >= cap { learned.pop_front() } else { None };
+        learned.push_back(ip);
         if let Some(old) = oldest {
             self.neighbours.remove(old);
         }
@@ -129,6 +131,7 @@ impl Core {
     pub(crate) fn forget_learned(&mut self, slot: u32, ip: IpAddr) {
         if let Some(p) = self.ports.get_mut(slot) {
             p.learned.retain(|a| *a != ip);
+            p.learned6.retain(|a| *a != ip);
         }
     }
 

@@ -32,7 +32,7 @@ pub struct Limits {
     pub buffer_per_port: usize,
     /// Source MACs of one port that are remembered.
     pub macs_per_port: u32,
-    /// Addresses of one port that are learned (assigned ones do not count).
+    /// Addresses of one port that are learned, of each family (assigned ones do not count).
     pub addresses_per_port: u32,
     /// Datagrams of one port that wait for fragments.
     pub reassemblies_per_port: u32,

@@ -2,7 +2,7 @@
 //! socket events and the time; what is to happen comes out as calls on [`effects::Effects`], whose answers
 //! (a short send, a refused connect) the core needs at once. It opens nothing, sleeps never, reads no clock.
 //!
-//! The way of a frame through these files: `core` (the API) -> `switch` (which port?) -> `arp`,
+//! The way of a frame through these files: `core` (the API) -> `switch` (which port?) -> `arp`, `ndp`,
 //! `gateway` (echo, ICMP errors, `service`s, `reassembly`) or another port, or outside: `policy` ->
 //! `table` of `flow`s (hit, or new by `lifecycle`) -> `udp`, `icmp`, `relay` with `tcp`.
 //! From outside: `forward` and `neighbour`. `wheel` keeps time, `emit` makes frames; `nat` is the
@@ -22,6 +22,7 @@ mod icmp;
 mod lifecycle;
 mod limiter;
 pub mod nat;
+mod ndp;
 mod neighbour;
 mod policy;
 mod port;

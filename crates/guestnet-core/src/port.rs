@@ -23,8 +23,10 @@ pub struct Port {
     pub mac: Option<Mac>,
     /// Other source MACs seen (a bridge inside the guest), oldest first.
     pub macs: VecDeque<Mac>,
-    /// Addresses learned, oldest first.
+    /// IPv4 addresses learned, oldest first.
     pub learned: VecDeque<IpAddr>,
+    /// IPv6 addresses learned, oldest first.
+    pub learned6: VecDeque<IpAddr>,
     /// Its counters.
     pub counters: Counters,
     /// Records in the flow table, mappings not counted.
@@ -123,6 +125,7 @@ impl Port {
             config,
             macs: VecDeque::new(),
             learned: VecDeque::new(),
+            learned6: VecDeque::new(),
             counters: Counters::default(),
             flows: 0,
             sockets: 0,

@@ -119,6 +119,13 @@ impl Core {
         }
         match self.macs.get(src) {
             Some(owner) if owner == slot => Ok(()),
+            // A port that begins with it goes before one that used it besides its own.
+            Some(owner)
+                if port.mac.is_none() && self.ports.get(owner).is_some_and(|o| o.mac != Some(src)) =>
+            {
+                self.claim_mac(slot, src);
+                Ok(())
+            }
             Some(_) => Err(Drop::SpoofedMac),
             None if port.mac.is_none() => {
                 self.claim_mac(slot, src);
@@ -181,27 +188,29 @@ impl Core {
         let port = self.ports.get(slot).ok_or(Drop::NoEndpoint)?;
         check_size(port, &p, meta)?;
         check_offload(frame, &p, meta)?;
+        let server = SocketAddr::new(p.dst, DHCP_SERVER);
         let asks_dhcp = is_dhcp(frame, &p, DHCP_CLIENT, DHCP_SERVER)
-            && (self.policy.is_broadcast(p.dst) || self.is_own(p.dst));
+            && (self.policy.is_broadcast(p.dst) || self.services.find(proto::UDP, server).is_some());
         // A client that has no address, or one of another network, may still ask for one.
         if !(asks_dhcp && (p.src.is_unspecified() || !self.policy.in_subnet(p.src))) {
             self.check_source(slot, eth.src, p.src, fx)?;
         }
+        // With a DHCP service, no guest plays server to another.
+        if is_dhcp(frame, &p, DHCP_SERVER, DHCP_CLIENT) && self.services.dhcp().is_some() {
+            return Err(Drop::Policy);
+        }
         if eth.dst == self.cfg.gateway_mac {
             return self.routed(slot, eth.src, frame, &p, meta, fx);
         }
-        if let Some(service) = self.services.dhcp() {
-            if asks_dhcp && self.policy.is_broadcast(p.dst) {
-                self.verify(slot, frame, &p, meta)?;
-                let (src, dst) = (SocketAddr::new(p.src, p.src_port), SocketAddr::new(p.dst, p.dst_port));
-                let payload = frame.get(p.payload..p.end).unwrap_or(&[]);
-                self.punt(service, slot, eth.src, src, dst, payload, 0, fx);
-                return Ok(());
-            }
-            // With a DHCP service, no guest plays server to another.
-            if is_dhcp(frame, &p, DHCP_SERVER, DHCP_CLIENT) {
-                return Err(Drop::Policy);
-            }
+        if asks_dhcp
+            && self.policy.is_broadcast(p.dst)
+            && let Some(service) = self.services.dhcp()
+        {
+            self.verify(slot, frame, &p, meta)?;
+            let (src, dst) = (SocketAddr::new(p.src, p.src_port), SocketAddr::new(p.dst, p.dst_port));
+            let payload = frame.get(p.payload..p.end).unwrap_or(&[]);
+            self.punt(service, slot, eth.src, src, dst, payload, 0, fx);
+            return Ok(());
         }
         let meta = self.passable(slot, frame, &p, meta);
         self.bridge(slot, eth.dst, frame, meta, fx)
@@ -222,14 +231,7 @@ impl Core {
         let port = self.ports.get(slot).ok_or(Drop::NoEndpoint)?;
         check_size(port, &p, meta)?;
         check_offload(frame, &p, meta)?;
-        if p.src.is_multicast() || self.neighbours.get(p.src).is_some_and(|b| b.assigned && b.slot != slot) {
-            return Err(Drop::SpoofedSource);
-        }
-        // Router advertisements and redirects are the gateway's alone (RFC 6105).
-        let kind = frame.get(p.l4).copied().unwrap_or(0);
-        if p.proto == proto::ICMPV6 && matches!(kind, 134 | 137) {
-            return Err(Drop::Policy);
-        }
+        self.check_v6(slot, eth.src, frame, &p, fx)?;
         if eth.dst == self.cfg.gateway_mac {
             return Err(Drop::UnsupportedProtocol);
         }
@@ -293,7 +295,8 @@ impl Core {
         put(frame, p.l4 + usize::from(offset), &checksum::fold(sum).to_be_bytes());
         let room = usize::from(port.config.mtu).saturating_sub(p.payload - p.l3);
         let big = p.end - p.payload > room && room > 0;
-        let gso = (big && p.proto == proto::TCP).then_some(Gso::Tcp(room as u16));
+        let cut = big && p.proto == proto::TCP && !too_many(p.end - p.payload, room as u16, proto::TCP);
+        let gso = cut.then_some(Gso::Tcp(room as u16));
         FrameMeta { csum: Csum::Partial { start: p.l4 as u16, offset }, gso }
     }
 
@@ -339,7 +342,7 @@ fn check_size(port: &Port, p: &Packet, meta: FrameMeta) -> Result<(), Drop> {
         Some(Gso::Tcp(n)) => (proto::TCP, n),
         Some(Gso::Udp(n)) => (proto::UDP, n),
     };
-    if p.proto != want || size == 0 || p.fragment.is_some() {
+    if p.proto != want || size == 0 || p.fragment.is_some() || too_many(p.end - p.payload, size, want) {
         return Err(Drop::Malformed);
     }
     // virtio counts bytes of payload per piece.
@@ -347,6 +350,12 @@ fn check_size(port: &Port, p: &Packet, meta: FrameMeta) -> Result<(), Drop> {
         return Err(Drop::Oversized);
     }
     Ok(())
+}
+
+/// Whether a large send asks for more pieces than any honest guest: each is work here or on the host. Linux
+/// cuts UDP in 128 at most, and TCP in no pieces smaller than 48 bytes of the 64 KiB that it sends at once.
+fn too_many(len: usize, size: u16, proto: u8) -> bool {
+    len.div_ceil(usize::from(size)) > if proto == proto::UDP { 128 } else { 2048 }
 }
 
 /// A checksum that is left to us is where the protocol has it.

@@ -134,6 +134,29 @@ fn a_configured_mac_cannot_be_taken_beforehand() {
     n.dropped(Drop::SpoofedMac, |n| n.send(PortId(6), udp_from(&h, 1, 2, b"")));
 }
 
+/// A guest that leaves and comes back finds its MAC free, whoever used it meanwhile besides his own.
+#[test]
+fn a_mac_that_another_only_borrowed_goes_to_the_port_that_begins_with_it() {
+    let mut n = Net::new();
+    let now = n.now;
+    n.core.remove_port(now, B, &mut n.fx);
+    let borrowed = Ip4 { mac: mac(B), ..Ip4::new(A, "10.0.0.9".parse().unwrap(), proto::UDP) };
+    n.send(A, udp_from(&borrowed, 1, 2, b""));
+    n.core.add_port(B, port_config());
+    n.udp(B, 1, "10.0.0.9:2", b"");
+    assert_eq!(n.core.port_counters(B).unwrap().drops.iter().sum::<u64>(), 0);
+    n.dropped(Drop::SpoofedMac, |n| n.send(A, udp_from(&borrowed, 1, 2, b"")));
+    // Once it has one, it takes no other's.
+    let h = Ip4 { mac: mac(C), ..Ip4::new(A, "10.0.0.9".parse().unwrap(), proto::UDP) };
+    n.send(A, udp_from(&h, 1, 2, b""));
+    let h = Ip4 { mac: mac(C), ..Ip4::new(B, "10.0.0.9".parse().unwrap(), proto::UDP) };
+    n.dropped(Drop::SpoofedMac, |n| n.send(B, udp_from(&h, 1, 2, b"")));
+    // Nor one that is another's first.
+    n.core.add_port(PortId(7), port_config());
+    let h = Ip4 { mac: mac(A), ..Ip4::new(PortId(7), "10.0.0.9".parse().unwrap(), proto::UDP) };
+    n.dropped(Drop::SpoofedMac, |n| n.send(PortId(7), udp_from(&h, 1, 2, b"")));
+}
+
 #[test]
 fn one_guest_cannot_crowd_the_services() {
     let mut n = Net::with_limits(|l| l.service_datagrams_per_second = 20);
@@ -151,6 +174,14 @@ fn a_request_for_a_lease_is_no_way_out_for_a_false_source() {
     let mut n = Net::new();
     n.core.add_service(ServiceId(4), proto::UDP, GATEWAY.parse().unwrap(), 67);
     let h = Ip4 { src: ip("1.2.3.4"), ..Ip4::new(A, "10.0.0.9".parse().unwrap(), proto::UDP) };
+    n.dropped(Drop::SpoofedSource, |n| n.send(A, udp_from(&h, 68, 67, b"")));
+    assert!(n.fx.opened.is_empty());
+    // The gateway has addresses at which there is no such service.
+    let mut c = config();
+    c.host_loopback = Some("192.168.64.254".parse().unwrap());
+    let mut n = Net::with(c);
+    n.core.add_service(ServiceId(4), proto::UDP, GATEWAY.parse().unwrap(), 67);
+    let h = Ip4 { dst: ip("192.168.64.254"), ..h };
     n.dropped(Drop::SpoofedSource, |n| n.send(A, udp_from(&h, 68, 67, b"")));
     assert!(n.fx.opened.is_empty());
 }
@@ -288,6 +319,89 @@ fn ipv6_is_switched_but_not_routed() {
     n.dropped(Drop::Policy, |n| n.send(A, eth(mac(A), mac(B), ether::IPV6, &packet)));
 }
 
+fn lladdr(n: u8) -> [u8; 16] {
+    let mut a = [0; 16];
+    (a[0], a[1], a[15]) = (0xfe, 0x80, n);
+    a
+}
+
+/// An IPv6 packet of a guest; the payload's checksum is nobody's care here.
+fn six(from: PortId, src: [u8; 16], dst: [u8; 16], next: u8, payload: &[u8]) -> Vec<u8> {
+    let mut packet = vec![0x60, 0, 0, 0, 0, payload.len() as u8, next, 255];
+    packet.extend_from_slice(&src);
+    packet.extend_from_slice(&dst);
+    packet.extend_from_slice(payload);
+    eth(mac(from), mac(if from == A { B } else { A }), ether::IPV6, &packet)
+}
+
+/// RFC 7113: what a router says is not let through because it is wrapped up.
+#[test]
+fn a_router_advertisement_cannot_hide() {
+    let mut n = Net::new();
+    let ra = [134, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let (src, dst) = (lladdr(1), lladdr(2));
+    for headers in [1, 8, 9, 12] {
+        let mut payload = Vec::new();
+        for i in 1..=headers {
+            let next = if i == headers { proto::ICMPV6 } else { 60 };
+            payload.extend_from_slice(&[next, 0, 1, 4, 0, 0, 0, 0]);
+        }
+        payload.extend_from_slice(&ra);
+        let before = n.all_drops();
+        assert!(n.ask(A, six(A, src, dst, 60, &payload)).is_empty(), "behind {headers} headers");
+        assert_eq!(n.all_drops(), before + 1);
+    }
+    // In a fragment, and in one that leaves the rest of the headers to the next.
+    let fragment = |next: u8, rest: &[u8]| [&[next, 0, 0, 1, 0, 0, 0, 9], rest].concat();
+    n.dropped(Drop::Policy, |n| n.send(A, six(A, src, dst, 44, &fragment(proto::ICMPV6, &ra))));
+    n.dropped(Drop::Policy, |n| n.send(A, six(A, src, dst, 44, &fragment(60, &[58, 0, 1, 4, 0, 0, 0, 0]))));
+    // Other fragments pass, and a plain echo behind a few headers.
+    assert_eq!(n.ask(A, six(A, src, dst, 44, &fragment(proto::UDP, &[0; 16]))).len(), 1);
+    let echo = [&[proto::ICMPV6, 0, 1, 4, 0, 0, 0, 0][..], &[128, 0, 0, 0, 0, 0, 0, 0]].concat();
+    assert_eq!(n.ask(A, six(A, src, dst, 60, &echo)).len(), 1);
+}
+
+/// Neighbour discovery (RFC 4861) is policed as ARP is: nobody answers for another.
+#[test]
+fn nobody_answers_for_another_in_ipv6() {
+    let mut n = Net::new();
+    let (a, b, none) = (lladdr(1), lladdr(2), [0; 16]);
+    let message = |kind: u8, target: [u8; 16], option: u8, m: Mac| {
+        [&[kind, 0, 0, 0, 0, 0, 0, 0][..], &target, &[option, 1], &m.0].concat()
+    };
+    // B looks whether its address is free (RFC 4862 5.4): from then on it is B's.
+    let probe = [&[135, 0, 0, 0, 0, 0, 0, 0][..], &b].concat();
+    assert_eq!(n.ask(B, six(B, none, lladdr(9), proto::ICMPV6, &probe)).len(), 1);
+    let claim = message(136, b, 2, mac(A));
+    n.dropped(Drop::SpoofedSource, |n| n.send(A, six(A, a, lladdr(9), proto::ICMPV6, &claim)));
+    n.dropped(Drop::SpoofedSource, |n| n.send(A, six(A, b, lladdr(9), proto::ICMPV6, &claim)));
+    n.dropped(Drop::SpoofedSource, |n| n.send(A, six(A, b, a, 59, &[])));
+    // Its own it may tell, with its own MAC.
+    assert_eq!(n.ask(A, six(A, a, b, proto::ICMPV6, &message(136, a, 2, mac(A)))).len(), 1);
+    assert_eq!(n.ask(A, six(A, a, b, proto::ICMPV6, &message(135, b, 1, mac(A)))).len(), 1);
+    for (kind, option) in [(136, 2), (135, 1), (133, 1)] {
+        let target = if kind == 133 { none } else { a };
+        let mut m = message(kind, target, option, mac(B));
+        if kind == 133 {
+            m = [&m[..8], &m[24..]].concat();
+        }
+        n.dropped(Drop::SpoofedMac, |n| n.send(A, six(A, a, b, proto::ICMPV6, &m)));
+    }
+    n.dropped(Drop::Malformed, |n| n.send(A, six(A, a, b, proto::ICMPV6, &[136, 0, 0, 0, 0, 0, 0, 0, 1])));
+    let endless = [&message(136, a, 2, mac(A))[..24], &[2, 0, 0, 0, 0, 0, 0, 0]].concat();
+    n.dropped(Drop::Malformed, |n| n.send(A, six(A, a, b, proto::ICMPV6, &endless)));
+    // A probe for an address that another has reaches that one, who answers.
+    let probe = [&[135, 0, 0, 0, 0, 0, 0, 0][..], &b].concat();
+    assert_eq!(n.ask(A, six(A, none, lladdr(9), proto::ICMPV6, &probe)).len(), 1);
+    n.dropped(Drop::SpoofedSource, |n| n.send(A, six(A, b, a, 59, &[])));
+    // A port's addresses are bounded, and those of IPv4 are not among them.
+    for i in 0..100 {
+        n.send(A, six(A, lladdr(100 + i), b, 59, &[]));
+    }
+    let p = n.core.ports().find(|p| p.port == A).unwrap();
+    assert!(p.addresses.len() <= 17 && p.addresses.contains(&IpAddr::V4(guest_ip(A))), "{p:?}");
+}
+
 #[test]
 fn bad_checksums_and_sizes() {
     let mut n = Net::new();
@@ -313,6 +427,35 @@ fn bad_checksums_and_sizes() {
         let meta = FrameMeta { csum: Csum::Valid, gso: Some(gso) };
         n.dropped(why, |n| n.send_meta(A, big.clone(), meta));
     }
+}
+
+/// One large frame is work for as many small ones as it asks for, on this side and the next.
+#[test]
+fn a_large_send_cannot_ask_for_any_number_of_pieces() {
+    let mut n = Net::new();
+    let meta = |gso| FrameMeta { csum: Csum::Valid, gso: Some(gso) };
+    let to_x = udp_frame(A, 1, addr("10.0.0.9:2"), &[0; 60_000]);
+    n.dropped(Drop::Malformed, |n| n.send_meta(A, to_x.clone(), meta(Gso::Udp(1))));
+    n.send_meta(A, to_x, meta(Gso::Udp(60_000_u16.div_ceil(128))));
+    assert_eq!(n.fx.datagrams.len(), 1);
+    let h = Ip4 { to_mac: mac(B), ..Ip4::new(A, IpAddr::V4(guest_ip(B)), proto::TCP) };
+    let to_b = tcp_frame(&h, &guestnet_wire::tcp::Tcp::default(), &[1; 60_000]);
+    n.dropped(Drop::Malformed, |n| n.send_meta(A, to_b.clone(), meta(Gso::Tcp(1))));
+    n.fx.frames.clear();
+    n.send_meta(A, to_b, meta(Gso::Tcp(48)));
+    assert_eq!(n.fx.frames.len(), 1);
+}
+
+#[test]
+fn a_large_frame_of_a_lax_port_is_not_cut_into_crumbs() {
+    let mut n = Net::new();
+    n.core.add_port(C, PortConfig { lax_offload: true, mtu: 68, ..port_config() });
+    n.hello(C);
+    let h = Ip4 { to_mac: mac(B), ..Ip4::new(C, IpAddr::V4(guest_ip(B)), proto::TCP) };
+    let f = tcp_frame(&h, &guestnet_wire::tcp::Tcp::default(), &[1; 60_000]);
+    n.fx.frames.clear();
+    n.dropped(Drop::Oversized, |n| n.send(C, f));
+    assert!(n.fx.frames.is_empty());
 }
 
 #[test]
@@ -366,6 +509,11 @@ fn dhcp_reaches_its_service_and_no_guest_plays_server() {
     h.frag = 0x2000;
     let bytes = udp_bytes(IpAddr::V4(h.src), IpAddr::V4(h.dst), 67, 68, &[0; 16]);
     n.dropped(Drop::Policy, |n| n.send(A, h.frame(&bytes)));
+    // Nor by way of the gateway.
+    h.to_mac = GATEWAY_MAC;
+    n.dropped(Drop::Policy, |n| n.send(A, h.frame(&bytes)));
+    h.frag = 0;
+    n.dropped(Drop::Policy, |n| n.send(A, udp_from(&h, 67, 68, b"offer")));
     // The answer.
     n.fx.frames.clear();
     let (to, now) = (addr("255.255.255.255:68"), n.now);

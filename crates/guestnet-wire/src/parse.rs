@@ -152,6 +152,10 @@ fn parse_v6(frame: &[u8], l3: usize) -> Result<Packet, WireError> {
             return Err(WireError::Truncated);
         }
     }
+    // More of them than that would hide what comes behind.
+    if fragment.is_none() && matches!(next, 0 | 43 | 44 | 60) {
+        return Err(WireError::Malformed);
+    }
     let p = Packet {
         l3,
         l4: l3 + at,

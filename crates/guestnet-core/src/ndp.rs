@@ -1,0 +1,95 @@
+//! Theory of operation: IPv6 between guests. The gateway does not speak it yet, but guests do among themselves,
+//! so what [`crate::arp`] is to IPv4 neighbour discovery (RFC 4861) gets here: an address belongs to the port
+//! that used it or looked for it first, nobody answers for another's, and a link-layer address that is told
+//! is the teller's own. Router advertisements and redirects are the gateway's alone (RFC 6105), also when they
+//! are hidden behind headers or in fragments (RFC 7113, RFC 6980).
+
+use crate::core::Core;
+use crate::effects::Effects;
+use crate::service::{DHCP6_CLIENT, DHCP6_SERVER};
+use crate::stats::Drop;
+use guestnet_wire::ether::Mac;
+use guestnet_wire::parse::Packet;
+use guestnet_wire::proto;
+use std::net::{IpAddr, Ipv6Addr};
+
+const ROUTER_SOLICITATION: u8 = 133;
+const ROUTER_ADVERTISEMENT: u8 = 134;
+const SOLICITATION: u8 = 135;
+const ADVERTISEMENT: u8 = 136;
+const REDIRECT: u8 = 137;
+/// Options with a link-layer address: the sender's, the target's.
+const SOURCE: u8 = 1;
+const TARGET: u8 = 2;
+
+impl Core {
+    /// Checks that a guest may say to others what an IPv6 packet says.
+    pub(crate) fn check_v6<E: Effects>(
+        &mut self,
+        slot: u32,
+        mac: Mac,
+        frame: &[u8],
+        p: &Packet,
+        fx: &mut E,
+    ) -> Result<(), Drop> {
+        if p.src.is_multicast() {
+            return Err(Drop::SpoofedSource);
+        }
+        if !p.src.is_unspecified() {
+            self.check_source(slot, mac, p.src, fx)?;
+        }
+        let message = frame.get(p.l4..p.end).unwrap_or(&[]);
+        let kind = message.first().copied().unwrap_or(0);
+        if let Some(f) = p.fragment {
+            // Headers that go on behind the fragment's own could hide anything from us.
+            let hidden = matches!(p.proto, 0 | 43 | 44 | 60);
+            let discovery = p.proto == proto::ICMPV6 && (ROUTER_SOLICITATION..=REDIRECT).contains(&kind);
+            return if hidden || discovery && f.offset == 0 { Err(Drop::Policy) } else { Ok(()) };
+        }
+        let dhcp = (p.src_port, p.dst_port) == (DHCP6_SERVER, DHCP6_CLIENT);
+        if p.proto == proto::UDP && dhcp && self.services.dhcp().is_some() {
+            return Err(Drop::Policy);
+        }
+        if p.proto == proto::ICMPV6 { self.check_ndp(slot, mac, kind, p.src, message, fx) } else { Ok(()) }
+    }
+
+    fn check_ndp<E: Effects>(
+        &mut self,
+        slot: u32,
+        mac: Mac,
+        kind: u8,
+        src: IpAddr,
+        message: &[u8],
+        fx: &mut E,
+    ) -> Result<(), Drop> {
+        let (options, lladdr) = match kind {
+            ROUTER_ADVERTISEMENT | REDIRECT => return Err(Drop::Policy),
+            ROUTER_SOLICITATION => (message.get(8..), SOURCE),
+            SOLICITATION => (message.get(24..), SOURCE),
+            ADVERTISEMENT => (message.get(24..), TARGET),
+            _ => return Ok(()),
+        };
+        let mut options = options.ok_or(Drop::Malformed)?;
+        while let Some((&kind, rest)) = options.split_first() {
+            let len = usize::from(rest.first().copied().unwrap_or(0)) * 8;
+            let (option, more) = options.split_at_checked(len).filter(|_| len > 0).ok_or(Drop::Malformed)?;
+            if kind == lladdr && option.get(2..8) != Some(&mac.0) {
+                return Err(Drop::SpoofedMac);
+            }
+            options = more;
+        }
+        let Some(target) = message.get(8..24).and_then(|t| <[u8; 16]>::try_from(t).ok()) else {
+            return Ok(());
+        };
+        let target = IpAddr::V6(Ipv6Addr::from(target));
+        match kind {
+            ADVERTISEMENT => self.check_source(slot, mac, target, fx),
+            SOLICITATION if src.is_unspecified() => {
+                // RFC 4862 5.4: it is about to be its own. Who has it already is to hear of this.
+                let _owner_answers = self.check_source(slot, mac, target, fx);
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+}
