@@ -22,6 +22,7 @@ curl:curl:HTTP tests
 ping:iputils-ping:ping tests
 traceroute:traceroute:traceroute tests
 tshark:tshark:capture tests
+ethtool:ethtool:offload tests
 strace:strace:idle tests
 turnserver:coturn:NAT behaviour tests
 sysctl:procps:the namespaces of tests

@@ -13,8 +13,9 @@ IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 CLONE_NEWNET = 0x40000000
 
 
-def open_tap(ns: str, device: str) -> int:
-    """Makes TAP `device` in the namespace named `ns` and gives its descriptor. Needs root."""
+def open_tap(ns: str, device: str, *, headers: bool = True) -> int:
+    """Makes TAP `device` in the namespace named `ns` and gives its descriptor; `headers`: virtio's.
+    Needs root."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         pid = os.fork()
@@ -27,7 +28,7 @@ def open_tap(ns: str, device: str) -> int:
                     if libc.setns(target.fileno(), CLONE_NEWNET) != 0:
                         raise OSError(ctypes.get_errno(), "setns")
                 tap = os.open("/dev/net/tun", os.O_RDWR)
-                flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
+                flags = IFF_TAP | IFF_NO_PI | (IFF_VNET_HDR if headers else 0)
                 fcntl.ioctl(tap, TUNSETIFF, struct.pack("16sH22x", device.encode(), flags))
                 socket.send_fds(theirs, [b"1"], [tap])
                 status = 0
