@@ -89,7 +89,11 @@ fn hits(rows: &mut Vec<Row>, label: &str, flows: usize, mix: Mix, budget: Durati
     let master = Load::random(flows, mix);
     let n = master.spans.len();
     let mut e = engine(flows.max(1024));
-    run_guestnet(&mut e, &mut fresh.clone(), NatDirection::Outbound, Time(1));
+    let mut opened = fresh.clone();
+    run_guestnet(&mut e, &mut opened, NatDirection::Outbound, Time(1));
+    // TCP is established when the other side's SYN has come.
+    opened.mirror();
+    run_guestnet(&mut e, &mut opened, NatDirection::Inbound, Time(1));
     assert_eq!(e.connection_count(), flows);
     // What the outside answers: the translated packets, mirrored.
     let mut replies = master.clone();
@@ -276,8 +280,16 @@ fn pool(rows: &mut Vec<Row>) {
 fn main() {
     let path = std::env::args().nth(1).unwrap_or_else(|| "engine.json".into());
     let mut rows = Vec::new();
+    let second = Duration::from_secs(1);
     if std::env::args().nth(2).as_deref() == Some("100k") {
         attack(&mut rows);
+        for r in &rows {
+            println!("{} {:.2} {:?}", r.name, r.guestnet, r.arcbox);
+        }
+        return;
+    }
+    if std::env::args().nth(2).as_deref() == Some("tcp") {
+        hits(&mut rows, "tcp1500_64_flows", 64, Mix::Tcp1500, second);
         for r in &rows {
             println!("{} {:.2} {:?}", r.name, r.guestnet, r.arcbox);
         }
@@ -294,7 +306,6 @@ fn main() {
         }
         return;
     }
-    let second = Duration::from_secs(1);
     checksum(&mut rows);
     ring(&mut rows);
     pool(&mut rows);

@@ -176,7 +176,8 @@ impl NatEngine {
         }
         let mut touched = 0;
         let mut fresh = 0;
-        for g in group.iter() {
+        for g in group.iter_mut() {
+            g.slot = index.likely(g.hash, g.slot);
             match Index::record(g.slot) {
                 Some(r) => touched ^= self.table.sessions.get(r).map_or(0, |s| s.expires),
                 None => fresh += usize::from(g.total != 0),
@@ -184,8 +185,14 @@ impl NatEngine {
         }
         if OUT && fresh > 1 {
             // Several new connections: what making them needs is fetched for all at once.
-            for g in group.iter().filter(|g| g.total != 0 && !Index::may_be(g.slot, g.hash)) {
-                touched ^= self.table.foresee(&g.key);
+            let mut hashes = [[0; 3]; GROUP];
+            let mut n = 0;
+            for g in group.iter().filter(|g| g.slot == 0 && g.total != 0) {
+                hashes[n] = self.table.foresee(&g.key);
+                n += 1;
+            }
+            for h in &hashes[..n] {
+                touched ^= self.table.touch(h);
             }
         }
         std::hint::black_box(touched);

@@ -42,10 +42,20 @@ impl Index {
         self.slots.get(hash as usize & self.mask).copied().unwrap_or(0)
     }
 
-    /// False when the slot where `hash` starts holds another's record.
+    /// The slot that most likely is that of `hash`, from where it starts; 0 when there certainly is none. Reads
+    /// no record.
     #[inline(always)]
-    pub(crate) fn may_be(slot: u32, hash: u64) -> bool {
-        slot != 0 && slot & !MASK == tag(hash)
+    pub(crate) fn likely(&self, hash: u64, first: u32) -> u32 {
+        let tag = tag(hash);
+        let mut slot = first;
+        let mut at = hash as usize & self.mask;
+        let mut distance = 0;
+        while slot != 0 && slot & !MASK != tag | distance << 24 {
+            at = (at + 1) & self.mask;
+            distance = (distance + 1).min(FAR);
+            slot = self.slots.get(at).copied().unwrap_or(0);
+        }
+        slot
     }
 
     /// The record that a slot names, where there is one.

@@ -543,29 +543,30 @@ impl Table {
         self.release_mapping(s.mapping, tick);
     }
 
-    /// Reads what a new outbound connection with this key will need, so that it is in the cache: the slots of
-    /// its mapping, and those of its external end should it keep its port. Changes nothing.
+    /// The hashes of what a new outbound connection with this key will need: those of its mapping, and of its
+    /// external end should it keep its port.
     #[inline]
-    pub fn foresee(&self, k: &Key) -> u32 {
+    pub fn foresee(&self, k: &Key) -> [u64; 3] {
         let b = self.mapping_behaviour(k.proto);
         let own = Key {
             remote: if b == Behaviour::EndpointIndependent { 0 } else { k.remote },
             remote_port: if b == Behaviour::AddressAndPortDependent { k.remote_port } else { 0 },
             ..*k
         };
-        let mut seen = self.map_out.first(own.hash(&self.keys));
         let ip = k.local;
         let host =
             self.host_index.find(self.host_hash(ip), |r| self.hosts.get(r).is_some_and(|h| h.ip == ip));
-        if let Some(e) =
-            host.and_then(|h| self.hosts.get(h)).and_then(|h| self.externals.get(h.external as usize))
-        {
-            let inner = Key { local: e.ip, ..*k };
-            seen ^= self.inn.first(inner.hash(&self.keys));
-            let outer = Key { remote: 0, remote_port: 0, ..inner };
-            seen ^= self.map_in.first(outer.hash(&self.keys));
-        }
-        seen
+        let external = host.and_then(|h| self.hosts.get(h)).map_or(0, |h| h.external);
+        let local = self.externals.get(external as usize).map_or(0, |e| e.ip);
+        let inner = Key { local, ..*k };
+        let outer = Key { remote: 0, remote_port: 0, ..inner };
+        [own.hash(&self.keys), inner.hash(&self.keys), outer.hash(&self.keys)]
+    }
+
+    /// Reads the slots of what was foreseen, so that they are in the cache. Changes nothing.
+    #[inline(always)]
+    pub fn touch(&self, [own, inner, outer]: &[u64; 3]) -> u32 {
+        self.map_out.first(*own) ^ self.inn.first(*inner) ^ self.map_in.first(*outer)
     }
 
     /// Reads what removing a session will need.
