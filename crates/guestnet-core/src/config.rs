@@ -40,9 +40,11 @@ pub struct Limits {
     pub reassembly_bytes: usize,
     /// ICMP errors a second to one port (RFC 1812 4.3.2.8).
     pub icmp_errors_per_second: u32,
-    /// Frames a second of one port that go to more than one port (broadcast, multicast, unknown MAC).
+    /// Frames a second of one port that go to more than one port (broadcast, multicast, unknown MAC). A frame
+    /// counts once for each 1514 bytes and each 64 ports begun.
     pub floods_per_second: u32,
-    /// Datagrams a second of one port to UDP services; the control side serves all ports from one queue.
+    /// Datagrams a second of one port to UDP services; the control side serves all ports from one queue. A
+    /// datagram counts once for each 1500 bytes begun.
     pub service_datagrams_per_second: u32,
     /// Inbound flows and datagrams that wait for a guest's answer to ARP, all ports together.
     pub neighbour_waiting: u32,

@@ -22,12 +22,18 @@ impl Limiter {
 
     /// Takes a token; false when there is none.
     pub fn allow(&mut self, now: Time) -> bool {
+        self.allow_n(now, 1)
+    }
+
+    /// Takes `n` tokens, or all of a full bucket where it holds fewer; false when there are not enough.
+    pub fn allow_n(&mut self, now: Time, n: usize) -> bool {
         self.credit = self.credit.saturating_add(now.since(self.last)).min(SECOND);
         self.last = self.last.max(now);
-        if self.credit < self.cost {
+        let cost = self.cost.saturating_mul(n as u64).min(self.cost.max(SECOND));
+        if self.credit < cost {
             return false;
         }
-        self.credit -= self.cost;
+        self.credit -= cost;
         true
     }
 }
@@ -44,5 +50,14 @@ mod tests {
         assert_eq!(took(&mut l, SECOND / 2), 50);
         assert_eq!(took(&mut l, SECOND * 100), 100);
         assert!(!Limiter::new(0, Time(0)).allow(Time(SECOND)));
+        assert!(!Limiter::new(0, Time(0)).allow_n(Time(SECOND), 5000));
+    }
+
+    #[test]
+    fn several_at_once() {
+        let mut l = Limiter::new(100, Time(0));
+        assert!(l.allow_n(Time(0), 60) && !l.allow_n(Time(0), 60) && l.allow_n(Time(0), 40));
+        // More than it ever holds waits for all that it holds.
+        assert!(!l.allow_n(Time(SECOND / 2), 1000) && l.allow_n(Time(SECOND), 1000));
     }
 }

@@ -19,6 +19,9 @@ pub const DHCP6_SERVER: u16 = 547;
 /// DHCPv6 client port.
 pub const DHCP6_CLIENT: u16 = 546;
 
+/// Bytes of a datagram to a UDP service that count as one.
+const COUNTED: usize = 1500;
+
 struct Service {
     id: ServiceId,
     proto: u8,
@@ -78,7 +81,8 @@ impl Core {
         let (port, limit, counters) = (p.id, &mut p.service, &mut p.counters);
         let size = if segment == 0 { payload.len().max(1) } else { usize::from(segment) };
         let mut send = |payload: &[u8]| {
-            if !limit.allow(now) {
+            // All guests share the queue, and its room is bytes as well as places.
+            if !limit.allow_n(now, payload.len().div_ceil(COUNTED).max(1)) {
                 return counters.drop(Drop::RateLimit);
             }
             fx.event(Event::Datagram { service, port, mac, src, dst, payload: payload.into() });

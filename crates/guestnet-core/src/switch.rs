@@ -17,6 +17,10 @@ use guestnet_wire::{WireError, be16, checksum, proto, put};
 use hashbrown::HashTable;
 use std::net::SocketAddr;
 
+/// Bytes of a frame, and ports that it goes to, that count as one frame against the rate of floods.
+const FLOOD_BYTES: usize = 1514;
+const FLOOD_PORTS: usize = 64;
+
 /// Which port a MAC belongs to.
 pub struct Macs {
     table: HashTable<(Mac, u32)>,
@@ -255,8 +259,10 @@ impl Core {
                 Ok(())
             }
             None => {
+                let cost =
+                    frame.len().div_ceil(FLOOD_BYTES) * (self.ports.end() as usize).div_ceil(FLOOD_PORTS);
                 let port = self.ports.get_mut(slot).ok_or(Drop::NoEndpoint)?;
-                if !port.flood.allow(self.now) {
+                if !port.flood.allow_n(self.now, cost) {
                     return Err(Drop::RateLimit);
                 }
                 for to in 0..self.ports.end() {

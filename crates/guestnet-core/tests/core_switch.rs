@@ -55,10 +55,27 @@ fn floods_reach_everyone_else_and_are_limited() {
         n.send(A, udp_from(&h, 9, 9, b"x"));
     }
     assert_eq!(n.drops(Drop::RateLimit), 12);
+    // It counts what a flood costs: large frames more, and with more ports.
+    n.pass_ms(2000);
+    let meta = FrameMeta { csum: Csum::Valid, gso: Some(Gso::Udp(1000)) };
+    n.fx.frames.clear();
+    for _ in 0..3 {
+        n.send_meta(A, udp_from(&h, 9, 9, &[0; 6000]), meta);
+    }
+    assert_eq!(n.fx.frames.len(), 2 * 2);
+    n.pass_ms(2000);
+    for port in 10..200 {
+        n.core.add_port(PortId(port), port_config());
+    }
+    n.fx.frames.clear();
+    for _ in 0..10 {
+        n.send(A, udp_from(&h, 9, 9, b"x"));
+    }
+    assert_eq!(n.fx.frames.len(), 2 * 192);
     // B's rate is its own.
     let mut h = Ip4::new(B, "255.255.255.255".parse().unwrap(), proto::UDP);
     h.to_mac = Mac::BROADCAST;
-    assert_eq!(n.ask(B, udp_from(&h, 9, 9, b"x")).len(), 2);
+    assert_eq!(n.ask(B, udp_from(&h, 9, 9, b"x")).len(), 192);
 }
 
 #[test]
@@ -167,6 +184,16 @@ fn one_guest_cannot_crowd_the_services() {
     n.udp(B, 4000, "192.168.64.1:53", b"query");
     assert_eq!(n.drops(Drop::RateLimit), 30);
     assert_eq!(n.events(|e| matches!(e, Event::Datagram { port: B, .. })), 1);
+    // A large one counts as what it takes in the queue that all share.
+    n.pass_ms(2000);
+    n.fx.events.clear();
+    let meta = FrameMeta { csum: Csum::Valid, gso: Some(Gso::Udp(7500)) };
+    n.core.add_port(C, PortConfig { mtu: 9000, ..port_config() });
+    n.hello(C);
+    for _ in 0..3 {
+        n.send_meta(C, udp_frame(C, 4000, addr("192.168.64.1:53"), &[0; 15_000]), meta);
+    }
+    assert_eq!(n.events(|e| matches!(e, Event::Datagram { port: C, .. })), 4);
 }
 
 #[test]

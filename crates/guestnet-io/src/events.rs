@@ -4,6 +4,7 @@
 //! Acknowledgements and the coming and going of ports may not: they wait in the worker's own overflow, and
 //! while there is any, no more commands and guests are taken, so that it stays small.
 
+use crate::attachments::FRAME_MAX;
 use crate::commands::{CommandError, Value, Waker};
 use crate::sys;
 use guestnet_core::effects;
@@ -15,6 +16,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// Bytes of payload that wait in the ring at most.
 const PAYLOAD_MAX: usize = 8 << 20;
+/// Quarters of the ring that frames leave free.
+const FRAME_QUARTERS: usize = 1;
 /// Slots that only events that may not be lost can use.
 const RESERVED: usize = 64;
 
@@ -88,6 +91,17 @@ impl Event {
             _ => 0,
         }
     }
+
+    /// Quarters of the ring that it leaves to what matters more. One guest with many short flows, or one
+    /// that is sent much, is not to keep others from services.
+    fn quarters_left(&self) -> usize {
+        use effects::Event::{Denied, FlowClosed, FlowOpened};
+        match self {
+            Event::Core(FlowOpened { .. } | FlowClosed { .. } | Denied { .. }) => 2,
+            Event::Frame { .. } => FRAME_QUARTERS,
+            _ => 0,
+        }
+    }
 }
 
 struct Shared {
@@ -103,6 +117,7 @@ struct Shared {
 /// The worker's half.
 pub(crate) struct EventSender {
     ring: rtrb::Producer<Event>,
+    capacity: usize,
     shared: Arc<Shared>,
     overflow: VecDeque<Event>,
     dirty: bool,
@@ -119,7 +134,8 @@ pub(crate) struct EventReceiver {
 
 /// A ring for `capacity` events.
 pub(crate) fn channel(capacity: usize, waker: Arc<Waker>) -> Result<(EventSender, EventReceiver), i32> {
-    let (producer, consumer) = rtrb::RingBuffer::new(capacity.max(RESERVED * 2));
+    let capacity = capacity.max(RESERVED * 2);
+    let (producer, consumer) = rtrb::RingBuffer::new(capacity);
     let shared = Arc::new(Shared {
         fd: sys::eventfd()?,
         armed: AtomicBool::new(true),
@@ -128,6 +144,7 @@ pub(crate) fn channel(capacity: usize, waker: Arc<Waker>) -> Result<(EventSender
     });
     let sender = EventSender {
         ring: producer,
+        capacity,
         shared: Arc::clone(&shared),
         overflow: VecDeque::new(),
         dirty: false,
@@ -137,22 +154,39 @@ pub(crate) fn channel(capacity: usize, waker: Arc<Waker>) -> Result<(EventSender
 }
 
 impl EventSender {
-    /// True when an event of `len` payload bytes that may be lost would be taken.
-    pub(crate) fn has_room(&self, len: usize) -> bool {
-        self.ring.slots() > RESERVED
+    /// True when an event of `len` payload bytes that may be lost would be taken, with so many quarters of the
+    /// ring and its bytes left free.
+    fn has_room(&self, len: usize, quarters: usize) -> bool {
+        self.ring.slots() > RESERVED + self.capacity / 4 * quarters
             && self.overflow.is_empty()
-            && self.shared.bytes.load(Ordering::Relaxed) + len <= PAYLOAD_MAX
+            && self.shared.bytes.load(Ordering::Relaxed) + len <= PAYLOAD_MAX / 4 * (4 - quarters)
+    }
+
+    /// True when a frame of any size would be taken; else this worker is woken when there may be room.
+    pub(crate) fn frame_room_or_wake(&self) -> bool {
+        if self.frame_room() {
+            return true;
+        }
+        // Asked for before looking again, so that room made meanwhile is not missed.
+        self.want_room();
+        fence(Ordering::SeqCst);
+        self.frame_room()
+    }
+
+    /// True when a frame of any size would be taken now.
+    pub(crate) fn frame_room(&self) -> bool {
+        self.has_room(FRAME_MAX, FRAME_QUARTERS)
     }
 
     /// Asks for a wake-up of this worker when the consumer has made room.
-    pub(crate) fn want_room(&self) {
+    fn want_room(&self) {
         self.shared.wanted.store(true, Ordering::SeqCst);
     }
 
     /// Sends what may be lost. False: it was.
     pub(crate) fn offer(&mut self, event: Event) -> bool {
         let len = event.payload_len();
-        if !self.has_room(len) {
+        if !self.has_room(len, event.quarters_left()) {
             self.dropped += 1;
             return false;
         }
@@ -233,6 +267,8 @@ impl EventReceiver {
             sys::eventfd_signal(&self.shared.fd);
         }
         self.shared.bytes.fetch_sub(bytes, Ordering::Relaxed);
+        // The room is there before the wish for it is looked at; the worker does it the other way round.
+        fence(Ordering::SeqCst);
         if !out.is_empty() && self.shared.wanted.swap(false, Ordering::SeqCst) {
             self.waker.wake();
         }
@@ -243,6 +279,8 @@ impl EventReceiver {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use guestnet_core::types::{FlowId, ServiceId};
+    use guestnet_wire::ether::Mac;
 
     fn pair(n: usize) -> (EventSender, EventReceiver) {
         channel(n, Arc::new(Waker::new().unwrap())).unwrap()
@@ -305,13 +343,55 @@ mod tests {
         assert!(r.waker.take(), "the worker was woken to go on");
     }
 
+    /// What one guest's flows have to tell, or a guest in memory is sent, leaves room for what other guests
+    /// ask of services.
+    #[test]
+    fn news_of_flows_and_frames_leave_room_for_services() {
+        let (mut s, r) = pair(1024);
+        let flow = FlowId { index: 1, generation: 2 };
+        let closed = || Event::Core(effects::Event::FlowClosed { flow, bytes_out: 0, bytes_in: 0 });
+        let flows = (0..2000).filter(|_| s.offer(closed())).count();
+        let frame = || Event::Frame { port: PortId(1), frame: vec![0; 60].into() };
+        let frames = (0..2000).filter(|_| s.offer(frame())).count();
+        let asked = (0..2000).filter(|_| s.offer(datagram(100))).count();
+        assert_eq!((flows, frames, asked), (512 - RESERVED, 256, 256));
+        assert_eq!(r.drain(2000).len(), flows + frames + asked);
+        // Neither do the bytes of frames.
+        let large = || Event::Frame { port: PortId(1), frame: vec![0; 65536].into() };
+        while s.offer(large()) {}
+        assert!(s.offer(datagram(65_507)));
+    }
+
+    #[test]
+    fn who_finds_no_room_is_woken_when_there_is() {
+        let (mut s, r) = pair(128);
+        assert!(s.frame_room_or_wake());
+        while s.offer(log(0)) {}
+        r.waker.take();
+        assert!(!s.frame_room_or_wake());
+        assert_eq!(r.drain(1000).len(), 64);
+        assert!(r.waker.take());
+        assert!(s.frame_room_or_wake());
+    }
+
+    fn datagram(len: usize) -> Event {
+        let at = "192.0.2.1:53".parse().unwrap();
+        Event::Core(effects::Event::Datagram {
+            service: ServiceId(1),
+            port: PortId(1),
+            mac: Mac([2; 6]),
+            src: at,
+            dst: at,
+            payload: vec![0; len].into(),
+        })
+    }
+
     #[test]
     fn payload_bytes_are_bounded() {
         let (mut s, r) = pair(1024);
-        let frame = || Event::Frame { port: PortId(1), frame: vec![0; 65536].into() };
-        let n = (0..1000).filter(|_| s.offer(frame())).count();
+        let n = (0..1000).filter(|_| s.offer(datagram(65536))).count();
         assert_eq!(n, PAYLOAD_MAX / 65536);
         assert_eq!(r.drain(1000).len(), n);
-        assert!(s.offer(frame()));
+        assert!(s.offer(datagram(65536)));
     }
 }

@@ -205,7 +205,7 @@ impl Ports {
             Attachment::Stream(_) | Attachment::Dgram(_) => {
                 QUEUE_MAX.saturating_sub(port.attachment.waiting())
             }
-            Attachment::Memory if !events.has_room(super::FRAME_MAX) => {
+            Attachment::Memory if !events.frame_room() => {
                 self.events_full = true;
                 0
             }
@@ -267,7 +267,7 @@ impl Ports {
                 }
                 return Ok(());
             }
-            Attachment::Memory if !out.events.has_room(super::FRAME_MAX) => {
+            Attachment::Memory if !out.events.frame_room() => {
                 port.owed = true;
                 self.events_full = true;
                 return Err(TxError::Full);
@@ -446,7 +446,7 @@ impl Ports {
             }
         }
         self.dirty = dirty;
-        if self.events_full && out.events.has_room(super::FRAME_MAX) {
+        if self.events_full && out.events.frame_room_or_wake() {
             self.events_full = false;
             let owed = self.slab.iter().filter(|(_, p)| p.owed && matches!(p.attachment, Attachment::Memory));
             let owed: Vec<u32> = owed.map(|(i, _)| i).collect();
@@ -456,8 +456,6 @@ impl Ports {
                     self.writable.push(p.id);
                 }
             }
-        } else if self.events_full {
-            out.events.want_room();
         }
     }
 }

@@ -25,8 +25,9 @@ impl Queue {
     }
 
     pub(crate) fn push(&mut self, bytes: &[u8]) {
-        if self.buf.len() + bytes.len() > self.buf.capacity() && self.head > 0 {
-            // Rather than growing.
+        if self.buf.len() + bytes.len() > self.buf.capacity() && self.head >= self.len() {
+            // Rather than growing, when at least as much was sent as is moved: a reader of crumbs must not
+            // make every frame cost all that waits.
             self.buf.drain(..self.head);
             self.head = 0;
         }
@@ -77,5 +78,26 @@ mod tests {
         assert_eq!(&q.bytes()[q.len() - 3..], [1, 9, 3]);
         q.consume(usize::MAX / 2);
         assert!(q.is_empty());
+    }
+
+    /// A guest that reads in crumbs must not make every frame cost as much as all that waits.
+    #[test]
+    fn appending_moves_no_more_than_it_appends() {
+        let mut q = Queue::default();
+        while q.len() < (1 << 20) - 2000 {
+            q.push(&[7; 64]);
+        }
+        let (mut moved, mut pushed) = (0, 0);
+        for _ in 0..20_000 {
+            q.consume(1000);
+            let (head, len) = (q.head, q.len());
+            q.push(&[7; 1000]);
+            pushed += 1000;
+            if q.head < head {
+                moved += len;
+            }
+        }
+        assert!(moved <= 2 * pushed, "{moved} bytes moved for {pushed}");
+        assert!(q.buf.capacity() <= 4 << 20);
     }
 }
