@@ -17,6 +17,7 @@ guard (`_linux/guard.py`).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -159,6 +160,8 @@ def _set_up(guest: Guest) -> tuple[int, list[str]]:
         mounts.make_private()
     except OSError as error:
         raise StartError(why_no_namespaces(error)) from error
+    with contextlib.suppress(OSError):  # where it is forbidden, programs see the host's devices in /sys
+        mounts.show_own_devices()
     links.set_up("lo")
     tap = _open_tap(guest.interface.name)
     try:

@@ -388,7 +388,9 @@ class Session:
         except (AddressPoolExhausted, AddressInUse) as error:
             if port not in self._turned_away:
                 self._turned_away.add(port)
-                self.emit("log", None, level="warning", message=f"A guest cannot be served: {error}")
+                message = f"A guest cannot be served: {error}"
+                _log.warning("%s", message)
+                self.emit("log", None, level="warning", message=message)
             return None
         del self._arrivals[port]
         endpoint._attached = listener.kind

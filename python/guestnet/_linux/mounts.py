@@ -1,4 +1,5 @@
-"""A private /etc/resolv.conf for a process in a mount namespace of its own, with nothing left on disk."""
+"""A private /etc/resolv.conf, and its own network devices in /sys, for a process in a mount namespace of its
+own, with nothing left on disk."""
 
 from __future__ import annotations
 
@@ -20,6 +21,8 @@ _NAME_SERVICE_SOCKETS = (
     "/run/systemd/resolve/io.systemd.Resolve.Monitor",
 )
 
+_SYS = libc.MS_NOSUID | libc.MS_NODEV | libc.MS_NOEXEC
+
 # Where the tmpfs that holds the new files is mounted for a moment: any directory that is surely there.
 _SCRATCH = ("/tmp", "/mnt", "/var", "/usr")
 
@@ -27,6 +30,36 @@ _SCRATCH = ("/tmp", "/mnt", "/var", "/usr")
 def make_private() -> None:
     """Mounts made from here on stay in this mount namespace; those of the host still arrive (slave)."""
     libc.mount("none", "/", None, libc.MS_REC | libc.MS_SLAVE)
+
+
+def show_own_devices() -> None:
+    """Mounts a /sys that shows the devices of this network namespace; the host's shows the host's.
+
+    What was mounted in the old one (cgroups, say) is in the new one too. A container may forbid it: OSError.
+    """
+    below = [(path, fd) for path in _mounts_below("/sys/") if (fd := _open_path(path)) is not None]
+    try:
+        try:
+            libc.mount("sysfs", "/sys", "sysfs", _SYS)
+        except OSError:
+            libc.mount("sysfs", "/sys", "sysfs", _SYS | libc.MS_RDONLY)
+        for path, fd in below:
+            with contextlib.suppress(OSError):
+                libc.mount(f"/proc/self/fd/{fd}", path, None, libc.MS_BIND | libc.MS_REC)
+    finally:
+        for _, fd in below:
+            os.close(fd)
+
+
+def _mounts_below(top: str) -> list[str]:
+    """The places of mounts below a directory, those below another of them left out."""
+    found: list[str] = []
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        places = sorted({line.split()[4] for line in file})
+    for place in places:
+        if place.startswith(top) and not (found and place.startswith(found[-1] + "/")):
+            found.append(place)
+    return found
 
 
 def resolv_conf_text(nameserver: str, search: tuple[str, ...]) -> str:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from guestnet.cli import UsageError, arguments, supervise
-from guestnet.cli.terminal import say
+from guestnet.cli.terminal import say, tell_log
 
 if TYPE_CHECKING:
     from guestnet.forwards import ForwardSpec
@@ -39,6 +39,7 @@ def network_of_one(
     from guestnet.config import NatConfig
     from guestnet.network import NatNetwork
 
+    tell_log(quiet=options.quiet, verbose=options.verbose)
     network = NatNetwork(NatConfig(**arguments.network_settings(options)))
     try:
         network.start()

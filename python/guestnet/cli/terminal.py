@@ -15,6 +15,21 @@ def say(text: str) -> None:
     _write(f"{text}\n")
 
 
+def tell_log(*, quiet: bool, verbose: bool = False) -> None:
+    """From here on, what the network logs is said as our own sentences: warnings, or more, or errors only."""
+    import logging
+
+    class Stderr(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            error = record.exc_info[1] if record.exc_info else None
+            complain(record.getMessage() + (f" ({type(error).__name__}: {error})" if error else ""))
+
+    logger = logging.getLogger("guestnet")
+    logger.addHandler(Stderr())
+    logger.propagate = False
+    logger.setLevel(logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING)
+
+
 def _write(text: str) -> None:
     try:
         sys.stderr.write(text)

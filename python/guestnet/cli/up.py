@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from guestnet.cli import EXIT_OK, UsageError, arguments
 from guestnet.cli.sockets import check_path, remove_stale
-from guestnet.cli.terminal import say
+from guestnet.cli.terminal import say, tell_log
 
 if TYPE_CHECKING:
     from guestnet.config import NatConfig
@@ -121,6 +121,7 @@ def main(argv: Sequence[str]) -> int:
     # Blocked before any thread starts, and taken by this one alone.
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     teller = Teller(options)
+    tell_log(quiet=options.quiet, verbose=options.verbose)
 
     from guestnet.network import NatNetwork
 
@@ -242,6 +243,8 @@ class Teller:
 
     def event(self, event: Any) -> None:
         """An event of the network, called in its control thread."""
+        if event.kind == "log" and not self._json:
+            return  # on stderr already
         text = _SAID.get(event.kind)
         if text is None and not self._verbose and not self._json:
             return

@@ -21,6 +21,11 @@ pytestmark = pytest.mark.skipif(
     reason="no namespaces or no /dev/net/tun here: `guestnet doctor` says how to get them",
 )
 
+# A container may forbid a /sys of one's own.
+_SYSFS = not subprocess.run(
+    ["unshare", "-rnm", "mount", "-t", "sysfs", "none", "/sys"], capture_output=True, check=False
+).returncode
+
 _DRIVER = """
 import json, os, sys
 from ipaddress import IPv4Address, IPv4Interface
@@ -75,6 +80,8 @@ def test_interface_route_names_and_ping() -> None:
                 "resolv": open("/etc/resolv.conf").read(), "host": socket.gethostname(),
                 "ping": open("/proc/sys/net/ipv4/ping_group_range").read().split()[0],
                 "ignored": [l.split()[1] for l in open("/proc/self/status") if l.startswith("SigBlk")],
+                "devices": sorted(os.listdir("/sys/class/net")),
+                "cgroups": os.path.ismount("/sys/fs/cgroup"),
                 "uid": os.getuid(), "fds": len(os.listdir("/proc/self/fd")),
             }))
             """
@@ -92,6 +99,9 @@ def test_interface_route_names_and_ping() -> None:
     assert seen["ping"] == "0"
     assert seen["ignored"] == ["0000000000000000"]
     assert seen["uid"] == 0
+    if _SYSFS:
+        assert seen["devices"] == seen["names"]
+        assert seen["cgroups"] == os.path.ismount("/sys/fs/cgroup")
 
 
 def test_nothing_changes_outside() -> None:
