@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import CancelledError as FutureCancelled
 from concurrent.futures import Future
@@ -40,6 +41,7 @@ class Control:
         self._handlers: Handlers = {}
         self._pending: dict[int, asyncio.Future[Any]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._backlog: deque[tuple[Callable[..., int], tuple[Any, ...]]] = deque()
         self._ready: Future[None] = Future()
         self._failure: str | None = None
         # A daemon, so that a program that forgets to stop its network can still end; NatNetwork stops it
@@ -94,12 +96,14 @@ class Control:
     async def do(self, command: Callable[..., int], *arguments: Any, **keywords: Any) -> Any:
         """Gives the worker a command and waits until it is done; returns what it brought."""
         while True:
-            try:
-                sequence = command(*arguments, **keywords)
-                break
-            except BusyError:
-                self._check()
-                await asyncio.sleep(_RETRY_SECONDS)  # the worker is behind: its queue is bounded
+            if not self._backlog:
+                try:
+                    sequence = command(*arguments, **keywords)
+                    break
+                except BusyError:
+                    pass
+            self._check()
+            await asyncio.sleep(_RETRY_SECONDS)  # the worker is behind: its queue is bounded
         if self._failure is not None:
             self._check()  # nobody will answer any more
         future: asyncio.Future[Any] = self.loop.create_future()
@@ -110,13 +114,36 @@ class Control:
             self._pending.pop(sequence, None)
 
     def post(self, command: Callable[..., int], *arguments: Any, **keywords: Any) -> bool:
-        """Gives the worker a command that nobody waits for. False when it was not taken."""
+        """Gives the worker a command that nobody waits for and that may be lost, as an answer to a guest may.
+        False when it was not taken."""
         try:
             command(*arguments, **keywords)
         except GuestnetError as error:
             _log.debug("a command was not taken: %s", error)
             return False
         return True
+
+    def ensure(self, command: Callable[..., int], *arguments: Any) -> None:
+        """Gives the worker a command that nobody waits for, and that changes what later ones build on: when
+        the queue is full it is given later, before all others."""
+        self._backlog.append((command, arguments))
+        if len(self._backlog) == 1:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        while self._backlog:
+            command, arguments = self._backlog[0]
+            try:
+                command(*arguments)
+            except BusyError:
+                if self._failure is None and self.plane.is_healthy:
+                    self.loop.call_later(_RETRY_SECONDS, self._catch_up)
+                else:
+                    self._backlog.clear()
+                return
+            except GuestnetError as error:
+                _log.warning("a command was refused: %s", error)
+            self._backlog.popleft()
 
     def spawn(self, work: Coroutine[Any, Any, object]) -> None:
         """Runs a task that is kept alive, and whose failure is logged."""

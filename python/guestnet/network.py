@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import logging
 import os
 import socket
@@ -107,7 +108,7 @@ class NatNetwork:
     def start(self) -> None:
         """Starts it. Raises AlreadyRunning when it runs, DataPlaneError when the system does not let it."""
         with self._changing:
-            if self._session is not None:
+            if self._session is not None and not self._is_fork:
                 raise AlreadyRunning("The network runs already: stop it before you start it again.")
             session = Session(self, self._config, self._registry, self._services)
             session.control.start()
@@ -126,7 +127,7 @@ class NatNetwork:
             session = self._session
             if session is None:
                 return
-            if self._process != os.getpid():  # a fork of the process that runs it
+            if self._is_fork:
                 self._session = None
                 return
             if session.control.is_own_thread:
@@ -443,7 +444,10 @@ class NatNetwork:
     def _flows_wanted(self) -> None:
         session = self._session
         if session is not None:
-            session.control.post(session.control.plane.tell_flows, self._tells_flows)
+            control, tells = session.control, self._tells_flows
+            if not control.post(control.plane.tell_flows, tells):
+                with contextlib.suppress(RuntimeError):  # it has ended meanwhile
+                    control.loop.call_soon_threadsafe(control.ensure, control.plane.tell_flows, tells)
 
     def _tell(self, event: NetworkEvent) -> None:
         of_flow = event.kind in ("flow_opened", "flow_closed", "denied")
@@ -455,15 +459,33 @@ class NatNetwork:
             except Exception:
                 _log.exception("a callback for events failed")
 
-    def _live(self) -> Session:
+    @property
+    def _is_fork(self) -> bool:
+        """Whether the network runs in the process that this one was forked from, and its threads with it."""
+        return self._process != os.getpid()
+
+    def _here(self) -> Session | None:
         session = self._session
+        if session is not None and self._is_fork:
+            raise NotRunning(
+                "The network runs in the process that this one was forked from: use it there, "
+                "or start one here."
+            )
+        return session
+
+    def _live(self) -> Session:
+        session = self._here()
         if session is None:
             raise NotRunning("The network does not run: start it first.")
         return session
 
     def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Does work in the control thread and waits; here, when there is no such thread."""
-        session = self._session
+        try:
+            session = self._here()
+        except NotRunning:
+            work.close()
+            raise
         if session is None:
             return _finish(work)
         if session.control.is_own_thread:
@@ -475,7 +497,11 @@ class NatNetwork:
         return session.control.wait(work)
 
     async def _arun(self, work: Coroutine[Any, Any, _T]) -> _T:
-        session = self._session
+        try:
+            session = self._here()
+        except NotRunning:
+            work.close()
+            raise
         if session is None:
             return _finish(work)
         if session.control.is_own_thread:

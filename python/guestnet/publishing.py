@@ -99,7 +99,7 @@ class Publishing:
                 done += 1
         except BaseException:
             for number in numbers[:done]:
-                self._control.post(plane.remove_forward, number)
+                self._control.ensure(plane.remove_forward, number)
             raise
         self._forwards[numbers[0]] = forward
         return forward
@@ -121,7 +121,7 @@ class Publishing:
                 continue
             forward.target = target
             for number, port in zip(forward.numbers, forward.spec.guest_ports, strict=True):
-                self._control.post(self._control.plane.retarget_forward, number, (target or _NOBODY, port))
+                self._control.ensure(self._control.plane.retarget_forward, number, (target or _NOBODY, port))
 
     def _target(self, forward: Forward) -> IPv4Address | None:
         spec = forward.spec

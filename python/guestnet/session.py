@@ -176,8 +176,8 @@ class Session:
         if port is None:
             return
         plane = self.control.plane
-        self.control.post(plane.unbind_address, old)
-        self.control.post(plane.bind_address, port, endpoint.ip, parse_mac(endpoint.mac))
+        self.control.ensure(plane.unbind_address, old)
+        self.control.ensure(plane.bind_address, port, endpoint.ip, parse_mac(endpoint.mac))
         self.publishing.refresh()
         self.emit("address_changed", endpoint.id, ip=str(endpoint.ip), old=str(old))
 
@@ -268,14 +268,14 @@ class Session:
             return
         self.registry.note_hostname(endpoint, mac, hostname)
         # Also an address besides the endpoint's own, for what is bridged behind it.
-        self.control.post(self.control.plane.bind_address, port, ip, mac)
+        self.control.ensure(self.control.plane.bind_address, port, ip, mac)
         self.emit("lease", id, mac=format_mac(mac), ip=str(ip), hostname=endpoint.hostname)
 
     def released(self, id: str, mac: bytes, ip: IPv4Address) -> None:
         """A guest gave an address back. The endpoint's own stays reserved for it."""
         endpoint = self.registry.get(id)
         if endpoint is not None and endpoint.ip != ip and self.registry.owner(ip) is None:
-            self.control.post(self.control.plane.unbind_address, ip)
+            self.control.ensure(self.control.plane.unbind_address, ip)
         self.emit("release", id, mac=format_mac(mac), ip=str(ip))
 
     # --- looking ---
@@ -396,7 +396,7 @@ class Session:
         endpoint._attached = listener.kind
         self._ports[port] = endpoint.id
         self._port_of[endpoint.id] = port
-        self.control.post(self.control.plane.bind_address, port, endpoint.ip, mac)
+        self.control.ensure(self.control.plane.bind_address, port, endpoint.ip, mac)
         self.publishing.refresh()
         self._tell_up(endpoint, listener=listener.path)
         return endpoint

@@ -84,6 +84,33 @@ def test_commands_and_their_answers(control: Control, plane: Plane) -> None:
     assert not control.post(plane.command)
 
 
+def test_what_must_not_get_lost_waits_in_order(control: Control, plane: Plane) -> None:
+    """A queue that is full loses no change of state, and nothing overtakes it."""
+    given: list[str] = []
+
+    def change(name: str) -> int:
+        number = plane.command()
+        given.append(name)
+        return number
+
+    def begin() -> None:
+        plane.busy = 3
+        for name in ("unbind", "bind", "retarget"):
+            control.ensure(change, name)
+
+    control.loop.call_soon_threadsafe(begin)
+    control.wait(control.do(change, "later"))
+    assert given == ["unbind", "bind", "retarget", "later"]
+
+
+def test_a_worker_that_has_ended_is_given_nothing_more(control: Control, plane: Plane) -> None:
+    plane.is_healthy = False
+    control.loop.call_soon_threadsafe(control.ensure, plane.command)
+    with pytest.raises(DataPlaneError):
+        control.wait(control.do(plane.command))
+    assert plane.number == 0
+
+
 def test_one_bad_event_stops_nothing(
     control: Control, plane: Plane, caplog: pytest.LogCaptureFixture
 ) -> None:

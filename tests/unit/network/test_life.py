@@ -230,6 +230,31 @@ print(network.flows())
     assert (done.stdout, done.stderr, done.returncode) == ("[]\n", "", 0)
 
 
+def test_a_fork_is_told_that_the_network_is_not_its_own() -> None:
+    code = """
+import asyncio, os
+pid = os.fork()
+if pid == 0:
+    for call in (network.flows, lambda: network.create_endpoint("x"), lambda: network.publish("0:80"),
+                 lambda: asyncio.run(network.aflows())):
+        try:
+            call()
+        except NotRunning as error:
+            assert "forked" in str(error)
+        else:
+            os._exit(1)
+    network.start()  # one of its own
+    network.create_endpoint("vm2")
+    network.stop()
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+print(network.flows(), network.endpoint_count)
+"""
+    imports = "import warnings; warnings.simplefilter('ignore')\nfrom guestnet import NotRunning\n"
+    done = run(imports + BEGIN + code)
+    assert (done.stdout, done.stderr, done.returncode) == ("[] 1\n", "", 0)
+
+
 def test_interrupted_while_it_waits() -> None:
     code = """
 import os, signal, threading
