@@ -59,6 +59,10 @@ def test_the_namespace_is_configured(guest: GuestRunner) -> None:
     assert "127.0.0.1/8" in out
 
 
+def test_the_queue_to_guestnet_is_long(guest: GuestRunner) -> None:
+    assert " qlen 2000" in guest.check(["ip", "link", "show", "eth0"])
+
+
 def test_another_subnet(guest: GuestRunner) -> None:
     out = guest.check(["sh", "-c", "ip -4 -o addr; ip route"], "--subnet", "10.77.0.0/16")
     assert "10.77.0.2/16" in out

@@ -37,7 +37,8 @@ def add_dataplane_guest(lab: Lab, *forwards: str, mtu: int = 1500) -> tuple[str,
     command = [sys.executable, "-c", START, name, str(program()), *forwards]
     process = lab.start(command, env=env, stdin=subprocess.PIPE, ready="^ready$")
     ip("-n", name, "address", "add", "192.168.64.2/24", "dev", "eth0")
-    ip("-n", name, "link", "set", "eth0", "up", "mtu", str(mtu))
+    # As the launcher of `guestnet run` has it.
+    ip("-n", name, "link", "set", "eth0", "up", "mtu", str(mtu), "txqueuelen", "2000")
     ip("-n", name, "route", "add", "default", "via", "192.168.64.1")
     lab.sysctl(name, "net.ipv4.ping_group_range", "0 2147483647")
     lab.sysctl(name, "net.ipv4.ip_unprivileged_port_start", "0")

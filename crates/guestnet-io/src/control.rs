@@ -235,7 +235,7 @@ impl State {
     fn publish_udp(&mut self, forward: ForwardId, fd: OwnedFd) -> Result<(), i32> {
         udp::set_gro(&fd);
         let origins = Origins::new(&fd);
-        let sock = Sock { fd, flow: None, kind: SockKind::Forward { forward, origins } };
+        let sock = Sock { fd, flow: None, kind: SockKind::Forward { forward, origins, enlarged: false } };
         let id = self.io.socks.add(&self.io.poller, &mut self.io.counters, sock, libc::EPOLLIN)?;
         if let Some(parts) = self.forwards.get_mut(&forward.0) {
             parts.socks.push(id);

@@ -11,7 +11,7 @@ use crate::uplink::errors;
 use crate::uplink::forward::Listening;
 use crate::uplink::ping;
 use crate::uplink::sockets::{Sock, SockKind};
-use crate::uplink::udp::Inbox;
+use crate::uplink::udp::{self, Inbox};
 use crate::worker::State;
 use guestnet_core::effects::{Close, Effects};
 use guestnet_core::types::{FlowId, FrameMeta, PortId, SockId};
@@ -221,13 +221,16 @@ impl State {
                     continue;
                 }
             };
-            for i in 0..n {
+            if n >= udp::BUSY {
+                sock.enlarge();
+            }
+            self.io.counters.datagrams_received += n as u64;
+            for i in 0..self.inbox.merge() {
                 // The flow may have ended by what came before.
                 let Some(Sock { flow, kind, .. }) = self.io.socks.current(ready.token) else { return };
                 let Some((r, payload)) = self.inbox.message(i) else { break };
-                self.io.counters.datagrams_received += 1;
                 match (kind, *flow) {
-                    (SockKind::Forward { forward, origins }, _) => {
+                    (SockKind::Forward { forward, origins, .. }, _) => {
                         let forward = *forward;
                         origins.note(r.from, r.local);
                         let local = r.local.map_or(r.from, |ip| SocketAddr::new(ip, 0));

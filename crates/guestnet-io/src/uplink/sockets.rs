@@ -29,6 +29,8 @@ pub(crate) enum SockKind {
     Forward {
         forward: ForwardId,
         origins: Origins,
+        /// Its buffers were enlarged.
+        enlarged: bool,
     },
 }
 

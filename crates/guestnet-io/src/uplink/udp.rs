@@ -27,6 +27,11 @@ const ARENA: usize = 1 << 20;
 const SEGMENTS_MAX: usize = 64;
 const PAYLOAD_MAX: usize = 65507;
 
+/// What the kernel is asked to buffer of a busy socket, in bytes; its own limit is usually lower.
+const BUFFER: i32 = 4 << 20;
+/// Messages of one receive that make a socket a busy one.
+pub(crate) const BUSY: usize = 4;
+
 /// Errors that wait for the core at most.
 const ERRORS_MAX: usize = 1024;
 
@@ -40,6 +45,10 @@ pub(crate) struct UdpSock {
     v6: bool,
     ttl: u8,
     df: Option<bool>,
+    /// Pieces of this size do not fit the path in a large send.
+    too_long: Option<usize>,
+    /// The kernel was asked for larger buffers.
+    enlarged: bool,
 }
 
 struct Pending {
@@ -108,7 +117,7 @@ impl Socks {
         set_recverr(&fd, v6);
         set_gro(&fd);
         // The first send binds it to a port that the kernel chooses, at random (RFC 6056).
-        let kind = SockKind::Udp(UdpSock { v6, ttl: 0, df: None });
+        let kind = SockKind::Udp(UdpSock { v6, ..UdpSock::default() });
         self.add(poller, counters, Sock { fd, flow: Some(flow), kind }, libc::EPOLLIN)
             .map_err(sys::sock_error)
     }
@@ -129,6 +138,10 @@ impl Socks {
         if self.out.arena.len() + payload.len() > ARENA {
             self.udp_flush(counters);
         }
+        let too_long = match self.slab.get(sock.0).map(|s| &s.kind) {
+            Some(SockKind::Udp(u)) => u.too_long.unwrap_or(usize::MAX),
+            _ => usize::MAX,
+        };
         let out = &mut self.out;
         let start = out.arena.len();
         out.arena.extend_from_slice(payload);
@@ -138,6 +151,7 @@ impl Socks {
             && !p.closed
             && !payload.is_empty()
             && payload.len() <= p.piece
+            && p.piece < too_long
             && p.len + payload.len() <= PAYLOAD_MAX
             && p.len / p.piece < SEGMENTS_MAX
         {
@@ -189,6 +203,24 @@ impl Pending {
     }
 }
 
+impl Sock {
+    /// Asks the kernel for larger buffers, as far as it allows; false when it was asked before. Most sockets
+    /// carry a question and an answer, and never need them.
+    pub(crate) fn enlarge(&mut self) -> bool {
+        let enlarged = match &mut self.kind {
+            SockKind::Udp(u) => &mut u.enlarged,
+            SockKind::Forward { enlarged, .. } => enlarged,
+            _ => return false,
+        };
+        if std::mem::replace(enlarged, true) {
+            return false;
+        }
+        let _as_it_was = sys::set_opt(&self.fd, libc::SOL_SOCKET, libc::SO_RCVBUF, BUFFER);
+        let _as_it_was = sys::set_opt(&self.fd, libc::SOL_SOCKET, libc::SO_SNDBUF, BUFFER);
+        true
+    }
+}
+
 /// Sends messages of one socket that need the same settings.
 fn send_run(
     sock: &mut Sock,
@@ -220,19 +252,22 @@ fn send_run(
                 again = true;
             }
             Err(e) if again && e != libc::EMSGSIZE && !sys::would_block(e) => again = false,
+            Err(e) if sys::would_block(e) && sock.enlarge() => {}
             Err(e) => {
                 if p.is_gso() && !sys::would_block(e) {
-                    // Pieces over the path's MTU, or no checksum offload on the way out: one by one.
-                    let mut from = p.start;
-                    for piece in p.payload(arena).chunks(p.piece.max(1)) {
-                        let one = Pending { start: from, len: piece.len(), piece: piece.len(), ..*p };
-                        from += piece.len();
-                        counters.datagram_sends += 1;
-                        match send_batch(&sock.fd, std::slice::from_ref(&one), arena) {
-                            Ok(_) => counters.datagrams_sent += 1,
-                            Err(e) => failed(sock, errors, counters, p.dst, piece, e),
-                        }
+                    // Pieces over the path's MTU, or no checksum offload on the way out: one by one, and from
+                    // now on not gathered at all.
+                    if let SockKind::Udp(u) = &mut sock.kind {
+                        u.too_long = Some(u.too_long.unwrap_or(usize::MAX).min(p.piece));
                     }
+                    let cut = |from: usize| Pending {
+                        start: p.start + from,
+                        len: p.piece.min(p.len - from),
+                        piece: p.piece.min(p.len - from),
+                        ..*p
+                    };
+                    let pieces: Vec<Pending> = (0..p.len).step_by(p.piece.max(1)).map(cut).collect();
+                    send_run(sock, errors, counters, &pieces, arena);
                 } else {
                     failed(sock, errors, counters, p.dst, p.payload(arena), e);
                 }
@@ -326,6 +361,25 @@ pub(crate) struct Received {
     pub len: usize,
     /// Size of the pieces of a run, 0 for one datagram.
     pub segment: u16,
+    /// Which part of the memory it begins in.
+    at: usize,
+}
+
+impl Received {
+    fn piece(&self) -> usize {
+        if self.segment == 0 { self.len } else { usize::from(self.segment) }
+    }
+
+    /// Whether `next` may be one more piece of this run.
+    fn takes(&self, next: &Received) -> bool {
+        let piece = self.piece();
+        (self.from, self.local) == (next.from, next.local)
+            && next.segment == 0
+            && (1..=piece).contains(&next.len)
+            && self.len.is_multiple_of(piece)
+            && self.len / piece < SEGMENTS_MAX
+            && self.len + next.len <= PAYLOAD_MAX
+    }
 }
 
 /// Room for what comes in.
@@ -342,7 +396,7 @@ impl Inbox {
     /// Message `i` of the last receive.
     pub(crate) fn message(&self, i: usize) -> Option<(Received, &[u8])> {
         let r = *self.got.get(i)?;
-        Some((r, self.memory.get(i * MESSAGE_MAX..i * MESSAGE_MAX + r.len)?))
+        Some((r, self.memory.get(r.at * MESSAGE_MAX..r.at * MESSAGE_MAX + r.len)?))
     }
 
     /// Receives up to a batch; how many messages there are. Fewer than [`Inbox::BATCH`] are all.
@@ -374,7 +428,7 @@ impl Inbox {
                 std::ptr::null_mut(),
             )
         })? as usize;
-        for (m, name) in msgs.iter().zip(&mut names).take(n) {
+        for (at, (m, name)) in msgs.iter().zip(&mut names).take(n).enumerate() {
             name.len = m.msg_hdr.msg_namelen;
             let (mut segment, mut local) = (0, None);
             sys::each_cmsg(&m.msg_hdr, |level, kind, data| {
@@ -392,9 +446,34 @@ impl Inbox {
                 local,
                 len,
                 segment: if len > usize::from(segment) { segment } else { 0 },
+                at,
             });
         }
         Ok(n)
+    }
+
+    /// Makes runs of datagrams of one size from one sender into one message each, as the kernel does where it
+    /// can: they cost one frame. How many messages there are then.
+    pub(crate) fn merge(&mut self) -> usize {
+        let mut runs: usize = 0;
+        for i in 0..self.got.len() {
+            let Some(r) = self.got.get(i).copied() else { break };
+            if let Some(head) = runs.checked_sub(1).and_then(|h| self.got.get_mut(h))
+                && head.takes(&r)
+            {
+                let (from, to) = (r.at * MESSAGE_MAX, head.at * MESSAGE_MAX + head.len);
+                self.memory.copy_within(from..from + r.len, to);
+                head.segment = head.piece() as u16;
+                head.len += r.len;
+                continue;
+            }
+            if let Some(slot) = self.got.get_mut(runs) {
+                *slot = r;
+            }
+            runs += 1;
+        }
+        self.got.truncate(runs);
+        runs
     }
 
     /// Messages per receive.
@@ -471,5 +550,76 @@ mod tests {
         let [e] = &socks.errors[..] else { panic!("{:?}", socks.errors) };
         assert!(matches!(e.kind, SockError::MessageTooBig(_)), "{e:?}");
         assert_eq!((e.dst, c.datagrams_refused), (dst, 1));
+    }
+
+    #[test]
+    fn datagrams_of_one_size_from_one_sender_become_a_run() {
+        let a = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let b = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let peer = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let to = peer.local_addr().unwrap();
+        let sent: [(&UdpSocket, usize); 11] = [
+            (&a, 500),
+            (&a, 500),
+            (&a, 99),
+            (&a, 99),
+            (&b, 99),
+            (&b, 0),
+            (&b, 0),
+            (&b, 7),
+            (&b, 8),
+            (&a, 8),
+            (&a, 8),
+        ];
+        for (i, (from, len)) in sent.iter().enumerate() {
+            from.send_to(&vec![i as u8; *len], to).unwrap();
+        }
+        let (fd, mut inbox): (OwnedFd, _) = (peer.into(), Inbox::new());
+        let mut n = 0;
+        while n < sent.len() {
+            // All on one queue, so they are there at once.
+            n += inbox.receive(&fd).unwrap();
+        }
+        assert_eq!(inbox.merge(), 8);
+        let all: Vec<_> = (0..8).filter_map(|i| inbox.message(i)).collect();
+        let shape: Vec<_> = all.iter().map(|(r, p)| (r.segment, r.len, p.len())).collect();
+        let plain = |n| (0, n, n);
+        assert_eq!(
+            shape,
+            [(500, 1099, 1099), plain(99), plain(99), plain(0), plain(0), plain(7), plain(8), (8, 16, 16)]
+        );
+        assert_eq!(all[0].1, [vec![0; 500], vec![1; 500], vec![2; 99]].concat());
+        assert_eq!(all[7].1, [[9; 8], [10; 8]].concat());
+        assert_eq!(all[7].0.from, a.local_addr().unwrap());
+    }
+
+    #[test]
+    fn pieces_too_long_for_the_path_are_not_gathered_again() {
+        let (mut socks, poller, mut c) = world();
+        let flow = FlowId { index: 1, generation: 0 };
+        let peer = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let dst = peer.local_addr().unwrap();
+        let a = socks.udp_open(&poller, &mut c, flow, dst).unwrap();
+        for round in 1..=2 {
+            for i in 0..4u8 {
+                socks.udp_queue(&mut c, a, dst, &[i; 1000], 0, 64, false, None);
+            }
+            if round == 1 {
+                let Some(Sock { kind: SockKind::Udp(u), .. }) = socks.get_mut(a) else { panic!() };
+                u.too_long = Some(1001);
+            }
+            let gathered = socks.out.pending.len();
+            socks.udp_flush(&mut c);
+            assert_eq!((gathered, c.datagrams_sent), (1, 4 * round));
+        }
+        let Some(Sock { kind: SockKind::Udp(u), .. }) = socks.get_mut(a) else { panic!() };
+        u.too_long = Some(1000);
+        for i in 0..4u8 {
+            socks.udp_queue(&mut c, a, dst, &[i; 1000], 0, 64, false, None);
+            socks.udp_queue(&mut c, a, dst, &[i; 999], 0, 64, false, None);
+        }
+        assert_eq!(socks.out.pending.len(), 8);
+        socks.udp_flush(&mut c);
+        assert_eq!(c.datagrams_sent, 16);
     }
 }
