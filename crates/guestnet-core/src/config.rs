@@ -50,6 +50,17 @@ pub struct Limits {
     pub neighbour_waiting: u32,
 }
 
+impl Limits {
+    /// The same for a process that can have so many descriptors: each TCP flow is one and each UDP socket, and
+    /// no port is to have them all.
+    #[must_use]
+    pub fn within(mut self, descriptors: u32) -> Limits {
+        self.flows_per_port = self.flows_per_port.min(descriptors / 2);
+        self.udp_sockets_per_port = self.udp_sockets_per_port.min(descriptors / 8);
+        self
+    }
+}
+
 impl Default for Limits {
     fn default() -> Self {
         Limits {

@@ -483,8 +483,9 @@ pub(crate) fn poll_now(fd: &OwnedFd, events: i16) -> i16 {
     p.revents
 }
 
-/// Lets the process have as many descriptors as it is allowed to: every relayed connection is one.
-pub(crate) fn raise_descriptor_limit() {
+/// Lets the process have as many descriptors as it is allowed to: every relayed connection is one. Returns how
+/// many that are.
+pub(crate) fn raise_descriptor_limit() -> u32 {
     let mut l = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the struct lives. Where either call fails the limit stays what it is.
     unsafe {
@@ -492,7 +493,11 @@ pub(crate) fn raise_descriptor_limit() {
             l.rlim_cur = l.rlim_max;
             libc::setrlimit(libc::RLIMIT_NOFILE, &l);
         }
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &mut l) < 0 {
+            return 1024;
+        }
     }
+    u32::try_from(l.rlim_cur).unwrap_or(u32::MAX)
 }
 
 /// Sends with MSG_OOB.

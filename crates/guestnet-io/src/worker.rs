@@ -121,8 +121,9 @@ pub struct Worker {
 ///
 /// # Errors
 /// [`IoError`] when the system has no descriptor or thread for it.
-pub fn spawn(config: WorkerConfig) -> Result<Worker, IoError> {
-    sys::raise_descriptor_limit();
+pub fn spawn(mut config: WorkerConfig) -> Result<Worker, IoError> {
+    let descriptors = sys::raise_descriptor_limit();
+    config.core.limits = config.core.limits.within(descriptors);
     let waker = Arc::new(Waker::new().map_err(io_error("no eventfd"))?);
     let poller = Poller::new(READY_MAX).map_err(io_error("no epoll"))?;
     let token = Token { kind: Kind::Waker, index: 0, generation: 0 };
@@ -138,7 +139,8 @@ pub fn spawn(config: WorkerConfig) -> Result<Worker, IoError> {
     let main = move || {
         sys::block_signals();
         let (waker, published, healthy, stop) = shared;
-        let io = IoState::new(poller, event_tx);
+        let mut io = IoState::new(poller, event_tx);
+        io.socks.most = (descriptors - descriptors / 8) as usize;
         let mut state = State::new(config, io, command_rx, waker, published, stop);
         let ended = catch_unwind(AssertUnwindSafe(|| state.run()));
         let failed = match ended {

@@ -59,6 +59,8 @@ pub(crate) struct Socks {
     pub kept_all: usize,
     /// The TTL that the host gives its packets.
     pub ttl: u8,
+    /// Sockets at most: the rest of the process's descriptors is for attachments and the control side.
+    pub most: usize,
 }
 
 impl Socks {
@@ -72,6 +74,7 @@ impl Socks {
             peek_off: super::tcp::probe_peek_off(),
             kept_all: 0,
             ttl: super::tcp::host_ttl(),
+            most: usize::MAX,
         }
     }
 
@@ -83,6 +86,9 @@ impl Socks {
         sock: Sock,
         events: i32,
     ) -> Result<SockId, i32> {
+        if self.slab.len() >= self.most {
+            return Err(libc::EMFILE);
+        }
         let index = self.slab.insert(sock);
         if events != 0
             && let Err(e) = self.watch(poller, SockId(index), events)

@@ -490,6 +490,19 @@ mod tests {
     }
 
     #[test]
+    fn there_are_no_more_sockets_than_were_meant_for_guests() {
+        let (mut socks, poller, mut c) = world();
+        socks.most = 2;
+        let (flow, like) = (FlowId { index: 1, generation: 0 }, "127.0.0.1:1".parse().unwrap());
+        let mut open = || socks.udp_open(&poller, &mut c, flow, like);
+        let first = open().unwrap();
+        open().unwrap();
+        assert_eq!(open(), Err(SockError::Exhausted));
+        socks.remove(&mut c, first);
+        assert!(socks.udp_open(&poller, &mut c, flow, like).is_ok());
+    }
+
+    #[test]
     fn a_run_goes_as_one_send_and_comes_as_one_message() {
         let (mut socks, poller, mut c) = world();
         let flow = FlowId { index: 1, generation: 0 };
