@@ -26,7 +26,8 @@ ethtool:ethtool:offload tests
 strace:strace:idle tests
 turnserver:coturn:NAT behaviour tests
 sysctl:procps:the namespaces of tests
-setpriv:util-linux:tests as an ordinary user'
+setpriv:util-linux:tests as an ordinary user
+dpdk-testpmd:dpdk-dev:vhost-user tests'
 bench="$test"'
 pasta:passt:the peer pasta
 slirp4netns:slirp4netns:the peer slirp4netns

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from lab import Lab, Process, wait_until
+from lab import Lab, Process, need, wait_until
 from lab.namespaces import HOST4, OUT4
 from lab.runner import GUESTNET
 from lab.vm import BOOT, Image, vhost_nic
@@ -133,3 +135,72 @@ def test_two_machines_and_one_killed_and_another_comes(
     beta.wait_line("^TICK", BOOT, start=seen)
     wait_until(lambda: "guest" in lab.run(page, ns=lab.out).stdout, "the forward to reach the new machine")
     assert network.running
+
+
+class Testpmd:
+    """DPDK's testpmd on a virtio-user port: a driver that polls and never asks to be called."""
+
+    __test__ = False
+
+    def __init__(self, lab: Lab, path: str, name: str, mac: str, address: str, peer: str, more: str) -> None:
+        # Its output is not a terminal: by lines all the same.
+        command = ["stdbuf", "-o", "L", need.program("dpdk-testpmd", "dpdk-dev")]
+        command += ["-l", "0,1", "--no-huge", "-m", "128", "--no-pci", "--no-telemetry"]
+        command += ["--file-prefix", f"{lab.dir.name}-{name}"]
+        command += ["--vdev", f"net_virtio_user0,path={path},mac={mac}{more}", "--", "-i"]
+        command += ["--total-num-mbufs=4096", f"--tx-ip={address},{peer}"]
+        self.process = lab.start(command, stdin=subprocess.PIPE, ready="^Done")
+
+    def tell(self, *words: str) -> None:
+        for word in words:
+            self.process.stdin.write(f"{word}\n".encode())
+        self.process.stdin.flush()
+
+    def count(self, what: str) -> int:
+        """A counter of the port, as it is now."""
+        start = len(self.process.lines)
+        self.tell("show port stats all")
+        return int(self.process.wait_line(rf"{what}-packets: (\d+)", start=start)[1])
+
+    def end(self) -> dict[str, int]:
+        """Stops it; its last counters."""
+        self.tell("stop")
+        counts = {what: self.count(what) for what in ("RX", "TX")}
+        self.tell("quit")
+        assert self.process.wait() == 0
+        return counts
+
+
+def exchange(a: Testpmd, b: Testpmd) -> tuple[dict[str, int], dict[str, int]]:
+    """Frames from `a` to `b`; what both counted."""
+    # Each is known when it has sent; then all goes straight to the other.
+    b.tell("set fwd txonly", f"set eth-peer 0 {ALPHA}", "start")
+    wait_until(lambda: b.count("TX") > 1000, "frames of b")
+    b.tell("stop", "set fwd rxonly", "start")
+    a.tell("set fwd txonly", f"set eth-peer 0 {BETA}", "start")
+    wait_until(lambda: b.count("RX") > 20_000, "frames of a at b")
+    return a.end(), b.end()
+
+
+@pytest.mark.parametrize("more", ["", ",queue_size=64", ",mrg_rxbuf=0", ",in_order=0,vectorized=1"])
+def test_testpmd_loses_nothing_unaccounted(lab: Lab, guestnet: Callable[..., Process], more: str) -> None:
+    """Two drivers that poll: what they sent is what guestnet counts, and what it counts is what they got."""
+    path = str(lab.dir / "pmd.sock")
+    network = guestnet("up", "--vhost-user", path, "--stats", "-v", ready="is up")
+    one, two = "192.168.64.50", "192.168.64.51"
+    with ExitStack() as stack:
+        a = Testpmd(lab, path, "a", ALPHA, one, two, more)
+        stack.callback(a.process.stop)
+        b = Testpmd(lab, path, "b", BETA, two, one, more)
+        stack.callback(b.process.stop)
+        a_counts, b_counts = exchange(a, b)
+    network.signal(signal.SIGINT)
+    assert network.wait() == 0
+    lines = re.finditer(r"^(\w+ frames) +([\d,]+)$", network.output, re.M)
+    told = {line[1]: int(line[2].replace(",", "")) for line in lines}
+    # What was in a queue when its driver went is the difference, a queue's length at most.
+    sent = a_counts["TX"] + b_counts["TX"]
+    assert 0 <= sent - told["rx frames"] <= 2 * 256, (a_counts, b_counts, told)
+    got = a_counts["RX"] + b_counts["RX"]
+    assert 0 <= told["tx frames"] - got <= 2 * 256, (a_counts, b_counts, told)
+    assert "bad frames" not in told
