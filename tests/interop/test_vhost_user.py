@@ -137,6 +137,26 @@ def test_two_machines_and_one_killed_and_another_comes(
     assert network.running
 
 
+def test_a_machine_stays_when_guestnet_is_started_again(
+    lab: Lab,
+    guestnet: Callable[..., Process],
+    boot: Callable[..., Process],
+    network: Process,
+    socket_path: str,
+) -> None:
+    tick = f"while :; do timeout 3 wget -q -O - http://{OUT4}/peer && echo TICK; sleep 1; done"
+    alpha = boot("alpha", ALPHA, tick, chardev=",reconnect=1")
+    alpha.wait_line("TICK$", BOOT)
+    for number in (signal.SIGINT, signal.SIGKILL):
+        network.signal(number)
+        network.wait()
+        network = guestnet("up", "--vhost-user", socket_path, "--json", ready='"event": "ready"')
+        seen = len(alpha.lines)
+        alpha.wait_line("TICK$", BOOT, start=seen)
+    assert alpha.running
+    network.stop()
+
+
 class Testpmd:
     """DPDK's testpmd on a virtio-user port: a driver that polls and never asks to be called."""
 

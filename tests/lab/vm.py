@@ -46,16 +46,18 @@ def stream_nic(path: str, mac: str) -> tuple[str, ...]:
     return ("-netdev", netdev, "-device", f"virtio-net-pci,netdev=n,mac={mac}")
 
 
-def vhost_nic(path: str, mac: str, *, queues: int = 1, device: str = "") -> tuple[str, ...]:
-    """A NIC on a guestnet `--vhost-user` socket, with the guest's memory shared; `device` is added to the
-    card's options. Without MSI-X: QEMU 7.2 without KVM ends with a memory fault otherwise."""
+def vhost_nic(
+    path: str, mac: str, *, queues: int = 1, device: str = "", chardev: str = ""
+) -> tuple[str, ...]:
+    """A NIC on a guestnet `--vhost-user` socket, with the guest's memory shared; `device` and `chardev`
+    are added to their options. Without MSI-X: QEMU 7.2 without KVM ends with a memory fault otherwise."""
     card = f"virtio-net-pci,netdev=n,mac={mac},vectors=0{device}"
     if queues > 1:
         card += ",mq=on"
     return (
         "-object", f"memory-backend-memfd,id=mem,size={MEMORY}M,share=on", "-machine", "memory-backend=mem",
-        "-chardev", f"socket,id=c,path={path}", "-netdev", f"vhost-user,id=n,chardev=c,queues={queues}",
-        "-device", card,
+        "-chardev", f"socket,id=c,path={path}{chardev}",
+        "-netdev", f"vhost-user,id=n,chardev=c,queues={queues}", "-device", card,
     )  # fmt: skip
 
 
