@@ -180,7 +180,9 @@ class Testpmd:
         """A counter of the port, as it is now."""
         start = len(self.process.lines)
         self.tell("show port stats all")
-        return int(self.process.wait_line(rf"{what}-packets: (\d+)", start=start)[1])
+        # Not what "stop" prints, which looks much the same.
+        line = rf"{what}-packets: (\d+) +{what}-(errors|missed)"
+        return int(self.process.wait_line(line, start=start)[1])
 
     def end(self) -> dict[str, int]:
         """Stops it; its last counters."""
