@@ -124,7 +124,7 @@ impl State {
                 }
                 Got::Empty | Got::Bad => break,
             };
-            let mut at = 0;
+            let (mut at, before) = (0, frames);
             loop {
                 match stream::next_frame(buf.get(at..len).unwrap_or(&[])) {
                     Got::Frame((from, to)) => {
@@ -146,7 +146,7 @@ impl State {
                 break;
             }
             if let Some(Port { attachment: Attachment::Stream(s), .. }) = self.io.ports.get_mut(slot) {
-                s.keep(buf.get(at..len).unwrap_or(&[]));
+                s.keep(buf.get(at..len).unwrap_or(&[]), frames - before, at, more);
             }
             if !more {
                 break;

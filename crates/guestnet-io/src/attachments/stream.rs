@@ -9,6 +9,11 @@ use std::os::fd::OwnedFd;
 
 /// Bytes read at once, of whole frames and pieces.
 pub(crate) const READ_BUFFER: usize = 256 << 10;
+/// Frames of one read, about: a guest that sends small ones is read in smaller pieces, so that others have
+/// their turn after as much work and not after as many bytes.
+const READ_FRAMES: usize = 256;
+/// Bytes read at once at least.
+const READ_MIN: usize = 8 << 10;
 /// Bytes of the length.
 const PREFIX: usize = 4;
 /// Written at once when this much waits, rather than at the end of the batch.
@@ -19,6 +24,8 @@ pub(crate) struct Stream {
     pub fd: OwnedFd,
     /// The beginning of a frame.
     partial: Vec<u8>,
+    /// Bytes of the next read at most.
+    limit: usize,
     out: Queue,
     /// The kernel took less than there was.
     pub blocked: bool,
@@ -44,7 +51,7 @@ impl Stream {
         for name in [libc::SO_SNDBUF, libc::SO_RCVBUF] {
             let _as_granted = sys::set_opt(&fd, libc::SOL_SOCKET, name, 1 << 20);
         }
-        Ok(Stream { fd, partial: Vec::new(), out: Queue::default(), blocked: false })
+        Ok(Stream { fd, partial: Vec::new(), limit: READ_MIN, out: Queue::default(), blocked: false })
     }
 
     /// Reads what fits in `buf`, behind what was left over last time.
@@ -54,6 +61,8 @@ impl Stream {
             return Got::Down("a frame is longer than the read buffer".into());
         };
         front.copy_from_slice(&self.partial);
+        let most = free.len().min(self.limit);
+        let free = free.get_mut(..most).unwrap_or(&mut []);
         match sys::recv(&self.fd, free, 0) {
             Ok(0) if kept > 0 => Got::Down("the peer closed the connection in the middle of a frame".into()),
             Ok(0) => Got::Down("the peer closed the connection".into()),
@@ -66,8 +75,16 @@ impl Stream {
         }
     }
 
-    /// Keeps the bytes of a frame that is not complete.
-    pub(crate) fn keep(&mut self, rest: &[u8]) {
+    /// Keeps the bytes of a frame that is not complete, after `frames` in `bytes` that were. `full`: the read
+    /// brought as much as it asked for.
+    pub(crate) fn keep(&mut self, rest: &[u8], frames: usize, bytes: usize, full: bool) {
+        let wish = match bytes.checked_div(frames) {
+            Some(size) => size * READ_FRAMES,
+            None if full => READ_BUFFER,
+            None => self.limit,
+        };
+        // Growing in steps: a few large frames do not open the door for many small ones.
+        self.limit = wish.min(self.limit * 2).clamp(READ_MIN, READ_BUFFER);
         self.partial.clear();
         self.partial.extend_from_slice(rest);
         if self.partial.capacity() > 4096 && rest.len() <= 4096 {
@@ -144,15 +161,64 @@ mod tests {
                 got.push(buf[at + from..at + to].to_vec());
                 at += to;
             }
-            s.keep(&buf[at..f.len]);
+            s.keep(&buf[at..f.len], usize::from(at > 0), at, f.more);
         }
         assert_eq!(got, [&b"hello"[..], b"", b"wonderful world"]);
         assert!(matches!(s.fill(&mut buf), Got::Empty));
         a.write_all(&[0, 0]).unwrap();
         let Got::Frame(f) = s.fill(&mut buf) else { panic!() };
-        s.keep(&buf[..f.len]);
+        s.keep(&buf[..f.len], 0, 0, f.more);
         drop(a);
         assert!(matches!(s.fill(&mut buf), Got::Down(why) if why.contains("middle")));
+    }
+
+    /// Frames of one read after another, of `size` bytes each, from a socket that is always full.
+    fn reads(s: &mut Stream, peer: &mut UnixStream, size: usize, count: usize) -> Vec<usize> {
+        let mut wire = (size as u32).to_be_bytes().to_vec();
+        wire.resize(PREFIX + size, 7);
+        let wire = wire.repeat(READ_BUFFER / wire.len() + 1);
+        let mut buf = vec![0; READ_BUFFER];
+        let (mut sent, mut got) = (0, Vec::new());
+        peer.set_nonblocking(true).unwrap();
+        // To the end of what was begun, so that another kind of frame can follow.
+        while got.len() < count || sent > 0 || !s.partial.is_empty() {
+            while got.len() < count || sent > 0 {
+                let Ok(n) = peer.write(&wire[sent..]) else { break };
+                sent = (sent + n) % wire.len();
+            }
+            let Got::Frame(f) = s.fill(&mut buf) else { break };
+            let (mut at, mut frames) = (0, 0);
+            while let Got::Frame((_, to)) = next_frame(&buf[at..f.len]) {
+                at += to;
+                frames += 1;
+            }
+            s.keep(&buf[at..f.len], frames, at, f.more);
+            got.push(frames);
+        }
+        while let Got::Frame(f) = s.fill(&mut buf) {
+            assert!(s.partial.is_empty() && f.len > 0);
+        }
+        got
+    }
+
+    #[test]
+    fn a_read_is_bounded_in_frames_as_in_bytes() {
+        let (mut a, b) = UnixStream::pair().unwrap();
+        let mut s = Stream::new(b.into()).unwrap();
+        // Large frames soon fill the buffer.
+        let large = reads(&mut s, &mut a, 60_000, 12);
+        assert!(large.iter().skip(6).sum::<usize>() >= 6 * 3, "{large:?}");
+        // Small ones after them may be many once.
+        let small = reads(&mut s, &mut a, 14, 12);
+        assert!(small.iter().skip(1).all(|n| *n <= 2 * READ_FRAMES), "{small:?}");
+        // A guest that sends in drips does not get more at once for it.
+        let mut buf = vec![0; READ_BUFFER];
+        for byte in [0, 0, 0] {
+            a.write_all(&[byte]).unwrap();
+            let Got::Frame(f) = s.fill(&mut buf) else { panic!() };
+            s.keep(&buf[..f.len], 0, 0, f.more);
+        }
+        assert_eq!(s.limit, READ_MIN);
     }
 
     #[test]
