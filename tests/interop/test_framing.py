@@ -231,6 +231,34 @@ def test_a_guest_that_does_not_read_holds_up_nobody(open_client: Callable[..., C
     check_alive(other, MACS[7])
 
 
+def test_a_guest_that_reads_byte_by_byte_gets_whole_frames(open_client: Callable[..., Client]) -> None:
+    """Its queue fills meanwhile, and what is dropped is dropped whole: the framing stays right."""
+    other, slow = open_client("stream"), open_client("stream")
+    assert isinstance(slow, Stream)
+    mac = MACS[6]
+    address = offered(slow, mac)
+    gateway = gateway_mac(slow, mac, address)
+    for first in range(0, 20_000, 1000):
+        numbers = range(first, first + 1000)
+        slow.sock.sendall(
+            b"".join(Stream.framed(frames.echo(mac, gateway, address, GATEWAY4, n)) for n in numbers)
+        )
+    check_alive(other, MACS[7])
+    # A last one that comes behind all that waited, when there is room again.
+    heard: list[int] = []
+    while not heard or heard[-1] != 65535:
+        data = b""
+        while len(data) < 4 or len(data) < 4 + struct.unpack_from("!I", data)[0]:
+            data += slow.sock.recv(1)
+        number = Seen.of(data[4:]).echo_reply
+        assert number is not None
+        heard.append(number)
+        if len(heard) % 100 == 0:
+            slow.send(frames.echo(mac, gateway, address, GATEWAY4, 65535))
+    assert len(heard) > 500
+    assert heard[:-1] == sorted(set(heard[:-1]))
+
+
 def test_a_place_is_free_again(open_client: Callable[..., Client], network: dict[str, str]) -> None:
     """More guests than a /24 holds, one after another."""
     for _ in range(300):
