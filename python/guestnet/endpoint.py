@@ -12,7 +12,7 @@ class Endpoint:
     that does not have the one it was given) is changed by the network alone.
     """
 
-    __slots__ = ("_attached", "_hostname", "_id", "_ip", "_listener", "_mac", "_mode", "_seen")
+    __slots__ = ("_attached", "_hostname", "_id", "_ip", "_listener", "_mac", "_mode", "_seen", "_told")
 
     def __init__(
         self,
@@ -29,6 +29,8 @@ class Endpoint:
         self._mode = mode
         self._hostname = hostname
         self._listener = listener
+        self._told = False
+        """The guest told the hostname itself."""
         self._attached: str | None = None
         self._seen: dict[IPv4Address, None] = {}
 

@@ -1,8 +1,8 @@
 """Published ports of a running network: which guest each leads to, also before it comes and after it left.
 
-A forward names its guest by id, by host name, by address, or not at all (the only guest). The worker has the
-sockets from the first moment; while the guest is not there it refuses every client, as a host does whose
-server is not running.
+A forward names its guest by id, by the host name that its owner gave it, by address, or not at all (the only
+guest). The worker has the sockets from the first moment; while the guest is not there it refuses every
+client, as a host does whose server is not running.
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ class Publishing:
     def _target(self, forward: Forward) -> IPv4Address | None:
         spec = forward.spec
         if spec.guest is not None:
-            return spec.guest_address or self._registry.address_named(spec.guest)
+            # What a guest calls itself counts for DNS alone: it could call itself as the one that is meant.
+            return spec.guest_address or self._registry.address_named(spec.guest, told=False)
         endpoint = self._only(forward)
         return None if endpoint is None else endpoint.ip
 

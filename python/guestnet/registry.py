@@ -6,6 +6,7 @@ for names. A lock makes it safe to be read and, while the network does not run, 
 
 from __future__ import annotations
 
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -30,6 +31,7 @@ _EXTRA_MACS = 15
 _DECLINED_SECONDS = 600.0
 """How long an address is not given again after a guest found that somebody else uses it."""
 
+_NUMBERED = re.compile(r"vm[0-9]+")
 _ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
 
 
@@ -87,6 +89,9 @@ class Registry:
                 if hostname is None
                 else domain(f"hostname of endpoint {name!r}", hostname, one_label=True)
             )
+            if alias is not None and (other := self.named(alias)) is not None and other._told:
+                # A guest cannot keep its owner from a name by telling it first.
+                other._hostname, other._told = None, False
             if alias is not None and (other := self.named(alias)) is not None:
                 raise EndpointExists(
                     f"The hostname {alias!r} is that of endpoint {other.id!r}: choose another for {name!r}."
@@ -169,21 +174,24 @@ class Registry:
 
     # --- names ---
 
-    def named(self, name: str) -> Endpoint | None:
-        """The endpoint with this id, else the one with this host name."""
+    def named(self, name: str, *, told: bool = True) -> Endpoint | None:
+        """The endpoint with this id, else the one with this host name; `told`: also one that only the guest
+        itself says that it has."""
         endpoint = self._endpoints.get(name)
         if endpoint is not None:
             return endpoint
         lower = name.lower()
         with self._lock:
             for one in self._endpoints.values():
-                if one.id.lower() == lower or (one.hostname or "").lower() == lower:
+                if one.id.lower() == lower or (
+                    (told or not one._told) and (one.hostname or "").lower() == lower
+                ):
                     return one
         return None
 
-    def address_named(self, name: str) -> IPv4Address | None:
+    def address_named(self, name: str, *, told: bool = True) -> IPv4Address | None:
         """The address of a guest by its name, also of one that its lease names before it has come."""
-        endpoint = self.named(name)
+        endpoint = self.named(name, told=told)
         if endpoint is not None:
             return endpoint.ip
         return next((lease.ip for lease in self._leases.values() if lease.name == name.lower()), None)
@@ -197,8 +205,9 @@ class Registry:
         except ConfigError:
             return
         with self._lock:
-            if self.address_named(alias) is None:
-                endpoint._hostname = alias
+            # The names of guests that are yet to come are not for others.
+            if self.address_named(alias) is None and not _NUMBERED.fullmatch(alias):
+                endpoint._hostname, endpoint._told = alias, True
 
     def name_of(self, address: IPv4Address) -> str | None:
         """The id of the endpoint with this address."""

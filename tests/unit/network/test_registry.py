@@ -169,6 +169,20 @@ def test_declined() -> None:
     assert r.create("c").ip == ip(2)
 
 
+def test_a_name_that_a_guest_tells_itself_is_for_dns_alone() -> None:
+    r = registry()
+    liar = r.create("vm1", mac=A)
+    r.note_hostname(liar, parse_mac(A), "web")
+    assert r.address_named("web") == liar.ip
+    assert r.address_named("web", told=False) is None, "ports published for web do not lead to it"
+    owner = r.create("vm2", hostname="web")
+    assert (liar.hostname, r.named("web")) == (None, owner)
+    assert r.address_named("web", told=False) == owner.ip
+    r.note_hostname(liar, parse_mac(A), "other")
+    third = r.create("other")
+    assert r.named("other") is third, "an id counts more"
+
+
 def test_names() -> None:
     r = registry(static_leases=[WEB])
     a = r.create("VM-a", hostname="alpha")
@@ -186,6 +200,8 @@ def test_names() -> None:
     assert b.hostname is None, "not the endpoint's own card"
     r.note_hostname(b, parse_mac(B), "be ta")
     assert b.hostname is None, "no name that DNS can have"
+    r.note_hostname(b, parse_mac(B), "vm7")
+    assert b.hostname is None, "that of a guest that may come yet"
     r.note_hostname(b, parse_mac(B), "Beta")
     assert r.named("beta") is b
     assert r.hostname_for("b", parse_mac(B)) == "beta"

@@ -20,6 +20,7 @@ from guestnet import (
     PortInUse,
     UnsupportedError,
 )
+from guestnet.ipam import parse_mac
 from guestnet.testing.guest import GuestError
 from guestnet.testing.tcp import Connection
 
@@ -119,6 +120,19 @@ def test_a_published_range(network: NatNetwork, add_guest: AddGuest) -> None:
     assert [fetch(base + n, b"x") for n in range(3)] == [b"0 x", b"1 x", b"2 x"]
     with pytest.raises(PortInUse, match=str(base + 1)):
         network.publish(f"127.0.0.1:{base + 1}:80")
+
+
+def test_no_guest_gets_the_ports_of_another_by_its_name(network: NatNetwork, add_guest: AddGuest) -> None:
+    forward = network.publish("127.0.0.1:0:web:80")
+    add_guest("vm1").serve(80, answer(b"liar "))
+    liar = network.get_endpoint("vm1")
+    assert liar is not None
+    network._registry.note_hostname(liar, parse_mac(liar.mac), "web")
+    assert liar.hostname == "web"
+    another = network.publish("127.0.0.1:0:web:80")
+    for one in (forward, another):
+        with pytest.raises(ConnectionResetError):
+            fetch(one.host_port)
 
 
 @pytest.mark.parametrize("address", ["10.0.0.1", "192.168.64.0", "192.168.64.255", "8.8.8.8"])

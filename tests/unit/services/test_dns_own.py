@@ -194,6 +194,14 @@ async def test_guests_come_and_go() -> None:
     assert answer.answer[0].ttl == 5
 
 
+@pytest.mark.parametrize("type_", ["DS", "DNSKEY", "NS", "SOA"])
+async def test_a_guest_named_like_a_top_level_domain_does_not_answer_for_it(type_: str) -> None:
+    made = server(directory=Guests(com="192.168.64.7"))
+    assert texts(await resolve(made, "com")) == ["com. A 192.168.64.7"]
+    assert (await resolve(made, "com", type_)).rcode() == dns.rcode.SERVFAIL, "asked of others"
+    assert (await resolve(made, "com.guestnet.internal", type_)).rcode() == dns.rcode.NOERROR
+
+
 async def test_records_come_and_go() -> None:
     made = server()
     made.add_record("late.example", "192.0.2.5")

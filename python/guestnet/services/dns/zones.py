@@ -34,6 +34,9 @@ _ARPA4, _ARPA6 = to_labels("in-addr.arpa"), to_labels("ip6.arpa")
 _LOOPBACK4 = IPv4Network("127.0.0.0/8")
 _LOOPBACK = {Type.A: bytes((127, 0, 0, 1)), Type.AAAA: IPv6Address("::1").packed}
 _ANYTHING = b"\x01*"
+_OF_ZONES = (Type.NS, Type.SOA, 43, 48)
+"""With DS and DNSKEY: what validating resolvers ask of a top-level domain. A guest that calls itself like one
+does not answer for it."""
 _RFC8482 = b"\x07RFC8482\x00"
 _Names = dict[bytes, tuple[OwnRecord, ...]]
 
@@ -149,7 +152,7 @@ class Zones:
         apex = self._zone if inside else key
         if (records := content.names.get(key)) is not None:
             return self._choose(apex, records, type_, content)
-        guest = self._guest(key, inside)
+        guest = self._guest(key, inside) if inside or type_ not in _OF_ZONES else None
         if guest is not None:
             return self._choose(apex, (guest,), type_, content, GUEST_TTL)
         if key in content.between:
