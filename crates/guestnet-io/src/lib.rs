@@ -13,6 +13,7 @@ mod dispatch;
 pub mod events;
 #[cfg(fuzzing)]
 pub mod fuzzing;
+pub mod huge;
 mod io_state;
 mod listener;
 mod poller;

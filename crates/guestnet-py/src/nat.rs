@@ -207,7 +207,6 @@ impl NatEngine {
             gateway: gateway.map(|a| a.0),
             ports,
             table_size,
-            prefault,
             timeouts: self::timeouts(py, &timeouts)?,
             mapping_udp: behaviour(py, mapping_udp)?,
             mapping_tcp: behaviour(py, mapping_tcp)?,
@@ -239,7 +238,14 @@ impl NatEngine {
             secret: secret.try_into().map_err(|_| config_error(py, "The secret is not 32 bytes.".into()))?,
         };
         let engine = py
-            .detach(|| nat::NatEngine::new(config, Time(now)))
+            .detach(|| {
+                let mut engine = nat::NatEngine::new(config, Time(now))?;
+                guestnet_io::huge::advise(&engine.memory_ranges());
+                if prefault {
+                    engine.prefault();
+                }
+                Ok::<_, nat::NatConfigError>(engine)
+            })
             .map_err(|e| config_error(py, format!("{e}.")))?;
         Ok(NatEngine { inner: Mutex::new(engine) })
     }

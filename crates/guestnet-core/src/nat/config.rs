@@ -115,9 +115,6 @@ pub struct NatEngineConfig {
     pub ports: (u16, u16),
     /// The most connections tracked at once, 1 to 16,777,214. Memory is touched as it is used.
     pub table_size: usize,
-    /// Touch all memory when the engine is made (about 150 bytes a connection), so that no packet waits for a
-    /// page.
-    pub prefault: bool,
     /// Timeouts.
     pub timeouts: NatTimeouts,
     /// Mapping behaviour for UDP (RFC 4787 REQ-1: endpoint-independent).
@@ -210,7 +207,6 @@ impl NatEngineConfig {
             gateway: None,
             ports: (49152, 65535),
             table_size: 65536,
-            prefault: false,
             timeouts: NatTimeouts::default(),
             mapping_udp: Behaviour::EndpointIndependent,
             mapping_tcp: Behaviour::EndpointIndependent,

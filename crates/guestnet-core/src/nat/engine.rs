@@ -86,6 +86,18 @@ impl NatEngine {
         })
     }
 
+    /// Touches all memory of the tables (about 150 bytes a connection), so that no packet waits for a page.
+    pub fn prefault(&mut self) {
+        self.table.prefault();
+    }
+
+    /// Address and length in bytes of the memory of the tables, which stays where it is: for who asks the
+    /// system for larger pages. Use it before [`NatEngine::prefault`].
+    #[must_use]
+    pub fn memory_ranges(&self) -> [(usize, usize); 8] {
+        self.table.ranges()
+    }
+
     /// The configuration.
     #[must_use]
     pub fn config(&self) -> &NatEngineConfig {

@@ -6,6 +6,8 @@
 
 /// The most records that an index can name.
 pub const MAX_RECORDS: usize = (1 << 24) - 2;
+/// Bytes of the smallest page of memory.
+const PAGE: usize = 4096;
 const MASK: u32 = 0x00ff_ffff;
 /// "This far from home or more."
 const FAR: u32 = 15;
@@ -18,16 +20,23 @@ pub struct Index {
 }
 
 impl Index {
-    /// An index for at most `records` records; `prefault` touches all of its memory at once.
+    /// An index for at most `records` records. Zeroed memory comes as untouched pages.
     #[must_use]
-    pub fn new(records: usize, prefault: bool) -> Index {
+    pub fn new(records: usize) -> Index {
         let n = (records.clamp(1, MAX_RECORDS) * 2).next_power_of_two();
-        // Zeroed memory comes as untouched pages; any other value is written.
-        let mut slots = vec![u32::from(prefault); n];
-        if prefault {
-            slots.fill(0);
+        Index { slots: vec![0; n], mask: n - 1 }
+    }
+
+    /// Touches all of its memory.
+    pub(crate) fn prefault(&mut self) {
+        for slot in self.slots.iter_mut().step_by(PAGE / 4) {
+            *slot = std::hint::black_box(*slot);
         }
-        Index { slots, mask: n - 1 }
+    }
+
+    /// Address and length in bytes of its memory.
+    pub(crate) fn range(&self) -> (usize, usize) {
+        (self.slots.as_ptr().addr(), self.memory())
     }
 
     /// Bytes that it takes.

@@ -173,14 +173,19 @@ pub(crate) struct Slab<T> {
 }
 
 impl<T: Slot> Slab<T> {
-    pub fn new(limit: usize, blank: T, prefault: bool) -> Self {
-        // Address space only: pages come as records do, unless they shall be there from the start.
-        let mut items = Vec::with_capacity(limit);
-        if prefault {
-            items.resize(limit, blank);
-            items.clear();
-        }
-        Slab { items, free: NONE, len: 0, limit }
+    pub fn new(limit: usize) -> Self {
+        // Address space only: pages come as records do, unless `prefault` is called.
+        Slab { items: Vec::with_capacity(limit), free: NONE, len: 0, limit }
+    }
+    /// Touches all of its memory.
+    pub fn prefault(&mut self, blank: T) {
+        let used = self.items.len();
+        self.items.resize(self.limit.max(used), blank);
+        self.items.truncate(used);
+    }
+    /// Address and length in bytes of its memory.
+    pub fn range(&self) -> (usize, usize) {
+        (self.items.as_ptr().addr(), self.items.capacity() * size_of::<T>())
     }
     pub fn is_full(&self) -> bool {
         self.len >= self.limit

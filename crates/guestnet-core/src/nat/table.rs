@@ -87,21 +87,21 @@ impl Table {
     pub fn new(c: &NatEngineConfig, tick: u32) -> Table {
         let mut random = Random::new(&c.secret);
         let keys = Keys::new(&mut random);
-        let (n, now) = (c.table_size, c.prefault);
+        let n = c.table_size;
         let hosts = n.min(1 << 20);
         Table {
             keys,
             random,
-            sessions: Slab::new(n, DEAD, now),
-            out: Index::new(n, now),
-            inn: Index::new(n, now),
-            mappings: Slab::new(n, NO_MAPPING, now),
-            map_out: Index::new(n, now),
-            map_in: Index::new(n, now),
-            peers: Slab::new(n, NO_PEER, false),
-            peer_index: Index::new(n, false),
-            hosts: Slab::new(hosts, NO_HOST, false),
-            host_index: Index::new(hosts, false),
+            sessions: Slab::new(n),
+            out: Index::new(n),
+            inn: Index::new(n),
+            mappings: Slab::new(n),
+            map_out: Index::new(n),
+            map_in: Index::new(n),
+            peers: Slab::new(n),
+            peer_index: Index::new(n),
+            hosts: Slab::new(hosts),
+            host_index: Index::new(hosts),
             externals: c
                 .external
                 .iter()
@@ -121,6 +121,29 @@ impl Table {
             filtering_tcp: c.filtering_tcp,
             hold_ticks: super::state::ticks(c.timeouts.port_hold),
         }
+    }
+
+    /// Touches the memory of connections and mappings.
+    pub fn prefault(&mut self) {
+        self.sessions.prefault(DEAD);
+        self.mappings.prefault(NO_MAPPING);
+        for index in [&mut self.out, &mut self.inn, &mut self.map_out, &mut self.map_in] {
+            index.prefault();
+        }
+    }
+
+    /// Address and length in bytes of each large piece of memory.
+    pub fn ranges(&self) -> [(usize, usize); 8] {
+        [
+            self.sessions.range(),
+            self.mappings.range(),
+            self.peers.range(),
+            self.out.range(),
+            self.inn.range(),
+            self.map_out.range(),
+            self.map_in.range(),
+            self.peer_index.range(),
+        ]
     }
 
     pub fn is_external(&self, ip: u32) -> bool {
