@@ -51,6 +51,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let core = CoreConfig::new(mac, gateway, (Ipv4Addr::new(192, 168, 64, 0), 24), [7; 32]);
     let mut worker = WorkerConfig::new(core);
     worker.max_spins = std::env::var("SPINS").map_or(Ok(worker.max_spins), |n| n.parse())?;
+    worker.batch_size = std::env::var("BATCH").map_or(Ok(worker.batch_size), |n| n.parse())?;
     let worker = spawn(worker)?;
     worker.submit(Command::AddPort { port: PortId(1), config: config(2)? })?;
     worker.submit(Command::AttachTap { port: PortId(1), fd: tap })?;
