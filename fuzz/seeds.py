@@ -12,6 +12,8 @@ GUEST, GATEWAY = bytes.fromhex("5294ef000002"), bytes.fromhex("5294ef000001")
 GUEST4, GATEWAY4, OUTSIDE4 = (
     ipaddress.ip_address(a).packed for a in ("192.168.64.2", "192.168.64.1", "203.0.113.2")
 )
+OTHER = bytes.fromhex("5294ef000003")
+LOCAL6, OTHER6 = (ipaddress.ip_address(a).packed for a in ("fe80::2", "fe80::3"))
 GUEST6, OUTSIDE6 = (ipaddress.ip_address(a).packed for a in ("fd00::2", "2001:db8::2"))
 
 
@@ -81,6 +83,22 @@ def ipv6_udp() -> bytes:
     return ether(0x86DD, struct.pack("!IHBB", 6 << 28, len(segment), 17, 64) + GUEST6 + OUTSIDE6 + segment)
 
 
+def ipv6(next_header: int, payload: bytes, src: bytes = LOCAL6, dst: bytes = OTHER6) -> bytes:
+    head = struct.pack("!IHBB", 6 << 28, len(payload), next_header, 255) + src + dst
+    return ether(0x86DD, head + payload, OTHER)
+
+
+def neighbour(kind: int, target: bytes, option: int) -> bytes:
+    return ipv6(58, struct.pack("!BBHI", kind, 0, 0, 0) + target + bytes([option, 1]) + GUEST)
+
+
+def wrapped(headers: int, message: bytes) -> bytes:
+    """An ICMPv6 message behind so many destination options."""
+    chain = b"".join(bytes([60 if i + 1 < headers else 58, 0, 1, 4, 0, 0, 0, 0]) for i in range(headers))
+    return ipv6(60, chain + message)
+
+
+ADVERTISEMENT = struct.pack("!BBHI", 134, 0, 0, 0) + bytes(8)
 SYN_OPTIONS = bytes.fromhex("020405b40402080a00000001000000000103030a")
 FRAMES = {
     "arp": arp(GATEWAY4),
@@ -99,6 +117,14 @@ FRAMES = {
     "ip_options": ipv4(17, struct.pack("!HHHH", 1, 2, 8, 0), options=bytes.fromhex("94040000")),
     "vlan": ether(0x8100, b"\0\1\x08\0" + bytes(46)),
     "ipv6_udp": ipv6_udp(),
+    "ndp_solicitation": neighbour(135, OTHER6, 1),
+    "ndp_advertisement": neighbour(136, LOCAL6, 2),
+    "ndp_router": wrapped(2, ADVERTISEMENT),
+    "ndp_router_deep": wrapped(9, ADVERTISEMENT),
+    "ndp_router_fragment": ipv6(44, bytes([58, 0, 0, 1, 0, 0, 0, 9]) + ADVERTISEMENT),
+    "udp_to_nobody": udp(0, b"x", bytes(4)),
+    "broadcast": ether(0x0800, udp(67, bytes(40), b"\xff" * 4)[14:], b"\xff" * 6),
+    "tcp_to_guest": ether(0x0800, tcp(0x10, bytes(1400))[14:], OTHER),
 }
 
 
@@ -168,6 +194,22 @@ PROGRAMS = {
     + CONNECTED,
     "full_port": OPEN + bytes([12, 0, 0, 100]) + sock(1, 20000) + bytes([12, 4, 0, 0]) + answer(0x10),
     "port_gone": OPEN + raw(FRAMES["udp"]) + bytes([12, 8, 0, 0]) + sock(1, 100) + bytes([12, 10, 0, 0]),
+    "neighbours": raw(FRAMES["ndp_solicitation"])
+    + raw(FRAMES["ndp_advertisement"])
+    + raw(FRAMES["ndp_router"])
+    + raw(FRAMES["ndp_router_deep"])
+    + raw(FRAMES["ndp_router_fragment"]),
+    # Offload requests: UDP in pieces of 500 and of 1, TCP to a guest, from each kind of port.
+    "offload": raw(FRAMES["udp"], 0x24)
+    + struct.pack("!H", 500)
+    + raw(FRAMES["udp"], 0x24)
+    + struct.pack("!H", 1)
+    + raw(FRAMES["tcp_to_guest"], 0x14)
+    + struct.pack("!H", 500)
+    + raw(FRAMES["tcp_to_guest"], 0x54)
+    + struct.pack("!H", 1),
+    "floods": raw(FRAMES["arp"]) + raw(FRAMES["broadcast"]) * 3 + raw(FRAMES["broadcast"], 0x40),
+    "mapping": raw(FRAMES["udp"]) + raw(FRAMES["udp_to_nobody"]) + wait(60000) * 6 + raw(FRAMES["udp"], 1),
     "rest": raw(FRAMES["ip_options"]) + raw(FRAMES["vlan"]) + raw(FRAMES["ipv6_udp"]) + raw(FRAMES["rst"]),
 }
 

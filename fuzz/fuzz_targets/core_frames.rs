@@ -2,13 +2,14 @@
 //! its arguments: a raw frame from a guest, a TCP segment that continues a conversation the guest has, data
 //! or an end or an error on a host socket, a client at a Forward, a port that fills up or goes, time that
 //! passes. The mock world of the core's own tests keeps the contract of `Effects` and fails on any breach
-//! (use after close, peek past the end, send after shutdown). At the end all that is open must expire.
+//! (use after close, peek past the end, send after shutdown). What goes to a guest must be readable, cut as it
+//! asks to be, and never say what only a gateway may say. At the end all that is open must expire.
 #![no_main]
 
 #[path = "../../crates/guestnet-core/tests/common/mod.rs"]
 mod common;
 
-use common::Mock;
+use common::{Mock, Sent};
 use guestnet_core::config::{CoreConfig, DatagramError, ForwardSpec, Limits};
 use guestnet_core::core::Core;
 use guestnet_core::effects::SockError;
@@ -16,7 +17,7 @@ use guestnet_core::types::{Csum, ForwardId, FrameMeta, Gso, PortConfig, PortId, 
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::ipv4::{self, Ipv4};
 use guestnet_wire::tcp::{Options, Tcp};
-use guestnet_wire::{parse, proto};
+use guestnet_wire::{parse, proto, segment};
 use libfuzzer_sys::fuzz_target;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
@@ -24,6 +25,9 @@ const GATEWAY_MAC: Mac = Mac([0x52, 0x94, 0xef, 0, 0, 1]);
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 64, 1);
 const MTU: u16 = 1500;
 const FLOWS: u32 = 64;
+/// Ports: one that takes no large frames, one that does, and one whose guest leaves work undone without
+/// saying so.
+const PORTS: u8 = 3;
 /// Steps of one input; more adds time and no new states.
 const STEPS: usize = 400;
 
@@ -101,8 +105,9 @@ impl World {
             filler: (0..70_000u32).map(|i| i as u8).collect(),
             heard: Vec::new(),
         };
-        world.add_port(0);
-        world.add_port(1);
+        for port in 0..PORTS {
+            world.add_port(port);
+        }
         world.core.add_service(ServiceId(1), proto::UDP, IpAddr::V4(GATEWAY), 67);
         world.core.add_service(ServiceId(2), proto::UDP, IpAddr::V4(GATEWAY), 53);
         world.core.add_service(ServiceId(3), proto::TCP, IpAddr::V4(GATEWAY), 53);
@@ -118,8 +123,8 @@ impl World {
             mac: (n == 0).then(|| guest_mac(n)),
             addresses: vec![IpAddr::V4(guest_ip(n))],
             mtu: MTU,
-            gso_max: if n == 0 { 0 } else { 65000 },
-            lax_offload: false,
+            gso_max: if n == 1 { 65000 } else { 0 },
+            lax_offload: n == 2,
         };
         self.fx.port(PortId(u32::from(n))).gone = false;
         self.core.add_port(PortId(u32::from(n)), config);
@@ -134,6 +139,10 @@ impl World {
     fn listen(&mut self) {
         for sent in self.fx.take() {
             let e = Ether::parse(&sent.frame).expect("a frame without a header was sent");
+            pieces(&sent, e.src == GATEWAY_MAC);
+            if e.src != GATEWAY_MAC {
+                assert!(!is_gateway_talk(&sent.frame), "a guest was let say what only a router says");
+            }
             if e.ethertype != ether::IPV4 || e.src != GATEWAY_MAC {
                 continue;
             }
@@ -203,7 +212,7 @@ impl World {
 
     fn raw(&mut self, input: &mut Input<'_>) {
         let (flags, len) = (input.u8(), input.u16() % 2048);
-        let port = PortId(u32::from(flags & 1));
+        let port = PortId(if flags & 64 != 0 { 2 } else { u32::from(flags & 1) });
         let mut frame = input.bytes(usize::from(len)).to_vec();
         if flags & 2 != 0 && frame.len() >= ether::HEADER_LEN + 20 {
             ipv4::fill_checksum(&mut frame[ether::HEADER_LEN..]);
@@ -304,7 +313,7 @@ impl World {
 
     fn port(&mut self, input: &mut Input<'_>) {
         let (what, room) = (input.u8(), input.u16());
-        let n = what & 1;
+        let n = if what & 16 != 0 { 2 } else { what & 1 };
         let port = PortId(u32::from(n));
         match what >> 1 & 7 {
             0 | 1 => self.fx.port(port).room = usize::from(room),
@@ -382,6 +391,51 @@ impl World {
         }
         assert!(self.core.flows().count() <= FLOWS as usize);
         assert!(self.core.reassembly_bytes() <= 64 << 10);
+    }
+}
+
+/// A large frame must be one that can be cut, into pieces that fit, and not too many of them.
+fn pieces(sent: &Sent, ours: bool) {
+    let Some(gso) = sent.meta.gso else {
+        assert!(sent.frame.len() <= ether::HEADER_LEN + usize::from(MTU), "a frame over the MTU was sent");
+        return;
+    };
+    let (mut count, mut bytes) = (0, 0);
+    let cut = segment::segment(&sent.frame, gso, |header, piece| {
+        count += 1;
+        bytes += piece.len();
+        let whole = [header, piece].concat();
+        assert!(whole.len() <= ether::HEADER_LEN + usize::from(MTU), "a piece over the MTU");
+        if ours {
+            let p = parse::parse_ip(&whole, ether::HEADER_LEN).expect("an unreadable piece");
+            assert!(parse::verify_ipv4_header(&whole, &p) && parse::verify_l4(&whole, &p));
+        }
+    });
+    assert!(!ours || cut.is_ok(), "a large frame that cannot be cut was sent");
+    assert!(count <= 2048 && bytes <= sent.frame.len(), "{count} pieces");
+}
+
+/// Whether a host that follows every header would read a router advertisement or redirect.
+fn is_gateway_talk(frame: &[u8]) -> bool {
+    let byte = |at: usize| frame.get(at).copied();
+    if frame.get(12..14) != Some(&[0x86, 0xdd]) {
+        return false;
+    }
+    let (mut next, mut at) = (byte(20), 54);
+    loop {
+        match next {
+            Some(58) => return matches!(byte(at), Some(134 | 137)),
+            Some(0 | 43 | 60) => {
+                next = byte(at);
+                at += 8 + usize::from(byte(at + 1).unwrap_or(0)) * 8;
+            }
+            // What does not begin here is nobody's to read as a header.
+            Some(44) if byte(at + 2) == Some(0) && byte(at + 3).is_some_and(|b| b & 0xf8 == 0) => {
+                next = byte(at);
+                at += 8;
+            }
+            _ => return false,
+        }
     }
 }
 
