@@ -10,7 +10,7 @@ const PAGE: usize = 4096;
 /// Asks for large pages for pieces of memory, given as address and length in bytes. What cannot be is not done.
 pub fn advise(ranges: &[(usize, usize)]) {
     for (start, len) in ranges {
-        let first = start.next_multiple_of(PAGE);
+        let Some(first) = start.checked_next_multiple_of(PAGE) else { continue };
         let end = start.saturating_add(*len) / PAGE * PAGE;
         if *len < SHORTEST || end <= first {
             continue;
