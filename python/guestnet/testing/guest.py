@@ -7,12 +7,14 @@ another.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 from collections.abc import Callable
 from ipaddress import IPv4Address, IPv4Interface
 
+from guestnet.errors import NotRunning
 from guestnet.testing import frames, messages
 from guestnet.testing.tcp import Connection, Key
 
@@ -23,6 +25,11 @@ _EVERYWHERE, _NOWHERE = b"\xff" * 4, bytes(4)
 
 class GuestError(Exception):
     """Something that the guest tried did not come about."""
+
+
+def _handle(handler: Callable[[Connection], None], connection: Connection) -> None:
+    with contextlib.suppress(NotRunning):
+        handler(connection)
 
 
 class Guest:
@@ -108,7 +115,10 @@ class Guest:
         return time.monotonic() - start
 
     def serve(self, port: int, handler: Callable[[Connection], None]) -> None:
-        """Calls `handler` in a thread of its own for every TCP connection to `port`."""
+        """Calls `handler` in a thread of its own for every TCP connection to `port`.
+
+        It ends without a word when the network was stopped under it.
+        """
         with self._changed:
             self._servers[port] = handler
 
@@ -173,7 +183,7 @@ class Guest:
             handler = self._servers.get(segment.dst_port)
             if handler is not None:
                 connection = self._connection(key)
-                threading.Thread(target=handler, args=(connection,), daemon=True).start()
+                threading.Thread(target=_handle, args=(handler, connection), daemon=True).start()
         if connection is not None:
             connection.receive(segment)
             if connection.finished:
