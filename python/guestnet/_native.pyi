@@ -132,6 +132,21 @@ class DataPlane:
         """Sends the answer of a UDP service."""
     def add_forward(self, forward: int, proto: str, guest: _SocketIn, fds: Sequence[int]) -> int:
         """Publishes a guest's port on listening TCP or bound UDP sockets."""
+    def attach_tun(
+        self,
+        fd: int,
+        *,
+        external: Sequence[IPv4Address],
+        ports: tuple[int, int] = (49152, 65535),
+        mtu: int = 1500,
+    ) -> int:
+        """Makes a TUN device (IFF_NO_PI, with or without IFF_VNET_HDR) the uplink: what goes outside is
+        translated to the external addresses and leaves there. `ports` are first and last, `mtu` is of both
+        sides, in bytes."""
+    def add_uplink_forward(self, forward: int, proto: str, external: _SocketIn, guest: _SocketIn) -> int:
+        """Publishes a guest's port on an external address of the uplink. Raises PortInUse or ConfigError."""
+    def nat_stats(self) -> int:
+        """Counters of the uplink's engine and what it holds: a pair of dictionaries."""
     def retarget_forward(self, forward: int, guest: _SocketIn) -> int:
         """Leads a forward elsewhere; an address that no port has refuses every client."""
     def remove_forward(self, forward: int) -> int:

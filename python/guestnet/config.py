@@ -37,6 +37,15 @@ class NetMode(StrEnum):
     """Joined to a network of the host."""
 
 
+class Uplink(StrEnum):
+    """How what guests send outside leaves."""
+
+    SOCKETS = "sockets"
+    """As sockets of this process: needs no privilege."""
+    TUN = "tun"
+    """As packets, translated, through a TUN device of the host: needs CAP_NET_ADMIN."""
+
+
 class PollingStrategy(StrEnum):
     """What a packet thread does when nothing is ready."""
 
@@ -218,6 +227,9 @@ class NatConfig:
     - `polling`, `batch_size` (frames, 1 to 1024), `max_spins`: see `PollingStrategy`.
     - `filtering`: see `Filtering`.
     - `gateway_mac`: the gateway's hardware address.
+    - `uplink`: see `Uplink`. With "tun": `external`, the addresses that guests have outside, which must be
+      routed to this host (by default one of 100.64.0.0/10 that only this host knows); `forwarding` lets the
+      host forward while the network runs; `masquerade` does too, and what leaves has the host's own address.
     - `limits`, `timeouts` (seconds): bounds of the data plane by name, where its defaults do not fit.
     """
 
@@ -242,6 +254,10 @@ class NatConfig:
     max_spins: int
     filtering: Filtering
     gateway_mac: str
+    uplink: Uplink
+    external: tuple[IPv4Address, ...]
+    forwarding: bool
+    masquerade: bool
     limits: Mapping[str, int]
     timeouts: Mapping[str, int]
 
@@ -269,6 +285,10 @@ class NatConfig:
         max_spins: int = 1000,
         filtering: str | Filtering = Filtering.ADDRESS_DEPENDENT,
         gateway_mac: str | bytes | None = None,
+        uplink: str | Uplink = Uplink.SOCKETS,
+        external: str | IPv4Address | Iterable[str | IPv4Address] = (),
+        forwarding: bool = False,
+        masquerade: bool = False,
         limits: Mapping[str, int] | None = None,
         timeouts: Mapping[str, int] | None = None,
     ) -> None:
@@ -310,6 +330,10 @@ class NatConfig:
             raise ConfigError(
                 f"dhcp_start {self.dhcp_start} is after dhcp_end {self.dhcp_end}: give the lower one first."
             )
+        put(self, "uplink", _choice(Uplink, "uplink", uplink))
+        put(self, "forwarding", _yes_or_no("forwarding", forwarding))
+        put(self, "masquerade", _yes_or_no("masquerade", masquerade))
+        put(self, "external", self._external(external))
         put(self, "static_leases", self._leases(_several("static_leases", static_leases)))
 
     @property
@@ -340,6 +364,22 @@ class NatConfig:
                 f"choose one from {self.subnet[1]} to {self.subnet[-2]}."
             )
         return address
+
+    def _external(self, value: object) -> tuple[IPv4Address, ...]:
+        given = [value] if isinstance(value, str | IPv4Address) else _several("external", value)
+        found = tuple(_address("external", one) for one in given)
+        if self.uplink is not Uplink.TUN and (found or self.forwarding or self.masquerade):
+            raise ConfigError(
+                "external, forwarding and masquerade are of the uplink 'tun': choose that one too."
+            )
+        for address in found:
+            if address in self.subnet or address.packed[0] in (0, 127) or address.packed[0] >= 224:
+                raise ConfigError(
+                    f"external {address} cannot be an address outside {self.subnet}: choose another."
+                )
+        if len(set(found)) != len(found):
+            raise ConfigError("external names an address twice: give each once.")
+        return found
 
     def _check_loopback(self) -> None:
         if not self.host_loopback:

@@ -338,10 +338,13 @@ class NatNetwork:
 
         The guest is an endpoint's id, its host name or its address; it need not be there yet. Without one
         the only guest is meant. All ports of a range are published or none. Raises PortInUse.
+
+        With the uplink "tun" a port without `host_ip` is one of the external address, and is led to the guest
+        by translation; one with an address of the host's own is a socket there, as with the uplink "sockets".
         """
         wanted = ForwardSpec.parse(spec) if isinstance(spec, str) else spec
         session = self._live()
-        sockets = open_sockets(wanted)
+        sockets = open_sockets(wanted) if session.needs_sockets(wanted) else []
         try:
             return self._run(session.publish(wanted, sockets))
         finally:
@@ -351,7 +354,7 @@ class NatNetwork:
         """As `publish`."""
         wanted = ForwardSpec.parse(spec) if isinstance(spec, str) else spec
         session = self._live()
-        sockets = open_sockets(wanted)
+        sockets = open_sockets(wanted) if session.needs_sockets(wanted) else []
         try:
             return await self._arun(session.publish(wanted, sockets))
         finally:
@@ -382,6 +385,18 @@ class NatNetwork:
     async def aendpoint_stats(self) -> dict[str, NetworkStats]:
         """As `endpoint_stats`."""
         return await self._arun(self._live().endpoint_stats())
+
+    @property
+    def external(self) -> tuple[IPv4Address, ...]:
+        """The addresses that guests have outside while it runs with the uplink "tun"; else none."""
+        session = self._session
+        return () if session is None or session.uplink is None else session.uplink.external
+
+    @property
+    def uplink_device(self) -> str | None:
+        """The name of the TUN device while it runs with the uplink "tun"."""
+        session = self._session
+        return None if session is None or session.uplink is None else session.uplink.device
 
     def flows(self) -> list[FlowRecord]:
         """The conversations that the network carries now."""

@@ -7,11 +7,13 @@ client, as a host does whose server is not running.
 
 from __future__ import annotations
 
+import random
 import socket
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 from typing import TYPE_CHECKING
 
-from guestnet.errors import ConfigError
+from guestnet.errors import ConfigError, PortInUse
 from guestnet.forwards import ForwardSpec, show
 
 if TYPE_CHECKING:
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from guestnet.registry import Registry
 
 _NOBODY = IPv4Address("0.0.0.0")
+_CHOSEN = range(20000, 49152)
+"""Below the ports that the engine gives to connections."""
+_TRIES = 64
 
 
 class Forward:
@@ -101,6 +106,43 @@ class Publishing:
             for number in numbers[:done]:
                 self._control.ensure(plane.remove_forward, number)
             raise
+        self._forwards[numbers[0]] = forward
+        return forward
+
+    async def add_external(self, spec: ForwardSpec, address: IPv4Address) -> Forward:
+        """Publishes ports of an external address of the uplink: all of the range, or none. Where the host's
+        port is 0 a free one is chosen."""
+        count = len(spec.host_ports)
+        numbers = tuple(range(self._next, self._next + count))
+        self._next += count
+        spec = replace(spec, host_ip=address)
+        forward = Forward(spec, tuple(spec.host_ports), numbers)
+        forward.target = self._target(forward)
+        plane, chosen = self._control.plane, []
+        try:
+            for number, port, guest_port in zip(numbers, spec.host_ports, spec.guest_ports, strict=True):
+                guest = (forward.target or _NOBODY, guest_port)
+                for candidate in [port] if port else random.sample(_CHOSEN, _TRIES):
+                    try:
+                        await self._control.do(
+                            plane.add_uplink_forward, number, spec.protocol, (address, candidate), guest
+                        )
+                    except PortInUse:
+                        if port:
+                            raise PortInUse(
+                                f"{spec.protocol.upper()} port {address}:{port} is in use, so {spec} cannot "
+                                "be published: publish another one."
+                            ) from None
+                        continue
+                    chosen.append(candidate)
+                    break
+                else:
+                    raise PortInUse(f"No free port was found on {address}: publish one that you choose.")
+        except BaseException:
+            for number in numbers[: len(chosen)]:
+                self._control.post(plane.remove_forward, number)
+            raise
+        forward.host_ports = tuple(chosen)
         self._forwards[numbers[0]] = forward
         return forward
 

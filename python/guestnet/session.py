@@ -15,6 +15,7 @@ from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Any
 
 from guestnet.attachments import Attachment, Listener, MemoryAttachment
+from guestnet.config import Uplink
 from guestnet.control import Control, Handlers
 from guestnet.endpoint import Endpoint
 from guestnet.errors import (
@@ -31,12 +32,13 @@ from guestnet.ipam import format_mac, parse_mac
 from guestnet.publishing import Forward, Publishing
 from guestnet.registry import Registry
 from guestnet.service_host import ServiceHost, Services
-from guestnet.stats import FlowRecord, NetworkStats
+from guestnet.stats import ConnTrackStats, FlowRecord, NatStats, NetworkStats
 
 if TYPE_CHECKING:
     from guestnet import _native
     from guestnet.config import NatConfig
     from guestnet.network import NatNetwork
+    from guestnet.uplink import TunUplink
 
 _log = logging.getLogger("guestnet")
 
@@ -86,6 +88,8 @@ class Session:
         self._next_port = 1
         self._next_listener = 1
         self._capturing = False
+        self.uplink: TunUplink | None = None
+        """The device of the uplink 'tun'."""
         self._services = ServiceHost(self, services)
 
     # --- beginning and end ---
@@ -94,6 +98,8 @@ class Session:
         """Makes the network that the configuration describes."""
         control = self.control
         await control.do(control.plane.tell_flows, self._network._tells_flows)
+        if self.config.uplink is Uplink.TUN:
+            await self._open_uplink()
         if self.config.capture is not None:
             await self.start_capture(self.config.capture)
         self.registry.moved = self._moved
@@ -101,6 +107,17 @@ class Session:
             endpoint._attached = None
             await self._add_port(endpoint)
         await self._services.open()
+
+    async def _open_uplink(self) -> None:
+        from guestnet.uplink import TunUplink
+
+        uplink = self.uplink = TunUplink(self.config)
+        try:
+            await self.control.do(
+                self.control.plane.attach_tun, uplink.fd, external=uplink.external, mtu=self.config.mtu
+            )
+        finally:
+            uplink.release()
 
     async def close(self) -> None:
         """Ends what has an end: the capture is written, services are closed, sockets are removed."""
@@ -112,6 +129,8 @@ class Session:
 
     def closed(self) -> None:
         """After the end: guests of listeners are gone, others stay for the next start."""
+        if self.uplink is not None:
+            self.uplink.close()
         self.registry.moved = lambda _endpoint, _old: None
         for endpoint in self.registry.all():
             endpoint._attached = None
@@ -253,7 +272,22 @@ class Session:
 
     async def publish(self, spec: ForwardSpec, sockets: list[list[socket.socket]]) -> Forward:
         self.publishing.check(spec, self.config.subnet)
+        if not sockets:
+            return await self.publishing.add_external(spec, self._outside(spec))
         return await self.publishing.add(spec, sockets)
+
+    def needs_sockets(self, spec: ForwardSpec) -> bool:
+        """False for ports of the external addresses: those have no sockets."""
+        return self.uplink is None or (spec.host_ip is not None and spec.host_ip not in self.uplink.external)
+
+    def _outside(self, spec: ForwardSpec) -> IPv4Address:
+        assert self.uplink is not None
+        return spec.host_ip if isinstance(spec.host_ip, IPv4Address) else self.uplink.external[0]
+
+    async def nat_stats(self) -> tuple[NatStats, ConnTrackStats]:
+        """What the uplink's engine did, and what it holds."""
+        stats, holds = await self.control.do(self.control.plane.nat_stats)
+        return NatStats(**stats), ConnTrackStats(**holds)
 
     async def unpublish(self, forward: Forward) -> None:
         if not await self.publishing.remove(forward):

@@ -96,6 +96,7 @@ impl Core {
             }
             if let Some(old) = self.neighbours.remove(ip) {
                 self.forget_learned(old.slot, ip);
+                self.tunnel_left(ip);
             }
             self.learn_address(slot, mac, ip)?;
         }

@@ -16,6 +16,7 @@ use crate::siphash::SipKey;
 use crate::stats::Counters;
 use crate::switch::Macs;
 use crate::table::FlowTable;
+use crate::tun::Tun;
 use crate::types::{FlowId, ForwardId, FrameMeta, PortConfig, PortId, ServiceId, SockId, Time};
 use crate::wheel::Wheel;
 use guestnet_wire::ether::Mac;
@@ -56,6 +57,8 @@ pub struct Core {
     /// What belongs to no port, and what ports that are gone had counted.
     pub(crate) base: Counters,
     pub(crate) now: Time,
+    /// The uplink of packets, where there is one.
+    pub(crate) tun: Option<Box<Tun>>,
 }
 
 impl Core {
@@ -88,6 +91,7 @@ impl Core {
             arp: Limiter::new(1000, now),
             base: Counters::default(),
             now,
+            tun: None,
             cfg: config,
         }
     }
@@ -119,6 +123,7 @@ impl Core {
         for index in gone {
             self.close_flow(index, fx);
         }
+        self.tunnel_remove_port(slot, fx);
         while self.neighbours.give_up_port(slot).is_some() {}
         self.neighbours.remove_port(slot);
         self.macs.remove_port(slot);
@@ -144,6 +149,9 @@ impl Core {
                 return Err(AddressInUse(ip));
             }
             self.forget_learned(b.slot, ip);
+            if b.slot != slot {
+                self.tunnel_left(ip);
+            }
         }
         let known = old.filter(|b| b.slot == slot).and_then(|b| b.mac);
         let own = self.ports.get(slot).and_then(|p| p.mac);
@@ -157,6 +165,7 @@ impl Core {
         self.now = now;
         if let Some(b) = self.neighbours.remove(ip) {
             self.forget_learned(b.slot, ip);
+            self.tunnel_left(ip);
         }
         if let Some(w) = self.neighbours.resolved(ip) {
             self.give_up(w, fx);
@@ -334,7 +343,11 @@ impl Core {
     #[must_use]
     pub fn next_timer(&self) -> Option<Time> {
         let wheel = self.wheel.next().map(|ms| Time(ms.saturating_mul(1_000_000)));
-        [wheel, self.reassembly.next_timer(), self.neighbours.next_timer()].into_iter().flatten().min()
+        let tunnel = self.tunnel_next_timer();
+        [wheel, tunnel, self.reassembly.next_timer(), self.neighbours.next_timer()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Does what is due.
@@ -349,6 +362,7 @@ impl Core {
         self.due = due;
         self.neighbour_timers(fx);
         self.reassembly_timers(fx);
+        self.tunnel_timers(fx);
         self.flush_batch(fx);
     }
 
@@ -370,10 +384,11 @@ impl Core {
 
     /// All flows.
     pub fn flows(&self) -> impl Iterator<Item = FlowInfo> {
-        self.flows.iter().filter(|(_, f)| !f.is_mapping()).filter_map(|(id, f)| {
+        let relays = self.flows.iter().filter(|(_, f)| !f.is_mapping()).filter_map(|(id, f)| {
             let port = self.ports.get(f.key.slot)?.id;
             Some(f.info(id, port, self.now))
-        })
+        });
+        relays.chain(self.tunnel_flows())
     }
 
     /// All ports.

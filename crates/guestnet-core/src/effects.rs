@@ -150,6 +150,14 @@ pub trait Effects {
     /// `Core::port_writable` will be called.
     fn port_room(&mut self, port: PortId) -> usize;
 
+    /// Sends a packet out through the uplink of packets. In `frame` it follows the 14 bytes of an Ethernet
+    /// header that means nothing; offsets in `meta` count from there.
+    ///
+    /// # Errors
+    /// [`TxError::Full`] when the uplink takes no more now (the packet is lost), [`TxError::Gone`] when there
+    /// is no such uplink, or it refused the packet.
+    fn uplink(&mut self, frame: &[u8], meta: FrameMeta) -> Result<(), TxError>;
+
     // ---- TCP sockets --------------------------------------------------------------------------------
     /// Starts a non-blocking connect for `flow`; `Core::tcp_connected` tells the outcome, also when it is
     /// known at once. `ttl` is the TTL for the outside, already decremented.

@@ -53,6 +53,9 @@ impl Core {
         meta: FrameMeta,
         fx: &mut E,
     ) -> Result<(), Drop> {
+        if self.is_tunneled(slot, frame, p, fx) {
+            return self.tunnel_out(slot, mac, frame, p, meta, fx);
+        }
         if let Some(f) = p.fragment {
             if self.route_to_guest(slot, mac, frame, p, meta, fx)? {
                 return Ok(());

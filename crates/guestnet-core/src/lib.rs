@@ -5,8 +5,8 @@
 //! The way of a frame through these files: `core` (the API) -> `switch` (which port?) -> `arp`, `ndp`,
 //! `gateway` (echo, ICMP errors, `service`s, `reassembly`) or another port, or outside: `policy` ->
 //! `table` of `flow`s (hit, or new by `lifecycle`) -> `udp`, `icmp`, `relay` with `tcp`.
-//! From outside: `forward` and `neighbour`. `wheel` keeps time, `emit` makes frames; `nat` is the
-//! packet translator of the `tun` uplink.
+//! With an uplink of packets what is for outside goes to `tun` instead and is translated by `nat`.
+//! From outside: `forward` and `neighbour`, or `tun`. `wheel` keeps time, `emit` makes frames.
 #![forbid(unsafe_code)]
 
 mod arp;
@@ -34,6 +34,7 @@ pub mod stats;
 mod switch;
 mod table;
 pub mod tcp;
+mod tun;
 pub mod types;
 mod udp;
 mod wheel;

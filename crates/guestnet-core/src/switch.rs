@@ -365,7 +365,7 @@ fn too_many(len: usize, size: u16, proto: u8) -> bool {
 }
 
 /// A checksum that is left to us is where the protocol has it.
-fn check_offload(frame: &[u8], p: &Packet, meta: FrameMeta) -> Result<(), Drop> {
+pub(crate) fn check_offload(frame: &[u8], p: &Packet, meta: FrameMeta) -> Result<(), Drop> {
     let Csum::Partial { start, offset } = meta.csum else { return Ok(()) };
     let good = match p.proto {
         _ if p.fragment.is_some() => false,

@@ -4,10 +4,11 @@
 
 use crate::sys;
 use guestnet_core::config::{FlowInfo, PortInfo};
+use guestnet_core::nat::{ConnTrackStats, ForwardError, NatConfigError, NatEngineConfig, NatStats};
 use guestnet_core::stats::Counters;
 use guestnet_core::types::{ForwardId, PortConfig, PortId, ServiceId};
 use guestnet_wire::ether::Mac;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, SocketAddrV4};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -143,6 +144,26 @@ pub enum Command {
         /// Listening TCP or bound UDP sockets.
         fds: Vec<OwnedFd>,
     },
+    /// Makes a TUN device the uplink: what goes outside is translated, and leaves there.
+    AttachTun {
+        /// The device, IFF_TUN | IFF_NO_PI, IFF_VNET_HDR or not.
+        fd: OwnedFd,
+        /// How it is translated.
+        config: Box<NatEngineConfig>,
+    },
+    /// Publishes a guest's port on an external address of the uplink of packets.
+    AddUplinkForward {
+        /// Its number, apart from those of [`Command::AddForward`].
+        forward: ForwardId,
+        /// IP protocol: TCP or UDP.
+        proto: u8,
+        /// The external address and port.
+        external: SocketAddrV4,
+        /// The guest's address and port; 0.0.0.0 while there is no guest.
+        guest: SocketAddr,
+    },
+    /// What the engine of the uplink did and holds: [`Value::Nat`].
+    NatStats,
     /// Leads a published port to another address and port; what runs stays where it is. An address that no
     /// port has (0.0.0.0) refuses every client until the guest is there.
     RetargetForward {
@@ -195,6 +216,8 @@ pub enum Value {
     Flows(Vec<FlowInfo>),
     /// All ports with their counters.
     Ports(Vec<(PortInfo, Counters)>),
+    /// Of the engine of the uplink of packets.
+    Nat(Box<(NatStats, ConnTrackStats)>),
 }
 
 /// Why a command was not done; nothing has changed then.
@@ -212,6 +235,18 @@ pub enum CommandError {
     /// Another port or the gateway has the address.
     #[error("address {0} is in use")]
     AddressInUse(IpAddr),
+    /// There is no uplink of packets.
+    #[error("the network has no uplink of packets")]
+    NoUplink,
+    /// There is one already.
+    #[error("the network has an uplink of packets already")]
+    HasUplink,
+    /// What the engine says to its configuration.
+    #[error("{0}")]
+    Nat(#[from] NatConfigError),
+    /// Why a port cannot be published on an external address.
+    #[error("{0}")]
+    Forward(#[from] ForwardError),
     /// No such listener.
     #[error("there is no listener {0}")]
     NoSuchListener(u32),

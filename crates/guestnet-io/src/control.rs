@@ -15,9 +15,11 @@ use crate::poller::{Kind, Token};
 use crate::sys::{self, RawAddr};
 use crate::uplink::forward::{ForwardParts, Listening, Origins};
 use crate::uplink::sockets::{Sock, SockKind};
+use crate::uplink::tun::Tun;
 use crate::uplink::{tcp, udp};
 use crate::worker::State;
 use guestnet_core::config::ForwardSpec;
+use guestnet_core::nat::NatEngineConfig;
 use guestnet_core::types::{ForwardId, FrameMeta, PortId, ServiceId};
 use guestnet_wire::proto;
 use std::net::{IpAddr, SocketAddr};
@@ -99,10 +101,24 @@ impl State {
             Command::AddForward { forward, proto, guest, fds } => {
                 self.add_forward(forward, proto, guest, fds)?;
             }
+            Command::AttachTun { fd, config } => self.attach_tun(fd, *config)?,
+            Command::AddUplinkForward { forward, proto, external, guest } => {
+                if self.forwards.contains_key(&forward.0) {
+                    return Err(CommandError::NumberInUse(forward.0));
+                }
+                self.core.add_uplink_forward(forward, proto, external, guest)?;
+            }
+            Command::NatStats => {
+                let stats = self.core.nat_stats().ok_or(CommandError::NoUplink)?;
+                return Ok(Value::Nat(Box::new(stats)));
+            }
+            Command::RetargetForward { forward, guest }
+                if self.core.retarget_uplink_forward(forward, guest) => {}
             Command::RetargetForward { forward, guest } => {
                 let proto = self.forwards.get(&forward.0).ok_or(CommandError::NoSuchForward(forward))?.proto;
                 self.core.add_forward(forward, ForwardSpec { proto, guest });
             }
+            Command::RemoveForward { forward } if self.core.remove_uplink_forward(forward) => {}
             Command::RemoveForward { forward } => self.remove_forward(forward),
             Command::Inject { port, mut frame } => {
                 self.port(port)?;
@@ -162,6 +178,21 @@ impl State {
             .ports
             .attach(&self.io.poller, slot, a, true)
             .map_err(|e| CommandError::BadDescriptor(reason("the descriptor cannot be watched", e)))
+    }
+
+    fn attach_tun(&mut self, fd: OwnedFd, config: NatEngineConfig) -> Result<(), CommandError> {
+        if self.io.tun.is_some() {
+            return Err(CommandError::HasUplink);
+        }
+        let tun = Tun::new(fd).map_err(CommandError::BadDescriptor)?;
+        self.core.set_uplink(self.now, config)?;
+        let token = Token { kind: Kind::Tun, index: 0, generation: 0 };
+        self.io
+            .poller
+            .add(&tun.fd, token, libc::EPOLLIN)
+            .map_err(|e| CommandError::BadDescriptor(reason("the TUN device cannot be watched", e)))?;
+        self.io.tun = Some(tun);
+        Ok(())
     }
 
     fn add_service(

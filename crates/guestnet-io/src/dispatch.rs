@@ -38,6 +38,7 @@ impl State {
             Kind::Listener => self.on_listener(ready.token),
             Kind::Forward => self.on_forward(ready.token),
             Kind::Kick => self.on_kick(ready.token),
+            Kind::Tun => self.on_tun(),
         }
     }
 
@@ -160,6 +161,30 @@ impl State {
         }
         self.stream_buffer = buf;
         (frames, down)
+    }
+
+    // ---- uplink of packets --------------------------------------------------------------------------
+
+    fn on_tun(&mut self) {
+        let mut packets = 0;
+        while packets < self.batch_size {
+            let Some(tun) = &self.io.tun else { break };
+            match tun.read(&mut self.frame) {
+                Got::Frame((end, meta)) => {
+                    let Some(frame) = self.frame.get_mut(..end) else { break };
+                    self.core.uplink_packet(self.now, frame, meta, &mut self.io);
+                }
+                Got::Bad => self.io.counters.bad_frames += 1,
+                Got::Empty => break,
+                Got::Down(why) => {
+                    self.io.tun = None;
+                    self.warn(format!("the uplink ended: {why}"));
+                    break;
+                }
+            }
+            packets += 1;
+        }
+        self.count_batch(packets);
     }
 
     // ---- uplink -------------------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 //! apart from the core so that the worker can lend it to the core's calls.
 
 use crate::attachments::ports::{Outside, Ports};
+use crate::attachments::tap::Sent;
 use crate::capture::{Capture, Direction};
 use crate::events::{Event, EventSender};
 use crate::poller::Poller;
 use crate::stats::IoCounters;
 use crate::sys;
 use crate::uplink::sockets::{Sock, SockKind, Socks};
+use crate::uplink::tun::Tun;
 use guestnet_core::effects::{self, Close, Effects, Peek, SockError, TxError};
 use guestnet_core::types::{FlowId, FrameMeta, PortId, SockId, Target, Time};
 use std::net::{IpAddr, SocketAddr};
@@ -18,6 +20,8 @@ pub(crate) struct IoState {
     pub poller: Poller,
     pub ports: Ports,
     pub socks: Socks,
+    /// The uplink of packets, where there is one.
+    pub tun: Option<Tun>,
     pub events: EventSender,
     pub capture: Option<Capture>,
     pub counters: IoCounters,
@@ -36,6 +40,7 @@ impl IoState {
             poller,
             ports: Ports::default(),
             socks: Socks::new(),
+            tun: None,
             events,
             capture: None,
             counters: IoCounters::default(),
@@ -104,6 +109,15 @@ impl Effects for IoState {
         ports.transmit(&mut out, port, header, rest, meta)?;
         self.capture_out(port, header, range);
         Ok(())
+    }
+
+    fn uplink(&mut self, frame: &[u8], meta: FrameMeta) -> Result<(), TxError> {
+        match self.tun.as_mut().map(|t| t.write(frame, meta)) {
+            Some(Sent::Yes) => Ok(()),
+            Some(Sent::Full) => Err(TxError::Full),
+            // That the device is gone is found, and told, when it is read.
+            Some(Sent::Refused | Sent::Down(_)) | None => Err(TxError::Gone),
+        }
     }
 
     fn port_room(&mut self, port: PortId) -> usize {

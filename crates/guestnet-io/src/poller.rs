@@ -25,6 +25,8 @@ pub(crate) enum Kind {
     Forward,
     /// A queue of a vhost-user attachment.
     Kick,
+    /// The uplink of packets.
+    Tun,
 }
 
 /// Names what is watched.
@@ -47,6 +49,7 @@ impl Token {
             3 => Kind::Listener,
             4 => Kind::Forward,
             5 => Kind::Kick,
+            6 => Kind::Tun,
             _ => Kind::Waker,
         };
         Token { kind, index: v as u32, generation: (v >> 32) as u32 & 0xff_ffff }
@@ -192,7 +195,9 @@ mod tests {
 
     #[test]
     fn a_token_comes_back_as_it_went() {
-        for kind in [Kind::Waker, Kind::Port, Kind::Sock, Kind::Listener, Kind::Forward, Kind::Kick] {
+        for kind in
+            [Kind::Waker, Kind::Port, Kind::Sock, Kind::Listener, Kind::Forward, Kind::Kick, Kind::Tun]
+        {
             let t = Token { kind, index: u32::MAX - 3, generation: 0xab_cdef };
             assert_eq!(Token::unpack(t.pack()), t);
         }

@@ -2,16 +2,17 @@
 //! number; the number comes back in a `Done` event. Nothing here waits but `stop`, and a full queue is an
 //! error at once. Descriptors are duplicated: the caller's stay the caller's.
 
-use crate::addresses::{Pair, mac, socket};
+use crate::addresses::{Pair, V4, mac, socket};
 use crate::config::{self, Named};
 use crate::errors::{config_error, descriptor_error, queue_full, start_error};
 use crate::{events, records};
+use guestnet_core::nat::NatEngineConfig;
 use guestnet_core::types::{ForwardId, PortConfig, PortId, ServiceId};
 use guestnet_io::{Command, Event, Worker, WorkerConfig, duplicate, spawn};
 use guestnet_wire::proto;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
 
@@ -252,6 +253,43 @@ impl DataPlane {
         let proto = protocol(py, proto)?;
         let fds = fds.into_iter().map(|fd| take(py, fd)).collect::<PyResult<_>>()?;
         self.submit(py, Command::AddForward { forward: ForwardId(forward), proto, guest: socket(guest), fds })
+    }
+
+    #[pyo3(signature = (fd, *, external, ports=(49152, 65535), mtu=1500))]
+    fn attach_tun(
+        &self,
+        py: Python<'_>,
+        fd: RawFd,
+        external: Vec<V4>,
+        ports: (u16, u16),
+        mtu: u16,
+    ) -> PyResult<u64> {
+        let config = NatEngineConfig {
+            external: external.into_iter().map(|a| a.0).collect(),
+            ports,
+            mtu_outside: mtu,
+            mtu_inside: mtu,
+            ..NatEngineConfig::new(Ipv4Addr::UNSPECIFIED)
+        };
+        self.submit(py, Command::AttachTun { fd: take(py, fd)?, config: Box::new(config) })
+    }
+
+    fn add_uplink_forward(
+        &self,
+        py: Python<'_>,
+        forward: u32,
+        proto: &str,
+        external: (V4, u16),
+        guest: Pair,
+    ) -> PyResult<u64> {
+        let proto = protocol(py, proto)?;
+        let external = SocketAddrV4::new(external.0.0, external.1);
+        let (forward, guest) = (ForwardId(forward), socket(guest));
+        self.submit(py, Command::AddUplinkForward { forward, proto, external, guest })
+    }
+
+    fn nat_stats(&self, py: Python<'_>) -> PyResult<u64> {
+        self.submit(py, Command::NatStats)
     }
 
     fn retarget_forward(&self, py: Python<'_>, forward: u32, guest: Pair) -> PyResult<u64> {

@@ -4,6 +4,7 @@
 
 use crate::addresses::{Pair, pair};
 use crate::errors::command_error;
+use crate::nat;
 use crate::records::{FlowInfo, PortInfo};
 use guestnet_core::effects;
 use guestnet_io::{CommandError, Event, Level, Value};
@@ -113,6 +114,9 @@ impl Done {
             Ok(Value::Ports(ports)) => {
                 ports.iter().cloned().map(PortInfo::from).collect::<Vec<_>>().into_pyobject(py)
             }
+            Ok(Value::Nat(both)) => (nat::stats(py, &both.0)?, nat::conntrack_stats(py, &both.1)?)
+                .into_pyobject(py)
+                .map(Bound::into_any),
             Ok(Value::None) | Err(_) => Ok(py.None().into_bound(py)),
         }
     }

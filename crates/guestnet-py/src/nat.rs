@@ -362,45 +362,13 @@ impl NatEngine {
     /// Counters since the engine was made.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let s = lock(&self.inner).stats();
-        let d = PyDict::new(py);
-        for (name, value) in [
-            ("outbound", s.outbound),
-            ("inbound", s.inbound),
-            ("hairpinned", s.hairpinned),
-            ("passed", s.passed),
-            ("fragmented", s.fragmented),
-            ("held", s.held),
-            ("too_big", s.too_big),
-            ("icmp_errors", s.icmp_errors),
-        ] {
-            d.set_item(name, value)?;
-        }
-        let drops = PyDict::new(py);
-        for (why, count) in Drop::ALL.iter().zip(s.drops) {
-            drops.set_item(why.name(), count)?;
-        }
-        d.set_item("drops", drops)?;
-        Ok(d)
+        stats(py, &s)
     }
 
     /// What the engine holds now.
     fn conntrack_stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let s = lock(&self.inner).conntrack_stats();
-        let d = PyDict::new(py);
-        for (name, value) in [
-            ("connections", s.connections as u64),
-            ("mappings", s.mappings as u64),
-            ("ports", s.ports),
-            ("capacity", s.capacity as u64),
-            ("memory", s.memory as u64),
-            ("created", s.created),
-            ("expired", s.expired),
-            ("hits", s.hits),
-            ("misses", s.misses),
-        ] {
-            d.set_item(name, value)?;
-        }
-        Ok(d)
+        conntrack_stats(py, &s)
     }
 
     /// The live connections: protocol, state, internal, external and remote end, bytes out and in.
@@ -429,4 +397,46 @@ fn protocol_number(py: Python<'_>, name: &str) -> PyResult<u8> {
         "udp" => Ok(proto::UDP),
         _ => Err(config_error(py, format!("There is no protocol {name:?} to publish: \"tcp\" or \"udp\"."))),
     }
+}
+
+/// Counters of an engine, by name.
+pub fn stats<'py>(py: Python<'py>, s: &nat::NatStats) -> PyResult<Bound<'py, PyDict>> {
+    let d = PyDict::new(py);
+    for (name, value) in [
+        ("outbound", s.outbound),
+        ("inbound", s.inbound),
+        ("hairpinned", s.hairpinned),
+        ("passed", s.passed),
+        ("fragmented", s.fragmented),
+        ("held", s.held),
+        ("too_big", s.too_big),
+        ("icmp_errors", s.icmp_errors),
+    ] {
+        d.set_item(name, value)?;
+    }
+    let drops = PyDict::new(py);
+    for (why, count) in Drop::ALL.iter().zip(s.drops) {
+        drops.set_item(why.name(), count)?;
+    }
+    d.set_item("drops", drops)?;
+    Ok(d)
+}
+
+/// What an engine holds, by name.
+pub fn conntrack_stats<'py>(py: Python<'py>, s: &nat::ConnTrackStats) -> PyResult<Bound<'py, PyDict>> {
+    let d = PyDict::new(py);
+    for (name, value) in [
+        ("connections", s.connections as u64),
+        ("mappings", s.mappings as u64),
+        ("ports", s.ports),
+        ("capacity", s.capacity as u64),
+        ("memory", s.memory as u64),
+        ("created", s.created),
+        ("expired", s.expired),
+        ("hits", s.hits),
+        ("misses", s.misses),
+    ] {
+        d.set_item(name, value)?;
+    }
+    Ok(d)
 }

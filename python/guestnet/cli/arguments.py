@@ -221,10 +221,40 @@ def add_network_options(parser: Parser) -> None:
         default="address_dependent",
         help="who may send to a UDP port that a guest uses (RFC 4787 section 5; default address_dependent)",
     )
+    add(
+        "--uplink",
+        choices=("sockets", "tun"),
+        default="sockets",
+        help="sockets (default), or tun: packets leave through a device (needs CAP_NET_ADMIN)",
+    )
+    add(
+        "--external",
+        action="append",
+        default=[],
+        type=checked(external),
+        metavar="ADDRESS",
+        help="tun: what guests have outside, routed to this host; default one of 100.64.0.0/10 (repeatable)",
+    )
+    add("--forwarding", action="store_true", help="tun: let this host forward while guestnet runs")
+    add(
+        "--masquerade",
+        action="store_true",
+        help="tun: forward, and give what leaves the host's own address (needs nft)",
+    )
     add("--pcap", metavar="FILE", help="write every frame to FILE (pcapng, for Wireshark)")
     add("--stats", action="store_true", help="print the counters at the end, on stderr")
     add("-q", "--quiet", action="store_true", help="say nothing but errors")
     add("-v", "--verbose", action="store_true", help="say what happens")
+
+
+def external(text: str) -> IPv4Address:
+    """An address that guests have outside."""
+    try:
+        return IPv4Address(text)
+    except ValueError:
+        raise UsageError(
+            f"--external {text!r} is not an IPv4 address: write one such as 192.0.2.9."
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -256,4 +286,8 @@ def network_settings(options: argparse.Namespace) -> dict[str, Any]:
         "host_loopback": options.host_loopback,
         "filtering": options.filtering,
         "capture": options.pcap,
+        "uplink": options.uplink,
+        "external": options.external,
+        "forwarding": options.forwarding,
+        "masquerade": options.masquerade,
     }

@@ -30,6 +30,7 @@ MISSING = "missing"
 _OFFLOADS = {"checksum": 0x01, "TSO": 0x01 | 0x02, "TSO for IPv6": 0x01 | 0x04, "USO": 0x01 | 0x20 | 0x40}
 _SO_PEEK_OFF = 42
 _SOL_UDP, _UDP_SEGMENT, _UDP_GRO = 17, 103, 104
+_CAP_NET_ADMIN = 12
 _CAP_NET_RAW = 13
 _OLDEST_QEMU = (7, 2)
 _WANTED_FILES = 65536
@@ -60,6 +61,7 @@ def all_checks(subnet: str) -> Iterator[Check]:
     yield check_subnet(subnet)
     yield check_ping()
     yield check_low_ports()
+    yield check_uplink()
     yield check_open_files()
     yield check_peek_offset()
     yield check_udp_offload()
@@ -207,6 +209,24 @@ def check_low_ports() -> Check:
         "Allow lower ones with `sudo sysctl net.ipv4.ip_unprivileged_port_start=80`, or publish higher ones."
     )
     return Check(name, OK, f"ports from {start}", remedy)
+
+
+def check_uplink() -> Check:
+    """What the uplink `tun` needs: the capability, and nft for masquerading."""
+    name = "uplink tun"
+    if not libc.has_capability(_CAP_NET_ADMIN):
+        remedy = "Run as root, or in `unshare -Urn`, for `--uplink tun`; the uplink `sockets` needs nothing."
+        return Check(name, LIMITED, "no CAP_NET_ADMIN", remedy)
+    if not os.access(links.TUN_DEVICE, os.R_OK | os.W_OK):
+        return Check(name, LIMITED, f"{links.TUN_DEVICE} cannot be opened", f"See {links.TUN_DEVICE} above.")
+    nft = shutil.which("nft")
+    if nft is None:
+        return Check(
+            name, LIMITED, "devices can be made, no nft in PATH", "Install nftables for `--masquerade`."
+        )
+    forwards = links.read_sysctl("net/ipv4/ip_forward") == "1"
+    switch = "forwarding is on" if forwards else "forwarding is off: `--forwarding` turns it on"
+    return Check(name, OK, f"devices can be made, nft at {nft}, {switch}")
 
 
 def check_open_files() -> Check:

@@ -142,10 +142,14 @@ def main(argv: Sequence[str]) -> int:
         if options.pid_file is not None:
             stack.enter_context(_pid_file(options.pid_file))
         _announce(options.ready_fd)
+        out = network.external
+        details = {"external": list(map(str, out)), "device": network.uplink_device} if out else {}
         teller.tell(
             "ready",
-            f"the network {options.subnet} is up, gateway {network.gateway}",
+            f"the network {options.subnet} is up, gateway {network.gateway}"
+            + (f", outside {', '.join(map(str, out))} by {network.uplink_device}" if out else ""),
             subnet=str(options.subnet),
+            **details,
         )
         number = signal.sigwait(_STOPPING)
         teller.tell("stopping", f"stopping on {signal.Signals(number).name}")

@@ -5,7 +5,7 @@ use super::config::{NatConfigError, NatEngineConfig, Refusal};
 use super::fragments::Fragments;
 use super::output::Output;
 use super::packet::{self, End, Kind, View};
-use super::records::{HAIRPIN, Key};
+use super::records::{HAIRPIN, Key, Session};
 use super::state::{ConnState, TICK_BITS, Timers};
 use super::stats::{ConnTrackStats, Connection, NatStats};
 use super::table::Table;
@@ -58,6 +58,8 @@ pub struct NatEngine {
     pub(super) unsolicited: VecDeque<UnsolicitedSyn>,
     pub(super) gateway: u32,
     pub(super) next_id: u16,
+    /// The packet at hand stands for several, of which the largest has this many bytes.
+    pub(super) large: Option<u16>,
     pub(super) stats: NatStats,
 }
 
@@ -81,6 +83,7 @@ impl NatEngine {
             unsolicited: VecDeque::new(),
             gateway: config.gateway_address(),
             next_id,
+            large: None,
             stats: NatStats::default(),
             config,
         })
@@ -356,8 +359,8 @@ impl NatEngine {
             self.icmp_error(back, src, p, icmp::TIME_EXCEEDED, 0, [0; 4]);
             return Some(NatResult::Dropped(Drop::TtlExpired));
         }
-        if v.total > usize::from(mtu) {
-            if v.dont_fragment {
+        if self.size(v) > usize::from(mtu) {
+            if v.dont_fragment || self.large.is_some() {
                 let m = mtu.to_be_bytes();
                 let code = icmp::unreachable::FRAG_NEEDED;
                 self.icmp_error(back, src, p, icmp::UNREACHABLE, code, [0, 0, m[0], m[1]]);
@@ -370,6 +373,11 @@ impl NatEngine {
         None
     }
 
+    /// What the next link must carry in one piece.
+    fn size(&self, v: &View) -> usize {
+        self.large.map_or(v.total, usize::from)
+    }
+
     /// The last steps of a packet whose addresses are done: TTL, and fragments where it is too big.
     pub(super) fn finish(&mut self, p: &mut [u8], v: &View, to: NatDirection, done: NatResult) -> NatResult {
         if self.config.decrement_ttl {
@@ -379,7 +387,7 @@ impl NatEngine {
             NatDirection::Outbound => self.config.mtu_outside,
             NatDirection::Inbound => self.config.mtu_inside,
         };
-        if v.total > usize::from(mtu) {
+        if self.size(v) > usize::from(mtu) {
             if !self.output.fragment(to, p, v, usize::from(mtu)) {
                 return NatResult::Dropped(Drop::BufferLimit);
             }
@@ -469,18 +477,8 @@ impl NatEngine {
     /// The live connections.
     pub fn connections(&self) -> impl Iterator<Item = Connection> {
         let tick = self.tick;
-        self.table.sessions.items.iter().filter(move |s| s.proto != 0 && s.expires > tick).map(|s| {
-            let at = |ip: u32, port| SocketAddrV4::new(Ipv4Addr::from(ip), port);
-            Connection {
-                proto: s.proto,
-                state: s.state,
-                internal: at(s.int_ip, s.int_port),
-                external: at(s.ext_ip, s.ext_port),
-                remote: at(s.rem_ip, s.rem_port),
-                bytes_out: s.bytes_out,
-                bytes_in: s.bytes_in,
-            }
-        })
+        let live = move |s: &&Session| s.proto != 0 && s.expires > tick;
+        self.table.sessions.items.iter().filter(live).map(Connection::of)
     }
 
     /// The outbound rewriting of a session: its external end.

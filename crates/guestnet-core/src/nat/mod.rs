@@ -21,6 +21,7 @@ mod records;
 mod state;
 mod stats;
 mod table;
+mod watch;
 pub mod wheel;
 
 pub use batch::{Contiguous, PacketBatch};
@@ -28,6 +29,7 @@ pub use config::{Behaviour, NatConfigError, NatEngineConfig, NatTimeouts, Prefix
 pub use engine::{ForwardError, NatEngine};
 pub use state::ConnState;
 pub use stats::{ConnTrackStats, Connection, NatStats};
+pub use watch::NatNews;
 
 use crate::stats::Drop;
 

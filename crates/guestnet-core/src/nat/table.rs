@@ -11,6 +11,7 @@ use super::index::Index;
 use super::ports::PortSet;
 use super::records::*;
 use super::state::ConnState;
+use super::watch::NatNews;
 use super::wheel::{NONE, Wheel};
 use crate::stats::Drop;
 use guestnet_wire::proto;
@@ -81,6 +82,8 @@ pub(crate) struct Table {
     filtering_udp: Behaviour,
     filtering_tcp: Behaviour,
     hold_ticks: u32,
+    /// What began and ended, for who asked to be told.
+    pub news: Option<Vec<NatNews>>,
 }
 
 impl Table {
@@ -120,6 +123,7 @@ impl Table {
             filtering_udp: c.filtering_udp,
             filtering_tcp: c.filtering_tcp,
             hold_ticks: super::state::ticks(c.timeouts.port_hold),
+            news: None,
         }
     }
 
@@ -539,6 +543,9 @@ impl Table {
             h.sessions += 1;
         }
         let id = self.sessions.add(s);
+        if let Some(news) = &mut self.news {
+            news.push(NatNews::Began { id, inbound: via.is_some() });
+        }
         self.out.insert(k.hash(&self.keys), id);
         self.inn.insert(in_key.hash(&self.keys), id);
         self.wheel.arm(&mut self.sessions, id, expires);
@@ -558,6 +565,9 @@ impl Table {
             .remove(s.out_key().hash(keys), id, |x| sessions.get(x).map_or(0, |y| y.out_key().hash(keys)));
         self.inn.remove(s.in_key().hash(keys), id, |x| sessions.get(x).map_or(0, |y| y.in_key().hash(keys)));
         self.sessions.remove(id, DEAD);
+        if let Some(news) = &mut self.news {
+            news.push(NatNews::Ended { id, bytes_out: s.bytes_out, bytes_in: s.bytes_in });
+        }
         self.drop_peer(s.mapping, s.peer);
         let host = self.mappings.get(s.mapping).map_or(NONE, |m| m.host);
         if let Some(h) = self.hosts.get_mut(host) {

@@ -105,6 +105,10 @@ pub struct Mock {
     pub datagrams: Vec<SentDatagram>,
     pub pings: Vec<SentPing>,
     pub events: Vec<Event>,
+    /// What left through the uplink of packets, behind 14 bytes that mean nothing.
+    pub uplink: Vec<(Vec<u8>, FrameMeta)>,
+    /// It takes no more.
+    pub uplink_full: bool,
     scratch: Vec<u8>,
     /// Calls of `tcp_peek`, for tests that count system calls.
     pub peeks: usize,
@@ -187,6 +191,14 @@ impl Effects for Mock {
         let mut frame = header.to_vec();
         frame.extend_from_slice(&self.scratch[payload]);
         self.queue(port, frame, meta)
+    }
+
+    fn uplink(&mut self, frame: &[u8], meta: FrameMeta) -> Result<(), TxError> {
+        if self.uplink_full {
+            return Err(TxError::Full);
+        }
+        self.uplink.push((frame.to_vec(), meta));
+        Ok(())
     }
 
     fn port_room(&mut self, port: PortId) -> usize {

@@ -44,37 +44,7 @@ pub(crate) enum Sent {
 impl Tap {
     /// Takes a TAP and agrees with the kernel on headers and offloads.
     pub(crate) fn new(fd: OwnedFd) -> Result<Tap, String> {
-        sys::adopt(&fd).map_err(|e| reason("the descriptor of the TAP cannot be set up", e))?;
-        let raw = fd.as_raw_fd();
-        // SAFETY: an ifreq is plain bytes.
-        let mut ifr: libc::ifreq = unsafe { std::mem::zeroed() };
-        // SAFETY: `ifr` is writable.
-        sys::check(unsafe { libc::ioctl(raw, TUNGETIFF, &raw mut ifr) })
-            .map_err(|e| reason("the descriptor is not a TAP that is set up", e))?;
-        // SAFETY: TUNGETIFF fills the flags.
-        let flags = i32::from(unsafe { ifr.ifr_ifru.ifru_flags });
-        if flags & libc::IFF_TAP == 0 || flags & libc::IFF_NO_PI == 0 {
-            return Err("the descriptor is not a TAP made with IFF_TAP and IFF_NO_PI".into());
-        }
-        let (mut header, mut uso) = (0, false);
-        if flags & libc::IFF_VNET_HDR != 0 {
-            header = header_len(raw)?;
-            // From all to none; what a kernel does not know it refuses as a whole.
-            let wishes = [
-                F_CSUM | F_TSO4 | F_TSO6 | F_USO4 | F_USO6,
-                F_CSUM | F_TSO4 | F_TSO6,
-                F_CSUM | F_TSO4,
-                F_CSUM,
-                0,
-            ];
-            for w in wishes {
-                // SAFETY: the argument is a number.
-                if unsafe { libc::ioctl(raw, TUNSETOFFLOAD, w) } == 0 {
-                    uso = w & F_USO4 != 0;
-                    break;
-                }
-            }
-        }
+        let (header, uso) = agree(&fd, Kind::Tap)?;
         Ok(Tap { fd, header, uso })
     }
 
@@ -120,11 +90,61 @@ impl Tap {
         };
         match sent {
             Ok(_) => Sent::Yes,
-            Err(e) if sys::would_block(e) => Sent::Full,
-            Err(e @ (libc::EBADFD | libc::EBADF | libc::ENODEV)) => Sent::Down(reason("the TAP is gone", e)),
-            Err(_) => Sent::Refused,
+            Err(e) => lost("the TAP is gone", e),
         }
     }
+}
+
+/// What a failed write means.
+pub(crate) fn lost(gone: &str, errno: i32) -> Sent {
+    match errno {
+        e if sys::would_block(e) => Sent::Full,
+        e @ (libc::EBADFD | libc::EBADF | libc::ENODEV) => Sent::Down(reason(gone, e)),
+        _ => Sent::Refused,
+    }
+}
+
+/// The two devices of linux/if_tun.h.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Ethernet frames.
+    Tap,
+    /// IP packets.
+    Tun,
+}
+
+/// Agrees with the kernel on headers and offloads: length of the virtio header, and whether UDP is cut.
+pub(crate) fn agree(fd: &OwnedFd, kind: Kind) -> Result<(usize, bool), String> {
+    let (name, flag) = match kind {
+        Kind::Tap => ("TAP", libc::IFF_TAP),
+        Kind::Tun => ("TUN", libc::IFF_TUN),
+    };
+    sys::adopt(fd).map_err(|e| reason(&format!("the descriptor of the {name} cannot be set up"), e))?;
+    let raw = fd.as_raw_fd();
+    // SAFETY: an ifreq is plain bytes.
+    let mut ifr: libc::ifreq = unsafe { std::mem::zeroed() };
+    // SAFETY: `ifr` is writable.
+    sys::check(unsafe { libc::ioctl(raw, TUNGETIFF, &raw mut ifr) })
+        .map_err(|e| reason(&format!("the descriptor is not a {name} that is set up"), e))?;
+    // SAFETY: TUNGETIFF fills the flags.
+    let flags = i32::from(unsafe { ifr.ifr_ifru.ifru_flags });
+    if flags & flag == 0 || flags & libc::IFF_NO_PI == 0 {
+        return Err(format!("the descriptor is not a {name} made with IFF_{name} and IFF_NO_PI"));
+    }
+    if flags & libc::IFF_VNET_HDR == 0 {
+        return Ok((0, false));
+    }
+    let header = header_len(raw)?;
+    // From all to none; what a kernel does not know it refuses as a whole.
+    let wishes =
+        [F_CSUM | F_TSO4 | F_TSO6 | F_USO4 | F_USO6, F_CSUM | F_TSO4 | F_TSO6, F_CSUM | F_TSO4, F_CSUM, 0];
+    for w in wishes {
+        // SAFETY: the argument is a number.
+        if unsafe { libc::ioctl(raw, TUNSETOFFLOAD, w) } == 0 {
+            return Ok((header, w & F_USO4 != 0));
+        }
+    }
+    Ok((header, false))
 }
 
 fn header_len(raw: i32) -> Result<usize, String> {

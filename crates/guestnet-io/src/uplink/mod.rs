@@ -1,11 +1,13 @@
 //! Theory of operation: how traffic of guests leaves the host without privileges: as ordinary sockets of this
 //! process. [`sockets`] numbers them and carries TCP, [`udp`] sends and receives datagrams in batches,
 //! [`ping`] echo requests, [`forward`] takes what comes in on published ports. [`errors`] reads what the
-//! kernel says went wrong with a datagram.
+//! kernel says went wrong with a datagram. Where there is the privilege to make one, [`tun`] is a device that whole
+//! packets leave through instead.
 
 pub(crate) mod errors;
 pub(crate) mod forward;
 pub(crate) mod ping;
 pub(crate) mod sockets;
 pub(crate) mod tcp;
+pub(crate) mod tun;
 pub(crate) mod udp;
