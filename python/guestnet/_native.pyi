@@ -137,12 +137,12 @@ class DataPlane:
         fd: int,
         *,
         external: Sequence[IPv4Address],
-        ports: tuple[int, int] = (49152, 65535),
+        ports: tuple[int, int] | None = None,
         mtu: int = 1500,
     ) -> int:
         """Makes a TUN device (IFF_NO_PI, with or without IFF_VNET_HDR) the uplink: what goes outside is
-        translated to the external addresses and leaves there. `ports` are first and last, `mtu` is of both
-        sides, in bytes."""
+        translated to the external addresses and leaves there. `ports` are first and last (49152 to 65535),
+        `mtu` is of both sides, in bytes."""
     def add_uplink_forward(self, forward: int, proto: str, external: _SocketIn, guest: _SocketIn) -> int:
         """Publishes a guest's port on an external address of the uplink. Raises PortInUse or ConfigError."""
     def nat_stats(self) -> int:

@@ -207,6 +207,16 @@ def _named_numbers(what: str, value: object) -> dict[str, int]:
     return {str(name): _number(f"{what} {name}", number, 1, 0xFFFFFFFF) for name, number in value.items()}
 
 
+def _port_range(value: object) -> tuple[int, int]:
+    given = _several("port_range", value)
+    if len(given) != 2:
+        raise ConfigError(f"port_range {value!r} is not a first and a last port: write (49152, 65535).")
+    first, last = (_number("port_range", one, 1, 65535) for one in given)
+    if first > last:
+        raise ConfigError(f"port_range {first} to {last} is upside down: give the lower one first.")
+    return first, last
+
+
 @dataclass(frozen=True, init=False, eq=True)
 class NatConfig:
     """A network. All arguments are keywords; text is taken wherever it is clear what it means.
@@ -228,8 +238,9 @@ class NatConfig:
     - `filtering`: see `Filtering`.
     - `gateway_mac`: the gateway's hardware address.
     - `uplink`: see `Uplink`. With "tun": `external`, the addresses that guests have outside, which must be
-      routed to this host (by default one of 100.64.0.0/10 that only this host knows); `forwarding` lets the
-      host forward while the network runs; `masquerade` does too, and what leaves has the host's own address.
+      routed to this host (by default one of 100.64.0.0/10 that only this host knows); `port_range`, the first
+      and the last of their ports that connections get; `forwarding` lets the host forward while the network
+      runs; `masquerade` does too, and what leaves has the host's own address.
     - `limits`, `timeouts` (seconds): bounds of the data plane by name, where its defaults do not fit.
     """
 
@@ -256,6 +267,7 @@ class NatConfig:
     gateway_mac: str
     uplink: Uplink
     external: tuple[IPv4Address, ...]
+    port_range: tuple[int, int]
     forwarding: bool
     masquerade: bool
     limits: Mapping[str, int]
@@ -287,6 +299,7 @@ class NatConfig:
         gateway_mac: str | bytes | None = None,
         uplink: str | Uplink = Uplink.SOCKETS,
         external: str | IPv4Address | Iterable[str | IPv4Address] = (),
+        port_range: tuple[int, int] = (49152, 65535),
         forwarding: bool = False,
         masquerade: bool = False,
         limits: Mapping[str, int] | None = None,
@@ -331,6 +344,7 @@ class NatConfig:
                 f"dhcp_start {self.dhcp_start} is after dhcp_end {self.dhcp_end}: give the lower one first."
             )
         put(self, "uplink", _choice(Uplink, "uplink", uplink))
+        put(self, "port_range", _port_range(port_range))
         put(self, "forwarding", _yes_or_no("forwarding", forwarding))
         put(self, "masquerade", _yes_or_no("masquerade", masquerade))
         put(self, "external", self._external(external))

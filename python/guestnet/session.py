@@ -114,7 +114,11 @@ class Session:
         uplink = self.uplink = TunUplink(self.config)
         try:
             await self.control.do(
-                self.control.plane.attach_tun, uplink.fd, external=uplink.external, mtu=self.config.mtu
+                self.control.plane.attach_tun,
+                uplink.fd,
+                external=uplink.external,
+                ports=self.config.port_range,
+                mtu=self.config.mtu,
             )
         finally:
             uplink.release()

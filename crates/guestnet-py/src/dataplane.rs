@@ -255,21 +255,22 @@ impl DataPlane {
         self.submit(py, Command::AddForward { forward: ForwardId(forward), proto, guest: socket(guest), fds })
     }
 
-    #[pyo3(signature = (fd, *, external, ports=(49152, 65535), mtu=1500))]
+    #[pyo3(signature = (fd, *, external, ports=None, mtu=1500))]
     fn attach_tun(
         &self,
         py: Python<'_>,
         fd: RawFd,
         external: Vec<V4>,
-        ports: (u16, u16),
+        ports: Option<(u16, u16)>,
         mtu: u16,
     ) -> PyResult<u64> {
+        let usual = NatEngineConfig::new(Ipv4Addr::UNSPECIFIED);
         let config = NatEngineConfig {
             external: external.into_iter().map(|a| a.0).collect(),
-            ports,
+            ports: ports.unwrap_or(usual.ports),
             mtu_outside: mtu,
             mtu_inside: mtu,
-            ..NatEngineConfig::new(Ipv4Addr::UNSPECIFIED)
+            ..usual
         };
         self.submit(py, Command::AttachTun { fd: take(py, fd)?, config: Box::new(config) })
     }
