@@ -84,6 +84,7 @@ class Services:
                     zone=config.zone,
                     records=config.dns_records,
                     gateway=config.gateway,
+                    subnet=config.subnet,
                     host=config.loopback_address,
                     resolvers=resolvers,
                     directory=self._registry,
@@ -106,6 +107,7 @@ class ServiceHost:
         self._asking: dict[str, int] = {}
         self._directory: str | None = None
         self._dns_is_open = False
+        self._hidden_socket: int | None = None
         self.refused = 0
         """DNS questions that were not taken because too many were being answered."""
 
@@ -124,17 +126,39 @@ class ServiceHost:
             path = self._private_path("dns")
             if path is not None:
                 await dns.serve_unix(path)
+                path = self._hidden(path)
                 await control.do(plane.add_service, _DNS_TCP, "tcp", gateway, DNS_PORT, path)
 
     async def close(self) -> None:
         """Ends what listens, and removes its socket."""
         if self._dns_is_open:
             await self._services.dns.close()
+        self._remove_directory()
+        if self._hidden_socket is not None:
+            os.close(self._hidden_socket)
+            self._hidden_socket = None
+
+    def _remove_directory(self) -> None:
         if self._directory is not None:
             for name in os.listdir(self._directory):
                 os.unlink(os.path.join(self._directory, name))
             os.rmdir(self._directory)
             self._directory = None
+
+    def _hidden(self, path: str) -> str:
+        """Takes a socket that listens off the disk, so that nothing is left there however this process ends:
+        Linux finds it by a descriptor too. Returns the path to connect to."""
+        try:
+            held = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except (OSError, AttributeError):
+            return path
+        hidden = f"/proc/self/fd/{held}"
+        if not os.path.exists(hidden):
+            os.close(held)
+            return path
+        self._hidden_socket = held
+        self._remove_directory()
+        return hidden
 
     def _private_path(self, name: str) -> str | None:
         """A path for a unix socket in a directory that nobody else can enter."""

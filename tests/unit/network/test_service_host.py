@@ -11,6 +11,9 @@ from ipaddress import IPv4Address, IPv4Interface
 from types import SimpleNamespace
 from typing import Any
 
+import dns.message
+import dns.rcode
+import dns.reversename
 import pytest
 from guestnet import ConfigError, NatConfig, NatNetwork
 from guestnet.ipam import parse_mac
@@ -193,12 +196,40 @@ def test_services_that_are_off() -> None:
     assert repr(NatNetwork().services) == "<Services dhcp dns>"
 
 
-def test_a_directory_for_sockets_is_private_and_goes(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+@pytest.mark.parametrize(
+    ("address", "rcode", "name"),
+    [
+        ("192.168.64.1", dns.rcode.NOERROR, "gateway.guestnet.internal."),
+        ("192.168.64.2", dns.rcode.NOERROR, "vm1.guestnet.internal."),
+        ("192.168.64.77", dns.rcode.NXDOMAIN, None),
+    ],
+)
+def test_addresses_of_the_network_are_not_asked_of_others(address: str, rcode: int, name: str | None) -> None:
+    network = NatNetwork(NatConfig(resolvers=()))
+    network.create_endpoint("vm1")
+    query = dns.message.make_query(dns.reversename.from_address(address), "PTR")
+    data = asyncio.run(network.services.dns.handle(query.to_wire(), tcp=False, endpoint_id="vm1"))
+    assert data is not None
+    answer = dns.message.from_wire(data)
+    assert answer.rcode() == rcode
+    assert [str(rdata) for rrset in answer.answer for rdata in rrset] == ([] if name is None else [name])
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_a_directory_for_sockets_is_private_and_goes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, hidden: bool
+) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / ("too-long" * 20)))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    if not hidden:  # as on a system without /proc
+        monkeypatch.delattr("os.O_PATH")
     made = Served(dhcp=False)
     with made.network:
-        (directory,) = tmp_path.iterdir()
-        assert directory.stat().st_mode & 0o777 == 0o700
-        assert [path.name for path in directory.iterdir()] == ["dns"]
+        if hidden:
+            # Whatever ends this process, nothing is left.
+            assert list(tmp_path.iterdir()) == []
+        else:
+            (directory,) = tmp_path.iterdir()
+            assert directory.stat().st_mode & 0o777 == 0o700
+            assert [path.name for path in directory.iterdir()] == ["dns"]
     assert list(tmp_path.iterdir()) == []
