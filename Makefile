@@ -60,9 +60,11 @@ conformance: ## Prove the NAT engine against its RFCs and write docs/conformance
 	python3 scripts/conformance.py
 
 # The peer is downloaded from the registry for this alone.
-bench-engine: ## Race the NAT engine with arcbox-conntrack; writes target/bench/engine.json
+bench-engine: build ## Race the NAT engine with arcbox-conntrack; writes target/bench/engine.json
 	mkdir -p target/bench
-	cargo run --release --locked --manifest-path benches/engine/Cargo.toml --target-dir $(TARGET)/bench-engine -- target/bench/engine.json
+	cargo build --release --locked --manifest-path benches/engine/Cargo.toml --target-dir $(TARGET)/bench-engine
+	$(TARGET)/bench-engine/release/guestnet-engine-bench target/bench/engine.json
+	$(BIN)/python bench/translate_batch.py --rust $(TARGET)/bench-engine/release/guestnet-engine-bench --json target/bench/engine.json
 
 fuzz: ## Fuzz each target for a short time (FUZZ_SECONDS=20 each)
 	scripts/fuzz.py --seconds $(or $(FUZZ_SECONDS),20)

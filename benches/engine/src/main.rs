@@ -280,45 +280,34 @@ fn pool(rows: &mut Vec<Row>) {
     rows.push(Row { name: "pool_alloc_free_shared".into(), guestnet: shared, arcbox: None, unit: "ns" });
 }
 
+/// The parts of the race, by the word that chooses them.
+type Part = (&'static str, fn(&mut Vec<Row>));
+const PARTS: &[Part] = &[
+    ("small", |rows| {
+        checksum(rows);
+        ring(rows);
+        pool(rows);
+    }),
+    ("udp64_64", |rows| hits(rows, "udp64_64_flows", 64, Mix::Udp64, SECOND)),
+    ("tcp1500_64", |rows| hits(rows, "tcp1500_64_flows", 64, Mix::Tcp1500, SECOND)),
+    ("udp64_10k", |rows| hits(rows, "udp64_10k_flows", 10_000, Mix::Udp64, SECOND)),
+    ("udp64_100k", |rows| hits(rows, "udp64_100k_flows", 100_000, Mix::Udp64, SECOND)),
+    ("udp64_1m", |rows| hits(rows, "udp64_1m_flows", 1_000_000, Mix::Udp64, 2 * SECOND)),
+    ("new", new_flows),
+    ("attack", attack),
+];
+const SECOND: Duration = Duration::from_secs(1);
+
+/// `FILE [PART]`: all of the race, or one part of it.
 fn main() {
     let path = std::env::args().nth(1).unwrap_or_else(|| "engine.json".into());
+    let only = std::env::args().nth(2);
     let mut rows = Vec::new();
-    let second = Duration::from_secs(1);
-    if std::env::args().nth(2).as_deref() == Some("100k") {
-        attack(&mut rows);
-        for r in &rows {
-            println!("{} {:.2} {:?}", r.name, r.guestnet, r.arcbox);
+    for (name, part) in PARTS {
+        if only.as_deref().is_none_or(|only| only == *name) {
+            part(&mut rows);
         }
-        return;
     }
-    if std::env::args().nth(2).as_deref() == Some("tcp") {
-        hits(&mut rows, "tcp1500_64_flows", 64, Mix::Tcp1500, second);
-        for r in &rows {
-            println!("{} {:.2} {:?}", r.name, r.guestnet, r.arcbox);
-        }
-        return;
-    }
-    if std::env::args().nth(2).as_deref() == Some("1m") {
-        hits(&mut rows, "udp64_1m_flows", 1_000_000, Mix::Udp64, Duration::from_millis(1));
-        return;
-    }
-    if std::env::args().nth(2).as_deref() == Some("new") {
-        new_flows(&mut rows);
-        for r in &rows {
-            println!("{} {:.2} {:?}", r.name, r.guestnet, r.arcbox);
-        }
-        return;
-    }
-    checksum(&mut rows);
-    ring(&mut rows);
-    pool(&mut rows);
-    hits(&mut rows, "udp64_64_flows", 64, Mix::Udp64, second);
-    hits(&mut rows, "tcp1500_64_flows", 64, Mix::Tcp1500, second);
-    hits(&mut rows, "udp64_10k_flows", 10_000, Mix::Udp64, second);
-    hits(&mut rows, "udp64_100k_flows", 100_000, Mix::Udp64, second);
-    hits(&mut rows, "udp64_1m_flows", 1_000_000, Mix::Udp64, 2 * second);
-    new_flows(&mut rows);
-    attack(&mut rows);
     let mut json = String::from("[\n");
     println!("{:32} {:>10} {:>10}  {:6} {:>6}", "", "guestnet", "arcbox", "", "times");
     for (i, r) in rows.iter().enumerate() {
