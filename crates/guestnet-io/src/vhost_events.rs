@@ -1,6 +1,7 @@
 //! Theory of operation: what vhost-user attachments are woken for: a front-end that speaks, comes or goes, and
 //! a guest that kicks a queue. Frames from a queue are taken a batch at a time; one that has more is looked
-//! at again in the next round, since nobody kicks for what is there already.
+//! at again in the next round. A queue that was emptied is looked at for as long as the worker is awake, so that
+//! a busy guest need not kick at all; before the worker sleeps the guest is asked to.
 
 use crate::attachments::Got;
 use crate::attachments::ports::{Attachment, Port};
@@ -105,10 +106,42 @@ impl State {
             frames += 1;
         }
         self.count_batch(frames);
-        if self.vhost(slot).is_some_and(|v| v.end_batch(queue)) && !self.io.ports.again.contains(&token) {
-            self.io.ports.again.push(token);
+        let more = self.vhost(slot).is_some_and(|v| v.end_batch(queue));
+        let ports = &mut self.io.ports;
+        let list = if more { &mut ports.again } else { &mut ports.lingering };
+        if !list.contains(&token) {
+            list.push(token);
         }
         self.complain(slot, id);
+    }
+
+    /// Looks whether there are frames in queues that do not kick. True when there are.
+    pub(crate) fn look_at_queues(&mut self) -> bool {
+        self.sort_queues(Vhost::has_more, true)
+    }
+
+    /// The worker is about to sleep: queues are to kick. True when there are frames after all.
+    pub(crate) fn rest_queues(&mut self) -> bool {
+        self.sort_queues(Vhost::rest, false)
+    }
+
+    /// Queues that linger and of which `due` says so are to be looked at again; the others stay where they are,
+    /// or linger no longer.
+    fn sort_queues(&mut self, due: impl Fn(&mut Vhost, usize) -> bool, stay: bool) -> bool {
+        if self.io.ports.lingering.is_empty() {
+            return false;
+        }
+        let mut lingering = std::mem::take(&mut self.io.ports.lingering);
+        lingering.retain(|token| {
+            let Some((slot, queue)) = self.io.ports.queue(*token) else { return false };
+            let due = self.vhost(slot).is_some_and(|v| due(v, queue));
+            if due && !self.io.ports.again.contains(token) {
+                self.io.ports.again.push(*token);
+            }
+            !due && stay
+        });
+        self.io.ports.lingering = lingering;
+        !self.io.ports.again.is_empty()
     }
 
     /// Tells of what a guest has broken.

@@ -422,12 +422,16 @@ impl State {
     }
 
     fn wait(&mut self) -> Result<usize, i32> {
-        let timeout = self.timeout();
+        self.look_at_queues();
+        let mut timeout = self.timeout();
         let mut n = 0;
         if timeout != Some(0) && self.strategy == PollingStrategy::Adaptive && self.unpublished {
             n = self.spin()?;
         }
         if n == 0 {
+            if timeout != Some(0) && self.rest_queues() {
+                timeout = Some(0);
+            }
             n = self.io.poller.wait(timeout)?;
             self.io.counters.polls += 1;
             self.io.counters.wakeups += u64::from(timeout != Some(0));
@@ -450,7 +454,7 @@ impl State {
         for _ in 0..self.spins {
             let n = self.io.poller.wait(Some(0))?;
             self.io.counters.polls += 1;
-            if n > 0 {
+            if n > 0 || self.look_at_queues() {
                 self.spins = (self.spins * 2).clamp(1, self.max_spins);
                 self.crowded_for = CROWDED_MIN;
                 return Ok(n);

@@ -92,6 +92,8 @@ pub(crate) struct Ports {
     pub writable: Vec<PortId>,
     /// Queues of vhost-user that have more than their batch, and nobody kicks for.
     pub again: Vec<Token>,
+    /// Queues of vhost-user that are looked at while the worker is awake, and do not kick meanwhile.
+    pub lingering: Vec<Token>,
     /// Ports whose peer is gone.
     pub down: Vec<(PortId, String)>,
     /// A large frame in one piece.

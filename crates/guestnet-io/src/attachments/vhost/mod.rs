@@ -197,9 +197,26 @@ impl Vhost {
         }
     }
 
-    /// The end of a batch from queue `index`. True when there is more in it, for which nobody will kick.
+    /// The end of a batch from queue `index`: shows the guest what it was given back, once for all of it. True
+    /// when there is more in it. Either way the guest does not kick until [`Vhost::rest`].
     pub(crate) fn end_batch(&mut self, index: usize) -> bool {
-        self.session.as_mut().is_some_and(|s| s.end_batch(index))
+        let Some(s) = &mut self.session else { return false };
+        if let Some(q) = s.queues.get_mut(index) {
+            q.publish();
+            q.ring.spare_kicks();
+        }
+        s.has_more(index)
+    }
+
+    /// True when there are frames in queue `index`.
+    pub(crate) fn has_more(&mut self, index: usize) -> bool {
+        self.session.as_mut().is_some_and(|s| s.has_more(index))
+    }
+
+    /// Nobody looks at queue `index` any more, and the guest is to kick for the next frame. True when there is
+    /// one by now, for which it may not.
+    pub(crate) fn rest(&mut self, index: usize) -> bool {
+        self.session.as_mut().is_some_and(|s| s.rest(index))
     }
 
     /// What there is to complain of since the last time, if anything.
@@ -348,29 +365,20 @@ impl Session {
         self.has(gso) && self.has(feature::GUEST_CSUM)
     }
 
-    fn end_batch(&mut self, index: usize) -> bool {
-        let Some(q) = self.queues.get_mut(index) else { return false };
-        if !q.ring.is_running() {
-            return false;
-        }
-        q.publish();
-        let more = match q.ring.look() {
-            Ok(0) => q.ring.want_kick(),
-            Ok(_) => Ok(true),
-            Err(e) => Err(e),
-        };
-        match more {
-            Ok(more) => {
-                if more {
-                    q.ring.spare_kicks();
-                }
-                more
-            }
-            Err(Broken) => {
-                self.break_queue(index);
-                false
-            }
-        }
+    fn has_more(&mut self, index: usize) -> bool {
+        self.ask(index, |ring| ring.look().map(|n| n > 0))
+    }
+
+    fn rest(&mut self, index: usize) -> bool {
+        self.ask(index, Ring::want_kick)
+    }
+
+    fn ask(&mut self, index: usize, what: impl FnOnce(&mut Ring) -> Result<bool, Broken>) -> bool {
+        let Some(q) = self.queues.get_mut(index).filter(|q| q.ring.is_running()) else { return false };
+        what(&mut q.ring).unwrap_or_else(|Broken| {
+            self.break_queue(index);
+            false
+        })
     }
 
     /// Pairs of queues that frames to the guest can go to: those from the first on.
