@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import CancelledError as FutureCancelled
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from guestnet.errors import BusyError, DataPlaneError, GuestnetError, NotRunning
@@ -41,7 +42,7 @@ class Control:
         self._handlers: Handlers = {}
         self._pending: dict[int, asyncio.Future[Any]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._backlog: deque[tuple[Callable[..., int], tuple[Any, ...]]] = deque()
+        self._backlog: deque[Callable[[], int]] = deque()
         self._ready: Future[None] = Future()
         self._failure: str | None = None
         # A daemon, so that a program that forgets to stop its network can still end; NatNetwork stops it
@@ -123,18 +124,17 @@ class Control:
             return False
         return True
 
-    def ensure(self, command: Callable[..., int], *arguments: Any) -> None:
+    def ensure(self, command: Callable[..., int], *arguments: Any, **keywords: Any) -> None:
         """Gives the worker a command that nobody waits for, and that changes what later ones build on: when
         the queue is full it is given later, before all others."""
-        self._backlog.append((command, arguments))
+        self._backlog.append(partial(command, *arguments, **keywords))
         if len(self._backlog) == 1:
             self._catch_up()
 
     def _catch_up(self) -> None:
         while self._backlog:
-            command, arguments = self._backlog[0]
             try:
-                command(*arguments)
+                self._backlog[0]()
             except BusyError:
                 if self._failure is None and self.plane.is_healthy:
                     self.loop.call_later(_RETRY_SECONDS, self._catch_up)

@@ -95,18 +95,19 @@ class Publishing:
         ports = tuple(int(group[0].getsockname()[1]) for group in sockets)
         forward = Forward(spec, ports, numbers)
         forward.target = self._target(forward)
-        plane, done = self._control.plane, 0
+        plane = self._control.plane
         try:
             for number, guest_port, group in zip(numbers, spec.guest_ports, sockets, strict=True):
                 guest = (forward.target or _NOBODY, guest_port)
                 fds = [one.fileno() for one in group]
                 await self._control.do(plane.add_forward, number, spec.protocol, guest, fds)
-                done += 1
         except BaseException:
-            for number in numbers[:done]:
+            # Also the one that was waited for, which the worker may have, and those that it never got.
+            for number in numbers:
                 self._control.ensure(plane.remove_forward, number)
             raise
         self._forwards[numbers[0]] = forward
+        self.refresh()  # the guest may have come or gone meanwhile
         return forward
 
     async def add_external(self, spec: ForwardSpec, address: IPv4Address) -> Forward:
@@ -151,8 +152,11 @@ class Publishing:
         if self._forwards.get(forward.numbers[0]) is not forward:
             return False
         del self._forwards[forward.numbers[0]]
+        plane = self._control.plane
         for number in forward.numbers:
-            await self._control.do(self._control.plane.remove_forward, number)
+            self._control.ensure(plane.remove_forward, number)
+        # Commands are done in order: when one more is, all are.
+        await self._control.do(plane.remove_forward, forward.numbers[-1])
         return True
 
     def refresh(self) -> None:

@@ -150,31 +150,46 @@ class Session:
         try:
             await self._add_port(endpoint)
         except BaseException:
-            self.registry.remove(endpoint.id)
+            if self.registry.get(endpoint.id) is endpoint:
+                self.registry.remove(endpoint.id)
             raise
         self.publishing.refresh()
         return endpoint
 
     async def _add_port(self, endpoint: Endpoint) -> None:
+        port, config = self._new_port(endpoint)
+        plane = self.control.plane
+        try:
+            await self.control.do(plane.add_port, port, **config)
+        except BaseException:
+            # The worker may have it already, when only the waiting was given up; its address is to be free.
+            self._forget_port(port)
+            self.control.ensure(plane.remove_port, port)
+            raise
+
+    def _new_port(self, endpoint: Endpoint) -> tuple[int, dict[str, Any]]:
+        """A port, and what it is. Known before the worker is told, so that it can be removed meanwhile."""
         port, self._next_port = self._next_port, self._next_port + 1
-        mac = None if self.registry.is_proposed(endpoint.id) else parse_mac(endpoint.mac)
-        await self.control.do(
-            self.control.plane.add_port,
-            port,
-            mac=mac,
-            addresses=[endpoint.ip],
-            mtu=self.config.mtu,
-        )
         self._ports[port] = endpoint.id
         self._port_of[endpoint.id] = port
+        mac = None if self.registry.is_proposed(endpoint.id) else parse_mac(endpoint.mac)
+        return port, {"mac": mac, "addresses": [endpoint.ip], "mtu": self.config.mtu}
 
     async def remove_endpoint(self, id: str) -> None:
         port = self._port_of.get(id)
         self._remove(id)
+        self.publishing.refresh()
         if port is not None:
             self._forget_port(port)
-            await self.control.do(self.control.plane.remove_port, port)
-        self.publishing.refresh()
+            await self._give(self.control.plane.remove_port, port)
+
+    async def _give(self, command: Callable[..., int], *arguments: Any) -> None:
+        """A command that takes something back: it is given also when nobody waits for it any more."""
+        try:
+            await self.control.do(command, *arguments)
+        except asyncio.CancelledError:
+            self.control.ensure(command, *arguments)  # perhaps a second time, which changes nothing
+            raise
 
     def _remove(self, id: str) -> None:
         self._services.forget(id)
@@ -240,6 +255,12 @@ class Session:
         except BaseException as error:
             endpoint._attached = None
             self._memory.pop(port, None)
+            if isinstance(error, asyncio.CancelledError) and self._port_of.get(id) == port:
+                # The worker may have attached it all the same: the endpoint begins anew, with another port.
+                self._forget_port(port)
+                self.control.ensure(plane.remove_port, port)
+                port, config = self._new_port(endpoint)
+                self.control.ensure(plane.add_port, port, **config)
             if isinstance(error, AttachError):
                 raise AttachError(f"Endpoint {id!r} cannot be attached as {kind!r}: {error}.") from None
             raise
@@ -262,6 +283,7 @@ class Session:
         except BaseException:
             del self._listeners[number]
             listener.unlink()
+            self.control.ensure(self.control.plane.stop_listening, number)
             raise
         return listener
 
@@ -269,8 +291,10 @@ class Session:
         if self._listeners.get(listener.number) is not listener:
             return
         listener.unlink()
-        await self.control.do(self.control.plane.stop_listening, listener.number)
-        self._listeners.pop(listener.number, None)
+        try:
+            await self._give(self.control.plane.stop_listening, listener.number)
+        finally:
+            self._listeners.pop(listener.number, None)
 
     # --- published ports ---
 
@@ -354,11 +378,11 @@ class Session:
             raise ConfigError(
                 f"The capture file {path!r} cannot be written ({error.strerror}): choose another one."
             ) from error
+        self._capturing = True  # also when it is given up: one that does not run can be stopped too
         try:
             await self.control.do(self.control.plane.start_capture, fd)
         finally:
             os.close(fd)
-        self._capturing = True
 
     async def stop_capture(self) -> None:
         self._capturing = False

@@ -1,0 +1,134 @@
+"""Work that is given up halfway: what the control side knows and what the worker has stay the same."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Coroutine
+from ipaddress import IPv4Interface
+from pathlib import Path
+from typing import Any
+
+import pytest
+from guestnet import NatNetwork
+from guestnet.forwards import ForwardSpec, close_sockets, open_sockets
+from guestnet.ipam import parse_mac
+from guestnet.testing.guest import Guest
+
+from .conftest import AddGuest
+
+
+def give_up(network: NatNetwork, work: Coroutine[Any, Any, object]) -> None:
+    """Begins work in the control thread and cancels it when its command is given but not acknowledged."""
+
+    async def begin() -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    network._run(begin())
+
+
+def test_an_endpoint_that_was_not_made_leaves_its_address_free(
+    network: NatNetwork, add_guest: AddGuest
+) -> None:
+    give_up(network, network._create("vm1", None, None, None))
+    assert network.endpoint_count == 0
+    guest = add_guest("vm1")
+    assert str(network.endpoints[0].ip) == "192.168.64.2"
+    guest.ping(str(network.gateway))
+
+
+def test_an_endpoint_that_is_being_removed_is_gone(network: NatNetwork, add_guest: AddGuest) -> None:
+    add_guest("vm1")
+    network.publish("127.0.0.1:0:vm1:80")
+    give_up(network, network._remove("vm1"))
+    assert network.forwards[0].target is None
+    guest = add_guest("vm2")
+    assert str(network.endpoints[0].ip) == "192.168.64.2"
+    guest.ping(str(network.gateway))
+
+
+def test_an_endpoint_that_is_removed_while_it_is_made(network: NatNetwork, add_guest: AddGuest) -> None:
+    async def both() -> None:
+        making = asyncio.get_running_loop().create_task(network._create("vm1", None, None, None))
+        await asyncio.sleep(0)
+        await network._remove("vm1")
+        await making
+
+    network._run(both())
+    assert network.endpoint_count == 0
+    guest = add_guest("vm2")
+    assert str(network.endpoints[0].ip) == "192.168.64.2"
+    guest.ping(str(network.gateway))
+
+
+def test_an_attachment_that_was_given_up_can_be_made_again(network: NatNetwork) -> None:
+    network.create_endpoint("vm1")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, theirs:
+        give_up(network, network._live().attach("vm1", "stream", theirs.fileno(), None))
+        theirs.close()
+        ours.settimeout(10)
+        assert ours.recv(1) == b"", "the worker has let go of it"
+    assert network.endpoints[0].attachment is None
+    guest = Guest(parse_mac(network.endpoints[0].mac), lambda frame: attachment.send(frame))  # noqa: PLW0108
+    attachment = network.attach("vm1", "memory", on_frame=guest.receive)
+    guest.address = IPv4Interface("192.168.64.2/24")
+    guest.router = network.gateway
+    guest.ping(str(network.gateway))
+
+
+def test_ports_that_were_not_published_are_free(network: NatNetwork) -> None:
+    spec = ForwardSpec.parse("127.0.0.1:0:80")
+    sockets = open_sockets(spec)
+    port = sockets[0][0].getsockname()[1]
+    give_up(network, network._live().publish(spec, sockets))
+    close_sockets(sockets)
+    network.flows()
+    with socket.socket() as again:
+        again.bind(("127.0.0.1", port))
+
+
+def test_a_forward_that_is_taken_back_is_taken_back_whole(network: NatNetwork, add_guest: AddGuest) -> None:
+    add_guest("vm1").serve(80, lambda connection: connection.close())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        first = free.getsockname()[1]
+    forward = network.publish(f"127.0.0.1:{first}-{first + 2}:vm1:80-82")
+    give_up(network, network._live().unpublish(forward))
+    network.flows()
+    for port in range(first, first + 3):
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), 10)
+
+
+def test_a_listener_that_was_not_made_listens_nowhere(network: NatNetwork, tmp_path: Path) -> None:
+    path, other = tmp_path / "guests", tmp_path / "another name"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.bind(str(path))
+        sock.listen(1)
+        os.link(path, other)
+        give_up(network, network._live().listen("stream", str(path), sock))
+    network.flows()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as guest, pytest.raises(ConnectionRefusedError):
+        guest.connect(str(other))
+
+
+def test_a_guest_that_goes_while_its_port_is_published(network: NatNetwork, add_guest: AddGuest) -> None:
+    add_guest("vm1")
+    spec = ForwardSpec.parse("127.0.0.1:0:vm1:80")
+    sockets = open_sockets(spec)
+
+    async def both() -> None:
+        publishing = asyncio.get_running_loop().create_task(network._live().publish(spec, sockets))
+        await asyncio.sleep(0)
+        await network._remove("vm1")
+        await publishing
+
+    network._run(both())
+    close_sockets(sockets)
+    assert network.forwards[0].target is None
