@@ -80,6 +80,10 @@ class Control:
         except RuntimeError:
             work.close()
             raise NotRunning("The network was stopped: start it again.") from None
+        except BaseException:
+            with contextlib.suppress(ValueError):  # it runs already
+                work.close()  # a KeyboardInterrupt on the way
+            raise
 
     def wait(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Runs a coroutine in the control thread and waits for it."""

@@ -88,10 +88,15 @@ def test_host_only_goes_nowhere(guest: GuestRunner) -> None:
 
 
 def test_nothing_is_left_when_the_launcher_is_killed(guest: GuestRunner) -> None:
-    process = guest.start(["sh", "-c", "echo ready; exec sleep 300"], ready="^ready$")
+    files = sorted(guest.lab.dir.iterdir())
+    script = "sleep 300 & (setsid sh -c 'sleep 300 & sleep 300' &); echo ready; exec sleep 300"
+    process = guest.start(["sh", "-c", script], ready="^ready$")
     process.signal(signal.SIGKILL)
     process.wait()
-    # The fixture now waits for the namespace to have no process left.
+    # They hold the command's output open.
+    wait_until(lambda: process.ended, "everything that the command started to end")
+    assert sorted(guest.lab.dir.iterdir()) == files
+    # The fixture now waits for the host namespace to have no process left.
 
 
 def test_pcap(guest: GuestRunner) -> None:

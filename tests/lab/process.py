@@ -78,6 +78,11 @@ class Process:
         return self._popen.poll() is None
 
     @property
+    def ended(self) -> bool:
+        """Nobody holds its output any more, neither it nor what it started."""
+        return not self._reader.is_alive()
+
+    @property
     def output(self) -> str:
         return "\n".join(self.lines)
 

@@ -119,10 +119,15 @@ def _steps(steps: Steps, network: NatNetwork, guest: DemoGuest, seconds: float) 
         return f"{endpoint.id} with MAC {guest.mac}, gateway {network.gateway}"
 
     def publish() -> str:
-        network.publish(f"{guest.publish_on}:{HOST_PORT}:{GUEST_PORT}")
+        from guestnet.errors import PortInUse
+
+        try:
+            forward = network.publish(f"{guest.publish_on}:{HOST_PORT}:{GUEST_PORT}")
+        except PortInUse:  # by somebody else's server; the kernel knows a free one
+            forward = network.publish(f"{guest.publish_on}:0:{GUEST_PORT}")
         guest.serve(GUEST_PORT, "Hello from the guest")
-        answer = guest.fetch_from_outside(HOST_PORT)
-        return f"outside asked for {guest.publish_on}:{HOST_PORT}, the guest said: {answer}"
+        answer = guest.fetch_from_outside(forward.host_port)
+        return f"outside asked for {guest.publish_on}:{forward.host_port}, the guest said: {answer}"
 
     if not steps.run("guest attached", attach):
         return
