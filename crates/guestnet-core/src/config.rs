@@ -46,7 +46,8 @@ pub struct Limits {
     /// Datagrams a second of one port to UDP services; the control side serves all ports from one queue. A
     /// datagram counts once for each 1500 bytes begun.
     pub service_datagrams_per_second: u32,
-    /// Inbound flows and datagrams that wait for a guest's answer to ARP, all ports together.
+    /// Inbound flows and datagrams that wait for a guest's answer to ARP, all ports together; of one port a
+    /// quarter of it.
     pub neighbour_waiting: u32,
 }
 

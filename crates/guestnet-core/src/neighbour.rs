@@ -130,7 +130,8 @@ impl Neighbours {
     }
 
     fn entry(&mut self, now: Time, slot: u32, ip: IpAddr) -> Result<(&mut Waiting, bool), ()> {
-        if self.queued >= self.cap {
+        let own = self.waiting.iter().filter(|w| w.slot == slot).map(|w| w.flows.len() + w.frames.len());
+        if self.queued >= self.cap || own.sum::<usize>() >= self.cap.div_ceil(4) {
             return Err(());
         }
         if let Some(at) = self.waiting.iter().position(|w| w.ip == ip) {

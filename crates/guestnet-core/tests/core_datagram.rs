@@ -629,3 +629,23 @@ fn segments_of_no_flow_are_reset() {
     n.dropped(Drop::NoFlow, |n| out = n.ask(A, tcp_frame(&h, &seg(0x14), b"")));
     assert!(out.is_empty(), "a reset is not answered");
 }
+
+/// A guest that answers no ARP, and whoever calls it, leave room for the callers of others.
+#[test]
+fn what_waits_for_one_guest_leaves_room_for_another() {
+    let mut n = Net::with_limits(|l| l.neighbour_waiting = 40);
+    let now = n.now;
+    for id in [3, 4] {
+        let address = format!("192.168.64.9{id}");
+        n.core.add_port(PortId(id), port_config());
+        n.core.bind_address(PortId(id), address.parse().unwrap(), None).unwrap();
+        let guest = addr(&format!("{address}:80"));
+        n.core.add_forward(ForwardId(id), ForwardSpec { proto: proto::TCP, guest });
+    }
+    let mut call = |forward: u32, port: u16| {
+        let (sock, peer) = (n.fx.new_sock(), addr(&format!("203.0.113.9:{port}")));
+        n.core.tcp_accepted(now, ForwardId(forward), sock, peer, &mut n.fx).is_some()
+    };
+    assert_eq!((0..100).filter(|i| call(3, 1000 + i)).count(), 10);
+    assert!(call(4, 2000));
+}
