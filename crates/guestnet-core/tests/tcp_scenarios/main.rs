@@ -9,5 +9,6 @@ mod tcp_support;
 mod blind;
 mod closing;
 mod download;
+mod hostile;
 mod opening;
 mod upload;
