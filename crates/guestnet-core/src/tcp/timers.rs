@@ -126,7 +126,7 @@ impl Tcb {
         let may = delay > 0
             && self.state == State::Open
             && self.patience >= PATIENT
-            && !self.guest_fin
+            && !(self.guest_fin && self.fin_sent)
             && self.buffer.is_none()
             && self.rcv_nxt.since(self.last_ack) < most;
         if may && self.ack_at.is_none() {

@@ -286,7 +286,7 @@ fn without_an_answer_the_ack_waits_once() {
 }
 
 #[test]
-fn much_data_a_fin_and_what_is_ahead_of_order_wait_for_no_answer() {
+fn much_data_and_what_is_ahead_of_order_wait_for_no_answer() {
     let mut s = Sim::open_patient(10);
     s.send(". 1:2001 ack 1");
     s.silent();
@@ -296,6 +296,27 @@ fn much_data_a_fin_and_what_is_ahead_of_order_wait_for_no_answer() {
     s.recv(". 1 ack 3001");
     s.send("P. 3001:3101 ack 1");
     s.silent();
-    s.send("F. 3201 ack 1");
-    s.recv(". 1 ack 3202");
+}
+
+#[test]
+fn the_ack_of_a_fin_travels_with_ours() {
+    let mut s = Sim::open_patient(10);
+    s.send("F. 1 ack 1");
+    s.silent();
+    assert!(s.host().shut);
+    s.host_closes();
+    s.recv("F. 1 ack 2");
+    s.send(". 2 ack 2");
+    s.silent();
+    s.closed(Close::Graceful);
+    // When the host takes its time, alone; and the last of all at once.
+    let mut s = Sim::open_patient(10);
+    s.send("F. 1 ack 1");
+    s.pass(10);
+    s.recv(". 1 ack 2");
+    let mut s = Sim::open_patient(10);
+    s.host_closes();
+    s.recv("F. 1 ack 1");
+    s.send("F. 1 ack 1");
+    s.recv(". 2 ack 2");
 }
