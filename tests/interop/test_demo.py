@@ -72,6 +72,20 @@ def test_where_the_system_forbids_it(guest: GuestRunner, forbid: str) -> None:
     assert "MISSING  /dev/net/tun" in looked.stdout
 
 
+def test_where_no_namespaces_can_be_made(guest: GuestRunner) -> None:
+    script = 'echo 0 > /proc/sys/user/max_user_namespaces; exec "$@"'
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = ["unshare", "-U", "-r", "sh", "-c", script, "sh", *words]
+        return guest.lab.run(command, ordinary=True, seconds=60)
+
+    assert "(in memory)" in check(run(*SHORT))
+    refused = run(GUESTNET, "run", "--", "true")
+    assert refused.returncode == 125
+    assert "sudo sysctl user.max_user_namespaces=" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+
+
 def test_interrupted(guest: GuestRunner) -> None:
     process = guest.lab.start([GUESTNET, "demo", "--seconds", "30"], ordinary=True, ready="published port")
     process.signal(2)
