@@ -214,6 +214,27 @@ PROGRAMS = {
 }
 
 
+def vhost_guest(features: int) -> bytes:
+    """Features, choices and the memory of a guest: an honest frame in one queue, buffers in the other."""
+    head = struct.pack("<I", features)[:3] + bytes([1, 0, 0, 0x14, 0x12, 0, 0])
+    base, buffers, place, table = 0x1000, 0x400, 0xC00, 0xF00
+    memory = bytearray(0x1000)
+
+    def queue(at: int, descriptors: list[tuple[int, int, int, int]], heads: list[int]) -> None:
+        for i, descriptor in enumerate(descriptors):
+            struct.pack_into("<QIHH", memory, at + 16 * i, *descriptor)
+        struct.pack_into(f"<HH{len(heads)}H", memory, at + 128, 0, len(heads), *heads)
+
+    queue(0, [(base + buffers + 0x100 * i, 0x100, 2, 0) for i in range(8)], list(range(8)))
+    frame = bytes(12) + FRAMES["udp"]
+    memory[place : place + len(frame)] = frame
+    struct.pack_into("<QIHH", memory, table, base + place, len(frame), 0, 0)
+    chain = [(base + place, 12, 1, 1), (base + place + 12, len(frame) - 12, 0, 0), (base + table, 16, 4, 0)]
+    queue(0x200, chain, [0, 2])
+    # Then the same again for the second time.
+    return head + bytes(memory) + bytes(memory[:0x400])
+
+
 def main() -> None:
     for name, frame in FRAMES.items():
         write("wire_parse", name, b"\0\0" + frame)
@@ -230,6 +251,8 @@ def main() -> None:
         )
     for name, program in PROGRAMS.items():
         write("core_frames", name, program)
+    for name, features in (("nothing", 0), ("everything", 0xFFFFFF)):
+        write("vhost_guest", name, vhost_guest(features))
 
 
 if __name__ == "__main__":

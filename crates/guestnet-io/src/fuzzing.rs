@@ -1,7 +1,7 @@
 //! Theory of operation: the readers of guests' bytes that are private to this crate, for the fuzz targets
 //! alone (`--cfg fuzzing`).
 
-use crate::attachments::{Got, stream, vnet};
+use crate::attachments::{Got, stream, vhost, vnet};
 use guestnet_core::types::FrameMeta;
 
 /// What a stream attachment makes of the bytes that have come: where its complete frames are, and whether
@@ -36,4 +36,11 @@ pub fn vnet_emit(meta: &FrameMeta, frame: &[u8]) -> Option<[u8; vnet::LEN_MRG]> 
 /// Begins the checksum of a GSO frame; false when the frame is not what `meta` says.
 pub fn begin_checksum(frame: &mut [u8], meta: &mut FrameMeta) -> bool {
     vnet::begin_checksum(frame, meta)
+}
+
+/// A vhost-user guest whose memory, features and messages are these bytes: frames taken from it and given to
+/// it. How many of both there were.
+#[must_use]
+pub fn vhost_guest(bytes: &[u8]) -> (usize, usize) {
+    vhost::fuzzed::play(bytes)
 }

@@ -8,6 +8,8 @@
 //! and the other shows the guest each buffer of a frame as it is filled, ends a broken chain without a word
 //! and cannot put off or leave out a notification without EVENT_IDX.
 
+#[cfg(fuzzing)]
+pub(crate) mod fuzzed;
 mod lost;
 mod memory;
 mod protocol;
@@ -98,6 +100,8 @@ impl Queue {
 
     /// Gives the queue up: its rings are not to be believed.
     fn give_up(&mut self) {
+        // What came before was right.
+        self.publish();
         self.ring.stop();
         self.kick = None;
         if let Some(err) = &self.err {

@@ -190,6 +190,12 @@ fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     bytes.get(at..at + N).and_then(|b| b.try_into().ok()).unwrap_or([0; N])
 }
 
+/// A request without descriptors from any bytes, for the fuzzer.
+#[cfg(fuzzing)]
+pub(super) fn any(number: u32, body: &[u8]) -> Option<Request> {
+    parse(number, body, Vec::new())
+}
+
 /// Reads a request; `None` when its body or its descriptors are not what it is to have.
 fn parse(number: u32, body: &[u8], mut fds: Vec<OwnedFd>) -> Option<Request> {
     let u32_at = |at: usize| u32::from_ne_bytes(array(body, at));

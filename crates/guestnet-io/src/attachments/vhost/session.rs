@@ -40,7 +40,7 @@ impl Watching<'_> {
 }
 
 /// What a message is answered with.
-enum Answer {
+pub(super) enum Answer {
     Nothing,
     Number(u64),
     Vring(u32, u32),
@@ -82,7 +82,7 @@ impl Session {
             .ok_or_else(|| format!("the front-end names queue {index}, of {RINGS_MAX}"))
     }
 
-    fn apply(
+    pub(super) fn apply(
         &mut self,
         watching: &Watching<'_>,
         request: Request,
@@ -171,7 +171,7 @@ impl Session {
         Ok(Answer::Nothing)
     }
 
-    fn set_features(&mut self, bits: u64) -> Result<(), String> {
+    pub(super) fn set_features(&mut self, bits: u64) -> Result<(), String> {
         if bits & !feature::OFFERED != 0 {
             return Err(format!("the front-end wants features {bits:#x} that were not offered"));
         }
@@ -188,7 +188,6 @@ impl Session {
         fd: Option<OwnedFd>,
         changes: &mut Changes,
     ) -> Result<(), String> {
-        let fd = adopted(fd)?;
         let event_idx = self.has(feature::EVENT_IDX);
         let enabled_by_message = self.has(feature::PROTOCOL);
         let Session { queues, memory, .. } = self;
