@@ -44,8 +44,6 @@ pub struct Core {
     pub(crate) batch: List,
     /// Keys the ISNs of RFC 6528.
     pub(crate) isn_key: SipKey,
-    /// Identification of the IPv4 packets that are made here.
-    pub(crate) ip_id: u16,
     /// The frame that is being made.
     pub(crate) scratch: Vec<u8>,
     /// A fragment of it.
@@ -84,7 +82,6 @@ impl Core {
             wheel: Wheel::new(now.as_ms()),
             batch: List::default(),
             isn_key: SipKey::from_secret(&config.secret, 16),
-            ip_id: (key.hash(&[now.0]) & 0xffff) as u16,
             scratch: vec![0; FRAME_MAX],
             piece: Vec::with_capacity(2048),
             due: Vec::new(),
@@ -102,6 +99,7 @@ impl Core {
         let mac = config.mac.filter(|m| m.is_unicast() && *m != self.cfg.gateway_mac);
         let mut new = Port::new(port, config, &self.cfg.limits, self.now);
         new.mac = None;
+        new.ip_id = (self.isn_key.hash(&[self.now.0, u64::from(port.0)]) & 0xffff) as u16;
         let Some(slot) = self.ports.insert(new) else { return };
         if let Some(mac) = mac {
             self.claim_mac(slot, mac);

@@ -4,6 +4,7 @@
 
 use crate::core::{Core, FRAME_MAX};
 use crate::effects::Effects;
+use crate::port::Port;
 use crate::stats::Drop;
 use crate::switch::transmit;
 use crate::types::{Csum, FrameMeta, Gso};
@@ -68,8 +69,7 @@ impl Core {
             return Err(Drop::Oversized);
         }
         let mtu = usize::from(self.ports.get(slot).ok_or(Drop::NoEndpoint)?.config.mtu);
-        self.ip_id = self.ip_id.wrapping_add(1);
-        let id = self.ip_id;
+        let id = self.ports.get_mut(slot).map_or(0, Port::next_ip_id);
         if meta.gso.is_some() || ipv4::MIN_LEN + len <= mtu {
             self.headers(e, len, id, 0);
             let port = self.ports.get_mut(slot).ok_or(Drop::NoEndpoint)?;

@@ -47,6 +47,9 @@ pub struct Port {
     pub news: Limiter,
     /// Frames of it that go to several ports.
     pub flood: Limiter,
+    /// Identification of the last IPv4 packet that was made for it. Its own: a counter that all share would
+    /// tell each guest how much the others get (RFC 7739 5).
+    pub ip_id: u16,
 }
 
 /// All ports.
@@ -136,6 +139,13 @@ impl Port {
             service: Limiter::new(limits.service_datagrams_per_second, now),
             news: Limiter::new(NEWS_PER_SECOND, now),
             flood: Limiter::new(limits.floods_per_second, now),
+            ip_id: 0,
         }
+    }
+
+    /// The identification of the next IPv4 packet for it.
+    pub fn next_ip_id(&mut self) -> u16 {
+        self.ip_id = self.ip_id.wrapping_add(1);
+        self.ip_id
     }
 }

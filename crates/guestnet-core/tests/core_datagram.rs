@@ -236,6 +236,30 @@ fn large_sends_stay_in_one_piece() {
     assert_eq!(sizes, [1000, 1000, 1000, 1000, 1000, 500]);
 }
 
+/// RFC 7739 5: a counter that all guests see tells each how much the others get.
+#[test]
+fn identifications_tell_a_guest_nothing_of_others() {
+    let mut n = Net::new();
+    for port in [A, B] {
+        n.udp(port, 4000, X1, b"hello");
+    }
+    let flows: Vec<FlowId> = n.fx.opened.iter().map(|o| o.0).collect();
+    n.fx.frames.clear();
+    for busy in [0, 7, 100] {
+        n.udp_reply(flows[0], X1, b"world");
+        for _ in 0..busy {
+            n.udp_reply(flows[1], X1, b"world");
+        }
+    }
+    let ids = |port| {
+        let ours = n.fx.frames.iter().filter(move |f| f.port == port);
+        ours.map(|f| be16(&f.frame, 18)).collect::<Vec<u16>>()
+    };
+    let of_a = ids(A);
+    assert_eq!((of_a[1].wrapping_sub(of_a[0]), of_a[2].wrapping_sub(of_a[1])), (1, 1));
+    assert_ne!(of_a[0], ids(B)[0], "each begins somewhere else");
+}
+
 #[test]
 fn req_13_and_14_fragments() {
     let mut n = Net::new();
