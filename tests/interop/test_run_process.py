@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 
@@ -57,6 +58,13 @@ def test_the_namespace_is_configured(guest: GuestRunner) -> None:
     assert "default via 192.168.64.1" in out
     assert "nameserver 192.168.64.1" in out
     assert "127.0.0.1/8" in out
+
+
+def test_the_command_keeps_its_limit_of_descriptors(guest: GuestRunner) -> None:
+    """guestnet raises its own: every relayed connection is one."""
+    inner = guest.command(["sh", "-c", "ulimit -Sn"])
+    done = guest.lab.run(["sh", "-c", f"ulimit -Sn 321; exec {shlex.join(inner)}"], ordinary=True)
+    assert (done.stdout, done.stderr) == ("321\n", "")
 
 
 def test_the_queue_to_guestnet_is_long(guest: GuestRunner) -> None:

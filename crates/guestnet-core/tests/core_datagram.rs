@@ -215,6 +215,41 @@ fn tcp_over_the_cap_is_reset() {
 }
 
 #[test]
+fn tcp_in_time_wait_makes_room_the_oldest_first() {
+    use guestnet_wire::tcp::Tcp;
+    use guestnet_wire::tcp::flags::{ACK, FIN};
+    let mut n = Net::with_limits(|l| l.flows_per_port = 3);
+    let segment = |from: u16, seq: u32, ack: u32, flags: u8| {
+        let seg = Tcp { src_port: from, dst_port: 80, seq, ack, flags, window: 65535, ..Tcp::default() };
+        tcp_frame(&Ip4::new(A, "203.0.113.1".parse().unwrap(), proto::TCP), &seg, &[])
+    };
+    for port in 4000..4003 {
+        n.send(A, syn(A, port, "203.0.113.1:80"));
+        let (flow, sock) = *n.fx.connects.last().unwrap();
+        n.fx.frames.clear();
+        n.core.tcp_connected(n.now, flow, Ok(()), &mut n.fx);
+        let isn = Tcp::parse(read(&n.fx.take()[0]).l4()).unwrap().seq;
+        // The host closes first, so the record stays in TIME-WAIT.
+        n.send(A, segment(port, 1001, isn.wrapping_add(1), ACK));
+        n.fx.sock(sock).eof = true;
+        n.core.tcp_ready(n.now, flow, true, true, &mut n.fx);
+        n.send(A, segment(port, 1001, isn.wrapping_add(2), ACK | FIN));
+        n.core.audit().unwrap();
+    }
+    let states = |n: &Net| n.core.flows().map(|f| (f.guest.port(), f.state)).collect::<Vec<_>>();
+    assert_eq!(states(&n), [(4000, "time_wait"), (4001, "time_wait"), (4002, "time_wait")]);
+    n.send(A, syn(A, 5000, "203.0.113.1:80"));
+    assert_eq!(states(&n), [(5000, "connecting"), (4001, "time_wait"), (4002, "time_wait")]);
+    n.core.audit().unwrap();
+    // A flow that lives is not evicted.
+    n.send(A, syn(A, 5001, "203.0.113.1:80"));
+    n.send(A, syn(A, 5002, "203.0.113.1:80"));
+    n.dropped(Drop::FlowLimit, |n| n.send(A, syn(A, 5003, "203.0.113.1:80")));
+    assert_eq!(n.core.flows().filter(|f| f.state == "connecting").count(), 3);
+    n.core.audit().unwrap();
+}
+
+#[test]
 fn large_sends_stay_in_one_piece() {
     let mut n = Net::new();
     let c = PortId(3);
