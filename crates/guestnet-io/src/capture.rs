@@ -35,7 +35,7 @@ pub(crate) struct Capture {
     to: SyncSender<Vec<u8>>,
     /// Written chunks come back, to be filled again.
     spent: Receiver<Vec<u8>>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle<bool>>,
     chunk: Vec<u8>,
     frames: u64,
     interfaces: HashMap<PortId, u32>,
@@ -58,11 +58,12 @@ impl Capture {
             while let Ok(mut chunk) = from.recv() {
                 // A full disk or a reader that is gone ends the capture; the sender sees it.
                 if file.write_all(&chunk).is_err() {
-                    return;
+                    return false;
                 }
                 chunk.clear();
                 let _full = back.try_send(chunk);
             }
+            true
         })?;
         let wall = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
         let mut c = Capture {
@@ -157,21 +158,24 @@ impl Capture {
 pub(crate) struct Closing {
     to: Option<SyncSender<Vec<u8>>>,
     last: Option<Vec<u8>>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle<bool>>,
 }
 
 impl Closing {
-    /// Goes on, without waiting. True when everything is written, or cannot be.
-    pub(crate) fn poll(&mut self) -> bool {
+    /// Goes on, without waiting. True once everything is written, false once it cannot be.
+    pub(crate) fn poll(&mut self) -> Option<bool> {
         if let (Some(to), Some(last)) = (&self.to, self.last.take()) {
             if let Err(TrySendError::Full(last)) = to.try_send(last) {
                 self.last = Some(last);
-                return false;
+                return None;
             }
             // The writer ends when it has written what it has.
             self.to = None;
         }
-        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+        if self.thread.as_ref().is_some_and(|t| !t.is_finished()) {
+            return None;
+        }
+        Some(self.thread.take().is_none_or(|t| t.join().unwrap_or(false)))
     }
 }
 
@@ -242,11 +246,27 @@ mod tests {
         out
     }
 
-    fn finish(c: Capture) {
+    fn finish(c: Capture) -> bool {
         let mut closing = c.finish();
-        while !closing.poll() {
+        loop {
+            if let Some(written) = closing.poll() {
+                return written;
+            }
             std::thread::yield_now();
         }
+    }
+
+    #[test]
+    fn a_full_disk_is_noticed_at_the_end_at_the_latest() {
+        let full = || File::options().write(true).open("/dev/full").unwrap();
+        assert!(!finish(Capture::start(full().into(), 0, Time(0)).unwrap()));
+        let mut c = Capture::start(full().into(), 0, Time(0)).unwrap();
+        c.frame(Time(0), PortId(1), Direction::ToGuest, &[b"abc"]);
+        while c.flush() {
+            c.frame(Time(0), PortId(1), Direction::ToGuest, &[b"abc"]);
+            std::thread::yield_now();
+        }
+        assert!(!finish(c));
     }
 
     #[test]
@@ -256,7 +276,7 @@ mod tests {
         c.frame(Time(8), PortId(3), Direction::FromGuest, &[b"abc", b"defg"]);
         c.frame(Time(9), PortId(4), Direction::ToGuest, &[b"x"]);
         c.frame(Time(9), PortId(3), Direction::ToGuest, &[b"yz"]);
-        finish(c);
+        assert!(finish(c));
         let mut bytes = Vec::new();
         b.read_to_end(&mut bytes).unwrap();
         let got = blocks(&bytes);
@@ -284,7 +304,7 @@ mod tests {
             std::thread::yield_now();
         }
         let dropped = c.dropped as usize;
-        finish(c);
+        assert!(finish(c));
         let got = blocks(&reader.join().unwrap());
         // Every interface is described before it is used, and nothing else is missing.
         let mut known = 0;

@@ -394,13 +394,17 @@ impl State {
         }
         let mut i = 0;
         while let Some((closing, sequence)) = self.closing.get_mut(i) {
-            if closing.poll() {
-                if let Some(sequence) = *sequence {
-                    self.io.events.must(Event::Done { sequence, result: Ok(Value::None) });
-                }
-                self.closing.swap_remove(i);
-            } else {
+            let Some(written) = closing.poll() else {
                 i += 1;
+                continue;
+            };
+            let sequence = *sequence;
+            self.closing.swap_remove(i);
+            if !written {
+                self.warn("the capture is not whole: its file could not be written to the end".into());
+            }
+            if let Some(sequence) = sequence {
+                self.io.events.must(Event::Done { sequence, result: Ok(Value::None) });
             }
         }
     }

@@ -264,6 +264,14 @@ def test_capture(network: NatNetwork, add_guest: AddGuest, echo: int, tmp_path: 
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_capture_on_a_full_disk_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with NatNetwork(NatConfig(capture="/dev/full")) as network:
+        network.create_endpoint("vm1")
+    assert "the capture" in caplog.text
+    assert caplog.text.count("cannot be written") + caplog.text.count("could not be written") == 1
+
+
 def test_host_only_lets_nothing_out() -> None:
     with NatNetwork(NatConfig(mode="host_only", dhcp=False, dns=False)) as network:
         seen = Events(network, flows=True)
