@@ -32,6 +32,8 @@ _DHCP, _DNS_UDP, _DNS_TCP = 1, 2, 3
 """Numbers of the services, for the data plane."""
 _QUESTIONS = 1024
 """DNS questions that are being answered at once; of one endpoint a quarter of it."""
+_ALWAYS = 16
+"""Those that are answered for an endpoint although others have taken all."""
 _PATH_LONGEST = 107
 
 
@@ -184,7 +186,8 @@ class ServiceHost:
             self._answer_dhcp(event, endpoint)
         elif event.service == _DNS_UDP:
             asking = self._asking.get(endpoint.id, 0)
-            if asking >= _QUESTIONS // 4 or sum(self._asking.values()) >= _QUESTIONS:
+            full = sum(self._asking.values()) >= _QUESTIONS
+            if asking >= (_ALWAYS if full else _QUESTIONS // 4):
                 self.refused += 1
                 return
             self._asking[endpoint.id] = asking + 1

@@ -269,6 +269,30 @@ async def test_questions_of_one_guest_are_bounded_and_others_still_ask() -> None
     assert not made._asking
 
 
+async def test_guests_that_take_all_leave_a_few_questions_to_each_other_guest() -> None:
+    gate = asyncio.Event()
+    made = server(resolvers=("127.0.0.1:1",), questions=20, questions_per_endpoint=10)
+
+    async def slow(*_: object, **__: object) -> None:
+        await gate.wait()
+
+    made._upstream.ask = slow  # type: ignore[method-assign]
+    greedy = [
+        asyncio.create_task(resolve(made, f"n{n}.example.org", endpoint=f"greedy{n % 2}")) for n in range(20)
+    ]
+    await asyncio.sleep(0)
+    assert made._asking_total == 20
+    modest = [asyncio.create_task(resolve(made, f"m{n}.example.org", endpoint="modest")) for n in range(9)]
+    # One too many is refused at once.
+    (refused,), _ = await asyncio.wait(modest, return_when=asyncio.FIRST_COMPLETED)
+    assert refused.result().rcode() == dns.rcode.REFUSED
+    assert (await resolve(made, "x.example.org", endpoint="greedy0")).rcode() == dns.rcode.REFUSED
+    gate.set()
+    answers = await asyncio.gather(*greedy, *modest)
+    assert sorted(answer.rcode() for answer in answers) == [dns.rcode.SERVFAIL] * 28 + [dns.rcode.REFUSED]
+    assert made._asking_total == 0
+
+
 async def test_a_guest_that_goes_away_takes_no_answer_from_others() -> None:
     async with Upstream(silent) as up:
         made = server(resolvers=(up.address,))

@@ -40,7 +40,8 @@ class DnsConfig:
     - `host`: where guests reach the host's loopback, None when they do not.
     - `resolvers`: name servers for all other names, as `192.0.2.53`, `192.0.2.53:5353` or
       `[2001:db8::53]:5353`; None: those of `resolv_conf`, which is read again when it changes; (): none.
-    - `questions`, `questions_per_endpoint`: how many are asked of others at a time; beyond: REFUSED.
+    - `questions`, `questions_per_endpoint`: how many are asked of others at a time; beyond: REFUSED, but for
+      the first few of each guest.
     - `connections`: how many guests' TCP connections are served at a time.
     """
 

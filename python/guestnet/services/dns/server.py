@@ -49,6 +49,8 @@ _META_FIRST, _META_LAST = 128, 254
 _EDE = 15
 _EDE_NO_RESOLVER, _EDE_UNREACHABLE, _EDE_BUSY = 0, 22, 0
 _EXPLANATION_LONGEST = 256
+_ALWAYS = 8
+"""Questions that each guest may ask of others at a time, however many are asked."""
 _Flight = tuple[bytes, int, bool, bool, bool, bool]
 
 
@@ -220,8 +222,11 @@ class DnsServer:
             self.counters["cached"] += 1
             age = int(self._clock() - cached.heard)
             return _passed(query, Heard(cached.data, cached.answer), tcp, age)
-        config = self._config
-        if self._asking[asker] >= config.questions_per_endpoint or self._asking_total >= config.questions:
+        most = self._config.questions_per_endpoint
+        if self._asking_total >= self._config.questions:
+            # Those who ask much have taken all there is; who asks little is not to suffer for it.
+            most = min(most, _ALWAYS)
+        if self._asking[asker] >= most:
             self.counters["busy"] += 1
             busy = explanation(_EDE_BUSY, "too many questions at once")
             return respond(query, Rcode.REFUSED, tcp=tcp, options=busy)
