@@ -125,6 +125,7 @@ impl World {
             mtu: MTU,
             gso_max: if n == 1 { 65000 } else { 0 },
             lax_offload: n == 2,
+            uplink: false,
         };
         self.fx.port(PortId(u32::from(n))).gone = false;
         self.core.add_port(PortId(u32::from(n)), config);

@@ -93,8 +93,10 @@ class DataPlane:
         mtu: int = 1500,
         gso_max: int = 65000,
         lax_offload: bool = False,
+        uplink: bool = False,
     ) -> int:
-        """Adds a port without attachment; its number is below 0x8000_0000."""
+        """Adds a port without attachment; its number is below 0x8000_0000. `uplink`: it leads to the segment
+        that a bridged network joins."""
     def remove_port(self, port: int) -> int:
         """Removes a port, its flows and its attachment."""
     def attach_tap(self, port: int, fd: int) -> int:

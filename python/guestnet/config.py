@@ -34,7 +34,7 @@ class NetMode(StrEnum):
     HOST_ONLY = "host_only"
     """Each other, the gateway and its services."""
     BRIDGED = "bridged"
-    """Joined to a network of the host."""
+    """All of a segment of the host that they are joined to (`bridge`); no gateway of ours."""
 
 
 class Uplink(StrEnum):
@@ -241,6 +241,8 @@ class NatConfig:
       routed to this host (by default one of 100.64.0.0/10 that only this host knows); `port_range`, the first
       and the last of their ports that connections get; `forwarding` lets the host forward while the network
       runs; `masquerade` does too, and what leaves has the host's own address.
+    - `bridge`: with the mode "bridged", the bridge or Ethernet interface of the host that guests are joined
+      to. It gives addresses and names; `subnet` and what belongs to it are not used.
     - `limits`, `timeouts` (seconds): bounds of the data plane by name, where its defaults do not fit.
     """
 
@@ -265,6 +267,7 @@ class NatConfig:
     max_spins: int
     filtering: Filtering
     gateway_mac: str
+    bridge: str | None
     uplink: Uplink
     external: tuple[IPv4Address, ...]
     port_range: tuple[int, int]
@@ -302,6 +305,7 @@ class NatConfig:
         port_range: tuple[int, int] = (49152, 65535),
         forwarding: bool = False,
         masquerade: bool = False,
+        bridge: str | None = None,
         limits: Mapping[str, int] | None = None,
         timeouts: Mapping[str, int] | None = None,
     ) -> None:
@@ -310,8 +314,11 @@ class NatConfig:
         put(self, "mtu", _number("mtu", mtu, MTU_LOWEST, MTU_HIGHEST))
         put(self, "mode", _choice(NetMode, "mode", mode))
         put(self, "host_loopback", _yes_or_no("host_loopback", host_loopback))
-        put(self, "dhcp", _yes_or_no("dhcp", dhcp))
-        put(self, "dns", _yes_or_no("dns", dns))
+        put(self, "bridge", self._segment(bridge))
+        # The segment that is joined has its own.
+        served = self.mode is not NetMode.BRIDGED
+        put(self, "dhcp", _yes_or_no("dhcp", dhcp) and served)
+        put(self, "dns", _yes_or_no("dns", dns) and served)
         put(self, "lease_time", _number("lease_time", lease_time, LEASE_SHORTEST, LEASE_LONGEST))
         put(self, "dns_records", _records({} if dns_records is None else dns_records))
         put(self, "zone", domain("zone", zone))
@@ -344,6 +351,8 @@ class NatConfig:
                 f"dhcp_start {self.dhcp_start} is after dhcp_end {self.dhcp_end}: give the lower one first."
             )
         put(self, "uplink", _choice(Uplink, "uplink", uplink))
+        if self.mode is NetMode.BRIDGED and self.uplink is Uplink.TUN:
+            raise ConfigError("In the mode 'bridged' nothing is translated: leave uplink 'tun' out.")
         put(self, "port_range", _port_range(port_range))
         put(self, "forwarding", _yes_or_no("forwarding", forwarding))
         put(self, "masquerade", _yes_or_no("masquerade", masquerade))
@@ -394,6 +403,23 @@ class NatConfig:
         if len(set(found)) != len(found):
             raise ConfigError("external names an address twice: give each once.")
         return found
+
+    def _segment(self, bridge: object) -> str | None:
+        if self.mode is not NetMode.BRIDGED:
+            if bridge is not None:
+                raise ConfigError(f"bridge {bridge!r} is of the mode 'bridged': choose that one too.")
+            return None
+        if bridge is None:
+            raise ConfigError(
+                "The mode 'bridged' needs a bridge or interface of the host to join: write bridge='br0'."
+            )
+        if not isinstance(bridge, str) or not 0 < len(bridge) <= 15 or set(bridge) & set("/ \t\n\0"):
+            raise ConfigError(f"bridge {bridge!r} is not the name of an interface: write one such as 'br0'.")
+        if self.host_loopback:
+            raise ConfigError(
+                "In the mode 'bridged' no gateway leads to the host's loopback: leave host_loopback out."
+            )
+        return bridge
 
     def _check_loopback(self) -> None:
         if not self.host_loopback:

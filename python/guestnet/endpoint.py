@@ -46,7 +46,8 @@ class Endpoint:
 
     @property
     def ip(self) -> IPv4Address:
-        """The address that DHCP gives it."""
+        """The address that DHCP gives it; in the mode "bridged" the one that it was first seen to use,
+        0.0.0.0 until then."""
         return self._ip
 
     @property

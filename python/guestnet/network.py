@@ -27,9 +27,9 @@ from guestnet.attachments import (
     release_descriptor,
     taken_descriptor,
 )
-from guestnet.config import NatConfig, NetMode
+from guestnet.config import NatConfig
 from guestnet.endpoint import Endpoint
-from guestnet.errors import AlreadyRunning, ConfigError, GuestnetError, NotRunning, UnsupportedError
+from guestnet.errors import AlreadyRunning, ConfigError, GuestnetError, NotRunning
 from guestnet.events import EventCallback, NetworkEvent
 from guestnet.forwards import ForwardSpec, close_sockets, open_sockets
 from guestnet.publishing import Forward
@@ -59,8 +59,6 @@ class NatNetwork:
         self._config = NatConfig() if config is None else config
         if not isinstance(self._config, NatConfig):
             raise ConfigError(f"{config!r} is not a NatConfig: make one with NatConfig(subnet=...).")
-        if self._config.mode is NetMode.BRIDGED:
-            raise UnsupportedError("The mode 'bridged' is not there yet: choose 'nat' or 'host_only'.")
         self._registry = Registry(self._config)
         self._services = Services(self._config, self._registry)
         self._session: Session | None = None

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from ipaddress import IPv4Address
 from threading import RLock
 
-from guestnet.config import NatConfig, StaticLease, domain
+from guestnet.config import NatConfig, NetMode, StaticLease, domain
 from guestnet.endpoint import Endpoint
 from guestnet.errors import (
     AddressInUse,
@@ -24,6 +24,8 @@ from guestnet.errors import (
 )
 from guestnet.ipam import IpAllocator, format_mac, generate_mac, parse_mac
 
+NOWHERE = IPv4Address(0)
+"""The address of an endpoint that has shown none, where addresses are not given here."""
 _REMEMBERED = 1024
 """Guests that left whose name and address are kept for when they come again."""
 _EXTRA_MACS = 15
@@ -50,6 +52,7 @@ class Registry:
 
     def __init__(self, config: NatConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config
+        self._bridged = config.mode is NetMode.BRIDGED
         self._clock = clock
         self._lock = RLock()
         self._pool: IpAllocator[IPv4Address] = IpAllocator(config.dhcp_start, config.dhcp_end)
@@ -100,10 +103,15 @@ class Registry:
             for known in self._endpoints.values():
                 if known.mac == own:
                     raise AddressInUse(f"The MAC {own} is that of endpoint {known.id!r}: choose another one.")
-            address = self._address(name, own, ip)
+            address = NOWHERE if self._bridged else self._address(name, own, ip)
+            if self._bridged and ip is not None:
+                raise ConfigError(
+                    f"ip {ip} of endpoint {name!r}: in the mode 'bridged' the segment gives it, leave it out."
+                )
             endpoint = Endpoint(name, own, address, self._config.mode, alias, listener)
             self._endpoints[name] = endpoint
-            self._by_ip[address] = endpoint
+            if not self._bridged:
+                self._by_ip[address] = endpoint
             if mac is None:
                 self._proposed.add(name)
             return endpoint
@@ -123,7 +131,7 @@ class Registry:
             if name is None or name in self._endpoints:
                 name = before[0] if before is not None and before[0] not in self._endpoints else None
             wanted = seen if seen is not None and self._is_free(seen) else before and before[1]
-            if lease is None and wanted is not None and self._is_free(wanted):
+            if not self._bridged and lease is None and wanted is not None and self._is_free(wanted):
                 return self.create(name or self._next_name(), mac, wanted, listener=listener)
             return self.create(name or self._next_name(), mac, listener=listener)
 
@@ -145,8 +153,9 @@ class Registry:
                     f"There is no endpoint {id!r}: `endpoints` lists those that are there."
                 )
             self._proposed.discard(id)
-            del self._by_ip[endpoint.ip]
-            self._free(endpoint.ip)
+            if not self._bridged:
+                del self._by_ip[endpoint.ip]
+                self._free(endpoint.ip)
             for key in [key for key in self._extra if key[0] == id]:
                 self._free(self._extra.pop(key))
             if endpoint.listener is not None:

@@ -15,7 +15,7 @@ from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Any
 
 from guestnet.attachments import Attachment, Listener, MemoryAttachment
-from guestnet.config import Uplink
+from guestnet.config import NetMode, Uplink
 from guestnet.control import Control, Handlers
 from guestnet.endpoint import Endpoint
 from guestnet.errors import (
@@ -25,12 +25,13 @@ from guestnet.errors import (
     ConfigError,
     EndpointNotFound,
     ForwardNotFound,
+    UnsupportedError,
 )
 from guestnet.events import NetworkEvent
 from guestnet.forwards import ForwardSpec
 from guestnet.ipam import format_mac, parse_mac
 from guestnet.publishing import Forward, Publishing
-from guestnet.registry import Registry
+from guestnet.registry import NOWHERE, Registry
 from guestnet.service_host import ServiceHost, Services
 from guestnet.stats import ConnTrackStats, FlowRecord, NatStats, NetworkStats
 
@@ -90,6 +91,8 @@ class Session:
         self._capturing = False
         self.uplink: TunUplink | None = None
         """The device of the uplink 'tun'."""
+        self._segment_port: int | None = None
+        """Leads to the segment that is joined in the mode "bridged"."""
         self._services = ServiceHost(self, services)
 
     # --- beginning and end ---
@@ -100,6 +103,8 @@ class Session:
         await control.do(control.plane.tell_flows, self._network._tells_flows)
         if self.config.uplink is Uplink.TUN:
             await self._open_uplink()
+        if self.config.mode is NetMode.BRIDGED:
+            await self._join_segment()
         if self.config.capture is not None:
             await self.start_capture(self.config.capture)
         self.registry.moved = self._moved
@@ -107,6 +112,20 @@ class Session:
             endpoint._attached = None
             await self._add_port(endpoint)
         await self._services.open()
+
+    async def _join_segment(self) -> None:
+        from guestnet._linux.segment import join
+
+        assert self.config.bridge is not None
+        segment = join(self.config.bridge)
+        plane, port = self.control.plane, self._next_port
+        self._next_port += 1
+        try:
+            await self.control.do(plane.add_port, port, mtu=segment.mtu, uplink=True)
+            await self.control.do(plane.attach_tap, port, segment.fd)
+        finally:
+            os.close(segment.fd)
+        self._segment_port = port
 
     async def _open_uplink(self) -> None:
         from guestnet.uplink import TunUplink
@@ -173,7 +192,8 @@ class Session:
         self._ports[port] = endpoint.id
         self._port_of[endpoint.id] = port
         mac = None if self.registry.is_proposed(endpoint.id) else parse_mac(endpoint.mac)
-        return port, {"mac": mac, "addresses": [endpoint.ip], "mtu": self.config.mtu}
+        addresses = [] if self.config.mode is NetMode.BRIDGED else [endpoint.ip]
+        return port, {"mac": mac, "addresses": addresses, "mtu": self.config.mtu}
 
     async def remove_endpoint(self, id: str) -> None:
         port = self._port_of.get(id)
@@ -299,6 +319,10 @@ class Session:
     # --- published ports ---
 
     async def publish(self, spec: ForwardSpec, sockets: list[list[socket.socket]]) -> Forward:
+        if self.config.mode is NetMode.BRIDGED:
+            raise UnsupportedError(
+                "In the mode 'bridged' guests have addresses of their own: there is nothing to publish."
+            )
         self.publishing.check(spec, self.config.subnet)
         if not sockets:
             return await self.publishing.add_external(spec, self._outside(spec))
@@ -429,6 +453,12 @@ class Session:
         if not isinstance(event.address, IPv4Address):
             return
         endpoint = self._endpoint_at(event.port, event.mac, event.address)
+        if endpoint is not None and self.config.mode is NetMode.BRIDGED:
+            if event.address == NOWHERE:
+                return
+            if endpoint.ip == NOWHERE:
+                endpoint._ip = event.address
+                self.emit("address_seen", endpoint.id, ip=str(event.address), mac=format_mac(event.mac))
         if endpoint is None or event.address in endpoint.addresses:
             return
         while len(endpoint._seen) >= 16:
@@ -458,7 +488,8 @@ class Session:
         endpoint._attached = listener.kind
         self._ports[port] = endpoint.id
         self._port_of[endpoint.id] = port
-        self.control.ensure(self.control.plane.bind_address, port, endpoint.ip, mac)
+        if self.config.mode is not NetMode.BRIDGED:
+            self.control.ensure(self.control.plane.bind_address, port, endpoint.ip, mac)
         self.publishing.refresh()
         self._tell_up(endpoint, listener=listener.path)
         return endpoint
@@ -467,6 +498,10 @@ class Session:
         self._arrivals[event.port] = event.listener
 
     def _on_port_down(self, event: _native.PortDown) -> None:
+        if event.port == self._segment_port:
+            message = f"{self.config.bridge} is gone: {event.reason}"
+            _log.error("%s", message)
+            self.emit("log", None, level="error", message=message)
         name = self._ports.get(event.port)
         endpoint = None if name is None else self.registry.get(name)
         if event.port >= FIRST_DYNAMIC:

@@ -28,6 +28,7 @@ mod policy;
 mod port;
 mod reassembly;
 mod relay;
+mod segment;
 mod service;
 mod siphash;
 pub mod stats;

@@ -10,7 +10,7 @@ use crate::port::Port;
 use crate::service::{DHCP_CLIENT, DHCP_SERVER};
 use crate::siphash::SipKey;
 use crate::stats::Drop;
-use crate::types::{Csum, FrameMeta, Gso, PortId};
+use crate::types::{Csum, FrameMeta, Gso, NetMode, PortId};
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::parse::{self, Packet};
 use guestnet_wire::{WireError, be16, checksum, proto, put};
@@ -103,6 +103,9 @@ impl Core {
         if frame.len() > crate::core::FRAME_MAX {
             return Err(Drop::Oversized);
         }
+        if self.cfg.mode == NetMode::Bridged {
+            return self.bridged(slot, eth, frame, meta, fx);
+        }
         self.check_mac(slot, eth.src)?;
         match eth.ethertype {
             ether::IPV4 => self.switch_v4(slot, eth, frame, meta, fx),
@@ -113,7 +116,7 @@ impl Core {
     }
 
     /// Nobody sends with another's MAC; new ones are learned.
-    fn check_mac(&mut self, slot: u32, src: Mac) -> Result<(), Drop> {
+    pub(crate) fn check_mac(&mut self, slot: u32, src: Mac) -> Result<(), Drop> {
         let port = self.ports.get(slot).ok_or(Drop::NoEndpoint)?;
         if port.mac == Some(src) {
             return Ok(());
@@ -259,12 +262,7 @@ impl Core {
                 Ok(())
             }
             None => {
-                let cost =
-                    frame.len().div_ceil(FLOOD_BYTES) * (self.ports.end() as usize).div_ceil(FLOOD_PORTS);
-                let port = self.ports.get_mut(slot).ok_or(Drop::NoEndpoint)?;
-                if !port.flood.allow_n(self.now, cost) {
-                    return Err(Drop::RateLimit);
-                }
+                self.allow_flood(slot, frame.len())?;
                 for to in 0..self.ports.end() {
                     if to != slot {
                         self.deliver(to, frame, meta, fx);
@@ -273,6 +271,13 @@ impl Core {
                 Ok(())
             }
         }
+    }
+
+    /// A frame of a guest that goes to all ports counts by what it costs.
+    pub(crate) fn allow_flood(&mut self, slot: u32, len: usize) -> Result<(), Drop> {
+        let cost = len.div_ceil(FLOOD_BYTES) * (self.ports.end() as usize).div_ceil(FLOOD_PORTS);
+        let port = self.ports.get_mut(slot).ok_or(Drop::NoEndpoint)?;
+        if port.flood.allow_n(self.now, cost) { Ok(()) } else { Err(Drop::RateLimit) }
     }
 
     /// Puts a frame of another port on a port, if its MTU takes it.
@@ -337,7 +342,7 @@ pub(crate) fn transmit<E: Effects>(port: &mut Port, frame: &[u8], meta: FrameMet
 }
 
 /// The packet fits the MTU, or asks to be cut into pieces that do.
-fn check_size(port: &Port, p: &Packet, meta: FrameMeta) -> Result<(), Drop> {
+pub(crate) fn check_size(port: &Port, p: &Packet, meta: FrameMeta) -> Result<(), Drop> {
     let mtu = usize::from(port.config.mtu);
     if port.config.lax_offload && meta.gso.is_none() {
         return Ok(());

@@ -90,6 +90,8 @@ pub struct PortConfig {
     /// The port is dedicated to guests that send TSO frames without a virtio header (vfkit, libkrun): do not
     /// verify transport checksums and accept frames over the MTU.
     pub lax_offload: bool,
+    /// The port leads to the segment that a `bridged` network joins, and not to a guest.
+    pub uplink: bool,
 }
 
 /// Where a TCP relay connects to.
@@ -109,4 +111,6 @@ pub enum NetMode {
     Nat,
     /// Nothing leaves: guests, gateway and its services only.
     HostOnly,
+    /// No gateway: guests are joined to the segment that the port with [`PortConfig::uplink`] leads to.
+    Bridged,
 }

@@ -40,7 +40,7 @@ fn inherited(text: &str) -> Result<OwnedFd, Box<dyn Error>> {
 fn config(last: u8) -> Result<PortConfig, Box<dyn Error>> {
     let mtu = std::env::var("MTU").map_or(Ok(1500), |m| m.parse())?;
     let addresses = vec![Ipv4Addr::new(192, 168, 64, last).into()];
-    Ok(PortConfig { mac: None, addresses, mtu, gso_max: 65_000, lax_offload: false })
+    Ok(PortConfig { mac: None, addresses, mtu, gso_max: 65_000, lax_offload: false, uplink: false })
 }
 
 fn main() -> Result<(), Box<dyn Error>> {

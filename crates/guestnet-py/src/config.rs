@@ -21,6 +21,7 @@ pub fn mode(py: Python<'_>, name: &str) -> PyResult<NetMode> {
     match name {
         "nat" => Ok(NetMode::Nat),
         "host_only" => Ok(NetMode::HostOnly),
+        "bridged" => Ok(NetMode::Bridged),
         _ => Err(unknown(py, "mode", name)),
     }
 }

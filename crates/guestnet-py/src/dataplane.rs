@@ -43,7 +43,7 @@ fn port_config(
         return Err(config_error(py, format!("the MTU {mtu} is not between {MTU_MIN} and {MTU_MAX}")));
     }
     let mac = mac_bytes.map(|m| mac(py, m)).transpose()?;
-    Ok(PortConfig { mac, addresses, mtu, gso_max, lax_offload })
+    Ok(PortConfig { mac, addresses, mtu, gso_max, lax_offload, uplink: false })
 }
 
 fn protocol(py: Python<'_>, name: &str) -> PyResult<u8> {
@@ -145,7 +145,8 @@ impl DataPlane {
         py.detach(|| self.worker.stop());
     }
 
-    #[pyo3(signature = (port, *, mac=None, addresses=Vec::new(), mtu=1500, gso_max=65_000, lax_offload=false))]
+    #[pyo3(signature = (port, *, mac=None, addresses=Vec::new(), mtu=1500, gso_max=65_000, lax_offload=false,
+        uplink=false))]
     fn add_port(
         &self,
         py: Python<'_>,
@@ -155,8 +156,10 @@ impl DataPlane {
         mtu: u16,
         gso_max: u32,
         lax_offload: bool,
+        uplink: bool,
     ) -> PyResult<u64> {
-        let config = port_config(py, mac, addresses, mtu, gso_max, lax_offload)?;
+        let mut config = port_config(py, mac, addresses, mtu, gso_max, lax_offload)?;
+        config.uplink = uplink;
         self.submit(py, Command::AddPort { port: PortId(port), config })
     }
 

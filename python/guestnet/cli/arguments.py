@@ -241,6 +241,12 @@ def add_network_options(parser: Parser) -> None:
         action="store_true",
         help="tun: forward, and give what leaves the host's own address (needs nft)",
     )
+    add(
+        "--bridge",
+        metavar="IF",
+        help="join guests to this bridge or Ethernet interface of the host, without a gateway "
+        "(mode bridged; needs CAP_NET_ADMIN or CAP_NET_RAW)",
+    )
     add("--pcap", metavar="FILE", help="write every frame to FILE (pcapng, for Wireshark)")
     add("--stats", action="store_true", help="print the counters at the end, on stderr")
     add("-q", "--quiet", action="store_true", help="say nothing but errors")
@@ -281,7 +287,8 @@ def network_settings(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "subnet": str(options.subnet),
         "mtu": options.mtu,
-        "mode": options.mode,
+        "mode": options.mode if options.bridge is None else "bridged",
+        "bridge": options.bridge,
         "dns_records": records,
         "host_loopback": options.host_loopback,
         "filtering": options.filtering,

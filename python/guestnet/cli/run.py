@@ -46,11 +46,13 @@ def main(argv: Sequence[str]) -> int:
 
     interface = Interface(
         mac=mac,
-        address=IPv4Interface((where.guest, options.subnet.prefixlen)),
-        gateway=where.gateway,
+        # A segment that is there already gives addresses itself.
+        address=None if options.bridge else IPv4Interface((where.guest, options.subnet.prefixlen)),
+        gateway=None if options.bridge else where.gateway,
         mtu=options.mtu,
     )
-    guest = Guest(interface, nameserver=str(where.gateway), search=(ZONE,), hostname=options.hostname)
+    nameserver = None if options.bridge else str(where.gateway)
+    guest = Guest(interface, nameserver=nameserver, search=(ZONE,), hostname=options.hostname)
     # The child sets its namespace up while this process imports and starts the network.
     namespace = launch(guest, command, mask)
     guard = watch_over(namespace.pid)
@@ -63,7 +65,12 @@ def main(argv: Sequence[str]) -> int:
     try:
         with network_of_one(options, mac, attach):
             if options.verbose:
-                say(f"guestnet: the guest is {where.guest}, its gateway {where.gateway}")
+                about = (
+                    f"on {options.bridge}"
+                    if options.bridge
+                    else f"{where.guest}, its gateway {where.gateway}"
+                )
+                say(f"guestnet: the guest is {about}")
             guard.wait_ready()
             namespace.go()
             return supervise.wait(namespace.pid)

@@ -46,7 +46,7 @@ def network_of_one(
         network.create_endpoint(
             ENDPOINT,
             mac=arguments.format_mac(mac),
-            ip=str(arguments.plan(options.subnet).guest),
+            ip=None if options.bridge else str(arguments.plan(options.subnet).guest),
             hostname=options.hostname,
         )
         attach(network)

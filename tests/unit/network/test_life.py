@@ -24,7 +24,6 @@ from guestnet import (
     NetMode,
     NetworkEvent,
     NotRunning,
-    UnsupportedError,
 )
 
 PLAIN = NatConfig(dhcp=False, dns=False)
@@ -119,8 +118,6 @@ def test_what_needs_a_running_network_says_so(call: object) -> None:
 def test_wrong_configurations() -> None:
     with pytest.raises(ConfigError, match="NatConfig"):
         NatNetwork({"subnet": "10.0.0.0/24"})  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedError, match="bridged"):
-        NatNetwork(NatConfig(mode="bridged"))
     network = NatNetwork(PLAIN.replace(limits={"nothing_like_it": 5}))
     with pytest.raises(ConfigError, match="nothing_like_it"):
         network.start()

@@ -48,7 +48,7 @@ pub fn config() -> CoreConfig {
 }
 
 pub fn port_config() -> PortConfig {
-    PortConfig { mac: None, addresses: Vec::new(), mtu: 1500, gso_max: 0, lax_offload: false }
+    PortConfig { mac: None, addresses: Vec::new(), mtu: 1500, gso_max: 0, lax_offload: false, uplink: false }
 }
 
 pub struct Net {

@@ -42,8 +42,14 @@ pub(crate) enum Sent {
 }
 
 impl Tap {
-    /// Takes a TAP and agrees with the kernel on headers and offloads.
+    /// Takes a TAP and agrees with the kernel on headers and offloads. A packet socket (packet(7)) that is bound
+    /// to an interface, with PACKET_VNET_HDR or without, is used in the same way.
     pub(crate) fn new(fd: OwnedFd) -> Result<Tap, String> {
+        if sys::get_opt(&fd, libc::SOL_SOCKET, libc::SO_DOMAIN) == Ok(libc::AF_PACKET) {
+            sys::adopt(&fd).map_err(|e| reason("the packet socket cannot be set up", e))?;
+            let with_header = sys::get_opt(&fd, libc::SOL_PACKET, libc::PACKET_VNET_HDR) == Ok(1);
+            return Ok(Tap { fd, header: if with_header { vnet::LEN } else { 0 }, uso: false });
+        }
         let (header, uso) = agree(&fd, Kind::Tap)?;
         Ok(Tap { fd, header, uso })
     }

@@ -28,7 +28,7 @@ pub const HOST: Ipv4Addr = Ipv4Addr::new(192, 168, 64, 254);
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
 pub fn port_config() -> PortConfig {
-    PortConfig { mac: None, addresses: vec![], mtu: 1500, gso_max: 65_450, lax_offload: false }
+    PortConfig { mac: None, addresses: vec![], mtu: 1500, gso_max: 65_450, lax_offload: false, uplink: false }
 }
 
 /// A worker and what it told that nobody asked for yet.

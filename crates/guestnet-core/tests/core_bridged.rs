@@ -1,0 +1,123 @@
+//! Theory of operation: the mode `bridged`, with a port that leads to a segment outside: who hears what, who may
+//! say what.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+#[path = "common/net.rs"]
+mod net;
+
+use guestnet_core::effects::Event;
+use guestnet_core::stats::Drop;
+use guestnet_core::types::{Csum, FrameMeta, Gso, NetMode, PortConfig, PortId};
+use guestnet_wire::arp;
+use guestnet_wire::ether::Mac;
+use guestnet_wire::proto;
+use net::*;
+
+const OUTSIDE: PortId = PortId(9);
+const STATION: Mac = Mac([2, 9, 9, 9, 9, 9]);
+
+fn bridged() -> Net {
+    let mut c = config();
+    c.mode = NetMode::Bridged;
+    let mut n = Net::with(c);
+    n.core.add_port(OUTSIDE, PortConfig { uplink: true, ..port_config() });
+    n
+}
+
+/// UDP of a station of the segment, or of a guest, to a MAC.
+fn udp_to(from: Mac, to: Mac) -> Vec<u8> {
+    let h = Ip4 { mac: from, to_mac: to, ..Ip4::new(A, "198.51.100.7".parse().unwrap(), proto::UDP) };
+    udp_from(&h, 5, 6, b"hello")
+}
+
+fn ports(n: &mut Net, from: PortId, frame: Vec<u8>) -> Vec<PortId> {
+    let mut to: Vec<_> = n.ask(from, frame).iter().map(|s| s.port).collect();
+    to.sort_unstable();
+    to
+}
+
+#[test]
+fn frames_go_where_their_station_is() {
+    let mut n = bridged();
+    // Known guests hear each other, and nobody else does.
+    assert_eq!(ports(&mut n, A, udp_to(mac(A), mac(B))), [B]);
+    // What is for no guest is for the segment, and not for other guests.
+    assert_eq!(ports(&mut n, A, udp_to(mac(A), STATION)), [OUTSIDE]);
+    assert_eq!(ports(&mut n, A, udp_to(mac(A), Mac::BROADCAST)), [B, OUTSIDE]);
+    // The gateway of other modes is nobody here.
+    assert_eq!(ports(&mut n, A, udp_to(mac(A), GATEWAY_MAC)), [OUTSIDE]);
+    assert_eq!(ports(&mut n, OUTSIDE, udp_to(STATION, mac(B))), [B]);
+    assert_eq!(ports(&mut n, OUTSIDE, udp_to(STATION, Mac::BROADCAST)), [A, B]);
+    n.dropped(Drop::NoEndpoint, |n| n.send(OUTSIDE, udp_to(STATION, Mac([2, 7, 7, 7, 7, 7]))));
+    assert_eq!(n.all_drops(), 1);
+    let asks = arp_frame(arp::REQUEST, mac(A), guest_ip(A), Mac::BROADCAST, ip(GATEWAY));
+    assert_eq!(ports(&mut n, A, asks), [B, OUTSIDE], "nobody of ours answers");
+}
+
+#[test]
+fn nobody_takes_the_mac_of_a_guest() {
+    let mut n = bridged();
+    n.dropped(Drop::SpoofedMac, |n| n.send(A, udp_to(mac(B), STATION)));
+    n.dropped(Drop::SpoofedMac, |n| n.send(OUTSIDE, udp_to(mac(B), mac(A))));
+    n.dropped(Drop::SpoofedMac, |n| n.send(OUTSIDE, udp_to(Mac::BROADCAST, mac(A))));
+    // Stations of the segment are not learned, however many there seem to be.
+    for i in 0..1000u16 {
+        let [a, b] = i.to_be_bytes();
+        n.send(OUTSIDE, udp_to(Mac([2, 8, 8, 8, a, b]), mac(A)));
+    }
+    assert_eq!(ports(&mut n, A, udp_to(mac(A), Mac([2, 8, 8, 8, 0, 1]))), [OUTSIDE]);
+}
+
+#[test]
+fn other_protocols_pass_as_they_are() {
+    let mut n = bridged();
+    let mut frame = udp_to(mac(A), mac(B));
+    frame[12..14].copy_from_slice(&[0x88, 0xcc]);
+    let got = n.ask(A, frame.clone());
+    assert_eq!((got[0].port, &got[0].frame), (B, &frame));
+    let meta = FrameMeta { csum: Csum::Partial { start: 34, offset: 6 }, gso: None };
+    n.dropped(Drop::Malformed, |n| n.send_meta(A, frame.clone(), meta));
+    let meta = FrameMeta { csum: Csum::Full, gso: Some(Gso::Tcp(9)) };
+    n.dropped(Drop::Malformed, |n| n.send_meta(A, frame.clone(), meta));
+    frame.resize(1515, 0);
+    n.dropped(Drop::Oversized, |n| n.send(A, frame));
+}
+
+#[test]
+fn the_owner_hears_of_macs_and_addresses_once() {
+    let mut n = bridged();
+    let c = PortId(3);
+    n.core.add_port(c, port_config());
+    let seen = |n: &mut Net| {
+        let found = n.fx.events.iter().filter_map(|e| match e {
+            Event::AddressSeen { address, .. } => Some(address.to_string()),
+            _ => None,
+        });
+        let found: Vec<_> = found.collect();
+        n.fx.events.clear();
+        found
+    };
+    // Before it has an address: a DHCP client, or IPv6 alone.
+    let mut h = Ip4::new(c, "255.255.255.255".parse().unwrap(), proto::UDP);
+    (h.to_mac, h.src) = (Mac::BROADCAST, "0.0.0.0".parse().unwrap());
+    n.send(c, udp_from(&h, 68, 67, b"discover"));
+    n.send(c, udp_from(&h, 68, 67, b"discover"));
+    assert_eq!(seen(&mut n), ["0.0.0.0"]);
+    n.hello(c);
+    for i in 0..40u8 {
+        h.src = std::net::Ipv4Addr::new(203, 0, 113, i % 20);
+        n.send(c, udp_from(&h, 5, 6, b""));
+    }
+    // A bounded number is remembered, so one that has many is told of again, at a bounded rate.
+    assert_eq!(seen(&mut n).len(), 40);
+    for _ in 0..3 {
+        n.send(c, udp_from(&h, 5, 6, b""));
+    }
+    assert!(seen(&mut n).is_empty());
+    for i in 0..1000u16 {
+        h.src = std::net::Ipv4Addr::from(0x0a00_0000 | u32::from(i));
+        n.send(c, udp_from(&h, 5, 6, b""));
+    }
+    assert!(seen(&mut n).len() <= 100);
+}
