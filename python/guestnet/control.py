@@ -2,7 +2,7 @@
 
 The worker writes an eventfd when this loop sleeps, and the loop drains events in batches; nothing is called
 per event from a packet thread. A command has a number, and the event that brings it back completes a future.
-Everything of a running network happens in this one thread, so nothing here needs a lock.
+Everything of a running network happens in this one thread, so nothing here needs a lock but its door.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ class Control:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._backlog: deque[Callable[[], int]] = deque()
         self._ready: Future[None] = Future()
+        self._gate = threading.Lock()
+        self._ended = False
+        self._handed_in: set[Future[Any]] = set()
         self._failure: str | None = None
         # A daemon, so that a program that forgets to stop its network can still end; NatNetwork stops it
         # at exit, before the interpreter goes.
@@ -76,10 +79,13 @@ class Control:
     def submit(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
         """Runs a coroutine in the control thread."""
         try:
-            return asyncio.run_coroutine_threadsafe(work, self.loop)
-        except RuntimeError:
-            work.close()
-            raise NotRunning("The network was stopped: start it again.") from None
+            with self._gate:
+                if self._ended:
+                    raise NotRunning("The network was stopped: start it again.")
+                future = asyncio.run_coroutine_threadsafe(work, self.loop)
+                self._handed_in.add(future)
+            future.add_done_callback(self._handed_in.discard)
+            return future
         except BaseException:
             with contextlib.suppress(ValueError):  # it runs already
                 work.close()  # a KeyboardInterrupt on the way
@@ -197,11 +203,17 @@ class Control:
         loop = self.loop
         loop.remove_reader(self.plane.event_fd)
         self.plane.stop()
+        with self._gate:
+            self._ended = True
+        # What was handed in until now begins, and ends at once.
+        loop.run_until_complete(asyncio.sleep(0))
         left = asyncio.all_tasks(loop)
         for task in left:
             task.cancel()
         if left:
             loop.run_until_complete(asyncio.wait(left, timeout=1.0))
+        for future in list(self._handed_in):
+            future.cancel()  # of a task that does not end: nobody is to wait for it
         loop.run_until_complete(loop.shutdown_asyncgens())
         asyncio.set_event_loop(None)
         loop.close()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future
 from types import SimpleNamespace
 from typing import Any
 
@@ -140,6 +142,28 @@ def test_failing_tasks_are_logged(control: Control, caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.ERROR, logger="guestnet"):
         control.loop.call_soon_threadsafe(control.spawn, fail())
         until(lambda: "a task of the network failed" in caplog.text, "the failure to be logged")
+
+
+def test_who_comes_at_the_very_end_does_not_wait_for_ever(control: Control, plane: Plane) -> None:
+    """Work that is handed in while the loop is being taken down gets an answer too."""
+    given: list[Future[object]] = []
+
+    async def work() -> None:
+        await asyncio.sleep(600)
+
+    end = plane.stop
+
+    def stop() -> None:
+        given.append(control.submit(work()))
+        given.append(control.submit(control.do(plane.command)))
+        plane.is_healthy = False
+        end()
+
+    plane.stop = stop  # type: ignore[method-assign]
+    control.stop()
+    for future in given:
+        with pytest.raises((CancelledError, DataPlaneError)):
+            future.result(5)
 
 
 def test_after_the_end(control: Control, plane: Plane) -> None:
