@@ -28,7 +28,7 @@ const SEGMENTS_MAX: usize = 64;
 const PAYLOAD_MAX: usize = 65507;
 
 /// What the kernel is asked to buffer of a busy socket, in bytes; its own limit is usually lower.
-const BUFFER: i32 = 4 << 20;
+const BUFFER: i32 = 1 << 20;
 /// Messages of one receive that make a socket a busy one.
 pub(crate) const BUSY: usize = 4;
 
@@ -604,6 +604,19 @@ mod tests {
         assert_eq!(all[0].1, [vec![0; 500], vec![1; 500], vec![2; 99]].concat());
         assert_eq!(all[7].1, [[9; 8], [10; 8]].concat());
         assert_eq!(all[7].0.from, a.local_addr().unwrap());
+    }
+
+    #[test]
+    fn a_busy_socket_is_enlarged_once() {
+        let (mut socks, poller, mut c) = world();
+        let like = "127.0.0.1:1".parse().unwrap();
+        let a = socks.udp_open(&poller, &mut c, FlowId { index: 1, generation: 0 }, like).unwrap();
+        let sock = socks.get_mut(a).unwrap();
+        let size = |s: &Sock| sys::get_opt(&s.fd, libc::SOL_SOCKET, libc::SO_RCVBUF).unwrap();
+        let before = size(sock);
+        assert!(sock.enlarge());
+        assert!(size(sock) > before);
+        assert!(!sock.enlarge(), "asked twice");
     }
 
     #[test]
