@@ -15,7 +15,7 @@ PYTHON_DIRS := $(wildcard python tests bench scripts)
 # throwing away the ordinary build.
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
-.PHONY: help build check test demo bench conformance bench-engine fuzz loom lock format clean
+.PHONY: help build check test demo bench bench-forwarding conformance bench-engine fuzz loom lock format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -55,6 +55,11 @@ bench: ## Race guestnet with kernel NAT, pasta and slirp4netns; one table (BENCH
 	scripts/system-packages.sh bench
 	@$(MAKE) --no-print-directory build
 	$(BIN)/python bench/race.py $(BENCH_ARGS)
+
+bench-forwarding: ## Packets through the uplink tun and through nftables, side by side (root)
+	scripts/system-packages.sh bench
+	@$(MAKE) --no-print-directory build
+	$(BIN)/python bench/forwarding.py $(BENCH_ARGS)
 
 conformance: ## Prove the NAT engine against its RFCs and write docs/conformance.md
 	python3 scripts/conformance.py

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from guestnet.config import NetMode as NetMode
     from guestnet.config import PollingStrategy as PollingStrategy
     from guestnet.config import StaticLease as StaticLease
+    from guestnet.config import Uplink as Uplink
     from guestnet.datapath import Datapath as Datapath
     from guestnet.datapath import DatapathPoller as DatapathPoller
     from guestnet.endpoint import Endpoint as Endpoint
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives. tests/unit/test_package.py holds it against the imports above.
 _HOME = {
-    "guestnet.config": ("Filtering", "NatConfig", "NetMode", "PollingStrategy", "StaticLease"),
+    "guestnet.config": ("Filtering", "NatConfig", "NetMode", "PollingStrategy", "StaticLease", "Uplink"),
     "guestnet.datapath": ("Datapath", "DatapathPoller"),
     "guestnet.endpoint": ("Endpoint",),
     "guestnet.errors": (

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from ipaddress import IPv4Address
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from guestnet.attachments import (
     Attachment,
@@ -27,16 +27,20 @@ from guestnet.attachments import (
     release_descriptor,
     taken_descriptor,
 )
-from guestnet.config import NatConfig
+from guestnet.config import NatConfig, Uplink
 from guestnet.endpoint import Endpoint
-from guestnet.errors import AlreadyRunning, ConfigError, GuestnetError, NotRunning
+from guestnet.errors import AlreadyRunning, ConfigError, GuestnetError, NotRunning, UnsupportedError
 from guestnet.events import EventCallback, NetworkEvent
 from guestnet.forwards import ForwardSpec, close_sockets, open_sockets
 from guestnet.publishing import Forward
 from guestnet.registry import Registry
 from guestnet.service_host import Services
 from guestnet.session import Session
-from guestnet.stats import FlowRecord, NetworkStats
+from guestnet.stats import ConnTrackStats, FlowRecord, NatStats, NetworkStats
+
+if TYPE_CHECKING:
+    from guestnet.nat import NatResult, PacketPool, Ring
+    from guestnet.rings import NetworkDatapath
 
 _T = TypeVar("_T")
 
@@ -65,6 +69,7 @@ class NatNetwork:
         self._changing = threading.Lock()
         self._callbacks: list[tuple[EventCallback, bool]] = []
         self._last_stats = NetworkStats()
+        self._datapath: NetworkDatapath | None = None
         self._process = os.getpid()
 
     @classmethod
@@ -376,6 +381,74 @@ class NatNetwork:
             return self._last_stats
         return NetworkStats.from_native(session.control.plane.stats())
 
+    # --- packet by packet, with the uplink "tun" ---
+
+    @property
+    def datapath(self) -> NetworkDatapath:
+        """Pool and rings, to send and receive as guests of this program: see `guestnet.rings`. What
+        `DatapathPoller.poll_once(network)` polls. Raises UnsupportedError with the uplink "sockets"."""
+        if self._config.uplink is not Uplink.TUN:
+            raise UnsupportedError(
+                "Only a network with the uplink 'tun' has rings: make it with NatConfig(uplink='tun')."
+            )
+        if self._datapath is None:
+            from guestnet.rings import NetworkDatapath
+
+            self._datapath = NetworkDatapath(self)
+        return self._datapath
+
+    @property
+    def packet_pool(self) -> PacketPool:
+        """The buffers of `tx_ring` and `rx_ring`."""
+        return self.datapath.packet_pool
+
+    @property
+    def tx_ring(self) -> Ring:
+        """Buffers with frames from guests: what is put here comes out translated at the uplink."""
+        return self.datapath.tx_ring
+
+    @property
+    def rx_ring(self) -> Ring:
+        """Buffers with frames to guests; who takes one frees it."""
+        return self.datapath.rx_ring
+
+    def process_tx_packet(self, frame: Any, *, now: float | None = None) -> NatResult:
+        """Translates a guest's frame in place, in any writable buffer, by the datapath's own engine."""
+        return self.datapath.process_tx_packet(frame, now=now)
+
+    def process_rx_packet(self, frame: Any, *, now: float | None = None) -> NatResult:
+        """Translates a frame for a guest in place, in any writable buffer, by the datapath's own engine."""
+        return self.datapath.process_rx_packet(frame, now=now)
+
+    def nat_stats(self) -> NatStats:
+        """What the engine did: that of the uplink while the network runs, else the datapath's own."""
+        if self._has_engine:
+            return self._run(self._live().nat_stats())[0]
+        return self.datapath.nat_stats()
+
+    def conntrack_stats(self) -> ConnTrackStats:
+        """What the engine holds: that of the uplink while the network runs, else the datapath's own."""
+        if self._has_engine:
+            return self._run(self._live().nat_stats())[1]
+        return self.datapath.conntrack_stats()
+
+    @property
+    def connection_count(self) -> int:
+        """Connections tracked now, of every uplink."""
+        if self._config.uplink is Uplink.TUN:
+            return self.conntrack_stats().connections
+        return self.stats().connections if self.is_running else 0
+
+    def expire_connections(self) -> int:
+        """Ends connections of the datapath's own engine whose time is over; returns how many. Those of a
+        network that runs end by themselves."""
+        return 0 if self._datapath is None else self._datapath.expire_connections()
+
+    @property
+    def _has_engine(self) -> bool:
+        session = self._session
+        return session is not None and session.uplink is not None
+
     def endpoint_stats(self) -> dict[str, NetworkStats]:
         """The counters of each endpoint."""
         return self._run(self._live().endpoint_stats())
@@ -418,6 +491,8 @@ class NatNetwork:
             self._session.maintain()
         else:
             self._registry.tidy()
+        if self._datapath is not None:
+            self._datapath.maintenance()
 
     def start_capture(self, path: str | os.PathLike[str]) -> None:
         """Writes every frame to a file (pcapng), in place of one that is being written."""

@@ -63,6 +63,12 @@ def own_lab(blob: Blob) -> Iterator[Lab]:
         yield lab
 
 
+@pytest.fixture(scope="session")
+def serve_outside(blob: Blob) -> Callable[[Lab], None]:
+    """Starts all servers of the outside in a lab of a test's own."""
+    return lambda lab: start_servers(lab, blob)
+
+
 def start_servers(lab: Lab, blob: Blob) -> None:
     env = {"PYTHONPATH": str(TESTS)}
     lab.start([sys.executable, "-m", "lab.servers", str(blob.path)], ns=lab.out, ready="^ready$", env=env)

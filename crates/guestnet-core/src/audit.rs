@@ -15,7 +15,9 @@ impl Core {
         let of = |slot: u32| self.flows.iter().map(|(_, f)| f).filter(move |f| f.key.slot == slot);
         for (slot, p) in self.ports.iter() {
             let conversations = of(slot).filter(|f| !f.is_mapping()).count();
-            let conversations = conversations + self.tunnel_count(slot);
+            if self.tunnel_count(slot) != p.translated as usize {
+                return Err(format!("slot {slot} says that {} flows are translated", p.translated));
+            }
             if conversations != p.flows as usize {
                 return Err(format!("slot {slot} has {conversations} flows and says {}", p.flows));
             }

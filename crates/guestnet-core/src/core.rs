@@ -400,7 +400,7 @@ impl Core {
                 a
             },
             mtu: p.config.mtu,
-            flows: p.flows,
+            flows: p.flows + p.translated,
             buffered: p.budget.used,
         })
     }

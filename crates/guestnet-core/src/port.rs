@@ -31,6 +31,8 @@ pub struct Port {
     pub counters: Counters,
     /// Records in the flow table, mappings not counted.
     pub flows: u32,
+    /// Flows that are translated, which hold no descriptor and have limits of their own.
+    pub translated: u32,
     /// Mappings, each with one socket.
     pub sockets: u32,
     /// One-shot flows and TCP flows in TIME-WAIT, least recently used first.
@@ -131,6 +133,7 @@ impl Port {
             learned6: VecDeque::new(),
             counters: Counters::default(),
             flows: 0,
+            translated: 0,
             sockets: 0,
             lru: List::default(),
             waiting: List::default(),

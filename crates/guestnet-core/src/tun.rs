@@ -60,7 +60,8 @@ pub(crate) struct Tun {
 
 impl Core {
     /// Gives the Network an uplink of packets. Of `config` the network decides what it knows itself: what is
-    /// inside, its gateway, limits, timeouts and filtering, keys, and that refusals are its own to tell.
+    /// inside, its gateway, timeouts and filtering, keys, and that refusals are its own to tell. Limits are those
+    /// of `config`: what is translated holds no descriptor.
     ///
     /// # Errors
     /// What is wrong with `config`.
@@ -69,8 +70,6 @@ impl Core {
             config.internal = internal;
         }
         config.gateway = Some(self.cfg.gateway4);
-        config.table_size = self.cfg.limits.flows as usize;
-        config.sessions_per_endpoint = self.cfg.limits.flows_per_port;
         config.refusal = Refusal::Silent;
         let t = &self.cfg.timeouts;
         config.timeouts.udp = t.udp;
@@ -364,7 +363,7 @@ impl Core {
             self.base.flows_opened += 1;
             return;
         };
-        port.flows += 1;
+        port.translated += 1;
         port.counters.flows_opened += 1;
         fx.event(Event::FlowOpened {
             flow: FlowId { index: TRANSLATED | id, generation: opened.generation },
@@ -382,7 +381,7 @@ impl Core {
             self.base.flows_closed += 1;
             return;
         };
-        port.flows = port.flows.saturating_sub(1);
+        port.translated = port.translated.saturating_sub(1);
         port.counters.flows_closed += 1;
         let flow = FlowId { index: TRANSLATED | id, generation: o.generation };
         fx.event(Event::FlowClosed { flow, bytes_out: out, bytes_in: inn });

@@ -309,8 +309,7 @@ fn nobody_outside_speaks_for_a_guest_or_reaches_one_unasked() {
 
 #[test]
 fn caps_are_the_guests_own_and_are_told() {
-    let mut n = Net::with_limits(|l| l.flows_per_port = 3);
-    n.core.set_uplink(n.now, uplink()).unwrap();
+    let mut n = tunnel_with(NatEngineConfig { sessions_per_endpoint: 3, ..uplink() });
     for port in 4000..4003 {
         n.udp(A, port, SERVER, b"x");
     }

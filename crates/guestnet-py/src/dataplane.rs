@@ -25,6 +25,8 @@ const MTU_MIN: u16 = 68;
 #[pyclass(frozen, module = "guestnet._native")]
 pub struct DataPlane {
     worker: Worker,
+    /// Flows in all and of one guest, where the uplink translates and they hold no descriptor.
+    translated: (usize, u32),
 }
 
 fn take(py: Python<'_>, fd: RawFd) -> PyResult<OwnedFd> {
@@ -97,6 +99,10 @@ impl DataPlane {
             &limits,
             &timeouts,
         )?;
+        // A connection that is over counts for four more minutes; still no guest has the table to itself.
+        let flows = core.limits.flows;
+        let of_one = limits.get("flows_per_port").copied().unwrap_or(flows / 2);
+        let translated = (flows as usize, of_one);
         if !(1..=1024).contains(&batch_size) {
             return Err(config_error(py, format!("the batch size {batch_size} is not 1 to 1024")));
         }
@@ -110,7 +116,7 @@ impl DataPlane {
             ..WorkerConfig::new(core)
         };
         let worker = py.detach(|| spawn(config)).map_err(|e| start_error(py, &e))?;
-        Ok(DataPlane { worker })
+        Ok(DataPlane { worker, translated })
     }
 
     /// Readable when there are events.
@@ -271,6 +277,8 @@ impl DataPlane {
         let config = NatEngineConfig {
             external: external.into_iter().map(|a| a.0).collect(),
             ports: ports.unwrap_or(usual.ports),
+            table_size: self.translated.0,
+            sessions_per_endpoint: self.translated.1,
             mtu_outside: mtu,
             mtu_inside: mtu,
             ..usual

@@ -1,0 +1,147 @@
+"""The rings of a network with the uplink 'tun': guests of this program, a frame a buffer.
+
+    program -> packet_pool, tx_ring -> poll_once -> the network's packet thread -> uplink
+    uplink -> the network's packet thread -> poll_once -> packet_pool, rx_ring -> program
+
+A frame on `tx_ring` is sent for the endpoint that has its source address and no other attachment: the first
+attaches it. While the network does not run, the rings work as those of a `Datapath` by hand, with an engine
+of their own and an outside in memory; so do `process_tx_packet` and `process_rx_packet` at any time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from ipaddress import IPv4Address
+from typing import TYPE_CHECKING
+
+from guestnet.attachments import MemoryAttachment
+from guestnet.datapath import ETHERNET, Datapath, MemoryUplink
+from guestnet.nat import NatEngineConfig
+
+if TYPE_CHECKING:
+    from guestnet.network import NatNetwork
+
+_IPV4, _ARP = b"\x08\x00", b"\x08\x06"
+_EXTERNAL = "100.64.0.2"
+"""Of the engine of a network that has no external address yet."""
+_WAITING = 4096
+"""Frames for guests that wait for a poll; the oldest go first."""
+
+
+class _Arrivals(MemoryUplink):
+    """Waits for frames of a network that runs, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frames: deque[bytes] = deque(maxlen=_WAITING)
+        self._came = threading.Event()
+
+    def came(self, frame: bytes) -> None:
+        """A frame for a guest; called in the control thread."""
+        self.frames.append(frame)
+        self._came.set()
+
+    def wait(self, seconds: float) -> None:
+        if not self.frames and not self._coming:
+            self._came.clear()
+            if not self.frames:
+                self._came.wait(seconds)
+
+
+class NetworkDatapath(Datapath):
+    """Pool and rings of a network. One thread polls it; others may use the rings and the pool."""
+
+    def __init__(self, network: NatNetwork) -> None:
+        config = network.config
+        self._network = network
+        self._arrivals = _Arrivals()
+        self._guests: dict[str, MemoryAttachment] = {}
+        engine = NatEngineConfig(
+            external=config.external or (_EXTERNAL,),
+            internal=config.subnet,
+            gateway=config.gateway,
+            port_range=config.port_range,
+            mtu_outside=config.mtu,
+            mtu_inside=config.mtu,
+        )
+        super().__init__(
+            engine.with_filtering(config.filtering), uplink=self._arrivals, gateway_mac=config.gateway_mac
+        )
+
+    def poll_tx(self, count: int) -> int:
+        """Moves up to `count` frames from `tx_ring` on their way out; returns how many. Their buffers are
+        freed, whatever becomes of them."""
+        if not self._network.is_running:
+            return super().poll_tx(count)
+        indices = self.tx_ring.dequeue_batch(count)
+        if not indices:
+            return 0
+        sent = size = 0
+        for index in indices:
+            frame = self.packet_pool.get(index)
+            self.packet_pool.free(index)
+            size += len(frame)
+            guest = self._guest(frame)
+            if guest is not None:
+                guest.send(frame)
+                sent += 1
+        self._add(
+            tx_packets=len(indices),
+            tx_bytes=size,
+            tx_errors=len(indices) - sent,
+            nat_outbound=sent,
+            batches=1,
+            batched=len(indices),
+        )
+        self._largest(len(indices))
+        return len(indices)
+
+    def poll_rx(self, count: int) -> int:
+        """Moves up to `count` frames for guests to `rx_ring`; returns how many."""
+        if not self._network.is_running:
+            return super().poll_rx(count)
+        moved = size = errors = 0
+        while moved < count and self._arrivals.frames:
+            frame = self._arrivals.frames.popleft()
+            moved += 1
+            size += len(frame)
+            errors += not self._put(frame)
+        if moved:
+            self._add(
+                rx_packets=moved,
+                rx_bytes=size,
+                rx_errors=errors,
+                nat_inbound=moved - errors,
+                batches=1,
+                batched=moved,
+            )
+            self._largest(moved)
+        return moved
+
+    def _put(self, frame: bytes) -> bool:
+        if len(frame) > self.packet_pool.buffer_size:
+            return False
+        index = self.packet_pool.put(frame)
+        if index is None:
+            return False
+        if not self.rx_ring.enqueue(index):
+            self.packet_pool.free(index)
+            return False
+        return True
+
+    def _guest(self, frame: bytes) -> MemoryAttachment | None:
+        """Who sends the frame: the endpoint with its source address, attached to the rings."""
+        at = {_IPV4: ETHERNET + 12, _ARP: ETHERNET + 14}.get(frame[12:ETHERNET])
+        if at is None or len(frame) < at + 4:
+            return None
+        endpoint = self._network._registry.owner(IPv4Address(frame[at : at + 4]))
+        if endpoint is None:
+            return None
+        if endpoint._attached is None:
+            self._guests[endpoint.id] = self._network.attach(
+                endpoint.id, "memory", on_frame=self._arrivals.came
+            )
+        elif endpoint._attached != "memory":
+            return None
+        return self._guests.get(endpoint.id)
