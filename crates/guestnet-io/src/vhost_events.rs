@@ -85,11 +85,12 @@ impl State {
     /// A queue was kicked, or has more than a batch.
     pub(crate) fn on_kick(&mut self, token: Token) {
         let Some((slot, queue)) = self.io.ports.queue(token) else { return };
-        let Some(Port { id, attachment: Attachment::Vhost(_), .. }) = self.io.ports.get_mut(slot) else {
+        let Some(Port { id, attachment: Attachment::Vhost(v), .. }) = self.io.ports.get_mut(slot) else {
             return;
         };
         let id = *id;
         if queue.is_multiple_of(2) {
+            v.spare_kicks(queue);
             return self.io.ports.room_again(slot);
         }
         let mut frames = 0;
@@ -132,16 +133,26 @@ impl State {
             return false;
         }
         let mut lingering = std::mem::take(&mut self.io.ports.lingering);
+        let mut told = false;
         lingering.retain(|token| {
             let Some((slot, queue)) = self.io.ports.queue(*token) else { return false };
-            let due = self.vhost(slot).is_some_and(|v| due(v, queue));
+            let Some(v) = self.vhost(slot) else { return false };
+            let due = due(v, queue);
+            // Only looking at it may have shown that it is broken, and nothing else may ever show that again.
+            if v.is_troubled() {
+                told = true;
+                if let Some(id) = self.io.ports.get_mut(slot).map(|p| p.id) {
+                    self.complain(slot, id);
+                }
+                return false;
+            }
             if due && !self.io.ports.again.contains(token) {
                 self.io.ports.again.push(*token);
             }
             !due && stay
         });
         self.io.ports.lingering = lingering;
-        !self.io.ports.again.is_empty()
+        told || !self.io.ports.again.is_empty()
     }
 
     /// Tells of what a guest has broken.

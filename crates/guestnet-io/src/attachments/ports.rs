@@ -202,8 +202,9 @@ impl Ports {
 
     /// Bytes that the port takes now; 0 is a promise to tell when that changes.
     pub(crate) fn room(&mut self, id: PortId, events: &EventSender) -> usize {
-        let Some(port) = self.find(id).and_then(|s| self.slab.get_mut(s)) else { return 0 };
-        let room = match &port.attachment {
+        let Some(slot) = self.find(id) else { return 0 };
+        let Some(port) = self.slab.get_mut(slot) else { return 0 };
+        let room = match &mut port.attachment {
             Attachment::Stream(_) | Attachment::Dgram(_) => {
                 QUEUE_MAX.saturating_sub(port.attachment.waiting())
             }
@@ -211,9 +212,14 @@ impl Ports {
                 self.events_full = true;
                 0
             }
-            Attachment::Vhost(_) => {
-                let Attachment::Vhost(v) = &mut port.attachment else { return 0 };
-                if v.has_room() { QUEUE_MAX } else { 0 }
+            Attachment::Vhost(v) => {
+                let room = v.has_room();
+                if v.is_troubled() && !port.dirty {
+                    // Told at the end of the batch.
+                    port.dirty = true;
+                    self.dirty.push(slot);
+                }
+                if room { QUEUE_MAX } else { 0 }
             }
             _ => QUEUE_MAX,
         };

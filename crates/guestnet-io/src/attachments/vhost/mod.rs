@@ -212,6 +212,13 @@ impl Vhost {
         s.has_more(index)
     }
 
+    /// Queue `index` was kicked, which is not needed any more.
+    pub(crate) fn spare_kicks(&mut self, index: usize) {
+        if let Some(q) = self.session.as_ref().and_then(|s| s.queues.get(index)) {
+            q.ring.spare_kicks();
+        }
+    }
+
     /// True when there are frames in queue `index`.
     pub(crate) fn has_more(&mut self, index: usize) -> bool {
         self.session.as_mut().is_some_and(|s| s.has_more(index))
@@ -221,6 +228,11 @@ impl Vhost {
     /// one by now, for which it may not.
     pub(crate) fn rest(&mut self, index: usize) -> bool {
         self.session.as_mut().is_some_and(|s| s.rest(index))
+    }
+
+    /// True when there is something to complain of.
+    pub(crate) fn is_troubled(&self) -> bool {
+        self.session.as_ref().is_some_and(|s| s.broken != 0 || s.memory.is_lost())
     }
 
     /// What there is to complain of since the last time, if anything.

@@ -113,6 +113,8 @@ impl Session {
                     if q.ring.move_to(&new).is_err() {
                         q.give_up();
                         self.broken |= 1 << i;
+                    } else if q.ring.is_running() {
+                        changes.looked_at(i as u32);
                     }
                 }
                 // Nothing points into the old one any more.
@@ -132,6 +134,8 @@ impl Session {
                 if q.ring.move_to(memory).is_err() {
                     q.give_up();
                     self.broken |= 1 << index;
+                } else if q.ring.is_running() {
+                    changes.looked_at(index);
                 }
             }
             Request::SetVringBase { index, base } => {
