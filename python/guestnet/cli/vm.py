@@ -7,7 +7,6 @@ import re
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -57,15 +56,15 @@ def main(argv: Sequence[str]) -> int:
     mac = options.mac or own_mac(command) or arguments.random_mac()
     if not options.quiet and (other := other_network(command)):
         complain(f"Note: the command has another network ({other}), and the guest can leave by that one too.")
-    with ExitStack() as stack:
-        if options.vhost_user:
-            added = vhost_user_options(command, path := _private_path(stack))
-            attached, ours, theirs = "vhost-user", listening_socket("vhost-user", path), None
-        else:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-            attached, added = "stream", stream_options(theirs.fileno())
-        stack.callback(ours.close)
-        added += card_options(command, mac, vhost_user=options.vhost_user)
+    if options.vhost_user:
+        ours, theirs = _nameless_listener()
+        attached, added = "vhost-user", vhost_user_options(command, f"/proc/self/fd/{theirs}")
+    else:
+        ours, pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        theirs = pair.detach()
+        attached, added = "stream", stream_options(theirs)
+    added += card_options(command, mac, vhost_user=options.vhost_user)
+    with ours:
         return _run(options, mac, attached, ours, theirs, [*command, *added])
 
 
@@ -74,10 +73,10 @@ def _run(
     mac: bytes,
     attached: str,
     ours: socket.socket,
-    theirs: socket.socket | None,
+    theirs: int,
     command: list[str],
 ) -> int:
-    """Runs QEMU, its network attached by `ours`; `theirs` is what it is to inherit."""
+    """Runs QEMU, its network attached by `ours`; the descriptor `theirs` is what it inherits."""
     mask = supervise.block_signals()
     supervise.become_subreaper()
 
@@ -85,15 +84,13 @@ def _run(
         network.attach(ENDPOINT, attached, fd=ours.detach())
 
     def prepare(_control: socket.socket) -> None:
-        if theirs is not None:
-            os.set_inheritable(theirs.fileno(), True)  # in the child alone, which closes ours on exec
+        os.set_inheritable(theirs, True)  # in the child alone, which closes ours on exec
 
     from guestnet._linux.held import fork_held
 
     # Forked before the network starts threads, and held until it is attached and its ports are published.
     child = fork_held(prepare, command, mask)
-    if theirs is not None:
-        theirs.close()
+    os.close(theirs)
     try:
         with network_of_one(options, mac, attach):
             if options.verbose:
@@ -104,9 +101,12 @@ def _run(
         child.close()
 
 
-def _private_path(stack: ExitStack) -> str:
-    """A path for a socket that only this user can reach; gone with `stack`."""
-    return os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="guestnet-")), "vhost.sock")
+def _nameless_listener() -> tuple[socket.socket, int]:
+    """A listening socket, and a descriptor by which alone it can be connected to: its name is gone again, so
+    nobody else finds it and nothing of it can be left behind."""
+    with tempfile.TemporaryDirectory(prefix="guestnet-") as directory:
+        path = os.path.join(directory, "vhost.sock")
+        return listening_socket("vhost-user", path), os.open(path, os.O_PATH | os.O_CLOEXEC)
 
 
 def stream_options(fd: int) -> list[str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+
 import pytest
 from guestnet.cli import UsageError, vm
 
@@ -92,3 +95,13 @@ def test_vhost_user_without_kvm_has_no_msix(options: list[str], msix: bool) -> N
 )
 def test_another_network_is_noticed(options: list[str], other: str | None) -> None:
     assert vm.other_network(["qemu-system-x86_64", *options]) == other
+
+
+def test_a_listener_without_a_name_is_reached_by_its_descriptor() -> None:
+    listening, theirs = vm._nameless_listener()
+    with listening, socket.socket(socket.AF_UNIX) as front_end:
+        assert not os.path.exists(listening.getsockname())
+        assert not os.path.exists(os.path.dirname(listening.getsockname()))
+        front_end.connect(f"/proc/self/fd/{theirs}")
+        listening.accept()[0].close()
+    os.close(theirs)
