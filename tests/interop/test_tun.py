@@ -205,6 +205,12 @@ def image_here(routed: World) -> Image:
     return vm.build(routed.lab.dir)
 
 
+def test_frames_of_a_program_by_the_rings(routed: World) -> None:
+    """In batches over 64: out translated at the uplink, answers on the other ring."""
+    right, wrong, sent, batch = map(int, routed.ask("rings 150", "^rings (.*)$")[1].split())
+    assert (right, wrong, sent, batch) == (150, 0, 150, 100)
+
+
 # ---- published ports -------------------------------------------------------------------------------------
 
 

@@ -8,9 +8,37 @@ stdin: "publish SPEC" answers "published" or "refused" with text, "stats" a JSON
 import json
 import signal
 import sys
+import time
 
-from guestnet import GuestnetError, NatConfig, NatNetwork
+from guestnet import DatapathPoller, GuestnetError, NatConfig, NatNetwork
+from lab.namespaces import OUT4
 from lab.tap import open_tap
+from unit.packets import check, source, udp
+
+
+def rings(network: NatNetwork, count: int) -> str:
+    """Sends `count` datagrams to the echo server as a guest of this program; what came back, and by what."""
+    me = network.create_endpoint("rings", ip="192.168.64.50")
+    macs = bytes.fromhex((network.config.gateway_mac + me.mac).replace(":", ""))
+    for number in range(count):
+        packet = udp((str(me.ip), 40000 + number), (OUT4, 7), b"frame %d" % number)
+        index = network.packet_pool.put(macs + b"\x08\x00" + packet)
+        assert index is not None
+        assert network.tx_ring.enqueue(index)
+    poller = DatapathPoller(batch_size=100, strategy="event_driven")
+    seen = set()
+    deadline = time.monotonic() + 20
+    while len(seen) < count and time.monotonic() < deadline:
+        poller.poll_once(network, patience=1.0)
+        while (index := network.rx_ring.dequeue()) is not None:
+            frame = network.packet_pool.get(index)
+            network.packet_pool.free(index)
+            if frame[12:14] == b"\x08\x00":
+                check(frame[14:])
+                seen.add((source(frame[14:])[0], frame[42:]))
+    wanted = {(OUT4, b"frame %d" % number) for number in range(count)}
+    stats = network.datapath.stats()
+    return f"{len(seen & wanted)} {len(seen - wanted)} {stats.tx_packets} {stats.largest_batch}"
 
 
 def main(one: str, two: str, path: str, options: str) -> None:
@@ -34,6 +62,8 @@ def main(one: str, two: str, path: str, options: str) -> None:
                 told = network.nat_stats().as_dict() | {"connections": network.connection_count}
                 told["network"] = network.stats().drops
                 print("stats " + json.dumps(told), flush=True)
+            elif word == "rings":
+                print(f"rings {rings(network, int(rest))}", flush=True)
             elif word == "flows":
                 print(f"flows {len(network.flows())}", flush=True)
 
