@@ -4,13 +4,15 @@ addresses."""
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import pytest
 from lab import Lab, need
-from lab.namespaces import OUT4, SECOND4
+from lab.namespaces import HOST4, OUT4, SECOND4, ip
 from lab.runner import GuestRunner
 
 PORT = 3478
+EXTERNAL = "192.0.2.78"
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +29,18 @@ def stun(lab: Lab) -> str:
     return OUT4
 
 
+@pytest.fixture
+def uplink(lab: Lab, request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """The options of an uplink; for packets the outside is told where their address is."""
+    if request.param == "sockets":
+        yield []
+        return
+    ip("-n", lab.out, "route", "add", EXTERNAL, "via", HOST4)
+    yield ["--uplink", "tun", "--forwarding", "--external", EXTERNAL]
+    ip("-n", lab.out, "route", "delete", EXTERNAL)
+
+
+@pytest.mark.parametrize("uplink", ["sockets", "tun"], indirect=True)
 @pytest.mark.parametrize(
     ("filtering", "told"),
     [
@@ -35,9 +49,10 @@ def stun(lab: Lab) -> str:
         ("address_and_port_dependent", "Address and Port Dependent Filtering"),
     ],
 )
-def test_behaviour(guest: GuestRunner, stun: str, filtering: str, told: str) -> None:
+def test_behaviour(guest: GuestRunner, stun: str, uplink: list[str], filtering: str, told: str) -> None:
     judge = need.program("turnutils_natdiscovery", "coturn")
-    done = guest([judge, "-m", "-f", stun], "--filtering", filtering)
+    options = ["--filtering", filtering, *uplink]
+    done = guest([judge, "-m", "-f", stun], *options, ordinary=not uplink)
     print(done.stdout)
     found = re.findall(r"^NAT with (.*)!$", done.stdout, re.MULTILINE)
     assert found == ["Endpoint Independent Mapping", told], done.stdout
