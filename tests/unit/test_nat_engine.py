@@ -120,7 +120,7 @@ def test_time_is_an_argument() -> None:
 
 def test_a_batch_runs_without_the_interpreters_lock() -> None:
     engine = NatEngine(config())
-    whole = bytearray(b"".join(udp((GUEST[0], 49152 + i % 5000), OUTSIDE) for i in range(200_000)))
+    whole = bytearray(b"".join(udp((GUEST[0], 49152 + i % 5000), OUTSIDE) for i in range(50_000)))
     offsets = array.array("I", range(0, len(whole), 32))
     interval = sys.getswitchinterval()
     # From here on no thread loses the lock: another one runs only where the lock is given up.
