@@ -51,7 +51,7 @@ demo: ## Show what guestnet does, with a guest, in a minute
 	@$(MAKE) --no-print-directory build
 	$(BIN)/guestnet demo
 
-bench: ## Race guestnet with kernel NAT, pasta and slirp4netns; one table (BENCH_ARGS=--help for more)
+bench: ## Race guestnet with kernel NAT, pasta, passt, slirp4netns, QEMU, gvproxy; under 10 minutes (BENCH_ARGS=--full)
 	scripts/system-packages.sh bench
 	@$(MAKE) --no-print-directory build
 	$(BIN)/python bench/race.py $(BENCH_ARGS)

@@ -3,7 +3,8 @@
 
 The guest boots, takes an address by DHCP on each NIC, runs the shell command that the kernel's command
 line names as `guest.cmd=BASE64`, prints `GUEST-STATUS n` on the serial console and powers off.
-`guest.name=NAME` is the host name that it tells the DHCP server. Without a command it stays up.
+`guest.name=NAME` is the host name that it tells the DHCP server; `guest.ip=ADDRESS/BITS,GATEWAY` takes an
+address without one. Without a command it stays up.
 
     python3 scripts/guest_image.py --release 6.1.0-18-cloud-amd64 --output guest.cpio.gz
 """
@@ -15,6 +16,7 @@ import gzip
 import lzma
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 # Debian's cloud kernel has virtio_net as a module. Each one needs those before it.
@@ -38,11 +40,12 @@ mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev 2>/dev/null
 exec </dev/console >/dev/console 2>&1
 for m in MODULES; do insmod /modules/$m.ko || echo "GUEST-PROBLEM insmod $m"; done
-name=guest command=
+name=guest command= address=
 for word in $(cat /proc/cmdline); do
     case $word in
         guest.name=*) name=${word#guest.name=} ;;
         guest.cmd=*) command=${word#guest.cmd=} ;;
+        guest.ip=*) address=${word#guest.ip=} ;;
     esac
 done
 hostname "$name"
@@ -50,6 +53,11 @@ ip link set lo up
 for device in /sys/class/net/eth*; do
     device=${device##*/}
     ip link set "$device" up
+    if [ -n "$address" ]; then
+        ip address add "${address%,*}" dev "$device"
+        ip route add default via "${address#*,}" dev "$device"
+        continue
+    fi
     udhcpc -i "$device" -s /dhcp -x hostname:"$name" -t 10 -T 1 -b -S >/tmp/dhcp.log 2>&1 || cat /tmp/dhcp.log
 done
 echo "GUEST-UP $name $(ip -4 -o addr show dev eth0 2>/dev/null | tr -s ' ' | cut -d' ' -f4)"
@@ -121,13 +129,15 @@ def module(release: str, name: str) -> bytes:
     raise FileNotFoundError(f"kernel {release} has no module {name}")
 
 
-def build(release: str, busybox: str) -> bytes:
-    """The image as bytes, gzip-compressed."""
+def build(release: str, busybox: str, programs: Sequence[Path] = ()) -> bytes:
+    """The image as bytes, gzip-compressed. `programs` are linked statically."""
     archive = Archive()
     for directory in ("bin", "dev", "etc", "modules", "proc", "sys", "tmp", "www"):
         archive.add(directory, 0o040755)
     archive.add("dev/console", 0o020600, device=(5, 1))
     archive.add("bin/busybox", 0o100755, Path(busybox).read_bytes())
+    for program in programs:
+        archive.add(f"bin/{program.name}", 0o100755, program.read_bytes())
     archive.add("bin/sh", 0o120777, b"busybox")
     present = []
     for name in MODULES:
@@ -147,6 +157,9 @@ def main() -> int:
     )
     parser.add_argument("--release", required=True, help="kernel release, a directory of /lib/modules")
     parser.add_argument("--output", required=True, type=Path, help="the file to write")
+    parser.add_argument(
+        "--add", action="append", default=[], type=Path, metavar="FILE", help="a static program for /bin"
+    )
     args = parser.parse_args()
     busybox = shutil.which("busybox")
     if busybox is None:
@@ -155,7 +168,7 @@ def main() -> int:
         )
         return 1
     try:
-        image = build(args.release, busybox)
+        image = build(args.release, busybox, args.add)
     except OSError as error:
         print(f"guest_image.py: {error}", file=sys.stderr)
         return 1

@@ -29,9 +29,8 @@ sysctl:procps:the namespaces of tests
 setpriv:util-linux:tests as an ordinary user
 dpdk-testpmd:dpdk-dev:vhost-user tests'
 bench="$test"'
-pasta:passt:the peer pasta
-slirp4netns:slirp4netns:the peer slirp4netns
-ab:apache2-utils:requests per second'
+pasta:passt:the peers pasta and passt
+slirp4netns:slirp4netns:the peer slirp4netns'
 
 group=${1:-test}
 case $group in

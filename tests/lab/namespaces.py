@@ -38,6 +38,14 @@ def ip(*args: str) -> None:
         raise RuntimeError(f"ip {' '.join(args)}: {done.stderr.strip()}")
 
 
+def _end_all(name: str) -> None:
+    """Ends what a command started in a namespace of ours and left behind; nobody else has anything there."""
+    command = ["ip", "netns", "pids", name]
+    for pid in subprocess.run(command, capture_output=True, text=True, check=False).stdout.split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+
+
 def sweep() -> None:
     """Removes namespaces and files whose test run is no more (it was killed)."""
     for path in Path(tempfile.gettempdir()).glob("gn-*-*"):
@@ -52,6 +60,7 @@ def sweep() -> None:
         name = line.split()[0] if line.split() else ""
         found = _NAME.match(name)
         if found and not Path(f"/proc/{found[1]}").exists():
+            _end_all(name)
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
             shutil.rmtree(f"/etc/netns/{name}", ignore_errors=True)
 
@@ -148,10 +157,7 @@ class Lab:
 
     def remove_namespace(self, name: str) -> None:
         """Removes a namespace and ends what runs in it."""
-        for pid in self.output(["ip", "netns", "pids", name]).split():
-            # What a command started and left behind; nobody else has anything in our namespaces.
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+        _end_all(name)
         subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
         shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
         self._made.remove(name)

@@ -25,17 +25,27 @@ class Image:
     kernel: str
     initrd: str
 
-    def command(self, name: str, command: str | None = None, *, nic: tuple[str, ...] = ()) -> list[str]:
+    def command(
+        self,
+        name: str,
+        command: str | None = None,
+        *,
+        nic: tuple[str, ...] = (),
+        accel: str = "tcg",
+        address: str | None = None,
+    ) -> list[str]:
         """The QEMU command line of a guest that runs `command` and powers off; without one it stays up. Its
-        console is the process's output."""
+        console is the process's output. `address` is ADDRESS/BITS,GATEWAY; without it DHCP is asked."""
         append = f"console=ttyS0 quiet panic=-1 guest.name={name}"
+        if address is not None:
+            append += f" guest.ip={address}"
         if command is not None:
             append += f" guest.cmd={base64.b64encode(command.encode()).decode()}"
         # The kernel cuts a longer line off (COMMAND_LINE_SIZE).
         assert len(append) < 2048, "the guest's command is too long for the kernel's command line"
         return [
             need.program("qemu-system-x86_64", "qemu-system-x86"),
-            "-nodefaults", "-display", "none", "-no-reboot", "-accel", "tcg", "-m", str(MEMORY),
+            "-nodefaults", "-display", "none", "-no-reboot", "-accel", accel, "-m", str(MEMORY),
             "-kernel", self.kernel, "-initrd", self.initrd, "-append", append, "-serial", "stdio", *nic,
         ]  # fmt: skip
 
@@ -61,11 +71,12 @@ def vhost_nic(
     )  # fmt: skip
 
 
-def build(directory: Path) -> Image:
-    """Builds the image into `directory` from the system's kernel and busybox."""
+def build(directory: Path, *programs: str) -> Image:
+    """Builds the image into `directory` from the system's kernel and busybox; static `programs` are in it."""
     release = need.cloud_kernel()
     need.program("busybox", "busybox-static")
     initrd = directory / "guest.cpio.gz"
-    subprocess.run([sys.executable, str(BUILDER), "--release", release, "--output", str(initrd)], check=True)
+    command = [sys.executable, str(BUILDER), "--release", release, "--output", str(initrd)]
+    subprocess.run([*command, *(f"--add={program}" for program in programs)], check=True)
     initrd.chmod(0o644)
     return Image(f"/boot/vmlinuz-{release}", str(initrd))

@@ -1,0 +1,245 @@
+"""What was measured, and what follows from it: medians, ranges, ratios, and whether the goals are reached."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class RowLike(Protocol):
+    """What is needed of a row; workloads.Row."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def unit(self) -> str: ...
+    @property
+    def more(self) -> bool: ...
+    @property
+    def digits(self) -> int: ...
+
+
+class ContenderLike(Protocol):
+    """What is needed of a contender; contenders.Contender."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def machine(self) -> bool: ...
+
+
+class WorkloadLike(Protocol):
+    """What is needed of a workload; workloads.Workload."""
+
+    @property
+    def rows(self) -> Sequence[RowLike]: ...
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some values, and their ends."""
+
+    median: float
+    least: float
+    most: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values), len(values))
+
+
+@dataclass
+class Results:
+    """Values by contender and row, in the order in which they came."""
+
+    about: dict[str, str]
+    contenders: dict[str, ContenderLike] = field(default_factory=dict)
+    rows: dict[str, RowLike] = field(default_factory=dict)
+    values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    failures: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+
+    def know(self, contenders: Iterable[ContenderLike], workloads: Iterable[WorkloadLike]) -> None:
+        """Who runs, and what, for the order of the table."""
+        for contender in contenders:
+            self.contenders.setdefault(contender.name, contender)
+        for workload in workloads:
+            for row in workload.rows:
+                self.rows.setdefault(row.id, row)
+
+    def add(self, contender: str, row: str, value: float) -> None:
+        self.values.setdefault(contender, {}).setdefault(row, []).append(value)
+
+    def fail(self, contender: str, workload: WorkloadLike, why: str) -> None:
+        """It could not; told under the first row of the workload."""
+        self.failures.setdefault(contender, {}).setdefault(workload.rows[0].id, []).append(why)
+
+    def spread(self, contender: str, row: str) -> Spread | None:
+        values = self.values.get(contender, {}).get(row)
+        return Spread.of(values) if values else None
+
+    def failed(self, contender: str, row: str) -> int:
+        return len(self.failures.get(contender, {}).get(row, []))
+
+    def names(self, *, machine: bool, kind: str | None = None) -> list[str]:
+        """Contenders in the table's order; `kind` may be "peer": neither the kernel nor guestnet."""
+        return [
+            c.name
+            for c in self.contenders.values()
+            if c.machine == machine
+            and (kind is None or c.kind == kind or (kind == "peer" and c.kind not in ("kernel", "guestnet")))
+        ]
+
+    def best_peer(self, row: str, *, machine: bool) -> str | None:
+        """The peer with the best median, at whatever MTU; None where no peer has a value."""
+        known = [
+            (s.median, n) for n in self.names(machine=machine, kind="peer") if (s := self.spread(n, row))
+        ]
+        if not known:
+            return None
+        return (max if self.rows[row].more else min)(known)[1]
+
+    def ratio(self, own: str, other: str | None, row: str) -> float | None:
+        """The median of `own` to that of `other`; None where one is missing or it cannot be said."""
+        a, b = self.spread(own, row), self.spread(other, row) if other else None
+        return a.median / b.median if a and b and b.median else None
+
+    def plain(self) -> dict[str, Any]:
+        """All of it for JSON."""
+        return {
+            "about": self.about,
+            "contenders": {
+                c.name: {"kind": c.kind, "machine": c.machine} for c in self.contenders.values()
+            },
+            "rows": {
+                r.id: {"title": r.title, "unit": r.unit, "more_is_better": r.more, "digits": r.digits}
+                for r in self.rows.values()
+            },
+            "values": self.values,
+            "failures": self.failures,
+            "goals": [
+                {"title": g.goal.title, "row": g.goal.row, "own": g.goal.own, "against": g.against,
+                 "ratio": g.ratio, "wanted": g.wanted, "reached": g.reached}
+                for g in judge(self)
+            ],
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What guestnet wants to be: `peer` and `limit` are ratios of its median to the best peer's and to the
+    kernel's; at least these where more is better, at most where less is."""
+
+    title: str
+    row: str
+    own: str
+    peer: float | None = None
+    limit: float | None = None
+    machine: bool = False
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A goal and what became of it; `reached` is None where it was not measured."""
+
+    goal: Goal
+    against: str
+    wanted: float
+    ratio: float | None
+    reached: bool | None
+
+
+NS = "guestnet 1500"
+GOALS: Sequence[Goal] = (
+    Goal("namespace, TCP up, 1 stream", "tcp-up-1", NS, 1.5, 0.8),
+    Goal("namespace, TCP down, 1 stream", "tcp-down-1", NS, 1.2, 0.95),
+    Goal("namespace, TCP up, 4 streams", "tcp-up-4", NS, 1.0, 0.6),
+    Goal("namespace, TCP down, 4 streams", "tcp-down-4", NS, 1.3, 0.6),
+    Goal("UDP 1400 B up, received", "udp-up-1400-200k", NS, 2.0, 0.8),
+    Goal("UDP 1400 B down, received", "udp-down-1400-200k", NS, 2.0, 0.8),
+    Goal("UDP 1400 B up, least loss", "lost-udp-up-1400-200k", NS, 1.0),
+    Goal("UDP 1400 B down, least loss", "lost-udp-down-1400-200k", NS, 1.0),
+    Goal("connections a second", "connections", NS, 2.0, 0.7),
+    Goal("keep-alive requests a second", "keep-alive", NS, 1.6, 0.75),
+    Goal("TCP round trip, median", "rr-tcp", NS, 0.7, 1.6),
+    Goal("UDP round trip, median", "rr-udp", NS, 0.7, 1.6),
+    *(
+        Goal(
+            f"machine on {way}, {title}",
+            row,
+            f"guestnet {way} 1500",
+            # A latency that is 1.2 times better is 1/1.2 of the other.
+            1.2 if row.startswith("tcp") else round(1 / 1.2, 3),
+            0.9 if row.startswith("tcp") else round(1 / 0.9, 3),
+            machine=True,
+        )
+        for way in ("stream", "vhost-user")
+        for row, title in (
+            ("tcp-up-1", "TCP up, 1 stream"),
+            ("tcp-down-1", "TCP down, 1 stream"),
+            ("tcp-up-4", "TCP up, 4 streams"),
+            ("tcp-down-4", "TCP down, 4 streams"),
+            ("rr-tcp", "TCP round trip"),
+            ("rr-udp", "UDP round trip"),
+        )
+    ),
+    Goal("memory at 10,000 idle connections", "idle-memory", NS, 0.7),
+    Goal("CPU for each GB, TCP up", "cpu-tcp-up-1", NS, 0.7),
+    Goal("CPU for each GB, TCP down", "cpu-tcp-down-1", NS, 0.7),
+    Goal("published port, TCP into the guest, 1 stream", "published-in", NS, 1.3, 0.8),
+    Goal("published port, TCP out of the guest, 1 stream", "published-out", NS, 1.3, 0.8),
+)
+
+
+def _one(results: Results, goal: Goal, other: str | None, wanted: float, against: str) -> Judgement:
+    ratio = results.ratio(goal.own, other, goal.row)
+    reached = None
+    if ratio is not None:
+        # As much as the table shows: 0.798 is 0.80.
+        shown = round(ratio, 2)
+        reached = shown >= wanted if results.rows[goal.row].more else shown <= round(wanted, 2)
+    elif other and (own := results.spread(goal.own, goal.row)) and results.spread(other, goal.row):
+        # The other's median is nothing at all, so no ratio can be made: a loss of 0 %.
+        reached = own.median <= 0 and not results.rows[goal.row].more
+    return Judgement(goal, against, wanted, ratio, reached)
+
+
+def judge(results: Results) -> list[Judgement]:
+    """Each goal against the best peer and against the limit, where a target is set."""
+    found = []
+    for goal in GOALS:
+        if goal.row not in results.rows:
+            continue
+        if goal.peer is not None:
+            best = results.best_peer(goal.row, machine=goal.machine)
+            found.append(_one(results, goal, best, goal.peer, best or "the best peer"))
+        if goal.limit is not None:
+            limits = results.names(machine=goal.machine, kind="kernel")
+            limit = limits[0] if limits else None
+            found.append(_one(results, goal, limit, goal.limit, limit or "the kernel"))
+    return found
+
+
+def machine_description(options: Mapping[str, object]) -> dict[str, str]:
+    """The machine that it ran on, without its name."""
+    model = "unknown"
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "processor": f"{model}, {os.cpu_count()} cores",
+        "memory": f"{pages / 2**30:.0f} GiB",
+        "kernel": f"Linux {platform.release()} {platform.machine()}",
+        **{name: str(value) for name, value in options.items()},
+    }
