@@ -30,8 +30,8 @@ class Arena:
     """The load program, where an ordinary user may run it."""
     accel: str = "tcg"
     made: int = 0
-    nat: bool = False
-    """Does the kernel of *host* translate already?"""
+    router: str = ""
+    """The namespace whose kernel translates; made when it is needed."""
 
     def number(self) -> int:
         """A number that no guest had before."""

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from contenders import GUESTNET, Contender, gvproxy_expose, kernel_nat
+from contenders import GUESTNET, ROUTER4, Contender, gvproxy_expose, kernel_nat
 from guests import PORT, Arena, Failed, Guest, published
 from lab import user, vm
 from lab.namespaces import OUT4, ip
@@ -36,13 +36,14 @@ class Boot:
         *,
         mtu: int | None = None,
         address: str | None = None,
+        ns: str | None = None,
     ) -> Guest:
         if self._image is None:
             self._image = vm.build(arena.lab.dir, arena.load)
         size = f"ip link set eth0 mtu {mtu}; " if mtu else ""
         script = f"{size}ulimit -n 65536; /bin/load agent {PORT}"
         command = self._image.command("g", script, nic=tuple(nic), accel=arena.accel, address=address)
-        machine = arena.lab.start(command, ordinary=True, stdin=subprocess.PIPE)
+        machine = arena.lab.start(command, ns=ns, ordinary=True, stdin=subprocess.PIPE)
         guest = Guest(machine, list(serving) or [machine], outside, dns)
         try:
             machine.wait_line("^AGENT ready", vm.BOOT)
@@ -69,16 +70,17 @@ def tap(boot: Boot) -> Contender:
 
     def start(arena: Arena) -> Guest:
         number = arena.number()
-        port, outside = published(number)
+        port, _ = published(number)
         device, network = f"t{number}", f"10.{100 + number // 256}.{number % 256}"
+        router = kernel_nat(arena, port, f"{network}.2")
         owner = str(user.ordinary()[0])
-        ip("-n", arena.lab.host, "tuntap", "add", device, "mode", "tap", "user", owner, "vnet_hdr")
-        ip("-n", arena.lab.host, "address", "add", f"{network}.1/24", "dev", device)
-        ip("-n", arena.lab.host, "link", "set", device, "up")
-        kernel_nat(arena, port, f"{network}.2")
+        ip("-n", router, "tuntap", "add", device, "mode", "tap", "user", owner, "vnet_hdr")
+        ip("-n", router, "address", "add", f"{network}.1/24", "dev", device)
+        ip("-n", router, "link", "set", device, "up")
         netdev = f"tap,id=n,ifname={device},script=no,downscript=no,vhost=off"
         nic = ["-netdev", netdev, "-device", f"virtio-net-pci,netdev=n,mac={MAC}"]
-        return boot(arena, nic, [], outside, OUT4, address=f"{network}.2/24,{network}.1")
+        address = f"{network}.2/24,{network}.1"
+        return boot(arena, nic, [], f"{ROUTER4}:{port}", OUT4, address=address, ns=router)
 
     return Contender("QEMU tap", "kernel", start, machine=True)
 

@@ -169,8 +169,9 @@ def _idle(count: int) -> Workload:
             used = (processes.cpu_seconds(own) - cpu) * 1000 / IDLE_WATCH
             after = processes.memory_kilobytes(own) / 1024
             values |= {"memory": before, "idle-memory": after, "idle-cpu": used}
-        # The outside lets go of its ends; the guest does with its next command.
+        # The outside lets go first, so that ends linger there and not at the contender; then the guest.
         arena.outside(["forget", OUTSIDE])
+        guest.ask(["forget", OUTSIDE])
         return values
 
     return Workload("idle", rows, measure, machine=False, once=True)
