@@ -433,7 +433,9 @@ impl State {
             n = self.spin()?;
         }
         if n == 0 {
-            if timeout != Some(0) && self.rest_queues() {
+            // What spinning found in a queue, or of one, is not slept over.
+            let found = self.io.has_news() || !self.io.ports.again.is_empty();
+            if timeout != Some(0) && (found || self.rest_queues()) {
                 timeout = Some(0);
             }
             n = self.io.poller.wait(timeout)?;
