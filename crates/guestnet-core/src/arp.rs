@@ -91,7 +91,7 @@ impl Core {
             _ => false,
         };
         if !known {
-            if ip.is_ipv4() && !self.policy.is_host(ip) || self.is_own(ip) {
+            if !self.is_bridged() && (ip.is_ipv4() && !self.policy.is_host(ip) || self.is_own(ip)) {
                 return Err(Drop::SpoofedSource);
             }
             if let Some(old) = self.neighbours.remove(ip) {

@@ -55,6 +55,8 @@ pub struct Core {
     /// What belongs to no port, and what ports that are gone had counted.
     pub(crate) base: Counters,
     pub(crate) now: Time,
+    /// Stations of the segment that `macs` holds, in mode `bridged`.
+    pub(crate) stations: u32,
     /// The uplink of packets, where there is one.
     pub(crate) tun: Option<Box<Tun>>,
 }
@@ -89,6 +91,7 @@ impl Core {
             base: Counters::default(),
             now,
             tun: None,
+            stations: 0,
             cfg: config,
         }
     }

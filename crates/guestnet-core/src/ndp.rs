@@ -47,7 +47,7 @@ impl Core {
             return if hidden || discovery && f.offset == 0 { Err(Drop::Policy) } else { Ok(()) };
         }
         let dhcp = (p.src_port, p.dst_port) == (DHCP6_SERVER, DHCP6_CLIENT);
-        if p.proto == proto::UDP && dhcp && self.services.dhcp().is_some() {
+        if p.proto == proto::UDP && dhcp && (self.is_bridged() || self.services.dhcp().is_some()) {
             return Err(Drop::Policy);
         }
         if p.proto == proto::ICMPV6 { self.check_ndp(slot, mac, kind, p.src, message, fx) } else { Ok(()) }

@@ -1,23 +1,39 @@
 //! Theory of operation: the mode `bridged`. There is no gateway: the switch joins its guests to a segment that is
 //! there already, through one port that leads to it (a bridge or an interface of the host). What is for no guest
-//! goes to that port. Guests still cannot take each other's MAC, nor can the segment speak for a guest; the
-//! segment's own stations are not learned, so nothing outside can fill the table of MACs. Addresses are the
+//! goes to that port. A guest has neither MAC nor address of another guest, nor the MAC of a station that was
+//! seen on the segment, which cannot speak for a guest either. No guest advertises routers, serves DHCP, takes
+//! part in spanning trees or sends into VLANs: on the segment it is a station. Other addresses are the
 //! segment's business; the control side is told which ones a guest uses.
 
 use crate::core::Core;
 use crate::effects::{Effects, Event};
 use crate::port::Port;
+use crate::service::{DHCP_CLIENT, DHCP_SERVER};
 use crate::stats::Drop;
-use crate::switch::{check_offload, check_size, wire_drop};
-use crate::types::{Csum, FrameMeta};
-use guestnet_wire::ether::{self, Ether};
-use guestnet_wire::{be32, parse};
-use std::net::Ipv4Addr;
+use crate::switch::{check_offload, check_size, is_dhcp, wire_drop};
+use crate::types::{Csum, FrameMeta, NetMode};
+use guestnet_wire::arp::Arp;
+use guestnet_wire::ether::{self, Ether, Mac};
+use guestnet_wire::parse;
+use std::net::{IpAddr, Ipv4Addr};
 
-/// Addresses of one guest that are remembered.
-const ADDRESSES: usize = 16;
+/// Stations of the segment whose MACs are remembered; all are seen anew where there are more.
+const STATIONS: u32 = 4096;
+/// Smaller ones are lengths (IEEE 802.3).
+const LOWEST_TYPE: u16 = 0x600;
+/// EtherTypes of frames with a VLAN tag.
+const TAGGED: [u16; 3] = [0x8100, 0x88a8, 0x9100];
+
+/// What bridges say among each other (IEEE 802.1Q 8.6.3): spanning trees, pauses, link discovery.
+fn is_of_bridges(mac: Mac) -> bool {
+    matches!(mac.0, [1, 0x80, 0xc2, 0, 0, n] if n < 0x10)
+}
 
 impl Core {
+    pub(crate) fn is_bridged(&self) -> bool {
+        self.cfg.mode == NetMode::Bridged
+    }
+
     /// A frame in a network without a gateway.
     pub(crate) fn bridged<E: Effects>(
         &mut self,
@@ -28,14 +44,20 @@ impl Core {
         fx: &mut E,
     ) -> Result<(), Drop> {
         let outside = self.ports.get(slot).ok_or(Drop::NoEndpoint)?.config.uplink;
-        if !outside {
+        if is_of_bridges(eth.dst) {
+            return Err(Drop::Policy);
+        }
+        if outside {
+            self.seen_outside(slot, eth.src)?;
+        } else {
+            if eth.ethertype < LOWEST_TYPE || TAGGED.contains(&eth.ethertype) {
+                return Err(Drop::UnsupportedProtocol);
+            }
             let is_new = self.macs.get(eth.src) != Some(slot);
             self.check_mac(slot, eth.src)?;
-            self.note_address(slot, eth, frame, is_new, fx);
-        } else if !eth.src.is_unicast() || self.macs.get(eth.src).is_some() {
-            return Err(Drop::SpoofedMac);
+            self.tell_mac(slot, eth.src, is_new, fx);
         }
-        let meta = self.check_frame(slot, eth, frame, meta)?;
+        let meta = self.check_frame(slot, eth, outside, frame, meta, fx)?;
         match if eth.dst.is_multicast() { None } else { self.macs.get(eth.dst) } {
             Some(to) if to == slot => Err(Drop::NoEndpoint),
             Some(to) => {
@@ -47,53 +69,87 @@ impl Core {
         }
     }
 
-    /// Tells the control side of a guest's MAC (with 0.0.0.0) and of each of its IPv4 addresses, once.
-    fn note_address<E: Effects>(&mut self, slot: u32, eth: Ether, frame: &[u8], is_new: bool, fx: &mut E) {
-        let at = match eth.ethertype {
-            ether::IPV4 => ether::HEADER_LEN + 12,
-            ether::ARP => ether::HEADER_LEN + 14,
-            _ => return self.tell_address(slot, eth, is_new, Ipv4Addr::UNSPECIFIED, fx),
-        };
-        let ip = Ipv4Addr::from(frame.get(at..at + 4).map_or(0, |b| be32(b, 0)));
-        let told = ip.is_unspecified() || ip.is_multicast() || ip.is_broadcast();
-        let known = self.ports.get(slot).is_some_and(|p| p.learned.contains(&ip.into()));
-        if told || known {
-            return self.tell_address(slot, eth, is_new, Ipv4Addr::UNSPECIFIED, fx);
+    /// Remembers a station of the segment, whose MAC no guest gets then. A guest's own is not the segment's;
+    /// one that it used besides is, from the moment that it shows there.
+    fn seen_outside(&mut self, slot: u32, src: Mac) -> Result<(), Drop> {
+        let owner = self.macs.get(src);
+        if owner == Some(slot) {
+            return Ok(());
         }
-        if let Some(p) = self.ports.get_mut(slot) {
-            if p.learned.len() >= ADDRESSES {
-                p.learned.pop_front();
+        if !src.is_unicast() {
+            return Err(Drop::SpoofedMac);
+        }
+        if let Some(guest) = owner.and_then(|o| self.ports.get_mut(o)) {
+            if guest.mac == Some(src) {
+                return Err(Drop::SpoofedMac);
             }
-            p.learned.push_back(ip.into());
+            guest.macs.retain(|m| *m != src);
         }
-        self.tell_address(slot, eth, true, ip, fx);
+        if self.stations >= STATIONS {
+            self.macs.remove_port(slot);
+            self.stations = 0;
+        }
+        self.stations += 1;
+        self.macs.set(src, slot);
+        Ok(())
     }
 
-    fn tell_address<E: Effects>(&mut self, slot: u32, eth: Ether, news: bool, ip: Ipv4Addr, fx: &mut E) {
-        if news
+    /// Tells the control side of a guest's MAC, once, before it has an address.
+    fn tell_mac<E: Effects>(&mut self, slot: u32, mac: Mac, is_new: bool, fx: &mut E) {
+        if is_new
             && let Some(p) = self.ports.get_mut(slot)
             && p.news.allow(self.now)
         {
-            fx.event(Event::AddressSeen { port: p.id, mac: eth.src, address: ip.into() });
+            fx.event(Event::AddressSeen { port: p.id, mac, address: Ipv4Addr::UNSPECIFIED.into() });
         }
     }
 
-    /// Sizes and offload requests are believed of no frame, whatever it carries.
-    fn check_frame(
-        &self,
+    /// Sizes and offload requests are believed of no frame, whatever it carries, and no source of a guest's.
+    fn check_frame<E: Effects>(
+        &mut self,
         slot: u32,
         eth: Ether,
+        outside: bool,
         frame: &mut [u8],
         meta: FrameMeta,
+        fx: &mut E,
     ) -> Result<FrameMeta, Drop> {
         let port = self.ports.get(slot).ok_or(Drop::NoEndpoint)?;
         if !matches!(eth.ethertype, ether::IPV4 | ether::IPV6) {
-            return check_other(port, frame, meta);
+            let meta = check_other(port, frame, meta)?;
+            if eth.ethertype == ether::ARP && !outside {
+                self.check_arp(slot, eth.src, frame, fx)?;
+            }
+            return Ok(meta);
         }
         let p = parse::parse_ip(frame, ether::HEADER_LEN).map_err(wire_drop)?;
         check_size(port, &p, meta)?;
         check_offload(frame, &p, meta)?;
+        if p.src.is_ipv4() != (eth.ethertype == ether::IPV4) {
+            return Err(Drop::Malformed);
+        }
+        if outside {
+            return Ok(meta);
+        }
+        if p.src.is_ipv6() {
+            self.check_v6(slot, eth.src, frame, &p, fx)?;
+        } else if is_dhcp(frame, &p, DHCP_SERVER, DHCP_CLIENT) {
+            return Err(Drop::Policy);
+        } else if p.src.is_multicast() || p.src == IpAddr::V4(Ipv4Addr::BROADCAST) {
+            return Err(Drop::SpoofedSource);
+        } else if !p.src.is_unspecified() {
+            self.check_source(slot, eth.src, p.src, fx)?;
+        }
         Ok(self.passable(slot, frame, &p, meta))
+    }
+
+    fn check_arp<E: Effects>(&mut self, slot: u32, mac: Mac, frame: &[u8], fx: &mut E) -> Result<(), Drop> {
+        let a = Arp::parse(frame.get(ether::HEADER_LEN..).unwrap_or(&[])).map_err(wire_drop)?;
+        if a.sha != mac {
+            return Err(Drop::SpoofedMac);
+        }
+        // A probe (RFC 5227 1.1) claims nothing yet.
+        if a.spa.is_unspecified() { Ok(()) } else { self.check_source(slot, mac, IpAddr::V4(a.spa), fx) }
     }
 
     /// To every guest, and to the segment; `unknown`: to the segment alone, whose station it is.

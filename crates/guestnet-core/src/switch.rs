@@ -10,7 +10,7 @@ use crate::port::Port;
 use crate::service::{DHCP_CLIENT, DHCP_SERVER};
 use crate::siphash::SipKey;
 use crate::stats::Drop;
-use crate::types::{Csum, FrameMeta, Gso, NetMode, PortId};
+use crate::types::{Csum, FrameMeta, Gso, PortId};
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::parse::{self, Packet};
 use guestnet_wire::{WireError, be16, checksum, proto, put};
@@ -103,7 +103,7 @@ impl Core {
         if frame.len() > crate::core::FRAME_MAX {
             return Err(Drop::Oversized);
         }
-        if self.cfg.mode == NetMode::Bridged {
+        if self.is_bridged() {
             return self.bridged(slot, eth, frame, meta, fx);
         }
         self.check_mac(slot, eth.src)?;
@@ -128,7 +128,8 @@ impl Core {
             Some(owner) if owner == slot => Ok(()),
             // A port that begins with it goes before one that used it besides its own.
             Some(owner)
-                if port.mac.is_none() && self.ports.get(owner).is_some_and(|o| o.mac != Some(src)) =>
+                if port.mac.is_none()
+                    && self.ports.get(owner).is_some_and(|o| o.mac != Some(src) && !o.config.uplink) =>
             {
                 self.claim_mac(slot, src);
                 Ok(())
@@ -382,7 +383,7 @@ pub(crate) fn check_offload(frame: &[u8], p: &Packet, meta: FrameMeta) -> Result
 }
 
 /// Whether it is UDP between these ports, first fragments included.
-fn is_dhcp(frame: &[u8], p: &Packet, from: u16, to: u16) -> bool {
+pub(crate) fn is_dhcp(frame: &[u8], p: &Packet, from: u16, to: u16) -> bool {
     match p.fragment {
         None => p.proto == proto::UDP && p.src_port == from && p.dst_port == to,
         Some(f) => {

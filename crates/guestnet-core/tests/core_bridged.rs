@@ -61,19 +61,62 @@ fn nobody_takes_the_mac_of_a_guest() {
     n.dropped(Drop::SpoofedMac, |n| n.send(A, udp_to(mac(B), STATION)));
     n.dropped(Drop::SpoofedMac, |n| n.send(OUTSIDE, udp_to(mac(B), mac(A))));
     n.dropped(Drop::SpoofedMac, |n| n.send(OUTSIDE, udp_to(Mac::BROADCAST, mac(A))));
-    // Stations of the segment are not learned, however many there seem to be.
-    for i in 0..1000u16 {
+    // However many stations there seem to be on the segment, guests are not forgotten for them.
+    for i in 0..10_000u16 {
         let [a, b] = i.to_be_bytes();
         n.send(OUTSIDE, udp_to(Mac([2, 8, 8, 8, a, b]), mac(A)));
     }
     assert_eq!(ports(&mut n, A, udp_to(mac(A), Mac([2, 8, 8, 8, 0, 1]))), [OUTSIDE]);
+    assert_eq!(ports(&mut n, A, udp_to(mac(A), mac(B))), [B]);
+}
+
+#[test]
+fn no_guest_takes_the_mac_of_a_station() {
+    let mut n = bridged();
+    n.send(OUTSIDE, udp_to(STATION, mac(B)));
+    n.dropped(Drop::SpoofedMac, |n| n.send(A, udp_to(STATION, mac(B))));
+    let c = PortId(3);
+    n.core.add_port(c, port_config());
+    n.dropped(Drop::SpoofedMac, |n| n.send(c, udp_to(STATION, mac(B))));
+    // One that a guest used before the station showed is the station's from then on.
+    let other = Mac([2, 9, 9, 9, 9, 8]);
+    assert_eq!(ports(&mut n, A, udp_to(other, STATION)), [OUTSIDE]);
+    assert_eq!(ports(&mut n, OUTSIDE, udp_to(other, mac(B))), [B]);
+    n.dropped(Drop::SpoofedMac, |n| n.send(A, udp_to(other, STATION)));
+    let mut h = Ip4::new(B, "198.51.100.7".parse().unwrap(), proto::UDP);
+    h.to_mac = other;
+    assert_eq!(ports(&mut n, B, udp_from(&h, 5, 6, b"")), [OUTSIDE]);
+}
+
+#[test]
+fn a_guest_is_no_other_guest_no_server_and_no_bridge() {
+    let mut n = bridged();
+    let claim = arp_frame(arp::REPLY, mac(A), guest_ip(B), STATION, guest_ip(A));
+    n.dropped(Drop::SpoofedSource, |n| n.send(A, claim));
+    let mut lies = arp_frame(arp::REPLY, mac(B), guest_ip(A), STATION, guest_ip(A));
+    lies[6..12].copy_from_slice(&mac(A).0);
+    n.dropped(Drop::SpoofedMac, |n| n.send(A, lies));
+    let mut h = Ip4::new(A, "255.255.255.255".parse().unwrap(), proto::UDP);
+    h.to_mac = Mac::BROADCAST;
+    n.dropped(Drop::Policy, |n| n.send(A, udp_from(&h, 67, 68, b"offer")));
+    h.src = guest_ip(B);
+    n.dropped(Drop::SpoofedSource, |n| n.send(A, udp_from(&h, 5, 6, b"")));
+    // Spanning tree (a length and no type), and a frame for a VLAN.
+    let bridges = Mac([1, 0x80, 0xc2, 0, 0, 0]);
+    n.dropped(Drop::Policy, |n| n.send(A, udp_to(mac(A), bridges)));
+    let mut length = udp_to(mac(A), STATION);
+    length[12..14].copy_from_slice(&[0, 38]);
+    n.dropped(Drop::UnsupportedProtocol, |n| n.send(A, length));
+    let mut tagged = udp_to(mac(A), STATION);
+    tagged.splice(12..12, [0x81, 0, 0, 7]);
+    n.dropped(Drop::UnsupportedProtocol, |n| n.send(A, tagged));
 }
 
 #[test]
 fn other_protocols_pass_as_they_are() {
     let mut n = bridged();
     let mut frame = udp_to(mac(A), mac(B));
-    frame[12..14].copy_from_slice(&[0x88, 0xcc]);
+    frame[12..14].copy_from_slice(&[0x88, 0xb5]);
     let got = n.ask(A, frame.clone());
     assert_eq!((got[0].port, &got[0].frame), (B, &frame));
     let meta = FrameMeta { csum: Csum::Partial { start: 34, offset: 6 }, gso: None };

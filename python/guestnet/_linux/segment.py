@@ -9,6 +9,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import secrets
 import socket
 import struct
 from dataclasses import dataclass
@@ -81,6 +82,9 @@ def _join_bridge(name: str, mtu: int) -> int:
     try:
         chosen = fcntl.ioctl(fd, _TUNGETIFF, bytes(40))
         own = chosen[:16].rstrip(b"\0").decode()
+        # A bridge takes the lowest MAC of its ports for its own. This one is lower than no card's, so that
+        # the host keeps the address that it is known by.
+        links.set_mac(own, b"\xfe" + secrets.token_bytes(5))
         links.set_mtu(own, mtu)
         links.write_sysctl(f"net/ipv6/conf/{own}/disable_ipv6", "1")
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
