@@ -68,9 +68,10 @@ class DataPlane:
         event_ring: int = 8192,
         command_ring: int = 1024,
         name: str = "guestnet",
+        workers: int = 1,
     ) -> DataPlane:
-        """Starts the worker. `secret` is 32 random bytes that key its hashes and sequence numbers. Raises
-        DataPlaneError when the system has no descriptor or thread for it."""
+        """Starts the workers, 1 to 64. `secret` is 32 random bytes that key its hashes and sequence
+        numbers. Raises DataPlaneError when the system has no descriptor or thread for it."""
 
     @property
     def event_fd(self) -> int:
@@ -82,6 +83,8 @@ class DataPlane:
         """Takes up to `max` events, oldest first; `event_fd` is readable again when there are more."""
     def stats(self) -> dict[str, Any]:
         """The counters of one moment; `drops` and `io` are dictionaries in it."""
+    def worker_stats(self) -> list[dict[str, Any]]:
+        """As `stats`, for each worker."""
     def stop(self) -> None:
         """Ends the worker and waits for it; may be called again."""
     def add_port(

@@ -22,6 +22,7 @@ MTU_LOWEST, MTU_HIGHEST = 68, 65520
 PREFIX_SHORTEST, PREFIX_LONGEST = 8, 30
 """A /30 has room for the gateway and one guest."""
 LEASE_SHORTEST, LEASE_LONGEST = 10, 0xFFFFFFFE
+WORKERS_MOST = 64
 NAME_LONGEST, LABEL_LONGEST = 253, 63
 _DEFAULT_SUBNET = "192.168.64.0/24"
 
@@ -235,6 +236,8 @@ class NatConfig:
     - `dhcp_start`, `dhcp_end`: the addresses that endpoints get, all of the subnet by default.
     - `capture`: a file that every frame is written to (pcapng).
     - `polling`, `batch_size` (frames, 1 to 1024), `max_spins`: see `PollingStrategy`.
+    - `workers`: packet threads that share the endpoints, 1 to 64. Each endpoint is on one of them; more than
+      one helps where several guests are busy and processors are free.
     - `filtering`: see `Filtering`.
     - `gateway_mac`: the gateway's hardware address.
     - `uplink`: see `Uplink`. With "tun": `external`, the addresses that guests have outside, which must be
@@ -265,6 +268,7 @@ class NatConfig:
     polling: PollingStrategy
     batch_size: int
     max_spins: int
+    workers: int
     filtering: Filtering
     gateway_mac: str
     bridge: str | None
@@ -298,6 +302,7 @@ class NatConfig:
         polling: str | PollingStrategy = PollingStrategy.ADAPTIVE,
         batch_size: int = 64,
         max_spins: int = 1000,
+        workers: int = 1,
         filtering: str | Filtering = Filtering.ADDRESS_DEPENDENT,
         gateway_mac: str | bytes | None = None,
         uplink: str | Uplink = Uplink.SOCKETS,
@@ -330,6 +335,7 @@ class NatConfig:
         put(self, "polling", _choice(PollingStrategy, "polling", polling))
         put(self, "batch_size", _number("batch_size", batch_size, 1, 1024))
         put(self, "max_spins", _number("max_spins", max_spins, 0, 1_000_000))
+        put(self, "workers", _number("workers", workers, 1, WORKERS_MOST))
         put(self, "filtering", _choice(Filtering, "filtering", filtering))
         put(self, "limits", _named_numbers("limits", limits or {}))
         put(self, "timeouts", _named_numbers("timeouts", timeouts or {}))
@@ -353,6 +359,12 @@ class NatConfig:
         put(self, "uplink", _choice(Uplink, "uplink", uplink))
         if self.mode is NetMode.BRIDGED and self.uplink is Uplink.TUN:
             raise ConfigError("In the mode 'bridged' nothing is translated: leave uplink 'tun' out.")
+        shared = self.uplink is Uplink.SOCKETS and self.mode is not NetMode.BRIDGED
+        if self.workers > 1 and not shared:
+            what = "mode 'bridged'" if self.mode is NetMode.BRIDGED else "uplink 'tun'"
+            raise ConfigError(
+                f"workers {self.workers} cannot share the {what}, which has one device: write 1."
+            )
         put(self, "port_range", _port_range(port_range))
         put(self, "forwarding", _yes_or_no("forwarding", forwarding))
         put(self, "masquerade", _yes_or_no("masquerade", masquerade))

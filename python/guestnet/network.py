@@ -381,6 +381,13 @@ class NatNetwork:
             return self._last_stats
         return NetworkStats.from_native(session.control.plane.stats())
 
+    def worker_stats(self) -> list[NetworkStats]:
+        """The counters of each worker (`NatConfig.workers`), as `stats`; empty while it does not run."""
+        session = self._session
+        if session is None:
+            return []
+        return [NetworkStats.from_native(one) for one in session.control.plane.worker_stats()]
+
     # --- packet by packet, with the uplink "tun" ---
 
     @property

@@ -64,6 +64,7 @@ def _make_plane(config: NatConfig) -> _native.DataPlane:
         strategy=config.polling.value,
         batch_size=config.batch_size,
         max_spins=config.max_spins,
+        workers=config.workers,
     )
 
 

@@ -79,21 +79,28 @@ impl Core {
     ) -> Result<(), Drop> {
         let now = self.now;
         let known = match self.neighbours.get_mut(ip) {
-            Some(b) if b.slot == slot => {
-                b.seen = now;
-                if b.mac == Some(mac) {
-                    return Ok(());
-                }
-                b.mac = Some(mac);
-                true
+            Some(b) if b.slot == slot && b.mac == Some(mac) => {
+                let before = std::mem::replace(&mut b.seen, now);
+                let b = *b;
+                self.tell_again(b, before);
+                return Ok(());
             }
+            Some(b) if b.slot == slot => true,
             Some(b) if b.assigned || b.seen.plus_s(STALE_S) > now => return Err(Drop::SpoofedSource),
             _ => false,
         };
-        if !known {
+        if known {
+            self.may_learn(slot)?;
+            if let Some(b) = self.neighbours.get_mut(ip) {
+                (b.seen, b.mac) = (now, Some(mac));
+                let b = *b;
+                self.tell_binding(&b, None);
+            }
+        } else {
             if !self.is_bridged() && (ip.is_ipv4() && !self.policy.is_host(ip) || self.is_own(ip)) {
                 return Err(Drop::SpoofedSource);
             }
+            self.may_learn(slot)?;
             if let Some(old) = self.neighbours.remove(ip) {
                 self.forget_learned(old.slot, ip);
                 self.tunnel_left(ip);
@@ -124,7 +131,9 @@ impl Core {
         if let Some(old) = oldest {
             self.neighbours.remove(old);
         }
-        self.neighbours.set(Binding { ip, slot, mac: Some(mac), assigned: false, seen: self.now });
+        let b = Binding { ip, slot, mac: Some(mac), assigned: false, seen: self.now };
+        self.neighbours.set(b);
+        self.tell_binding(&b, oldest);
         Ok(())
     }
 

@@ -11,6 +11,7 @@ use crate::neighbour::{Binding, Neighbours};
 use crate::policy::Policy;
 use crate::port::{Port, Ports};
 use crate::reassembly::Reassembly;
+use crate::remote::{News, Sharing};
 use crate::service::Services;
 use crate::siphash::SipKey;
 use crate::stats::Counters;
@@ -54,6 +55,8 @@ pub struct Core {
     pub(crate) arp: Limiter,
     /// What belongs to no port, and what ports that are gone had counted.
     pub(crate) base: Counters,
+    /// Where the ports are shared out among several cores.
+    pub(crate) sharing: Option<Sharing>,
     pub(crate) now: Time,
     /// Stations of the segment that `macs` holds, in mode `bridged`.
     pub(crate) stations: u32,
@@ -89,6 +92,7 @@ impl Core {
             due: Vec::new(),
             arp: Limiter::new(1000, now),
             base: Counters::default(),
+            sharing: None,
             now,
             tun: None,
             stations: 0,
@@ -100,10 +104,12 @@ impl Core {
     pub fn add_port(&mut self, port: PortId, config: PortConfig) {
         let addresses = config.addresses.clone();
         let mac = config.mac.filter(|m| m.is_unicast() && *m != self.cfg.gateway_mac);
+        let mtu = config.mtu;
         let mut new = Port::new(port, config, &self.cfg.limits, self.now);
         new.mac = None;
         new.ip_id = (self.isn_key.hash(&[self.now.0, u64::from(port.0)]) & 0xffff) as u16;
         let Some(slot) = self.ports.insert(new) else { return };
+        self.tell(News::PortUp { port, mac, mtu });
         if let Some(mac) = mac {
             self.claim_mac(slot, mac);
         }
@@ -117,6 +123,10 @@ impl Core {
     pub fn remove_port<E: Effects>(&mut self, now: Time, port: PortId, fx: &mut E) {
         self.now = now;
         let Some(slot) = self.ports.slot(port) else { return };
+        match self.ports.get(slot).and_then(|p| p.remote) {
+            Some(worker) => self.count_remote(worker, false),
+            None => self.tell(News::PortDown { port }),
+        }
         let of_port = |(id, f): (FlowId, &crate::flow::Flow)| {
             (f.key.slot == slot && !f.is_mapping()).then_some(id.index)
         };
@@ -146,7 +156,8 @@ impl Core {
         }
         let old = self.neighbours.get(ip).copied();
         if let Some(b) = old {
-            if b.assigned && b.slot != slot {
+            // Of ports elsewhere the control side knows more than this core does yet.
+            if b.assigned && b.slot != slot && !self.is_remote(b.slot) {
                 return Err(AddressInUse(ip));
             }
             self.forget_learned(b.slot, ip);
@@ -157,7 +168,9 @@ impl Core {
         let known = old.filter(|b| b.slot == slot).and_then(|b| b.mac);
         let own = self.ports.get(slot).and_then(|p| p.mac);
         let mac = mac.or(known).or(own);
-        self.neighbours.set(Binding { ip, slot, mac, assigned: true, seen: self.now });
+        let b = Binding { ip, slot, mac, assigned: true, seen: self.now };
+        self.neighbours.set(b);
+        self.tell_binding(&b, None);
         Ok(())
     }
 
@@ -167,6 +180,9 @@ impl Core {
         if let Some(b) = self.neighbours.remove(ip) {
             self.forget_learned(b.slot, ip);
             self.tunnel_left(ip);
+            if !self.is_remote(b.slot) {
+                self.tell(News::AddressGone { ip });
+            }
         }
         if let Some(w) = self.neighbours.resolved(ip) {
             self.give_up(w, fx);
@@ -394,7 +410,7 @@ impl Core {
 
     /// All ports.
     pub fn ports(&self) -> impl Iterator<Item = PortInfo> {
-        self.ports.iter().map(|(slot, p)| PortInfo {
+        self.ports.iter().filter(|(_, p)| p.remote.is_none()).map(|(slot, p)| PortInfo {
             port: p.id,
             mac: p.mac,
             addresses: {

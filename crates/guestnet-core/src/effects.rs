@@ -136,6 +136,18 @@ pub trait Effects {
     /// where `meta` asks for it and the attachment cannot.
     fn transmit(&mut self, port: PortId, frame: &[u8], meta: FrameMeta) -> Result<(), TxError>;
 
+    /// Sends one frame to a port of another worker, or (`None`) to all its ports. [`TxError::Full`] is final:
+    /// nothing tells when there is room again. Only called after `Core::share`.
+    fn forward_remote(
+        &mut self,
+        _worker: u16,
+        _port: Option<PortId>,
+        _frame: &[u8],
+        _meta: FrameMeta,
+    ) -> Result<(), TxError> {
+        Err(TxError::Gone)
+    }
+
     /// Sends one frame whose header is `header` and whose payload is that range of the bytes of the last
     /// [`Effects::tcp_peek`].
     fn transmit_peeked(

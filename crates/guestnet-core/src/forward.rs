@@ -4,7 +4,7 @@
 //! MAC is not known yet is asked by ARP while the flow (or a few datagrams) waits.
 
 use crate::core::Core;
-use crate::effects::Effects;
+use crate::effects::{Effects, Event};
 use crate::flow::{Flow, Key, State};
 use crate::neighbour::Binding;
 use crate::stats::Drop;
@@ -109,10 +109,25 @@ impl Core {
             return Err(Drop::UnsupportedProtocol);
         }
         let binding = *self.neighbours.get(guest.ip()).ok_or(Drop::NoEndpoint)?;
+        if self.is_remote(binding.slot) {
+            self.lives_elsewhere(&binding, fx);
+            return Err(Drop::NoEndpoint);
+        }
         self.admit(binding.slot, false, fx)?;
         let name = self.policy.client_name(client.ip());
         let key = Key { slot: binding.slot, proto, guest, remote: SocketAddr::new(name, client.port()) };
         Ok((self.free_key(key).ok_or(Drop::FlowLimit)?, binding))
+    }
+
+    /// The control side is to lead a Forward to the worker that has its guest.
+    fn lives_elsewhere<E: Effects>(&mut self, b: &Binding, fx: &mut E) {
+        let now = self.now;
+        if let Some(p) = self.ports.get_mut(b.slot)
+            && let Some(mac) = b.mac
+            && p.news.allow(now)
+        {
+            fx.event(Event::AddressSeen { port: p.id, mac, address: b.ip });
+        }
     }
 
     /// The key itself, or one with another remote port where a live flow has it.

@@ -28,6 +28,7 @@ mod policy;
 mod port;
 mod reassembly;
 mod relay;
+pub mod remote;
 mod segment;
 mod service;
 mod siphash;

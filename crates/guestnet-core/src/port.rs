@@ -52,6 +52,10 @@ pub struct Port {
     /// Identification of the last IPv4 packet that was made for it. Its own: a counter that all share would
     /// tell each guest how much the others get (RFC 7739 5).
     pub ip_id: u16,
+    /// MACs and addresses of it that other workers hear of.
+    pub learn: Limiter,
+    /// The worker that has the port, where that is another one.
+    pub remote: Option<u16>,
 }
 
 /// All ports.
@@ -143,6 +147,8 @@ impl Port {
             news: Limiter::new(NEWS_PER_SECOND, now),
             flood: Limiter::new(limits.floods_per_second, now),
             ip_id: 0,
+            learn: Limiter::new(NEWS_PER_SECOND, now),
+            remote: None,
         }
     }
 

@@ -70,6 +70,8 @@ reasons! {
     PortLimit = "port_limit",
     /// No external port is free.
     PortsExhausted = "ports_exhausted",
+    /// The ring to the worker that has the port is full.
+    WorkerFull = "worker_full",
 }
 
 /// Counters of one worker or one port. Snapshots can be subtracted.

@@ -7,6 +7,7 @@
 use crate::core::Core;
 use crate::effects::{Effects, TxError};
 use crate::port::Port;
+use crate::remote::News;
 use crate::service::{DHCP_CLIENT, DHCP_SERVER};
 use crate::siphash::SipKey;
 use crate::stats::Drop;
@@ -131,24 +132,32 @@ impl Core {
                 if port.mac.is_none()
                     && self.ports.get(owner).is_some_and(|o| o.mac != Some(src) && !o.config.uplink) =>
             {
-                self.claim_mac(slot, src);
-                Ok(())
+                self.first_mac(slot, src)
             }
             Some(_) => Err(Drop::SpoofedMac),
-            None if port.mac.is_none() => {
-                self.claim_mac(slot, src);
-                Ok(())
-            }
+            None if port.mac.is_none() => self.first_mac(slot, src),
             None => self.learn_mac(slot, src),
         }
     }
 
+    /// A port begins to use a MAC.
+    fn first_mac(&mut self, slot: u32, mac: Mac) -> Result<(), Drop> {
+        self.may_learn(slot)?;
+        self.claim_mac(slot, mac);
+        if let Some(port) = self.ports.get(slot).map(|p| p.id) {
+            self.tell(News::Mac { port, mac, own: true, instead: None });
+        }
+        Ok(())
+    }
+
     /// Makes `mac` the port's own; a port that was not configured with it loses it.
     pub(crate) fn claim_mac(&mut self, slot: u32, mac: Mac) {
+        // What the control side says here goes before what it said of a port elsewhere, which is on its way out.
+        let elsewhere = self.is_remote(slot);
         if let Some(owner) = self.macs.get(mac)
             && let Some(p) = self.ports.get_mut(owner)
         {
-            if p.config.mac == Some(mac) && owner != slot {
+            if p.config.mac == Some(mac) && owner != slot && (elsewhere || p.remote.is_none()) {
                 return;
             }
             if p.mac == Some(mac) {
@@ -165,16 +174,19 @@ impl Core {
     /// Remembers a further MAC of a port; the oldest makes room.
     fn learn_mac(&mut self, slot: u32, mac: Mac) -> Result<(), Drop> {
         let cap = self.cfg.limits.macs_per_port as usize;
-        let port = self.ports.get_mut(slot).ok_or(Drop::NoEndpoint)?;
         if cap <= 1 {
             return Err(Drop::SpoofedMac);
         }
+        self.may_learn(slot)?;
+        let port = self.ports.get_mut(slot).ok_or(Drop::NoEndpoint)?;
+        let id = port.id;
         let oldest = if port.macs.len() + 1 >= cap { port.macs.pop_front() } else { None };
         port.macs.push_back(mac);
         if let Some(old) = oldest {
             self.macs.remove(old);
         }
         self.macs.set(mac, slot);
+        self.tell(News::Mac { port: id, mac, own: false, instead: oldest });
         Ok(())
     }
 
@@ -265,9 +277,12 @@ impl Core {
             None => {
                 self.allow_flood(slot, frame.len())?;
                 for to in 0..self.ports.end() {
-                    if to != slot {
+                    if to != slot && !self.is_remote(to) {
                         self.deliver(to, frame, meta, fx);
                     }
+                }
+                if self.sharing.is_some() {
+                    self.flood_remote(slot, frame, meta, fx);
                 }
                 Ok(())
             }
@@ -332,6 +347,15 @@ impl Core {
 
 /// Puts a frame on a port and counts what became of it.
 pub(crate) fn transmit<E: Effects>(port: &mut Port, frame: &[u8], meta: FrameMeta, fx: &mut E) {
+    if let Some(worker) = port.remote {
+        // Counted as sent by the worker that does it.
+        match fx.forward_remote(worker, Some(port.id), frame, meta) {
+            Ok(()) => {}
+            Err(TxError::Full) => port.counters.drop(Drop::WorkerFull),
+            Err(TxError::Gone) => port.counters.drop(Drop::NoEndpoint),
+        }
+        return;
+    }
     match fx.transmit(port.id, frame, meta) {
         Ok(()) => {
             port.counters.tx_frames += 1;

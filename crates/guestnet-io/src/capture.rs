@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -151,6 +152,78 @@ impl Capture {
     /// Ends the capture; the rest is written without the worker waiting for it.
     pub(crate) fn finish(self) -> Closing {
         Closing { to: Some(self.to), last: Some(self.chunk), thread: self.thread }
+    }
+}
+
+/// A capture as a worker has it.
+pub(crate) enum Capturing {
+    /// Its own.
+    Own(Capture),
+    /// All workers', and whether this one tells of what was left out.
+    Shared(SharedCapture, bool),
+}
+
+/// A capture of several workers, which write to it in turn.
+#[derive(Clone)]
+pub struct SharedCapture(Arc<Mutex<Capture>>);
+
+impl std::fmt::Debug for SharedCapture {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("SharedCapture")
+    }
+}
+
+impl SharedCapture {
+    pub(crate) fn new(capture: Capture) -> SharedCapture {
+        SharedCapture(Arc::new(Mutex::new(capture)))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Capture> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Capturing {
+    pub(crate) fn frame(&mut self, now: Time, port: PortId, way: Direction, parts: &[&[u8]]) {
+        match self {
+            Capturing::Own(c) => c.frame(now, port, way, parts),
+            Capturing::Shared(s, _) => s.lock().frame(now, port, way, parts),
+        }
+    }
+
+    pub(crate) fn is_dirty(&self) -> bool {
+        match self {
+            Capturing::Own(c) => c.is_dirty(),
+            Capturing::Shared(s, _) => s.lock().is_dirty(),
+        }
+    }
+
+    pub(crate) fn flush(&mut self) -> bool {
+        match self {
+            Capturing::Own(c) => c.flush(),
+            Capturing::Shared(s, _) => s.lock().flush(),
+        }
+    }
+
+    /// Frames left out, as far as this worker tells of them.
+    pub(crate) fn dropped(&self) -> u64 {
+        match self {
+            Capturing::Own(c) => c.dropped,
+            Capturing::Shared(s, true) => s.lock().dropped,
+            Capturing::Shared(_, false) => 0,
+        }
+    }
+
+    /// Ends it, and frames left out. `None`: other workers still have it.
+    pub(crate) fn finish(self) -> Option<(Closing, u64)> {
+        let c = match self {
+            Capturing::Own(c) => c,
+            Capturing::Shared(s, _) => {
+                Arc::into_inner(s.0)?.into_inner().unwrap_or_else(PoisonError::into_inner)
+            }
+        };
+        let dropped = c.dropped;
+        Some((c.finish(), dropped))
     }
 }
 

@@ -2,6 +2,8 @@
 //! command has a number, and when it is done the number comes back in [`crate::events::Event::Done`]. What a
 //! command brings along (descriptors) belongs to the worker from then on.
 
+use crate::capture::SharedCapture;
+use crate::listener::Speak;
 use crate::sys;
 use guestnet_core::config::{FlowInfo, PortInfo};
 use guestnet_core::nat::{ConnTrackStats, ForwardError, NatConfigError, NatEngineConfig, NatStats};
@@ -25,6 +27,16 @@ pub enum ListenKind {
     Unixgram,
     /// Connections of vhost-user front-ends.
     VhostUser,
+}
+
+/// A guest that came to a listener and has no port yet.
+#[derive(Debug)]
+pub struct Newcomer {
+    pub(crate) listener: u32,
+    pub(crate) conn: OwnedFd,
+    pub(crate) speak: Speak,
+    pub(crate) template: PortConfig,
+    pub(crate) peer: String,
 }
 
 /// What a worker can be told to do.
@@ -191,6 +203,10 @@ pub enum Command {
         /// Bytes kept of a frame, 0 for all.
         snaplen: u32,
     },
+    /// The same with a capture that several workers write to. Made by [`crate::front`].
+    ShareCapture(SharedCapture),
+    /// Takes a guest that came to a listener of another worker.
+    Adopt(Box<Newcomer>),
     /// Ends the capture; done when everything is written.
     StopCapture,
     /// Tells of flows that open, close and are denied, or (to spare both sides the work) does not. A worker
@@ -238,6 +254,9 @@ pub enum CommandError {
     /// There is no uplink of packets.
     #[error("the network has no uplink of packets")]
     NoUplink,
+    /// An uplink of packets cannot be shared.
+    #[error("an uplink of packets needs a network with one worker")]
+    OneWorker,
     /// There is one already.
     #[error("the network has an uplink of packets already")]
     HasUplink,
@@ -312,6 +331,12 @@ pub(crate) struct CommandSender {
 }
 
 impl CommandSender {
+    /// True when there is room for a few commands.
+    pub(crate) fn has_room(&self) -> bool {
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.0.slots() >= 4 && !inner.0.is_abandoned()
+    }
+
     /// Queues a command; its number.
     pub(crate) fn send(&self, command: Command) -> Result<u64, QueueFull> {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);

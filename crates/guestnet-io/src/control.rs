@@ -7,7 +7,7 @@ use crate::attachments::reason;
 use crate::attachments::stream::Stream;
 use crate::attachments::tap::Tap;
 use crate::attachments::vhost::Vhost;
-use crate::capture::Capture;
+use crate::capture::{Capture, Capturing};
 use crate::commands::{Command, CommandError, Value};
 use crate::events::Event;
 use crate::listener::{FIRST_DYNAMIC, PORTS_MAX};
@@ -36,7 +36,7 @@ impl State {
         for _ in 0..BATCH {
             // Acknowledgements may not be lost, so nothing is done that could not be acknowledged. The
             // consumer wakes us when it has made room.
-            if self.io.events.is_behind() {
+            if self.io.is_behind() {
                 return;
             }
             let Ok((sequence, command)) = self.queue.pop() else {
@@ -70,6 +70,7 @@ impl State {
                 if let Some(number) = self.io.ports.remove(port).and_then(|p| p.listener) {
                     self.forget_peer(number, port);
                 }
+                self.guest_left();
             }
             Command::AttachTap { port, fd } => self.attach(port, || Tap::new(fd).map(Attachment::Tap))?,
             Command::AttachStream { port, fd } => {
@@ -130,11 +131,17 @@ impl State {
                     what: "the capture cannot start",
                     errno: e.raw_os_error().unwrap_or(0),
                 })?;
-                if let Some(old) = self.io.capture.replace(capture) {
-                    self.io.counters.capture_dropped += old.dropped;
-                    self.closing.push((old.finish(), None));
+                if let Some(old) = self.io.capture.replace(Capturing::Own(capture)) {
+                    self.end_capture(old, None);
                 }
             }
+            Command::ShareCapture(shared) => {
+                let first = self.io.peers.as_ref().is_none_or(|p| p.me() == 0);
+                if let Some(old) = self.io.capture.replace(Capturing::Shared(shared, first)) {
+                    self.end_capture(old, None);
+                }
+            }
+            Command::Adopt(newcomer) => self.adopt(*newcomer),
             Command::StopCapture => {}
             Command::TellFlows { on } => self.io.tell_flows = on,
             Command::ListFlows => return Ok(Value::Flows(self.core.flows().collect())),
@@ -154,9 +161,22 @@ impl State {
     /// Ends the capture; acknowledged when all is written. False: there is none.
     fn stop_capture(&mut self, sequence: u64) -> bool {
         let Some(capture) = self.io.capture.take() else { return false };
-        self.io.counters.capture_dropped += capture.dropped;
-        self.closing.push((capture.finish(), Some(sequence)));
+        self.end_capture(capture, Some(sequence));
         true
+    }
+
+    pub(crate) fn end_capture(&mut self, capture: Capturing, sequence: Option<u64>) {
+        match (capture.finish(), sequence) {
+            (Some((closing, dropped)), sequence) => {
+                self.io.counters.capture_dropped += dropped;
+                self.closing.push((closing, sequence));
+            }
+            // Other workers still have it; the last one finishes it.
+            (None, Some(sequence)) => {
+                self.io.events.must(Event::Done { sequence, result: Ok(Value::None) });
+            }
+            (None, None) => {}
+        }
     }
 
     fn port(&self, port: PortId) -> Result<u32, CommandError> {
@@ -277,12 +297,17 @@ impl State {
     fn remove_forward(&mut self, id: ForwardId) {
         self.core.remove_forward(self.now, id, &mut self.io);
         let Some(parts) = self.forwards.remove(&id.0) else { return };
+        // Others may have the same sockets, so closing ours alone would not end the watching.
         for slot in parts.listening {
-            self.listening.remove(slot);
+            if let Some(l) = self.listening.remove(slot) {
+                self.io.poller.remove(&l.fd);
+            }
         }
         self.io.socks.udp_flush(&mut self.io.counters);
         for sock in parts.socks {
-            self.io.socks.remove(&mut self.io.counters, sock);
+            if let Some(s) = self.io.socks.remove(&mut self.io.counters, sock) {
+                self.io.poller.remove(&s.fd);
+            }
         }
     }
 }

@@ -3,8 +3,9 @@
 
 use crate::attachments::ports::{Outside, Ports};
 use crate::attachments::tap::Sent;
-use crate::capture::{Capture, Direction};
+use crate::capture::{Capturing, Direction};
 use crate::events::{Event, EventSender};
+use crate::peers::Peers;
 use crate::poller::Poller;
 use crate::stats::IoCounters;
 use crate::sys;
@@ -23,7 +24,9 @@ pub(crate) struct IoState {
     /// The uplink of packets, where there is one.
     pub tun: Option<Tun>,
     pub events: EventSender,
-    pub capture: Option<Capture>,
+    pub capture: Option<Capturing>,
+    /// The other workers, where there are any.
+    pub peers: Option<Box<Peers>>,
     pub counters: IoCounters,
     /// Whether the control side wants to hear of every flow.
     pub tell_flows: bool,
@@ -43,6 +46,7 @@ impl IoState {
             tun: None,
             events,
             capture: None,
+            peers: None,
             counters: IoCounters::default(),
             tell_flows: true,
             now: sys::now(),
@@ -76,6 +80,15 @@ impl IoState {
         self.socks.udp_flush(&mut self.counters);
         let (ports, mut out) = self.split();
         ports.flush(&mut out);
+        if let Some(p) = &mut self.peers {
+            p.ring_bells();
+        }
+    }
+
+    /// The control side or another worker does not take what it has to hear: nothing may be done meanwhile that
+    /// makes more of it.
+    pub(crate) fn is_behind(&self) -> bool {
+        self.events.is_behind() || self.peers.as_ref().is_some_and(|p| p.is_behind())
     }
 
     /// True when the core has to hear of something.
@@ -118,6 +131,16 @@ impl Effects for IoState {
             // That the device is gone is found, and told, when it is read.
             Some(Sent::Refused | Sent::Down(_)) | None => Err(TxError::Gone),
         }
+    }
+
+    fn forward_remote(
+        &mut self,
+        worker: u16,
+        port: Option<PortId>,
+        frame: &[u8],
+        meta: FrameMeta,
+    ) -> Result<(), TxError> {
+        self.peers.as_mut().map_or(Err(TxError::Gone), |p| p.send(worker, port, frame, meta))
     }
 
     fn port_room(&mut self, port: PortId) -> usize {

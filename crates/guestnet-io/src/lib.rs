@@ -6,16 +6,19 @@
 //! [`events`].
 
 mod attachments;
+pub mod bell;
 mod capture;
 pub mod commands;
 mod control;
 mod dispatch;
 pub mod events;
+pub mod front;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 pub mod huge;
 mod io_state;
 mod listener;
+mod peers;
 mod poller;
 pub mod pool;
 pub mod ring;
@@ -29,6 +32,7 @@ pub mod worker;
 
 pub use commands::{Command, CommandError, ListenKind, QueueFull, Value};
 pub use events::{Event, Level};
+pub use front::{Worker, spawn};
 pub use stats::{IoCounters, StatsSnapshot};
 pub use sys::duplicate;
-pub use worker::{IoError, PollingStrategy, Worker, WorkerConfig, spawn};
+pub use worker::{IoError, PollingStrategy, WorkerConfig};

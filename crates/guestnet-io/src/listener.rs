@@ -7,7 +7,7 @@ use crate::attachments::ports::Attachment;
 use crate::attachments::stream::Stream;
 use crate::attachments::unixgram::{From, PEERS_MAX, Unixgram};
 use crate::attachments::vhost::Vhost;
-use crate::commands::{CommandError, ListenKind};
+use crate::commands::{Command, CommandError, ListenKind, Newcomer};
 use crate::events::{Event, Level};
 use crate::poller::{Kind, Token};
 use crate::sys;
@@ -145,7 +145,7 @@ impl State {
         if self.listeners.generation(token.index) != token.generation {
             return;
         }
-        if self.io.events.is_behind() {
+        if self.io.is_behind() {
             return self.rest_listener(token);
         }
         match self.listeners.get(token.index).map(|l| &l.kind) {
@@ -172,32 +172,70 @@ impl State {
                 // Nobody there, or somebody who left again; a listener that is broken says so by nothing.
                 Err(_) => return,
             };
-            let attachment = match speak {
-                Speak::Framed => Stream::new(conn).map(Attachment::Stream),
-                Speak::Packets => Dgram::new(conn).map(Attachment::Dgram),
-                Speak::VhostUser => Vhost::new(conn).map(|v| Attachment::Vhost(Box::new(v))),
-            };
+            let speak = *speak;
             let peer = from.to_path().map_or(String::new(), |p| String::from_utf8_lossy(&p).into_owned());
-            match attachment {
-                Ok(a) => drop(self.welcome(token.index, a, true, peer)),
-                Err(why) => {
-                    self.io.counters.guests_refused += 1;
-                    self.warn(format!("a guest was refused: {why}"));
-                }
+            let Some(l) = self.listeners.get(token.index) else { return };
+            let new = Newcomer { listener: l.number, conn, speak, template: l.template.clone(), peer };
+            match self.io.peers.as_ref().map(|p| (p.choose(), p.me())) {
+                Some((to, me)) if to != me => self.hand_over(to, new),
+                _ => self.adopt(new),
             }
         }
     }
 
+    /// Gives a guest that has come to another worker.
+    fn hand_over(&mut self, to: usize, new: Newcomer) {
+        let Some(p) = &self.io.peers else { return };
+        if !p.command(to, Command::Adopt(Box::new(new))) {
+            p.unload(to);
+            self.io.counters.guests_refused += 1;
+            self.warn("a guest was refused: the worker that it is for takes no more commands".into());
+        }
+    }
+
+    /// Attaches a guest that has come, here or to another worker. It is counted already as one of ours.
+    pub(crate) fn adopt(&mut self, new: Newcomer) {
+        let attachment = match new.speak {
+            Speak::Framed => Stream::new(new.conn).map(Attachment::Stream),
+            Speak::Packets => Dgram::new(new.conn).map(Attachment::Dgram),
+            Speak::VhostUser => Vhost::new(new.conn).map(|v| Attachment::Vhost(Box::new(v))),
+        };
+        let port = match attachment {
+            Ok(a) => self.welcome(new.listener, new.template, a, true, new.peer),
+            Err(why) => {
+                self.io.counters.guests_refused += 1;
+                self.warn(format!("a guest was refused: {why}"));
+                None
+            }
+        };
+        if port.is_none() {
+            self.guest_left();
+        }
+    }
+
+    /// There is one guest less, which counts where the next one is placed.
+    pub(crate) fn guest_left(&self) {
+        if let Some(p) = &self.io.peers {
+            p.unload(p.me());
+        }
+    }
+
     /// Makes a port of a guest that has come.
-    fn welcome(&mut self, slot: u32, a: Attachment, watch: bool, peer: String) -> Option<PortId> {
-        let l = self.listeners.get(slot)?;
+    fn welcome(
+        &mut self,
+        number: u32,
+        config: PortConfig,
+        a: Attachment,
+        watch: bool,
+        peer: String,
+    ) -> Option<PortId> {
         if self.io.ports.len() >= PORTS_MAX {
             self.io.counters.guests_refused += 1;
             return None;
         }
         let port = PortId(self.next_port);
-        self.next_port = self.next_port.checked_add(1).unwrap_or(FIRST_DYNAMIC);
-        let (number, config) = (l.number, l.template.clone());
+        let (first, last) = self.port_range;
+        self.next_port = if port.0 < last { port.0 + 1 } else { first };
         let at = self.io.ports.add(port, Some(number));
         if let Err(e) = self.io.ports.attach(&self.io.poller, at, a, watch) {
             self.io.ports.remove(port);
@@ -285,7 +323,11 @@ impl State {
             Arrivals::Connections { .. } => return None,
         };
         let name = String::from_utf8_lossy(path).into_owned();
-        let port = self.welcome(slot, Attachment::Dgram(dgram), false, name)?;
+        let template = self.listeners.get(slot)?.template.clone();
+        let port = self.welcome(number, template, Attachment::Dgram(dgram), false, name)?;
+        if let Some(p) = &self.io.peers {
+            p.load(p.me());
+        }
         if let Some(Listener { kind: Arrivals::Datagrams(u), .. }) = self.listeners.get_mut(slot) {
             u.peers.insert(path.to_vec(), port);
         }
@@ -320,6 +362,7 @@ impl State {
                 self.core.remove_port(self.now, port, &mut self.io);
                 self.io.ports.remove(port);
                 self.forget_peer(number, port);
+                self.guest_left();
             }
             None => self.io.ports.detach(slot),
         }

@@ -7,7 +7,7 @@
 
 use crate::sys;
 use guestnet_core::types::Time;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 /// What an event is for.
@@ -113,17 +113,38 @@ impl Poller {
     }
 
     fn ctl(&self, op: i32, fd: &OwnedFd, token: Token, events: i32) -> Result<(), i32> {
+        self.ctl_raw(op, fd.as_raw_fd(), token, events)
+    }
+
+    fn ctl_raw(&self, op: i32, fd: RawFd, token: Token, events: i32) -> Result<(), i32> {
         let mut ev = libc::epoll_event { events: events as u32, u64: token.pack() };
         // SAFETY: the event lives.
-        sys::check(unsafe { libc::epoll_ctl(self.fd.as_raw_fd(), op, fd.as_raw_fd(), &mut ev) }).map(|_| ())
+        sys::check(unsafe { libc::epoll_ctl(self.fd.as_raw_fd(), op, fd, &mut ev) }).map(|_| ())
     }
 
     pub(crate) fn add(&self, fd: &OwnedFd, token: Token, events: i32) -> Result<(), i32> {
         self.ctl(libc::EPOLL_CTL_ADD, fd, token, events)
     }
 
+    /// The same for a descriptor that somebody else has and keeps open.
+    pub(crate) fn add_raw(&self, fd: RawFd, token: Token, events: i32) -> Result<(), i32> {
+        self.ctl_raw(libc::EPOLL_CTL_ADD, fd, token, events)
+    }
+
     pub(crate) fn modify(&self, fd: &OwnedFd, token: Token, events: i32) -> Result<(), i32> {
         self.ctl(libc::EPOLL_CTL_MOD, fd, token, events)
+    }
+
+    /// Watches a descriptor no more. Needed only where others hold it too.
+    pub(crate) fn remove(&self, fd: &OwnedFd) {
+        let none = Token { kind: Kind::Waker, index: 0, generation: 0 };
+        // It can fail only when it is not watched.
+        let _gone = self.ctl(libc::EPOLL_CTL_DEL, fd, none, 0);
+    }
+
+    /// The descriptor of the instance itself: readable when something watched is ready.
+    pub(crate) fn fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
     }
 
     /// Watches a descriptor that others hold too for being written to: each write is reported, and nothing is

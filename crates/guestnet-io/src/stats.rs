@@ -145,6 +145,15 @@ impl StatsSnapshot {
         StatsSnapshot { core, io }
     }
 
+    /// Adds another worker's.
+    pub fn add(&mut self, other: &StatsSnapshot) {
+        let mut words = self.words();
+        for (mine, theirs) in words.iter_mut().zip(other.words()) {
+            *mine += theirs;
+        }
+        *self = StatsSnapshot::from_words(&words);
+    }
+
     /// What was counted since `earlier`. Counters that can fall (`sockets_open`) are 0 when they fell.
     #[must_use]
     pub fn since(&self, earlier: &StatsSnapshot) -> StatsSnapshot {

@@ -7,22 +7,24 @@
 use crate::attachments::{FRAME_MAX, stream, vnet};
 use crate::capture::Closing;
 use crate::commands::{self, Command, CommandSender, QueueFull, Value, Waker};
-use crate::events::{self, Event, EventReceiver};
+use crate::events::{self, Event, EventReceiver, EventSender};
+use crate::front;
 use crate::io_state::IoState;
 use crate::listener::{FIRST_DYNAMIC, Listener};
+use crate::peers::{self, Peers, Place};
 use crate::poller::{Kind, Poller, Token, until};
 use crate::slab::Slab;
 use crate::stats::{IoCounters, Published, StatsSnapshot};
 use crate::sys;
 use crate::uplink::forward::{ForwardParts, Listening, Resting};
 use crate::uplink::udp::Inbox;
-use guestnet_core::config::CoreConfig;
+use guestnet_core::config::{CoreConfig, Limits};
 use guestnet_core::core::Core;
 use guestnet_core::types::Time;
 use std::collections::HashMap;
 use std::os::fd::RawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -32,6 +34,10 @@ const PUBLISH: u64 = 10_000_000;
 const CAPTURE_FLUSH: u64 = 100_000_000;
 /// How often a capture that is ending is looked at.
 const CLOSING_POLL: u64 = 5_000_000;
+/// How soon news are tried again for which a ring had no room.
+const LATE_NEWS: u64 = 200_000;
+/// Flows of one of several workers: the rest of the number says which worker.
+pub(crate) const FLOWS_MAX: u32 = 1 << 26;
 /// Rounds of telling the core and sending before other descriptors have their turn.
 const SETTLE_ROUNDS: usize = 4;
 /// Descriptors reported at once.
@@ -73,6 +79,8 @@ pub struct WorkerConfig {
     pub command_ring: usize,
     /// Name of the thread.
     pub name: String,
+    /// Threads that share the ports, 1 to 64.
+    pub workers: usize,
 }
 
 impl WorkerConfig {
@@ -87,6 +95,7 @@ impl WorkerConfig {
             event_ring: 8192,
             command_ring: 1024,
             name: "guestnet".into(),
+            workers: 1,
         }
     }
 }
@@ -99,13 +108,13 @@ pub struct IoError {
     source: std::io::Error,
 }
 
-fn io_error(what: &'static str) -> impl Fn(i32) -> IoError {
+pub(crate) fn io_error(what: &'static str) -> impl Fn(i32) -> IoError {
     move |errno| IoError { what, source: std::io::Error::from_raw_os_error(errno) }
 }
 
-/// A running worker, as the control side has it.
-pub struct Worker {
-    commands: CommandSender,
+/// A running thread, as [`crate::front::Worker`] has it.
+pub(crate) struct Thread {
+    commands: Arc<CommandSender>,
     events: EventReceiver,
     waker: Arc<Waker>,
     published: Arc<Published>,
@@ -116,21 +125,67 @@ pub struct Worker {
     process: u32,
 }
 
-/// Starts a worker. Raises the process's soft limit of descriptors to its hard limit, since every relayed
-/// connection is one.
-///
-/// # Errors
-/// [`IoError`] when the system has no descriptor or thread for it.
-pub fn spawn(mut config: WorkerConfig) -> Result<Worker, IoError> {
-    let descriptors = sys::raise_descriptor_limit();
-    config.core.limits = config.core.limits.within(descriptors);
+/// What a thread starts with.
+struct Seed {
+    poller: Poller,
+    waker: Arc<Waker>,
+    events: (EventSender, EventReceiver),
+    commands: Arc<CommandSender>,
+    queue: rtrb::Consumer<(u64, Command)>,
+}
+
+fn seed(config: &WorkerConfig) -> Result<Seed, IoError> {
     let waker = Arc::new(Waker::new().map_err(io_error("no eventfd"))?);
     let poller = Poller::new(READY_MAX).map_err(io_error("no epoll"))?;
     let token = Token { kind: Kind::Waker, index: 0, generation: 0 };
     poller.add(waker.fd(), token, libc::EPOLLIN).map_err(io_error("no epoll"))?;
-    let (event_tx, event_rx) =
-        events::channel(config.event_ring, Arc::clone(&waker)).map_err(io_error("no eventfd"))?;
-    let (command_tx, command_rx) = commands::channel(config.command_ring);
+    let events = events::channel(config.event_ring, Arc::clone(&waker)).map_err(io_error("no eventfd"))?;
+    let (commands, queue) = commands::channel(config.command_ring);
+    Ok(Seed { poller, waker, events, commands: Arc::new(commands), queue })
+}
+
+/// Starts the threads, as many as the configuration says; `loads` has a place for each. Raises the process's
+/// soft limit of descriptors to its hard limit, since every relayed connection is one.
+pub(crate) fn start(mut config: WorkerConfig, loads: &Arc<[AtomicU32]>) -> Result<Vec<Thread>, IoError> {
+    let n = loads.len();
+    let descriptors = sys::raise_descriptor_limit() / n as u32;
+    config.core.limits = shares(config.core.limits, n as u32).within(descriptors);
+    let seeds = (0..n).map(|_| seed(&config)).collect::<Result<Vec<_>, _>>()?;
+    let mut peers: Vec<Option<Box<Peers>>> = (0..n).map(|_| None).collect();
+    if n > 1 {
+        let place = |s: &Seed| Place { waker: Arc::clone(&s.waker), commands: Arc::clone(&s.commands) };
+        let places: Vec<Place> = seeds.iter().map(place).collect();
+        let joined = peers::join(&places, loads).ok_or_else(|| io_error("no memory")(libc::ENOMEM))?;
+        peers = joined.into_iter().map(|p| Some(Box::new(p))).collect();
+    }
+    let all = seeds.into_iter().zip(peers).enumerate();
+    all.map(|(i, (seed, peers))| {
+        let mut config = config.clone();
+        if i > 0 {
+            config.name = format!("{}-{i}", config.name);
+        }
+        spawn(config, descriptors, seed, peers)
+    })
+    .collect()
+}
+
+/// What one of `n` workers may use of what the Network may use. A guest has its own limits on whichever it is.
+fn shares(mut l: Limits, n: u32) -> Limits {
+    if n > 1 {
+        l.flows = (l.flows / n).max(l.flows.min(l.flows_per_port)).min(FLOWS_MAX);
+        l.reassembly_bytes /= n as usize;
+        l.neighbour_waiting = l.neighbour_waiting.div_ceil(n);
+    }
+    l
+}
+
+fn spawn(
+    config: WorkerConfig,
+    descriptors: u32,
+    seed: Seed,
+    peers: Option<Box<Peers>>,
+) -> Result<Thread, IoError> {
+    let Seed { poller, waker, events: (event_tx, event_rx), commands: command_tx, queue: command_rx } = seed;
     let published = Arc::new(Published::new());
     let healthy = Arc::new(AtomicBool::new(true));
     let stop = Arc::new(AtomicBool::new(false));
@@ -140,6 +195,7 @@ pub fn spawn(mut config: WorkerConfig) -> Result<Worker, IoError> {
         sys::block_signals();
         let (waker, published, healthy, stop) = shared;
         let mut io = IoState::new(poller, event_tx);
+        io.peers = peers;
         io.socks.most = (descriptors - descriptors / 8) as usize;
         let mut state = State::new(config, io, command_rx, waker, published, stop);
         let ended = catch_unwind(AssertUnwindSafe(|| state.run()));
@@ -158,7 +214,7 @@ pub fn spawn(mut config: WorkerConfig) -> Result<Worker, IoError> {
         .name(name)
         .spawn(main)
         .map_err(|source| IoError { what: "no thread", source })?;
-    Ok(Worker {
+    Ok(Thread {
         commands: command_tx,
         events: event_rx,
         waker,
@@ -176,52 +232,48 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     format!("the worker panicked: {}", text.unwrap_or_default())
 }
 
-impl Worker {
-    /// Readable when there are events.
-    #[must_use]
-    pub fn event_fd(&self) -> RawFd {
+impl Thread {
+    pub(crate) fn event_fd(&self) -> RawFd {
         self.events.fd()
     }
 
-    /// Takes up to `max` events, oldest first. The descriptor of [`Worker::event_fd`] is readable again when
-    /// there are more.
-    #[must_use]
-    pub fn drain(&self, max: usize) -> Vec<Event> {
+    pub(crate) fn drain(&self, max: usize) -> Vec<Event> {
         self.events.drain(max)
     }
 
-    /// Gives the worker something to do. The number comes back in [`Event::Done`].
-    ///
-    /// # Errors
-    /// [`QueueFull`]; the command, and the descriptors in it, are dropped.
-    pub fn submit(&self, command: Command) -> Result<u64, QueueFull> {
+    pub(crate) fn submit(&self, command: Command) -> Result<u64, QueueFull> {
         let sequence = self.commands.send(command)?;
         self.waker.wake();
         Ok(sequence)
     }
 
-    /// The counters, at most some 10 milliseconds old.
-    #[must_use]
-    pub fn stats(&self) -> StatsSnapshot {
+    pub(crate) fn has_room(&self) -> bool {
+        self.commands.has_room()
+    }
+
+    pub(crate) fn stats(&self) -> StatsSnapshot {
         self.published.read()
     }
 
-    /// False when the worker has ended, by [`Worker::stop`] or by a failure.
-    #[must_use]
-    pub fn is_healthy(&self) -> bool {
+    pub(crate) fn is_healthy(&self) -> bool {
         self.healthy.load(Ordering::SeqCst)
     }
 
-    /// Ends the worker and waits for it. May be called again. What is being written to a capture gets a
-    /// second to be finished; nothing else can make it wait.
-    pub fn stop(&self) {
+    /// Asks it to end.
+    pub(crate) fn end(&self) {
+        if self.process == std::process::id() {
+            self.stop.store(true, Ordering::SeqCst);
+            self.waker.wake();
+        }
+    }
+
+    pub(crate) fn stop(&self) {
         if self.process != std::process::id() {
             // A fork of the process has a copy of this, but not the thread: there is nobody to wait for, and
             // what is shared (the eventfd) is not ours to write to.
             return;
         }
-        self.stop.store(true, Ordering::SeqCst);
-        self.waker.wake();
+        self.end();
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(t) = thread {
             // A panic was caught inside and told as an event.
@@ -230,7 +282,7 @@ impl Worker {
     }
 }
 
-impl Drop for Worker {
+impl Drop for Thread {
     fn drop(&mut self) {
         self.stop();
     }
@@ -267,6 +319,7 @@ pub(crate) struct State {
     /// A listener that stays even when its last guest has gone.
     pub listener_in_use: Option<u32>,
     pub next_port: u32,
+    pub port_range: (u32, u32),
     pub listening: Slab<Listening>,
     pub forwards: HashMap<u32, ForwardParts>,
     pub resting: Resting<Token>,
@@ -285,8 +338,16 @@ impl State {
         stop: Arc<AtomicBool>,
     ) -> State {
         let now = sys::now();
+        let mut core = Core::new(config.core, now);
+        let (mut first, mut last) = (FIRST_DYNAMIC, u32::MAX);
+        if let Some(p) = &io.peers {
+            core.share(p.count() as u16);
+            core.take_news(p.room(), &mut Vec::new());
+            first += p.me() as u32 * front::DYNAMIC_PORTS;
+            last = first + (front::DYNAMIC_PORTS - 1);
+        }
         State {
-            core: Core::new(config.core, now),
+            core,
             io,
             queue,
             waker,
@@ -308,7 +369,8 @@ impl State {
             inbox: Inbox::new(),
             listeners: Slab::default(),
             listener_in_use: None,
-            next_port: FIRST_DYNAMIC,
+            next_port: first,
+            port_range: (first, last),
             listening: Slab::default(),
             forwards: HashMap::new(),
             resting: Resting::default(),
@@ -337,6 +399,7 @@ impl State {
                 self.dispatch(ready);
             }
         }
+        let news = self.io.peers.is_some() && self.hear_peers();
         if self.core.next_timer().is_some_and(|t| t <= self.now) {
             self.core.timers(self.now, &mut self.io);
         }
@@ -347,7 +410,7 @@ impl State {
         self.stopping |= self.stop.load(Ordering::Relaxed);
         self.settle();
         self.io.events.flush();
-        self.unpublished |= n > 0;
+        self.unpublished |= n > 0 || news;
         if self.unpublished && self.now.since(self.published_at) >= PUBLISH {
             self.publish();
         }
@@ -370,6 +433,9 @@ impl State {
                 self.port_gone(port, why);
             }
             self.core.batch_end(self.now, &mut self.io);
+            if let Some(p) = &mut self.io.peers {
+                p.tell(|room, out| self.core.take_news(room, out));
+            }
             self.io.flush();
             if !self.io.has_news() {
                 return;
@@ -384,7 +450,7 @@ impl State {
             if self.capture_flush.is_some_and(|t| t <= self.now) {
                 self.capture_flush = None;
                 if !c.flush() {
-                    self.io.counters.capture_dropped += c.dropped;
+                    self.io.counters.capture_dropped += c.dropped();
                     self.io.capture = None;
                     self.warn("the capture ended: its file cannot be written".into());
                 }
@@ -413,7 +479,8 @@ impl State {
     fn timeout(&self) -> Option<u64> {
         let busy = self.io.has_news()
             || !self.io.ports.again.is_empty()
-            || self.commands_waiting && !self.io.events.is_behind();
+            || self.commands_waiting && !self.io.is_behind()
+            || self.io.peers.as_ref().is_some_and(|p| p.has_items());
         if busy || self.strategy == PollingStrategy::Busy {
             return Some(0);
         }
@@ -422,7 +489,9 @@ impl State {
         let closing = (!self.closing.is_empty()).then_some(Time(self.now.0 + CLOSING_POLL));
         let capture = self.capture_flush;
         let (retry, rest) = (self.io.ports.retry_at, self.resting.until);
-        until(now, [self.core.next_timer(), publish, closing, capture, retry, rest])
+        let late = self.io.peers.as_ref().is_some_and(|p| p.is_behind());
+        let late = late.then_some(Time(self.now.0 + LATE_NEWS));
+        until(now, [self.core.next_timer(), publish, closing, capture, retry, rest, late])
     }
 
     fn wait(&mut self) -> Result<usize, i32> {
@@ -438,7 +507,16 @@ impl State {
             if timeout != Some(0) && (found || self.rest_queues()) {
                 timeout = Some(0);
             }
+            let sleeps = timeout != Some(0);
+            if let Some(p) = self.io.peers.as_ref().filter(|_| sleeps)
+                && !p.fall_asleep()
+            {
+                timeout = Some(0);
+            }
             n = self.io.poller.wait(timeout)?;
+            if let Some(p) = self.io.peers.as_ref().filter(|_| sleeps) {
+                p.wake_up();
+            }
             self.io.counters.polls += 1;
             self.io.counters.wakeups += u64::from(timeout != Some(0));
         }
@@ -460,7 +538,7 @@ impl State {
         for _ in 0..self.spins {
             let n = self.io.poller.wait(Some(0))?;
             self.io.counters.polls += 1;
-            if n > 0 || self.look_at_queues() {
+            if n > 0 || self.look_at_queues() || self.io.peers.as_ref().is_some_and(|p| p.has_items()) {
                 self.spins = (self.spins * 2).clamp(1, self.max_spins);
                 self.crowded_for = CROWDED_MIN;
                 return Ok(n);
@@ -483,7 +561,7 @@ impl State {
         self.io.counters.events_dropped = self.io.events.dropped;
         let mut io = self.io.counters;
         if let Some(c) = &self.io.capture {
-            io.capture_dropped += c.dropped;
+            io.capture_dropped += c.dropped();
         }
         self.published.write(&StatsSnapshot { core: self.core.counters(), io });
         self.published_at = self.now;
@@ -493,8 +571,7 @@ impl State {
     /// The last things: counters, captures, events.
     fn end(&mut self) {
         if let Some(c) = self.io.capture.take() {
-            self.io.counters.capture_dropped += c.dropped;
-            self.closing.push((c.finish(), None));
+            self.end_capture(c, None);
         }
         let deadline = sys::now().plus_s(1);
         while !self.closing.is_empty() && sys::now() < deadline {

@@ -75,3 +75,29 @@ fn pool_finds_a_double_free_and_a_second_borrower() {
         assert_eq!(pool.available(), 1);
     });
 }
+
+/// A worker that goes to sleep with something in its ring has been rung for: no wake-up is lost.
+#[test]
+fn nobody_sleeps_over_what_is_in_the_ring() {
+    use guestnet_io::bell::Bell;
+    use loom::sync::atomic::{AtomicBool, Ordering};
+    loom::model(|| {
+        let (mut p, mut c) = Ring::<u32>::new(2).unwrap().split();
+        let bell = Arc::new(Bell::default());
+        let rung = Arc::new(AtomicBool::new(false));
+        let (its, its_rung) = (Arc::clone(&bell), Arc::clone(&rung));
+        let t = thread::spawn(move || {
+            p.enqueue(7).unwrap();
+            if its.must_ring() {
+                its_rung.store(true, Ordering::SeqCst);
+            }
+        });
+        bell.fall_asleep();
+        let slept = c.is_empty();
+        t.join().unwrap();
+        assert!(!slept || rung.load(Ordering::SeqCst));
+        bell.wake_up();
+        assert_eq!(c.dequeue(), Some(7));
+        assert!(!bell.must_ring());
+    });
+}

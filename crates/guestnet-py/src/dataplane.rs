@@ -1,4 +1,4 @@
-//! Theory of operation: one worker as an object. Every command is a method that queues it and returns its
+//! Theory of operation: the workers of a network as one object. Every command is a method that queues it and returns its
 //! number; the number comes back in a `Done` event. Nothing here waits but `stop`, and a full queue is an
 //! error at once. Descriptors are duplicated: the caller's stay the caller's.
 
@@ -8,6 +8,7 @@ use crate::errors::{config_error, descriptor_error, queue_full, start_error};
 use crate::{events, records};
 use guestnet_core::nat::NatEngineConfig;
 use guestnet_core::types::{ForwardId, PortConfig, PortId, ServiceId};
+use guestnet_io::front::WORKERS_MAX;
 use guestnet_io::{Command, Event, Worker, WorkerConfig, duplicate, spawn};
 use guestnet_wire::proto;
 use pyo3::prelude::*;
@@ -68,7 +69,7 @@ impl DataPlane {
     #[new]
     #[pyo3(signature = (*, gateway, prefix, gateway_mac, secret, mode="nat", host_loopback=None,
         filtering="address_dependent", limits=Named::new(), timeouts=Named::new(), strategy="adaptive",
-        batch_size=64, max_spins=1000, event_ring=8192, command_ring=1024, name="guestnet"))]
+        batch_size=64, max_spins=1000, event_ring=8192, command_ring=1024, name="guestnet", workers=1))]
     fn new(
         py: Python<'_>,
         gateway: IpAddr,
@@ -86,6 +87,7 @@ impl DataPlane {
         event_ring: usize,
         command_ring: usize,
         name: &str,
+        workers: usize,
     ) -> PyResult<Self> {
         let core = config::core(
             py,
@@ -106,7 +108,14 @@ impl DataPlane {
         if !(1..=1024).contains(&batch_size) {
             return Err(config_error(py, format!("the batch size {batch_size} is not 1 to 1024")));
         }
+        if !(1..=WORKERS_MAX).contains(&workers) {
+            return Err(config_error(
+                py,
+                format!("the number of workers {workers} is not 1 to {WORKERS_MAX}"),
+            ));
+        }
         let config = WorkerConfig {
+            workers,
             strategy: config::strategy(py, strategy)?,
             batch_size,
             max_spins,
@@ -146,7 +155,12 @@ impl DataPlane {
         records::snapshot(py, &self.worker.stats())
     }
 
-    /// Ends the worker and waits for it.
+    /// The counters of each worker.
+    fn worker_stats<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyDict>>> {
+        self.worker.stats_of_each().iter().map(|s| records::snapshot(py, s)).collect()
+    }
+
+    /// Ends the workers and waits for them.
     fn stop(&self, py: Python<'_>) {
         py.detach(|| self.worker.stop());
     }

@@ -41,7 +41,9 @@ pub fn command_error(py: Python<'_>, e: &CommandError) -> PyErr {
         CommandError::Attached(_) | CommandError::BadDescriptor(_) | CommandError::BadPath(_) => {
             "AttachError"
         }
-        CommandError::Nat(_) | CommandError::NoUplink | CommandError::HasUplink => "ConfigError",
+        CommandError::Nat(_) | CommandError::NoUplink | CommandError::HasUplink | CommandError::OneWorker => {
+            "ConfigError"
+        }
         CommandError::Forward(e) => return nat_error(py, *e),
         CommandError::NoSuchForward(_) => "ForwardNotFound",
         CommandError::NoSuchListener(_) | CommandError::NumberInUse(_) | CommandError::System { .. } => {

@@ -17,6 +17,7 @@ from guestnet.cli import UsageError
 
 DEFAULT_SUBNET = "192.168.64.0/24"
 MTU_LOWEST, MTU_HIGHEST = 68, 65520
+WORKERS_MOST = 64
 # Network, gateway, one guest and the broadcast address.
 _LONGEST_PREFIX = 30
 
@@ -247,10 +248,31 @@ def add_network_options(parser: Parser) -> None:
         help="join guests to this bridge or Ethernet interface of the host, without a gateway "
         "(mode bridged; needs CAP_NET_ADMIN or CAP_NET_RAW)",
     )
+    add(
+        "--workers",
+        type=checked(workers),
+        default=1,
+        metavar="N",
+        help="packet threads that share the guests, 1 (default) to 64",
+    )
+    add(
+        "--polling",
+        choices=("adaptive", "busy", "event_driven"),
+        default="adaptive",
+        help="adaptive (default): poll a moment after work, then sleep; busy: one processor for the "
+        "shortest delay; event_driven: sleep at once",
+    )
     add("--pcap", metavar="FILE", help="write every frame to FILE (pcapng, for Wireshark)")
     add("--stats", action="store_true", help="print the counters at the end, on stderr")
     add("-q", "--quiet", action="store_true", help="say nothing but errors")
     add("-v", "--verbose", action="store_true", help="say what happens")
+
+
+def workers(text: str) -> int:
+    """A number of packet threads."""
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= WORKERS_MOST:
+        raise UsageError(f"--workers {text!r} is not between 1 and {WORKERS_MOST}: write 1.")
+    return int(text)
 
 
 def external(text: str) -> IPv4Address:
@@ -292,6 +314,8 @@ def network_settings(options: argparse.Namespace) -> dict[str, Any]:
         "dns_records": records,
         "host_loopback": options.host_loopback,
         "filtering": options.filtering,
+        "workers": options.workers,
+        "polling": options.polling,
         "capture": options.pcap,
         "uplink": options.uplink,
         "external": options.external,

@@ -44,6 +44,29 @@ def answer(text: bytes) -> Callable[[Connection], None]:
     return handle
 
 
+@pytest.mark.parametrize("workers", [2, 5])
+def test_guests_of_several_workers(workers: int, echo: int) -> None:
+    config = NatConfig(dhcp=False, dns=False, host_loopback=True, workers=workers)
+    with NatNetwork(config) as network:
+        one, two = (add_memory_guest(network, name) for name in ("one", "two"))
+        (there,) = network.get_endpoint("two").addresses  # type: ignore[union-attr]
+        two.serve(80, answer(b"two says "))
+        connection = one.connect(str(there), 80)
+        connection.send(b"hello")
+        assert read_all(connection) == b"two says hello"
+        for guest in (one, two):
+            connection = guest.connect(LOOPBACK, echo)
+            connection.send(b"x" * 5000)
+            connection.close()
+            assert read_all(connection) == b"x" * 5000
+        until(lambda: sum(s.rx_frames > 5 for s in network.worker_stats()) == 2, "both workers to work")
+        assert len(network.worker_stats()) == workers
+        assert set(network.endpoint_stats()) == {"one", "two"}
+        network.remove_endpoint("one")
+        two.ping(str(network.gateway))
+    assert network.worker_stats() == []
+
+
 def test_to_the_hosts_loopback_and_back(network: NatNetwork, add_guest: AddGuest, echo: int) -> None:
     guest = add_guest("vm1")
     data = random.Random(1).randbytes(400_000)
