@@ -15,7 +15,7 @@ PYTHON_DIRS := $(wildcard python tests bench scripts)
 # throwing away the ordinary build.
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
-.PHONY: help build check test demo bench bench-forwarding conformance bench-engine fuzz loom lock format clean
+.PHONY: help build check test demo bench instructions instructions-renew bench-forwarding conformance bench-engine fuzz loom lock format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -60,6 +60,12 @@ bench-forwarding: ## Packets through the uplink tun and through nftables, side b
 	scripts/system-packages.sh bench
 	@$(MAKE) --no-print-directory build
 	$(BIN)/python bench/forwarding.py $(BENCH_ARGS)
+
+instructions: ## Count the instructions of the hot paths against benches/instructions.json (part of make test)
+	python3 scripts/instructions.py
+
+instructions-renew: ## Write new counts
+	python3 scripts/instructions.py --renew
 
 conformance: ## Prove the NAT engine against its RFCs and write docs/conformance.md
 	python3 scripts/conformance.py

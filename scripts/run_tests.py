@@ -67,6 +67,7 @@ def suites() -> list[Suite]:
         Suite("cargo test", ("cargo", "test", "--workspace", "--locked", "--no-fail-fast"), counts=True),
         Suite("loom", ("scripts/loom.sh",), counts=True),
         Suite("pytest", (PYTHON, "-m", "pytest", "-ra", "tests"), counts=True),
+        Suite("instructions", (PYTHON, "scripts/instructions.py")),
         Suite("fuzz", (PYTHON, "scripts/fuzz.py", "--seconds", fuzz_seconds)),
     ]
 

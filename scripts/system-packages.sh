@@ -25,6 +25,7 @@ tshark:tshark:capture tests
 ethtool:ethtool:offload tests
 strace:strace:idle tests
 turnserver:coturn:NAT behaviour tests
+valgrind:valgrind:the count of instructions
 sysctl:procps:the namespaces of tests
 setpriv:util-linux:tests as an ordinary user
 dpdk-testpmd:dpdk-dev:vhost-user tests'
