@@ -87,16 +87,28 @@ class Race:
         shown = ", ".join(f"{values[r.id]:.{r.digits}f} {r.unit}" for r in workload.rows if r.id in values)
         say(f"  {label}{workload.id}, {contender.name}: {shown}")
 
-    def run(self, racers: Sequence[Contender], workloads: Sequence[Workload], rounds: int) -> None:
+    def run(
+        self, racers: Sequence[Contender], workloads: Sequence[Workload], rounds: int, until: float
+    ) -> None:
+        """`until`: by the monotonic clock. Nothing begins after it, and no round that would end after it."""
+        took = 0.0
         try:
             for number in range(rounds):
+                start = time.monotonic()
+                if start + took > until:
+                    say(f"  no time for round {number + 1}: {number} of {rounds} were run")
+                    break
                 for workload in workloads:
                     if workload.once and number:
+                        continue
+                    if time.monotonic() > until:
+                        say(f"  no time for {workload.id}")
                         continue
                     # Who is first changes, so that nobody always follows the same neighbour.
                     turn = number % len(racers)
                     for contender in [*racers[turn:], *racers[:turn]]:
                         self.once(workload, contender, f"{number + 1}/{rounds} ")
+                took = time.monotonic() - start
         finally:
             for contender in racers:
                 self.end(contender)
@@ -140,12 +152,21 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+NAMESPACES, CROWDS, MACHINES = 320.0, 420.0, 550.0
+"""Seconds from the start after which the quick run begins nothing more of each: it is done in ten minutes."""
+
+
 def race(args: argparse.Namespace, results: Results) -> None:
     """All rounds; `results` fills as they go, so that an interrupted run still has a table."""
     full = args.full
     setting = Setting(args.seconds or (2.0 if full else 0.5), full)
     rounds = args.rounds or (7 if full else 3)
     load = build_load()
+    start = time.monotonic()
+
+    def until(seconds: float) -> float:
+        return float("inf") if full else start + seconds
+
     with Lab() as lab:
         target = lab.dir / "load"
         shutil.copyfile(load, target)
@@ -160,19 +181,23 @@ def race(args: argparse.Namespace, results: Results) -> None:
         every = [w for w in all_workloads(full) if chosen(w.id, args.only)]
         results.know(racers, [w for w in every if w.namespace])
         if racers and every:
-            Race(arena, results, setting).run(racers, [w for w in every if w.namespace], rounds)
+            first = [w for w in every if w.namespace]
+            Race(arena, results, setting).run(racers, first, rounds, until(NAMESPACES))
         crowd = [w for w in crowds(full) if chosen(w.id, args.only)]
         if crowd:
             results.know(racers, crowd)
             for workload in crowd:
                 for contender in racers:
+                    if time.monotonic() > until(CROWDS):
+                        say(f"  no time for {workload.id}, {contender.name}")
+                        continue
                     workload.run(arena, contender, setting, results, say)
         virtual = [w for w in every if w.machine]
         if not args.no_machines and virtual:
             boxes = [c for c in machines.machines(newer, gv) if chosen(c.name, args.contenders)]
             results.know(boxes, virtual)
             if boxes:
-                Race(arena, results, setting).run(boxes, virtual, 5 if full else 1)
+                Race(arena, results, setting).run(boxes, virtual, 5 if full else 1, until(MACHINES))
 
 
 def _interrupt(number: int, _frame: object) -> None:
