@@ -247,6 +247,7 @@ def main() -> int:
     written = report.write(results, args.output)
     if args.publish:
         written += report.publish(results, ROOT)
+        shutil.copyfile(args.output / "race.json", ROOT / "docs" / "performance" / "race.json")
     print(report.markdown(results))
     say("written: " + ", ".join(str(path) for path in written))
     return status
