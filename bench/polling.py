@@ -24,7 +24,29 @@ from lab import Lab  # noqa: E402 - the path above makes it importable
 from lab.namespaces import OUT4, sweep  # noqa: E402
 from lab.taps import TapNetwork, address  # noqa: E402
 
-HERE = ROOT / "bench"
+ECHO = """
+import socket
+with socket.create_server(("0.0.0.0", 9100)) as server:
+    print("ready", flush=True)
+    while True:
+        client, _ = server.accept()
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with client:
+            while data := client.recv(100):
+                client.sendall(data)
+"""
+LATENCY = """
+import socket, statistics, sys, time
+times = []
+with socket.create_connection((sys.argv[1], 9100), timeout=10) as s:
+    s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for _ in range(3000):
+        start = time.perf_counter_ns()
+        s.sendall(b"x")
+        s.recv(1)
+        times.append(time.perf_counter_ns() - start)
+print(statistics.median(times) / 1000)
+"""
 STRATEGIES = ("busy", "adaptive", "event_driven")
 Cells = defaultdict[tuple[str, str], list[float]]
 
@@ -51,7 +73,7 @@ def strategy(lab: Lab, name: str, seconds: int, cells: Cells) -> None:
         time.sleep(seconds)
         idle = (processor_seconds(pid) - start) / (time.monotonic() - at)
         cells[name, "processor, idle, %"].append(idle * 100)
-        latency = [sys.executable, str(HERE / "latency.py"), OUT4, "9100", "3000"]
+        latency = [sys.executable, "-c", LATENCY, OUT4]
         start, at = processor_seconds(pid), time.monotonic()
         cells[name, "latency, µs"].append(float(lab.check(latency, ns=ns)))
         used = (processor_seconds(pid) - start) / (time.monotonic() - at)
@@ -108,7 +130,7 @@ def main() -> None:
     strategies, counts = Cells(list), Cells(list)
     sweep()
     with Lab() as lab:
-        lab.start([sys.executable, str(HERE / "responder.py")], ns=lab.out, ready="^ready$")
+        lab.start([sys.executable, "-c", ECHO], ns=lab.out, ready="^ready$")
         for port in (5201, 5202):
             command = ["iperf3", "-s", "-p", str(port), "--forceflush"]
             lab.start(command, ns=lab.out, ready="Server listening")
