@@ -568,8 +568,13 @@ impl State {
         self.unpublished = false;
     }
 
-    /// The last things: counters, captures, events.
+    /// The last things: connections (those that guests have not ended are reset, or a part would look to the
+    /// outside like the whole), counters, captures, events.
     fn end(&mut self) {
+        let ports: Vec<_> = self.core.ports().map(|p| p.port).collect();
+        for port in ports {
+            self.core.remove_port(sys::now(), port, &mut self.io);
+        }
         if let Some(c) = self.io.capture.take() {
             self.end_capture(c, None);
         }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from guestnet.cli import UsageError, arguments, supervise
 from guestnet.cli.terminal import say, tell_log
+from guestnet.errors import GuestnetError
 
 if TYPE_CHECKING:
     from guestnet.forwards import ForwardSpec
@@ -26,6 +28,27 @@ def check_guest(publication: ForwardSpec, options: argparse.Namespace) -> None:
             f"The published port {publication} names another guest than the only one, {ENDPOINT!r} "
             f"({address}): write {publication.host_ports[0]}:{publication.guest_ports[0]}."
         )
+
+
+_DRAIN_SECONDS = 5.0
+_QUIET_SECONDS = 1.0
+_LOOK_SECONDS = 0.01
+_UNFINISHED = frozenset(("connecting", "syn_sent", "syn_received", "established", "fin_wait_1", "fin_wait_2"))
+"""States of connections whose guest has not ended its side, or whose end the outside does not have yet."""
+
+
+def let_connections_end(network: NatNetwork) -> None:
+    """A command may end before the guest's kernel has sent what it wrote, as on any host. Waits as long as
+    that still moves, and no longer than some seconds."""
+    deadline = time.monotonic() + _DRAIN_SECONDS
+    while time.monotonic() < deadline:
+        moving = (
+            flow.protocol == "tcp" and flow.state in _UNFINISHED and flow.idle < _QUIET_SECONDS
+            for flow in network.flows()
+        )
+        if not any(moving):
+            return
+        time.sleep(_LOOK_SECONDS)
 
 
 @contextmanager
@@ -59,10 +82,21 @@ def network_of_one(
         yield network
     finally:
         supervise.restore_terminal()
+        try:
+            if network.is_running:
+                with suppress(GuestnetError):
+                    let_connections_end(network)
+        finally:
+            _end(network, options)
+
+
+def _end(network: NatNetwork, options: argparse.Namespace) -> None:
+    try:
         supervise.end_descendants()
         if options.stats and network.is_running:
             from guestnet.cli.report import stats_lines
 
             for line in stats_lines(network.stats()):
                 say(line)
+    finally:
         network.stop()

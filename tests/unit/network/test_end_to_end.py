@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address, IPv4Interface
@@ -136,3 +137,28 @@ def test_it_starts_again(boot: Callable[..., Guest], network: NatNetwork) -> Non
     attachment = network.attach("vm1", "memory", on_frame=guest.receive)
     assert guest.lease().interface == IPv4Interface("192.168.64.2/24")
     assert str(guest.resolve("web.example")) == "192.0.2.7"
+
+
+def test_what_the_guest_did_not_end_does_not_look_ended(
+    network: NatNetwork, boot: Callable[..., Guest]
+) -> None:
+    """A network that stops resets the connections that its guests have not closed; others end in order."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(10)
+        guest = boot("vm1")
+        opened = []
+        for _ in range(2):
+            connection = guest.connect("192.168.64.254", server.getsockname()[1])
+            outside, _ = server.accept()
+            outside.settimeout(10)
+            connection.send(b"a part")
+            assert outside.recv(100) == b"a part"
+            opened.append((connection, outside))
+        opened[0][0].close()
+        assert opened[0][1].recv(100) == b""
+        network.stop()
+        assert opened[0][1].recv(100) == b""
+        with pytest.raises(ConnectionResetError):
+            opened[1][1].recv(100)
+        for _, outside in opened:
+            outside.close()

@@ -393,9 +393,10 @@ impl Tcb {
         self.finish(cx, Close::Reset);
     }
 
-    /// Ends the flow without a word to the guest (its port is gone).
+    /// Ends the flow without a word to the guest (its port is gone). What the guest ended itself is delivered;
+    /// what it did not end must not look to the outside as if it had.
     pub fn discard<E: Effects>(&mut self, fx: &mut E, budget: &mut Budget) {
-        self.release(fx, budget, Close::Reset);
+        self.release(fx, budget, if self.shut { Close::Graceful } else { Close::Reset });
     }
 
     /// Bytes of payload taken from the guest, and acknowledged by it.
@@ -416,10 +417,11 @@ impl Tcb {
         self.sock_open.then_some(self.sock)
     }
 
-    /// Name of the state, as RFC 9293 3.3.2 calls it, seen from the guest's side of the relay.
+    /// Name of the state, as RFC 9293 3.3.2 calls it, seen from the guest's side of the relay. The guest's FIN
+    /// counts when the outside has it too.
     #[must_use]
     pub fn state_name(&self) -> &'static str {
-        match (self.state, self.guest_fin, self.fin_sent, self.fin_acked) {
+        match (self.state, self.guest_fin && self.shut, self.fin_sent, self.fin_acked) {
             (State::Connecting, ..) => "connecting",
             (State::SynSent, ..) => "syn_sent",
             (State::SynReceived, ..) => "syn_received",
