@@ -82,6 +82,8 @@ def kernel_nat(arena: Arena, port: int, guest: str) -> str:
         ip("-n", arena.router, "address", "add", f"{ROUTER4}/24", "dev", "up0")
         ip("-n", lab.out, "address", "add", f"{BEYOND4}/24", "dev", "nat0")
         ip("-n", arena.router, "route", "add", "default", "via", BEYOND4)
+        # What the servers outside answer comes from the address that they were asked by.
+        ip("-n", lab.out, "route", "replace", "203.0.114.0/24", "dev", "nat0", "src", OUT4)
         lab.sysctl(arena.router, "net.ipv4.ip_forward", "1")
         lab.check(["nft", "-f", "-"], ns=arena.router, stdin=NAT)
     rule = f"ip daddr {ROUTER4} tcp dport {port} dnat to {guest}:{PORT}"

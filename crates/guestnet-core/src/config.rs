@@ -46,17 +46,30 @@ pub struct Limits {
     /// Datagrams a second of one port to UDP services; the control side serves all ports from one queue. A
     /// datagram counts once for each 1500 bytes begun.
     pub service_datagrams_per_second: u32,
+    /// Flows that all ports together can have a descriptor for. A port may have as many as [`PORT_SHARE`] times
+    /// those that are left (a dynamic threshold, as switches share their buffer): a port alone gets four fifths,
+    /// and however many want all, each gets as much, and a newcomer too.
+    pub descriptors: u32,
     /// Inbound flows and datagrams that wait for a guest's answer to ARP, all ports together; of one port a
     /// quarter of it.
     pub neighbour_waiting: u32,
 }
 
+/// How much of what is left a port may have, see [`Limits::descriptors`].
+pub(crate) const PORT_SHARE: u32 = 4;
+
 impl Limits {
+    /// Flows that one port may have while all ports have `flows`.
+    pub(crate) fn of_one_port(&self, flows: u32) -> u32 {
+        let left = self.descriptors.saturating_sub(flows);
+        self.flows_per_port.min(left.saturating_mul(PORT_SHARE))
+    }
+
     /// The same for a process that can have so many descriptors: each TCP flow is one and each UDP socket, and
-    /// no port is to have them all.
+    /// no port is to have them all ([`Limits::descriptors`]).
     #[must_use]
     pub fn within(mut self, descriptors: u32) -> Limits {
-        self.flows_per_port = self.flows_per_port.min(descriptors / 2);
+        self.descriptors = self.descriptors.min(descriptors);
         self.udp_sockets_per_port = self.udp_sockets_per_port.min(descriptors / 8);
         self
     }
@@ -76,6 +89,7 @@ impl Default for Limits {
             icmp_errors_per_second: 100,
             floods_per_second: 1000,
             service_datagrams_per_second: 1000,
+            descriptors: u32::MAX,
             neighbour_waiting: 1024,
         }
     }

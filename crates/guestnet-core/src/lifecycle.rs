@@ -3,7 +3,6 @@
 //! in TIME-WAIT of the same port make room, least recently used first, never anybody else's. Timers are
 //! lazy: a flow that is used only notes its new end, and the wheel finds out when the old one comes.
 
-use crate::config::Limits;
 use crate::core::Core;
 use crate::effects::{Close, Effects, Event};
 use crate::flow::{Chain, Flow, Key, State};
@@ -31,13 +30,14 @@ impl Core {
     /// # Errors
     /// [`Drop::FlowLimit`] or [`Drop::TableFull`] when nothing can be evicted.
     pub(crate) fn admit<E: Effects>(&mut self, slot: u32, socket: bool, fx: &mut E) -> Result<(), Drop> {
-        let Limits { flows_per_port, udp_sockets_per_port, .. } = self.cfg.limits;
+        let limits = self.cfg.limits.clone();
         let records = 1 + usize::from(socket);
         for _ in 0..=EVICTIONS {
+            let most = limits.of_one_port(u32::try_from(self.flows.count()).unwrap_or(u32::MAX));
             let port = self.ports.get(slot).ok_or(Drop::NoEndpoint)?;
             let over = if !self.flows.has_room(records) {
                 Drop::TableFull
-            } else if port.flows >= flows_per_port || socket && port.sockets >= udp_sockets_per_port {
+            } else if port.flows >= most || socket && port.sockets >= limits.udp_sockets_per_port {
                 Drop::FlowLimit
             } else {
                 return Ok(());

@@ -201,6 +201,30 @@ fn a_flood_of_flows_stays_within_the_caps() {
 }
 
 #[test]
+fn who_wants_all_descriptors_leaves_some_to_the_next() {
+    let mut n = Net::with_limits(|l| l.descriptors = 100);
+    let flows = |n: &Net, i: usize| n.core.ports().nth(i).unwrap().flows;
+    let greedy = |n: &mut Net, who| {
+        for port in 0..200 {
+            n.send(who, syn(who, 4000 + port, "203.0.113.1:80"));
+        }
+    };
+    greedy(&mut n, A);
+    assert_eq!(flows(&n, 0), 80);
+    greedy(&mut n, B);
+    assert_eq!(flows(&n, 1), 16);
+    // What ends is not the first one's again while the other has less.
+    let ended: Vec<_> = n.fx.connects.iter().take(40).map(|(flow, _)| *flow).collect();
+    for flow in ended {
+        n.core.tcp_connected(n.now, flow, Err(SockError::HostUnreachable), &mut n.fx);
+    }
+    greedy(&mut n, B);
+    greedy(&mut n, A);
+    let (a, b) = (flows(&n, 0), flows(&n, 1));
+    assert!(a + b <= 100 && b >= 40, "{a} and {b}");
+}
+
+#[test]
 fn tcp_over_the_cap_is_reset() {
     let mut n = Net::with_limits(|l| l.flows_per_port = 3);
     for port in 0..3 {

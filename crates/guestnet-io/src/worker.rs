@@ -149,7 +149,7 @@ fn seed(config: &WorkerConfig) -> Result<Seed, IoError> {
 pub(crate) fn start(mut config: WorkerConfig, loads: &Arc<[AtomicU32]>) -> Result<Vec<Thread>, IoError> {
     let n = loads.len();
     let descriptors = sys::raise_descriptor_limit() / n as u32;
-    config.core.limits = shares(config.core.limits, n as u32).within(descriptors);
+    config.core.limits = shares(config.core.limits, n as u32).within(for_sockets(descriptors));
     let seeds = (0..n).map(|_| seed(&config)).collect::<Result<Vec<_>, _>>()?;
     let mut peers: Vec<Option<Box<Peers>>> = (0..n).map(|_| None).collect();
     if n > 1 {
@@ -167,6 +167,11 @@ pub(crate) fn start(mut config: WorkerConfig, loads: &Arc<[AtomicU32]>) -> Resul
         spawn(config, descriptors, seed, peers)
     })
     .collect()
+}
+
+/// Of so many descriptors, those for sockets of flows: an eighth is for attachments and the control side.
+fn for_sockets(descriptors: u32) -> u32 {
+    descriptors - descriptors / 8
 }
 
 /// What one of `n` workers may use of what the Network may use. A guest has its own limits on whichever it is.
@@ -196,7 +201,7 @@ fn spawn(
         let (waker, published, healthy, stop) = shared;
         let mut io = IoState::new(poller, event_tx);
         io.peers = peers;
-        io.socks.most = (descriptors - descriptors / 8) as usize;
+        io.socks.most = for_sockets(descriptors) as usize;
         let mut state = State::new(config, io, command_rx, waker, published, stop);
         let ended = catch_unwind(AssertUnwindSafe(|| state.run()));
         let failed = match ended {
