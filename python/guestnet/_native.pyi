@@ -37,6 +37,7 @@ __all__ = [
     "Ring",
     "__version__",
     "drop_reasons",
+    "io_uring_works",
 ]
 
 __version__: Final[str]
@@ -69,6 +70,7 @@ class DataPlane:
         command_ring: int = 1024,
         name: str = "guestnet",
         workers: int = 1,
+        io_uring: bool = True,
     ) -> DataPlane:
         """Starts the workers, 1 to 64. `secret` is 32 random bytes that key its hashes and sequence
         numbers. Raises DataPlaneError when the system has no descriptor or thread for it."""
@@ -360,6 +362,9 @@ _Event: TypeAlias = (
 
 _U32s: TypeAlias = Sequence[int] | Buffer
 _Network: TypeAlias = tuple[_IpIn, int]
+
+def io_uring_works() -> bool:
+    """True when small writes can be gathered in one call of io_uring here."""
 
 def drop_reasons() -> list[str]:
     """The names of the reasons for drops, by number."""

@@ -238,6 +238,7 @@ class NatConfig:
     - `polling`, `batch_size` (frames, 1 to 1024), `max_spins`: see `PollingStrategy`.
     - `workers`: packet threads that share the endpoints, 1 to 64. Each endpoint is on one of them; more than
       one helps where several guests are busy and processors are free.
+    - `io_uring`: small writes are gathered and done in one call, where the system has io_uring (Linux 6.0).
     - `filtering`: see `Filtering`.
     - `gateway_mac`: the gateway's hardware address.
     - `uplink`: see `Uplink`. With "tun": `external`, the addresses that guests have outside, which must be
@@ -269,6 +270,7 @@ class NatConfig:
     batch_size: int
     max_spins: int
     workers: int
+    io_uring: bool
     filtering: Filtering
     gateway_mac: str
     bridge: str | None
@@ -303,6 +305,7 @@ class NatConfig:
         batch_size: int = 64,
         max_spins: int = 1000,
         workers: int = 1,
+        io_uring: bool = True,
         filtering: str | Filtering = Filtering.ADDRESS_DEPENDENT,
         gateway_mac: str | bytes | None = None,
         uplink: str | Uplink = Uplink.SOCKETS,
@@ -336,6 +339,7 @@ class NatConfig:
         put(self, "batch_size", _number("batch_size", batch_size, 1, 1024))
         put(self, "max_spins", _number("max_spins", max_spins, 0, 1_000_000))
         put(self, "workers", _number("workers", workers, 1, WORKERS_MOST))
+        put(self, "io_uring", bool(io_uring))
         put(self, "filtering", _choice(Filtering, "filtering", filtering))
         put(self, "limits", _named_numbers("limits", limits or {}))
         put(self, "timeouts", _named_numbers("timeouts", timeouts or {}))

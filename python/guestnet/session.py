@@ -65,6 +65,7 @@ def _make_plane(config: NatConfig) -> _native.DataPlane:
         batch_size=config.batch_size,
         max_spins=config.max_spins,
         workers=config.workers,
+        io_uring=config.io_uring,
     )
 
 

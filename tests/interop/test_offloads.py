@@ -1,5 +1,5 @@
-"""Kernels that know fewer offloads: TAPs without virtio headers, without USO, without TSO, without any. All
-traffic is the same as with them, only slower."""
+"""Kernels that know fewer offloads: TAPs without virtio headers, without USO, without TSO, without any; and
+systems without io_uring. All traffic is the same as with them, only slower."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ REFUSED = {
     "no TSO6": hex(USO | TSO6),
     "no TSO": hex(USO | TSO6 | TSO4),
     "nothing": hex(0xFF),
+    "no io_uring": "io_uring",
 }
 UDP = f"""
 import hashlib, socket
@@ -71,6 +72,7 @@ def test_all_traffic_is_the_same(guest: tuple[str, Process, str], lab: Lab, blob
     # is a header to say so in.
     assert segmented > 100 if refused == "headers" else segmented == 0
     features = lab.check(["ethtool", "-k", "eth0"], ns=ns)
-    mask = 0xFF if refused == "headers" else int(refused, 0)
+    mask = {"headers": 0xFF, "io_uring": 0}.get(refused)
+    mask = int(refused, 0) if mask is None else mask
     for bit, feature in ((TSO4, "tx-tcp-segmentation"), (USO, "tx-udp-segmentation")):
         assert f"{feature}: {'off' if mask & bit else 'on'}" in features

@@ -229,6 +229,12 @@ impl Core {
         self.flush_batch(fx);
     }
 
+    /// True when flows have more to send, and only let others have their turn: [`Core::batch_end`] is due again.
+    #[must_use]
+    pub fn has_more(&self) -> bool {
+        self.batch.len > 0
+    }
+
     /// A port that was full takes frames again.
     pub fn port_writable<E: Effects>(&mut self, now: Time, port: PortId, fx: &mut E) {
         self.now = now;

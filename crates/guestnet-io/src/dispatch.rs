@@ -194,6 +194,11 @@ impl State {
         let Some(sock) = self.io.socks.current(ready.token) else { return };
         let flow = sock.flow;
         match &mut sock.kind {
+            SockKind::Tcp(tcp) if tcp.lingers => {
+                if ready.has(libc::EPOLLOUT | HUNG_UP) {
+                    self.io.socks.linger(&mut self.io.counters, id, ready.has(HUNG_UP));
+                }
+            }
             SockKind::Tcp(tcp) => {
                 let Some(flow) = flow else { return };
                 if tcp.connecting {
@@ -219,7 +224,17 @@ impl State {
         let Some(Sock { kind: SockKind::Tcp(tcp), .. }) = self.io.socks.current(ready.token) else { return };
         tcp.ended |= ready.has(libc::EPOLLRDHUP) && !ready.has(libc::EPOLLERR);
         tcp.urgent |= ready.has(libc::EPOLLPRI);
-        let room = ready.has(libc::EPOLLOUT) && std::mem::take(&mut tcp.wants_write);
+        let mut room = ready.has(libc::EPOLLOUT) && std::mem::take(&mut tcp.wants_write);
+        if room && !tcp.put_off && !tcp.waiting.is_empty() {
+            // What the core has handed over goes first.
+            room = match self.io.socks.send_waiting(SockId(ready.token.index)) {
+                Ok(all) => all,
+                Err(e) => {
+                    self.io.socks.broke(SockId(ready.token.index), e);
+                    return;
+                }
+            };
+        }
         // Behind the end of the data, an error or urgent data nothing more is reported: the core reads until
         // there is nothing.
         if ready.has(HUNG_UP | libc::EPOLLRDHUP | libc::EPOLLPRI) {

@@ -8,7 +8,9 @@ use crate::events::{Event, EventSender};
 use crate::peers::Peers;
 use crate::poller::Poller;
 use crate::stats::IoCounters;
+use crate::submit::{OPS_MAX, Submitter};
 use crate::sys;
+use crate::uplink::later::Done;
 use crate::uplink::sockets::{Sock, SockKind, Socks};
 use crate::uplink::tun::Tun;
 use guestnet_core::effects::{self, Close, Effects, Peek, SockError, TxError};
@@ -24,6 +26,7 @@ pub(crate) struct IoState {
     /// The uplink of packets, where there is one.
     pub tun: Option<Tun>,
     pub events: EventSender,
+    submitter: Submitter,
     pub capture: Option<Capturing>,
     /// The other workers, where there are any.
     pub peers: Option<Box<Peers>>,
@@ -35,16 +38,24 @@ pub(crate) struct IoState {
     /// What was peeked last, and where in the buffer it begins.
     scratch: Vec<u8>,
     peeked: usize,
+    /// What a run of the submitter consists of.
+    done: Vec<Done>,
+    frames: Vec<u32>,
 }
 
 impl IoState {
-    pub(crate) fn new(poller: Poller, events: EventSender) -> IoState {
+    /// `batched`: small writes of a batch are to be one call, where the system can.
+    pub(crate) fn new(poller: Poller, events: EventSender, batched: bool) -> IoState {
+        let submitter = Submitter::new(batched);
+        let mut socks = Socks::new();
+        socks.later.on = submitter.is_on();
         IoState {
             poller,
             ports: Ports::default(),
-            socks: Socks::new(),
+            socks,
             tun: None,
             events,
+            submitter,
             capture: None,
             peers: None,
             counters: IoCounters::default(),
@@ -52,13 +63,15 @@ impl IoState {
             now: sys::now(),
             scratch: Vec::new(),
             peeked: 0,
+            done: Vec::new(),
+            frames: Vec::new(),
         }
     }
 
     /// The ports, and what they need to send.
     pub(crate) fn split(&mut self) -> (&mut Ports, Outside<'_>) {
-        let IoState { poller, ports, events, counters, now, .. } = self;
-        (ports, Outside { poller, events, counters, now: *now })
+        let IoState { poller, ports, events, counters, submitter, now, .. } = self;
+        (ports, Outside { poller, events, counters, submitter, now: *now })
     }
 
     /// A frame came from a guest.
@@ -80,8 +93,29 @@ impl IoState {
         self.socks.udp_flush(&mut self.counters);
         let (ports, mut out) = self.split();
         ports.flush(&mut out);
+        self.submit();
         if let Some(p) = &mut self.peers {
             p.ring_bells();
+        }
+    }
+
+    /// Does what was put off, in as few calls as may be.
+    fn submit(&mut self) {
+        while !self.socks.later.is_empty() || self.ports.has_frames() {
+            let IoState { poller, ports, socks, submitter, counters, done, frames, .. } = self;
+            let taken = socks.take_later(OPS_MAX);
+            let mut batch = submitter.batch();
+            socks.add_to(&mut batch, taken, done);
+            ports.add_frames(&mut batch, frames);
+            let results = batch.run();
+            counters.write_runs += 1;
+            counters.writes_put_off += results.len() as u64;
+            for (what, result) in done.iter().zip(results) {
+                socks.did(what, *result);
+            }
+            ports.did_frames(poller, counters, frames, results.get(done.len()..).unwrap_or(&[]));
+            done.clear();
+            frames.clear();
         }
     }
 
@@ -95,6 +129,7 @@ impl IoState {
     pub(crate) fn has_news(&self) -> bool {
         !self.socks.outcomes.is_empty()
             || !self.socks.errors.is_empty()
+            || !self.socks.later.broken.is_empty()
             || !self.ports.writable.is_empty()
             || !self.ports.down.is_empty()
     }
@@ -116,8 +151,8 @@ impl Effects for IoState {
         meta: FrameMeta,
     ) -> Result<(), TxError> {
         let range = self.peeked + payload.start..self.peeked + payload.end;
-        let IoState { poller, ports, events, counters, now, scratch, .. } = self;
-        let mut out = Outside { poller, events, counters, now: *now };
+        let IoState { poller, ports, events, counters, submitter, now, scratch, .. } = self;
+        let mut out = Outside { poller, events, counters, submitter, now: *now };
         let rest = scratch.get(range.clone()).unwrap_or(&[]);
         ports.transmit(&mut out, port, header, rest, meta)?;
         self.capture_out(port, header, range);
@@ -212,13 +247,7 @@ impl Effects for IoState {
 
     fn close(&mut self, sock: SockId, how: Close) {
         match self.socks.get(sock).map(|s| &s.kind) {
-            Some(SockKind::Tcp(_)) => {
-                if let Some(s) = self.socks.remove(&mut self.counters, sock)
-                    && how == Close::Reset
-                {
-                    sys::set_abort(&s.fd);
-                }
-            }
+            Some(SockKind::Tcp(_)) => self.socks.tcp_close(&mut self.counters, sock, how),
             Some(SockKind::Udp(_)) => {
                 // What the guest sent before still goes.
                 self.socks.udp_flush(&mut self.counters);

@@ -72,6 +72,10 @@ io_counters! {
     datagram_receives,
     /// Datagrams received.
     datagrams_received,
+    /// Runs of small writes that were put off to the end of a batch.
+    write_runs,
+    /// Small writes in them.
+    writes_put_off,
     /// Frames left out of the capture.
     capture_dropped,
     /// Largest number of host sockets open at once.

@@ -157,7 +157,7 @@ pub(crate) fn take_error(fd: &OwnedFd) -> i32 {
 }
 
 /// send(2), without SIGPIPE.
-pub(crate) fn send(fd: &OwnedFd, data: &[u8]) -> Result<usize, i32> {
+pub(crate) fn send(fd: &impl AsRawFd, data: &[u8]) -> Result<usize, i32> {
     // SAFETY: the slice is readable.
     check_len(unsafe {
         libc::send(fd.as_raw_fd(), data.as_ptr().cast(), data.len(), libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT)
@@ -187,7 +187,7 @@ pub(crate) fn read(fd: &OwnedFd, buf: &mut [u8]) -> Result<usize, i32> {
 }
 
 /// writev(2) of up to four parts.
-pub(crate) fn writev(fd: &OwnedFd, parts: &[&[u8]]) -> Result<usize, i32> {
+pub(crate) fn writev(fd: &impl AsRawFd, parts: &[&[u8]]) -> Result<usize, i32> {
     let (iov, n) = io_vec(parts);
     // SAFETY: the first `n` entries describe live slices.
     check_len(unsafe { libc::writev(fd.as_raw_fd(), iov.as_ptr(), n as i32) })
@@ -318,7 +318,7 @@ impl RawAddr {
 }
 
 /// connect(2).
-pub(crate) fn connect(fd: &OwnedFd, to: &RawAddr) -> Result<(), i32> {
+pub(crate) fn connect(fd: &impl AsRawFd, to: &RawAddr) -> Result<(), i32> {
     // SAFETY: the address lives and has that length.
     check(unsafe { libc::connect(fd.as_raw_fd(), to.as_ptr(), to.len) }).map(|_| ())
 }

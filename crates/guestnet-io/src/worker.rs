@@ -81,6 +81,8 @@ pub struct WorkerConfig {
     pub name: String,
     /// Threads that share the ports, 1 to 64.
     pub workers: usize,
+    /// Small writes of a batch are one call by io_uring, where the system has it.
+    pub io_uring: bool,
 }
 
 impl WorkerConfig {
@@ -96,6 +98,7 @@ impl WorkerConfig {
             command_ring: 1024,
             name: "guestnet".into(),
             workers: 1,
+            io_uring: true,
         }
     }
 }
@@ -199,7 +202,7 @@ fn spawn(
     let main = move || {
         sys::block_signals();
         let (waker, published, healthy, stop) = shared;
-        let mut io = IoState::new(poller, event_tx);
+        let mut io = IoState::new(poller, event_tx, config.io_uring);
         io.peers = peers;
         io.socks.most = for_sockets(descriptors) as usize;
         let mut state = State::new(config, io, command_rx, waker, published, stop);
@@ -428,6 +431,9 @@ impl State {
             for (flow, result) in std::mem::take(&mut io.socks.outcomes) {
                 self.core.tcp_connected(now, flow, result, io);
             }
+            for flow in std::mem::take(&mut io.socks.later.broken) {
+                self.core.tcp_ready(now, flow, true, true, io);
+            }
             for e in std::mem::take(&mut io.socks.errors) {
                 self.core.sock_error(now, e.flow, e.as_core(), io);
             }
@@ -483,6 +489,7 @@ impl State {
     /// How long to sleep at most; `None` without end.
     fn timeout(&self) -> Option<u64> {
         let busy = self.io.has_news()
+            || self.core.has_more()
             || !self.io.ports.again.is_empty()
             || self.commands_waiting && !self.io.is_behind()
             || self.io.peers.as_ref().is_some_and(|p| p.has_items());
@@ -580,6 +587,8 @@ impl State {
         for port in ports {
             self.core.remove_port(sys::now(), port, &mut self.io);
         }
+        self.io.flush();
+        self.io.socks.end_lingering();
         if let Some(c) = self.io.capture.take() {
             self.end_capture(c, None);
         }

@@ -22,6 +22,12 @@ const MTU_MAX: u16 = 65_520;
 /// The least that IPv4 allows (RFC 791).
 const MTU_MIN: u16 = 68;
 
+/// True when small writes can be gathered in one call of io_uring here.
+#[pyfunction]
+pub fn io_uring_works() -> bool {
+    guestnet_io::io_uring_works()
+}
+
 /// A running worker.
 #[pyclass(frozen, module = "guestnet._native")]
 pub struct DataPlane {
@@ -69,7 +75,8 @@ impl DataPlane {
     #[new]
     #[pyo3(signature = (*, gateway, prefix, gateway_mac, secret, mode="nat", host_loopback=None,
         filtering="address_dependent", limits=Named::new(), timeouts=Named::new(), strategy="adaptive",
-        batch_size=64, max_spins=1000, event_ring=8192, command_ring=1024, name="guestnet", workers=1))]
+        batch_size=64, max_spins=1000, event_ring=8192, command_ring=1024, name="guestnet", workers=1,
+        io_uring=true))]
     fn new(
         py: Python<'_>,
         gateway: IpAddr,
@@ -88,6 +95,7 @@ impl DataPlane {
         command_ring: usize,
         name: &str,
         workers: usize,
+        io_uring: bool,
     ) -> PyResult<Self> {
         let core = config::core(
             py,
@@ -116,6 +124,7 @@ impl DataPlane {
         }
         let config = WorkerConfig {
             workers,
+            io_uring,
             strategy: config::strategy(py, strategy)?,
             batch_size,
             max_spins,

@@ -21,6 +21,8 @@ mod _native {
     #[pymodule_export]
     use super::dataplane::DataPlane;
     #[pymodule_export]
+    use super::dataplane::io_uring_works;
+    #[pymodule_export]
     use super::events::{
         AddressSeen, Datagram, Denied, Done, Failed, FlowClosed, FlowOpened, Frame, Log, PortDown, PortUp,
     };

@@ -256,6 +256,12 @@ def add_network_options(parser: Parser) -> None:
         help="packet threads that share the guests, 1 (default) to 64",
     )
     add(
+        "--no-io-uring",
+        dest="io_uring",
+        action="store_false",
+        help="do not gather small writes in one call of io_uring",
+    )
+    add(
         "--polling",
         choices=("adaptive", "busy", "event_driven"),
         default="adaptive",
@@ -315,6 +321,7 @@ def network_settings(options: argparse.Namespace) -> dict[str, Any]:
         "host_loopback": options.host_loopback,
         "filtering": options.filtering,
         "workers": options.workers,
+        "io_uring": options.io_uring,
         "polling": options.polling,
         "capture": options.pcap,
         "uplink": options.uplink,

@@ -65,6 +65,7 @@ def all_checks(subnet: str) -> Iterator[Check]:
     yield check_open_files()
     yield check_peek_offset()
     yield check_udp_offload()
+    yield check_io_uring()
     yield check_qemu()
     yield check_kvm()
     yield check_vhost()
@@ -264,6 +265,20 @@ def check_udp_offload() -> Check:
         except OSError:
             return Check(name, LIMITED, "not complete", "Use Linux 5.0 or newer for fast UDP.")
     return Check(name, OK, "GSO and GRO")
+
+
+def check_io_uring() -> Check:
+    """io_uring: many small writes in one call."""
+    from guestnet._native import io_uring_works
+
+    name = "io_uring"
+    if io_uring_works():
+        return Check(name, OK, "small writes are gathered")
+    remedy = (
+        "For more small requests a second: Linux 6.0 or newer, kernel.io_uring_disabled=0, and a container "
+        "that allows io_uring."
+    )
+    return Check(name, LIMITED, "not to be had", remedy)
 
 
 def check_qemu() -> Check:

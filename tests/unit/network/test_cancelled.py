@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import Coroutine
@@ -93,11 +94,19 @@ def test_ports_that_were_not_published_are_free(network: NatNetwork) -> None:
         again.bind(("127.0.0.1", port))
 
 
+def three_free_ports() -> int:
+    """The first of three in a row, below those that the kernel gives to connections."""
+    for first in range(20_000, 30_000, 3):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + 3):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+    raise AssertionError("no three free ports")
+
+
 def test_a_forward_that_is_taken_back_is_taken_back_whole(network: NatNetwork, add_guest: AddGuest) -> None:
     add_guest("vm1").serve(80, lambda connection: connection.close())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        first = free.getsockname()[1]
+    first = three_free_ports()
     forward = network.publish(f"127.0.0.1:{first}-{first + 2}:vm1:80-82")
     give_up(network, network._live().unpublish(forward))
     network.flows()

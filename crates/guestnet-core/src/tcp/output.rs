@@ -25,6 +25,8 @@ const TS_LEN: u16 = 12;
 const CHALLENGES_MAX: u8 = 10;
 /// Window that a flow with nothing buffered may always offer: the socket, not the buffer, is to take it.
 const WINDOW_MIN: u32 = 16384;
+/// Bytes that a flow sends before others have their turn; at 10 Gbit/s some 200 microseconds.
+const TURN: u32 = 256 << 10;
 /// The largest payload that fits an IP packet with all headers.
 const PAYLOAD_MAX: u32 = 65535 - (IPV6_LEN + MIN_LEN + 24) as u32;
 
@@ -292,7 +294,12 @@ impl Tcb {
     pub(super) fn push<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Result<(), Fate> {
         let mss = u32::from(self.segment_size(cx.path));
         let limit = cx.path.gso_max.min(PAYLOAD_MAX).max(mss);
+        let mut sent = 0;
         while !self.waits_port {
+            if sent >= TURN {
+                self.wants_batch = true;
+                return Ok(());
+            }
             let resend = self.snd_nxt != self.snd_max;
             if self.fin_sent && (!resend || self.snd_nxt.plus(1) == self.snd_max) {
                 if resend {
@@ -343,6 +350,7 @@ impl Tcb {
                     if n == 0 || !self.send_data(cx, n, mss, end) {
                         return Ok(());
                     }
+                    sent += n;
                 }
                 Peek::Empty => {
                     (self.readable, self.hangup) = (false, false);

@@ -5,13 +5,14 @@
 
 use super::dgram::Dgram;
 use super::stream::Stream;
-use super::tap::{Sent, Tap};
+use super::tap::{self, PutOff, Sent, Tap};
 use super::vhost::{self, Vhost};
 use super::{Flushed, QUEUE_LOW, QUEUE_MAX, vnet};
 use crate::events::{Event, EventSender, Level};
 use crate::poller::{Kind, Poller, Token};
 use crate::slab::Slab;
 use crate::stats::IoCounters;
+use crate::submit::{Batch, Submitter};
 use guestnet_core::effects::TxError;
 use guestnet_core::types::{Csum, FrameMeta, PortId, Time};
 use guestnet_wire::segment;
@@ -72,6 +73,7 @@ pub(crate) struct Outside<'a> {
     pub poller: &'a Poller,
     pub events: &'a mut EventSender,
     pub counters: &'a mut IoCounters,
+    pub submitter: &'a mut Submitter,
     pub now: Time,
 }
 
@@ -83,6 +85,8 @@ pub(crate) struct Ports {
     /// The port that was looked up last: frames come in runs.
     last: Option<(PortId, u32)>,
     dirty: Vec<u32>,
+    /// Ports with a TAP for which frames wait for the end of the batch.
+    taps: Vec<u32>,
     retry: Vec<u32>,
     /// When `retry` is due.
     pub retry_at: Option<Time>,
@@ -244,6 +248,23 @@ impl Ports {
                 return Ok(());
             }
             Attachment::Tap(tap) if tap.takes(&meta) => {
+                if out.submitter.is_on() {
+                    // What wakes the guest goes in one call at the end of the batch.
+                    match tap.put_off(&meta, front, rest) {
+                        PutOff::Yes => return Ok(()),
+                        PutOff::First => {
+                            self.taps.push(slot);
+                            return Ok(());
+                        }
+                        PutOff::No => {}
+                    }
+                }
+                if tap.waits() {
+                    self.flush_tap(out, slot);
+                }
+                let Some(Port { attachment: Attachment::Tap(tap), .. }) = self.slab.get_mut(slot) else {
+                    return Err(TxError::Gone);
+                };
                 let sent = if meta.gso.is_some() && !matches!(meta.csum, Csum::Partial { .. }) {
                     // The kernel takes large frames only with a checksum that is begun.
                     let mut meta = meta;
@@ -286,6 +307,10 @@ impl Ports {
             }
             _ => {}
         }
+        if matches!(&port.attachment, Attachment::Tap(tap) if tap.waits()) {
+            self.flush_tap(out, slot);
+        }
+        let Some(port) = self.slab.get_mut(slot) else { return Err(TxError::Gone) };
         let mut last = Sent::Yes;
         if let Some(gso) = meta.gso {
             out.counters.segmented_frames += 1;
@@ -331,14 +356,24 @@ impl Ports {
     }
 
     fn wrote(&mut self, out: &mut Outside<'_>, slot: u32, sent: Sent) -> Result<(), TxError> {
+        self.told(out.poller, out.counters, slot, sent)
+    }
+
+    fn told(
+        &mut self,
+        poller: &Poller,
+        counters: &mut IoCounters,
+        slot: u32,
+        sent: Sent,
+    ) -> Result<(), TxError> {
         match sent {
             Sent::Yes => Ok(()),
             Sent::Refused => {
-                out.counters.refused_frames += 1;
+                counters.refused_frames += 1;
                 Ok(())
             }
             Sent::Full => {
-                self.watch_out(out.poller, slot, true);
+                self.watch_out(poller, slot, true);
                 if let Some(p) = self.slab.get_mut(slot) {
                     p.owed = true;
                 }
@@ -349,6 +384,65 @@ impl Ports {
                 Ok(())
             }
         }
+    }
+
+    /// True when frames wait for the end of the batch.
+    pub(crate) fn has_frames(&self) -> bool {
+        !self.taps.is_empty()
+    }
+
+    /// Adds frames that wait to a run, as many as it takes; `slots` says whose each is.
+    pub(crate) fn add_frames<'fd>(&'fd self, batch: &mut Batch<'_, 'fd>, slots: &mut Vec<u32>) {
+        for slot in &self.taps {
+            let Some(Port { attachment: Attachment::Tap(tap), .. }) = self.slab.get(*slot) else { continue };
+            for frame in tap.waiting() {
+                if batch.is_full() {
+                    return;
+                }
+                batch.write(&tap.fd, frame);
+                slots.push(*slot);
+            }
+        }
+    }
+
+    /// What became of frames of a run.
+    pub(crate) fn did_frames(
+        &mut self,
+        poller: &Poller,
+        counters: &mut IoCounters,
+        slots: &[u32],
+        results: &[i32],
+    ) {
+        for (slot, result) in slots.iter().zip(results) {
+            let Some(Port { attachment: Attachment::Tap(tap), .. }) = self.slab.get_mut(*slot) else {
+                continue;
+            };
+            let result = tap.gone_one(*result);
+            if result < 0 {
+                let sent = tap::lost("the TAP is gone", -result);
+                // It was promised that it goes.
+                if self.told(poller, counters, *slot, sent).is_err() {
+                    counters.refused_frames += 1;
+                }
+            }
+        }
+        let slab = &self.slab;
+        self.taps.retain(|slot| {
+            matches!(slab.get(*slot), Some(Port { attachment: Attachment::Tap(tap), .. }) if tap.waits())
+        });
+    }
+
+    /// Sends the frames that wait for one TAP, before others that do not wait.
+    fn flush_tap(&mut self, out: &mut Outside<'_>, slot: u32) {
+        let mut slots = Vec::new();
+        let Some(Port { attachment: Attachment::Tap(tap), .. }) = self.slab.get(slot) else { return };
+        let mut batch = out.submitter.batch();
+        for frame in tap.waiting() {
+            batch.write(&tap.fd, frame);
+            slots.push(slot);
+        }
+        let results = batch.run();
+        self.did_frames(out.poller, out.counters, &slots, results);
     }
 
     fn lost(&mut self, slot: u32, why: String) {

@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 use super::{Got, reason, vnet};
+use crate::submit::SMALL;
 use crate::sys;
 use guestnet_core::types::{Csum, FrameMeta, Gso};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -28,6 +29,26 @@ pub(crate) struct Tap {
     header: usize,
     /// The kernel knows UDP segmentation (6.2).
     uso: bool,
+    /// Small frames with their virtio headers that go at the end of the batch, one after the other.
+    later: Vec<u8>,
+    /// Where each ends, and how many have gone.
+    ends: Vec<usize>,
+    gone: usize,
+    /// The kernel cannot promise that a write does not block.
+    unhurried: bool,
+}
+
+/// Frames that wait at most.
+const LATER_MAX: usize = 64;
+
+/// Whether a frame waits for the end of the batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PutOff {
+    /// It does, and no other did.
+    First,
+    Yes,
+    /// It is too large, or there are too many.
+    No,
 }
 
 /// What became of a frame.
@@ -48,10 +69,60 @@ impl Tap {
         if sys::get_opt(&fd, libc::SOL_SOCKET, libc::SO_DOMAIN) == Ok(libc::AF_PACKET) {
             sys::adopt(&fd).map_err(|e| reason("the packet socket cannot be set up", e))?;
             let with_header = sys::get_opt(&fd, libc::SOL_PACKET, libc::PACKET_VNET_HDR) == Ok(1);
-            return Ok(Tap { fd, header: if with_header { vnet::LEN } else { 0 }, uso: false });
+            let header = if with_header { vnet::LEN } else { 0 };
+            return Ok(Tap::with(fd, header, false));
         }
         let (header, uso) = agree(&fd, Kind::Tap)?;
-        Ok(Tap { fd, header, uso })
+        Ok(Tap::with(fd, header, uso))
+    }
+
+    fn with(fd: OwnedFd, header: usize, uso: bool) -> Tap {
+        Tap { fd, header, uso, later: Vec::new(), ends: Vec::new(), gone: 0, unhurried: false }
+    }
+
+    /// Takes a small frame that [`Tap::takes`], to be written at the end of the batch.
+    pub(crate) fn put_off(&mut self, meta: &FrameMeta, front: &[u8], rest: &[u8]) -> PutOff {
+        let large = meta.gso.is_some() || front.len() + rest.len() > SMALL;
+        if large || self.unhurried || self.ends.len() >= LATER_MAX {
+            return PutOff::No;
+        }
+        if self.header != 0 {
+            let Some(h) = vnet::emit(meta, front) else { return PutOff::No };
+            self.later.extend_from_slice(h.get(..self.header).unwrap_or(&h));
+        }
+        self.later.extend_from_slice(front);
+        self.later.extend_from_slice(rest);
+        self.ends.push(self.later.len());
+        if self.ends.len() == 1 { PutOff::First } else { PutOff::Yes }
+    }
+
+    pub(crate) fn waits(&self) -> bool {
+        !self.ends.is_empty()
+    }
+
+    /// The frames that wait.
+    pub(crate) fn waiting(&self) -> impl Iterator<Item = &[u8]> {
+        let starts = std::iter::once(&0).chain(&self.ends);
+        let frames = starts.zip(&self.ends).skip(self.gone);
+        frames.map(|(from, to)| self.later.get(*from..*to).unwrap_or(&[]))
+    }
+
+    /// The first of them was written, or is lost: what became of it.
+    pub(crate) fn gone_one(&mut self, result: i32) -> i32 {
+        let mut result = result;
+        if result == -libc::EOPNOTSUPP {
+            // Before Linux 6.4; from now on each is written for itself.
+            self.unhurried = true;
+            let frame = self.waiting().next().unwrap_or(&[]);
+            result = sys::writev(&self.fd, &[frame]).map_or_else(|e| -e, |n| n as i32);
+        }
+        self.gone += 1;
+        if self.gone >= self.ends.len() {
+            self.gone = 0;
+            self.ends.clear();
+            self.later.clear();
+        }
+        result
     }
 
     /// True when the frame can be written as it is.

@@ -4,6 +4,7 @@
 
 use super::errors::LateError;
 use super::forward::Origins;
+use super::later::Later;
 use super::tcp::TcpSock;
 use super::udp::{UdpOut, UdpSock};
 use crate::poller::{Kind, Poller, Token};
@@ -47,6 +48,8 @@ pub(crate) struct Socks {
     pub slab: Slab<Sock>,
     /// TCP services by number.
     pub services: HashMap<u32, RawAddr>,
+    /// What waits for the end of the batch.
+    pub later: Later,
     /// Outcomes of connects.
     pub outcomes: Vec<(FlowId, Result<(), SockError>)>,
     /// Errors of datagrams.
@@ -68,6 +71,7 @@ impl Socks {
         Socks {
             slab: Slab::default(),
             services: HashMap::new(),
+            later: Later::default(),
             outcomes: Vec::new(),
             errors: Vec::new(),
             out: UdpOut::default(),

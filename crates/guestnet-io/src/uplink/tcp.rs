@@ -46,6 +46,16 @@ pub(crate) struct TcpSock {
     spoken: bool,
     /// Nagle's algorithm is off.
     no_delay: bool,
+    /// Taken from the core, and not yet by the kernel.
+    pub waiting: Vec<u8>,
+    /// It is in the list of what goes at the end of the batch.
+    pub put_off: bool,
+    /// The core said the end, which goes when nothing waits any more.
+    pub ends: bool,
+    /// The core has closed it, and something still waits.
+    pub lingers: bool,
+    /// What was put off could not be sent: the core is to hear of it.
+    pub broken: Option<SockError>,
     /// Read and not yet thrown away; the kernel's queue goes on behind it.
     kept: Vec<u8>,
     /// Where the kernel peeks next; `None` while SO_PEEK_OFF was never set.
@@ -155,12 +165,29 @@ impl Socks {
         let Some(Sock { fd, kind: SockKind::Tcp(tcp), .. }) = self.get_mut(id) else {
             return Err(SockError::Reset);
         };
+        if let Some(e) = tcp.broken {
+            return Err(e);
+        }
+        if !tcp.waiting.is_empty() && !tcp.put_off {
+            // It does not fit yet.
+            tcp.wants_write = true;
+            return Ok(0);
+        }
         // Many connections send once, and most of those little: they need no option.
         if !tcp.no_delay && !tcp.unix && (tcp.spoken || data.len() > SEGMENT_MIN) {
             let _best_effort = sys::set_opt(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1);
             tcp.no_delay = true;
         }
         tcp.spoken = true;
+        if self.put_off(id, data) {
+            return Ok(data.len());
+        }
+        if !self.send_waiting(id)? {
+            return Ok(0);
+        }
+        let Some(Sock { fd, kind: SockKind::Tcp(tcp), .. }) = self.get_mut(id) else {
+            return Err(SockError::Reset);
+        };
         let sent = match sys::send(fd, data) {
             Ok(n) => n,
             Err(e) if sys::would_block(e) => 0,
@@ -183,6 +210,9 @@ impl Socks {
         let Some(Sock { fd, kind: SockKind::Tcp(tcp), .. }) = self.slab.get_mut(id.0) else {
             return Err(SockError::Reset);
         };
+        if let Some(e) = tcp.broken {
+            return Err(e);
+        }
         let max = max.min(PEEK_MAX);
         if scratch.len() < max {
             scratch.resize(max, 0);
@@ -289,9 +319,13 @@ impl Socks {
         }
     }
 
-    pub(crate) fn tcp_shutdown(&self, id: SockId) {
-        if let Some(s) = self.get(id) {
-            sys::shutdown_write(&s.fd);
+    pub(crate) fn tcp_shutdown(&mut self, id: SockId) {
+        let all = self.send_waiting(id);
+        let Some(Sock { fd, kind: SockKind::Tcp(tcp), .. }) = self.slab.get_mut(id.0) else { return };
+        match all {
+            Ok(true) => sys::shutdown_write(fd),
+            Ok(false) => tcp.ends = true,
+            Err(e) => self.broke(id, e),
         }
     }
 }
