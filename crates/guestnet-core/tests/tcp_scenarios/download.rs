@@ -24,7 +24,7 @@ fn one_large_frame_that_stays_in_the_socket_until_acknowledged() {
 #[test]
 fn a_large_window_is_filled_in_turns() {
     let mut s = Sim::open();
-    s.host_writes(2_000_000);
+    s.host_writes(1_000_000);
     let mut turns = Vec::new();
     loop {
         turns.push(s.take().iter().map(|f| f.payload.len()).sum::<usize>());
@@ -33,9 +33,9 @@ fn a_large_window_is_filled_in_turns() {
         }
         s.end();
     }
-    assert_eq!(turns.iter().sum::<usize>(), 2_000_000);
+    assert_eq!(turns.iter().sum::<usize>(), 1_000_000);
     // The first call is two turns: the socket's news and the end of that batch.
-    assert!(turns.len() >= 5 && turns.iter().skip(1).all(|n| *n < 400_000), "{turns:?}");
+    assert!(turns.len() >= 3 && turns.iter().skip(1).all(|n| *n < 400_000), "{turns:?}");
 }
 
 #[test]
