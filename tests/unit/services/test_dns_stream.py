@@ -135,6 +135,33 @@ async def test_questions_of_one_connection_are_bounded(tmp_path: Path) -> None:
         assert len({(await read(reader)).id for _ in range(200)}) == 200
 
 
+async def test_questions_of_a_connection_that_has_ended_still_count(tmp_path: Path) -> None:
+    """Or a guest that ends one connection after the other would have any number asked at a time."""
+    async with serving(tmp_path, resolvers=("127.0.0.1:1",), questions_per_endpoint=8) as served:
+        gate, asked = asyncio.Event(), 0
+
+        async def slow(*_: object, **__: object) -> None:
+            nonlocal asked
+            asked += 1
+            await gate.wait()
+
+        served.server._upstream.ask = slow  # type: ignore[method-assign]
+        for number in range(10):
+            reader, writer = await served.connect(port=7)
+            for one in range(5):
+                query = dns.message.make_query(f"n{number}-{one}.example.org", "A", id=one)
+                writer.write(framed(query.to_wire()))
+            # What is no query ends the connection, whatever was asked before.
+            writer.write(framed(b"x"))
+            while await reader.read(4096):
+                pass
+        assert asked == 8
+        reader, writer = await served.connect(port=7)
+        gate.set()
+        writer.write(framed(dns.message.make_query("later.example.org", "A").to_wire()))
+        assert (await read(reader)).rcode() == dns.rcode.SERVFAIL, "asked, and not refused"
+
+
 @pytest.mark.parametrize("data", [b"\0\0", framed(b"x"), framed(b"\0\1\x80\0" + bytes(8))])
 async def test_what_is_no_query_ends_the_connection(tmp_path: Path, data: bytes) -> None:
     async with serving(tmp_path) as served:
