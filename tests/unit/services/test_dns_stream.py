@@ -269,3 +269,28 @@ async def test_close_ends_all_and_removes_the_socket(tmp_path: Path) -> None:
         again, asking = await served.connect()
         asking.write(framed(QUERY))
         assert texts(await read(again)) == ["vm1. A 192.168.64.2"]
+
+
+async def test_answers_that_a_guest_does_not_read_are_bounded(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+
+        async def large(data: bytes, tcp: bool, asker: object) -> bytes:
+            return data[:2] + bytes(60_000)
+
+        streams = served.server._stream
+        streams._answer = large
+        for _ in range(20):
+            _, writer = await served.connect(port=7)
+            writer.write(framed(QUERY) * 32)
+        most = 0
+        for _ in range(200):
+            await asyncio.sleep(0)
+            most = max(
+                most, sum(one.writer.transport.get_write_buffer_size() for one in streams._connections)
+            )
+        assert 1 << 20 < most <= stream_module.UNREAD + 20 * 65536 + 60_000
+        # Who reads gets all answers, however large.
+        reader, writer = await served.connect(port=8)
+        writer.write(framed(QUERY) * 200)
+        for _ in range(200):
+            assert len(await reader.readexactly(60_004)) == 60_004

@@ -12,6 +12,9 @@ IDLE = 10.0
 """Seconds that a connection may be silent, or take for one message."""
 PER_CONNECTION = 32
 """Questions of one connection that are answered at once; more are not read until then."""
+UNREAD = 4 << 20
+"""Bytes of answers that wait for one guest to read them, on all its connections; beyond, the one that is to
+get more is closed."""
 
 Answer = Callable[[bytes, bool, object], Awaitable[bytes | None]]
 
@@ -25,6 +28,7 @@ class StreamServer:
         self._server: asyncio.Server | None = None
         self._path = ""
         self._connections: OrderedDict[_Connection, None] = OrderedDict()
+        self._unread: Counter[object] = Counter()
 
     async def open(self, path: str) -> None:
         """Listens from when this returns."""
@@ -55,7 +59,7 @@ class StreamServer:
             oldest = next(one for one in self._connections if held[one.asker] == most)
             del self._connections[oldest]
             oldest.task.cancel()
-        connection = _Connection(task, _asker(writer.get_extra_info("peername")))
+        connection = _Connection(task, writer, _asker(writer.get_extra_info("peername")))
         self._connections[connection] = None
         try:
             await self._serve(connection, reader, writer)
@@ -101,12 +105,20 @@ class StreamServer:
             # What is no query ends the conversation: there is no telling what else comes.
             connection.task.cancel()
             return
+        self._unread[connection.asker] += len(answer)
         try:
+            if self._unread[connection.asker] > UNREAD:
+                connection.task.cancel()
+                return
             writer.write(len(answer).to_bytes(2, "big") + answer)
             async with asyncio.timeout(IDLE):
                 await writer.drain()
         except (OSError, TimeoutError):
             connection.task.cancel()
+        finally:
+            self._unread[connection.asker] -= len(answer)
+            if not self._unread[connection.asker]:
+                del self._unread[connection.asker]
 
 
 def _asker(name: object) -> object:
@@ -119,8 +131,8 @@ def _asker(name: object) -> object:
 class _Connection:
     """One guest's connection."""
 
-    def __init__(self, task: asyncio.Task[None], asker: object) -> None:
-        self.task = task
+    def __init__(self, task: asyncio.Task[None], writer: asyncio.StreamWriter, asker: object) -> None:
+        self.task, self.writer = task, writer
         self.asker = asker or self
         """The guest, where the relay tells which one it is."""
         self.questions: set[asyncio.Task[None]] = set()
