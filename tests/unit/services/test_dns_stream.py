@@ -294,3 +294,35 @@ async def test_answers_that_a_guest_does_not_read_are_bounded(tmp_path: Path) ->
         writer.write(framed(QUERY) * 200)
         for _ in range(200):
             assert len(await reader.readexactly(60_004)) == 60_004
+
+
+async def test_questions_of_a_guest_have_a_pace_on_all_its_connections(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All guests are answered by one thread. Over UDP the switch limits how much each may ask."""
+    monkeypatch.setattr(stream_module, "PER_SECOND", 1000)
+    async with serving(tmp_path) as served:
+        begin = asyncio.get_running_loop().time()
+        greedy = [await served.connect(port=7) for _ in range(10)]
+        for _, writer in greedy:
+            writer.write(framed(QUERY) * 60)
+        reader, writer = await served.connect(port=8)
+        writer.write(framed(QUERY))
+        await read(reader)
+        others_turn = asyncio.get_running_loop().time() - begin
+        for reader, _ in greedy:
+            for _ in range(60):
+                await read(reader)
+        lasted = asyncio.get_running_loop().time() - begin
+        # What was not used before may come at once.
+        assert lasted >= (600 - stream_module.PER_SECOND * stream_module.SAVED) / 1000 - 0.01
+        assert others_turn < lasted / 2
+        # Long questions count for more.
+        begin = asyncio.get_running_loop().time()
+        reader, writer = await served.connect(port=9)
+        long = QUERY + bytes(60_000)
+        for _ in range(15):
+            writer.write(framed(long))
+        for _ in range(15):
+            await read(reader)
+        assert asyncio.get_running_loop().time() - begin >= 0.3

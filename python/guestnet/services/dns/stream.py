@@ -15,6 +15,12 @@ PER_CONNECTION = 32
 UNREAD = 4 << 20
 """Bytes of answers that wait for one guest to read them, on all its connections; beyond, the one that is to
 get more is closed."""
+PER_SECOND, SAVED = 1000, 0.25
+"""Questions of one guest, on all its connections; each counts once for each 1500 bytes begun, as over UDP.
+What was not asked in so many seconds before may be asked at once."""
+_COUNTED = 1500
+_PACES = 1024
+"""Guests whose pace is remembered; those that are not asking are forgotten."""
 
 Answer = Callable[[bytes, bool, object], Awaitable[bytes | None]]
 
@@ -29,6 +35,7 @@ class StreamServer:
         self._path = ""
         self._connections: OrderedDict[_Connection, None] = OrderedDict()
         self._unread: Counter[object] = Counter()
+        self._due: dict[object, float] = {}
 
     async def open(self, path: str) -> None:
         """Listens from when this returns."""
@@ -87,6 +94,7 @@ class StreamServer:
                 break
             if connection in self._connections:
                 self._connections.move_to_end(connection)
+            await asyncio.sleep(self._wait(connection.asker, length))
             await free.acquire()
             question = asyncio.create_task(self._one(connection, data, writer))
             connection.questions.add(question)
@@ -98,6 +106,15 @@ class StreamServer:
         writer.close()
         async with asyncio.timeout(IDLE):
             await writer.wait_closed()
+
+    def _wait(self, asker: object, length: int) -> float:
+        """Seconds that a question waits for those that the guest asked before."""
+        now = asyncio.get_running_loop().time()
+        if len(self._due) >= _PACES:
+            self._due = {one: due for one, due in self._due.items() if due > now - SAVED}
+        due = max(self._due.get(asker, 0.0), now - SAVED) + max(1, -(-length // _COUNTED)) / PER_SECOND
+        self._due[asker] = due
+        return max(0.0, due - now)
 
     async def _one(self, connection: _Connection, data: bytes, writer: asyncio.StreamWriter) -> None:
         answer = await self._answer(data, True, connection.asker)
