@@ -271,7 +271,10 @@ async def test_close_ends_all_and_removes_the_socket(tmp_path: Path) -> None:
         assert texts(await read(again)) == ["vm1. A 192.168.64.2"]
 
 
-async def test_answers_that_a_guest_does_not_read_are_bounded(tmp_path: Path) -> None:
+async def test_answers_that_a_guest_does_not_read_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_module, "PER_SECOND", 1_000_000)
     async with serving(tmp_path) as served:
 
         async def large(data: bytes, tcp: bool, asker: object) -> bytes:
@@ -325,4 +328,16 @@ async def test_questions_of_a_guest_have_a_pace_on_all_its_connections(
             writer.write(framed(long))
         for _ in range(15):
             await read(reader)
+        assert asyncio.get_running_loop().time() - begin >= 0.3
+
+        async def large(data: bytes, tcp: bool, asker: object) -> bytes:
+            return data[:2] + bytes(60_000)
+
+        # Long answers too.
+        served.server._stream._answer = large
+        begin = asyncio.get_running_loop().time()
+        reader, writer = await served.connect(port=10)
+        for _ in range(15):
+            writer.write(framed(QUERY))
+            await reader.readexactly(60_004)
         assert asyncio.get_running_loop().time() - begin >= 0.3

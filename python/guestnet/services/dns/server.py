@@ -29,6 +29,7 @@ from guestnet.services.dns.wire import (
     Query,
     Rcode,
     Type,
+    body_end,
     explanation,
     opcode,
     opt,
@@ -296,10 +297,10 @@ def _passed(query: Query, heard: Heard, tcp: bool, age: int) -> bytes:
     if query.wants_dnssec or query.flags & AD:
         flags |= answer.flags & AD
     last = opt(query, rcode, _explanations(heard))
-    body = aged(heard.data, answer, age)
-    if flags & TC or len(body) + len(last) > query.largest(tcp):
+    if flags & TC or body_end(answer) + len(last) > query.largest(tcp):
         head = HEADER.pack(query.id, flags | TC, 1, 0, 0, 1 if last else 0)
         return head + query.question + last
+    body = aged(heard.data, answer, age)
     counts = (answer.answers, answer.authorities, answer.additionals + (1 if last else 0))
     head = HEADER.pack(query.id, flags, 1, *counts)
     return head + query.question + body[len(head) + len(query.question) :] + last

@@ -16,8 +16,8 @@ UNREAD = 4 << 20
 """Bytes of answers that wait for one guest to read them, on all its connections; beyond, the one that is to
 get more is closed."""
 PER_SECOND, SAVED = 1000, 0.25
-"""Questions of one guest, on all its connections; each counts once for each 1500 bytes begun, as over UDP.
-What was not asked in so many seconds before may be asked at once."""
+"""Questions of one guest, on all its connections; each counts once for each 1500 bytes begun, as over UDP,
+and its answer for each more. What was not asked in so many seconds before may be asked at once."""
 _COUNTED = 1500
 _PACES = 1024
 """Guests whose pace is remembered; those that are not asking are forgotten."""
@@ -94,7 +94,7 @@ class StreamServer:
                 break
             if connection in self._connections:
                 self._connections.move_to_end(connection)
-            await asyncio.sleep(self._wait(connection.asker, length))
+            await asyncio.sleep(self._wait(connection.asker, max(1, -(-length // _COUNTED))))
             await free.acquire()
             question = asyncio.create_task(self._one(connection, data, writer))
             connection.questions.add(question)
@@ -107,12 +107,12 @@ class StreamServer:
         async with asyncio.timeout(IDLE):
             await writer.wait_closed()
 
-    def _wait(self, asker: object, length: int) -> float:
+    def _wait(self, asker: object, cost: int) -> float:
         """Seconds that a question waits for those that the guest asked before."""
         now = asyncio.get_running_loop().time()
         if len(self._due) >= _PACES:
             self._due = {one: due for one, due in self._due.items() if due > now - SAVED}
-        due = max(self._due.get(asker, 0.0), now - SAVED) + max(1, -(-length // _COUNTED)) / PER_SECOND
+        due = max(self._due.get(asker, 0.0), now - SAVED) + cost / PER_SECOND
         self._due[asker] = due
         return max(0.0, due - now)
 
@@ -122,6 +122,8 @@ class StreamServer:
             # What is no query ends the conversation: there is no telling what else comes.
             connection.task.cancel()
             return
+        # The questions that follow wait for this.
+        self._wait(connection.asker, len(answer) // _COUNTED)
         self._unread[connection.asker] += len(answer)
         try:
             if self._unread[connection.asker] > UNREAD:
