@@ -195,7 +195,10 @@ def _pid_file(path: str) -> Iterator[None]:
 
     temporary = f"{path}.{os.getpid()}"
     try:
-        with open(temporary, "w", encoding="ascii") as file:
+        _unlink(temporary)
+        # A new file, whatever somebody else may put there meanwhile.
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        with open(fd, "w", encoding="ascii") as file:
             file.write(f"{os.getpid()}\n")
         os.replace(temporary, path)
     except OSError as error:
