@@ -162,6 +162,13 @@ def datagram(what: int, length: int) -> bytes:
     return struct.pack("!BBBBH", 10, 0, what, 0, length)
 
 
+def opening(what: int, bits: int, seq: int) -> bytes:
+    """A step: a guest opens a connection with options; 16: the host takes it at once."""
+    return struct.pack("!BBBHH", 16, what, 0, bits, seq)
+
+
+STAMPED = 1 << 11
+"""In the length of an answer: it has a timestamp."""
 OPEN = raw(FRAMES["arp"]) + raw(FRAMES["syn"]) + CONNECTED + answer(0x10)
 PROGRAMS = {
     "refused": raw(FRAMES["syn"]) + REFUSED,
@@ -174,6 +181,15 @@ PROGRAMS = {
     + sock(8)
     + answer(0x11),
     "half_close": OPEN + answer(0x11) + BATCH_END + sock(1, 300) + answer(0x10) + sock(2) + answer(0x10),
+    "options": raw(FRAMES["arp"])
+    + opening(16, 0x5D, 0)
+    + answer(0x10, STAMPED)
+    + answer(0x18, STAMPED | 700)
+    + sock(1, 20000)
+    + answer(0x10, STAMPED)
+    + sock(2)
+    + answer(0x11, STAMPED),
+    "published_moves": raw(FRAMES["arp"]) + bytes([11, 0, 1, 0, 0, 18, 0x16, 11, 0, 2, 0, 0, 18, 0x07]),
     "reset_by_guest": OPEN + answer(0x14) + wait(1000),
     "reset_by_host": OPEN + sock(0x70, 1),
     "lost_ack": OPEN + sock(1, 3000) + wait(400) + wait(800) + wait(1600) + answer(0x10),

@@ -19,7 +19,7 @@ use guestnet_wire::ipv4::{self, Ipv4};
 use guestnet_wire::tcp::{Options, Tcp};
 use guestnet_wire::{parse, proto, segment};
 use libfuzzer_sys::fuzz_target;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
 
 const GATEWAY_MAC: Mac = Mac([0x52, 0x94, 0xef, 0, 0, 1]);
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 64, 1);
@@ -84,6 +84,8 @@ struct World {
     filler: Vec<u8>,
     /// The last TCP header that went to a guest, by the guest's port: what an answer continues.
     heard: Vec<(PortId, SocketAddr, SocketAddr, Tcp, u32)>,
+    /// The clock of the last timestamp that went to a guest.
+    clock: u32,
 }
 
 impl World {
@@ -104,6 +106,7 @@ impl World {
             now: Time(1),
             filler: (0..70_000u32).map(|i| i as u8).collect(),
             heard: Vec::new(),
+            clock: 0,
         };
         for port in 0..PORTS {
             world.add_port(port);
@@ -159,6 +162,8 @@ impl World {
             }
             if p.proto == proto::TCP && p.fragment.is_none() {
                 let tcp = Tcp::parse(&sent.frame[p.l4..p.end]).expect("an unreadable segment was sent");
+                let options = Options::parse(&sent.frame[p.l4 + 20..p.payload]);
+                self.clock = options.timestamps.map_or(self.clock, |t| t.0);
                 let from = SocketAddr::new(p.src, p.src_port);
                 let to = SocketAddr::new(p.dst, p.dst_port);
                 let used =
@@ -182,6 +187,8 @@ impl World {
         let (port, from, to, tcp, used) = self.heard[which % self.heard.len()];
         let (SocketAddr::V4(from), SocketAddr::V4(to)) = (from, to) else { return };
         let payload = usize::from(len % 1461);
+        // The upper bits of the length: whether there are options, and which.
+        let options = self.options(len >> 11);
         let segment = Tcp {
             src_port: from.port(),
             dst_port: to.port(),
@@ -192,7 +199,32 @@ impl World {
             urgent: u16::from(flags & 0x20 != 0) * 3,
             header_len: 20,
         };
-        let mut frame = vec![0u8; ether::HEADER_LEN + 40 + payload];
+        self.segment(port, from, to, &segment, &options, payload);
+    }
+
+    /// Options of a guest; the lowest bit asks for a timestamp.
+    fn options(&self, bits: u16) -> Options {
+        let timestamp = || u32::from(bits).wrapping_mul(0x1fff_ffff).wrapping_add(self.now.as_ms() as u32);
+        Options {
+            mss: (bits & 8 != 0).then_some(bits << 4),
+            wscale: (bits & 4 != 0).then_some((bits & 15) as u8),
+            sack_permitted: false,
+            timestamps: (bits & 1 != 0).then(|| (timestamp(), self.clock)),
+        }
+    }
+
+    fn segment(
+        &mut self,
+        port: PortId,
+        from: SocketAddrV4,
+        to: SocketAddrV4,
+        tcp: &Tcp,
+        options: &Options,
+        payload: usize,
+    ) {
+        let mut header = [0u8; 60];
+        let n = tcp.emit(options, &mut header);
+        let mut frame = vec![0u8; ether::HEADER_LEN + 20 + n + payload];
         let mac = guest_mac(port.0 as u8);
         Ether { dst: GATEWAY_MAC, src: mac, ethertype: ether::IPV4 }.emit(&mut frame);
         let ip = Ipv4 {
@@ -203,12 +235,50 @@ impl World {
             tos: 0,
             id: 1,
             frag: ipv4::DF,
-            payload_len: 20 + payload as u16,
+            payload_len: (n + payload) as u16,
         };
         ip.emit(&mut frame[ether::HEADER_LEN..]);
-        segment.emit(&Options::default(), &mut frame[ether::HEADER_LEN + 20..]);
-        frame[ether::HEADER_LEN + 40..].copy_from_slice(&self.filler[..payload]);
+        frame[ether::HEADER_LEN + 20..][..n].copy_from_slice(&header[..n]);
+        frame[ether::HEADER_LEN + 20 + n..].copy_from_slice(&self.filler[..payload]);
         self.frame(port, &mut frame, FrameMeta { csum: Csum::Valid, gso: None });
+    }
+
+    /// A guest opens a connection; the host may take it at once.
+    fn open(&mut self, input: &mut Input<'_>) {
+        let (what, to, bits, seq) = (input.u8(), input.u8(), input.u16(), input.u16());
+        let n = what % PORTS;
+        let from = SocketAddrV4::new(guest_ip(n), 1024 + u16::from(what >> 5));
+        let SocketAddr::V4(to) = outside(to) else { return };
+        let tcp = Tcp {
+            src_port: from.port(),
+            dst_port: to.port(),
+            // Also where numbers wrap around.
+            seq: u32::from(seq).wrapping_shl(16).wrapping_sub(300),
+            flags: 2,
+            window: bits.rotate_left(5),
+            header_len: 20,
+            ..Tcp::default()
+        };
+        let before = self.fx.connects.len();
+        let options = self.options(bits);
+        self.segment(PortId(u32::from(n)), from, to, &tcp, &options, usize::from(bits & 7));
+        if what & 16 != 0 && self.fx.connects.len() > before {
+            let (flow, _) = self.fx.connects[before];
+            self.core.tcp_connected(self.now, flow, Ok(()), &mut self.fx);
+        }
+    }
+
+    /// A published port goes, comes back, or leads elsewhere.
+    fn publish(&mut self, input: &mut Input<'_>) {
+        let what = input.u8();
+        let (id, proto) = if what & 1 == 0 { (1, proto::TCP) } else { (2, proto::UDP) };
+        if what & 2 != 0 {
+            self.core.remove_forward(self.now, ForwardId(id), &mut self.fx);
+        }
+        if what & 12 != 0 {
+            let guest = SocketAddr::from((guest_ip((what >> 4) % (PORTS + 1)), 80));
+            self.core.add_forward(ForwardId(id), ForwardSpec { proto, guest });
+        }
     }
 
     fn raw(&mut self, input: &mut Input<'_>) {
@@ -352,7 +422,7 @@ impl World {
     }
 
     fn step(&mut self, input: &mut Input<'_>) {
-        match input.u8() % 16 {
+        match input.u8() % 19 {
             0..=3 => self.raw(input),
             4..=6 => self.answer(input),
             7 => {
@@ -372,6 +442,8 @@ impl World {
                 self.pass(ms);
             }
             14 => self.core.batch_end(self.now, &mut self.fx),
+            16 | 17 => self.open(input),
+            18 => self.publish(input),
             _ => {
                 let (what, len) = (input.u8(), usize::from(input.u16()));
                 if what & 1 != 0 {

@@ -15,6 +15,8 @@ from typing import BinaryIO, NamedTuple
 from guestnet.errors import ConfigError
 
 CHUNK = 4 << 20
+TIME_END = 1 << 63
+"""Nanoseconds since 1970, until the year 2262."""
 PACKET_LONGEST = 16 << 20
 """Bytes of the longest record that is believed."""
 ETHERNET, RAW, LOOP, SLL, IPV4, SLL2, NULL = 1, 101, 108, 113, 228, 276, 0
@@ -209,6 +211,8 @@ class CaptureFile:
             self._refuse("has a packet that is longer than its block")
         link, (up, down), offset = self._interfaces[number]
         time = (high << 32 | low) * up // down + offset if kind != _SIMPLE else 0
+        if not 0 <= time < TIME_END:
+            self._refuse("has a packet of a time that cannot be")
         return Packet(at, end, data, length, time, link, number)
 
     # ---- writing ----------------------------------------------------------------------------------------

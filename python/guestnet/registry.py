@@ -32,6 +32,9 @@ _EXTRA_MACS = 15
 """Addresses that one endpoint can have besides its own, for what is bridged behind it."""
 _DECLINED_SECONDS = 600.0
 """How long an address is not given again after a guest found that somebody else uses it."""
+_DECLINED_PART = 4
+"""One in so many addresses of the pool may be put aside like that: guests that come, decline and go must not
+leave none for others."""
 
 _NUMBERED = re.compile(r"vm[0-9]+")
 _ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
@@ -311,6 +314,9 @@ class Registry:
             else:
                 return
             self._declined.append((self._clock() + _DECLINED_SECONDS, address))
+            size = self._pool.available + self._pool.allocated_count
+            while len(self._declined) > max(1, size // _DECLINED_PART):
+                self._free(self._declined.pop(0)[1])
 
     def _move(self, endpoint: Endpoint, to: IPv4Address, *, free: bool = True) -> None:
         old = endpoint.ip

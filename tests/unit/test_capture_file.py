@@ -86,6 +86,8 @@ def test_simple_packet_blocks_have_no_time() -> None:
         (block(0x0A0D0D0A, b"?" * 16), "byte order"),
         (pcapng([]) + b"\x06\0\0\0\x0d\0\0\0" + bytes(5), "block of 13 bytes"),
         (pcapng([]) + block(6, (7).to_bytes(4, "little") + bytes(20)), "interface 7"),
+        (pcapng([]) + block(6, bytes(4) + b"\xff" * 8 + bytes(8)), "a time that cannot be"),
+        (pcapng([], resolution=0) + block(6, bytes(4) + b"\1" * 8 + bytes(8)), "a time that cannot be"),
         (pcapng([]) + block(6, bytes(12) + (99).to_bytes(4, "little") + bytes(4)), "longer than its block"),
     ],
 )

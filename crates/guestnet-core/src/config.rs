@@ -41,7 +41,7 @@ pub struct Limits {
     /// ICMP errors a second to one port (RFC 1812 4.3.2.8).
     pub icmp_errors_per_second: u32,
     /// Frames a second of one port that go to more than one port (broadcast, multicast, unknown MAC). A frame
-    /// counts once for each 1514 bytes and each 64 ports begun.
+    /// counts once for each 1514 bytes (or each piece that it is to be cut into) and each 64 ports begun.
     pub floods_per_second: u32,
     /// Datagrams a second of one port to UDP services; the control side serves all ports from one queue. A
     /// datagram counts once for each 1500 bytes begun.

@@ -163,7 +163,7 @@ impl Core {
         fx: &mut E,
     ) -> Result<(), Drop> {
         if !outside && !unknown {
-            self.allow_flood(slot, frame.len())?;
+            self.allow_flood(slot, frame.len(), meta)?;
         }
         let mut sent = false;
         for to in 0..self.ports.end() {

@@ -21,6 +21,8 @@ use std::net::SocketAddr;
 /// Bytes of a frame, and ports that it goes to, that count as one frame against the rate of floods.
 const FLOOD_BYTES: usize = 1514;
 const FLOOD_PORTS: usize = 64;
+/// Bytes of a frame in front of its payload, about.
+const HEADERS: usize = 54;
 
 /// Which port a MAC belongs to.
 pub struct Macs {
@@ -275,7 +277,7 @@ impl Core {
                 Ok(())
             }
             None => {
-                self.allow_flood(slot, frame.len())?;
+                self.allow_flood(slot, frame.len(), meta)?;
                 for to in 0..self.ports.end() {
                     if to != slot && !self.is_remote(to) {
                         self.deliver(to, frame, meta, fx);
@@ -289,9 +291,15 @@ impl Core {
         }
     }
 
-    /// A frame of a guest that goes to all ports counts by what it costs.
-    pub(crate) fn allow_flood(&mut self, slot: u32, len: usize) -> Result<(), Drop> {
-        let cost = len.div_ceil(FLOOD_BYTES) * (self.ports.end() as usize).div_ceil(FLOOD_PORTS);
+    /// A frame of a guest that goes to all ports counts by what it costs: its bytes, or the frames that it is
+    /// cut into where a port cannot take it whole.
+    pub(crate) fn allow_flood(&mut self, slot: u32, len: usize, meta: FrameMeta) -> Result<(), Drop> {
+        let pieces = match meta.gso {
+            Some(Gso::Tcp(n) | Gso::Udp(n)) => len.saturating_sub(HEADERS).div_ceil(usize::from(n).max(1)),
+            None => 1,
+        };
+        let frames = len.div_ceil(FLOOD_BYTES).max(pieces);
+        let cost = frames * (self.ports.end() as usize).div_ceil(FLOOD_PORTS);
         let port = self.ports.get_mut(slot).ok_or(Drop::NoEndpoint)?;
         if port.flood.allow_n(self.now, cost) { Ok(()) } else { Err(Drop::RateLimit) }
     }

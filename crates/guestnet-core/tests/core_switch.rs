@@ -10,6 +10,7 @@ use guestnet_core::stats::Drop;
 use guestnet_core::types::{Csum, FrameMeta, Gso, NetMode, PortConfig, PortId, ServiceId, Time};
 use guestnet_wire::arp::{self, Arp};
 use guestnet_wire::ether::{self, Mac};
+use guestnet_wire::tcp::Tcp;
 use guestnet_wire::{icmp, proto};
 use net::*;
 use std::net::IpAddr;
@@ -37,6 +38,26 @@ fn guests_reach_each_other_unchanged() {
     assert_eq!((out.len(), out[0].meta, &out[0].frame), (1, meta, &big));
 }
 
+/// A frame that asks to be cut in many pieces is that many frames to a guest whose attachment cannot cut.
+#[test]
+fn a_flood_costs_what_it_is_cut_into() {
+    let mut n = Net::with_limits(|l| l.floods_per_second = 100);
+    n.pass_ms(2000);
+    let to_all = |proto| Ip4 { to_mac: Mac::BROADCAST, ..Ip4::new(A, ip("255.255.255.255").into(), proto) };
+    let segment = Tcp { src_port: 9, dst_port: 9, flags: 0x10, ..Tcp::default() };
+    let tcp = tcp_frame(&to_all(proto::TCP), &segment, &[0; 1440]);
+    let udp = udp_from(&to_all(proto::UDP), 9, 9, &[0; 1200]);
+    for (frame, gso, pieces) in [(tcp, Gso::Tcp(36), 40), (udp, Gso::Udp(30), 40)] {
+        n.pass_ms(2000);
+        let meta = FrameMeta { csum: Csum::Valid, gso: Some(gso) };
+        n.fx.frames.clear();
+        for _ in 0..100 {
+            n.send_meta(A, frame.clone(), meta);
+        }
+        assert_eq!(n.fx.frames.len(), 100 / pieces, "{gso:?}");
+    }
+}
+
 #[test]
 fn floods_reach_everyone_else_and_are_limited() {
     let mut n = Net::with_limits(|l| l.floods_per_second = 10);
@@ -57,7 +78,7 @@ fn floods_reach_everyone_else_and_are_limited() {
     assert_eq!(n.drops(Drop::RateLimit), 12);
     // It counts what a flood costs: large frames more, and with more ports.
     n.pass_ms(2000);
-    let meta = FrameMeta { csum: Csum::Valid, gso: Some(Gso::Udp(1000)) };
+    let meta = FrameMeta { csum: Csum::Valid, gso: Some(Gso::Udp(1400)) };
     n.fx.frames.clear();
     for _ in 0..3 {
         n.send_meta(A, udp_from(&h, 9, 9, &[0; 6000]), meta);

@@ -264,6 +264,10 @@ impl State {
                     let old = old.or_else(|| self.peer_elsewhere(number, &path));
                     let port = match (old, frame) {
                         (Some(port), Some(_)) => Some(port),
+                        (Some(_), None) if !self.may_restart(token.index) => {
+                            self.io.counters.guests_refused += 1;
+                            None
+                        }
                         (old, _) => {
                             // The socket may have been left to the old one, and is the new one's now.
                             self.listener_in_use = Some(token.index);
@@ -291,6 +295,14 @@ impl State {
             }
         }
         self.count_batch(frames);
+    }
+
+    fn may_restart(&mut self, slot: u32) -> bool {
+        let now = self.now;
+        match self.listeners.get_mut(slot).map(|l| &mut l.kind) {
+            Some(Arrivals::Datagrams(u)) => u.may_restart(now),
+            _ => false,
+        }
     }
 
     fn peer_elsewhere(&self, number: u32, path: &[u8]) -> Option<PortId> {

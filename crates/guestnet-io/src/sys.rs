@@ -141,6 +141,18 @@ pub(crate) fn get_opt(fd: &OwnedFd, level: i32, name: i32) -> Result<i32, i32> {
     Ok(value)
 }
 
+/// Lets a socket have only what a classic BPF program says (socket(7)).
+pub(crate) fn attach_filter(fd: &OwnedFd, program: &mut [libc::sock_filter]) -> Result<(), i32> {
+    let prog = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    let len = size_of::<libc::sock_fprog>() as libc::socklen_t;
+    // SAFETY: `prog` lives, is `len` bytes and points to as many instructions as it says.
+    check(unsafe {
+        let value = (&raw const prog).cast();
+        libc::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, value, len)
+    })
+    .map(|_| ())
+}
+
 /// Makes `close` send a reset.
 pub(crate) fn set_abort(fd: &OwnedFd) {
     let l = libc::linger { l_onoff: 1, l_linger: 0 };

@@ -37,7 +37,9 @@ impl State {
                 }
                 for queue in changes.started {
                     let token = self.io.ports.queue_token(slot, queue);
-                    self.io.ports.again.push(token);
+                    if !self.io.ports.again.contains(&token) {
+                        self.io.ports.again.push(token);
+                    }
                 }
                 self.complain(slot, id);
             }

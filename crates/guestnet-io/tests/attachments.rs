@@ -159,6 +159,35 @@ fn unixgram_with_and_without_magic() {
     std::fs::remove_dir_all(dir).unwrap();
 }
 
+/// A guest can send four bytes that are the magic, as often as it likes. Each is a new port, which the control
+/// side has to hear of; others are not to wait for that.
+#[test]
+fn a_guest_does_not_start_again_without_end() {
+    let net = Net::new();
+    let dir = directory("again");
+    let server = UnixDatagram::bind(dir.join("s")).unwrap();
+    net.command(Command::Listen {
+        listener: 1,
+        kind: ListenKind::Unixgram,
+        fd: server.into(),
+        template: port_config(),
+    });
+    let s = UnixDatagram::bind(dir.join("a")).unwrap();
+    s.connect(dir.join("s")).unwrap();
+    let mut a = Guest::new(s, 1);
+    let begin = std::time::Instant::now();
+    for _ in 0..300 {
+        Link::send(&mut a.link, b"VFKT");
+    }
+    // It goes on as who it was.
+    udp_works(&mut a, udp_echo());
+    let seconds = begin.elapsed().as_secs() as usize + 1;
+    net.command(Command::PortStats);
+    let ports = net.count(|e| matches!(e, Event::PortUp { .. }));
+    assert!((1..=1 + 8 * seconds).contains(&ports), "{ports} ports in {seconds} s");
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
 #[test]
 fn qemu_dgram_guests_are_not_connected() {
     let net = Net::new();

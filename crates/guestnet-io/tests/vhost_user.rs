@@ -690,6 +690,30 @@ fn front(l: &Lies) -> Front {
     Front::new(stream)
 }
 
+/// Each time that a front-end says that a queue runs, it is looked at; but once for all that it says at once,
+/// or it would have as many batches before the others have their turn.
+#[test]
+fn a_queue_that_is_enabled_many_times_is_looked_at_once() {
+    let l = Lies::new();
+    let mut f = front(&l);
+    f.begin(OFF | PROTOCOL);
+    let q = Queue { index: 1, at: 0, size: 8 };
+    assert!(f.start(&q, 0));
+    let settled = |commands: u64| {
+        l.net.command(Command::PortStats);
+        until(&l.net, "command", |io| io.commands >= commands);
+        l.net.worker.stats().io
+    };
+    let before = settled(l.net.worker.stats().io.commands + 1);
+    let mut message = words(&[SET_VRING_ENABLE, 1, 8]);
+    message.extend(words(&[1, 1]));
+    f.raw(&message.repeat(30), &[]);
+    f.ask(GET_FEATURES, &[]);
+    let after = settled(before.commands + 1);
+    let looks = after.batch_histogram[0] - before.batch_histogram[0];
+    assert!((1..=3).contains(&looks), "looked at {looks} times");
+}
+
 #[test]
 fn queues_of_no_size_and_of_any_other() {
     let l = Lies::new();

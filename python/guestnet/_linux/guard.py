@@ -5,7 +5,8 @@ without a network. Orphans have lost the parent that they could be found by, so 
 network namespace. The guard costs nothing while guestnet lives: it waits for the end of a pipe.
 
 It is in the guest's namespace itself. So where a guestnet runs in the namespace of another one, the other's
-guard does not end this one before it has done its work.
+guard does not end this one before it has done its work. But it sees the host's mounts, so it lets nobody look
+through it.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def _enter(pid: int) -> _Place | None:
     for kind, flag in (("user", libc.CLONE_NEWUSER), ("net", libc.CLONE_NEWNET)):
         with contextlib.suppress(OSError):
             libc.setns(os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY), flag)
+    libc.hide_from_tracers()
     return place
 
 

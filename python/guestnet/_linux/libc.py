@@ -24,6 +24,7 @@ MS_NOEXEC = 0x8
 MNT_DETACH = 2
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
 _PR_SET_CHILD_SUBREAPER = 36
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -75,6 +76,13 @@ def set_parent_death_signal(number: int) -> None:
     A change of credentials clears it (commit_creds), so it is set after the user namespace is entered.
     """
     _check(_prctl(_PR_SET_PDEATHSIG, number), "prctl")
+
+
+def hide_from_tracers() -> None:
+    """Keeps processes of the same user from this one's memory, descriptors and root directory (prctl(2),
+    PR_SET_DUMPABLE), unless they have CAP_SYS_PTRACE where it was executed. A change of credentials ends it.
+    """
+    _check(_prctl(_PR_SET_DUMPABLE, 0), "prctl")
 
 
 def set_child_subreaper(enabled: bool = True) -> None:

@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -187,15 +188,27 @@ def _place() -> Path:
     return base / "guestnet-uplinks"
 
 
+def _is_closed_to_others(path: Path, owners: tuple[int, ...], shared: int) -> bool:
+    """Whether it is a directory of one of these users, and nobody else can write to it, or (with a bit of
+    `shared`) to what is in it."""
+    status = path.lstat()
+    return (
+        stat.S_ISDIR(status.st_mode)
+        and status.st_uid in owners
+        and (not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or bool(status.st_mode & shared))
+    )
+
+
 @contextmanager
 def _registry() -> Iterator[Path]:
     """The directory of the runs, held for ourselves alone."""
     place = _place()
     try:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = place.stat()
-        if status.st_uid != os.geteuid():
-            raise UnsupportedError(f"{place} is another user's: remove it.")
+        us = os.geteuid()
+        for path, owners, shared in ((place.parent, (0, us), stat.S_ISVTX), (place, (us,), 0)):
+            if not _is_closed_to_others(path, owners, shared):
+                raise UnsupportedError(f"{path} is another user's, or open to others: remove it.")
         lock = (place / "lock").open("w", encoding="ascii")
     except OSError as error:
         raise UnsupportedError(

@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
-import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Address
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from guestnet.cli import EXIT_OK, UsageError, arguments
 from guestnet.cli.sockets import check_path, remove_stale
-from guestnet.cli.terminal import say, tell_log
+from guestnet.cli.teller import Teller
+from guestnet.cli.terminal import tell_log
 
 if TYPE_CHECKING:
     from guestnet.config import NatConfig
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-# What people are told of without --verbose.
-_SAID = {
-    "guest_up": "came",
-    "guest_down": "left",
-    "lease": "has an address",
-    "failed": "failed: end guestnet and start it again",
-}
 
 _ABOUT = """\
 Runs a network until SIGINT or SIGTERM. Each guest that attaches to one of its sockets is an endpoint of its
@@ -127,6 +117,7 @@ def main(argv: Sequence[str]) -> int:
 
     network = NatNetwork(_config(options))
     with ExitStack() as stack:
+        stack.callback(teller.close)
         network.on_event(teller.event)
         stack.enter_context(network)
         # First the ports, then the sockets: no guest comes to a network that cannot start.
@@ -157,7 +148,7 @@ def main(argv: Sequence[str]) -> int:
             from guestnet.cli.report import stats_lines
 
             for line in stats_lines(network.stats()):
-                say(line)
+                teller.say(line)
     return EXIT_OK
 
 
@@ -204,7 +195,10 @@ def _pid_file(path: str) -> Iterator[None]:
 
     temporary = f"{path}.{os.getpid()}"
     try:
-        with open(temporary, "w", encoding="ascii") as file:
+        _unlink(temporary)
+        # A new file, whatever somebody else may put there meanwhile.
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        with open(fd, "w", encoding="ascii") as file:
             file.write(f"{os.getpid()}\n")
         os.replace(temporary, path)
     except OSError as error:
@@ -224,38 +218,6 @@ def _announce(fd: int | None) -> None:
         os.write(fd, b"1\n")
         if fd > 2:
             os.close(fd)
-
-
-class Teller:
-    """Says what happens: a line for people on stderr, or a JSON line for programs on stdout."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self._json = options.json
-        self._quiet = options.quiet
-        self._verbose = options.verbose
-        self._lock = threading.Lock()
-
-    def tell(self, event: str, text: str, **details: Any) -> None:
-        """One event. `text` is for people, `details` for programs."""
-        with self._lock:
-            if self._json:
-                with contextlib.suppress(OSError, ValueError):  # the reader has gone; guests have not
-                    sys.stdout.write(json.dumps({"event": event, **details}) + "\n")
-                    sys.stdout.flush()
-            elif not self._quiet:
-                say(f"guestnet: {text}")
-
-    def event(self, event: Any) -> None:
-        """An event of the network, called in its control thread."""
-        if event.kind == "log" and not self._json:
-            return  # on stderr already
-        text = _SAID.get(event.kind)
-        if text is None and not self._verbose and not self._json:
-            return
-        who = event.endpoint or "the network"
-        details = ", ".join(f"{key} {value}" for key, value in event.details.items() if value is not None)
-        said = f"{who} {text or event.kind.replace('_', ' ')}" + (f" ({details})" if details else "")
-        self.tell(event.kind, said, endpoint=event.endpoint, **event.details)
 
 
 def _config(options: argparse.Namespace) -> NatConfig:

@@ -128,6 +128,26 @@ def test_descendants_end_when_guestnet_is_killed(nested: bool) -> None:
     process.stdout.close()
 
 
+def test_the_command_reaches_nothing_of_the_host_through_guestnets_own_processes() -> None:
+    """The guard is in the command's namespaces, but for the one of mounts: by its /proc the command would see
+    the host's resolver again, whose socket is closed for it."""
+    script = """
+import os
+for name in filter(str.isdigit, os.listdir("/proc")):
+    if int(name) == os.getpid():
+        continue
+    for way in ("root/etc", "cwd/.", "mem"):
+        try:
+            if os.readlink(f"/proc/{name}/ns/net") == os.readlink("/proc/self/ns/net"):
+                os.close(os.open(f"/proc/{name}/{way}", os.O_RDONLY))
+                print(name, way, open(f"/proc/{name}/cmdline").read())
+        except OSError:
+            pass
+print("looked")
+"""
+    assert run("--", sys.executable, "-c", script).stdout == "looked\n"
+
+
 def test_closed_streams_stay_closed() -> None:
     """As the shell left them, and no descriptor of ours has their numbers."""
     code = "import os, sys; print(*sorted(os.listdir('/proc/self/fd')), file=open(sys.argv[1], 'w'))"

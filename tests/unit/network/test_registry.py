@@ -150,6 +150,21 @@ def test_addresses_behind_an_endpoint_are_bounded() -> None:
     assert r.create("next").ip == ip(2)
 
 
+def test_guests_that_come_and_go_do_not_put_the_whole_pool_aside() -> None:
+    r = registry()
+    for number in range(300):
+        mac = parse_mac(f"02:00:00:00:{number >> 8:02x}:{number & 255:02x}")
+        guest = r.arrive(mac, "/run/x")
+        r.decline(guest.id, mac, guest.ip)
+        r.remove(guest.id)
+    assert len({r.create(f"other{number}").ip for number in range(180)}) == 180
+    # Those that were declined last are still not given.
+    before = r.arrive(parse_mac(A), "/run/x")
+    declined = before.ip
+    r.decline(before.id, parse_mac(A), declined)
+    assert r.create("last").ip != declined
+
+
 def test_declined() -> None:
     now = [0.0]
     r = Registry(NatConfig(dhcp_start="192.168.64.2", dhcp_end="192.168.64.4"), clock=lambda: now[0])

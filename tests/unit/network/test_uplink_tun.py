@@ -3,7 +3,9 @@ hand of a network that does not run. With a device: tests/interop/test_tun.py.""
 
 from __future__ import annotations
 
+import shutil
 from ipaddress import IPv4Address
+from pathlib import Path
 
 import guestnet
 import pytest
@@ -16,6 +18,7 @@ from guestnet import (
     UnsupportedError,
     Uplink,
 )
+from guestnet._linux import masquerade
 from guestnet.datapath import MemoryUplink
 from unit.packets import check, destination, ethernet, source, udp
 
@@ -102,3 +105,30 @@ def test_a_network_on_sockets_has_no_rings() -> None:
 def test_event_driven_waits_for_frames() -> None:
     poller = guestnet.DatapathPoller(strategy="event_driven")
     assert not poller.poll_once(network(), patience=0.001)
+
+
+def test_runs_are_noted_where_nobody_else_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no other place it is one in /tmp, whose name can be foreseen."""
+    monkeypatch.setattr(masquerade, "_place", lambda: tmp_path / "guestnet-1000" / "guestnet-uplinks")
+    with masquerade._registry() as place:
+        assert place.stat().st_mode & 0o777 == 0o700
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "lock").write_text("mine")
+    base, place = tmp_path / "guestnet-1000", tmp_path / "guestnet-1000" / "guestnet-uplinks"
+
+    def refused() -> None:
+        with pytest.raises(UnsupportedError, match="remove it"), masquerade._registry():
+            pass
+
+    shutil.rmtree(place)
+    place.symlink_to(precious)
+    refused()
+    place.unlink()
+    place.mkdir()
+    place.chmod(0o777)
+    refused()
+    place.chmod(0o700)
+    base.chmod(0o777)
+    refused()
+    assert (precious / "lock").read_text() == "mine"

@@ -195,6 +195,12 @@ def test_padding_is_passed_over_and_a_missing_end_is_forgiven(segment: Segment) 
     assert read(reply.payload).kind == OFFER
 
 
+def test_a_client_may_say_much(segment: Segment) -> None:
+    said = [(60, bytes(9))] * 100
+    longest = ask(DISCOVER, said).ljust(1500, b"\0")
+    assert segment.send(longest) is not None
+
+
 def test_the_client_identifier_comes_back(segment: Segment) -> None:
     for kind, options in (
         (DISCOVER, []),

@@ -284,6 +284,8 @@ def test_bootp_clients_get_their_address_for_ever(segment: Segment) -> None:
     [
         (b"", MAC, "too_short"),
         (ask(DISCOVER)[:235], MAC, "too_short"),
+        (ask(DISCOVER).ljust(1500, b"\0") + b"\0", MAC, "too_long"),
+        (ask(DISCOVER, [(60, b"")] * 128), MAC, "bad_options"),
         (ask(DISCOVER, op=2), MAC, "not_a_request"),
         (ask(DISCOVER, op=0), MAC, "not_a_request"),
         (ask(DISCOVER, htype=6), MAC, "bad_hardware"),

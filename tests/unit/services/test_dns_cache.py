@@ -6,7 +6,9 @@ import dns.flags
 import dns.message
 import dns.rcode
 import dns.rrset
+import pytest
 from guestnet.services.dns import cache as cache_module
+from guestnet.services.dns import server as server_module
 from guestnet.services.dns.cache import Cache
 from guestnet.services.dns.wire import read_answer
 
@@ -35,6 +37,25 @@ async def test_ttls_go_down_and_end() -> None:
         clock.now += 1
         assert [rrset.ttl for rrset in (await resolve(made, "www.example.org")).answer] == [300, 60]
         assert len(up.asked) == 2
+
+
+async def test_what_is_too_long_for_the_asker_is_not_made_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand records take a millisecond, and a guest may ask a thousand times a second."""
+    records = [f"big.example.org. 300 A 192.0.{n >> 8}.{n & 255}" for n in range(900)]
+
+    def play(query: dns.message.Message, tcp: bool) -> bytes:
+        return reply(query, *records) if tcp else reply(query, flags=dns.flags.TC)
+
+    async with Upstream(play) as up:
+        made = server(resolvers=(up.address,))
+        whole = await resolve(made, "big.example.org", tcp=True)
+        assert len(whole.answer[0]) == 900
+        monkeypatch.delattr(server_module, "aged")
+        for edns in (0, -1):
+            cut = await resolve(made, "big.example.org", use_edns=edns)
+            assert cut.flags & dns.flags.TC
+            assert not cut.answer
+        assert made.counters["cached"] == 2
 
 
 async def test_the_case_of_the_asker_and_its_flags_are_its_own() -> None:

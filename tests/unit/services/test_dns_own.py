@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from ipaddress import IPv4Address
 
 import dns.flags
@@ -312,3 +313,14 @@ async def test_an_answer_gets_no_answer() -> None:
     query = dns.message.make_query("vm1", "A")
     data = dns.message.make_response(query).to_wire()
     assert await server().handle(data, tcp=False, endpoint_id="vm1") is None
+
+
+async def test_a_query_has_no_thousands_of_records() -> None:
+    """Each is looked at, for the one that is OPT, and the others wait meanwhile."""
+    query = dns.message.make_query("vm1", "A", use_edns=-1).to_wire()
+    nothing = b"\0" + struct.pack("!HHIH", 1, 1, 0, 0)
+    for count, rcode in ((16, dns.rcode.NOERROR), (17, dns.rcode.FORMERR), (5900, dns.rcode.FORMERR)):
+        data = query[:10] + struct.pack("!H", count) + query[12:] + nothing * count
+        answer = await server().handle(data, tcp=True, endpoint_id="vm1")
+        assert answer is not None
+        assert answer[3] & 15 == rcode

@@ -135,6 +135,33 @@ async def test_questions_of_one_connection_are_bounded(tmp_path: Path) -> None:
         assert len({(await read(reader)).id for _ in range(200)}) == 200
 
 
+async def test_questions_of_a_connection_that_has_ended_still_count(tmp_path: Path) -> None:
+    """Or a guest that ends one connection after the other would have any number asked at a time."""
+    async with serving(tmp_path, resolvers=("127.0.0.1:1",), questions_per_endpoint=8) as served:
+        gate, asked = asyncio.Event(), 0
+
+        async def slow(*_: object, **__: object) -> None:
+            nonlocal asked
+            asked += 1
+            await gate.wait()
+
+        served.server._upstream.ask = slow  # type: ignore[method-assign]
+        for number in range(10):
+            reader, writer = await served.connect(port=7)
+            for one in range(5):
+                query = dns.message.make_query(f"n{number}-{one}.example.org", "A", id=one)
+                writer.write(framed(query.to_wire()))
+            # What is no query ends the connection, whatever was asked before.
+            writer.write(framed(b"x"))
+            while await reader.read(4096):
+                pass
+        assert asked == 8
+        reader, writer = await served.connect(port=7)
+        gate.set()
+        writer.write(framed(dns.message.make_query("later.example.org", "A").to_wire()))
+        assert (await read(reader)).rcode() == dns.rcode.SERVFAIL, "asked, and not refused"
+
+
 @pytest.mark.parametrize("data", [b"\0\0", framed(b"x"), framed(b"\0\1\x80\0" + bytes(8))])
 async def test_what_is_no_query_ends_the_connection(tmp_path: Path, data: bytes) -> None:
     async with serving(tmp_path) as served:
@@ -242,3 +269,75 @@ async def test_close_ends_all_and_removes_the_socket(tmp_path: Path) -> None:
         again, asking = await served.connect()
         asking.write(framed(QUERY))
         assert texts(await read(again)) == ["vm1. A 192.168.64.2"]
+
+
+async def test_answers_that_a_guest_does_not_read_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_module, "PER_SECOND", 1_000_000)
+    async with serving(tmp_path) as served:
+
+        async def large(data: bytes, tcp: bool, asker: object) -> bytes:
+            return data[:2] + bytes(60_000)
+
+        streams = served.server._stream
+        streams._answer = large
+        for _ in range(20):
+            _, writer = await served.connect(port=7)
+            writer.write(framed(QUERY) * 32)
+        most = 0
+        for _ in range(200):
+            await asyncio.sleep(0)
+            most = max(
+                most, sum(one.writer.transport.get_write_buffer_size() for one in streams._connections)
+            )
+        assert 1 << 20 < most <= stream_module.UNREAD + 20 * 65536 + 60_000
+        # Who reads gets all answers, however large.
+        reader, writer = await served.connect(port=8)
+        writer.write(framed(QUERY) * 200)
+        for _ in range(200):
+            assert len(await reader.readexactly(60_004)) == 60_004
+
+
+async def test_questions_of_a_guest_have_a_pace_on_all_its_connections(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All guests are answered by one thread. Over UDP the switch limits how much each may ask."""
+    monkeypatch.setattr(stream_module, "PER_SECOND", 1000)
+    async with serving(tmp_path) as served:
+        begin = asyncio.get_running_loop().time()
+        greedy = [await served.connect(port=7) for _ in range(10)]
+        for _, writer in greedy:
+            writer.write(framed(QUERY) * 60)
+        reader, writer = await served.connect(port=8)
+        writer.write(framed(QUERY))
+        await read(reader)
+        others_turn = asyncio.get_running_loop().time() - begin
+        for reader, _ in greedy:
+            for _ in range(60):
+                await read(reader)
+        lasted = asyncio.get_running_loop().time() - begin
+        # What was not used before may come at once.
+        assert lasted >= (600 - stream_module.PER_SECOND * stream_module.SAVED) / 1000 - 0.01
+        assert others_turn < lasted / 2
+        # Long questions count for more.
+        begin = asyncio.get_running_loop().time()
+        reader, writer = await served.connect(port=9)
+        long = QUERY + bytes(60_000)
+        for _ in range(15):
+            writer.write(framed(long))
+        for _ in range(15):
+            await read(reader)
+        assert asyncio.get_running_loop().time() - begin >= 0.3
+
+        async def large(data: bytes, tcp: bool, asker: object) -> bytes:
+            return data[:2] + bytes(60_000)
+
+        # Long answers too.
+        served.server._stream._answer = large
+        begin = asyncio.get_running_loop().time()
+        reader, writer = await served.connect(port=10)
+        for _ in range(15):
+            writer.write(framed(QUERY))
+            await reader.readexactly(60_004)
+        assert asyncio.get_running_loop().time() - begin >= 0.3

@@ -303,6 +303,10 @@ impl Tcb {
         self.measure(cx.now);
         self.dup_acks = 0;
         self.wants_batch = true;
+        if !self.in_recovery && self.recover.lt(ack) {
+            // It stays behind what is acknowledged, or after 2^31 bytes it would seem to be ahead again.
+            self.recover = ack.minus(1);
+        }
         let mss = u32::from(self.segment_size(cx.path));
         if self.in_recovery && ack.lt(self.recover) {
             // RFC 6582: a partial ACK names the next hole.

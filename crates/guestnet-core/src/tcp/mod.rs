@@ -253,10 +253,15 @@ impl Tcb {
         self.start(cx)
     }
 
-    /// The outcome of the host's connect.
+    /// The outcome of the host's connect. In any other state an error says that the socket is of no use, and
+    /// that nobody will hear of it again.
     pub fn connected<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, result: Result<(), SockError>) -> Fate {
         if self.state != State::Connecting {
-            return Fate::Live;
+            if result.is_ok() || !self.sock_open {
+                return Fate::Live;
+            }
+            self.abort(cx);
+            return Fate::Closed;
         }
         match result {
             Ok(()) => {

@@ -47,6 +47,8 @@ pub struct MockSock {
     pub send_error: Option<SockError>,
     /// Unread bytes.
     pub inbox: VecDeque<u8>,
+    /// There are zeros to read without end, whatever `inbox` has.
+    pub endless: bool,
     /// The peer closed after `inbox`.
     pub eof: bool,
     /// A peek that reaches the end says so with the bytes.
@@ -245,6 +247,11 @@ impl Effects for Mock {
         if let Some(e) = s.peek_error {
             return Err(e);
         }
+        if s.endless {
+            self.scratch.clear();
+            self.scratch.resize(max, 0);
+            return Ok(Peek::Data(max));
+        }
         assert!(offset <= s.inbox.len(), "peek at {offset} of {}", s.inbox.len());
         let bytes: Vec<u8> = s.inbox.iter().skip(offset).take(max).copied().collect();
         if bytes.is_empty() {
@@ -258,6 +265,10 @@ impl Effects for Mock {
 
     fn tcp_discard(&mut self, sock: SockId, len: usize) {
         let s = self.live(sock);
+        if s.endless {
+            s.discarded += len as u64;
+            return;
+        }
         assert!(len <= s.inbox.len(), "discard of {len} of {}", s.inbox.len());
         s.inbox.drain(..len);
         s.discarded += len as u64;

@@ -207,6 +207,25 @@ fn three_duplicate_acks_send_the_first_segment_again() {
     assert_eq!(s.host().discarded, 29_200);
 }
 
+/// What was in flight when loss was last seen lies more than half of all sequence numbers back.
+#[test]
+fn duplicate_acks_mean_loss_after_gigabytes_too() {
+    let mut s = Sim::open();
+    s.host().endless = true;
+    s.ready(true, false);
+    let mut at = 1u32;
+    while at <= 1 << 31 {
+        at += s.mock.take().iter().map(|f| f.frame.len() as u32 - 54).sum::<u32>();
+        s.send(&format!(". 1 ack {at}"));
+    }
+    assert_eq!(s.counters.retransmits, 0);
+    s.mock.take();
+    for _ in 0..3 {
+        s.send(&format!(". 1 ack {at}"));
+    }
+    assert_eq!(s.counters.retransmits, 1);
+}
+
 #[test]
 fn a_guest_that_never_answers_is_given_up() {
     let mut s = Sim::open();

@@ -227,6 +227,23 @@ fn nothing_is_sent_to_a_guest_that_is_not_found_yet() {
     s.closed(Close::Reset);
 }
 
+/// The socket of a client was lost after the flow began: it could not be watched, say.
+#[test]
+fn a_broken_socket_ends_an_inbound_flow_in_any_state() {
+    let mut s = Sim::inbound();
+    s.start();
+    s.recv("S 0");
+    s.connected(Err(SockError::Exhausted));
+    s.recv("R 1");
+    s.closed(Close::Reset);
+    let mut s = Sim::open();
+    s.connected(Ok(()));
+    s.live();
+    s.connected(Err(SockError::Exhausted));
+    s.recv("R. 1 ack 1");
+    s.closed(Close::Reset);
+}
+
 #[test]
 fn inbound_refused_by_the_guest_is_a_reset_to_the_client() {
     let mut s = Sim::inbound();

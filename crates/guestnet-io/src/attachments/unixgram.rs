@@ -1,7 +1,8 @@
 //! Theory of operation: one bound datagram socket on which many guests arrive, each known by the path that
 //! its own socket is bound to (vfkit and its kin; QEMU's `-netdev dgram`). vfkit first sends the four bytes
 //! `VFKT`, others begin with a frame; both are understood. The same magic from a known path is a guest that
-//! started again, and so a new guest. Who has no path cannot be answered and is refused.
+//! started again, and so a new guest, a few times a second: it may be a frame that a guest made. Who has no
+//! path cannot be answered and is refused.
 //!
 //! vfkit connects, so it hears only the very socket that it found at the path, and what it leaves unread
 //! fills that socket's send buffer, for all guests on it. Therefore a socket that a guest of vfkit has come
@@ -10,7 +11,7 @@
 use super::FRAME_MAX;
 use super::dgram::{Dgram, set_buffers};
 use crate::sys::{self, RawAddr};
-use guestnet_core::types::PortId;
+use guestnet_core::types::{PortId, Time};
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
@@ -22,6 +23,8 @@ use std::sync::Arc;
 pub(crate) const MAGIC: &[u8] = b"VFKT";
 /// Guests on one socket.
 pub(crate) const PEERS_MAX: usize = 256;
+/// Guests of one socket that may start again in a second. Each is a port that goes and one that comes.
+const RESTARTS: u32 = 4;
 
 /// The socket and who came.
 pub(crate) struct Unixgram {
@@ -31,6 +34,8 @@ pub(crate) struct Unixgram {
     magic: bool,
     /// Another socket has taken its place at the path.
     pub replaced: bool,
+    /// The second at hand, and who started again in it.
+    restarts: (u64, u32),
 }
 
 /// Who sent a datagram, and what it is.
@@ -52,7 +57,7 @@ pub(crate) enum From {
 impl Unixgram {
     pub(crate) fn new(fd: OwnedFd, magic: bool) -> Unixgram {
         set_buffers(&fd);
-        Unixgram { fd: Arc::new(fd), peers: HashMap::new(), magic, replaced: false }
+        Unixgram { fd: Arc::new(fd), peers: HashMap::new(), magic, replaced: false, restarts: (0, 0) }
     }
 
     /// Reads one datagram to `buf`.
@@ -72,6 +77,16 @@ impl Unixgram {
             Some(port) if !hello => From::Known(*port, n),
             old => From::New { path, frame: (!hello).then_some(n), old: old.copied() },
         }
+    }
+
+    /// Whether one more guest may start again now.
+    pub(crate) fn may_restart(&mut self, now: Time) -> bool {
+        let second = now.as_ms() / 1000;
+        if self.restarts.0 != second {
+            self.restarts = (second, 0);
+        }
+        self.restarts.1 += 1;
+        self.restarts.1 <= RESTARTS
     }
 
     /// Puts a new socket at the path of this one, which stays with the guests that found it. `None` where

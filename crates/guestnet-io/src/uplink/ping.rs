@@ -1,7 +1,7 @@
 //! Theory of operation: echo requests through ping sockets, for which the kernel chooses the identifier and
 //! filters the replies. Where `net.ipv4.ping_group_range` forbids them, a raw socket does the same if the
-//! process may open one; it hears all replies of the host and keeps those to its own identifier. Where
-//! neither may be, the guest is told that it is prohibited.
+//! process may open one; the kernel would give it all replies of the host, and is told to leave those to other
+//! identifiers out. Where neither may be, the guest is told that it is prohibited.
 
 // recvmsg takes raw pointers.
 #![allow(unsafe_code)]
@@ -25,6 +25,12 @@ const ECHO6_REPLY: u8 = 129;
 const HEADER: usize = 8;
 /// struct icmp_filter: a set bit is a type that is not passed on.
 const ICMP_FILTER: i32 = 1;
+
+/// Instructions of classic BPF (linux/bpf_common.h).
+const LDX_HEADER_LEN: u16 = 0xb1;
+const LD_HALF_AT_X: u16 = 0x48;
+const JUMP_EQUAL: u16 = 0x15;
+const RETURN: u16 = 0x06;
 
 /// A reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,12 +59,12 @@ impl Socks {
             // A raw ICMPv6 socket would need its own filter; hosts without ping sockets are v4's legacy.
             Err(e) if v6 => return Err(sys::sock_error(e)),
             Err(_) => {
-                let fd = sys::socket(family, libc::SOCK_RAW, protocol).map_err(|e| match e {
+                let id = identifier();
+                let fd = raw_socket(id).map_err(|e| match e {
                     libc::EPROTONOSUPPORT => SockError::Prohibited,
                     e => sys::sock_error(e),
                 })?;
-                let _all = sys::set_opt(&fd, libc::SOL_RAW, ICMP_FILTER, !(1 << ECHO_REPLY));
-                (fd, Some(identifier()))
+                (fd, Some(id))
             }
         };
         udp::set_recverr(&fd, v6);
@@ -121,6 +127,24 @@ fn identifier() -> u16 {
     std::hash::RandomState::new().build_hasher().finish() as u16
 }
 
+/// A raw socket for replies to one identifier.
+fn raw_socket(id: u16) -> Result<OwnedFd, i32> {
+    let fd = sys::socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_ICMP)?;
+    let _all = sys::set_opt(&fd, libc::SOL_RAW, ICMP_FILTER, !(1 << ECHO_REPLY));
+    let op = |code, jf, k| libc::sock_filter { code, jt: 0, jf, k };
+    let mut own = [
+        // X: length of the IP header. A: the identifier behind it. All of the packet, or nothing.
+        op(LDX_HEADER_LEN, 0, 0),
+        op(LD_HALF_AT_X, 0, 4),
+        op(JUMP_EQUAL, 1, u32::from(id)),
+        op(RETURN, 0, u32::MAX),
+        op(RETURN, 0, 0),
+    ];
+    // Without, `receive` leaves them out.
+    let _all = sys::attach_filter(&fd, &mut own);
+    Ok(fd)
+}
+
 /// Receives one ICMP message to `buf`. `Ok(None)`: it was not a reply to us.
 pub(crate) fn receive(
     fd: &OwnedFd,
@@ -172,6 +196,33 @@ pub(crate) fn receive(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// As root where ping sockets are forbidden: one guest may have a thousand sockets, and each reply that the
+    /// host gets would be read by all of them.
+    #[test]
+    fn a_raw_socket_is_not_woken_by_replies_to_others() {
+        let fd = match raw_socket(0x1234) {
+            Ok(fd) => fd,
+            Err(e) => return assert!(matches!(e, libc::EPERM | libc::EACCES), "{e}"),
+        };
+        let lo = RawAddr::ip("127.0.0.1:0".parse().unwrap());
+        let send = |id: u16| {
+            let [hi, lo_] = id.to_be_bytes();
+            let mut reply = [ECHO_REPLY, 0, 0, 0, hi, lo_, 0, 7, b'x'];
+            let sum = checksum::finish(checksum::sum(&reply, 0));
+            guestnet_wire::put(&mut reply, 2, &sum.to_be_bytes());
+            sys::send_to(&fd, &reply, &lo).unwrap();
+        };
+        for id in 0x1230..0x1234 {
+            send(id);
+        }
+        assert_eq!(sys::poll_now(&fd, libc::POLLIN), 0, "woken by what is for others");
+        send(0x1234);
+        assert_eq!(sys::poll_now(&fd, libc::POLLIN), libc::POLLIN);
+        let mut buf = [0; 200];
+        let r = receive(&fd, Some(0x1234), false, &mut buf).unwrap().unwrap();
+        assert_eq!((r.seq, &buf[r.start..r.end]), (7, &b"x"[..]));
+    }
 
     #[test]
     fn an_echo_on_loopback_comes_back() {

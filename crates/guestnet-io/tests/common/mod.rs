@@ -55,6 +55,12 @@ impl Net {
         self.events.borrow_mut().extend(self.worker.drain(1000));
     }
 
+    /// Events of a kind that were told and that nobody took.
+    pub fn count(&self, kind: impl Fn(&Event) -> bool) -> usize {
+        self.pump();
+        self.events.borrow().iter().filter(|e| kind(e)).count()
+    }
+
     /// Waits for the first event that `pick` makes something of, and takes it.
     pub fn wait<T>(&self, what: &str, mut pick: impl FnMut(&Event) -> Option<T>) -> T {
         let end = Instant::now() + PATIENCE;

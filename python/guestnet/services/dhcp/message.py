@@ -1,8 +1,8 @@
 """DHCP messages as bytes: RFC 2131 section 2, RFC 2132, long options by RFC 3396.
 
 Reading is strict about what could be read in two ways and refuses it with a reason; it never raises
-anything but `Refused`. A message is no larger than a datagram and each byte is looked at once or twice, so
-there is nothing else to bound.
+anything but `Refused`. One thread answers all guests, so a message is bounded in bytes and options: reading
+one that filled a datagram would take as long as answering a hundred.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ SMALLEST = 300
 BROADCAST = 0x8000
 """The flag of a client that cannot take an answer to its own address yet."""
 NOWHERE = IPv4Address(0)
+LONGEST = 1500
+"""Bytes of a client's message: what an Ethernet frame carries. Clients send 300 to 600."""
+_OPTIONS = 128
 _SNAME, _FILE = 64, 128
 _PAD, _END, _OVERLOAD = 0, 255, 52
 _IN_FILE, _IN_SNAME = 1, 2
@@ -46,6 +49,8 @@ class DhcpRefusal(StrEnum):
 
     TOO_SHORT = "too_short"
     """Not even a BOOTP header (RFC 951: 236 bytes)."""
+    TOO_LONG = "too_long"
+    """More than any client has to say."""
     NOT_A_REQUEST = "not_a_request"
     """A server's message, from a guest."""
     BAD_HARDWARE = "bad_hardware"
@@ -105,6 +110,8 @@ def parse(data: bytes) -> Message:
     """Reads a message. Raises `Refused`."""
     if len(data) < HEADER.size:
         raise Refused(DhcpRefusal.TOO_SHORT)
+    if len(data) > LONGEST:
+        raise Refused(DhcpRefusal.TOO_LONG)
     op, htype, hlen, hops, xid, secs, flags, ci, yi, si, gi, chaddr, sname, file = HEADER.unpack_from(data)
     if hlen > len(chaddr):
         raise Refused(DhcpRefusal.BAD_HARDWARE)
@@ -150,7 +157,7 @@ def _read_options(area: bytes, file: bytes, sname: bytes) -> dict[int, bytes]:
 
 
 def _read_area(area: bytes, into: dict[int, bytes]) -> None:
-    at = 0
+    at = count = 0
     while at < len(area):
         code = area[at]
         if code == _PAD:
@@ -158,6 +165,9 @@ def _read_area(area: bytes, into: dict[int, bytes]) -> None:
             continue
         if code == _END:
             return
+        count += 1
+        if count > _OPTIONS:
+            raise Refused(DhcpRefusal.BAD_OPTIONS)
         if at + 1 >= len(area) or at + 2 + area[at + 1] > len(area):
             raise Refused(DhcpRefusal.BAD_OPTIONS)
         end = at + 2 + area[at + 1]

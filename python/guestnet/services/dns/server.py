@@ -29,6 +29,7 @@ from guestnet.services.dns.wire import (
     Query,
     Rcode,
     Type,
+    body_end,
     explanation,
     opcode,
     opt,
@@ -230,15 +231,7 @@ class DnsServer:
             self.counters["busy"] += 1
             busy = explanation(_EDE_BUSY, "too many questions at once")
             return respond(query, Rcode.REFUSED, tcp=tcp, options=busy)
-        self._asking[asker] += 1
-        self._asking_total += 1
-        try:
-            heard = await self._fly((*key, recursive, tcp), query)
-        finally:
-            self._asking_total -= 1
-            self._asking[asker] -= 1
-            if not self._asking[asker]:
-                del self._asking[asker]
+        heard = await self._asked_by(asker, self._fly((*key, recursive, tcp), query))
         if heard is None:
             return self._failed(query, tcp, _EDE_UNREACHABLE, "no name server of the host answers")
         return _passed(query, heard, tcp, 0)
@@ -247,8 +240,24 @@ class DnsServer:
         self.counters["unanswered"] += 1
         return respond(query, Rcode.SERVFAIL, tcp=tcp, options=explanation(code, why))
 
-    async def _fly(self, key: _Flight, query: Query) -> Heard | None:
-        """Asks, or waits for the answer when the same is being asked.
+    async def _asked_by(self, asker: object, flight: asyncio.Task[Heard | None]) -> Heard | None:
+        """The answer. The question counts as the asker's until it is answered, also when the asker has gone:
+        or who leaves again and again could have any number asked."""
+        self._asking[asker] += 1
+        self._asking_total += 1
+
+        def landed(_: object) -> None:
+            self._asking_total -= 1
+            self._asking[asker] -= 1
+            if not self._asking[asker]:
+                del self._asking[asker]
+
+        flight.add_done_callback(landed)
+        # A guest that goes away must not take the answer from others.
+        return await asyncio.shield(flight)
+
+    def _fly(self, key: _Flight, query: Query) -> asyncio.Task[Heard | None]:
+        """Asks, or gives the task that is asking the same.
 
         So a question that comes back to us, through a name server that asks a guest, does not go round.
         """
@@ -256,8 +265,7 @@ class DnsServer:
         if flight is None:
             flight = asyncio.get_running_loop().create_task(self._ask(key, query))
             self._flights[key] = flight
-        # A guest that goes away must not take the answer from others.
-        return await asyncio.shield(flight)
+        return flight
 
     async def _ask(self, key: _Flight, query: Query) -> Heard | None:
         try:
@@ -289,10 +297,10 @@ def _passed(query: Query, heard: Heard, tcp: bool, age: int) -> bytes:
     if query.wants_dnssec or query.flags & AD:
         flags |= answer.flags & AD
     last = opt(query, rcode, _explanations(heard))
-    body = aged(heard.data, answer, age)
-    if flags & TC or len(body) + len(last) > query.largest(tcp):
+    if flags & TC or body_end(answer) + len(last) > query.largest(tcp):
         head = HEADER.pack(query.id, flags | TC, 1, 0, 0, 1 if last else 0)
         return head + query.question + last
+    body = aged(heard.data, answer, age)
     counts = (answer.answers, answer.authorities, answer.additionals + (1 if last else 0))
     head = HEADER.pack(query.id, flags, 1, *counts)
     return head + query.question + body[len(head) + len(query.question) :] + last

@@ -23,6 +23,8 @@ UDP_PLAIN = 512
 UDP_LARGEST = 1232
 """Bytes of an answer over UDP that no link splits."""
 NAME_LONGEST, LABEL_LONGEST = 255, 63
+QUERY_RECORDS = 16
+"""Records that come with a question at most: OPT, a signature, and a few that nobody knows yet."""
 IN = 1
 
 
@@ -180,6 +182,8 @@ def read_query(data: bytes) -> Query:
     id_, flags, questions, answers, authorities, additionals = HEADER.unpack_from(data)
     if questions != 1:
         raise Malformed("not one question")
+    if answers + authorities + additionals > QUERY_RECORDS:
+        raise Malformed("more records than belong to a question")
     at = read_name(data, HEADER.size)
     name = data[HEADER.size : at]
     if at + 4 > len(data):

@@ -1,0 +1,81 @@
+"""Lines about what happens, for people and programs, and for readers that do not read."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from guestnet.cli import teller as teller_module
+from guestnet.cli.teller import WAITING, Teller
+from guestnet.events import NetworkEvent
+
+
+@pytest.fixture
+def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
+    """In place of stdout and stderr."""
+    read, write = os.pipe()
+    monkeypatch.setattr(teller_module, "STDOUT", write)
+    monkeypatch.setattr(teller_module, "STDERR", write)
+    yield read, write
+    os.close(read)
+
+
+def options(**values: bool) -> Namespace:
+    return Namespace(**({"json": False, "quiet": False, "verbose": False} | values))
+
+
+def lines(read: int, write: int) -> list[str]:
+    os.close(write)
+    with os.fdopen(os.dup(read), encoding="utf-8") as file:
+        return file.read().splitlines()
+
+
+def test_programs_get_json_and_people_sentences(pipe: tuple[int, int]) -> None:
+    event = NetworkEvent("lease", "vm1", {"ip": "192.168.64.2", "hostname": None})
+    for values in ({"json": True}, {}, {"quiet": True}):
+        teller = Teller(options(**values))
+        teller.event(event)
+        teller.event(NetworkEvent("address_seen", "vm1", {"ip": "192.168.64.2"}))
+        teller.say("sum")
+        teller.close()
+    said = lines(*pipe)
+    assert [json.loads(line) for line in said[:2]] == [
+        {"event": "lease", "endpoint": "vm1", "ip": "192.168.64.2", "hostname": None},
+        {"event": "address_seen", "endpoint": "vm1", "ip": "192.168.64.2"},
+    ]
+    assert said[2:] == ["sum", "guestnet: vm1 has an address (ip 192.168.64.2)", "sum", "sum"]
+
+
+def test_a_reader_that_does_not_read_keeps_nobody_waiting(pipe: tuple[int, int]) -> None:
+    read, write = pipe
+    teller = Teller(options(json=True))
+    count = WAITING * 4
+    told: list[Any] = []
+
+    def guests() -> None:
+        for number in range(count):
+            teller.event(NetworkEvent("lease", "vm1", {"number": number, "more": "x" * 200}))
+        told.append(True)
+
+    thread = threading.Thread(target=guests, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert told, "the thread that serves guests waits for a reader"
+    numbers: list[int] = []
+    lost = 0
+    with os.fdopen(os.dup(read), encoding="utf-8") as file:
+        while len(numbers) + lost < count:
+            line = json.loads(file.readline())
+            if line["event"] == "lines_lost":
+                lost += line["count"]
+            else:
+                numbers.append(line["number"])
+    assert lost > 0
+    assert numbers == sorted(set(numbers)), "in order, and none twice"
+    teller.close()
+    os.close(write)
