@@ -143,8 +143,9 @@ class Publishing:
                 else:
                     raise PortInUse(f"No free port was found on {address}: publish one that you choose.")
         except BaseException:
-            for number in numbers[: len(chosen)]:
-                self._control.post(plane.remove_forward, number)
+            # Also the one that was waited for, as above.
+            for number in numbers:
+                self._control.ensure(plane.remove_forward, number)
             raise
         forward.host_ports = tuple(chosen)
         self._forwards[numbers[0]] = forward
