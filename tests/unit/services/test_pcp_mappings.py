@@ -61,6 +61,15 @@ async def test_rfc6887_create_renew_and_expire(played: Played) -> None:
     assert played.server.next_expiry() is None
 
 
+async def test_rfc6887_a_renewal_may_be_for_a_shorter_time(played: Played) -> None:
+    await played.map(80, lifetime=3600)
+    assert (await played.map(80, lifetime=200)).lifetime == 200
+    assert played.server.next_expiry() == 200
+    played.now += 200
+    played.server.expire()
+    assert not played.host.open_ports
+
+
 async def test_rfc6887_what_is_over_ends_when_anybody_asks(played: Played) -> None:
     await played.map(80, lifetime=600)
     played.now += 600
