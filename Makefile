@@ -67,7 +67,7 @@ instructions: ## Count the instructions of the hot paths against benches/instruc
 instructions-renew: ## Write new counts
 	python3 scripts/instructions.py --renew
 
-conformance: ## Prove the NAT engine against its RFCs and write docs/conformance.md
+conformance: build ## Prove the NAT against its RFCs and write docs/conformance.md
 	python3 scripts/conformance.py
 
 # The peer is downloaded from the registry for this alone.

@@ -25,6 +25,7 @@ tshark:tshark:capture tests
 ethtool:ethtool:offload tests
 strace:strace:idle tests
 turnserver:coturn:NAT behaviour tests
+natpmpc:natpmpc:tests of ports that guests open
 valgrind:valgrind:the count of instructions
 sysctl:procps:the namespaces of tests
 setpriv:util-linux:tests as an ordinary user

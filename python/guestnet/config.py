@@ -208,14 +208,18 @@ def _named_numbers(what: str, value: object) -> dict[str, int]:
     return {str(name): _number(f"{what} {name}", number, 1, 0xFFFFFFFF) for name, number in value.items()}
 
 
-def _port_range(value: object) -> tuple[int, int]:
-    given = _several("port_range", value)
+def _port_range(value: object, what: str = "port_range", example: str = "(49152, 65535)") -> tuple[int, int]:
+    given = _several(what, value)
     if len(given) != 2:
-        raise ConfigError(f"port_range {value!r} is not a first and a last port: write (49152, 65535).")
-    first, last = (_number("port_range", one, 1, 65535) for one in given)
+        raise ConfigError(f"{what} {value!r} is not a first and a last port: write {example}.")
+    first, last = (_number(what, one, 1, 65535) for one in given)
     if first > last:
-        raise ConfigError(f"port_range {first} to {last} is upside down: give the lower one first.")
+        raise ConfigError(f"{what} {first} to {last} is upside down: give the lower one first.")
     return first, last
+
+
+def _guest_ports(value: object) -> tuple[int, int] | None:
+    return None if value is None else _port_range(value, "pcp_ports", "(40000, 40999)")
 
 
 @dataclass(frozen=True, init=False, eq=True)
@@ -245,6 +249,9 @@ class NatConfig:
       routed to this host (by default one of 100.64.0.0/10 that only this host knows); `port_range`, the first
       and the last of their ports that connections get; `forwarding` lets the host forward while the network
       runs; `masquerade` does too, and what leaves has the host's own address.
+    - `pcp_ports`: the first and the last port of the host that guests may open for themselves, by PCP or
+      NAT-PMP, in the mode "nat"; by default none. `pcp_address`: the address of the host that they are opened
+      on, as of a published port; by default every one.
     - `bridge`: with the mode "bridged", the bridge or Ethernet interface of the host that guests are joined
       to. It gives addresses and names; `subnet` and what belongs to it are not used.
     - `limits`, `timeouts` (seconds): bounds of the data plane by name, where its defaults do not fit.
@@ -279,6 +286,8 @@ class NatConfig:
     port_range: tuple[int, int]
     forwarding: bool
     masquerade: bool
+    pcp_ports: tuple[int, int] | None
+    pcp_address: IPv4Address | None
     limits: Mapping[str, int]
     timeouts: Mapping[str, int]
 
@@ -313,6 +322,8 @@ class NatConfig:
         port_range: tuple[int, int] = (49152, 65535),
         forwarding: bool = False,
         masquerade: bool = False,
+        pcp_ports: tuple[int, int] | None = None,
+        pcp_address: str | IPv4Address | None = None,
         bridge: str | None = None,
         limits: Mapping[str, int] | None = None,
         timeouts: Mapping[str, int] | None = None,
@@ -373,6 +384,8 @@ class NatConfig:
         put(self, "forwarding", _yes_or_no("forwarding", forwarding))
         put(self, "masquerade", _yes_or_no("masquerade", masquerade))
         put(self, "external", self._external(external))
+        put(self, "pcp_ports", _guest_ports(pcp_ports))
+        put(self, "pcp_address", self._pcp_address(pcp_address))
         put(self, "static_leases", self._leases(_several("static_leases", static_leases)))
 
     @property
@@ -419,6 +432,18 @@ class NatConfig:
         if len(set(found)) != len(found):
             raise ConfigError("external names an address twice: give each once.")
         return found
+
+    def _pcp_address(self, value: object) -> IPv4Address | None:
+        if self.pcp_ports is not None and self.mode is not NetMode.NAT:
+            raise ConfigError("pcp_ports is of the mode 'nat': choose that one, or leave pcp_ports out.")
+        if value is None:
+            return None
+        address = _address("pcp_address", value)
+        if self.pcp_ports is None:
+            raise ConfigError(f"pcp_address {address} goes with pcp_ports: say which ports guests may open.")
+        if address in self.subnet or address.is_unspecified or address.packed[0] >= 224:
+            raise ConfigError(f"pcp_address {address} cannot be an address of the host: choose another.")
+        return address
 
     def _segment(self, bridge: object) -> str | None:
         if self.mode is not NetMode.BRIDGED:

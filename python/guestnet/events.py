@@ -11,9 +11,10 @@ from typing import Any
 class NetworkEvent:
     """Something happened.
 
-    `kind` is one of `guest_up`, `guest_down`, `lease`, `release`, `address_seen`, `address_changed`, `log`,
-    `failed`, and for those who ask for flows `flow_opened`, `flow_closed`, `denied`. `endpoint` is the id of
-    the guest that it is about. `details` holds values that JSON can carry.
+    `kind` is one of `guest_up`, `guest_down`, `lease`, `release`, `address_seen`, `address_changed`,
+    `port_opened` and `port_closed` (a guest's own, by PCP), `log`, `failed`, and for those who ask for flows
+    `flow_opened`, `flow_closed`, `denied`. `endpoint` is the id of the guest that it is about. `details`
+    holds values that JSON can carry.
     """
 
     kind: str

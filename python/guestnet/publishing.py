@@ -39,6 +39,8 @@ class Forward:
         """The guest that a forward without a name found."""
         self.target: IPv4Address | None = None
         """Where it leads now, None while its guest is not there."""
+        self.asked_by: str | None = None
+        """The id of the guest that opened it itself (PCP); None of what the network's owner published."""
 
     @property
     def host_port(self) -> int:
@@ -51,7 +53,8 @@ class Forward:
         return self.spec.protocol
 
     def __str__(self) -> str:
-        return show(self.spec, self.host_ports)
+        by = "" if self.asked_by is None else f" (opened by {self.asked_by})"
+        return show(self.spec, self.host_ports) + by
 
     def __repr__(self) -> str:
         return f"<Forward {self}>"
@@ -140,8 +143,9 @@ class Publishing:
                 else:
                     raise PortInUse(f"No free port was found on {address}: publish one that you choose.")
         except BaseException:
-            for number in numbers[: len(chosen)]:
-                self._control.post(plane.remove_forward, number)
+            # Also the one that was waited for, as above.
+            for number in numbers:
+                self._control.ensure(plane.remove_forward, number)
             raise
         forward.host_ports = tuple(chosen)
         self._forwards[numbers[0]] = forward
@@ -149,14 +153,19 @@ class Publishing:
 
     async def remove(self, forward: Forward) -> bool:
         """Takes it back; False when it is not here."""
+        if not self.drop(forward):
+            return False
+        # Commands are done in order: when one more is, all are.
+        await self._control.do(self._control.plane.remove_forward, forward.numbers[-1])
+        return True
+
+    def drop(self, forward: Forward) -> bool:
+        """As `remove`, without waiting for it."""
         if self._forwards.get(forward.numbers[0]) is not forward:
             return False
         del self._forwards[forward.numbers[0]]
-        plane = self._control.plane
         for number in forward.numbers:
-            self._control.ensure(plane.remove_forward, number)
-        # Commands are done in order: when one more is, all are.
-        await self._control.do(plane.remove_forward, forward.numbers[-1])
+            self._control.ensure(self._control.plane.remove_forward, number)
         return True
 
     def refresh(self) -> None:

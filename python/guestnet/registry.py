@@ -230,6 +230,16 @@ class Registry:
         """Whose address it is."""
         return self._by_ip.get(address)
 
+    def holds(self, endpoint_id: str, address: IPv4Address) -> bool:
+        """Whether the address was given to the endpoint, or to what is bridged behind it."""
+        with self._lock:
+            endpoint = self._endpoints.get(endpoint_id)
+            if endpoint is None:
+                return False
+            return endpoint.ip == address or any(
+                own == address for (owner, _), own in self._extra.items() if owner == endpoint_id
+            )
+
     def lease_of(self, mac: str) -> StaticLease | None:
         """The static lease of a MAC."""
         return self._leases.get(mac)

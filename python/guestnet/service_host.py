@@ -11,30 +11,46 @@ import logging
 import os
 import secrets
 import time
+from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Any
 
 from guestnet.config import NetMode
 from guestnet.errors import ConfigError
 
 if TYPE_CHECKING:
+    import asyncio
+
     from guestnet import _native
     from guestnet.config import NatConfig
     from guestnet.endpoint import Endpoint
+    from guestnet.publishing import Forward
     from guestnet.registry import Registry
     from guestnet.services.dhcp import DhcpServer
     from guestnet.services.dns import DnsServer
+    from guestnet.services.pcp import Mapping, PcpServer
     from guestnet.session import Session
 
 _log = logging.getLogger("guestnet")
 
-DHCP_PORT, DNS_PORT = 67, 53
-_DHCP, _DNS_UDP, _DNS_TCP = 1, 2, 3
+DHCP_PORT, DNS_PORT, PCP_PORT = 67, 53, 5351
+_DHCP, _DNS_UDP, _DNS_TCP, _PCP = 1, 2, 3, 4
 """Numbers of the services, for the data plane."""
 _QUESTIONS = 1024
 """DNS questions that are being answered at once; of one endpoint a quarter of it."""
 _ALWAYS = 16
 """Those that are answered for an endpoint although others have taken all."""
+_MAPPINGS = 1024
+_MAPPING = 16
+"""PCP requests of an endpoint that wait or are being answered."""
 _PATH_LONGEST = 107
+
+
+def _mappings_most() -> int:
+    """Ports that guests may have open together: each takes a descriptor, and they an eighth of all."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MAPPINGS if hard == resource.RLIM_INFINITY else max(1, min(_MAPPINGS, hard // 8))
 
 
 class Services:
@@ -45,6 +61,7 @@ class Services:
         self._registry = registry
         self._dhcp: DhcpServer | None = None
         self._dns: DnsServer | None = None
+        self._pcp: PcpServer | None = None
 
     @property
     def dhcp(self) -> DhcpServer:
@@ -94,9 +111,24 @@ class Services:
             )
         return self._dns
 
+    @property
+    def pcp(self) -> PcpServer:
+        """The PCP server: `mappings()`. Raises ConfigError when the network has none."""
+        if self._config.pcp_ports is None:
+            raise ConfigError(
+                "Guests of this network open no ports: make it with NatConfig(pcp_ports=(40000, 40999))."
+            )
+        if self._pcp is None:
+            from guestnet.services.pcp import PcpConfig, PcpServer
+
+            first, last = self._config.pcp_ports
+            self._pcp = PcpServer(PcpConfig(first=first, last=last, most=_mappings_most()))
+        return self._pcp
+
     def __repr__(self) -> str:
-        on = [name for name, used in (("dhcp", self._config.dhcp), ("dns", self._config.dns)) if used]
-        return f"<Services {' '.join(on) or 'none'}>"
+        config = self._config
+        used = (("dhcp", config.dhcp), ("dns", config.dns), ("pcp", config.pcp_ports))
+        return f"<Services {' '.join(name for name, on in used if on) or 'none'}>"
 
 
 class ServiceHost:
@@ -110,8 +142,11 @@ class ServiceHost:
         self._directory: str | None = None
         self._dns_is_open = False
         self._hidden_socket: int | None = None
+        self._pcp: PcpServer | None = None
+        self._mapping: dict[str, int] = {}
+        self._expiry: asyncio.TimerHandle | None = None
         self.refused = 0
-        """DNS questions that were not taken because too many were being answered."""
+        """Questions, of DNS and PCP, that were not taken because too many were being answered."""
 
     async def open(self) -> None:
         """Adds the services that the configuration asks for."""
@@ -130,11 +165,22 @@ class ServiceHost:
                 await dns.serve_unix(path)
                 path = self._hidden(path)
                 await control.do(plane.add_service, _DNS_TCP, "tcp", gateway, DNS_PORT, path)
+        if self._config.pcp_ports is not None:
+            from guestnet.guest_ports import GuestPorts
+
+            pcp = self._pcp = self._services.pcp
+            pcp.on_open, pcp.on_close = self._opened, self._closed
+            pcp.start(GuestPorts(self._session))
+            await control.do(plane.add_service, _PCP, "udp", gateway, PCP_PORT)
 
     async def close(self) -> None:
         """Ends what listens, and removes its socket."""
         if self._dns_is_open:
             await self._services.dns.close()
+        if self._expiry is not None:
+            self._expiry.cancel()
+        if self._pcp is not None:
+            self._pcp.stop()
         self._remove_directory()
         if self._hidden_socket is not None:
             os.close(self._hidden_socket)
@@ -192,16 +238,37 @@ class ServiceHost:
                 return
             self._asking[endpoint.id] = asking + 1
             self._session.control.spawn(self._answer_dns(event, endpoint.id))
+        elif event.service == _PCP:
+            mapping = self._mapping.get(endpoint.id, 0)
+            if mapping >= _MAPPING:
+                self.refused += 1
+                return
+            self._mapping[endpoint.id] = mapping + 1
+            self._session.control.spawn(self._answer_pcp(event, endpoint.id))
 
     def forget(self, endpoint_id: str) -> None:
         """An endpoint goes: what its guest held ends before its address is free."""
         if self._config.dhcp:
             self._services.dhcp.remove_endpoint(endpoint_id)
+        if self._pcp is not None:
+            self._pcp.remove_endpoint(endpoint_id)
+
+    def address_left(self, address: IPv4Address) -> None:
+        """A guest has an address no more: no port leads there before it is another's."""
+        if self._pcp is not None:
+            self._pcp.remove_address(address)
+
+    def unpublished(self, forward: Forward) -> None:
+        """The network's owner took a port back, perhaps one that a guest had opened."""
+        if self._pcp is not None:
+            self._pcp.closed(forward)
 
     def expire(self) -> None:
-        """Ends leases that are over; the server does it too, whenever it is asked something."""
+        """Ends leases and mappings that are over; the servers do it too, when they are asked something."""
         if self._config.dhcp:
             self._services.dhcp.expire(time.monotonic())
+        if self._pcp is not None:
+            self._pcp.expire()
 
     def _answer_dhcp(self, event: _native.Datagram, endpoint: Endpoint) -> None:
         reply = self._services.dhcp.handle(
@@ -230,6 +297,55 @@ class ServiceHost:
             self._session.control.post(
                 plane.service_send, event.port, event.mac, event.dst, event.src, answer
             )
+
+    async def _answer_pcp(self, event: _native.Datagram, endpoint_id: str) -> None:
+        assert self._pcp is not None
+        address = event.src[0]
+        try:
+            if not isinstance(address, IPv4Address):
+                return
+            answer = await self._pcp.handle(event.payload, endpoint_id=endpoint_id, source=address)
+        finally:
+            left = self._mapping[endpoint_id] - 1
+            if left:
+                self._mapping[endpoint_id] = left
+            else:
+                del self._mapping[endpoint_id]
+            self._await_expiry()
+        if answer is not None:
+            plane = self._session.control.plane
+            self._session.control.post(
+                plane.service_send, event.port, event.mac, event.dst, event.src, answer
+            )
+
+    def _await_expiry(self) -> None:
+        """Sets the alarm for the mapping that ends first; without mappings there is none."""
+        assert self._pcp is not None
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+        if (seconds := self._pcp.next_expiry()) is not None:
+            self._expiry = self._session.control.loop.call_later(seconds, self._mapping_is_over)
+
+    def _mapping_is_over(self) -> None:
+        assert self._pcp is not None
+        self._pcp.expire()
+        self._await_expiry()
+
+    def _opened(self, mapping: Mapping) -> None:
+        self._tell_port("port_opened", mapping)
+
+    def _closed(self, mapping: Mapping) -> None:
+        self._tell_port("port_closed", mapping)
+
+    def _tell_port(self, kind: str, mapping: Mapping) -> None:
+        self._session.emit(
+            kind,
+            mapping.endpoint_id,
+            protocol=mapping.protocol,
+            port=mapping.external_port,
+            guest=[str(mapping.address), mapping.internal_port],
+        )
 
     def _leased(self, lease: Any) -> None:
         self._session.leased(lease.endpoint_id, lease.mac, lease.ip, lease.hostname)

@@ -218,7 +218,7 @@ class Session:
         self.registry.remove(id)
 
     def maintain(self) -> None:
-        """Ends leases that are over, and frees what was declined long ago."""
+        """Ends leases and mappings that are over, and frees what was declined long ago."""
         self._services.expire()
         self.registry.tidy()
 
@@ -236,6 +236,7 @@ class Session:
         if port is None:
             return
         plane = self.control.plane
+        self._services.address_left(old)
         self.control.ensure(plane.unbind_address, old)
         self.control.ensure(plane.bind_address, port, endpoint.ip, parse_mac(endpoint.mac))
         self.publishing.refresh()
@@ -327,14 +328,15 @@ class Session:
             )
         self.publishing.check(spec, self.config.subnet)
         if not sockets:
-            return await self.publishing.add_external(spec, self._outside(spec))
+            return await self.publishing.add_external(spec, self.outside(spec))
         return await self.publishing.add(spec, sockets)
 
     def needs_sockets(self, spec: ForwardSpec) -> bool:
         """False for ports of the external addresses: those have no sockets."""
         return self.uplink is None or (spec.host_ip is not None and spec.host_ip not in self.uplink.external)
 
-    def _outside(self, spec: ForwardSpec) -> IPv4Address:
+    def outside(self, spec: ForwardSpec) -> IPv4Address:
+        """The external address of the uplink that a forward without sockets is of."""
         assert self.uplink is not None
         return spec.host_ip if isinstance(spec.host_ip, IPv4Address) else self.uplink.external[0]
 
@@ -346,6 +348,7 @@ class Session:
     async def unpublish(self, forward: Forward) -> None:
         if not await self.publishing.remove(forward):
             raise ForwardNotFound(f"{forward} is not published (any more): `forwards` lists those that are.")
+        self._services.unpublished(forward)
 
     # --- what services tell ---
 
@@ -361,6 +364,7 @@ class Session:
 
     def released(self, id: str, mac: bytes, ip: IPv4Address) -> None:
         """A guest gave an address back. The endpoint's own stays reserved for it."""
+        self._services.address_left(ip)
         endpoint = self.registry.get(id)
         if endpoint is not None and endpoint.ip != ip and self.registry.owner(ip) is None:
             self.control.ensure(self.control.plane.unbind_address, ip)

@@ -128,6 +128,17 @@ LEASE = {"mac": "02:00:00:00:00:01", "ip": "192.168.64.9"}
         ({"gateway_mac": "ff:ff:ff:ff:ff:ff"}, "ff:ff"),
         ({"limits": {"flows": 0}}, "limits flows 0"),
         ({"timeouts": [1]}, "timeouts"),
+        ({"pcp_ports": 40000}, "pcp_ports 40000"),
+        ({"pcp_ports": (40000,)}, "(40000, 40999)"),
+        ({"pcp_ports": (0, 9)}, "pcp_ports 0"),
+        ({"pcp_ports": (9, 65536)}, "pcp_ports 65536"),
+        ({"pcp_ports": (9, 8)}, "upside down"),
+        ({"pcp_ports": (8, 9), "mode": "host_only"}, "mode 'nat'"),
+        ({"pcp_ports": (8, 9), "mode": "bridged", "bridge": "br0"}, "mode 'nat'"),
+        ({"pcp_address": "192.0.2.1"}, "pcp_ports"),
+        ({"pcp_ports": (8, 9), "pcp_address": "x"}, "pcp_address 'x'"),
+        ({"pcp_ports": (8, 9), "pcp_address": "0.0.0.0"}, "pcp_address 0.0.0.0"),
+        ({"pcp_ports": (8, 9), "pcp_address": "192.168.64.9"}, "pcp_address 192.168.64.9"),
     ],
 )
 def test_wrong_values_are_named(values: dict[str, Any], named: str) -> None:

@@ -243,6 +243,12 @@ def add_network_options(parser: Parser) -> None:
         help="tun: forward, and give what leaves the host's own address (needs nft)",
     )
     add(
+        "--pcp",
+        type=checked(guest_ports),
+        metavar="[HOST_IP:]FIRST-LAST",
+        help="let guests open these ports of the host to themselves, by PCP or NAT-PMP (default: none)",
+    )
+    add(
         "--bridge",
         metavar="IF",
         help="join guests to this bridge or Ethernet interface of the host, without a gateway "
@@ -279,6 +285,25 @@ def workers(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= WORKERS_MOST:
         raise UsageError(f"--workers {text!r} is not between 1 and {WORKERS_MOST}: write 1.")
     return int(text)
+
+
+def guest_ports(text: str) -> tuple[IPv4Address | None, int, int]:
+    """Ports of the host that guests may open, and the address of the host that they are on: None for all."""
+    host, colon, ports = text.rpartition(":")
+    try:
+        address = IPv4Address(host) if colon else None
+    except ValueError:
+        raise UsageError(f"--pcp {text!r}: {host!r} is not an IPv4 address of the host.") from None
+    first, dash, last = ports.partition("-")
+    numbers = [first, last] if dash else [first]
+    if not all(number.isascii() and number.isdigit() and len(number) <= 5 for number in numbers):
+        raise UsageError(f"--pcp {text!r} is not a range of ports: write one such as 40000-40999.")
+    lowest, highest = int(numbers[0]), int(numbers[-1])
+    if not 1 <= lowest <= highest <= 65535:
+        raise UsageError(
+            f"--pcp {text!r} is upside down or not between 1 and 65535: write a range such as 40000-40999."
+        )
+    return address, lowest, highest
 
 
 def external(text: str) -> IPv4Address:
@@ -328,4 +353,6 @@ def network_settings(options: argparse.Namespace) -> dict[str, Any]:
         "external": options.external,
         "forwarding": options.forwarding,
         "masquerade": options.masquerade,
+        "pcp_ports": None if options.pcp is None else options.pcp[1:],
+        "pcp_address": None if options.pcp is None else options.pcp[0],
     }

@@ -1,1 +1,1 @@
-"""What the gateway serves to guests: addresses (DHCP) and names (DNS). Nothing here knows the data plane."""
+"""What the gateway serves: addresses (DHCP), names (DNS), ports (PCP). Nothing here knows the data plane."""

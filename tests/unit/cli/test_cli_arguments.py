@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from ipaddress import IPv4Address
 
 import pytest
-from guestnet import cli
+from guestnet import NatConfig, cli
 from guestnet.cli import UsageError, arguments, demo, doctor, run, up, vm
 
 
@@ -47,6 +48,13 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["run", "--dns-record", "web=x", "--", "true"], "'x'"),
         (["run", "--dns-record", "a..b=1.2.3.4", "--", "true"], "a..b"),
         (["run", "--hostname", "a b", "--", "true"], "'a b'"),
+        (["run", "--pcp", "x", "--", "true"], "'x'"),
+        (["run", "--pcp", "40000-", "--", "true"], "'40000-'"),
+        (["run", "--pcp", "0-9", "--", "true"], "'0-9'"),
+        (["run", "--pcp", "9-8", "--", "true"], "upside down"),
+        (["run", "--pcp", "8-65536", "--", "true"], "65535"),
+        (["run", "--pcp", "nowhere:8-9", "--", "true"], "'nowhere'"),
+        (["run", "--pcp", ":8-9", "--", "true"], "''"),
         (["run", "--sub", "10.0.0.0/24", "--", "true"], "--sub"),
         (["vm"], "qemu-system-x86_64"),
         (["vm", "--mac", "01:00:00:00:00:01", "--", "q"], "01:00:00:00:00:01"),
@@ -123,6 +131,23 @@ def test_settings_of_a_network() -> None:
     assert settings["dns_records"] == {"a.example": ["192.0.2.1", "192.0.2.2"]}
     assert settings["host_loopback"] is True
     assert settings["subnet"] == "192.168.64.0/24"
+    assert (settings["pcp_ports"], settings["pcp_address"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "address", "ports"),
+    [
+        ("40000-40999", None, (40000, 40999)),
+        ("40000", None, (40000, 40000)),
+        ("192.0.2.7:1-65535", IPv4Address("192.0.2.7"), (1, 65535)),
+    ],
+)
+def test_ports_that_guests_may_open(text: str, address: IPv4Address | None, ports: tuple[int, int]) -> None:
+    for command in (run, vm, up):
+        options = command.parser().parse_args(["--pcp", text])
+        settings = arguments.network_settings(options)
+        assert (settings["pcp_address"], settings["pcp_ports"]) == (address, ports)
+        assert NatConfig(**settings).pcp_ports == ports
 
 
 def test_plan_of_a_small_subnet() -> None:

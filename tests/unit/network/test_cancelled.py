@@ -7,14 +7,16 @@ import contextlib
 import os
 import socket
 from collections.abc import Coroutine
-from ipaddress import IPv4Interface
+from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from guestnet import NatNetwork
 from guestnet.forwards import ForwardSpec, close_sockets, open_sockets
 from guestnet.ipam import parse_mac
+from guestnet.publishing import Publishing
 from guestnet.testing.guest import Guest
 
 from .conftest import AddGuest
@@ -141,3 +143,20 @@ def test_a_guest_that_goes_while_its_port_is_published(network: NatNetwork, add_
     network._run(both())
     close_sockets(sockets)
     assert network.forwards[0].target is None
+
+
+async def test_a_port_of_the_uplink_that_was_not_published_is_taken_back() -> None:
+    """All of the range, the one that was waited for too, and though the worker's queue is full."""
+    registry = NatNetwork()._registry
+    ensured: list[int] = []
+
+    async def do(_command: object, number: int, *_: object) -> None:
+        if number == 2:
+            raise asyncio.CancelledError
+
+    plane = SimpleNamespace(add_uplink_forward=None, remove_forward=None)
+    control = SimpleNamespace(plane=plane, do=do, ensure=lambda _command, number: ensured.append(number))
+    publishing = Publishing(control, registry)  # type: ignore[arg-type]
+    with pytest.raises(asyncio.CancelledError):
+        await publishing.add_external(ForwardSpec.parse("8080-8082:80-82"), IPv4Address("192.0.2.1"))
+    assert (ensured, publishing.all()) == ([1, 2, 3], [])

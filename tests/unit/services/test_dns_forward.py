@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -375,3 +377,41 @@ def test_resolv_conf_is_read_as_far_as_it_can_be() -> None:
     assert len(many.servers) == 6
     for options in ("timeout:", "timeout:-1", "timeout:99999999999", "timeout:x", "attempts:0"):
         assert parse_resolv_conf(f"options {options}").timeout == 2.0
+
+
+SPOILT = """
+import asyncio, struct
+import dns.message
+from unit.services.dns_played import Upstream, server
+
+def play(query, tcp):
+    name = query.question[0].name.to_wire()
+    found = name + struct.pack("!HHIH", 1, 1, 60, 4) + bytes((192, 0, 2, 80))
+    strange = name + struct.pack("!HHIH", 65, 255, 60, 4) + b"abcd"
+    head = struct.pack("!6H", query.id, 0x8180, 1, 2, 0, 0)
+    return head + name + struct.pack("!HH", 1, 1) + found + strange
+
+async def main():
+    async with Upstream(play) as up:
+        made = server(resolvers=(up.address,), records={"my.example": ("CNAME:www.example.org",)})
+        query = dns.message.make_query("my.example", "A")
+        answer = dns.message.from_wire(await made.handle(query.to_wire(), tcp=False, endpoint_id="vm1"))
+        print(len(answer.answer))
+        made.add_record("web.example", "HTTPS:1 . alpn=h2")
+        print("added")
+
+asyncio.run(main())
+"""
+
+
+def test_an_answer_of_another_class_spoils_no_type() -> None:
+    """dnspython remembers for good what it takes a type for, so its first look must be at the real one."""
+    done = subprocess.run(
+        [sys.executable, "-c", SPOILT],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.stdout.split() == ["2", "added"], done.stderr

@@ -134,6 +134,18 @@ def _txt(name: bytes, text: str) -> OwnRecord:
     return OwnRecord(name, Type.TXT, b"".join(bytes((len(part),)) + part for part in parts))
 
 
+def know_types() -> None:
+    """To be called before dnspython reads what others sent: a type of the class IN that it meets first in
+    another class it takes for unknown ever after, in records of ours too."""
+    import dns.rdata
+    import dns.rdataclass
+    import dns.rdatatype
+
+    for name in _OF_IN:
+        type_ = dns.rdatatype.from_text(name)
+        dns.rdata.get_rdata_class(dns.rdataclass.IN, type_)  # type: ignore[no-untyped-call]
+
+
 def _other(name: bytes, kind: str, text: str) -> OwnRecord:
     import dns.exception
     import dns.rdata
@@ -163,6 +175,11 @@ _KNOWN: dict[str, Callable[[bytes, str], OwnRecord]] = {
     "SRV": _srv,
     "TXT": _txt,
 }
+_OF_IN = (
+    *("A", "AAAA", "APL", "DHCID", "HTTPS", "IPSECKEY", "KX", "NAPTR"),
+    *("NSAP", "NSAP-PTR", "PX", "SRV", "SVCB", "WKS"),
+)
+"""Types that there are in the class IN alone (A is another in CH)."""
 _EXAMPLES = {
     "A": "192.0.2.1",
     "AAAA": "2001:db8::1",

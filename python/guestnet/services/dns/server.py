@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from guestnet.services.dns.cache import Cache, aged
 from guestnet.services.dns.config import DnsConfig
-from guestnet.services.dns.records import OwnRecord
+from guestnet.services.dns.records import OwnRecord, know_types
 from guestnet.services.dns.resolvers import ResolverSource
 from guestnet.services.dns.stream import StreamServer
 from guestnet.services.dns.upstream import Heard, Upstream
@@ -187,16 +187,19 @@ class DnsServer:
         """An own CNAME points at somebody else's name: their records are put behind it."""
         import dns.exception
         import dns.message
+        import dns.rdataclass
 
         target = Query(query.id, query.flags, name, query.type, query.rclass, query.edns)
         # Over TCP, or half of the records could be missing without anyone noticing.
         data = await self._forward(target, True, asker)
+        know_types()
         try:
             heard = dns.message.from_wire(data, ignore_trailing=True)
             answer, authority = (
                 [
                     record(rrset.name.to_wire() or b"", rrset.rdtype, rrset.ttl, rdata.to_wire() or b"")
                     for rrset in section
+                    if rrset.rdclass == dns.rdataclass.IN
                     for rdata in rrset
                 ]
                 for section in (heard.answer, heard.authority)
