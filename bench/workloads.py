@@ -152,11 +152,11 @@ def _idle(count: int) -> Workload:
         Row("idle-open", f"Opening {count} connections", "s", more=False),
     ]
 
-    def measure(arena: Arena, guest: Guest, _setting: Setting) -> dict[str, float]:
+    def measure(arena: Arena, guest: Guest, setting: Setting) -> dict[str, float]:
         own = guest.own()
         before = processes.memory_kilobytes(own) / 1024
         try:
-            seen = guest.ask(["idle", str(count), OUTSIDE], 40)
+            seen = guest.ask(["idle", str(count), OUTSIDE], 40 if setting.full else 12)
         except Failed:
             with contextlib.suppress(Failed):
                 arena.outside(["forget", OUTSIDE])
