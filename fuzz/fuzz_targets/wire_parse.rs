@@ -13,7 +13,7 @@ fn joined(frame: &[u8], gso: Gso) {
     let _ = segment::segment(frame, gso, |h, p| pieces.push([h, p].concat()));
     pieces.truncate(40);
     let mut run: Option<(Run, usize)> = None;
-    let mut check = |buf: &mut Vec<u8>, run: Run, first: usize, end: usize| {
+    let check = |buf: &mut Vec<u8>, run: Run, first: usize, end: usize| {
         let (at, _, gso) = run.finish(buf);
         let mut again = Vec::new();
         match gso {
