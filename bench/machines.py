@@ -147,6 +147,7 @@ def machines(newer: Path | None, gv: tuple[str, str] | None) -> list[Contender]:
         guestnet(boot, "stream", 1500),
         guestnet(boot, "stream", 65520),
         guestnet(boot, "vhost-user", 1500),
+        guestnet(boot, "vhost-user", 65520),
         qemu_user(boot),
     ]
     if shutil.which("passt", path=PATH):
@@ -154,7 +155,7 @@ def machines(newer: Path | None, gv: tuple[str, str] | None) -> list[Contender]:
     if newer:
         found += [
             passt(boot, "stream", 65520, str(newer / "passt"), "new passt"),
-            passt(boot, "vhost-user", 1500, str(newer / "passt"), "new passt"),
+            *(passt(boot, "vhost-user", mtu, str(newer / "passt"), "new passt") for mtu in (1500, 65520)),
         ]
     if gv:
         found.append(gvproxy(boot, gv[0]))

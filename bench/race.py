@@ -133,6 +133,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--only", type=words, default=[], metavar="WORD,...", help="workloads with such a word in their id")
     add("--contenders", type=words, default=[], metavar="WORD,...", help="contenders with it in the name")
     add("--no-machines", action="store_true", help="namespaces alone")
+    add("--no-namespaces", action="store_true", help="machines alone; --rounds is for them then")
     add("--accel", default="tcg", help="QEMU's accelerator (tcg; kvm where it works)")
     add("--pasta", type=Path, metavar="PATH", help="another build of pasta (and passt beside it) races too")
     add("--install-gvproxy", action="store_true", help="`go install` gvproxy and its forwarder first")
@@ -177,14 +178,15 @@ def race(args: argparse.Namespace, results: Results) -> None:
         gv = contenders.go_copies(arena, args.install_gvproxy)
         if gv is None:
             say("gvproxy is not here: --install-gvproxy installs it with Go")
-        racers = [c for c in contenders.namespaces(newer, gv) if chosen(c.name, args.contenders)]
+        spaces = [] if args.no_namespaces else contenders.namespaces(newer, gv)
+        racers = [c for c in spaces if chosen(c.name, args.contenders)]
         every = [w for w in all_workloads(full) if chosen(w.id, args.only)]
         results.know(racers, [w for w in every if w.namespace])
         if racers and every:
             first = [w for w in every if w.namespace]
             Race(arena, results, setting).run(racers, first, rounds, until(NAMESPACES))
         crowd = [w for w in crowds(full) if chosen(w.id, args.only)]
-        if crowd:
+        if racers and crowd:
             results.know(racers, crowd)
             for workload in crowd:
                 for contender in racers:
@@ -196,8 +198,11 @@ def race(args: argparse.Namespace, results: Results) -> None:
         if not args.no_machines and virtual:
             boxes = [c for c in machines.machines(newer, gv) if chosen(c.name, args.contenders)]
             results.know(boxes, virtual)
+            turns = 5 if full else 1
+            if args.no_namespaces and args.rounds:
+                turns = args.rounds
             if boxes:
-                Race(arena, results, setting).run(boxes, virtual, 5 if full else 1, until(MACHINES))
+                Race(arena, results, setting).run(boxes, virtual, turns, until(MACHINES))
 
 
 def _interrupt(number: int, _frame: object) -> None:

@@ -76,7 +76,7 @@ def goals(results: Results) -> str:
         less = not results.rows[goal.row].more
         word = {True: "reached", False: "**not reached**", None: "not measured"}[found.reached]
         wanted = f"{'at most' if less else 'at least'} {found.wanted:.2f}"
-        lines.append([goal.title, goal.own, found.against, wanted, ratio(found.ratio), word])
+        lines.append([goal.title, found.own, found.against, wanted, ratio(found.ratio), word])
     head = ["goal", "whose median", "against that of", "ratio wanted", "seen", ""]
     return grid(head, lines) if lines else ""
 

@@ -2,9 +2,42 @@
 //! that comes out must lie inside the frame, and what is cut must be what was there.
 #![no_main]
 
+use guestnet_wire::merge::Run;
 use guestnet_wire::segment::{self, Gso};
 use guestnet_wire::{arp, checksum, ether, parse, proto, tcp};
 use libfuzzer_sys::fuzz_target;
+
+/// Pieces, joined and cut again, are the same pieces.
+fn joined(frame: &[u8], gso: Gso) {
+    let (mut pieces, mut buf) = (Vec::new(), Vec::new());
+    let _ = segment::segment(frame, gso, |h, p| pieces.push([h, p].concat()));
+    pieces.truncate(40);
+    let mut run: Option<(Run, usize)> = None;
+    let check = |buf: &mut Vec<u8>, run: Run, first: usize, end: usize| {
+        let (at, _, gso) = run.finish(buf);
+        let mut again = Vec::new();
+        match gso {
+            Some(gso) => segment::segment(&buf[at], gso, |h, p| again.push([h, p].concat()))
+                .expect("what was joined can be cut"),
+            None => again.push(buf[at].to_vec()),
+        }
+        assert!(again == pieces[first..end]);
+    };
+    for (i, piece) in pieces.iter().enumerate() {
+        let at = buf.len()..buf.len() + piece.len();
+        buf.extend_from_slice(piece);
+        if run.as_mut().is_some_and(|(r, _)| r.add(&mut buf, at.clone())) {
+            // Its bytes have moved; what comes next still lies behind where it was.
+            continue;
+        }
+        if let Some((run, first)) = run.replace((Run::begin(&buf, at), i)) {
+            check(&mut buf, run, first, i);
+        }
+    }
+    if let Some((run, first)) = run {
+        check(&mut buf, run, first, pieces.len());
+    }
+}
 
 fuzz_target!(|data: &[u8]| {
     // Two bytes of choices, then the frame.
@@ -39,6 +72,9 @@ fuzz_target!(|data: &[u8]| {
         });
         if cut.is_ok() {
             assert_eq!(total, p.end - p.payload);
+        }
+        if matches!(gso, Gso::Tcp(_)) {
+            joined(frame, gso);
         }
     }
 

@@ -36,7 +36,8 @@ class Image:
     ) -> list[str]:
         """The QEMU command line of a guest that runs `command` and powers off; without one it stays up. Its
         console is the process's output. `address` is ADDRESS/BITS,GATEWAY; without it DHCP is asked."""
-        append = f"console=ttyS0 quiet panic=-1 guest.name={name}"
+        # On a busy machine an emulated timer can be too late for the kernel's check of it, which is a panic.
+        append = f"console=ttyS0 quiet panic=-1 no_timer_check guest.name={name}"
         if address is not None:
             append += f" guest.ip={address}"
         if command is not None:
@@ -60,7 +61,8 @@ def vhost_nic(
     path: str, mac: str, *, queues: int = 1, device: str = "", chardev: str = ""
 ) -> tuple[str, ...]:
     """A NIC on a guestnet `--vhost-user` socket, with the guest's memory shared; `device` and `chardev`
-    are added to their options. Without MSI-X: QEMU 7.2 without KVM ends with a memory fault otherwise."""
+    are added to their options. Without MSI-X: QEMU 7.2 without KVM ends with a memory fault otherwise,
+    whatever the back-end (docs/performance/notes.md)."""
     card = f"virtio-net-pci,netdev=n,mac={mac},vectors=0{device}"
     if queues > 1:
         card += ",mq=on"

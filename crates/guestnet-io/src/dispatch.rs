@@ -15,6 +15,7 @@ use crate::uplink::udp::{self, Inbox};
 use crate::worker::State;
 use guestnet_core::effects::{Close, Effects};
 use guestnet_core::types::{FlowId, FrameMeta, PortId, SockId};
+use guestnet_wire::merge::Run;
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -115,6 +116,14 @@ impl State {
         (frames, None)
     }
 
+    /// A frame in `buf`, or several that became one.
+    fn run_in(&mut self, port: PortId, run: Run, buf: &mut [u8]) {
+        let (at, csum, gso) = run.finish(buf);
+        if let Some(frame) = buf.get_mut(at) {
+            self.core.frame(self.now, port, frame, FrameMeta { csum, gso }, &mut self.io);
+        }
+    }
+
     fn read_stream(&mut self, slot: u32, id: PortId) -> (usize, Option<String>) {
         let mut buf = std::mem::take(&mut self.stream_buffer);
         let mut frames = 0;
@@ -132,12 +141,18 @@ impl State {
                 Got::Empty | Got::Bad => break,
             };
             let (mut at, before) = (0, frames);
+            let mut run: Option<Run> = None;
             loop {
                 match stream::next_frame(buf.get(at..len).unwrap_or(&[])) {
                     Got::Frame((from, to)) => {
-                        if let Some(frame) = buf.get_mut(at + from..at + to) {
+                        let frame = at + from..at + to;
+                        if let Some(frame) = buf.get_mut(frame.clone()) {
                             self.io.capture_in(id, frame);
-                            self.core.frame(self.now, id, frame, FrameMeta::default(), &mut self.io);
+                        }
+                        if !run.as_mut().is_some_and(|r| r.add(&mut buf, frame.clone()))
+                            && let Some(whole) = run.replace(Run::begin(&buf, frame))
+                        {
+                            self.run_in(id, whole, &mut buf);
                         }
                         frames += 1;
                         at += to;
@@ -148,6 +163,9 @@ impl State {
                     }
                     Got::Empty | Got::Bad => break,
                 }
+            }
+            if let Some(whole) = run {
+                self.run_in(id, whole, &mut buf);
             }
             if down.is_some() {
                 break;

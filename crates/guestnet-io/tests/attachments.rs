@@ -14,7 +14,7 @@ use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSo
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A directory of this test's own.
 fn directory(name: &str) -> PathBuf {
@@ -45,6 +45,46 @@ fn stream() {
     tcp_works(&mut g, tcp_echo(), 3_000_000);
     let s = net.worker.stats();
     assert!(s.io.segmented_frames > 0, "large frames are cut for a stream");
+}
+
+#[test]
+fn what_a_stream_brought_of_one_flow_is_one_frame() {
+    let net = Net::new();
+    let mut g = net.stream_guest(1);
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let SocketAddr::V4(at) = server.local_addr().unwrap() else { panic!() };
+    let mut c = g.connect(4000, SocketAddrV4::new(HOST, at.port())).unwrap();
+    let (mut conn, _) = server.accept().unwrap();
+    let data = pattern(40 * 1400);
+    let before = net.worker.stats().core;
+    let mut wire = Vec::new();
+    for (i, piece) in data.chunks(1400).enumerate() {
+        let push = if i % 10 == 9 { tcp::flags::PSH } else { 0 };
+        let b = g.tcp_bytes(&c, tcp::flags::ACK | push, &tcp::Options::default(), piece);
+        let f = g.ipv4(proto::TCP, *c.remote.ip(), &b);
+        wire.extend_from_slice(&(f.len() as u32).to_be_bytes());
+        wire.extend_from_slice(&f);
+        c.snd = c.snd.wrapping_add(1400);
+    }
+    g.link.stream.write_all(&wire).unwrap();
+    let mut got = vec![0; data.len()];
+    conn.read_exact(&mut got).unwrap();
+    assert!(got == data);
+    while c.una != c.snd {
+        c.una = g.receive(proto::TCP, 4000, PATIENCE).expect("an ACK").tcp.unwrap().ack;
+    }
+    let deadline = Instant::now() + PATIENCE;
+    let after = loop {
+        // Counters are published a moment after.
+        let now = net.worker.stats().core;
+        if now.rx_bytes - before.rx_bytes >= data.len() as u64 {
+            break now;
+        }
+        assert!(Instant::now() < deadline, "the frames are counted");
+        std::thread::yield_now();
+    };
+    let frames = after.rx_frames - before.rx_frames;
+    assert!((4..30).contains(&frames), "{frames} frames for 40 of the guest, in four bursts");
 }
 
 #[test]

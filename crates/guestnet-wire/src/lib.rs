@@ -10,6 +10,7 @@ pub mod checksum;
 pub mod ether;
 pub mod icmp;
 pub mod ipv4;
+pub mod merge;
 pub mod parse;
 pub mod segment;
 pub mod tcp;

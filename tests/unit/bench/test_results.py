@@ -109,6 +109,26 @@ def test_goals_are_judged_by_more_and_by_less(bench: dict[str, ModuleType], resu
     assert (far.ratio, far.reached) == (1.8, False), "at most 1.6 was wanted"
 
 
+def test_a_machine_is_judged_at_its_best_mtu_as_its_peers_are(
+    bench: dict[str, ModuleType], results: Any
+) -> None:
+    machines = [Racer(f"guestnet stream {mtu}", "guestnet", machine=True) for mtu in (1500, 65520)]
+    results.know([*machines, Racer("passt stream 65520", "passt", machine=True)], [])
+    for name, rate, trip in (
+        ("guestnet stream 1500", 1.0, 200.0),
+        ("guestnet stream 65520", 3.0, 300.0),
+        ("passt stream 65520", 2.0, 250.0),
+    ):
+        results.add(name, "tcp-up-1", rate)
+        results.add(name, "rr-tcp", trip)
+    judged = {(j.goal.title, j.against): j for j in bench["results"].judge(results)}
+    up = judged["machine on stream, TCP up, 1 stream", "passt stream 65520"]
+    assert (up.own, up.ratio, up.reached) == ("guestnet stream 65520", 1.5, True)
+    trip = judged["machine on stream, TCP round trip", "passt stream 65520"]
+    assert (trip.own, trip.ratio, trip.reached) == ("guestnet stream 1500", 0.8, True)
+    assert judged["machine on vhost-user, TCP up, 1 stream", "passt stream 65520"].reached is None
+
+
 def test_a_goal_without_numbers_is_not_measured(bench: dict[str, ModuleType], results: Any) -> None:
     lost = [j for j in bench["results"].judge(results) if j.goal.row.startswith("lost-")]
     assert [j.reached for j in lost] == [None]

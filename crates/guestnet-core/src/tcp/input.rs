@@ -191,6 +191,7 @@ impl Tcb {
             return Ok(());
         }
         if len > 0 {
+            self.pushed = seg.flags & flags::PSH != 0;
             self.take_text(cx, seq, payload, fin)?;
         }
         self.close_if_done(cx)

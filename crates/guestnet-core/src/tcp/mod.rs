@@ -5,7 +5,8 @@
 //! Guest to host: payload goes to the socket straight from the frame. What the socket does not take waits in
 //! a [`buffer`] that exists only then, and the window offered is what that buffer can still take. The ACK
 //! goes out once per batch ([`Tcb::batch_end`]), at once where the guest counts duplicates. In a conversation
-//! of questions and answers it waits a moment for the answer to carry it ([`timers`]).
+//! of questions and answers it waits a moment for the answer to carry it ([`timers`]), in a long upload for
+//! more to acknowledge ([`thin`]).
 //!
 //! Host to guest: bytes stay in the kernel's socket until the guest acknowledged them. [`output`] peeks at
 //! the offset of the first byte not yet sent and sends one large segment; an ACK discards from the front.
@@ -21,6 +22,7 @@ mod host;
 mod input;
 mod output;
 mod seq;
+mod thin;
 mod timers;
 mod types;
 
@@ -114,7 +116,14 @@ pub struct Tcb {
     ack_at: Option<Time>,
     /// Rises with each answer that follows a question; from [`timers::PATIENT`] on ACKs wait.
     patience: i8,
+    /// Bytes of a bulk transfer that go without an ACK, below [`thin::LEAST`] none; and where that grows slowly.
+    ack_every: u32,
+    ack_slowly: u32,
     // ---- flags
+    /// `ack_at` waits for more data, not for an answer.
+    thinned: bool,
+    /// The last data of the guest had PSH.
+    pushed: bool,
     /// The socket is ours to close.
     sock_open: bool,
     /// The socket may have something to read.
@@ -185,6 +194,10 @@ impl Tcb {
             challenge_second: 0,
             ack_at: None,
             patience: timers::PATIENT,
+            ack_every: 0,
+            ack_slowly: thin::MOST,
+            thinned: false,
+            pushed: false,
             sock_open: true,
             readable: true,
             hangup: false,
@@ -469,7 +482,8 @@ impl Tcb {
                 return fate;
             }
         }
-        if self.ack_now || self.ack_pending && !self.ack_may_wait(cx.now, cx.path) {
+        let waits = |t: &mut Tcb| t.ack_may_wait(cx.now, cx.path) || t.ack_is_thinned(cx.now);
+        if self.ack_now || self.ack_pending && !waits(self) {
             self.send_ack(cx);
         }
         Fate::Live

@@ -155,6 +155,7 @@ impl Tcb {
         self.ack_pending = false;
         self.ack_now = false;
         self.ack_at = None;
+        self.thinned = false;
         self.last_ack = self.rcv_nxt;
     }
 
@@ -241,7 +242,7 @@ impl Tcb {
         self.transmit(cx, &tcp, &Options::default());
     }
 
-    fn window_max(&self) -> u32 {
+    pub(super) fn window_max(&self) -> u32 {
         FLOW_BUFFER.min(65535 << self.rcv_shift)
     }
 

@@ -52,7 +52,11 @@ impl Tcb {
         }
         if self.ack_at.is_some_and(|at| at <= cx.now) {
             self.ack_at = None;
-            self.patience = IMPATIENT;
+            if self.thinned {
+                self.thinned_too_far();
+            } else {
+                self.patience = IMPATIENT;
+            }
             if self.ack_pending {
                 self.send_ack(cx);
             }

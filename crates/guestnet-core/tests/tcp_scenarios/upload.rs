@@ -1,6 +1,6 @@
 //! Guest to host: short sends, the window, order, budget.
 
-use crate::tcp_support::Sim;
+use crate::tcp_support::{GUEST_ISN, Sim};
 use guestnet_core::effects::{Close, SockError};
 use guestnet_core::stats::Drop;
 use guestnet_core::tcp::FLOW_BUFFER;
@@ -319,4 +319,80 @@ fn the_ack_of_a_fin_travels_with_ours() {
     s.recv("F. 1 ack 1");
     s.send("F. 1 ack 1");
     s.recv(". 2 ack 2");
+}
+
+/// Batches of four segments of a bulk upload from byte `from` on, the next as soon as the one before was taken;
+/// how many bytes each ACK was for.
+fn bulk(s: &mut Sim, from: &mut usize, acked: &mut usize, batches: usize, pause: u64) -> Vec<usize> {
+    let mut steps = Vec::new();
+    for _ in 0..batches {
+        for _ in 0..4 {
+            let to = *from + 1460;
+            s.seg(&format!(". {from}:{to} ack 1"));
+            *from = to;
+        }
+        s.end();
+        s.pass(pause);
+        for seen in s.take() {
+            let to = 1 + seen.tcp.ack.wrapping_sub(GUEST_ISN.wrapping_add(1)) as usize;
+            steps.push(to - *acked);
+            *acked = to;
+        }
+    }
+    steps
+}
+
+#[test]
+fn in_a_long_upload_acks_get_rarer_and_never_too_rare() {
+    let mut s = Sim::open_patient(10);
+    let (mut from, mut acked) = (1, 1);
+    let first = bulk(&mut s, &mut from, &mut acked, 20, 0);
+    assert!(first.iter().all(|n| *n == 4 * 1460), "one for each batch: {first:?}");
+    let later = bulk(&mut s, &mut from, &mut acked, 2000, 0);
+    let last = &later[later.len() - 5..];
+    assert!(last.iter().all(|n| (200_000..=262_144 + 4 * 1460).contains(n)), "{last:?}");
+    // What was left goes without more data after a moment.
+    let rest = from - acked;
+    s.pass(1);
+    let end = s.take();
+    assert_eq!(end.len(), usize::from(rest > 0));
+    assert!(end.iter().all(|f| f.tcp.ack == GUEST_ISN.wrapping_add(from as u32)));
+    s.host_has(from - 1);
+}
+
+#[test]
+fn a_guest_that_stops_for_want_of_an_ack_gets_more_of_them() {
+    let mut s = Sim::open_patient(10);
+    let (mut from, mut acked) = (1, 1);
+    bulk(&mut s, &mut from, &mut acked, 1000, 0);
+    // It has room for 58 400 bytes: it stops, and goes on when the ACK has come.
+    let mut stops = 0;
+    for _ in 0..400 {
+        let steps = bulk(&mut s, &mut from, &mut acked, 10, 0);
+        if steps.is_empty() {
+            s.silent();
+            s.pass(1);
+            let seen = s.take();
+            assert_eq!(seen.len(), 1, "in a millisecond");
+            acked = from;
+            stops += 1;
+        }
+    }
+    assert!((1..40).contains(&stops), "{stops} times of 400");
+}
+
+#[test]
+fn a_pause_after_a_push_is_no_stop() {
+    let mut s = Sim::open_patient(10);
+    let (mut from, mut acked) = (1, 1);
+    bulk(&mut s, &mut from, &mut acked, 2000, 0);
+    for _ in 0..20 {
+        let to = from + 100;
+        s.send(&format!("P. {from}:{to} ack 1"));
+        s.pass(20);
+        assert_eq!(s.take().len(), 1);
+        (from, acked) = (to, to);
+    }
+    let steps = bulk(&mut s, &mut from, &mut acked, 200, 0);
+    assert!(steps.iter().all(|n| *n > 200_000), "{steps:?}");
 }

@@ -1,14 +1,20 @@
 //! Theory of operation: bytes that wait for a socket, in one buffer that is appended to at the end and sent
-//! from the front. Bounded by who appends ([`super::QUEUE_MAX`]); memory goes back when it runs empty.
+//! from the front. Bounded by who appends ([`super::QUEUE_MAX`]); memory goes back once it ran empty many times
+//! without having needed it, and not at once: a busy queue runs empty all the time, and fresh memory costs more
+//! than what it is for.
 
 /// An empty queue keeps this much.
 const KEEP: usize = 128 << 10;
+/// Runs empty so often, with no more than that in it, before the rest goes back.
+const QUIET: u8 = 32;
 
 /// Bytes in order.
 #[derive(Default)]
 pub(crate) struct Queue {
     buf: Vec<u8>,
     head: usize,
+    /// Times that it ran empty since there was more than [`KEEP`] in it.
+    quiet: u8,
 }
 
 impl Queue {
@@ -43,10 +49,11 @@ impl Queue {
     /// Removes `n` bytes from the front.
     pub(crate) fn consume(&mut self, n: usize) {
         self.head = (self.head + n).min(self.buf.len());
-        if self.is_empty() {
+        if self.is_empty() && self.head > 0 {
+            self.quiet = if self.buf.len() > KEEP { 0 } else { self.quiet.saturating_add(1) };
             self.buf.clear();
             self.head = 0;
-            if self.buf.capacity() > KEEP {
+            if self.quiet >= QUIET && self.buf.capacity() > KEEP {
                 self.buf.shrink_to(KEEP);
             }
         }
@@ -77,6 +84,24 @@ mod tests {
         q.tail_mut(2)[0] = 9;
         assert_eq!(&q.bytes()[q.len() - 3..], [1, 9, 3]);
         q.consume(usize::MAX / 2);
+        assert!(q.is_empty());
+    }
+
+    #[test]
+    fn memory_is_kept_while_it_is_used_and_goes_back_then() {
+        let mut q = Queue::default();
+        for _ in 0..100 {
+            q.push(&vec![7; 4 * KEEP]);
+            q.consume(4 * KEEP);
+            assert!(q.buf.capacity() >= 4 * KEEP);
+        }
+        for _ in 0..QUIET {
+            assert!(q.buf.capacity() >= 4 * KEEP);
+            q.push(&[7; 100]);
+            q.consume(100);
+        }
+        assert!(q.buf.capacity() <= KEEP);
+        q.consume(1);
         assert!(q.is_empty());
     }
 

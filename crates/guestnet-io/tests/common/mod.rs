@@ -423,7 +423,7 @@ impl<L: Link> Guest<L> {
         self.receive(proto::UDP, port, PATIENCE).expect("a datagram")
     }
 
-    fn tcp_bytes(&self, c: &Conn, flags: u8, options: &Options, payload: &[u8]) -> Vec<u8> {
+    pub fn tcp_bytes(&self, c: &Conn, flags: u8, options: &Options, payload: &[u8]) -> Vec<u8> {
         let t = Tcp {
             src_port: c.local,
             dst_port: c.remote.port(),
