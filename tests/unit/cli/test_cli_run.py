@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pty
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -150,9 +151,14 @@ def test_a_port_of_a_guest_that_will_never_be_there(guest: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2]
+    "number",
+    [
+        *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2),
+        *(signal.SIGWINCH, signal.SIGALRM, signal.SIGPROF, signal.SIGIO, signal.SIGPWR),
+        *(signal.SIGRTMIN + 3, signal.SIGRTMAX),
+    ],
 )
-def test_signals_pass_through(number: signal.Signals) -> None:
+def test_signals_pass_through(number: int) -> None:
     script = "import signal, sys, time\n"
     script += f"signal.signal({int(number)}, lambda *_: sys.exit(33))\n"
     script += "print('ready', flush=True)\ntime.sleep(60)\n"
@@ -227,3 +233,57 @@ def test_a_shell_has_job_control() -> None:
     terminal.type("kill -KILL %1; wait\nexit 5\nexit 5\n")  # dash refuses the first exit: "stopped jobs"
     terminal.until(lambda text: "exit 5" in text)
     assert terminal.status() == 5
+
+
+def test_a_shell_that_suspends_itself_is_a_stopped_job() -> None:
+    """`suspend` stops the command alone, which keeps the terminal: the shell outside has to get it back."""
+    terminal = Terminal("bash", "--norc", "-i")
+    terminal.type(f"{shlex.join(command('--', 'bash', '--norc', '-i'))}\n")
+    terminal.type("echo in''side\n")
+    terminal.until(lambda text: "inside" in text)
+    terminal.type("suspend\n")
+    terminal.until(lambda text: "Stopped" in text)
+    terminal.type("fg\n")
+    terminal.type("echo in''side again; exit 9\n")
+    terminal.until(lambda text: "inside again" in text)
+    terminal.type("echo out''side\nexit 3\nexit 3\n")
+    terminal.until(lambda text: "outside" in text)
+    assert terminal.status() == 3
+
+
+def test_a_command_that_is_stopped_in_the_background_stops_nothing_else() -> None:
+    """Who stops it by its pid continues it by its pid."""
+    process = subprocess.Popen(
+        command("--", "sh", "-c", "echo $$; exec sleep 60"), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    pid = int(process.stdout.readline())
+    os.kill(pid, signal.SIGSTOP)
+    _until_state(pid, "T")
+    os.kill(pid, signal.SIGCONT)
+    _until_state(pid, "S")
+    process.terminate()  # passed on: guestnet is not stopped
+    assert process.wait(20) == 128 + signal.SIGTERM
+    process.stdout.close()
+
+
+def _until_state(pid: int, state: str) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        with open(f"/proc/{pid}/stat") as file:
+            if file.read().rpartition(")")[2].split()[0] == state:
+                return
+        time.sleep(0.01)
+    raise AssertionError(f"{pid} is not in state {state}")
+
+
+def test_a_terminal_that_is_gone_ends_the_command() -> None:
+    """The kernel tells the session's leader alone: guestnet, where ssh or a terminal started it."""
+    terminal = Terminal(*command("--", "sh", "-c", "echo re''ady; exec sleep 60"))
+    terminal.until(lambda text: "ready" in text)
+    os.close(terminal.fd)
+    deadline = time.monotonic() + 20
+    while (ended := os.waitpid(terminal.pid, os.WNOHANG)) == (0, 0):
+        assert time.monotonic() < deadline, "it lives on"
+        time.sleep(0.02)
+    assert os.waitstatus_to_exitcode(ended[1]) == 128 + signal.SIGHUP
