@@ -14,6 +14,7 @@ from ipaddress import IPv4Address, IPv4Network, ip_address
 from typing import Any, NoReturn, TypeVar
 
 from guestnet.cli import UsageError
+from guestnet.cli.terminal import answer
 
 DEFAULT_SUBNET = "192.168.64.0/24"
 MTU_LOWEST, MTU_HIGHEST = 68, 65520
@@ -36,6 +37,9 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+
+    def print_help(self, file: Any = None) -> None:
+        answer(self.format_help())
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message[:1].upper()}{message[1:]}: see `{self.prog} --help`.")

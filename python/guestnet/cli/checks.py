@@ -149,14 +149,22 @@ def check_resolvers(path: str = "/etc/resolv.conf") -> Check:
     remedy = f"Write `nameserver ADDRESS` to {path}; until then guests resolve only guestnet's own names."
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
-            servers = [
-                words[1] for line in file if (words := line.split())[:1] == ["nameserver"] and len(words) > 1
-            ]
+            found = _name_servers(file.read())
     except OSError as error:
         return Check(name, LIMITED, f"{path}: {error.strerror}", remedy)
-    if not servers:
+    if not found:
         return Check(name, LIMITED, f"none in {path}", remedy)
-    return Check(name, OK, ", ".join(servers))
+    return Check(name, OK, ", ".join(found))
+
+
+def _name_servers(text: str) -> list[str]:
+    """Those that guests' queries would be passed on to."""
+    import logging
+
+    from guestnet.services.dns.resolvers import parse_resolv_conf
+
+    logging.getLogger("guestnet").addHandler(logging.NullHandler())  # the check says what is missing
+    return [server.host for server in parse_resolv_conf(text).servers]
 
 
 def check_subnet(subnet: str, table: str = "/proc/net/route") -> Check:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 
@@ -145,3 +147,34 @@ def test_starting_imports_little() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
     assert not {"pydantic", "rich", "typer", "dns", "pyroute2", "structlog", "asyncio"} & set(loaded)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["run", "--help"], ["doctor"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_stdout_that_cannot_be_written_is_said_once(words: list[str], unbuffered: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "guestnet", *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+    assert done.returncode == cli.EXIT_FAILED
+    assert done.stderr == b"guestnet: Cannot write to stdout (No space left on device): lead it elsewhere.\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.EMFILE, "x"), "ulimit -n"),
+        (BlockingIOError(errno.EAGAIN, "x"), "ulimit -u"),
+        (RuntimeError("can't start new thread"), "ulimit -u"),
+        (RuntimeError("other"), "Unexpected RuntimeError"),
+    ],
+)
+def test_what_the_system_has_no_more_of(
+    error: Exception, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.failure(error) == cli.EXIT_FAILED
+    assert words in capsys.readouterr().err

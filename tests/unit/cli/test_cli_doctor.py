@@ -51,6 +51,10 @@ def test_no_name_servers(tmp_path: Path) -> None:
     assert checks.check_resolvers(str(file)).state == checks.LIMITED
     file.write_text("nameserver 192.0.2.1\n")
     assert checks.check_resolvers(str(file)).found == "192.0.2.1"
+    file.write_text("nameserver nonsense\nnameserver 2001:db8::1\nnameserver fe80::1%eth0\n")
+    assert checks.check_resolvers(str(file)).found == "2001:db8::1, fe80::1%eth0"
+    file.write_text("nameserver nonsense\n")
+    assert checks.check_resolvers(str(file)).state == checks.LIMITED
 
 
 def test_a_subnet_that_the_host_uses(tmp_path: Path) -> None:

@@ -118,10 +118,6 @@ def test_what_needs_a_running_network_says_so(call: object) -> None:
 def test_wrong_configurations() -> None:
     with pytest.raises(ConfigError, match="NatConfig"):
         NatNetwork({"subnet": "10.0.0.0/24"})  # type: ignore[arg-type]
-    network = NatNetwork(PLAIN.replace(limits={"nothing_like_it": 5}))
-    with pytest.raises(ConfigError, match="nothing_like_it"):
-        network.start()
-    assert not network.is_running
     network = NatNetwork(PLAIN.replace(capture="/nowhere/at/all.pcapng"))
     with pytest.raises(ConfigError, match="/nowhere/at/all"):
         network.start()
@@ -240,6 +236,7 @@ if pid == 0:
             assert "forked" in str(error)
         else:
             os._exit(1)
+    assert not network.is_running
     network.start()  # one of its own
     network.create_endpoint("vm2")
     network.stop()

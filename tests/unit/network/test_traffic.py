@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import threading
@@ -17,6 +18,7 @@ from guestnet import (
     ForwardNotFound,
     NatConfig,
     NatNetwork,
+    NotRunning,
     PortInUse,
     UnsupportedError,
 )
@@ -301,3 +303,44 @@ def test_host_only_lets_nothing_out() -> None:
         add_memory_guest(network, "vm1").send_udp("192.0.2.1", 53, 5000, b"x")
         assert seen.next("denied").details["reason"] == "policy"
         until(lambda: network.stats().drops["policy"] == 1, "the drop to be counted")
+
+
+@pytest.mark.parametrize("end", [NatNetwork.stop, lambda network: network.remove_endpoint("vm1")])
+def test_who_waits_for_frames_hears_of_the_end(
+    network: NatNetwork, end: Callable[[NatNetwork], None]
+) -> None:
+    network.create_endpoint("vm1")
+    attachment = network.attach("vm1", "memory")
+    heard: list[str] = []
+
+    def wait() -> None:
+        try:
+            while attachment.recv():
+                pass  # the network's own, if there are any
+        except NotRunning as error:
+            heard.append(str(error))
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    end(network)
+    waiting.join(PATIENCE)
+    assert heard
+    with pytest.raises(NotRunning, match="vm1"):
+        attachment.send(bytes(60))
+    with pytest.raises(NotRunning, match="vm1"):
+        attachment.recv(timeout=0)
+
+
+def test_a_capture_to_a_pipe_that_nobody_reads(network: NatNetwork, tmp_path: Path) -> None:
+    """To wait for a reader is what nothing could interrupt."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(ConfigError, match="start who reads the pipe first"):
+        network.start_capture(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        network.start_capture(path)
+        network.stop_capture()
+        assert os.read(reader, 4) == b"\x0a\x0d\x0d\x0a"  # a section header of pcapng
+    finally:
+        os.close(reader)
