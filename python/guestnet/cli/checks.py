@@ -82,19 +82,28 @@ def check_kernel() -> Check:
 
 
 def check_namespaces() -> Check:
-    """Whether this user may make a user, network and mount namespace: tried in a child."""
+    """Whether this user may make a user, network and mount namespace, and be somebody in it: tried in a
+    child."""
+    from guestnet._linux.held import StartError, fork_held
+    from guestnet.namespace import why_no_namespaces, write_id_maps
+
+    def prepare(control: socket.socket) -> None:
+        try:
+            libc.unshare(libc.CLONE_NEWUSER | libc.CLONE_NEWNET | libc.CLONE_NEWNS)
+        except OSError as error:
+            raise StartError(why_no_namespaces(error)) from error
+        control.send(b"{}")
+
     name = "namespaces"
-    from guestnet.namespace import why_no_namespaces
-
-    def attempt() -> str:
-        libc.unshare(libc.CLONE_NEWUSER | libc.CLONE_NEWNET | libc.CLONE_NEWNS)
-        return ""
-
-    number, _ = _in_child(attempt)
-    if number == 0:
-        return Check(name, OK, "user, network and mount namespaces can be made", needed=True)
-    error = OSError(number, os.strerror(number))
-    return Check(name, MISSING, f"refused ({error.strerror})", why_no_namespaces(error), needed=True)
+    child = fork_held(prepare, lambda: 0)
+    try:
+        child.receive()
+        write_id_maps(child.pid)
+    except StartError as error:
+        return Check(name, MISSING, "refused", str(error), needed=True)
+    finally:
+        child.close()
+    return Check(name, OK, "user, network and mount namespaces can be made", needed=True)
 
 
 def check_tun(device: str = links.TUN_DEVICE) -> Check:
