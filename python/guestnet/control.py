@@ -184,6 +184,9 @@ class Control:
 
     def _main(self) -> None:
         self.loop = asyncio.new_event_loop()
+        # In Python's development mode asyncio tells the program's owner of steps over 0.1 s, which a busy
+        # machine makes of any.
+        self.loop.slow_callback_duration = 1.0
         try:
             self.plane = self._make()
             self._handlers = self._make_handlers()

@@ -112,6 +112,8 @@ class ServiceHost:
         self._hidden_socket: int | None = None
         self.refused = 0
         """DNS questions that were not taken because too many were being answered."""
+        # Made here and not in the control thread, whose loop would stand still for what they import.
+        _ = self._config.dhcp and services.dhcp, self._config.dns and services.dns
 
     async def open(self) -> None:
         """Adds the services that the configuration asks for."""
