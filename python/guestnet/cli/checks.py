@@ -18,7 +18,7 @@ import stat
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Network
 
 from guestnet._linux import libc, links
 
@@ -179,24 +179,11 @@ def _name_servers(text: str) -> list[str]:
 def check_subnet(subnet: str, table: str = "/proc/net/route") -> Check:
     """Whether the host itself has a route into the guests' subnet: guests could not reach what is there."""
     name = "subnet"
-    wanted = IPv4Network(subnet)
-    taken = [f"{network} on {interface}" for network, interface in _routes(table) if network.overlaps(wanted)]
+    taken = links.routes_into(IPv4Network(subnet), table)
     if not taken:
         return Check(name, OK, f"{subnet} is free")
     remedy = "Give --subnet another one, or guests cannot reach the hosts of that network."
     return Check(name, LIMITED, f"{subnet} overlaps {', '.join(taken)}", remedy)
-
-
-def _routes(table: str) -> Iterator[tuple[IPv4Network, str]]:
-    try:
-        with open(table, encoding="ascii") as file:
-            rows = [line.split() for line in file.readlines()[1:]]
-    except OSError:
-        return
-    for row in rows:
-        address, mask = (IPv4Address(int.from_bytes(bytes.fromhex(row[at]), "little")) for at in (1, 7))
-        if int(mask):
-            yield IPv4Network(f"{address}/{mask}"), row[0]
 
 
 def check_ping() -> Check:

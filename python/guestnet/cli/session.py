@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from guestnet.cli import UsageError, arguments, supervise
-from guestnet.cli.terminal import say, tell_log
+from guestnet.cli.terminal import complain, say, tell_log
 from guestnet.errors import GuestnetError
 
 if TYPE_CHECKING:
@@ -27,6 +27,19 @@ def check_guest(publication: ForwardSpec, options: argparse.Namespace) -> None:
         raise UsageError(
             f"The published port {publication} names another guest than the only one, {ENDPOINT!r} "
             f"({address}): write {publication.host_ports[0]}:{publication.guest_ports[0]}."
+        )
+
+
+def note_overlap(options: argparse.Namespace) -> None:
+    """Says what guests will not reach, since it has addresses of their own network."""
+    if options.quiet or options.bridge or options.mode == "host_only":
+        return
+    from guestnet._linux.links import routes_into
+
+    if taken := routes_into(options.subnet):
+        complain(
+            f"Note: {options.subnet} overlaps this host's {', '.join(taken)}, which guests cannot reach: "
+            "choose another with --subnet."
         )
 
 
@@ -63,6 +76,7 @@ def network_of_one(
     from guestnet.network import NatNetwork
 
     tell_log(quiet=options.quiet, verbose=options.verbose)
+    note_overlap(options)
     network = NatNetwork(NatConfig(**arguments.network_settings(options)))
     try:
         network.start()

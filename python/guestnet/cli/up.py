@@ -16,6 +16,7 @@ from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Any
 
 from guestnet.cli import EXIT_OK, UsageError, arguments
+from guestnet.cli.session import note_overlap
 from guestnet.cli.sockets import check_path, remove_stale
 from guestnet.cli.terminal import say, tell_log
 
@@ -122,6 +123,7 @@ def main(argv: Sequence[str]) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     teller = Teller(options)
     tell_log(quiet=options.quiet, verbose=options.verbose)
+    note_overlap(options)
 
     from guestnet.network import NatNetwork
 

@@ -8,8 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from guestnet import cli
-from guestnet.cli import UsageError, arguments, demo, doctor, run, up, vm
+from guestnet import NatConfig, cli
+from guestnet._linux import links
+from guestnet.cli import UsageError, arguments, demo, doctor, run, session, up, vm
 
 
 def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -49,6 +50,8 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["run", "--dns-record", "web=x", "--", "true"], "'x'"),
         (["run", "--dns-record", "a..b=1.2.3.4", "--", "true"], "a..b"),
         (["run", "--hostname", "a b", "--", "true"], "'a b'"),
+        (["run", "--dns", "dns.example", "--", "true"], "'dns.example'"),
+        (["run", "--search", "a..b", "--", "true"], "'a..b'"),
         (["run", "--sub", "10.0.0.0/24", "--", "true"], "--sub"),
         (["vm"], "qemu-system-x86_64"),
         (["vm", "--mac", "01:00:00:00:00:01", "--", "q"], "01:00:00:00:00:01"),
@@ -125,6 +128,31 @@ def test_settings_of_a_network() -> None:
     assert settings["dns_records"] == {"a.example": ["192.0.2.1", "192.0.2.2"]}
     assert settings["host_loopback"] is True
     assert settings["subnet"] == "192.168.64.0/24"
+    assert settings["resolvers"] is None
+    assert settings["search"] == ("guestnet.internal",)
+
+
+def test_other_name_servers_and_domains() -> None:
+    words = ["--dns", "192.0.2.53", "--dns", "2001:db8::53", "--search", "Corp.Example.", "--search", "lan"]
+    options, _ = arguments.parse_with_command(run.parser(), [*words, "--", "true"], "CMD")
+    config = NatConfig(**arguments.network_settings(options))
+    assert config.resolvers == ("192.0.2.53", "2001:db8::53")
+    assert config.search == ("corp.example", "lan", "guestnet.internal")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [([], True), (["-q"], False), (["--mode", "host_only"], False), (["--bridge", "b"], False)],
+)
+def test_a_subnet_of_the_hosts_own_is_noted(
+    words: list[str], said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(links, "routes_into", lambda subnet: [f"{subnet} on eth0"])
+    options, _ = arguments.parse_with_command(run.parser(), [*words, "--", "true"], "CMD")
+    session.note_overlap(options)
+    err = capsys.readouterr().err
+    assert ("192.168.64.0/24 on eth0" in err) is said
+    assert len(err.splitlines()) == said
 
 
 def test_plan_of_a_small_subnet() -> None:
