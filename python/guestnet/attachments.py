@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import socket
 import time
@@ -17,6 +18,8 @@ from guestnet.errors import AttachError, BusyError, ConfigError, NotRunning
 if TYPE_CHECKING:
     from guestnet.network import NatNetwork
     from guestnet.session import Session
+
+_log = logging.getLogger("guestnet")
 
 ATTACHMENTS = ("tap", "stream", "dgram", "vhost-user", "memory")
 LISTENERS = ("stream", "dgram", "unixgram", "vhost-user")
@@ -99,7 +102,10 @@ class MemoryAttachment(Attachment):
     def deliver(self, frame: bytes) -> None:
         """A frame for the guest; called by the network."""
         if self._on_frame is not None:
-            self._on_frame(frame)
+            try:
+                self._on_frame(frame)
+            except BaseException:  # sys.exit() too: it would end the control thread
+                _log.exception("on_frame of %r failed", self.endpoint_id)
             return
         with self._arrived:
             self._frames.append(frame)

@@ -552,7 +552,7 @@ class NatNetwork:
                 continue
             try:
                 callback(event)
-            except Exception:
+            except BaseException:  # sys.exit() too: it would end the control thread, and guests their network
                 _log.exception("a callback for events failed")
 
     @property

@@ -235,14 +235,16 @@ def test_attach_misuse(network: NatNetwork) -> None:
         network.attach("vm1", "memory")
 
 
+def who_is_the_gateway(network: NatNetwork) -> bytes:
+    """An ARP request of the first guest, whose MAC is 02:00:00:00:00:01."""
+    ask = bytes.fromhex("ffffffffffff02000000000108060001080006040001020000000001")
+    return ask + IPv4Address("192.168.64.2").packed + bytes(6) + network.gateway.packed
+
+
 def test_frames_wait_for_recv(network: NatNetwork) -> None:
     network.create_endpoint("vm1", mac="02:00:00:00:00:01")
     attachment = network.attach("vm1", "memory")
-    ask = bytes.fromhex(
-        "ffffffffffff020000000001080600010800060400010200000000010000000000000000000000000000"
-    )
-    request = ask[:28] + IPv4Address("192.168.64.2").packed + bytes(6) + network.gateway.packed
-    attachment.send(request)
+    attachment.send(who_is_the_gateway(network))
     frame = attachment.recv(PATIENCE)
     assert frame is not None
     assert frame[12:14] == b"\x08\x06"
@@ -274,6 +276,24 @@ def test_callbacks_can_be_ended(network: NatNetwork) -> None:
     network.create_endpoint("vm1")
     network.attach("vm1", "memory")
     assert seen == []
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
+def test_a_callback_that_fails_costs_the_guests_nothing(
+    error: type[BaseException], network: NatNetwork, add_guest: AddGuest, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: object) -> None:
+        raise error("on purpose")
+
+    network.on_event(fail)
+    network.create_endpoint("vm1", mac="02:00:00:00:00:01")
+    attachment = network.attach("vm1", "memory", on_frame=fail)
+    attachment.send(who_is_the_gateway(network))
+    other = add_guest("vm2")
+    other.ping(str(network.gateway))
+    until(lambda: "on_frame of 'vm1' failed" in caplog.text, "the answer that on_frame fails at")
+    assert "a callback for events failed" in caplog.text
+    assert network.flows() is not None
 
 
 def test_capture(network: NatNetwork, add_guest: AddGuest, echo: int, tmp_path: Path) -> None:
