@@ -56,6 +56,7 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["vm"], "qemu-system-x86_64"),
         (["vm", "--mac", "01:00:00:00:00:01", "--", "q"], "01:00:00:00:00:01"),
         (["vm", "--mac", "zz", "--", "q"], "'zz'"),
+        (["vm", "--", "qemu-system-x86_64", "-daemonize"], "-daemonize"),
         (["up"], "--stream"),
         (["up", "--stream", "/nowhere/at/all"], "/nowhere/at/all"),
         (["up", "--stream", "/tmp/" + "x" * 200], "107"),
