@@ -239,7 +239,7 @@ class NatConfig:
     - `mtu`: IP MTU of the guests in bytes, 68 to 65520.
     - `mode`: see `NetMode`.
     - `host_loopback`: let guests reach the host's 127.0.0.1 at the last address of the subnet, which is then
-      named `host.guestnet.internal`. Without it no guest reaches a service there.
+      named `host.guestnet.internal`. Without it no guest reaches a service there. Not for "host_only".
     - `dhcp`, `dns`: whether the gateway serves them. `lease_time` in seconds, 10 or more.
     - `dns_records`: names with their records, each an address or `TYPE:value` (`TXT:some text`,
       `SRV:10 5 5060 sip.example`); `*.` in front stands for all names below. `zone`: where endpoints have
@@ -450,6 +450,11 @@ class NatConfig:
     def _check_loopback(self) -> None:
         if not self.host_loopback:
             return
+        if self.mode is NetMode.HOST_ONLY:
+            raise ConfigError(
+                "In the mode 'host_only' guests reach nothing of the host: leave host_loopback out, "
+                "or choose the mode 'nat'."
+            )
         if self.subnet.prefixlen == PREFIX_LONGEST:
             raise ConfigError(
                 f"subnet {self.subnet} has no room for host_loopback besides the gateway and a guest: "

@@ -42,7 +42,7 @@ def test_text_is_read() -> None:
     config = NatConfig(
         subnet="10.0.0.0/29",
         gateway="10.0.0.5",
-        mode="host_only",
+        mode="nat",
         polling="busy",
         filtering="endpoint_independent",
         host_loopback=True,
@@ -53,7 +53,7 @@ def test_text_is_read() -> None:
         gateway_mac="02:00:00:00:00:ff",
     )
     assert config.loopback_address == IPv4Address("10.0.0.6")
-    assert (config.mode, config.polling) == (NetMode.HOST_ONLY, PollingStrategy.BUSY)
+    assert (config.mode, config.polling) == (NetMode.NAT, PollingStrategy.BUSY)
     assert config.filtering == Filtering.ENDPOINT_INDEPENDENT
     assert config.dns_records["web.example"] == ("192.0.2.1",)
     assert config.static_leases == (StaticLease("02:00:00:00:00:01", IPv4Address("10.0.0.2"), "web"),)
@@ -105,6 +105,7 @@ LEASE = {"mac": "02:00:00:00:00:01", "ip": "192.168.64.9"}
         ({"host_loopback": 1}, "host_loopback 1"),
         ({"host_loopback": True, "subnet": "10.0.0.0/30"}, "no room"),
         ({"host_loopback": True, "gateway": "192.168.64.254"}, "gateway 192.168.64.254"),
+        ({"host_loopback": True, "mode": "host_only"}, "mode 'host_only'"),
         ({"dns": None}, "dns None"),
         ({"lease_time": 0}, "lease_time 0"),
         ({"dns_records": ["a"]}, "dns_records"),

@@ -22,8 +22,8 @@ ENDPOINT = "guest"
 def check_guest(publication: ForwardSpec, options: argparse.Namespace) -> None:
     """Refuses a port for a guest that will never be there. Raises UsageError."""
     guest, address = publication.guest, arguments.plan(options.subnet).guest
-    known = (None, ENDPOINT, str(address), options.hostname)
-    if guest not in known:
+    known = (ENDPOINT, str(address), (options.hostname or ENDPOINT).lower())
+    if guest is not None and guest.lower() not in known:
         raise UsageError(
             f"The published port {publication} names another guest than the only one, {ENDPOINT!r} "
             f"({address}): write {publication.host_ports[0]}:{publication.guest_ports[0]}."
