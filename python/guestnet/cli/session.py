@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -43,6 +44,7 @@ def note_overlap(options: argparse.Namespace) -> None:
         )
 
 
+_IMPATIENT = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
 _DRAIN_SECONDS = 5.0
 _QUIET_SECONDS = 1.0
 _LOOK_SECONDS = 0.01
@@ -52,9 +54,9 @@ _UNFINISHED = frozenset(("connecting", "syn_sent", "syn_received", "established"
 
 def let_connections_end(network: NatNetwork) -> None:
     """A command may end before the guest's kernel has sent what it wrote, as on any host. Waits as long as
-    that still moves, and no longer than some seconds."""
+    that still moves, no longer than some seconds, and not against a wish (signals are blocked here)."""
     deadline = time.monotonic() + _DRAIN_SECONDS
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and not signal.sigpending() & _IMPATIENT:
         moving = (
             flow.protocol == "tcp" and flow.state in _UNFINISHED and flow.idle < _QUIET_SECONDS
             for flow in network.flows()

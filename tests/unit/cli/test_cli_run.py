@@ -42,7 +42,9 @@ class Network:
     def publish(self, spec):
         if 80 in spec.host_ports: raise errors.GuestnetError("Port 80 is taken: choose another.")
         return spec
-    def flows(self): return []
+    def flows(self):
+        moving = types.SimpleNamespace(protocol="tcp", state="established", idle=0.0)
+        return [moving] if "MOVING" in os.environ else []
     def stats(self): return {"rx_frames": 3, "tx_frames": 0, "drops": {"truncated": 1}}
 
 def module(name, **members):
@@ -126,6 +128,21 @@ def test_descendants_end_when_guestnet_is_killed(nested: bool) -> None:
     process.wait(20)
     assert select.select([process.stdout], [], [], 20)[0], "something is left"
     assert process.stdout.read() == b""
+    process.stdout.close()
+
+
+def test_what_is_on_its_way_is_not_waited_for_against_a_wish() -> None:
+    """The command has ended, and a connection of its guest still moves: seconds, unless somebody says no."""
+    words = command("--", "sh", "-c", "trap '' TERM; echo ready")
+    process = subprocess.Popen(words, env={**os.environ, "MOVING": "1"}, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    start = time.monotonic()
+    while process.poll() is None:
+        process.terminate()  # while the command runs it is the command's, which does not care
+        time.sleep(0.02)
+    assert process.returncode == 0
+    assert time.monotonic() - start < 4
     process.stdout.close()
 
 
