@@ -220,6 +220,8 @@ class Control:
         loop.run_until_complete(loop.shutdown_asyncgens())
         asyncio.set_event_loop(None)
         loop.close()
+        # They lead to the session, and that leads here: the end of one is to be the end of all.
+        self._handlers, self._make_handlers = {}, dict
 
     def _drain(self) -> None:
         for event in self.plane.drain(_BATCH):

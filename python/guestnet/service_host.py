@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import time
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from guestnet.config import NetMode
@@ -35,6 +36,10 @@ _QUESTIONS = 1024
 _ALWAYS = 16
 """Those that are answered for an endpoint although others have taken all."""
 _PATH_LONGEST = 107
+
+
+def _nobody_hears(_lease: object) -> None:
+    pass
 
 
 class Services:
@@ -103,7 +108,8 @@ class ServiceHost:
     """The services of one session."""
 
     def __init__(self, session: Session, services: Services) -> None:
-        self._session = session
+        # The session has this one. Nothing of it is to wait for the garbage collector: it holds descriptors.
+        self._session: Session = weakref.proxy(session)
         self._services = services
         self._config = session.config
         self._asking: dict[str, int] = {}
@@ -134,7 +140,9 @@ class ServiceHost:
                 await control.do(plane.add_service, _DNS_TCP, "tcp", gateway, DNS_PORT, path)
 
     async def close(self) -> None:
-        """Ends what listens, and removes its socket."""
+        """Ends what listens, and removes its socket. The servers outlive it with their names and leases."""
+        if self._config.dhcp:
+            self._services.dhcp.on_lease = self._services.dhcp.on_release = _nobody_hears
         if self._dns_is_open:
             await self._services.dns.close()
         self._remove_directory()

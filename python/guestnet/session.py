@@ -167,6 +167,7 @@ class Session:
         self.registry.moved = lambda _endpoint, _old: None
         for attachment in self._memory.values():
             attachment.end()
+        self._memory.clear()
         for endpoint in self.registry.all():
             endpoint._attached = None
             if endpoint.listener is not None:

@@ -124,6 +124,30 @@ def test_wrong_configurations() -> None:
     assert not network.is_running
 
 
+def test_a_network_that_was_stopped_holds_nothing() -> None:
+    """Neither one that is kept, to be started again, nor until the garbage collector comes."""
+
+    def held() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    kept = []
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(6):
+            network = NatNetwork()
+            with network:
+                network.create_endpoint("vm1")
+                network.attach("vm1", "memory").send(bytes(60))
+                network.publish("127.0.0.1:0:80")
+            kept.append(network)
+            if turn == 0:
+                before = held()  # what is opened once for all is open
+        assert held() == before
+    finally:
+        gc.enable()
+
+
 def test_no_threads_and_descriptors_are_left() -> None:
     def left() -> tuple[int, int]:
         gc.collect()
