@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from guestnet.errors import GuestnetError as GuestnetError
     from guestnet.errors import NotRunning as NotRunning
     from guestnet.errors import PortInUse as PortInUse
+    from guestnet.errors import TooManyFiles as TooManyFiles
     from guestnet.errors import UnsupportedError as UnsupportedError
     from guestnet.events import NetworkEvent as NetworkEvent
     from guestnet.forwards import ForwardSpec as ForwardSpec
@@ -75,6 +76,7 @@ _HOME = {
         "GuestnetError",
         "NotRunning",
         "PortInUse",
+        "TooManyFiles",
         "UnsupportedError",
     ),
     "guestnet.events": ("NetworkEvent",),

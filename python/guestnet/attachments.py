@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import socket
 import time
@@ -16,6 +18,8 @@ from guestnet.errors import AttachError, BusyError, ConfigError, NotRunning
 if TYPE_CHECKING:
     from guestnet.network import NatNetwork
     from guestnet.session import Session
+
+_log = logging.getLogger("guestnet")
 
 ATTACHMENTS = ("tap", "stream", "dgram", "vhost-user", "memory")
 LISTENERS = ("stream", "dgram", "unixgram", "vhost-user")
@@ -52,36 +56,56 @@ class MemoryAttachment(Attachment):
         self._on_frame = on_frame
         self._frames: deque[bytes] = deque(maxlen=_KEPT_FRAMES)
         self._arrived = Condition()
+        self._ended = False
         self.lost = 0
 
     def send(self, frame: bytes) -> None:
         """A frame from the guest, Ethernet header first. From any thread; waits a little when the network is
-        behind, and loses the frame (`lost` counts it) when that lasts, as any network does."""
+        behind, and loses the frame (`lost` counts it) when that lasts, as any network does. Raises NotRunning
+        when the network was stopped or the endpoint removed."""
         control = self._session.control
         deadline = 0.0 if control.is_own_thread else time.monotonic() + _SEND_SECONDS
         while True:
+            if self._ended:
+                raise self._over()
             try:
                 control.plane.inject(self._port, frame)
                 return
             except BusyError:
                 if not control.plane.is_healthy:
-                    raise NotRunning("The network of this guest was stopped.") from None
+                    raise self._over() from None
                 if time.monotonic() >= deadline:
                     self.lost += 1
                     return
                 time.sleep(_RETRY_SECONDS)
 
     def recv(self, timeout: float | None = None) -> bytes | None:
-        """The next frame for the guest, None when none came in `timeout` seconds."""
+        """The next frame for the guest, None when none came in `timeout` seconds. Raises NotRunning when none
+        will come any more."""
         with self._arrived:
-            if not self._arrived.wait_for(lambda: bool(self._frames), timeout):
-                return None
-            return self._frames.popleft()
+            self._arrived.wait_for(lambda: bool(self._frames) or self._ended, timeout)
+            if self._frames:
+                return self._frames.popleft()
+            if self._ended:
+                raise self._over()
+            return None
+
+    def end(self) -> None:
+        """The endpoint or its network is no more; called by the network."""
+        with self._arrived:
+            self._ended = True
+            self._arrived.notify_all()
+
+    def _over(self) -> NotRunning:
+        return NotRunning(f"The network of {self.endpoint_id!r} was stopped, or the endpoint removed.")
 
     def deliver(self, frame: bytes) -> None:
         """A frame for the guest; called by the network."""
         if self._on_frame is not None:
-            self._on_frame(frame)
+            try:
+                self._on_frame(frame)
+            except BaseException:  # sys.exit() too: it would end the control thread
+                _log.exception("on_frame of %r failed", self.endpoint_id)
             return
         with self._arrived:
             self._frames.append(frame)
@@ -131,9 +155,10 @@ def listening_socket(kind: str, path: str | os.PathLike[str]) -> socket.socket:
             made.listen(_BACKLOG)
     except OSError as error:
         made.close()
+        remedy = {errno.ENOENT: "make its directory first", errno.EADDRINUSE: "remove what is there"}
         raise AttachError(
-            f"Guests cannot attach to {name!r} ({error.strerror}): remove what is there, "
-            "or choose another path."
+            f"Guests cannot attach to {name!r} ({error.strerror}): "
+            f"{remedy.get(error.errno or 0, 'look at its directory')}, or choose another path."
         ) from error
     return made
 

@@ -14,6 +14,7 @@ from enum import StrEnum
 from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, NetmaskValueError, ip_address
 from typing import Any, NoReturn, TypeVar
 
+from guestnet._frozen import FrozenMapping
 from guestnet.errors import ConfigError
 from guestnet.ipam import format_mac, parse_mac
 
@@ -24,6 +25,13 @@ PREFIX_SHORTEST, PREFIX_LONGEST = 8, 30
 LEASE_SHORTEST, LEASE_LONGEST = 10, 0xFFFFFFFE
 WORKERS_MOST = 64
 NAME_LONGEST, LABEL_LONGEST = 253, 63
+LIMITS = (
+    *("flows", "flows_per_port", "udp_sockets_per_port", "buffer_per_port", "macs_per_port"),
+    *("addresses_per_port", "reassemblies_per_port", "reassembly_bytes", "icmp_errors_per_second"),
+    *("floods_per_second", "service_datagrams_per_second", "neighbour_waiting"),
+)
+TIMEOUTS = ("udp", "udp_dns", "icmp", "tcp_established", "tcp_transitory", "reassembly")
+"""What the data plane knows by these names; its defaults are in `guestnet-core/src/config.rs`."""
 _DEFAULT_SUBNET = "192.168.64.0/24"
 
 
@@ -202,10 +210,15 @@ def _path(what: str, value: object) -> str | None:
     return path
 
 
-def _named_numbers(what: str, value: object) -> dict[str, int]:
+def _named_numbers(what: str, value: object, known: tuple[str, ...]) -> FrozenMapping[int]:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{what} {value!r} is not a mapping of names to numbers.")
-    return {str(name): _number(f"{what} {name}", number, 1, 0xFFFFFFFF) for name, number in value.items()}
+    for name in value:
+        if name not in known:
+            raise ConfigError(f"{what} has nothing named {name!r}: choose among {', '.join(known)}.")
+    return FrozenMapping(
+        {name: _number(f"{what} {name}", number, 1, 0xFFFFFFFF) for name, number in value.items()}
+    )
 
 
 def _port_range(value: object, what: str = "port_range", example: str = "(49152, 65535)") -> tuple[int, int]:
@@ -230,7 +243,7 @@ class NatConfig:
     - `mtu`: IP MTU of the guests in bytes, 68 to 65520.
     - `mode`: see `NetMode`.
     - `host_loopback`: let guests reach the host's 127.0.0.1 at the last address of the subnet, which is then
-      named `host.guestnet.internal`. Without it no guest reaches a service there.
+      named `host.guestnet.internal`. Without it no guest reaches a service there. Not for "host_only".
     - `dhcp`, `dns`: whether the gateway serves them. `lease_time` in seconds, 10 or more.
     - `dns_records`: names with their records, each an address or `TYPE:value` (`TXT:some text`,
       `SRV:10 5 5060 sip.example`); `*.` in front stands for all names below. `zone`: where endpoints have
@@ -254,7 +267,8 @@ class NatConfig:
       on, as of a published port; by default every one.
     - `bridge`: with the mode "bridged", the bridge or Ethernet interface of the host that guests are joined
       to. It gives addresses and names; `subnet` and what belongs to it are not used.
-    - `limits`, `timeouts` (seconds): bounds of the data plane by name, where its defaults do not fit.
+    - `limits` (names in `LIMITS`), `timeouts` (in seconds, names in `TIMEOUTS`): bounds of the data plane,
+      where its defaults do not fit.
     """
 
     subnet: IPv4Network
@@ -339,7 +353,7 @@ class NatConfig:
         put(self, "dhcp", _yes_or_no("dhcp", dhcp) and served)
         put(self, "dns", _yes_or_no("dns", dns) and served)
         put(self, "lease_time", _number("lease_time", lease_time, LEASE_SHORTEST, LEASE_LONGEST))
-        put(self, "dns_records", _records({} if dns_records is None else dns_records))
+        put(self, "dns_records", FrozenMapping(_records({} if dns_records is None else dns_records)))
         put(self, "zone", domain("zone", zone))
         names = (self.zone,) if search is None else _several("search", search)
         put(self, "search", tuple(domain("search", name) for name in names))
@@ -352,8 +366,8 @@ class NatConfig:
         put(self, "workers", _number("workers", workers, 1, WORKERS_MOST))
         put(self, "io_uring", bool(io_uring))
         put(self, "filtering", _choice(Filtering, "filtering", filtering))
-        put(self, "limits", _named_numbers("limits", limits or {}))
-        put(self, "timeouts", _named_numbers("timeouts", timeouts or {}))
+        put(self, "limits", _named_numbers("limits", {} if limits is None else limits, LIMITS))
+        put(self, "timeouts", _named_numbers("timeouts", {} if timeouts is None else timeouts, TIMEOUTS))
         put(self, "gateway", self.host_address("gateway", self.subnet[1] if gateway is None else gateway))
         self._check_loopback()
         own = parse_mac(b"\x02gn" + self.gateway.packed[1:] if gateway_mac is None else gateway_mac)
@@ -465,6 +479,11 @@ class NatConfig:
     def _check_loopback(self) -> None:
         if not self.host_loopback:
             return
+        if self.mode is NetMode.HOST_ONLY:
+            raise ConfigError(
+                "In the mode 'host_only' guests reach nothing of the host: leave host_loopback out, "
+                "or choose the mode 'nat'."
+            )
         if self.subnet.prefixlen == PREFIX_LONGEST:
             raise ConfigError(
                 f"subnet {self.subnet} has no room for host_loopback besides the gateway and a guest: "

@@ -184,6 +184,9 @@ class Control:
 
     def _main(self) -> None:
         self.loop = asyncio.new_event_loop()
+        # In Python's development mode asyncio tells the program's owner of steps over 0.1 s, which a busy
+        # machine makes of any.
+        self.loop.slow_callback_duration = 1.0
         try:
             self.plane = self._make()
             self._handlers = self._make_handlers()
@@ -217,6 +220,8 @@ class Control:
         loop.run_until_complete(loop.shutdown_asyncgens())
         asyncio.set_event_loop(None)
         loop.close()
+        # They lead to the session, and that leads here: the end of one is to be the end of all.
+        self._handlers, self._make_handlers = {}, dict
 
     def _drain(self) -> None:
         for event in self.plane.drain(_BATCH):

@@ -43,6 +43,10 @@ class PortInUse(GuestnetError):
     """A port of the host that was to be published is taken."""
 
 
+class TooManyFiles(GuestnetError):
+    """The process can have no more descriptors; each published port and each connection is one."""
+
+
 class ForwardNotFound(GuestnetError, LookupError):
     """The forward was taken back already, or is another network's."""
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
-from guestnet.errors import ConfigError, GuestnetError, PortInUse, UnsupportedError
+from guestnet.errors import ConfigError, GuestnetError, PortInUse, TooManyFiles, UnsupportedError
 
 PORT_HIGHEST = 65535
 BACKLOG = 4096
@@ -75,6 +75,15 @@ class ForwardSpec:
             if str(error).startswith("The published port"):
                 raise
             raise _wrong(text, str(error).rstrip(".")) from None
+
+    @classmethod
+    def of(cls, spec: object) -> ForwardSpec:
+        """A specification as it is, or text in the grammar of this module."""
+        if isinstance(spec, ForwardSpec):
+            return spec
+        if isinstance(spec, str):
+            return cls.parse(spec)
+        raise _wrong(str(spec), f"write text, {_GRAMMAR}")
 
     def __str__(self) -> str:
         return show(self, self.host_ports)
@@ -192,7 +201,7 @@ def _open_port(spec: ForwardSpec, port: int) -> list[socket.socket]:
     try:
         # The same port for both families, also when the kernel chose it.
         return [first, _open(spec, IPv6Address("::"), int(first.getsockname()[1]))]
-    except PortInUse:
+    except (PortInUse, TooManyFiles):
         first.close()
         raise
     except (GuestnetError, OSError):
@@ -236,6 +245,11 @@ def _not_opened(
         return GuestnetError(
             f"{where} may not be opened by this user: publish a port from 1024 up, or lower the sysctl "
             "net.ipv4.ip_unprivileged_port_start."
+        )
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return TooManyFiles(
+            f"{where} cannot be opened, since too many files are open: publish fewer ports, "
+            "or raise the limit (`ulimit -n`)."
         )
     if error.errno == errno.EADDRNOTAVAIL:
         return GuestnetError(f"{where} cannot be opened: this host has no address {address}.")

@@ -119,10 +119,18 @@ def write_id_maps(pid: int) -> None:
         _write_proc(pid, "uid_map", f"0 {os.geteuid()} 1")
         _write_proc(pid, "gid_map", f"0 {os.getegid()} 1")
     except OSError as error:
-        raise StartError(
-            f"Cannot map user ids in the new namespace ({error.strerror}): "
-            f"run `guestnet doctor` to see what this system allows."
-        ) from error
+        raise StartError(_why_no_map(error)) from error
+
+
+def _why_no_map(error: OSError) -> str:
+    what = f"Cannot map user ids in the new namespace ({error.strerror})"
+    if os.geteuid() == 0:
+        # Linux 5.12 lets only who may set file capabilities map root to root.
+        return (
+            f"{what}: this root lacks CAP_SETFCAP, so start it with that (a container with "
+            f"`--cap-add SETFCAP`), or as an ordinary user."
+        )
+    return f"{what}: leave the container or sandbox, or let it allow user namespaces."
 
 
 def _identity_map(name: str) -> str:

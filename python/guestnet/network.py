@@ -19,6 +19,7 @@ from ipaddress import IPv4Address
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
+from guestnet._threads import in_thread
 from guestnet.attachments import (
     Attachment,
     Listener,
@@ -91,8 +92,8 @@ class NatNetwork:
 
     @property
     def is_running(self) -> bool:
-        """Whether it was started and not stopped."""
-        return self._session is not None
+        """Whether it was started and not stopped, in this process."""
+        return self._session is not None and not self._is_fork
 
     @property
     def services(self) -> Services:
@@ -153,8 +154,8 @@ class NatNetwork:
             session.closed()
 
     async def astart(self) -> None:
-        """As `start`."""
-        await asyncio.to_thread(self.start)
+        """As `start`. When it is cancelled, the network does not run."""
+        await in_thread(self.start, self.stop)
 
     async def aclose(self) -> None:
         """As `stop`."""
@@ -345,7 +346,7 @@ class NatNetwork:
         With the uplink "tun" a port without `host_ip` is one of the external address, and is led to the guest
         by translation; one with an address of the host's own is a socket there, as with the uplink "sockets".
         """
-        wanted = ForwardSpec.parse(spec) if isinstance(spec, str) else spec
+        wanted = ForwardSpec.of(spec)
         session = self._live()
         sockets = open_sockets(wanted) if session.needs_sockets(wanted) else []
         try:
@@ -355,7 +356,7 @@ class NatNetwork:
 
     async def apublish(self, spec: str | ForwardSpec) -> Forward:
         """As `publish`."""
-        wanted = ForwardSpec.parse(spec) if isinstance(spec, str) else spec
+        wanted = ForwardSpec.of(spec)
         session = self._live()
         sockets = open_sockets(wanted) if session.needs_sockets(wanted) else []
         try:
@@ -551,7 +552,7 @@ class NatNetwork:
                 continue
             try:
                 callback(event)
-            except Exception:
+            except BaseException:  # sys.exit() too: it would end the control thread, and guests their network
                 _log.exception("a callback for events failed")
 
     @property

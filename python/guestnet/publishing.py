@@ -14,7 +14,7 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import TYPE_CHECKING
 
 from guestnet.errors import ConfigError, PortInUse
-from guestnet.forwards import ForwardSpec, show
+from guestnet.forwards import ForwardSpec, close_sockets, show
 
 if TYPE_CHECKING:
     from guestnet.control import Control
@@ -104,6 +104,7 @@ class Publishing:
                 guest = (forward.target or _NOBODY, guest_port)
                 fds = [one.fileno() for one in group]
                 await self._control.do(plane.add_forward, number, spec.protocol, guest, fds)
+                close_sockets([group])  # the worker has its own: a range takes no more than it has to
         except BaseException:
             # Also the one that was waited for, which the worker may have, and those that it never got.
             for number in numbers:

@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import time
+import weakref
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,10 @@ def _mappings_most() -> int:
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MAPPINGS if hard == resource.RLIM_INFINITY else max(1, min(_MAPPINGS, hard // 8))
+
+
+def _nobody_hears(_lease: object) -> None:
+    pass
 
 
 class Services:
@@ -135,7 +140,8 @@ class ServiceHost:
     """The services of one session."""
 
     def __init__(self, session: Session, services: Services) -> None:
-        self._session = session
+        # The session has this one. Nothing of it is to wait for the garbage collector: it holds descriptors.
+        self._session: Session = weakref.proxy(session)
         self._services = services
         self._config = session.config
         self._asking: dict[str, int] = {}
@@ -147,6 +153,8 @@ class ServiceHost:
         self._expiry: asyncio.TimerHandle | None = None
         self.refused = 0
         """Questions, of DNS and PCP, that were not taken because too many were being answered."""
+        # Made here and not in the control thread, whose loop would stand still for what they import.
+        _ = self._config.dhcp and services.dhcp, self._config.dns and services.dns
 
     async def open(self) -> None:
         """Adds the services that the configuration asks for."""
@@ -174,7 +182,9 @@ class ServiceHost:
             await control.do(plane.add_service, _PCP, "udp", gateway, PCP_PORT)
 
     async def close(self) -> None:
-        """Ends what listens, and removes its socket."""
+        """Ends what listens, and removes its socket. The servers outlive it with their names and leases."""
+        if self._config.dhcp:
+            self._services.dhcp.on_lease = self._services.dhcp.on_release = _nobody_hears
         if self._dns_is_open:
             await self._services.dns.close()
         if self._expiry is not None:

@@ -7,6 +7,7 @@ network. All methods but the constructor run in the control thread.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import socket
@@ -48,6 +49,14 @@ _CAPTURE_SECONDS = 3.0
 _END_SECONDS = 5.0
 
 
+def _capture_file(path: str) -> int:
+    # Not to wait for who reads a named pipe: nothing could interrupt that.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK
+    fd = os.open(path, flags, 0o600)
+    os.set_blocking(fd, True)
+    return fd
+
+
 def _make_plane(config: NatConfig) -> _native.DataPlane:
     from guestnet._native import DataPlane
 
@@ -59,8 +68,8 @@ def _make_plane(config: NatConfig) -> _native.DataPlane:
         mode=config.mode.value,
         host_loopback=config.loopback_address,
         filtering=config.filtering.value,
-        limits=config.limits,
-        timeouts=config.timeouts,
+        limits=dict(config.limits),
+        timeouts=dict(config.timeouts),
         strategy=config.polling.value,
         batch_size=config.batch_size,
         max_spins=config.max_spins,
@@ -157,6 +166,9 @@ class Session:
         if self.uplink is not None:
             self.uplink.close()
         self.registry.moved = lambda _endpoint, _old: None
+        for attachment in self._memory.values():
+            attachment.end()
+        self._memory.clear()
         for endpoint in self.registry.all():
             endpoint._attached = None
             if endpoint.listener is not None:
@@ -223,7 +235,8 @@ class Session:
         self.registry.tidy()
 
     def _forget_port(self, port: int) -> str | None:
-        self._memory.pop(port, None)
+        if (attachment := self._memory.pop(port, None)) is not None:
+            attachment.end()
         self._arrivals.pop(port, None)
         self._turned_away.discard(port)
         name = self._ports.pop(port, None)
@@ -403,10 +416,11 @@ class Session:
 
     async def start_capture(self, path: str) -> None:
         try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            fd = _capture_file(path)
         except OSError as error:
+            remedy = "choose another one" if error.errno != errno.ENXIO else "start who reads the pipe first"
             raise ConfigError(
-                f"The capture file {path!r} cannot be written ({error.strerror}): choose another one."
+                f"The capture file {path!r} cannot be written ({error.strerror}): {remedy}."
             ) from error
         self._capturing = True  # also when it is given up: one that does not run can be stopped too
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from lab import Lab, need
-from lab.namespaces import OUT4
+from lab.namespaces import OUT4, SECOND4, UNREACHABLE4
 from lab.runner import GuestRunner
 
 
@@ -63,3 +63,9 @@ def test_a_dead_resolver_fails_over_to_the_next(own_lab: Lab) -> None:
     own_lab.set_resolver("192.0.2.53", OUT4)
     guest = GuestRunner(own_lab, "guestnet")
     assert dig(guest, "+short", "www.example.test").strip() == OUT4
+
+
+def test_another_name_server_and_another_domain(guest: GuestRunner) -> None:
+    words = ("--dns", SECOND4, "--search", "example.test")
+    assert dig(guest, "+short", "+search", "www", options=words).strip() == OUT4
+    assert "status: SERVFAIL" in dig(guest, "www.example.test", options=("--dns", UNREACHABLE4))

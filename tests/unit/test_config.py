@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import fields
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
 import pytest
-from guestnet.config import Filtering, NatConfig, NetMode, PollingStrategy, StaticLease
+from guestnet.config import (
+    LIMITS,
+    TIMEOUTS,
+    Filtering,
+    NatConfig,
+    NetMode,
+    PollingStrategy,
+    StaticLease,
+)
 from guestnet.errors import ConfigError, GuestnetError
+from guestnet.network import NatNetwork
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -31,7 +42,7 @@ def test_text_is_read() -> None:
     config = NatConfig(
         subnet="10.0.0.0/29",
         gateway="10.0.0.5",
-        mode="host_only",
+        mode="nat",
         polling="busy",
         filtering="endpoint_independent",
         host_loopback=True,
@@ -42,7 +53,7 @@ def test_text_is_read() -> None:
         gateway_mac="02:00:00:00:00:ff",
     )
     assert config.loopback_address == IPv4Address("10.0.0.6")
-    assert (config.mode, config.polling) == (NetMode.HOST_ONLY, PollingStrategy.BUSY)
+    assert (config.mode, config.polling) == (NetMode.NAT, PollingStrategy.BUSY)
     assert config.filtering == Filtering.ENDPOINT_INDEPENDENT
     assert config.dns_records["web.example"] == ("192.0.2.1",)
     assert config.static_leases == (StaticLease("02:00:00:00:00:01", IPv4Address("10.0.0.2"), "web"),)
@@ -94,6 +105,7 @@ LEASE = {"mac": "02:00:00:00:00:01", "ip": "192.168.64.9"}
         ({"host_loopback": 1}, "host_loopback 1"),
         ({"host_loopback": True, "subnet": "10.0.0.0/30"}, "no room"),
         ({"host_loopback": True, "gateway": "192.168.64.254"}, "gateway 192.168.64.254"),
+        ({"host_loopback": True, "mode": "host_only"}, "mode 'host_only'"),
         ({"dns": None}, "dns None"),
         ({"lease_time": 0}, "lease_time 0"),
         ({"dns_records": ["a"]}, "dns_records"),
@@ -139,6 +151,8 @@ LEASE = {"mac": "02:00:00:00:00:01", "ip": "192.168.64.9"}
         ({"pcp_ports": (8, 9), "pcp_address": "x"}, "pcp_address 'x'"),
         ({"pcp_ports": (8, 9), "pcp_address": "0.0.0.0"}, "pcp_address 0.0.0.0"),
         ({"pcp_ports": (8, 9), "pcp_address": "192.168.64.9"}, "pcp_address 192.168.64.9"),
+        ({"limits": {"nothing_like_it": 5}}, "'nothing_like_it': choose among flows,"),
+        ({"timeouts": {5: 5}}, "timeouts has nothing named 5"),
     ],
 )
 def test_wrong_values_are_named(values: dict[str, Any], named: str) -> None:
@@ -174,3 +188,24 @@ def test_any_value_is_taken_or_refused(values: dict[str, Any]) -> None:
         return
     assert config.gateway in config.subnet
     assert repr(config)
+
+
+def test_a_configuration_cannot_be_changed_and_travels() -> None:
+    config = NatConfig(
+        dns_records={"a.x": "192.0.2.1"}, static_leases=[LEASE], limits={"flows": 9}, timeouts={"udp": 200}
+    )
+    for mapping in (config.dns_records, config.limits, config.timeouts):
+        with pytest.raises(TypeError):
+            mapping["more"] = 1  # type: ignore[index]
+    for other in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config), config.replace(mtu=1500)):
+        assert other == config
+        assert hash(other) == hash(config)
+        assert repr(other) == repr(config)
+    assert config.replace(limits={"flows": 8}) != config
+    assert config.dns_records == {"a.x": ("192.0.2.1",)}
+
+
+def test_the_data_plane_knows_every_limit_and_timeout() -> None:
+    config = NatConfig(limits=dict.fromkeys(LIMITS, 77), timeouts=dict.fromkeys(TIMEOUTS, 77))
+    with NatNetwork(config) as network:
+        assert network.is_running

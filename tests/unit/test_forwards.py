@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from ipaddress import ip_address
 
 import pytest
@@ -139,3 +141,32 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     assert 0 < spec.guest_ports[0] <= spec.guest_ports[-1] <= 65535
     assert 0 <= spec.host_ports[0] <= spec.host_ports[-1] <= 65535
     assert str(spec)
+
+
+def test_more_ports_than_descriptors() -> None:
+    """All or none, and what to do about it."""
+    code = """
+import os, resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+from guestnet import NatNetwork, TooManyFiles
+with NatNetwork() as network:
+    before = len(os.listdir("/proc/self/fd"))
+    try:
+        network.publish("127.0.0.1:20000-20999:80-1079")
+    except TooManyFiles as error:
+        print(error)
+    assert len(os.listdir("/proc/self/fd")) == before
+    # The worker gets each descriptor when the one it was made from goes: there is room for them once.
+    assert len(network.publish(f"127.0.0.1:20000-20029:80-109").host_ports) == 30
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert "publish fewer ports" in done.stdout
+
+
+@pytest.mark.parametrize("spec", [80, None, b"8080:80", ("8080", "80")])
+def test_what_is_no_text(spec: object) -> None:
+    with pytest.raises(ConfigError, match="write text"):
+        ForwardSpec.of(spec)

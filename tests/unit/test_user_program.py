@@ -96,6 +96,18 @@ def test_it_runs(program: Path) -> None:
     ]
 
 
+def test_it_is_clean_in_development_mode(program: Path) -> None:
+    """Nothing is left open, deprecated, or not awaited."""
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.stderr, done.returncode) == ("", 0)
+
+
 def test_it_is_clean_for_a_strict_type_checker(program: Path) -> None:
     """Against the package as it is installed (PEP 561), and not as part of the project."""
     assert Path(guestnet.__file__).with_name("py.typed").exists()

@@ -19,6 +19,8 @@ pub const DEFAULT_POOL_CAPACITY: usize = 4096;
 /// Bytes in a buffer where nothing else is asked for: a 1500-byte packet with all headers that may go in front.
 pub const DEFAULT_BUFFER_SIZE: usize = 2048;
 
+const PAGE: usize = 4096;
+
 const FREE: u32 = 0;
 const HELD: u32 = 1;
 const BORROWED: u32 = 2;
@@ -58,7 +60,10 @@ struct Slot {
 
 /// Preallocated packet buffers of one size.
 pub struct PacketPool {
+    /// Where the buffers begin, at a page's boundary.
     memory: NonNull<u8>,
+    /// What was allocated.
+    block: NonNull<u8>,
     layout: Layout,
     size: usize,
     stride: usize,
@@ -92,9 +97,14 @@ impl PacketPool {
         }
         let stride = size.next_multiple_of(64);
         let bytes = stride.checked_mul(capacity).filter(|b| *b <= 64 << 30).ok_or(PoolError::BadSize)?;
-        let layout = Layout::from_size_align(bytes, 4096).map_err(|_| PoolError::BadSize)?;
+        // Asked for at a page's boundary, the allocator would write all the zeros itself and so take all the
+        // memory at once. As it is, untouched pages are the system's own: the boundary is found behind.
+        let layout = Layout::from_size_align(bytes + PAGE, 8).map_err(|_| PoolError::BadSize)?;
         // SAFETY: the layout has a size over zero.
-        let memory = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or(PoolError::OutOfMemory)?;
+        let block = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or(PoolError::OutOfMemory)?;
+        let offset = block.as_ptr().align_offset(PAGE).min(PAGE);
+        // SAFETY: the block has a page more than the buffers take, so they end within it.
+        let memory = unsafe { block.add(offset) };
         let slots = (0..capacity)
             .map(|i| Slot {
                 state: AtomicU32::new(FREE),
@@ -105,6 +115,7 @@ impl PacketPool {
             .collect();
         Ok(PacketPool {
             memory,
+            block,
             layout,
             size,
             stride,
@@ -254,7 +265,7 @@ impl Drop for PacketPool {
     fn drop(&mut self) {
         // SAFETY: allocated with this layout in `with_buffer_size`; a PoolBuffer borrows the pool, so none
         // is left.
-        unsafe { dealloc(self.memory.as_ptr(), self.layout) }
+        unsafe { dealloc(self.block.as_ptr(), self.layout) }
     }
 }
 
@@ -427,6 +438,22 @@ mod tests {
     use super::*;
     use std::collections::HashSet;
     use std::thread;
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn takes_memory_only_where_it_is_used() {
+        let resident = || {
+            let text = std::fs::read_to_string("/proc/self/statm").unwrap();
+            text.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
+        };
+        let before = resident();
+        let pool = PacketPool::with_buffer_size(1 << 14, 1 << 16).unwrap(); // a gigabyte
+        let index = pool.alloc().unwrap();
+        let mut buffer = pool.borrow(index).unwrap();
+        buffer.fill(&[1; 1 << 16]).unwrap();
+        assert_eq!(buffer.as_ptr() as usize % 4096, 0);
+        assert!(resident().saturating_sub(before) < 128 << 20);
+    }
 
     #[test]
     fn refuses_impossible_sizes() {

@@ -6,6 +6,10 @@ use guestnet_io::{CommandError, IoError, QueueFull};
 use pyo3::prelude::*;
 use std::io;
 
+// The same on every system.
+const ENFILE: i32 = 23;
+const EMFILE: i32 = 24;
+
 /// An instance of a class of `guestnet.errors`; when that cannot be had, what stood in the way.
 fn error(py: Python<'_>, class: &str, message: String) -> PyErr {
     let made = py.import("guestnet.errors").and_then(|m| m.getattr(class)).and_then(|c| c.call1((message,)));
@@ -29,6 +33,10 @@ pub fn queue_full(py: Python<'_>, e: QueueFull) -> PyErr {
 
 /// A descriptor that cannot be taken over.
 pub fn descriptor_error(py: Python<'_>, fd: i32, e: &io::Error) -> PyErr {
+    if matches!(e.raw_os_error(), Some(EMFILE | ENFILE)) {
+        let message = "Too many files are open: publish fewer ports, or raise the limit (`ulimit -n`).";
+        return error(py, "TooManyFiles", message.into());
+    }
     error(py, "AttachError", format!("descriptor {fd} cannot be taken over: {e}"))
 }
 

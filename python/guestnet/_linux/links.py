@@ -170,6 +170,21 @@ def read_sysctl(name: str) -> str | None:
         return None
 
 
+def routes_into(subnet: IPv4Network, table: str = "/proc/net/route") -> list[str]:
+    """The routes of this network namespace, the default route aside, that lead to addresses of `subnet`."""
+    try:
+        with open(table, encoding="ascii") as file:
+            rows = [line.split() for line in file.readlines()[1:]]
+    except OSError:
+        return []
+    found = []
+    for row in rows:
+        address, mask = (IPv4Address(int.from_bytes(bytes.fromhex(row[at]), "little")) for at in (1, 7))
+        if int(mask) and (network := IPv4Network(f"{address}/{mask}")).overlaps(subnet):
+            found.append(f"{network} on {row[0]}")
+    return found
+
+
 # --- netlink
 # ---------------------------------------------------------------------------------------------
 

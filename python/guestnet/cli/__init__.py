@@ -12,12 +12,13 @@ when guestnet failed, 126 when the command cannot be executed, 127 when there is
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from guestnet.cli.terminal import complain
+from guestnet.cli.terminal import OutputError, answer, complain
 
 EXIT_OK = 0
 EXIT_PROBLEM = 1
@@ -69,20 +70,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     _hold_standard_descriptors()
     try:
         status = _dispatch(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
     except UsageError as error:
         complain(str(error))
         return EXIT_USAGE
     except BrokenPipeError:
         # The reader of our output has gone (`guestnet doctor | head -1`): nothing to say, and to nobody.
-        # Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_stdout()
+        return EXIT_FAILED
+    except OutputError as error:
+        complain(str(error))
+        _close_stdout()
         return EXIT_FAILED
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         status = failure(error)
     return int(status)
+
+
+def _close_stdout() -> None:
+    """Python would complain once more when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _hold_standard_descriptors() -> None:
@@ -103,10 +111,10 @@ def _dispatch(arguments: list[str]) -> int:
     name, rest = arguments[0], arguments[1:]
     if name in ("-h", "--help", "help"):
         lines = "\n".join(f"  {command:<14} {about}" for command, about in COMMANDS.items())
-        sys.stdout.write(_HELP.format(commands=lines))
+        answer(_HELP.format(commands=lines))
         return EXIT_OK
     if name in ("--version", "version"):
-        sys.stdout.write(f"guestnet {version()}\n")
+        answer(f"guestnet {version()}\n")
         return EXIT_OK
     if name not in COMMANDS:
         kind = "option" if name.startswith("-") else "command"
@@ -128,8 +136,19 @@ def failure(error: Exception) -> int:
     if isinstance(error, GuestnetError):
         complain(str(error))
         return int(getattr(error, "exit_status", EXIT_FAILED))
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        complain("Too many files are open: raise the limit (`ulimit -n`).")
+        return EXIT_FAILED
+    if (isinstance(error, OSError) and error.errno == errno.EAGAIN) or _no_thread(error):
+        complain("No more processes or threads can be started: end some, or raise the limit (`ulimit -u`).")
+        return EXIT_FAILED
     text = str(error) or type(error).__name__
     complain(
         f"Unexpected {type(error).__name__}: {text}; set GUESTNET_DEBUG=1 and run it again to see where."
     )
     return EXIT_FAILED
+
+
+def _no_thread(error: Exception) -> bool:
+    """Python has no type for it."""
+    return isinstance(error, RuntimeError) and "start new thread" in str(error)

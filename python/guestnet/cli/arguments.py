@@ -14,7 +14,9 @@ from ipaddress import IPv4Address, IPv4Network, ip_address
 from typing import Any, NoReturn, TypeVar
 
 from guestnet.cli import UsageError
+from guestnet.cli.terminal import answer
 
+ZONE = "guestnet.internal"
 DEFAULT_SUBNET = "192.168.64.0/24"
 MTU_LOWEST, MTU_HIGHEST = 68, 65520
 WORKERS_MOST = 64
@@ -36,6 +38,9 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+
+    def print_help(self, file: Any = None) -> None:
+        answer(self.format_help())
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message[:1].upper()}{message[1:]}: see `{self.prog} --help`.")
@@ -212,6 +217,22 @@ def add_network_options(parser: Parser) -> None:
         help="a name that guests resolve to this address, or NAME=TYPE:VALUE (repeatable)",
     )
     add(
+        "--dns",
+        action="append",
+        default=[],
+        type=checked(resolver),
+        metavar="ADDRESS",
+        help="ask this name server, not the host's, for names outside (repeatable)",
+    )
+    add(
+        "--search",
+        action="append",
+        default=[],
+        type=checked(search),
+        metavar="DOMAIN",
+        help="a domain that guests try for short names, before guestnet.internal (repeatable)",
+    )
+    add(
         "--host-loopback",
         action="store_true",
         help="let guests reach the host's 127.0.0.1 as host.guestnet.internal, the subnet's last address",
@@ -280,6 +301,22 @@ def add_network_options(parser: Parser) -> None:
     add("-v", "--verbose", action="store_true", help="say what happens")
 
 
+def resolver(text: str) -> str:
+    """The address of a name server."""
+    try:
+        return str(ip_address(text))
+    except ValueError:
+        raise UsageError(f"--dns {text!r} is not an address: write one such as 192.0.2.53.") from None
+
+
+def search(text: str) -> str:
+    """A domain."""
+    name = text.rstrip(".").lower()
+    if not _is_name(name):
+        raise UsageError(f"--search {text!r} is not a domain: write one such as corp.example.")
+    return name
+
+
 def workers(text: str) -> int:
     """A number of packet threads."""
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= WORKERS_MOST:
@@ -330,6 +367,11 @@ def plan(network: IPv4Network) -> Plan:
     return Plan(network, network[1], network[2])
 
 
+def search_list(options: argparse.Namespace) -> tuple[str, ...]:
+    """The domains that guests try for short names."""
+    return tuple(dict.fromkeys((*options.search, ZONE)))
+
+
 def network_settings(options: argparse.Namespace) -> dict[str, Any]:
     """The options of `add_network_options` as keywords of NatConfig."""
     records: dict[str, str | list[str]] = {}
@@ -343,6 +385,8 @@ def network_settings(options: argparse.Namespace) -> dict[str, Any]:
         "mode": options.mode if options.bridge is None else "bridged",
         "bridge": options.bridge,
         "dns_records": records,
+        "resolvers": options.dns or None,
+        "search": search_list(options),
         "host_loopback": options.host_loopback,
         "filtering": options.filtering,
         "workers": options.workers,

@@ -18,7 +18,7 @@ import stat
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Network
 
 from guestnet._linux import libc, links
 
@@ -83,19 +83,28 @@ def check_kernel() -> Check:
 
 
 def check_namespaces() -> Check:
-    """Whether this user may make a user, network and mount namespace: tried in a child."""
+    """Whether this user may make a user, network and mount namespace, and be somebody in it: tried in a
+    child."""
+    from guestnet._linux.held import StartError, fork_held
+    from guestnet.namespace import why_no_namespaces, write_id_maps
+
+    def prepare(control: socket.socket) -> None:
+        try:
+            libc.unshare(libc.CLONE_NEWUSER | libc.CLONE_NEWNET | libc.CLONE_NEWNS)
+        except OSError as error:
+            raise StartError(why_no_namespaces(error)) from error
+        control.send(b"{}")
+
     name = "namespaces"
-    from guestnet.namespace import why_no_namespaces
-
-    def attempt() -> str:
-        libc.unshare(libc.CLONE_NEWUSER | libc.CLONE_NEWNET | libc.CLONE_NEWNS)
-        return ""
-
-    number, _ = _in_child(attempt)
-    if number == 0:
-        return Check(name, OK, "user, network and mount namespaces can be made", needed=True)
-    error = OSError(number, os.strerror(number))
-    return Check(name, MISSING, f"refused ({error.strerror})", why_no_namespaces(error), needed=True)
+    child = fork_held(prepare, lambda: 0)
+    try:
+        child.receive()
+        write_id_maps(child.pid)
+    except StartError as error:
+        return Check(name, MISSING, "refused", str(error), needed=True)
+    finally:
+        child.close()
+    return Check(name, OK, "user, network and mount namespaces can be made", needed=True)
 
 
 def check_tun(device: str = links.TUN_DEVICE) -> Check:
@@ -150,37 +159,32 @@ def check_resolvers(path: str = "/etc/resolv.conf") -> Check:
     remedy = f"Write `nameserver ADDRESS` to {path}; until then guests resolve only guestnet's own names."
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
-            servers = [
-                words[1] for line in file if (words := line.split())[:1] == ["nameserver"] and len(words) > 1
-            ]
+            found = _name_servers(file.read())
     except OSError as error:
         return Check(name, LIMITED, f"{path}: {error.strerror}", remedy)
-    if not servers:
+    if not found:
         return Check(name, LIMITED, f"none in {path}", remedy)
-    return Check(name, OK, ", ".join(servers))
+    return Check(name, OK, ", ".join(found))
+
+
+def _name_servers(text: str) -> list[str]:
+    """Those that guests' queries would be passed on to."""
+    import logging
+
+    from guestnet.services.dns.resolvers import parse_resolv_conf
+
+    logging.getLogger("guestnet").addHandler(logging.NullHandler())  # the check says what is missing
+    return [server.host for server in parse_resolv_conf(text).servers]
 
 
 def check_subnet(subnet: str, table: str = "/proc/net/route") -> Check:
     """Whether the host itself has a route into the guests' subnet: guests could not reach what is there."""
     name = "subnet"
-    wanted = IPv4Network(subnet)
-    taken = [f"{network} on {interface}" for network, interface in _routes(table) if network.overlaps(wanted)]
+    taken = links.routes_into(IPv4Network(subnet), table)
     if not taken:
         return Check(name, OK, f"{subnet} is free")
     remedy = "Give --subnet another one, or guests cannot reach the hosts of that network."
     return Check(name, LIMITED, f"{subnet} overlaps {', '.join(taken)}", remedy)
-
-
-def _routes(table: str) -> Iterator[tuple[IPv4Network, str]]:
-    try:
-        with open(table, encoding="ascii") as file:
-            rows = [line.split() for line in file.readlines()[1:]]
-    except OSError:
-        return
-    for row in rows:
-        address, mask = (IPv4Address(int.from_bytes(bytes.fromhex(row[at]), "little")) for at in (1, 7))
-        if int(mask):
-            yield IPv4Network(f"{address}/{mask}"), row[0]
 
 
 def check_ping() -> Check:

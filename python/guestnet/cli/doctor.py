@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 
 from guestnet.cli import EXIT_OK, EXIT_PROBLEM, arguments, checks, version
+from guestnet.cli.terminal import answer
 
 _ABOUT = """\
 Tries what guestnet needs of this system and says how to get what lacks. Exits with 1 when `guestnet run`
@@ -37,14 +37,14 @@ def main(argv: Sequence[str]) -> int:
     works = all(check.state != checks.MISSING for check in found if check.needed)
     if options.json:
         report = {"version": version(), "run_works": works, "checks": [check.as_dict() for check in found]}
-        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+        answer(json.dumps(report, indent=2) + "\n")
         return EXIT_OK if works else EXIT_PROBLEM
     width = max(len(check.name) for check in found)
     for check in found:
-        sys.stdout.write(f"{_MARKS[check.state]:<8} {check.name:<{width}}  {check.found}\n")
+        answer(f"{_MARKS[check.state]:<8} {check.name:<{width}}  {check.found}\n")
         if check.remedy is not None:
-            sys.stdout.write(f"{'':<9}{'':<{width}}  -> {check.remedy}\n")
-    sys.stdout.write(
+            answer(f"{'':<9}{'':<{width}}  -> {check.remedy}\n")
+    answer(
         "\n`guestnet run` works here.\n"
         if works
         else "\n`guestnet run` cannot work here until what is MISSING is there.\n"

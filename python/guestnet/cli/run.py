@@ -13,8 +13,6 @@ from guestnet.cli.terminal import complain, say
 if TYPE_CHECKING:
     from guestnet.network import NatNetwork
 
-ZONE = "guestnet.internal"
-
 _ABOUT = """\
 Runs CMD in a namespace of its own, as an ordinary user or as root. The namespace has an address, a route
 and names; what leaves it goes through guestnet, and nothing reaches it but published ports. Exits with
@@ -52,7 +50,9 @@ def main(argv: Sequence[str]) -> int:
         mtu=options.mtu,
     )
     nameserver = None if options.bridge else str(where.gateway)
-    guest = Guest(interface, nameserver=nameserver, search=(ZONE,), hostname=options.hostname)
+    guest = Guest(
+        interface, nameserver=nameserver, search=arguments.search_list(options), hostname=options.hostname
+    )
     # The child sets its namespace up while this process imports and starts the network.
     namespace = launch(guest, command, mask)
     guard = watch_over(namespace.pid)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from guestnet.cli import UsageError, arguments, supervise
-from guestnet.cli.terminal import say, tell_log
+from guestnet.cli.terminal import complain, say, tell_log
 from guestnet.errors import GuestnetError
 
 if TYPE_CHECKING:
@@ -22,14 +23,28 @@ ENDPOINT = "guest"
 def check_guest(publication: ForwardSpec, options: argparse.Namespace) -> None:
     """Refuses a port for a guest that will never be there. Raises UsageError."""
     guest, address = publication.guest, arguments.plan(options.subnet).guest
-    known = (None, ENDPOINT, str(address), options.hostname)
-    if guest not in known:
+    known = (ENDPOINT, str(address), (options.hostname or ENDPOINT).lower())
+    if guest is not None and guest.lower() not in known:
         raise UsageError(
             f"The published port {publication} names another guest than the only one, {ENDPOINT!r} "
             f"({address}): write {publication.host_ports[0]}:{publication.guest_ports[0]}."
         )
 
 
+def note_overlap(options: argparse.Namespace) -> None:
+    """Says what guests will not reach, since it has addresses of their own network."""
+    if options.quiet or options.bridge or options.mode == "host_only":
+        return
+    from guestnet._linux.links import routes_into
+
+    if taken := routes_into(options.subnet):
+        complain(
+            f"Note: {options.subnet} overlaps this host's {', '.join(taken)}, which guests cannot reach: "
+            "choose another with --subnet."
+        )
+
+
+_IMPATIENT = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
 _DRAIN_SECONDS = 5.0
 _QUIET_SECONDS = 1.0
 _LOOK_SECONDS = 0.01
@@ -39,9 +54,9 @@ _UNFINISHED = frozenset(("connecting", "syn_sent", "syn_received", "established"
 
 def let_connections_end(network: NatNetwork) -> None:
     """A command may end before the guest's kernel has sent what it wrote, as on any host. Waits as long as
-    that still moves, and no longer than some seconds."""
+    that still moves, no longer than some seconds, and not against a wish (signals are blocked here)."""
     deadline = time.monotonic() + _DRAIN_SECONDS
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and not signal.sigpending() & _IMPATIENT:
         moving = (
             flow.protocol == "tcp" and flow.state in _UNFINISHED and flow.idle < _QUIET_SECONDS
             for flow in network.flows()
@@ -63,6 +78,7 @@ def network_of_one(
     from guestnet.network import NatNetwork
 
     tell_log(quiet=options.quiet, verbose=options.verbose)
+    note_overlap(options)
     network = NatNetwork(NatConfig(**arguments.network_settings(options)))
     try:
         network.start()

@@ -3,7 +3,7 @@
 The command stays in the session and process group that guestnet was started in, so a terminal's keys reach it
 directly; guestnet passes on only what was sent to guestnet alone. The main thread blocks all of these
 signals and takes them one at a time with sigwaitinfo, which says where each came from and needs no handler
-and no polling.
+and no polling. A command that stops itself stops guestnet, so that the shell sees a job that is stopped.
 """
 
 from __future__ import annotations
@@ -15,24 +15,33 @@ import time
 
 from guestnet._linux import libc
 
-FORWARDED = frozenset(
+_STOPPING = frozenset({signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU})
+_OWN_FAULTS = frozenset(
     {
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGHUP,
-        signal.SIGQUIT,
-        signal.SIGUSR1,
-        signal.SIGUSR2,
-        signal.SIGWINCH,
-        signal.SIGCONT,
-        signal.SIGALRM,
+        signal.SIGSEGV,
+        signal.SIGBUS,
+        signal.SIGILL,
+        signal.SIGFPE,
+        signal.SIGTRAP,
+        signal.SIGSYS,
+        signal.SIGABRT,
+        signal.SIGPIPE,
+        signal.SIGXCPU,
+        signal.SIGXFSZ,
     }
 )
+"""What a process gets for what it did itself."""
+FORWARDED = frozenset(
+    set(signal.valid_signals()) - _STOPPING - _OWN_FAULTS - {signal.SIGKILL, signal.SIGCHLD, signal.SIGURG}
+)
+"""All that somebody else sends, real-time ones too. A stop stops guestnet: see `_stop_with`."""
 _WAITED = FORWARDED | {signal.SIGCHLD}
 
 # si_code of a signal that the kernel made itself: a key on the terminal, a window that changed its size. The
 # whole foreground process group got it, the command too.
 _SI_KERNEL = 0x80
+# But these two go to the session's leader alone, when its terminal is gone.
+_HANGUP = frozenset({signal.SIGHUP, signal.SIGCONT})
 
 # How long descendants that were killed may take to go; one in an uninterruptible sleep is left to init.
 _ENDING_SECONDS = 5.0
@@ -54,25 +63,53 @@ def wait(pid: int) -> int:
         if status is not None:
             return status
         info = signal.sigwaitinfo(_WAITED)
-        if info.si_signo != signal.SIGCHLD and info.si_code != _SI_KERNEL:
+        if info.si_signo != signal.SIGCHLD and (info.si_code != _SI_KERNEL or _is_hangup(info.si_signo)):
             with contextlib.suppress(OSError):  # a set-uid command of another user, or one that just ended
                 os.kill(pid, info.si_signo)
 
 
+def _is_hangup(number: int) -> bool:
+    return number in _HANGUP and os.getsid(0) == os.getpid()
+
+
 def _reap(pid: int) -> int | None:
     """Takes in whatever children have ended (orphans come to us as subreaper); the status once `pid` has."""
-    found: int | None = None
     while True:
         try:
-            child, status = os.waitpid(-1, os.WNOHANG)
+            child, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
         except ChildProcessError:
-            return found if found is not None else 128 + signal.SIGKILL
+            return 128 + signal.SIGKILL
         if child == 0:
-            return found
-        if child == pid:
-            code = os.waitstatus_to_exitcode(status)
-            found = code if code >= 0 else 128 - code
-            return found
+            return None
+        if child != pid:
+            continue
+        if os.WIFSTOPPED(status):
+            _stop_with(pid)
+            continue
+        code = os.waitstatus_to_exitcode(status)
+        return code if code >= 0 else 128 - code
+
+
+def _stop_with(pid: int) -> None:
+    """The command has stopped itself (`suspend` in a shell, not a key that stopped both). Whoever sits at the
+    terminal waits for guestnet, so it stops too, and both go on together. Without a terminal, or in its
+    background, nobody is kept waiting, and who stopped the command alone means it alone."""
+    with contextlib.suppress(OSError):
+        foreground = os.tcgetpgrp(0)
+        if foreground not in (os.getpgrp(), os.getpgid(pid)) or _status(pid)[0] != b"T":
+            return  # or it goes on already
+        os.kill(os.getpid(), signal.SIGSTOP)
+        if os.tcgetpgrp(0) == os.getpgrp() != foreground:
+            _give_terminal(foreground)  # a shell that had it wants it back
+        os.kill(pid, signal.SIGCONT)
+
+
+def _give_terminal(group: int) -> None:
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
+    try:
+        os.tcsetpgrp(0, group)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def become_subreaper() -> None:
@@ -104,9 +141,7 @@ def _children() -> list[int]:
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
-                with open(f"/proc/{name}/stat", "rb") as file:
-                    # The name in parentheses may hold anything, so the fields are counted from its end.
-                    parent = int(file.read().rpartition(b")")[2].split()[1])
+                parent = int(_status(int(name))[1])
             except (OSError, ValueError, IndexError):
                 continue
             if parent == own:
@@ -114,20 +149,20 @@ def _children() -> list[int]:
     return found
 
 
+def _status(pid: int) -> list[bytes]:
+    """State, parent and so on, as /proc tells them."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        # The name in parentheses may hold anything, so the fields are counted from its end.
+        return file.read().rpartition(b")")[2].split()
+
+
 def restore_terminal() -> None:
     """Takes the terminal back if a command with job control (a shell) died while it held it."""
-    try:
-        if os.tcgetpgrp(0) == os.getpgrp():
-            return
+    with contextlib.suppress(OSError):  # not a terminal, or another's
         held = os.tcgetpgrp(0)
-        os.killpg(held, 0)
-    except ProcessLookupError:
-        previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
+        if held == os.getpgrp():
+            return
         try:
-            os.tcsetpgrp(0, os.getpgrp())
-        except OSError:
-            pass
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-    except OSError:
-        pass  # not a terminal, or another's
+            os.killpg(held, 0)
+        except ProcessLookupError:
+            _give_terminal(os.getpgrp())

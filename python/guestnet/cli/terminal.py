@@ -1,8 +1,24 @@
-"""What guestnet itself says on stderr: plain sentences, out of the way of the guest's own output."""
+"""What guestnet itself says: on stderr plain sentences, out of the way of the guest's own output; on stdout
+what was asked for."""
 
 from __future__ import annotations
 
 import sys
+
+
+class OutputError(Exception):
+    """stdout cannot be written: its message says why."""
+
+
+def answer(text: str) -> None:
+    """What the user asked for, on stdout. Raises OutputError, or BrokenPipeError where nobody reads."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"Cannot write to stdout ({error.strerror}): lead it elsewhere.") from error
 
 
 def complain(text: str) -> None:

@@ -13,6 +13,7 @@ from ipaddress import IPv4Address
 from typing import TYPE_CHECKING
 
 from guestnet.cli import EXIT_OK, UsageError, arguments
+from guestnet.cli.session import note_overlap
 from guestnet.cli.sockets import check_path, remove_stale
 from guestnet.cli.teller import Teller
 from guestnet.cli.terminal import tell_log
@@ -112,6 +113,7 @@ def main(argv: Sequence[str]) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     teller = Teller(options)
     tell_log(quiet=options.quiet, verbose=options.verbose)
+    note_overlap(options)
 
     from guestnet.network import NatNetwork
 

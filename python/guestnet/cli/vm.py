@@ -52,6 +52,11 @@ def parser() -> arguments.Parser:
 def main(argv: Sequence[str]) -> int:
     """Runs the command line after `guestnet vm`; returns the exit status."""
     options, command = arguments.parse_with_command(parser(), argv, "qemu-system-x86_64 ARGS...")
+    if any(option == "daemonize" for option, _ in _options(command)):
+        raise UsageError(
+            "With -daemonize the command ends at once, and its network with it: leave that out, "
+            "and put `guestnet vm` into the background."
+        )
     # The guest's card has the MAC that the user's own device names, else ours.
     mac = options.mac or own_mac(command) or arguments.random_mac()
     if not options.quiet and (other := other_network(command)):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from ipaddress import IPv4Address
 
 import pytest
 from guestnet import NatConfig, cli
-from guestnet.cli import UsageError, arguments, demo, doctor, run, up, vm
+from guestnet._linux import links
+from guestnet.cli import UsageError, arguments, demo, doctor, run, session, up, vm
 
 
 def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -55,10 +58,13 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["run", "--pcp", "8-65536", "--", "true"], "65535"),
         (["run", "--pcp", "nowhere:8-9", "--", "true"], "'nowhere'"),
         (["run", "--pcp", ":8-9", "--", "true"], "''"),
+        (["run", "--dns", "dns.example", "--", "true"], "'dns.example'"),
+        (["run", "--search", "a..b", "--", "true"], "'a..b'"),
         (["run", "--sub", "10.0.0.0/24", "--", "true"], "--sub"),
         (["vm"], "qemu-system-x86_64"),
         (["vm", "--mac", "01:00:00:00:00:01", "--", "q"], "01:00:00:00:00:01"),
         (["vm", "--mac", "zz", "--", "q"], "'zz'"),
+        (["vm", "--", "qemu-system-x86_64", "-daemonize"], "-daemonize"),
         (["up"], "--stream"),
         (["up", "--stream", "/nowhere/at/all"], "/nowhere/at/all"),
         (["up", "--stream", "/tmp/" + "x" * 200], "107"),
@@ -148,6 +154,31 @@ def test_ports_that_guests_may_open(text: str, address: IPv4Address | None, port
         settings = arguments.network_settings(options)
         assert (settings["pcp_address"], settings["pcp_ports"]) == (address, ports)
         assert NatConfig(**settings).pcp_ports == ports
+    assert settings["resolvers"] is None
+    assert settings["search"] == ("guestnet.internal",)
+
+
+def test_other_name_servers_and_domains() -> None:
+    words = ["--dns", "192.0.2.53", "--dns", "2001:db8::53", "--search", "Corp.Example.", "--search", "lan"]
+    options, _ = arguments.parse_with_command(run.parser(), [*words, "--", "true"], "CMD")
+    config = NatConfig(**arguments.network_settings(options))
+    assert config.resolvers == ("192.0.2.53", "2001:db8::53")
+    assert config.search == ("corp.example", "lan", "guestnet.internal")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [([], True), (["-q"], False), (["--mode", "host_only"], False), (["--bridge", "b"], False)],
+)
+def test_a_subnet_of_the_hosts_own_is_noted(
+    words: list[str], said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(links, "routes_into", lambda subnet: [f"{subnet} on eth0"])
+    options, _ = arguments.parse_with_command(run.parser(), [*words, "--", "true"], "CMD")
+    session.note_overlap(options)
+    err = capsys.readouterr().err
+    assert ("192.168.64.0/24 on eth0" in err) is said
+    assert len(err.splitlines()) == said
 
 
 def test_plan_of_a_small_subnet() -> None:
@@ -170,3 +201,34 @@ def test_starting_imports_little() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
     assert not {"pydantic", "rich", "typer", "dns", "pyroute2", "structlog", "asyncio"} & set(loaded)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["run", "--help"], ["doctor"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_stdout_that_cannot_be_written_is_said_once(words: list[str], unbuffered: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "guestnet", *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+    assert done.returncode == cli.EXIT_FAILED
+    assert done.stderr == b"guestnet: Cannot write to stdout (No space left on device): lead it elsewhere.\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.EMFILE, "x"), "ulimit -n"),
+        (BlockingIOError(errno.EAGAIN, "x"), "ulimit -u"),
+        (RuntimeError("can't start new thread"), "ulimit -u"),
+        (RuntimeError("other"), "Unexpected RuntimeError"),
+    ],
+)
+def test_what_the_system_has_no_more_of(
+    error: Exception, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.failure(error) == cli.EXIT_FAILED
+    assert words in capsys.readouterr().err

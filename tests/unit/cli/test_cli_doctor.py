@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +55,10 @@ def test_no_name_servers(tmp_path: Path) -> None:
     assert checks.check_resolvers(str(file)).state == checks.LIMITED
     file.write_text("nameserver 192.0.2.1\n")
     assert checks.check_resolvers(str(file)).found == "192.0.2.1"
+    file.write_text("nameserver nonsense\nnameserver 2001:db8::1\nnameserver fe80::1%eth0\n")
+    assert checks.check_resolvers(str(file)).found == "2001:db8::1, fe80::1%eth0"
+    file.write_text("nameserver nonsense\n")
+    assert checks.check_resolvers(str(file)).state == checks.LIMITED
 
 
 def test_a_subnet_that_the_host_uses(tmp_path: Path) -> None:
@@ -91,3 +99,17 @@ def test_no_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_kvm(tmp_path: Path) -> None:
     assert checks.check_kvm(str(tmp_path / "kvm")).state == checks.LIMITED
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="needs root and setpriv")
+def test_a_root_that_may_nothing() -> None:
+    """As in a container with `--cap-drop ALL`: the namespaces can be made, but nobody can be root in them."""
+    words = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", sys.executable, "-m", "guestnet"]
+    doctor = subprocess.run([*words, "doctor"], capture_output=True, text=True, timeout=60, check=False)
+    assert doctor.returncode == 1
+    assert "CAP_SETFCAP" in doctor.stdout
+    run = subprocess.run(
+        [*words, "run", "--", "true"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert run.returncode == 125
+    assert "CAP_SETFCAP" in run.stderr

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pty
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -41,7 +42,9 @@ class Network:
     def publish(self, spec):
         if 80 in spec.host_ports: raise errors.GuestnetError("Port 80 is taken: choose another.")
         return spec
-    def flows(self): return []
+    def flows(self):
+        moving = types.SimpleNamespace(protocol="tcp", state="established", idle=0.0)
+        return [moving] if "MOVING" in os.environ else []
     def stats(self): return {"rx_frames": 3, "tx_frames": 0, "drops": {"truncated": 1}}
 
 def module(name, **members):
@@ -148,6 +151,21 @@ print("looked")
     assert run("--", sys.executable, "-c", script).stdout == "looked\n"
 
 
+def test_what_is_on_its_way_is_not_waited_for_against_a_wish() -> None:
+    """The command has ended, and a connection of its guest still moves: seconds, unless somebody says no."""
+    words = command("--", "sh", "-c", "trap '' TERM; echo ready")
+    process = subprocess.Popen(words, env={**os.environ, "MOVING": "1"}, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    start = time.monotonic()
+    while process.poll() is None:
+        process.terminate()  # while the command runs it is the command's, which does not care
+        time.sleep(0.02)
+    assert process.returncode == 0
+    assert time.monotonic() - start < 4
+    process.stdout.close()
+
+
 def test_closed_streams_stay_closed() -> None:
     """As the shell left them, and no descriptor of ours has their numbers."""
     code = "import os, sys; print(*sorted(os.listdir('/proc/self/fd')), file=open(sys.argv[1], 'w'))"
@@ -161,6 +179,11 @@ def test_closed_streams_stay_closed() -> None:
             assert set(file.read().split()) == {*left.split(), lowest}
 
 
+@pytest.mark.parametrize("guest", ["guest", "192.168.64.2", "web", "WEB"])
+def test_a_port_of_the_guest_by_any_of_its_names(guest: str) -> None:
+    assert run("--hostname", "Web", "-p", f"8080:{guest}:80", "--", "true").returncode == 0
+
+
 @pytest.mark.parametrize("guest", ["nobody", "10.0.0.9", "192.168.64.3"])
 def test_a_port_of_a_guest_that_will_never_be_there(guest: str) -> None:
     got = run("-p", f"8080:{guest}:80", "--", "echo", "started")
@@ -170,9 +193,14 @@ def test_a_port_of_a_guest_that_will_never_be_there(guest: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2]
+    "number",
+    [
+        *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2),
+        *(signal.SIGWINCH, signal.SIGALRM, signal.SIGPROF, signal.SIGIO, signal.SIGPWR),
+        *(signal.SIGRTMIN + 3, signal.SIGRTMAX),
+    ],
 )
-def test_signals_pass_through(number: signal.Signals) -> None:
+def test_signals_pass_through(number: int) -> None:
     script = "import signal, sys, time\n"
     script += f"signal.signal({int(number)}, lambda *_: sys.exit(33))\n"
     script += "print('ready', flush=True)\ntime.sleep(60)\n"
@@ -239,11 +267,64 @@ def test_ctrl_c_reaches_the_command_once() -> None:
 
 def test_a_shell_has_job_control() -> None:
     terminal = Terminal(*command("--", "sh", "-i"))
-    terminal.type("sleep 60\n")
-    terminal.until(lambda text: text.count("sleep 60") >= 1 and "\n" in text)
-    time.sleep(0.5)  # until the shell has put it in the foreground
+    terminal.type("sh -c 'echo in''side; exec sleep 60'\n")
+    terminal.until(lambda text: "inside" in text)  # so it is in the foreground
     terminal.type("\x1a")
     terminal.until(lambda text: "Stopped" in text)
     terminal.type("kill -KILL %1; wait\nexit 5\nexit 5\n")  # dash refuses the first exit: "stopped jobs"
     terminal.until(lambda text: "exit 5" in text)
     assert terminal.status() == 5
+
+
+def test_a_shell_that_suspends_itself_is_a_stopped_job() -> None:
+    """`suspend` stops the command alone, which keeps the terminal: the shell outside has to get it back."""
+    terminal = Terminal("bash", "--norc", "-i")
+    terminal.type(f"{shlex.join(command('--', 'bash', '--norc', '-i'))}\n")
+    terminal.type("echo in''side\n")
+    terminal.until(lambda text: "inside" in text)
+    terminal.type("suspend\n")
+    terminal.until(lambda text: "Stopped" in text)
+    terminal.type("fg\n")
+    terminal.type("echo in''side again; exit 9\n")
+    terminal.until(lambda text: "inside again" in text)
+    terminal.type("echo out''side\nexit 3\nexit 3\n")
+    terminal.until(lambda text: "outside" in text)
+    assert terminal.status() == 3
+
+
+def test_a_command_that_is_stopped_in_the_background_stops_nothing_else() -> None:
+    """Who stops it by its pid continues it by its pid."""
+    process = subprocess.Popen(
+        command("--", "sh", "-c", "echo $$; exec sleep 60"), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    pid = int(process.stdout.readline())
+    os.kill(pid, signal.SIGSTOP)
+    _until_state(pid, "T")
+    os.kill(pid, signal.SIGCONT)
+    _until_state(pid, "S")
+    process.terminate()  # passed on: guestnet is not stopped
+    assert process.wait(20) == 128 + signal.SIGTERM
+    process.stdout.close()
+
+
+def _until_state(pid: int, state: str) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        with open(f"/proc/{pid}/stat") as file:
+            if file.read().rpartition(")")[2].split()[0] == state:
+                return
+        time.sleep(0.01)
+    raise AssertionError(f"{pid} is not in state {state}")
+
+
+def test_a_terminal_that_is_gone_ends_the_command() -> None:
+    """The kernel tells the session's leader alone: guestnet, where ssh or a terminal started it."""
+    terminal = Terminal(*command("--", "sh", "-c", "echo re''ady; exec sleep 60"))
+    terminal.until(lambda text: "ready" in text)
+    os.close(terminal.fd)
+    deadline = time.monotonic() + 20
+    while (ended := os.waitpid(terminal.pid, os.WNOHANG)) == (0, 0):
+        assert time.monotonic() < deadline, "it lives on"
+        time.sleep(0.02)
+    assert os.waitstatus_to_exitcode(ended[1]) == 128 + signal.SIGHUP

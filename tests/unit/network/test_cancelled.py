@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Coroutine
 from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from guestnet import NatNetwork
+from guestnet import AlreadyRunning, NatConfig, NatNetwork
 from guestnet.forwards import ForwardSpec, close_sockets, open_sockets
 from guestnet.ipam import parse_mac
 from guestnet.publishing import Publishing
@@ -160,3 +161,42 @@ async def test_a_port_of_the_uplink_that_was_not_published_is_taken_back() -> No
     with pytest.raises(asyncio.CancelledError):
         await publishing.add_external(ForwardSpec.parse("8080-8082:80-82"), IPv4Address("192.0.2.1"))
     assert (ensured, publishing.all()) == ([1, 2, 3], [])
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 3, 5, 8])
+async def test_a_start_that_was_given_up_leaves_nothing_running(turns: int) -> None:
+    made = NatNetwork(NatConfig(dhcp=False, dns=False))
+    task = asyncio.get_running_loop().create_task(made.astart())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    assert not made.is_running
+    async with made:  # and it can be started again
+        assert made.is_running
+    assert not made.is_running
+
+
+async def test_a_start_that_is_cancelled_when_it_is_done() -> None:
+    """The thread has started it, and the loop is not told yet."""
+    made = NatNetwork(NatConfig(dhcp=False, dns=False))
+    task = asyncio.get_running_loop().create_task(made.astart())
+    await asyncio.sleep(0)
+    while not made.is_running:
+        time.sleep(0.001)  # noqa: ASYNC251 - the loop is to stand still
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not made.is_running
+
+
+async def test_a_second_start_that_is_given_up_does_not_stop_the_first() -> None:
+    async with NatNetwork(NatConfig(dhcp=False, dns=False)) as made:
+        task = asyncio.get_running_loop().create_task(made.astart())
+        await asyncio.sleep(0)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, AlreadyRunning):
+            await task
+        assert made.is_running
+        assert await made.aflows() == []

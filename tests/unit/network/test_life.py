@@ -118,14 +118,34 @@ def test_what_needs_a_running_network_says_so(call: object) -> None:
 def test_wrong_configurations() -> None:
     with pytest.raises(ConfigError, match="NatConfig"):
         NatNetwork({"subnet": "10.0.0.0/24"})  # type: ignore[arg-type]
-    network = NatNetwork(PLAIN.replace(limits={"nothing_like_it": 5}))
-    with pytest.raises(ConfigError, match="nothing_like_it"):
-        network.start()
-    assert not network.is_running
     network = NatNetwork(PLAIN.replace(capture="/nowhere/at/all.pcapng"))
     with pytest.raises(ConfigError, match="/nowhere/at/all"):
         network.start()
     assert not network.is_running
+
+
+def test_a_network_that_was_stopped_holds_nothing() -> None:
+    """Neither one that is kept, to be started again, nor until the garbage collector comes."""
+
+    def held() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    kept = []
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(6):
+            network = NatNetwork()
+            with network:
+                network.create_endpoint("vm1")
+                network.attach("vm1", "memory").send(bytes(60))
+                network.publish("127.0.0.1:0:80")
+            kept.append(network)
+            if turn == 0:
+                before = held()  # what is opened once for all is open
+        assert held() == before
+    finally:
+        gc.enable()
 
 
 def test_no_threads_and_descriptors_are_left() -> None:
@@ -240,6 +260,7 @@ if pid == 0:
             assert "forked" in str(error)
         else:
             os._exit(1)
+    assert not network.is_running
     network.start()  # one of its own
     network.create_endpoint("vm2")
     network.stop()

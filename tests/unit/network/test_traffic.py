@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import threading
@@ -17,6 +18,7 @@ from guestnet import (
     ForwardNotFound,
     NatConfig,
     NatNetwork,
+    NotRunning,
     PortInUse,
     UnsupportedError,
 )
@@ -233,14 +235,16 @@ def test_attach_misuse(network: NatNetwork) -> None:
         network.attach("vm1", "memory")
 
 
+def who_is_the_gateway(network: NatNetwork) -> bytes:
+    """An ARP request of the first guest, whose MAC is 02:00:00:00:00:01."""
+    ask = bytes.fromhex("ffffffffffff02000000000108060001080006040001020000000001")
+    return ask + IPv4Address("192.168.64.2").packed + bytes(6) + network.gateway.packed
+
+
 def test_frames_wait_for_recv(network: NatNetwork) -> None:
     network.create_endpoint("vm1", mac="02:00:00:00:00:01")
     attachment = network.attach("vm1", "memory")
-    ask = bytes.fromhex(
-        "ffffffffffff020000000001080600010800060400010200000000010000000000000000000000000000"
-    )
-    request = ask[:28] + IPv4Address("192.168.64.2").packed + bytes(6) + network.gateway.packed
-    attachment.send(request)
+    attachment.send(who_is_the_gateway(network))
     frame = attachment.recv(PATIENCE)
     assert frame is not None
     assert frame[12:14] == b"\x08\x06"
@@ -274,6 +278,24 @@ def test_callbacks_can_be_ended(network: NatNetwork) -> None:
     assert seen == []
 
 
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
+def test_a_callback_that_fails_costs_the_guests_nothing(
+    error: type[BaseException], network: NatNetwork, add_guest: AddGuest, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: object) -> None:
+        raise error("on purpose")
+
+    network.on_event(fail)
+    network.create_endpoint("vm1", mac="02:00:00:00:00:01")
+    attachment = network.attach("vm1", "memory", on_frame=fail)
+    attachment.send(who_is_the_gateway(network))
+    other = add_guest("vm2")
+    other.ping(str(network.gateway))
+    until(lambda: "on_frame of 'vm1' failed" in caplog.text, "the answer that on_frame fails at")
+    assert "a callback for events failed" in caplog.text
+    assert network.flows() is not None
+
+
 def test_capture(network: NatNetwork, add_guest: AddGuest, echo: int, tmp_path: Path) -> None:
     path = tmp_path / "all.pcapng"
     network.start_capture(path)
@@ -301,3 +323,44 @@ def test_host_only_lets_nothing_out() -> None:
         add_memory_guest(network, "vm1").send_udp("192.0.2.1", 53, 5000, b"x")
         assert seen.next("denied").details["reason"] == "policy"
         until(lambda: network.stats().drops["policy"] == 1, "the drop to be counted")
+
+
+@pytest.mark.parametrize("end", [NatNetwork.stop, lambda network: network.remove_endpoint("vm1")])
+def test_who_waits_for_frames_hears_of_the_end(
+    network: NatNetwork, end: Callable[[NatNetwork], None]
+) -> None:
+    network.create_endpoint("vm1")
+    attachment = network.attach("vm1", "memory")
+    heard: list[str] = []
+
+    def wait() -> None:
+        try:
+            while attachment.recv():
+                pass  # the network's own, if there are any
+        except NotRunning as error:
+            heard.append(str(error))
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    end(network)
+    waiting.join(PATIENCE)
+    assert heard
+    with pytest.raises(NotRunning, match="vm1"):
+        attachment.send(bytes(60))
+    with pytest.raises(NotRunning, match="vm1"):
+        attachment.recv(timeout=0)
+
+
+def test_a_capture_to_a_pipe_that_nobody_reads(network: NatNetwork, tmp_path: Path) -> None:
+    """To wait for a reader is what nothing could interrupt."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(ConfigError, match="start who reads the pipe first"):
+        network.start_capture(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        network.start_capture(path)
+        network.stop_capture()
+        assert os.read(reader, 4) == b"\x0a\x0d\x0d\x0a"  # a section header of pcapng
+    finally:
+        os.close(reader)
