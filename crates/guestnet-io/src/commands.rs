@@ -145,6 +145,41 @@ pub enum Command {
         /// UDP payload.
         payload: Vec<u8>,
     },
+    /// Which names the DNS service may have an own answer for, and forgets what was known of names: see
+    /// `Core::set_names`.
+    SetNames {
+        /// The service.
+        service: ServiceId,
+        /// Counts its changes.
+        generation: u64,
+        /// Names as labels, in lower case.
+        own: Vec<Box<[u8]>>,
+    },
+    /// The guests that have names have changed: see `Core::forget_guest_names`.
+    ForgetGuestNames {
+        /// As above.
+        generation: u64,
+    },
+    /// Allows to ask for other names: see `Core::allow_names`.
+    AllowNames {
+        /// As above.
+        generation: u64,
+        /// Whom to ask; `None`: answers that are known may be given again, and nobody is asked.
+        server: Option<SocketAddr>,
+    },
+    /// An answer of the DNS service that may be given again: see `Core::keep_name`.
+    KeepName {
+        /// Whose guest asked.
+        port: PortId,
+        /// As above.
+        generation: u64,
+        /// Is it about the network's own names?
+        own: bool,
+        /// What was asked.
+        query: Vec<u8>,
+        /// The answer.
+        answer: Vec<u8>,
+    },
     /// Publishes a guest's port.
     AddForward {
         /// Its number.

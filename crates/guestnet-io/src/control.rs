@@ -99,6 +99,14 @@ impl State {
                 self.port(port)?;
                 self.core.service_send(self.now, port, dst_mac, src, dst, &payload, &mut self.io);
             }
+            Command::SetNames { service, generation, own } => self.core.set_names(service, generation, own),
+            Command::ForgetGuestNames { generation } => self.core.forget_guest_names(generation),
+            Command::AllowNames { generation, server } => {
+                self.core.allow_names(self.now, generation, server);
+            }
+            Command::KeepName { port, generation, own, query, answer } => {
+                self.core.keep_name(self.now, port, generation, own, &query, &answer);
+            }
             Command::AddForward { forward, proto, guest, fds } => {
                 self.add_forward(forward, proto, guest, fds)?;
             }

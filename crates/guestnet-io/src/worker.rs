@@ -391,6 +391,10 @@ impl State {
     fn round(&mut self, n: usize) {
         self.now = sys::now();
         self.io.now = self.now;
+        // What was commanded before a frame came is done before it is looked at.
+        if !self.queue.is_empty() {
+            self.commands();
+        }
         for token in std::mem::take(&mut self.io.ports.again) {
             self.on_kick(token);
         }
