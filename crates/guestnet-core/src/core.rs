@@ -90,7 +90,7 @@ impl Core {
             wheel: Wheel::new(now.as_ms()),
             batch: List::default(),
             isn_key: SipKey::from_secret(&config.secret, 16),
-            names: Names::new(SipKey::from_secret(&config.secret, 16).derive(u64::from(u32::MAX))),
+            names: Names::new(SipKey::from_secret(&config.secret, 16).derive(u64::from(u32::MAX)), limits),
             scratch: vec![0; FRAME_MAX],
             piece: Vec::with_capacity(2048),
             due: Vec::new(),

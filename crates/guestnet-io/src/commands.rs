@@ -258,6 +258,13 @@ pub enum Command {
     Stop,
 }
 
+impl Command {
+    /// What it changes is to hold for all frames that come after it was given.
+    pub(crate) fn is_urgent(&self) -> bool {
+        matches!(self, Command::SetNames { .. } | Command::ForgetGuestNames { .. })
+    }
+}
+
 /// What a command brought.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Value {
@@ -335,11 +342,24 @@ pub struct QueueFull;
 pub(crate) struct Waker {
     fd: OwnedFd,
     pending: AtomicBool,
+    /// A command in the queue is to be done before frames that come from now on.
+    urgent: AtomicBool,
 }
 
 impl Waker {
     pub(crate) fn new() -> Result<Waker, i32> {
-        Ok(Waker { fd: sys::eventfd()?, pending: AtomicBool::new(false) })
+        let (pending, urgent) = (AtomicBool::new(false), AtomicBool::new(false));
+        Ok(Waker { fd: sys::eventfd()?, pending, urgent })
+    }
+
+    /// To be said after the command was queued, before [`Waker::wake`].
+    pub(crate) fn hurry(&self) {
+        self.urgent.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether somebody hurries; to be asked before the queue is looked at.
+    pub(crate) fn take_urgent(&self) -> bool {
+        self.urgent.load(Ordering::Acquire) && self.urgent.swap(false, Ordering::SeqCst)
     }
 
     pub(crate) fn fd(&self) -> &OwnedFd {

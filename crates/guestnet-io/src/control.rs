@@ -52,6 +52,18 @@ impl State {
         }
     }
 
+    /// Does what waits in the queue as long as it can be acknowledged: frames that have come are to find it done.
+    pub(crate) fn urgent_commands(&mut self) {
+        // Those that come meanwhile are for the next time.
+        let waiting = self.queue.slots();
+        for _ in 0..waiting.div_ceil(BATCH) {
+            self.commands();
+        }
+        if self.io.is_behind() {
+            self.waker.hurry();
+        }
+    }
+
     fn command(&mut self, command: Command) -> Result<Value, CommandError> {
         match command {
             Command::AddPort { port, config } => {

@@ -1,5 +1,5 @@
 //! Theory of operation: answers that may be given again, by question. Names come from guests, so the hash is keyed.
-//! Bounded in number and in bytes. What a port's own questions brought is counted, and when all is full the port
+//! Bounded in bytes, what keeps them included. What a port's own questions brought is counted, and when all is full the port
 //! that has the most gives way: a guest that asks for ever new names pushes out its own answers, oldest first, but those
 //! that were given again meanwhile have a second chance. Whoever asked, an answer is the same for all, so a hit does not look at the port.
 
@@ -9,16 +9,12 @@ use guestnet_wire::dns::{Answer, NAME_MAX, Query, flags};
 use hashbrown::HashTable;
 use std::collections::{BTreeMap, VecDeque};
 
-/// Entries in all.
-pub(crate) const ENTRIES: usize = 16_384;
-/// Bytes in all, as [`Cache::bytes`] counts them.
-pub(crate) const BYTES: usize = 4 << 20;
 /// Bytes of the longest message that is kept.
 const MESSAGE_MAX: usize = 4096;
 /// Entries that have a second chance while one goes.
 const CHANCES: u32 = 8;
 /// What an entry takes besides its bytes.
-const OVERHEAD: usize = 192;
+const OVERHEAD: usize = 240;
 /// Name, type, and which kinds of answer.
 const KEY_MAX: usize = NAME_MAX + 3;
 const KEY_WORDS: usize = KEY_MAX.div_ceil(8) + 1;
@@ -120,9 +116,15 @@ pub(crate) struct Cache {
     free: Vec<u32>,
     shares: BTreeMap<PortId, Share>,
     bytes: usize,
+    limit: usize,
 }
 
 impl Cache {
+    /// An empty one for so many bytes.
+    pub(crate) fn new(limit: usize) -> Cache {
+        Cache { limit, ..Cache::default() }
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.index.len()
     }
@@ -145,8 +147,7 @@ impl Cache {
             (entries, bytes) == (own().count(), own().map(Entry::size).sum::<usize>())
         };
         sums(self.len(), self.bytes, None)
-            && self.len() <= ENTRIES
-            && self.bytes <= BYTES
+            && self.bytes <= self.limit
             && self.shares.iter().all(|(port, s)| sums(s.entries.len(), s.bytes, Some(*port)))
     }
 
@@ -182,6 +183,9 @@ impl Cache {
         let (hash, key) = (key.hash, key.bytes().into());
         let entry = Entry { hash, key, shape, data, records: n, heard: now, expires, kept, used: false };
         let size = entry.size();
+        if size > self.limit {
+            return;
+        }
         self.make_room(size);
         let index = match self.free.pop() {
             Some(index) => index,
@@ -204,7 +208,7 @@ impl Cache {
 
     fn make_room(&mut self, size: usize) {
         let mut chances = CHANCES;
-        while self.len() >= ENTRIES || self.bytes + size > BYTES {
+        while self.bytes + size > self.limit {
             let most = self.shares.values_mut().max_by_key(|s| s.bytes);
             let Some(entries) = most.map(|s| &mut s.entries) else { return };
             let Some(oldest) = entries.front().copied() else { return };
@@ -247,7 +251,7 @@ impl Cache {
     /// Forgets everything, or what guests that come and go may change.
     pub(crate) fn clear(&mut self, local_alone: bool) {
         if !local_alone {
-            *self = Cache::default();
+            *self = Cache::new(self.limit);
             return;
         }
         for index in 0..self.slots.len() as u32 {
@@ -295,60 +299,74 @@ mod tests {
 
     fn fill(c: &mut Cache, name: &str, records: usize, owner: u32, count: usize) {
         for n in 0..count {
-            let name = format!("{name}{n}");
+            let name = format!("{name}{n:05}");
             let m = message(&name, records);
             c.put(&key(&name), Answer::parse(&m).unwrap(), &m, kept(owner), Time(5));
         }
         check(c);
     }
 
+    /// Room for this many answers of one record, whose names have `letters`.
+    fn room_for(count: usize, letters: usize) -> Cache {
+        Cache::new(count * (OVERHEAD + letters + 5 + 16 + 2))
+    }
+
     #[test]
     fn a_guest_with_many_names_pushes_out_its_own() {
-        let mut c = Cache::default();
-        put(&mut c, "first", 1, 1);
-        fill(&mut c, "n", 1, 2, ENTRIES + 10);
-        assert_eq!((c.share(PortId(1)).0, c.share(PortId(2)).0), (1, ENTRIES - 1));
-        assert!(c.get(&key("first"), Time(5)).is_some());
-        assert!(c.get(&key("n10"), Time(5)).is_none() && c.get(&key("n11"), Time(5)).is_some());
+        let mut c = room_for(1000, 6);
+        put(&mut c, "first0", 1, 1);
+        fill(&mut c, "n", 1, 2, 1010);
+        assert_eq!((c.share(PortId(1)).0, c.share(PortId(2)).0), (1, 999));
+        assert!(c.get(&key("first0"), Time(5)).is_some());
+        assert!(c.get(&key("n00010"), Time(5)).is_none() && c.get(&key("n00011"), Time(5)).is_some());
         // Others have room as long as they have less.
         fill(&mut c, "o", 1, 3, 100);
-        assert_eq!(c.share(PortId(3)).0, 100);
+        assert_eq!((c.share(PortId(2)).0, c.share(PortId(3)).0), (899, 100));
         c.remove_port(PortId(2));
         check(&c);
         assert_eq!((c.share(PortId(2)), c.len()), ((0, 0), 101));
         c.clear(false);
         assert_eq!((c.len(), c.bytes()), (0, 0));
+        put(&mut c, "first0", 1, 1);
+        assert_eq!(c.len(), 1);
     }
 
     #[test]
     fn what_is_asked_for_again_stays() {
-        let mut c = Cache::default();
-        put(&mut c, "popular", 1, 1);
+        let mut c = room_for(1000, 6);
+        put(&mut c, "popula", 1, 1);
         for n in 0..4 {
-            fill(&mut c, &format!("n{n}-"), 1, 1, ENTRIES / 2);
-            assert!(c.get(&key("popular"), Time(5)).is_some(), "{n}");
+            fill(&mut c, &format!("{n}"), 1, 1, 500);
+            assert!(c.get(&key("popula"), Time(5)).is_some(), "{n}");
         }
         // When all are asked for again, one goes all the same, and soon.
-        for n in 0..ENTRIES / 2 {
-            c.get(&key(&format!("n3-{n}")), Time(5));
+        for n in 0..500 {
+            assert!(c.get(&key(&format!("3{n:05}")), Time(5)).is_some());
         }
-        fill(&mut c, "m", 1, 1, 2 * ENTRIES);
-        assert!(c.get(&key("popular"), Time(5)).is_none());
+        fill(&mut c, "m", 1, 1, 2000);
+        assert!(c.get(&key("popula"), Time(5)).is_none());
     }
 
     #[test]
-    fn bytes_are_counted_too() {
-        let mut c = Cache::default();
-        put(&mut c, "small", 1, 1);
-        fill(&mut c, "large", 200, 2, 3000);
-        let (entries, bytes) = c.share(PortId(2));
-        assert!(entries < 1300 && bytes < BYTES && bytes > BYTES - 8192, "{entries} {bytes}");
-        assert!(c.get(&key("small"), Time(5)).is_some());
+    fn large_answers_are_counted_by_their_bytes() {
+        let mut c = room_for(1000, 6);
+        put(&mut c, "small0", 1, 1);
+        fill(&mut c, "l", 200, 2, 300);
+        assert!((60..90).contains(&c.share(PortId(2)).0), "{}", c.share(PortId(2)).0);
+        assert!(c.get(&key("small0"), Time(5)).is_some());
+        // None at all where there is no room, or not for this one.
+        let mut c = Cache::new(0);
+        put(&mut c, "small0", 1, 1);
+        assert_eq!(c.len(), 0);
+        let mut c = room_for(1, 6);
+        put(&mut c, "small0", 1, 1);
+        put(&mut c, "large0", 200, 1);
+        assert_eq!(c.share(PortId(1)).0, 1);
     }
 
     #[test]
     fn ends_with_its_lifetime_and_is_one_entry_each() {
-        let mut c = Cache::default();
+        let mut c = room_for(10, 6);
         put(&mut c, "Name", 1, 1);
         put(&mut c, "nAME", 1, 2);
         assert_eq!((c.len(), c.share(PortId(1))), (1, (0, 0)));

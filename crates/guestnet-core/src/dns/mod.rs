@@ -10,6 +10,7 @@
 mod asking;
 mod cache;
 
+use crate::config::Limits;
 use crate::core::Core;
 use crate::effects::Effects;
 use crate::siphash::SipKey;
@@ -56,7 +57,7 @@ pub(crate) struct Names {
 }
 
 impl Names {
-    pub(crate) fn new(sip: SipKey) -> Names {
+    pub(crate) fn new(sip: SipKey, limits: &Limits) -> Names {
         Names {
             sip,
             service: None,
@@ -65,7 +66,7 @@ impl Names {
             own: BTreeSet::new(),
             grant: None,
             failures: 0,
-            cache: Cache::default(),
+            cache: Cache::new(limits.name_bytes),
             asking: Asking::default(),
             out: Vec::new(),
         }
