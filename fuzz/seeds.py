@@ -197,8 +197,8 @@ PROGRAMS = {
     + struct.pack("!H", 4000)
     + raw(FRAMES["syn_gateway_dns"])
     + CONNECTED,
-    # The service speaks and allows to ask; a guest asks for a name of others twice; it is answered, and known; one of
-    # the network's own is kept, and known; guests change; time ends all.
+    # The service speaks and allows to ask; a guest asks for a name of others twice; it is answered, and known;
+    # one of the network's own is kept, and known; guests change; time ends all.
     "names": raw(FRAMES["arp"])
     + names(6, 0)
     + names(6, 6)
