@@ -158,6 +158,11 @@ def wait(ms: int) -> bytes:
     return struct.pack("!BH", 13, ms)
 
 
+def names(what: int, n: int) -> bytes:
+    """A step about names: 0 a guest asks, 2 a server answers, 4 an answer to keep, 6 the service speaks."""
+    return struct.pack("!BBHBB", 15, 4 | what << 3, 0, n, 0)
+
+
 def datagram(what: int, length: int) -> bytes:
     return struct.pack("!BBBBH", 10, 0, what, 0, length)
 
@@ -208,6 +213,22 @@ PROGRAMS = {
     + struct.pack("!H", 4000)
     + raw(FRAMES["syn_gateway_dns"])
     + CONNECTED,
+    # The service speaks and allows to ask; a guest asks for a name of others twice; it is answered, and known;
+    # one of the network's own is kept, and known; guests change; time ends all.
+    "names": raw(FRAMES["arp"])
+    + names(6, 0)
+    + names(6, 6)
+    + names(0, 1) * 2
+    + names(2, 3)
+    + names(0, 3)
+    + names(0, 0)
+    + names(4 | 8, 0)
+    + names(0, 2)
+    + names(6, 65)
+    + names(0, 0)
+    + names(0, 9)
+    + wait(1000)
+    + wait(60000),
     "full_port": OPEN + bytes([12, 0, 0, 100]) + sock(1, 20000) + bytes([12, 4, 0, 0]) + answer(0x10),
     "port_gone": OPEN + raw(FRAMES["udp"]) + bytes([12, 8, 0, 0]) + sock(1, 100) + bytes([12, 10, 0, 0]),
     "neighbours": raw(FRAMES["ndp_solicitation"])

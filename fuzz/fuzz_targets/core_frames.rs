@@ -9,7 +9,7 @@
 #[path = "../../crates/guestnet-core/tests/common/mod.rs"]
 mod common;
 
-use common::{Mock, Sent};
+use common::{Mock, Sent, SentDatagram};
 use guestnet_core::config::{CoreConfig, DatagramError, ForwardSpec, Limits};
 use guestnet_core::core::Core;
 use guestnet_core::effects::SockError;
@@ -17,7 +17,7 @@ use guestnet_core::types::{Csum, ForwardId, FrameMeta, Gso, PortConfig, PortId, 
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::ipv4::{self, Ipv4};
 use guestnet_wire::tcp::{Options, Tcp};
-use guestnet_wire::{parse, proto, segment};
+use guestnet_wire::{parse, proto, segment, udp};
 use libfuzzer_sys::fuzz_target;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
 
@@ -25,6 +25,8 @@ const GATEWAY_MAC: Mac = Mac([0x52, 0x94, 0xef, 0, 0, 1]);
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 64, 1);
 const MTU: u16 = 1500;
 const FLOWS: u32 = 64;
+/// Room for a few answers.
+const NAME_BYTES: usize = 2000;
 /// Ports: one that takes no large frames, one that does, and one whose guest leaves work undone without
 /// saying so.
 const PORTS: u8 = 3;
@@ -60,6 +62,10 @@ impl<'a> Input<'a> {
 
 fn outside(choice: u8) -> SocketAddr {
     SocketAddr::from(([203, 0, 113, 2 + (choice & 3)], 7 + u16::from(choice >> 2)))
+}
+
+fn name_server() -> SocketAddr {
+    SocketAddr::from(([203, 0, 113, 53], 53))
 }
 
 fn error(choice: u8) -> SockError {
@@ -98,6 +104,7 @@ impl World {
             udp_sockets_per_port: 8,
             buffer_per_port: 128 << 10,
             reassembly_bytes: 64 << 10,
+            name_bytes: NAME_BYTES,
             ..Limits::default()
         };
         let mut world = World {
@@ -421,6 +428,77 @@ impl World {
         panic!("the core's timers never come to rest: next {:?}, now {:?}", self.core.next_timer(), self.now);
     }
 
+    /// A guest asks for a name, a name server answers, or the DNS service says what it knows. Messages are good
+    /// ones, with bytes changed.
+    fn names(&mut self, what: u8, input: &mut Input<'_>) {
+        let (n, edits) = (input.u8(), input.u8() % 4);
+        let mut change = |message: &mut Vec<u8>| {
+            for _ in 0..edits {
+                let (at, byte) = (usize::from(input.u8()), input.u8());
+                match message.get_mut(at) {
+                    Some(b) => *b = byte,
+                    None => message.push(byte),
+                }
+            }
+        };
+        let top = if n & 1 == 0 { *b"\x03own\0" } else { *b"\x03far\0" };
+        let mut query = vec![0, n, 1, 0, 0, 1, 0, 0, 0, 0, 0, n >> 1 & 1, 2, b'n', n >> 2];
+        query.extend_from_slice(&top);
+        query.extend_from_slice(&[0, 1, 0, 1]);
+        let mut answer = query.clone();
+        answer[2..12].copy_from_slice(&[0x81, 0x80, 0, 1, 0, 2, 0, 0, 0, 0]);
+        answer.extend_from_slice(&[0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 192, 0, 2, n].repeat(2));
+        if n & 2 != 0 {
+            query.extend_from_slice(&[0, 0, 41, 4, 208, 0, 0, 0, 0, 0, 0]);
+        }
+        let port = PortId(u32::from(what & 1));
+        let generation = u64::from(n >> 6);
+        match what >> 1 & 3 {
+            0 => {
+                change(&mut query);
+                let (guest, mac) = (guest_ip(port.0 as u8), guest_mac(port.0 as u8));
+                let mut frame = vec![0u8; ether::HEADER_LEN + 28];
+                frame.extend_from_slice(&query);
+                Ether { dst: GATEWAY_MAC, src: mac, ethertype: ether::IPV4 }.emit(&mut frame);
+                let (proto, payload_len) = (proto::UDP, 8 + query.len() as u16);
+                let (ttl, tos, id, frag) = (64, 0, 1, ipv4::DF);
+                let ip = Ipv4 { src: guest, dst: GATEWAY, proto, ttl, tos, id, frag, payload_len };
+                ip.emit(&mut frame[ether::HEADER_LEN..]);
+                let l4 = &mut frame[ether::HEADER_LEN + 20..];
+                udp::emit(l4, IpAddr::V4(guest), IpAddr::V4(GATEWAY), 4000, 53);
+                self.frame(port, &mut frame, FrameMeta { csum: Csum::Valid, gso: None });
+            }
+            1 => {
+                let server = name_server();
+                // Guests may send there too; the sockets of questions are of no flow in the table.
+                let flow =
+                    |d: &SentDatagram| self.fx.socks.get(&d.sock)?.flow.filter(|f| f.index == u32::MAX);
+                let asked = self.fx.datagrams.iter().rev().find_map(|d| Some((flow(d)?, d)));
+                let Some((flow, asked)) = asked else { return };
+                answer.splice(..2, asked.payload.iter().take(2).copied());
+                if n & 2 != 0 {
+                    // The very question, and not one like it.
+                    let end = asked.payload.len() - 11;
+                    answer.splice(12..answer.len() - 32, asked.payload[12..end].iter().copied());
+                }
+                change(&mut answer);
+                let segment = if what & 1 != 0 { u16::from(n) } else { 0 };
+                self.core.udp_received(self.now, flow, server, &answer, segment, &mut self.fx);
+            }
+            2 => {
+                change(&mut answer);
+                self.core.keep_name(self.now, port, generation, what & 8 != 0, &query, &answer);
+            }
+            _ => match n & 3 {
+                0 => self.core.set_names(ServiceId(2), generation, vec![top.into()]),
+                1 => self.core.forget_guest_names(generation),
+                _ => self.core.allow_names(self.now, generation, (n & 4 != 0).then(name_server)),
+            },
+        }
+        let (_, bytes, asked) = self.core.names_held();
+        assert!(bytes <= NAME_BYTES && asked <= 1024);
+    }
+
     fn step(&mut self, input: &mut Input<'_>) {
         match input.u8() % 19 {
             0..=3 => self.raw(input),
@@ -450,6 +528,8 @@ impl World {
                     self.fx.open_error = Some(error(what >> 1));
                 } else if what & 2 != 0 {
                     self.fx.datagram_error = Some(error(what >> 2));
+                } else if what & 4 != 0 {
+                    self.names(what >> 3, input);
                 } else {
                     let (src, dst) = (SocketAddr::from((GATEWAY, 53)), SocketAddr::from((guest_ip(0), 4000)));
                     let payload = &self.filler[..len.min(9000)];

@@ -4,7 +4,7 @@
 
 use guestnet_wire::merge::Run;
 use guestnet_wire::segment::{self, Gso};
-use guestnet_wire::{arp, checksum, ether, parse, proto, tcp};
+use guestnet_wire::{arp, checksum, dns, ether, parse, proto, tcp};
 use libfuzzer_sys::fuzz_target;
 
 /// Pieces, joined and cut again, are the same pieces.
@@ -78,6 +78,38 @@ fuzz_target!(|data: &[u8]| {
         }
     }
 
+    names(frame, choice);
+
     let mut copy = frame.to_vec();
     let _ = segment::complete_checksum(&mut copy, choice & 0xff, choice >> 8);
 });
+
+/// DNS: what is read of a message lies inside it, and an answer that is given again can be read and says the same.
+fn names(message: &[u8], choice: u16) {
+    let mut out = Vec::new();
+    if let Some(q) = dns::Query::parse(message) {
+        assert!(q.name().len() <= dns::NAME_MAX && q.question.len() == q.name().len() + 4);
+        q.emit(choice, &mut out);
+        let again = dns::Query::parse(&out).expect("a question that nobody understands");
+        assert_eq!((again.id, again.question, again.wants_dnssec()), (choice, q.question, q.wants_dnssec()));
+    }
+    // Others are handed on, and not said again.
+    let Some(a) = dns::Answer::parse(message).filter(|a| a.rcode <= 15) else { return };
+    let records = &message[a.question.end..a.end];
+    let explanation = &message[a.explanation.clone()];
+    let mut query = choice.to_be_bytes().to_vec();
+    query.extend_from_slice(&[1, 0, 0, 1, 0, 0, 0, 0, 0, (choice & 1) as u8]);
+    query.extend_from_slice(&message[a.question.clone()]);
+    if choice & 1 != 0 {
+        query.extend_from_slice(&[0, 0, 41, 4, 208, 0, 0, 0, 0, 0, 0]);
+    }
+    let Some(q) = dns::Query::parse(&query) else { return };
+    a.emit(&q, records, explanation, u32::from(choice), &mut out);
+    assert!(out.len() <= q.largest() || out[2] & 2 != 0);
+    let again = dns::Answer::parse(&out).expect("an answer that nobody understands");
+    assert_eq!(&out[again.question.clone()], q.question);
+    if again.flags & dns::flags::TC == 0 {
+        assert_eq!((again.counts, again.end - again.question.end), (a.counts, records.len()));
+        assert!(again.lifetime <= a.lifetime);
+    }
+}

@@ -137,6 +137,16 @@ class DataPlane:
         """Adds a service of the gateway: UDP as `Datagram` events, TCP relayed to a unix socket."""
     def service_send(self, port: int, dst_mac: bytes, src: _SocketIn, dst: _SocketIn, payload: bytes) -> int:
         """Sends the answer of a UDP service."""
+    def set_names(self, service: int, generation: int, own: Sequence[bytes]) -> int:
+        """Says which names (labels, in lower case), with all below them, the DNS service may have an own
+        answer for, and forgets all that was known of names. `generation` counts the changes."""
+    def forget_guest_names(self, generation: int) -> int:
+        """Guests that have names have come or gone, or have other ones."""
+    def allow_names(self, generation: int, server: _SocketIn | None = None) -> int:
+        """Allows for five seconds to ask this server for names that are not the network's own, and to give
+        its answers again. After one second a query comes up, and this is to be said again."""
+    def keep_name(self, port: int, generation: int, own: bool, query: bytes, answer: bytes) -> int:
+        """An answer that may be given again while its TTL lasts; `own`: about the network's own names."""
     def add_forward(self, forward: int, proto: str, guest: _SocketIn, fds: Sequence[int]) -> int:
         """Publishes a guest's port on listening TCP or bound UDP sockets."""
     def attach_tun(

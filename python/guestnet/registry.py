@@ -51,7 +51,8 @@ def check_id(value: object) -> str:
 
 
 class Registry:
-    """The endpoints of one network. `moved` is called when an endpoint's address changes."""
+    """The endpoints of one network. `moved` is called when an endpoint's address changes, `renamed` when the
+    answer about a guest's name or address may be another one."""
 
     def __init__(self, config: NatConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config
@@ -71,6 +72,7 @@ class Registry:
         self._number = 0
         self._leases = {lease.mac: lease for lease in config.static_leases}
         self.moved: Callable[[Endpoint, IPv4Address], object] = lambda _endpoint, _old: None
+        self.renamed: Callable[[], object] = lambda: None
         for address in (config.gateway, config.loopback_address, *(x.ip for x in config.static_leases)):
             if address is not None:
                 self._take(address)
@@ -117,6 +119,7 @@ class Registry:
                 self._by_ip[address] = endpoint
             if mac is None:
                 self._proposed.add(name)
+            self.renamed()
             return endpoint
 
     def arrive(self, mac: bytes, listener: str, seen: IPv4Address | None = None) -> Endpoint:
@@ -166,6 +169,7 @@ class Registry:
                 self._left.move_to_end(endpoint.mac)
                 while len(self._left) > _REMEMBERED:
                     self._left.popitem(last=False)
+            self.renamed()
             return endpoint
 
     def get(self, id: str) -> Endpoint | None:
@@ -220,6 +224,7 @@ class Registry:
             # The names of guests that are yet to come are not for others.
             if self.address_named(alias) is None and not _NUMBERED.fullmatch(alias):
                 endpoint._hostname, endpoint._told = alias, True
+                self.renamed()
 
     def name_of(self, address: IPv4Address) -> str | None:
         """The id of the endpoint with this address."""
@@ -335,6 +340,7 @@ class Registry:
             self._free(old)
         endpoint._ip = to
         self._by_ip[to] = endpoint
+        self.renamed()
         self.moved(endpoint, old)
 
     # --- addresses ---

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from guestnet.config import NetMode
 from guestnet.errors import ConfigError
+from guestnet.names import Names
 
 if TYPE_CHECKING:
     import asyncio
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from guestnet.registry import Registry
     from guestnet.services.dhcp import DhcpServer
     from guestnet.services.dns import DnsServer
+    from guestnet.services.dns.server import Reply
     from guestnet.services.pcp import Mapping, PcpServer
     from guestnet.session import Session
 
@@ -147,6 +149,7 @@ class ServiceHost:
         self._asking: dict[str, int] = {}
         self._directory: str | None = None
         self._dns_is_open = False
+        self._names: Names | None = None
         self._hidden_socket: int | None = None
         self._pcp: PcpServer | None = None
         self._mapping: dict[str, int] = {}
@@ -168,6 +171,8 @@ class ServiceHost:
             dns = self._services.dns
             self._dns_is_open = True
             await control.do(plane.add_service, _DNS_UDP, "udp", gateway, DNS_PORT)
+            self._names = Names(control, dns, self._session.registry, _DNS_UDP)
+            self._names.open()
             path = self._private_path("dns")
             if path is not None:
                 await dns.serve_unix(path)
@@ -185,6 +190,8 @@ class ServiceHost:
         """Ends what listens, and removes its socket. The servers outlive it with their names and leases."""
         if self._config.dhcp:
             self._services.dhcp.on_lease = self._services.dhcp.on_release = _nobody_hears
+        if self._names is not None:
+            self._names.close()
         if self._dns_is_open:
             await self._services.dns.close()
         if self._expiry is not None:
@@ -241,13 +248,7 @@ class ServiceHost:
         if event.service == _DHCP:
             self._answer_dhcp(event, endpoint)
         elif event.service == _DNS_UDP:
-            asking = self._asking.get(endpoint.id, 0)
-            full = sum(self._asking.values()) >= _QUESTIONS
-            if asking >= (_ALWAYS if full else _QUESTIONS // 4):
-                self.refused += 1
-                return
-            self._asking[endpoint.id] = asking + 1
-            self._session.control.spawn(self._answer_dns(event, endpoint.id))
+            self._question(event, endpoint.id)
         elif event.service == _PCP:
             mapping = self._mapping.get(endpoint.id, 0)
             if mapping >= _MAPPING:
@@ -255,6 +256,24 @@ class ServiceHost:
                 return
             self._mapping[endpoint.id] = mapping + 1
             self._session.control.spawn(self._answer_pcp(event, endpoint.id))
+
+    def _question(self, event: _native.Datagram, endpoint_id: str) -> None:
+        names = self._names
+        if names is None:
+            return
+        names.renew()
+        generation = names.generation
+        reply = self._services.dns.known(event.payload)
+        if reply is not None:
+            self._reply_dns(event, reply, generation)
+            return
+        asking = self._asking.get(endpoint_id, 0)
+        full = sum(self._asking.values()) >= _QUESTIONS
+        if asking >= (_ALWAYS if full else _QUESTIONS // 4):
+            self.refused += 1
+            return
+        self._asking[endpoint_id] = asking + 1
+        self._session.control.spawn(self._answer_dns(event, endpoint_id, generation))
 
     def forget(self, endpoint_id: str) -> None:
         """An endpoint goes: what its guest held ends before its address is free."""
@@ -292,21 +311,25 @@ class ServiceHost:
             plane.service_send, event.port, reply.dst_mac, source, target, reply.payload
         )
 
-    async def _answer_dns(self, event: _native.Datagram, endpoint_id: str) -> None:
+    async def _answer_dns(self, event: _native.Datagram, endpoint_id: str, generation: int) -> None:
         try:
-            answer = await self._services.dns.handle(event.payload, tcp=False, endpoint_id=endpoint_id)
+            reply = await self._services.dns.wait(event.payload, endpoint_id)
         finally:
             left = self._asking[endpoint_id] - 1
             if left:
                 self._asking[endpoint_id] = left
             else:
                 del self._asking[endpoint_id]
-        if answer is not None:
-            plane = self._session.control.plane
-            # From the address that was asked, or the guest does not take it for an answer.
-            self._session.control.post(
-                plane.service_send, event.port, event.mac, event.dst, event.src, answer
-            )
+        self._reply_dns(event, reply, generation)
+
+    def _reply_dns(self, event: _native.Datagram, reply: Reply, generation: int) -> None:
+        if reply.answer is None:
+            return
+        control = self._session.control
+        # From the address that was asked, or the guest does not take it for an answer.
+        control.post(control.plane.service_send, event.port, event.mac, event.dst, event.src, reply.answer)
+        if self._names is not None:
+            self._names.keep(event, reply, generation)
 
     async def _answer_pcp(self, event: _native.Datagram, endpoint_id: str) -> None:
         assert self._pcp is not None

@@ -27,6 +27,12 @@ class NetworkStats:
     """TCP segments sent to guests again."""
     icmp_errors: int = 0
     """ICMP errors sent to guests."""
+    dns_hits: int = 0
+    """DNS queries that the packet thread answered from what it knew."""
+    dns_misses: int = 0
+    """Other DNS queries over UDP."""
+    dns_asked: int = 0
+    """Those of them that it asked of the name server itself; the rest went to the DNS service."""
     drops: Mapping[str, int] = field(default_factory=dict)
     io: Mapping[str, Any] = field(default_factory=dict)
 

@@ -21,6 +21,9 @@ impl Core {
             if conversations != p.flows as usize {
                 return Err(format!("slot {slot} has {conversations} flows and says {}", p.flows));
             }
+            if p.remote.is_none() && self.names.waits(p.id) != p.asking as usize {
+                return Err(format!("slot {slot} says that it waits for {} names", p.asking));
+            }
             let mappings = of(slot).filter(|f| f.is_mapping()).count();
             if mappings != p.sockets as usize {
                 return Err(format!("slot {slot} has {mappings} sockets and says {}", p.sockets));
@@ -28,6 +31,9 @@ impl Core {
             let tcp = |f: &Flow| matches!(f.state, State::Tcp(_));
             self.walk(&p.lru, Chain::Lru, |f| f.key.slot == slot && !f.is_mapping() && tcp(f) == f.parked)?;
             self.walk(&p.waiting, Chain::Lru, |f| f.key.slot == slot && tcp(f) && !f.parked)?;
+        }
+        if !self.names.is_sound() {
+            return Err("what is known of names does not agree".into());
         }
         self.walk(&self.batch, Chain::Siblings, |f| matches!(f.state, State::Tcp(_)))?;
         for (id, f) in self.flows.iter() {

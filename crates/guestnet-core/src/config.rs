@@ -53,6 +53,8 @@ pub struct Limits {
     /// Inbound flows and datagrams that wait for a guest's answer to ARP, all ports together; of one port a
     /// quarter of it.
     pub neighbour_waiting: u32,
+    /// Bytes of DNS answers that are kept, all ports together; some 15,000 ordinary ones in 4 MiB.
+    pub name_bytes: usize,
 }
 
 /// How much of what is left a port may have, see [`Limits::descriptors`].
@@ -91,6 +93,7 @@ impl Default for Limits {
             service_datagrams_per_second: 1000,
             descriptors: u32::MAX,
             neighbour_waiting: 1024,
+            name_bytes: 4 << 20,
         }
     }
 }

@@ -4,6 +4,7 @@
 //! each an `impl Core` over the fields below.
 
 use crate::config::{AddressInUse, CoreConfig, DatagramError, FlowInfo, ForwardSpec, PortInfo};
+use crate::dns::Names;
 use crate::effects::{Effects, SockError};
 use crate::flow::List;
 use crate::limiter::Limiter;
@@ -60,6 +61,8 @@ pub struct Core {
     pub(crate) now: Time,
     /// Stations of the segment that `macs` holds, in mode `bridged`.
     pub(crate) stations: u32,
+    /// What is known of names.
+    pub(crate) names: Names,
     /// The uplink of packets, where there is one.
     pub(crate) tun: Option<Box<Tun>>,
 }
@@ -87,6 +90,7 @@ impl Core {
             wheel: Wheel::new(now.as_ms()),
             batch: List::default(),
             isn_key: SipKey::from_secret(&config.secret, 16),
+            names: Names::new(SipKey::from_secret(&config.secret, 16).derive(u64::from(u32::MAX)), limits),
             scratch: vec![0; FRAME_MAX],
             piece: Vec::with_capacity(2048),
             due: Vec::new(),
@@ -139,6 +143,7 @@ impl Core {
         self.neighbours.remove_port(slot);
         self.macs.remove_port(slot);
         self.reassembly.remove_port(slot);
+        self.names_remove_port(port);
         if let Some(p) = self.ports.remove(slot) {
             self.base.add(&p.counters);
         }
@@ -296,6 +301,9 @@ impl Core {
         fx: &mut E,
     ) {
         self.now = now;
+        if Names::is_flow(flow) {
+            return self.names_in(flow, from, payload, segment, fx);
+        }
         self.udp_in(flow, from, payload, segment, fx);
     }
 
@@ -337,6 +345,9 @@ impl Core {
     /// The kernel reported an error for a datagram or echo request that `flow` sent.
     pub fn sock_error<E: Effects>(&mut self, now: Time, flow: FlowId, error: DatagramError<'_>, fx: &mut E) {
         self.now = now;
+        if Names::is_flow(flow) {
+            return self.names_error(flow, error.dst, error.payload, fx);
+        }
         self.relay_error(flow, &error, fx);
     }
 
@@ -367,7 +378,8 @@ impl Core {
     pub fn next_timer(&self) -> Option<Time> {
         let wheel = self.wheel.next().map(|ms| Time(ms.saturating_mul(1_000_000)));
         let tunnel = self.tunnel_next_timer();
-        [wheel, tunnel, self.reassembly.next_timer(), self.neighbours.next_timer()]
+        let names = self.names.next_timer();
+        [wheel, tunnel, names, self.reassembly.next_timer(), self.neighbours.next_timer()]
             .into_iter()
             .flatten()
             .min()
@@ -386,6 +398,7 @@ impl Core {
         self.neighbour_timers(fx);
         self.reassembly_timers(fx);
         self.tunnel_timers(fx);
+        self.names_timers(fx);
         self.flush_batch(fx);
     }
 

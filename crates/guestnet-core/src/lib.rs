@@ -3,7 +3,7 @@
 //! (a short send, a refused connect) the core needs at once. It opens nothing, sleeps never, reads no clock.
 //!
 //! The way of a frame through these files: `core` (the API) -> `switch` (which port?) -> `arp`, `ndp`,
-//! `gateway` (echo, ICMP errors, `service`s, `reassembly`) or another port, or outside: `policy` ->
+//! `gateway` (echo, ICMP errors, `service`s and `dns`, `reassembly`) or another port, or outside: `policy` ->
 //! `table` of `flow`s (hit, or new by `lifecycle`) -> `udp`, `icmp`, `relay` with `tcp`.
 //! With an uplink of packets what is for outside goes to `tun` instead and is translated by `nat`.
 //! From outside: `forward` and `neighbour`, or `tun`. `wheel` keeps time, `emit` makes frames.
@@ -13,6 +13,7 @@ mod arp;
 mod audit;
 pub mod config;
 pub mod core;
+mod dns;
 pub mod effects;
 mod emit;
 mod flow;

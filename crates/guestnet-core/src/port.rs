@@ -45,6 +45,8 @@ pub struct Port {
     pub icmp: Limiter,
     /// Datagrams of it to UDP services.
     pub service: Limiter,
+    /// Questions about names that it waits for.
+    pub asking: u32,
     /// News of its addresses to the control side.
     pub news: Limiter,
     /// Frames of it that go to several ports.
@@ -139,6 +141,7 @@ impl Port {
             flows: 0,
             translated: 0,
             sockets: 0,
+            asking: 0,
             lru: List::default(),
             waiting: List::default(),
             budget: Budget { used: 0, limit: limits.buffer_per_port },

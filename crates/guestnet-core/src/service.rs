@@ -4,6 +4,7 @@
 
 use crate::core::Core;
 use crate::effects::{Effects, Event};
+use crate::port::Port;
 use crate::stats::Drop;
 use crate::types::ServiceId;
 use guestnet_wire::ether::Mac;
@@ -76,20 +77,74 @@ impl Core {
         segment: u16,
         fx: &mut E,
     ) {
-        let now = self.now;
-        let Some(p) = self.ports.get_mut(slot) else { return };
-        let (port, limit, counters) = (p.id, &mut p.service, &mut p.counters);
-        let size = if segment == 0 { payload.len().max(1) } else { usize::from(segment) };
-        let mut send = |payload: &[u8]| {
-            // All guests share the queue, and its room is bytes as well as places.
-            if !limit.allow_n(now, payload.len().div_ceil(COUNTED).max(1)) {
-                return counters.drop(Drop::RateLimit);
-            }
-            fx.event(Event::Datagram { service, port, mac, src, dst, payload: payload.into() });
-        };
         if payload.is_empty() {
-            return send(payload);
+            return self.serve(service, slot, mac, src, dst, payload, fx);
         }
-        payload.chunks(size).for_each(send);
+        let size = if segment == 0 { payload.len() } else { usize::from(segment) };
+        payload.chunks(size).for_each(|piece| self.serve(service, slot, mac, src, dst, piece, fx));
     }
+
+    /// One datagram: answered here when it asks for a name that is known or may be asked for, else handed up.
+    #[allow(clippy::too_many_arguments)] // As above.
+    fn serve<E: Effects>(
+        &mut self,
+        service: ServiceId,
+        slot: u32,
+        mac: Mac,
+        src: SocketAddr,
+        dst: SocketAddr,
+        payload: &[u8],
+        fx: &mut E,
+    ) {
+        if !self.names.is_service(service) {
+            self.punt_one(service, slot, mac, src, dst, payload, fx);
+            return;
+        }
+        let now = self.now;
+        let look = self.names.is_look_due(now);
+        if !look && self.answer_name(slot, mac, src, dst, payload, fx) {
+            return;
+        }
+        let goes_up = |p: &Port| { p.service }.allow_n(now, cost(payload));
+        // A guest that asks too much is not the one who has it looked at.
+        if look
+            && !self.ports.get(slot).is_some_and(goes_up)
+            && self.answer_name(slot, mac, src, dst, payload, fx)
+        {
+            return;
+        }
+        if let Some(p) = self.ports.get_mut(slot) {
+            p.counters.dns_misses += 1;
+        }
+        if self.punt_one(service, slot, mac, src, dst, payload, fx) {
+            self.names.looked(now);
+        }
+    }
+
+    /// Hands a datagram up; false when there are too many of its guest.
+    #[allow(clippy::too_many_arguments)] // As above.
+    pub(crate) fn punt_one<E: Effects>(
+        &mut self,
+        service: ServiceId,
+        slot: u32,
+        mac: Mac,
+        src: SocketAddr,
+        dst: SocketAddr,
+        payload: &[u8],
+        fx: &mut E,
+    ) -> bool {
+        let now = self.now;
+        let Some(p) = self.ports.get_mut(slot) else { return false };
+        // All guests share the queue, and its room is bytes as well as places.
+        if !p.service.allow_n(now, cost(payload)) {
+            p.counters.drop(Drop::RateLimit);
+            return false;
+        }
+        fx.event(Event::Datagram { service, port: p.id, mac, src, dst, payload: payload.into() });
+        true
+    }
+}
+
+fn cost(payload: &[u8]) -> usize {
+    payload.len().div_ceil(COUNTED).max(1)
 }

@@ -20,6 +20,12 @@ impl SipKey {
         SipKey(word(at), word(at + 8))
     }
 
+    /// Another key, for another purpose.
+    #[must_use]
+    pub fn derive(self, purpose: u64) -> SipKey {
+        SipKey(self.hash(&[purpose]), self.hash(&[purpose, purpose]))
+    }
+
     /// Hashes the words.
     #[inline]
     #[must_use]

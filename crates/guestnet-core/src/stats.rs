@@ -93,6 +93,12 @@ pub struct Counters {
     pub retransmits: u64,
     /// ICMP errors sent to guests.
     pub icmp_errors: u64,
+    /// DNS queries answered here, from what was known.
+    pub dns_hits: u64,
+    /// Other DNS queries.
+    pub dns_misses: u64,
+    /// Those of them that were asked of the name server from here; the rest went up to the service.
+    pub dns_asked: u64,
     /// Drops by reason, indexed by `Drop as usize`.
     pub drops: [u64; Drop::ALL.len()],
 }
@@ -108,6 +114,9 @@ impl Default for Counters {
             flows_closed: 0,
             retransmits: 0,
             icmp_errors: 0,
+            dns_hits: 0,
+            dns_misses: 0,
+            dns_asked: 0,
             drops: [0; Drop::ALL.len()],
         }
     }
@@ -133,6 +142,9 @@ impl Counters {
         self.flows_closed += other.flows_closed;
         self.retransmits += other.retransmits;
         self.icmp_errors += other.icmp_errors;
+        self.dns_hits += other.dns_hits;
+        self.dns_misses += other.dns_misses;
+        self.dns_asked += other.dns_asked;
         for (mine, theirs) in self.drops.iter_mut().zip(&other.drops) {
             *mine += theirs;
         }

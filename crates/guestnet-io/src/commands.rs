@@ -145,6 +145,41 @@ pub enum Command {
         /// UDP payload.
         payload: Vec<u8>,
     },
+    /// Which names the DNS service may have an own answer for, and forgets what was known of names: see
+    /// `Core::set_names`.
+    SetNames {
+        /// The service.
+        service: ServiceId,
+        /// Counts its changes.
+        generation: u64,
+        /// Names as labels, in lower case.
+        own: Vec<Box<[u8]>>,
+    },
+    /// The guests that have names have changed: see `Core::forget_guest_names`.
+    ForgetGuestNames {
+        /// As above.
+        generation: u64,
+    },
+    /// Allows to ask for other names: see `Core::allow_names`.
+    AllowNames {
+        /// As above.
+        generation: u64,
+        /// Whom to ask; `None`: answers that are known may be given again, and nobody is asked.
+        server: Option<SocketAddr>,
+    },
+    /// An answer of the DNS service that may be given again: see `Core::keep_name`.
+    KeepName {
+        /// Whose guest asked.
+        port: PortId,
+        /// As above.
+        generation: u64,
+        /// Is it about the network's own names?
+        own: bool,
+        /// What was asked.
+        query: Vec<u8>,
+        /// The answer.
+        answer: Vec<u8>,
+    },
     /// Publishes a guest's port.
     AddForward {
         /// Its number.
@@ -221,6 +256,13 @@ pub enum Command {
     PortStats,
     /// Ends the worker.
     Stop,
+}
+
+impl Command {
+    /// What it changes is to hold for all frames that come after it was given.
+    pub(crate) fn is_urgent(&self) -> bool {
+        matches!(self, Command::SetNames { .. } | Command::ForgetGuestNames { .. })
+    }
 }
 
 /// What a command brought.
@@ -300,11 +342,24 @@ pub struct QueueFull;
 pub(crate) struct Waker {
     fd: OwnedFd,
     pending: AtomicBool,
+    /// A command in the queue is to be done before frames that come from now on.
+    urgent: AtomicBool,
 }
 
 impl Waker {
     pub(crate) fn new() -> Result<Waker, i32> {
-        Ok(Waker { fd: sys::eventfd()?, pending: AtomicBool::new(false) })
+        let (pending, urgent) = (AtomicBool::new(false), AtomicBool::new(false));
+        Ok(Waker { fd: sys::eventfd()?, pending, urgent })
+    }
+
+    /// To be said after the command was queued, before [`Waker::wake`].
+    pub(crate) fn hurry(&self) {
+        self.urgent.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether somebody hurries; to be asked before the queue is looked at.
+    pub(crate) fn take_urgent(&self) -> bool {
+        self.urgent.load(Ordering::Acquire) && self.urgent.swap(false, Ordering::SeqCst)
     }
 
     pub(crate) fn fd(&self) -> &OwnedFd {

@@ -52,6 +52,18 @@ impl State {
         }
     }
 
+    /// Does what waits in the queue as long as it can be acknowledged: frames that have come are to find it done.
+    pub(crate) fn urgent_commands(&mut self) {
+        // Those that come meanwhile are for the next time.
+        let waiting = self.queue.slots();
+        for _ in 0..waiting.div_ceil(BATCH) {
+            self.commands();
+        }
+        if self.io.is_behind() {
+            self.waker.hurry();
+        }
+    }
+
     fn command(&mut self, command: Command) -> Result<Value, CommandError> {
         match command {
             Command::AddPort { port, config } => {
@@ -98,6 +110,14 @@ impl State {
             Command::ServiceSend { port, dst_mac, src, dst, payload } => {
                 self.port(port)?;
                 self.core.service_send(self.now, port, dst_mac, src, dst, &payload, &mut self.io);
+            }
+            Command::SetNames { service, generation, own } => self.core.set_names(service, generation, own),
+            Command::ForgetGuestNames { generation } => self.core.forget_guest_names(generation),
+            Command::AllowNames { generation, server } => {
+                self.core.allow_names(self.now, generation, server);
+            }
+            Command::KeepName { port, generation, own, query, answer } => {
+                self.core.keep_name(self.now, port, generation, own, &query, &answer);
             }
             Command::AddForward { forward, proto, guest, fds } => {
                 self.add_forward(forward, proto, guest, fds)?;

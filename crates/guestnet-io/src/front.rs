@@ -226,6 +226,7 @@ impl Worker {
             | Command::AttachVhostUser { port, .. }
             | Command::AttachMemory { port }
             | Command::ServiceSend { port, .. }
+            | Command::KeepName { port, .. }
             | Command::Inject { port, .. } => {
                 let to = book.at(port, self.threads.len());
                 self.give(book, [(to, command)], Undo::Nothing)
@@ -247,6 +248,15 @@ impl Worker {
             Command::AddService { service, proto, address, port, unix_path } => self.give_all(book, || {
                 Command::AddService { service, proto, address, port, unix_path: unix_path.clone() }
             }),
+            Command::SetNames { service, generation, own } => {
+                self.give_all(book, || Command::SetNames { service, generation, own: own.clone() })
+            }
+            Command::ForgetGuestNames { generation } => {
+                self.give_all(book, || Command::ForgetGuestNames { generation })
+            }
+            Command::AllowNames { generation, server } => {
+                self.give_all(book, || Command::AllowNames { generation, server })
+            }
             Command::AddForward { forward, proto, guest, fds } => {
                 self.add_forward(book, forward, proto, guest, fds)
             }

@@ -101,7 +101,7 @@ pub struct StatsSnapshot {
     pub io: IoCounters,
 }
 
-const CORE_PLAIN: usize = 8;
+const CORE_PLAIN: usize = 11;
 const WORDS: usize = CORE_PLAIN + DROPS + IO_PLAIN + 2 * BUCKETS;
 
 impl StatsSnapshot {
@@ -116,6 +116,9 @@ impl StatsSnapshot {
             c.flows_closed,
             c.retransmits,
             c.icmp_errors,
+            c.dns_hits,
+            c.dns_misses,
+            c.dns_asked,
         ];
         let io = self.io.values();
         let all = plain.iter().chain(&c.drops).chain(&io).chain(&self.io.poll_histogram);
@@ -138,6 +141,9 @@ impl StatsSnapshot {
             flows_closed: next(),
             retransmits: next(),
             icmp_errors: next(),
+            dns_hits: next(),
+            dns_misses: next(),
+            dns_asked: next(),
             ..Counters::default()
         };
         core.drops.fill_with(&mut next);
@@ -219,6 +225,7 @@ mod tests {
         let mut a = StatsSnapshot::default();
         a.core.rx_frames = 1;
         a.core.icmp_errors = 8;
+        a.core.dns_asked = 11;
         a.core.drop(Drop::PortsExhausted);
         a.io.polls = 5;
         a.io.sockets_open = 6;

@@ -182,6 +182,7 @@ fn shares(mut l: Limits, n: u32) -> Limits {
     if n > 1 {
         l.flows = (l.flows / n).max(l.flows.min(l.flows_per_port)).min(FLOWS_MAX);
         l.reassembly_bytes /= n as usize;
+        l.name_bytes /= n as usize;
         l.neighbour_waiting = l.neighbour_waiting.div_ceil(n);
     }
     l
@@ -250,7 +251,11 @@ impl Thread {
     }
 
     pub(crate) fn submit(&self, command: Command) -> Result<u64, QueueFull> {
+        let urgent = command.is_urgent();
         let sequence = self.commands.send(command)?;
+        if urgent {
+            self.waker.hurry();
+        }
         self.waker.wake();
         Ok(sequence)
     }
@@ -399,6 +404,9 @@ impl State {
     fn round(&mut self, n: usize) {
         self.now = sys::now();
         self.io.now = self.now;
+        if self.waker.take_urgent() {
+            self.urgent_commands();
+        }
         for token in std::mem::take(&mut self.io.ports.again) {
             self.on_kick(token);
         }

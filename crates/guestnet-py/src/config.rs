@@ -70,6 +70,7 @@ fn limits(py: Python<'_>, values: &Named) -> PyResult<Limits> {
             "floods_per_second" => l.floods_per_second = value,
             "service_datagrams_per_second" => l.service_datagrams_per_second = value,
             "neighbour_waiting" => l.neighbour_waiting = value,
+            "name_bytes" => l.name_bytes = value as usize,
             _ => return Err(unknown(py, "limit", name)),
         }
     }

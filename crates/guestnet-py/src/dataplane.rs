@@ -267,11 +267,38 @@ impl DataPlane {
         dst_mac: &[u8],
         src: Pair,
         dst: Pair,
-        payload: Vec<u8>,
+        payload: &[u8],
     ) -> PyResult<u64> {
         let dst_mac = mac(py, dst_mac)?;
-        let (src, dst) = (socket(src), socket(dst));
+        let (src, dst, payload) = (socket(src), socket(dst), payload.to_vec());
         self.submit(py, Command::ServiceSend { port: PortId(port), dst_mac, src, dst, payload })
+    }
+
+    fn set_names(&self, py: Python<'_>, service: u32, generation: u64, own: Vec<Vec<u8>>) -> PyResult<u64> {
+        let own = own.into_iter().map(Vec::into_boxed_slice).collect();
+        self.submit(py, Command::SetNames { service: ServiceId(service), generation, own })
+    }
+
+    fn forget_guest_names(&self, py: Python<'_>, generation: u64) -> PyResult<u64> {
+        self.submit(py, Command::ForgetGuestNames { generation })
+    }
+
+    #[pyo3(signature = (generation, server=None))]
+    fn allow_names(&self, py: Python<'_>, generation: u64, server: Option<Pair>) -> PyResult<u64> {
+        self.submit(py, Command::AllowNames { generation, server: server.map(socket) })
+    }
+
+    fn keep_name(
+        &self,
+        py: Python<'_>,
+        port: u32,
+        generation: u64,
+        own: bool,
+        query: &[u8],
+        answer: &[u8],
+    ) -> PyResult<u64> {
+        let (query, answer) = (query.to_vec(), answer.to_vec());
+        self.submit(py, Command::KeepName { port: PortId(port), generation, own, query, answer })
     }
 
     fn add_forward(

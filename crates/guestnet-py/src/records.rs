@@ -106,6 +106,9 @@ pub fn counters<'py>(py: Python<'py>, c: &Counters) -> PyResult<Bound<'py, PyDic
         ("flows_closed", c.flows_closed),
         ("retransmits", c.retransmits),
         ("icmp_errors", c.icmp_errors),
+        ("dns_hits", c.dns_hits),
+        ("dns_misses", c.dns_misses),
+        ("dns_asked", c.dns_asked),
     ];
     let out = PyDict::new(py);
     for (name, value) in plain {

@@ -7,6 +7,7 @@
 
 pub mod arp;
 pub mod checksum;
+pub mod dns;
 pub mod ether;
 pub mod icmp;
 pub mod ipv4;

@@ -17,6 +17,7 @@ import dns.reversename
 import pytest
 from guestnet import ConfigError, NatConfig, NatNetwork
 from guestnet.ipam import parse_mac
+from guestnet.services.dns.server import Reply as DnsReply
 from guestnet.testing import messages
 from guestnet.testing.guest import Guest
 
@@ -70,6 +71,7 @@ class Dns:
 
     def __init__(self) -> None:
         self.asked: list[tuple[bool, str | None]] = []
+        self.changed: Any = None
         self._server: asyncio.Server | None = None
 
     async def handle(self, query: bytes, *, tcp: bool, endpoint_id: str | None) -> bytes | None:
@@ -78,6 +80,18 @@ class Dns:
             await asyncio.sleep(600)
         head = query[:2] + b"\x81\x80\0\1\0\1\0\0\0\0" + query[12:]
         return head + b"\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4\xc0\0\2\7"
+
+    def known(self, query: bytes) -> None:
+        return None
+
+    async def wait(self, query: bytes, endpoint_id: str | None) -> DnsReply:
+        return DnsReply(await self.handle(query, tcp=False, endpoint_id=endpoint_id))
+
+    def own_names(self) -> list[bytes]:
+        return []
+
+    def server(self) -> None:
+        return None
 
     async def serve_unix(self, path: str) -> None:
         self._server = await asyncio.start_unix_server(self._connection, path)

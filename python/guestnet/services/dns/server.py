@@ -8,11 +8,13 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
-from guestnet.services.dns.cache import Cache, aged
+from guestnet.services.dns.cache import Cache, Key, aged
 from guestnet.services.dns.config import DnsConfig
 from guestnet.services.dns.records import OwnRecord, know_types
-from guestnet.services.dns.resolvers import ResolverSource
+from guestnet.services.dns.resolvers import Resolvers, ResolverSource
 from guestnet.services.dns.stream import StreamServer
 from guestnet.services.dns.upstream import Heard, Upstream
 from guestnet.services.dns.wire import (
@@ -55,6 +57,16 @@ _ALWAYS = 8
 _Flight = tuple[bytes, int, bool, bool, bool, bool]
 
 
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What is said to a query, None: nothing. `keep`: a message that answers the same question again while
+    its TTLs last; `own`: about the own names, and true whatever name servers there are."""
+
+    answer: bytes | None
+    keep: bytes | None = None
+    own: bool = False
+
+
 class DnsServer:
     """Answers the guests of one network. `counters` names what became of their queries.
 
@@ -75,14 +87,32 @@ class DnsServer:
         self._asking_total = 0
         self._stream = StreamServer(self._answer, config.connections)
         self.counters: Counter[str] = Counter()
+        self.changed: Callable[[], object] = lambda: None
+        """Called, in any thread, when what was said before may not be true any more: other records, or other
+        name servers."""
 
     def add_record(self, name: str, value: str) -> None:
         """Adds `name` with an address or `TYPE:value`. Raises ConfigError."""
         self._zones.add(name, value)
+        self.changed()
 
     def remove_record(self, name: str) -> bool:
         """Removes the records of a name that were added or configured. False when there were none."""
-        return self._zones.remove(name)
+        removed = self._zones.remove(name)
+        if removed:
+            self.changed()
+        return removed
+
+    def own_names(self) -> list[bytes]:
+        """Names that, with all below them and all of one label, are answered here or may be."""
+        return self._zones.apexes()
+
+    def server(self) -> tuple[IPv4Address | IPv6Address, int] | None:
+        """The name server to ask for other names, where one datagram is all that it takes."""
+        found = self._upstream.first(self._look())
+        if found is None or "%" in found.host:
+            return None
+        return ip_address(found.host), found.port
 
     async def serve_unix(self, path: str) -> None:
         """Serves DNS over TCP (RFC 7766) on a unix socket, from when this returns until `close`."""
@@ -99,39 +129,71 @@ class DnsServer:
 
     async def handle(self, query: bytes, *, tcp: bool, endpoint_id: str | None) -> bytes | None:
         """The answer to one message of a guest; None: it deserves none."""
-        return await self._answer(query, tcp, endpoint_id)
+        return (await self.reply(query, tcp=tcp, endpoint_id=endpoint_id)).answer
 
     async def _answer(self, data: bytes, tcp: bool, asker: object) -> bytes | None:
+        return (self._known(data, tcp) or await self._found(data, tcp, asker)).answer
+
+    def known(self, query: bytes) -> Reply | None:
+        """The reply to a datagram, where it is known without asking anybody; else None, and `reply` is to be
+        awaited."""
+        return self._known(query, False)
+
+    async def reply(self, query: bytes, *, tcp: bool, endpoint_id: str | None) -> Reply:
+        """As `handle`, with what may be kept."""
+        return self._known(query, tcp) or await self._found(query, tcp, endpoint_id)
+
+    async def wait(self, query: bytes, endpoint_id: str | None) -> Reply:
+        """The reply to a datagram for which `known` had none."""
+        return await self._found(query, False, endpoint_id)
+
+    def _known(self, data: bytes, tcp: bool) -> Reply | None:
         if len(data) < HEADER.size:
             self.counters["too_short"] += 1
-            return None
+            return _NOTHING
         flags = HEADER.unpack_from(data)[1]
         if flags & QR:
             # An answer to an answer could go on for ever.
             self.counters["not_a_query"] += 1
-            return None
-        self.counters["tcp" if tcp else "udp"] += 1
+            return _NOTHING
         if opcode(flags):
-            return self._refused(data, Rcode.NOTIMP)
+            return self._refused(data, Rcode.NOTIMP, tcp)
         try:
             query = read_query(data)
         except Malformed:
-            return self._refused(data, Rcode.FORMERR)
+            return self._refused(data, Rcode.FORMERR, tcp)
         try:
-            answer = await self._query(query, tcp, asker)
+            reply = self._known_query(query, tcp)
         except Exception:
-            # A defect here must not take names from a guest for longer than one question.
-            _log.exception("a DNS query failed")
-            answer = respond(query, Rcode.SERVFAIL, tcp=tcp)
-        self._count(answer)
-        return answer
+            reply = self._defect(query, tcp)
+        if reply is not None:
+            self._count(reply, tcp)
+        return reply
 
-    def _refused(self, data: bytes, rcode: Rcode) -> bytes | None:
+    async def _found(self, data: bytes, tcp: bool, asker: object) -> Reply:
+        query = read_query(data)
+        try:
+            reply = await self._query(query, tcp, asker)
+        except Exception:
+            reply = self._defect(query, tcp)
+        self._count(reply, tcp)
+        return reply
+
+    def _defect(self, query: Query, tcp: bool) -> Reply:
+        # A defect here must not take names from a guest for longer than one question.
+        _log.exception("a DNS query failed")
+        return Reply(respond(query, Rcode.SERVFAIL, tcp=tcp))
+
+    def _refused(self, data: bytes, rcode: Rcode, tcp: bool) -> Reply:
+        self.counters["tcp" if tcp else "udp"] += 1
         self.counters[rcode.name.lower()] += 1
-        return refuse(data, rcode)
+        return Reply(refuse(data, rcode))
 
-    def _count(self, answer: bytes) -> None:
-        flags = HEADER.unpack_from(answer)[1]
+    def _count(self, reply: Reply, tcp: bool) -> None:
+        self.counters["tcp" if tcp else "udp"] += 1
+        if reply.answer is None:
+            return
+        flags = HEADER.unpack_from(reply.answer)[1]
         try:
             self.counters[Rcode(flags & 15).name.lower()] += 1
         except ValueError:
@@ -139,21 +201,31 @@ class DnsServer:
         if flags & TC:
             self.counters["truncated"] += 1
 
-    async def _query(self, query: Query, tcp: bool, asker: object) -> bytes:
+    def _known_query(self, query: Query, tcp: bool) -> Reply | None:
         if query.edns is not None and query.edns.version != 0:
-            return respond(query, Rcode.BADVERS, tcp=tcp)
+            return Reply(respond(query, Rcode.BADVERS, tcp=tcp))
         if query.type in (0, Type.OPT):
-            return respond(query, Rcode.FORMERR, tcp=tcp)
+            return Reply(respond(query, Rcode.FORMERR, tcp=tcp))
         if query.rclass != IN or _META_FIRST <= query.type <= _META_LAST:
             # Other classes hold data about servers; transfers and transactions are not for guests.
-            return respond(query, Rcode.REFUSED, tcp=tcp)
-        chain, found, name = self._own(query)
+            return Reply(respond(query, Rcode.REFUSED, tcp=tcp))
+        chain, found, _ = self._own(query)
         if found is not None:
             self.counters["own"] += 1
-            return self._answer_own(query, chain, found, tcp)
+            answer = self._answer_own(query, chain, found, tcp)
+            return Reply(answer, answer, own=True)
+        if chain:
+            return None
+        known = self._remembered(query, tcp)
+        return None if known is None else Reply(known)
+
+    async def _query(self, query: Query, tcp: bool, asker: object) -> Reply:
+        chain, found, name = self._own(query)
+        if found is not None:  # since it was looked at first
+            return Reply(self._answer_own(query, chain, found, tcp))
         if not chain:
-            return await self._forward(query, tcp, asker)
-        return await self._continue_elsewhere(query, chain, name, tcp, asker)
+            return await self._ask_others(query, tcp, asker)
+        return Reply(await self._continue_elsewhere(query, chain, name, tcp, asker))
 
     # --- own names ---
 
@@ -191,7 +263,10 @@ class DnsServer:
 
         target = Query(query.id, query.flags, name, query.type, query.rclass, query.edns)
         # Over TCP, or half of the records could be missing without anyone noticing.
-        data = await self._forward(target, True, asker)
+        known = self._remembered(target, True)
+        if known is None:
+            known = (await self._ask_others(target, True, asker)).answer
+        data = known or b""
         know_types()
         try:
             heard = dns.message.from_wire(data, ignore_trailing=True)
@@ -211,21 +286,29 @@ class DnsServer:
 
     # --- names of others ---
 
-    async def _forward(self, query: Query, tcp: bool, asker: object) -> bytes:
+    def _look(self) -> Resolvers:
+        """The name servers. Others may know other things: a VPN came or went."""
         resolvers = self._source.current()
         if resolvers is not self._resolvers:
-            # Other servers may know other things: a VPN came or went.
             self._resolvers = resolvers
             self._cache.clear()
-        if not resolvers.servers:
+            self.changed()
+        return resolvers
+
+    def _remembered(self, query: Query, tcp: bool) -> bytes | None:
+        """The answer that others have given already, or that nobody can give."""
+        if not self._look().servers:
             return self._failed(query, tcp, _EDE_NO_RESOLVER, "no name server is configured on the host")
-        key = (query.key, query.type, query.wants_dnssec, bool(query.flags & CD))
-        recursive = bool(query.flags & RD)
-        cached = self._cache.get(key, self._clock()) if recursive else None
-        if cached is not None:
-            self.counters["cached"] += 1
-            age = int(self._clock() - cached.heard)
-            return _passed(query, Heard(cached.data, cached.answer), tcp, age)
+        if not query.flags & RD:
+            return None
+        now = self._clock()
+        cached = self._cache.get(_key(query), now)
+        if cached is None:
+            return None
+        self.counters["cached"] += 1
+        return _passed(query, Heard(cached.data, cached.answer), tcp, int(now - cached.heard))
+
+    async def _ask_others(self, query: Query, tcp: bool, asker: object) -> Reply:
         most = self._config.questions_per_endpoint
         if self._asking_total >= self._config.questions:
             # Those who ask much have taken all there is; who asks little is not to suffer for it.
@@ -233,11 +316,11 @@ class DnsServer:
         if self._asking[asker] >= most:
             self.counters["busy"] += 1
             busy = explanation(_EDE_BUSY, "too many questions at once")
-            return respond(query, Rcode.REFUSED, tcp=tcp, options=busy)
-        heard = await self._asked_by(asker, self._fly((*key, recursive, tcp), query))
+            return Reply(respond(query, Rcode.REFUSED, tcp=tcp, options=busy))
+        heard = await self._asked_by(asker, self._fly((*_key(query), bool(query.flags & RD), tcp), query))
         if heard is None:
-            return self._failed(query, tcp, _EDE_UNREACHABLE, "no name server of the host answers")
-        return _passed(query, heard, tcp, 0)
+            return Reply(self._failed(query, tcp, _EDE_UNREACHABLE, "no name server of the host answers"))
+        return Reply(_passed(query, heard, tcp, 0), heard.data)
 
     def _failed(self, query: Query, tcp: bool, code: int, why: str) -> bytes:
         self.counters["unanswered"] += 1
@@ -280,6 +363,13 @@ class DnsServer:
             return heard
         finally:
             self._flights.pop(key, None)
+
+
+_NOTHING = Reply(None)
+
+
+def _key(query: Query) -> Key:
+    return query.key, query.type, query.wants_dnssec, bool(query.flags & CD)
 
 
 def _records(query: Query, chain: list[tuple[OwnRecord, int]]) -> list[bytes]:

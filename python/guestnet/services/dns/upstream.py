@@ -86,6 +86,15 @@ class Upstream:
             pass
         return poor
 
+    def first(self, resolvers: Resolvers) -> Resolver | None:
+        """The server that is asked first, when nothing but a datagram is to be said about it."""
+        server = next(self._order(resolvers), None)
+        if server is None or resolvers.use_tcp:
+            return None
+        now = self._clock()
+        troubled = any(known.get(server, 0.0) > now for known in (self._slow, self._plain))
+        return None if troubled else server
+
     def _order(self, resolvers: Resolvers) -> Iterator[Resolver]:
         servers = list(resolvers.servers)
         if resolvers.rotate and servers:

@@ -30,6 +30,7 @@ _HOST_ALIASES = ("host.docker.internal", "host.containers.internal")
 _LOCALHOST = to_labels("localhost")
 _EMPTY = tuple(to_labels(name) for name in ("invalid", "onion"))
 _RESOLVER = to_labels("resolver.arpa")
+_ARPA = to_labels("arpa")
 _ARPA4, _ARPA6 = to_labels("in-addr.arpa"), to_labels("ip6.arpa")
 _LOOPBACK4 = IPv4Network("127.0.0.0/8")
 _LOOPBACK = {Type.A: bytes((127, 0, 0, 1)), Type.AAAA: IPv6Address("::1").packed}
@@ -136,6 +137,11 @@ class Zones:
                         reverse[key] = (pointer,)
         wildcards = any(name.startswith(_ANYTHING) for name in names)
         return _Content(names, serial, frozenset(between), reverse, wildcards)
+
+    def apexes(self) -> list[bytes]:
+        """Names that, with all below them and all of one label, `find` may know something of."""
+        tops = {self._zone, _LOCALHOST, *_EMPTY, _ARPA}
+        return [*tops, *(name.removeprefix(_ANYTHING) for name in self._content.names)]
 
     def _in_zone(self, key: bytes) -> bool:
         return key == self._zone or _below(key, self._zone)

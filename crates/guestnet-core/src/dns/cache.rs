@@ -1,0 +1,381 @@
+//! Theory of operation: answers that may be given again, by question. Names come from guests, so the hash is keyed.
+//! Bounded in bytes, what keeps them included. What a port's own questions brought is counted, and when all is full the port
+//! that has the most gives way: a guest that asks for ever new names pushes out its own answers, oldest first, but those
+//! that were given again meanwhile have a second chance. Whoever asked, an answer is the same for all, so a hit does not look at the port.
+
+use crate::siphash::SipKey;
+use crate::types::{PortId, Time};
+use guestnet_wire::dns::{Answer, NAME_MAX, Query, flags};
+use hashbrown::HashTable;
+use std::collections::{BTreeMap, VecDeque};
+
+/// Bytes of the longest message that is kept.
+const MESSAGE_MAX: usize = 4096;
+/// Entries that have a second chance while one goes.
+const CHANCES: u32 = 8;
+/// What an entry takes besides its bytes.
+const OVERHEAD: usize = 240;
+/// Name, type, and which kinds of answer.
+const KEY_MAX: usize = NAME_MAX + 3;
+const KEY_WORDS: usize = KEY_MAX.div_ceil(8) + 1;
+
+/// What is asked for, in one spelling.
+#[derive(Clone)]
+pub(crate) struct Key {
+    bytes: [u8; KEY_MAX],
+    len: usize,
+    pub(crate) hash: u64,
+}
+
+impl Key {
+    pub(crate) fn new(sip: SipKey, q: &Query<'_>) -> Option<Key> {
+        Key::of(sip, q.name(), q.kind, q.wants_dnssec(), q.flags & flags::CD != 0)
+    }
+
+    /// `None`: no name is that long.
+    pub(crate) fn of(sip: SipKey, name: &[u8], kind: u16, dnssec: bool, unchecked: bool) -> Option<Key> {
+        let len = name.len() + 3;
+        let mut bytes = [0; KEY_MAX];
+        let (to, rest) = bytes.split_at_mut_checked(name.len())?;
+        to.copy_from_slice(name);
+        // Lengths of labels are no letters, so all bytes can be lowered alike.
+        to.make_ascii_lowercase();
+        let [k0, k1] = kind.to_be_bytes();
+        rest.get_mut(..3)?.copy_from_slice(&[k0, k1, u8::from(dnssec) | u8::from(unchecked) << 1]);
+        let mut words = [0; KEY_WORDS];
+        for (word, piece) in words.iter_mut().zip(bytes.get(..len)?.chunks(8)) {
+            *word = piece.iter().fold(0, |w, b| w << 8 | u64::from(*b));
+        }
+        let used = len.div_ceil(8);
+        *words.get_mut(used)? = len as u64;
+        let hash = sip.hash(words.get(..=used)?);
+        Some(Key { bytes, len, hash })
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        self.bytes.get(..self.len).unwrap_or(&[])
+    }
+
+    /// The name in lower case.
+    pub(crate) fn name(&self) -> &[u8] {
+        self.bytes.get(..self.len.saturating_sub(3)).unwrap_or(&[])
+    }
+}
+
+/// An answer that may be given again.
+pub(crate) struct Entry {
+    hash: u64,
+    key: Box<[u8]>,
+    shape: Answer,
+    /// What is between question and EDNS, and the extended error behind it.
+    data: Box<[u8]>,
+    records: usize,
+    heard: Time,
+    expires: Time,
+    pub(crate) kept: Kept,
+    /// Given again since it was last looked at for room.
+    used: bool,
+}
+
+/// What is known of an answer besides its bytes.
+#[derive(Clone, Copy)]
+pub(crate) struct Kept {
+    /// About the network's own names: good whatever name servers there are.
+    pub(crate) own: bool,
+    /// A guest that comes or goes may change it.
+    pub(crate) local: bool,
+    /// Whose question brought it.
+    pub(crate) owner: PortId,
+}
+
+impl Entry {
+    fn size(&self) -> usize {
+        OVERHEAD + self.key.len() + self.data.len() + 2 * self.shape.ttls.len()
+    }
+
+    /// Puts the answer to `query` in `out`.
+    pub(crate) fn emit(&self, query: &Query<'_>, now: Time, out: &mut Vec<u8>) {
+        let (records, explanation) = self.data.split_at(self.records.min(self.data.len()));
+        let age = u32::try_from(now.since(self.heard) / 1_000_000_000).unwrap_or(u32::MAX);
+        self.shape.emit(query, records, explanation, age, out);
+    }
+}
+
+#[derive(Default)]
+struct Share {
+    /// Its entries, oldest first.
+    entries: VecDeque<u32>,
+    bytes: usize,
+}
+
+/// See the module head.
+#[derive(Default)]
+pub(crate) struct Cache {
+    index: HashTable<u32>,
+    slots: Vec<Option<Entry>>,
+    free: Vec<u32>,
+    shares: BTreeMap<PortId, Share>,
+    bytes: usize,
+    limit: usize,
+}
+
+impl Cache {
+    /// An empty one for so many bytes.
+    pub(crate) fn new(limit: usize) -> Cache {
+        Cache { limit, ..Cache::default() }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.index.len()
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Entries and bytes that a port's questions brought.
+    #[cfg(test)]
+    pub(crate) fn share(&self, port: PortId) -> (usize, usize) {
+        self.shares.get(&port).map_or((0, 0), |s| (s.entries.len(), s.bytes))
+    }
+
+    /// Whether the books agree.
+    pub(crate) fn is_sound(&self) -> bool {
+        let live = || self.slots.iter().flatten();
+        let sums = |entries: usize, bytes: usize, of: Option<PortId>| {
+            let own = || live().filter(|e| of.is_none_or(|port| e.kept.owner == port));
+            (entries, bytes) == (own().count(), own().map(Entry::size).sum::<usize>())
+        };
+        sums(self.len(), self.bytes, None)
+            && self.bytes <= self.limit
+            && self.shares.iter().all(|(port, s)| sums(s.entries.len(), s.bytes, Some(*port)))
+    }
+
+    fn find(&self, key: &Key) -> Option<u32> {
+        let same = |e: &Entry| *e.key == *key.bytes();
+        self.index.find(key.hash, |i| self.at(*i).is_some_and(same)).copied()
+    }
+
+    fn at(&self, index: u32) -> Option<&Entry> {
+        self.slots.get(index as usize)?.as_ref()
+    }
+
+    /// What is still good.
+    pub(crate) fn get(&mut self, key: &Key, now: Time) -> Option<&Entry> {
+        let index = self.find(key)?;
+        let entry = self.slots.get_mut(index as usize)?.as_mut().filter(|e| now < e.expires)?;
+        entry.used = true;
+        Some(entry)
+    }
+
+    /// Keeps an answer, when it is one to be kept: `message` is what `shape` was read from.
+    pub(crate) fn put(&mut self, key: &Key, shape: Answer, message: &[u8], kept: Kept, now: Time) {
+        let records = message.get(shape.question.end..shape.end).unwrap_or(&[]);
+        let explanation = message.get(shape.explanation.clone()).unwrap_or(&[]);
+        if let Some(old) = self.find(key) {
+            self.remove(old);
+        }
+        if shape.lifetime == 0 || message.len() > MESSAGE_MAX {
+            return;
+        }
+        let expires = now.plus_s(u64::from(shape.lifetime));
+        let (data, n) = ([records, explanation].concat().into(), records.len());
+        let (hash, key) = (key.hash, key.bytes().into());
+        let entry = Entry { hash, key, shape, data, records: n, heard: now, expires, kept, used: false };
+        let size = entry.size();
+        if size > self.limit {
+            return;
+        }
+        self.make_room(size);
+        let index = match self.free.pop() {
+            Some(index) => index,
+            None => {
+                self.slots.push(None);
+                self.slots.len() as u32 - 1
+            }
+        };
+        if let Some(slot) = self.slots.get_mut(index as usize) {
+            *slot = Some(entry);
+        }
+        let slots = &self.slots;
+        let rehash = |i: &u32| slots.get(*i as usize).and_then(|e| e.as_ref()).map_or(0, |e| e.hash);
+        self.index.insert_unique(hash, index, rehash);
+        self.bytes += size;
+        let share = self.shares.entry(kept.owner).or_default();
+        share.bytes += size;
+        share.entries.push_back(index);
+    }
+
+    fn make_room(&mut self, size: usize) {
+        let mut chances = CHANCES;
+        while self.bytes + size > self.limit {
+            let most = self.shares.values_mut().max_by_key(|s| s.bytes);
+            let Some(entries) = most.map(|s| &mut s.entries) else { return };
+            let Some(oldest) = entries.front().copied() else { return };
+            match self.slots.get_mut(oldest as usize) {
+                Some(Some(e)) if e.used && chances > 0 => {
+                    e.used = false;
+                    chances -= 1;
+                    entries.rotate_left(1);
+                }
+                _ => self.remove(oldest),
+            }
+        }
+    }
+
+    fn remove(&mut self, index: u32) {
+        let Some(entry) = self.slots.get_mut(index as usize).and_then(Option::take) else { return };
+        if let Ok(found) = self.index.find_entry(entry.hash, |i| *i == index) {
+            found.remove();
+        }
+        self.free.push(index);
+        self.bytes -= entry.size();
+        if let Some(share) = self.shares.get_mut(&entry.kept.owner) {
+            share.bytes -= entry.size();
+            if let Some(at) = share.entries.iter().position(|i| *i == index) {
+                share.entries.remove(at);
+            }
+            if share.entries.is_empty() {
+                self.shares.remove(&entry.kept.owner);
+            }
+        }
+    }
+
+    /// Forgets what a port's questions brought.
+    pub(crate) fn remove_port(&mut self, port: PortId) {
+        while let Some(index) = self.shares.get(&port).and_then(|s| s.entries.back()) {
+            self.remove(*index);
+        }
+    }
+
+    /// Forgets everything, or what guests that come and go may change.
+    pub(crate) fn clear(&mut self, local_alone: bool) {
+        if !local_alone {
+            *self = Cache::new(self.limit);
+            return;
+        }
+        for index in 0..self.slots.len() as u32 {
+            if self.at(index).is_some_and(|e| e.kept.local) {
+                self.remove(index);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(name: &str, records: usize) -> Vec<u8> {
+        let mut m = vec![0, 0, 0x81, 0x80, 0, 1, 0, records as u8, 0, 0, 0, 0, name.len() as u8];
+        m.extend_from_slice(name.as_bytes());
+        m.extend_from_slice(&[0, 0, 1, 0, 1]);
+        for _ in 0..records {
+            m.extend_from_slice(&[0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 192, 0, 2, 7]);
+        }
+        m
+    }
+
+    fn key(name: &str) -> Key {
+        let mut labels = vec![name.len() as u8];
+        labels.extend_from_slice(name.as_bytes());
+        labels.push(0);
+        Key::of(SipKey::from_secret(&[3; 32], 0), &labels, 1, false, false).unwrap()
+    }
+
+    fn kept(owner: u32) -> Kept {
+        Kept { own: false, local: false, owner: PortId(owner) }
+    }
+
+    fn put(c: &mut Cache, name: &str, records: usize, owner: u32) {
+        let m = message(name, records);
+        c.put(&key(name), Answer::parse(&m).unwrap(), &m, kept(owner), Time(5));
+        check(c);
+    }
+
+    fn check(c: &Cache) {
+        assert!(c.is_sound());
+    }
+
+    fn fill(c: &mut Cache, name: &str, records: usize, owner: u32, count: usize) {
+        for n in 0..count {
+            let name = format!("{name}{n:05}");
+            let m = message(&name, records);
+            c.put(&key(&name), Answer::parse(&m).unwrap(), &m, kept(owner), Time(5));
+        }
+        check(c);
+    }
+
+    /// Room for this many answers of one record, whose names have `letters`.
+    fn room_for(count: usize, letters: usize) -> Cache {
+        Cache::new(count * (OVERHEAD + letters + 5 + 16 + 2))
+    }
+
+    #[test]
+    fn a_guest_with_many_names_pushes_out_its_own() {
+        let mut c = room_for(1000, 6);
+        put(&mut c, "first0", 1, 1);
+        fill(&mut c, "n", 1, 2, 1010);
+        assert_eq!((c.share(PortId(1)).0, c.share(PortId(2)).0), (1, 999));
+        assert!(c.get(&key("first0"), Time(5)).is_some());
+        assert!(c.get(&key("n00010"), Time(5)).is_none() && c.get(&key("n00011"), Time(5)).is_some());
+        // Others have room as long as they have less.
+        fill(&mut c, "o", 1, 3, 100);
+        assert_eq!((c.share(PortId(2)).0, c.share(PortId(3)).0), (899, 100));
+        c.remove_port(PortId(2));
+        check(&c);
+        assert_eq!((c.share(PortId(2)), c.len()), ((0, 0), 101));
+        c.clear(false);
+        assert_eq!((c.len(), c.bytes()), (0, 0));
+        put(&mut c, "first0", 1, 1);
+        assert_eq!(c.len(), 1);
+    }
+
+    #[test]
+    fn what_is_asked_for_again_stays() {
+        let mut c = room_for(1000, 6);
+        put(&mut c, "popula", 1, 1);
+        for n in 0..4 {
+            fill(&mut c, &format!("{n}"), 1, 1, 500);
+            assert!(c.get(&key("popula"), Time(5)).is_some(), "{n}");
+        }
+        // When all are asked for again, one goes all the same, and soon.
+        for n in 0..500 {
+            assert!(c.get(&key(&format!("3{n:05}")), Time(5)).is_some());
+        }
+        fill(&mut c, "m", 1, 1, 2000);
+        assert!(c.get(&key("popula"), Time(5)).is_none());
+    }
+
+    #[test]
+    fn large_answers_are_counted_by_their_bytes() {
+        let mut c = room_for(1000, 6);
+        put(&mut c, "small0", 1, 1);
+        fill(&mut c, "l", 200, 2, 300);
+        assert!((60..90).contains(&c.share(PortId(2)).0), "{}", c.share(PortId(2)).0);
+        assert!(c.get(&key("small0"), Time(5)).is_some());
+        // None at all where there is no room, or not for this one.
+        let mut c = Cache::new(0);
+        put(&mut c, "small0", 1, 1);
+        assert_eq!(c.len(), 0);
+        let mut c = room_for(1, 6);
+        put(&mut c, "small0", 1, 1);
+        put(&mut c, "large0", 200, 1);
+        assert_eq!(c.share(PortId(1)).0, 1);
+    }
+
+    #[test]
+    fn ends_with_its_lifetime_and_is_one_entry_each() {
+        let mut c = room_for(10, 6);
+        put(&mut c, "Name", 1, 1);
+        put(&mut c, "nAME", 1, 2);
+        assert_eq!((c.len(), c.share(PortId(1))), (1, (0, 0)));
+        assert!(c.get(&key("name"), Time(60_000_000_004)).is_some());
+        assert!(c.get(&key("name"), Time(60_000_000_005)).is_none());
+        // The same question answered with what is not to be kept.
+        let m = message("name", 0);
+        c.put(&key("name"), Answer::parse(&m).unwrap(), &m, kept(1), Time(5));
+        assert_eq!(c.len(), 0);
+        check(&c);
+    }
+}
