@@ -425,7 +425,7 @@ class NatEngine:
         self, buffer: Buffer, offsets: _U32s, lengths: _U32s | None, outbound: bool, now: int
     ) -> bytes:
         """Translates packets of one buffer in place; no lengths: up to the next."""
-    def translate_each(self, packets: Sequence[Buffer], outbound: bool, now: int) -> bytes:
+    def translate_each(self, packets: list[Any], outbound: bool, now: int) -> bytes:
         """Translates packets that are a buffer each."""
     def translate_pool(self, pool: PacketPool, indices: _U32s, outbound: bool, now: int) -> bytes:
         """Translates packets of a pool, by index."""

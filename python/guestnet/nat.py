@@ -329,7 +329,8 @@ class NatEngine:
             return NatResults(self._native.translate_pool(packets, indices, out, at))
         if offsets is not None:
             return NatResults(self._native.translate_spans(packets, offsets, lengths, out, at))
-        return NatResults(self._native.translate_each(list(packets), out, at))
+        each = packets if isinstance(packets, list) else list(packets)
+        return NatResults(self._native.translate_each(each, out, at))
 
     def output(self) -> Iterator[tuple[NatDirection, bytes]]:
         """Takes what the engine itself sends: ICMP errors, fragments, fragments that waited."""

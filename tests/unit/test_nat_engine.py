@@ -97,6 +97,23 @@ def test_batches_do_what_single_packets_do(kind: str) -> None:
     assert many.stats() == one.stats()
 
 
+def test_a_list_of_any_writable_buffers() -> None:
+    engine = NatEngine(config())
+    plain = [bytearray(udp((GUEST[0], 50000 + i), OUTSIDE)) for i in range(100)]
+    kinds = (bytearray, lambda p: memoryview(bytearray(p)), lambda p: array.array("B", bytes(p)))
+    packets = [kinds[i % 3](p) for i, p in enumerate(plain)]
+    assert engine.translate_batch(packets, OUT).codes == bytes(100)
+    assert [source(bytearray(p)) for p in packets] == [("203.0.113.1", 50000 + i) for i in range(100)]
+    # One that cannot be changed: nobody is, and none is held on to.
+    with pytest.raises(TypeError, match="writable"):
+        engine.translate_batch([*plain, b"constant"], OUT)
+    assert all(source(p)[0] == GUEST[0] for p in plain)
+    for packet in plain:
+        packet.append(0)
+    with pytest.raises(BufferError):
+        engine.translate_batch([array.array("H", [0] * 20)], OUT)
+
+
 def test_spans_outside_the_buffer_are_empty_packets() -> None:
     engine = NatEngine(config())
     results = engine.translate_batch(

@@ -95,7 +95,9 @@ impl PacketPool {
         if capacity == 0 || capacity > 1 << 24 || !(64..=1 << 20).contains(&size) {
             return Err(PoolError::BadSize);
         }
-        let stride = size.next_multiple_of(64);
+        // An odd number of cache lines: with a power of two the first lines of all buffers, which is where the
+        // headers are, would share a few places of the cache and push each other out.
+        let stride = (size.div_ceil(64) | 1) * 64;
         let bytes = stride.checked_mul(capacity).filter(|b| *b <= 64 << 30).ok_or(PoolError::BadSize)?;
         // Asked for at a page's boundary, the allocator would write all the zeros itself and so take all the
         // memory at once. As it is, untouched pages are the system's own: the boundary is found behind.
@@ -141,6 +143,12 @@ impl PacketPool {
     #[must_use]
     pub fn available(&self) -> usize {
         self.available.0.load(Ordering::Relaxed) as usize
+    }
+
+    /// Address and length in bytes of its memory, for who asks the system for larger pages.
+    #[must_use]
+    pub fn range(&self) -> (usize, usize) {
+        (self.memory.addr().get(), self.layout.size())
     }
 
     /// Takes a buffer; the caller holds it from now on, with length 0. `None` when none is free.
@@ -476,6 +484,17 @@ mod tests {
         assert_eq!(pool.free(100), Err(PoolError::NoSuchBuffer(100)));
         assert_eq!(pool.borrow(3).err(), Some(PoolError::AlreadyFree(3)));
         assert_eq!(pool.available(), 100);
+    }
+
+    #[test]
+    fn headers_lie_on_different_cache_lines() {
+        // A cache of 64 sets of lines: 64 buffers in a row use them all.
+        for size in [64, 100, 128, 2048, 4096] {
+            let pool = PacketPool::with_buffer_size(64, size).unwrap();
+            let sets: HashSet<usize> = (0..64).map(|i| pool.as_ptr(i).unwrap().addr() / 64 % 64).collect();
+            assert_eq!(sets.len(), 64, "{size}");
+            assert!(pool.range().1 >= 64 * size);
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ use guestnet_core::nat::PacketBatch;
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
+use pyo3::{PyErr, ffi};
 
 /// Memory of one Python object, held by its buffer.
 #[derive(Clone, Copy)]
@@ -22,10 +23,59 @@ struct Region {
 // which is moved and not shared.
 unsafe impl Send for Region {}
 
+/// Buffers of many objects, each where the object filled it in, since it may point into itself: the room is there
+/// from the beginning and never grows. (PyO3 allocates for each, and asks for more than is needed here.)
+struct Views(Vec<ffi::Py_buffer>);
+
+// SAFETY: a buffer may be released by any thread that is attached, and `drop` attaches; nothing else is done with
+// them.
+unsafe impl Send for Views {}
+
+impl Views {
+    /// A writable buffer of bytes in one piece. `None` when the object has no such thing to offer or there is no
+    /// room; no Python error is left behind.
+    #[inline]
+    fn hold(&mut self, object: &Bound<'_, PyAny>) -> Option<Region> {
+        let at = self.0.len();
+        let room = self.0.spare_capacity_mut().first_mut()?;
+        let flags = ffi::PyBUF_WRITABLE | ffi::PyBUF_FORMAT | ffi::PyBUF_ND;
+        // SAFETY: attached, as the `Bound` shows; `room` is memory for a Py_buffer, which the call fills in when
+        // it gives 0, and which stays where it is.
+        if unsafe { ffi::PyObject_GetBuffer(object.as_ptr(), room.as_mut_ptr(), flags) } != 0 {
+            drop(PyErr::take(object.py()));
+            return None;
+        }
+        // SAFETY: the first `at + 1` are filled in.
+        unsafe { self.0.set_len(at + 1) };
+        let view = self.0.get(at)?;
+        // SAFETY: when not null it is a string that ends with a zero and lives as long as the buffer.
+        let bytes = view.itemsize == 1
+            && (view.format.is_null()
+                || matches!(unsafe { std::ffi::CStr::from_ptr(view.format) }.to_bytes(), b"B" | b"c"));
+        // One that is not of bytes is kept too, until all are released.
+        bytes.then_some(Region { start: view.buf.cast(), len: usize::try_from(view.len).unwrap_or(0) })
+    }
+}
+
+impl Drop for Views {
+    fn drop(&mut self) {
+        if !self.0.is_empty() {
+            Python::attach(|_| {
+                for view in &mut self.0 {
+                    // SAFETY: filled in by PyObject_GetBuffer, not moved since, released once.
+                    unsafe { ffi::PyBuffer_Release(view) };
+                }
+            });
+        }
+    }
+}
+
 /// Writable packets in Python objects.
 pub struct Foreign {
     /// Keep the memory of `regions` in place. Dropped with the interpreter attached or not; PyO3 sees to it.
     held: Vec<PyBuffer<u8>>,
+    /// The same, for objects of the usual kind.
+    views: Views,
     regions: Vec<Region>,
 }
 
@@ -40,11 +90,32 @@ fn region(buffer: &PyBuffer<u8>) -> PyResult<Region> {
 }
 
 impl Foreign {
-    /// One packet an object.
-    pub fn each(objects: &[Bound<'_, PyAny>]) -> PyResult<Foreign> {
-        let held = objects.iter().map(PyBuffer::get).collect::<PyResult<Vec<_>>>()?;
-        let regions = held.iter().map(region).collect::<PyResult<_>>()?;
-        Ok(Foreign { held, regions })
+    /// One packet an object, the first `count` of them.
+    pub fn each<'py>(count: usize, objects: impl Iterator<Item = Bound<'py, PyAny>>) -> PyResult<Foreign> {
+        let mut all = Foreign {
+            held: Vec::new(),
+            views: Views(Vec::with_capacity(count)),
+            regions: Vec::with_capacity(count),
+        };
+        for object in objects.take(count) {
+            all.add(&object)?;
+        }
+        Ok(all)
+    }
+
+    #[inline]
+    fn add(&mut self, object: &Bound<'_, PyAny>) -> PyResult<()> {
+        let found = match self.views.hold(object) {
+            Some(found) => found,
+            None => {
+                let buffer = PyBuffer::get(object)?;
+                let found = region(&buffer)?;
+                self.held.push(buffer);
+                found
+            }
+        };
+        self.regions.push(found);
+        Ok(())
     }
 
     /// Packets in one object, by start and length in bytes; spans outside of it are empty packets.
@@ -61,7 +132,7 @@ impl Foreign {
                 Region { start: unsafe { whole.start.add(start) }, len }
             })
             .collect();
-        Ok(Foreign { held: vec![buffer], regions })
+        Ok(Foreign { held: vec![buffer], views: Views(Vec::new()), regions })
     }
 }
 
@@ -75,8 +146,8 @@ impl PacketBatch for Foreign {
         match self.regions.get(i) {
             // An empty buffer may have no address at all.
             Some(r) if r.len > 0 => {
-                debug_assert!(!self.held.is_empty());
-                // SAFETY: the exporter keeps start..start+len valid and writable while `held` lives. `&mut
+                debug_assert!(!self.held.is_empty() || !self.views.0.is_empty());
+                // SAFETY: the exporter keeps start..start+len valid and writable while `held` and `views` live. `&mut
                 // self` makes this the only slice of it here; Python threads that write to the same buffer
                 // meanwhile break the rule that translating documents, as with any call that works on a
                 // buffer detached, and every access below is bounds-checked whatever the bytes say.

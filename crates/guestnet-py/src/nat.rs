@@ -14,7 +14,7 @@ use guestnet_core::types::Time;
 use guestnet_wire::proto;
 use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict};
+use pyo3::types::{PyBytes, PyDict, PyList};
 use std::collections::HashMap;
 use std::net::SocketAddrV4;
 use std::sync::Mutex;
@@ -84,20 +84,20 @@ pub struct NatEngine {
     inner: Mutex<nat::NatEngine>,
 }
 
-/// Packets of a pool, by index; an index that is not the caller's is an empty packet.
+/// Packets of a pool, by index.
 struct Pooled<'a> {
-    buffers: Vec<Option<guestnet_io::pool::PoolBuffer<'a>>>,
+    buffers: Vec<guestnet_io::pool::PoolBuffer<'a>>,
 }
 
 impl PacketBatch for Pooled<'_> {
     fn len(&self) -> usize {
         self.buffers.len()
     }
-    #[inline]
+    #[inline(always)]
     fn packet(&mut self, i: usize) -> &mut [u8] {
         match self.buffers.get_mut(i) {
-            Some(Some(b)) => b,
-            _ => &mut [],
+            Some(b) => b,
+            None => &mut [],
         }
     }
 }
@@ -253,7 +253,7 @@ impl NatEngine {
     /// Translates one packet in place.
     #[pyo3(signature = (packet, outbound, now, offset=0))]
     fn translate(&self, packet: &Bound<'_, PyAny>, outbound: bool, now: u64, offset: usize) -> PyResult<u8> {
-        let mut one = Foreign::each(std::slice::from_ref(packet))?;
+        let mut one = Foreign::each(1, std::iter::once(packet.clone()))?;
         let result = lock(&self.inner).translate_at(one.packet(0), offset, direction(outbound), Time(now));
         Ok(code(result))
     }
@@ -292,11 +292,11 @@ impl NatEngine {
     fn translate_each<'py>(
         &self,
         py: Python<'py>,
-        packets: Vec<Bound<'py, PyAny>>,
+        packets: &Bound<'py, PyList>,
         outbound: bool,
         now: u64,
     ) -> PyResult<Bound<'py, PyBytes>> {
-        let packets = Foreign::each(&packets)?;
+        let packets = Foreign::each(packets.len(), packets.iter())?;
         Ok(PyBytes::new(py, &self.batch(py, packets, outbound, now)))
     }
 
@@ -312,7 +312,7 @@ impl NatEngine {
         let pool = &pool.get().inner;
         let buffers = numbers(py, indices)?
             .into_iter()
-            .map(|i| pool.borrow(i).map(Some))
+            .map(|i| pool.borrow(i))
             .collect::<Result<_, _>>()
             .map_err(|e| config_error(py, format!("{e}.")))?;
         Ok(PyBytes::new(py, &self.batch(py, Pooled { buffers }, outbound, now)))

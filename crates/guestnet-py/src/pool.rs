@@ -30,6 +30,7 @@ impl PacketPool {
     fn new(py: Python<'_>, capacity: usize, buffer_size: usize) -> PyResult<Self> {
         let inner =
             pool::PacketPool::with_buffer_size(capacity, buffer_size).map_err(|e| pool_error(py, e))?;
+        guestnet_io::huge::advise(&[inner.range()]);
         Ok(PacketPool { inner: Arc::new(inner) })
     }
 

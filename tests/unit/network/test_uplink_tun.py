@@ -81,6 +81,23 @@ def test_the_rings_of_a_network_by_hand() -> None:
     assert net.expire_connections() == 0
 
 
+@pytest.mark.parametrize("size", [1, 64, 65, 200])
+def test_a_poll_takes_a_batch_of_its_size(size: int) -> None:
+    net = network()
+    for n in range(250):
+        index = net.packet_pool.put(ethernet(udp((GUEST[0], 50000 + n), OUTSIDE)))
+        assert index is not None
+        assert net.tx_ring.enqueue(index)
+    poller = DatapathPoller(batch_size=size)
+    outside = net.datapath.uplink
+    assert isinstance(outside, MemoryUplink)
+    assert poller.poll_once(net)
+    assert [source(packet)[1] for packet in outside.sent] == [50000 + n for n in range(size)]
+    while poller.poll_once(net):
+        pass
+    assert len(outside.sent) == 250
+
+
 def test_packets_in_place() -> None:
     net = network()
     frame = bytearray(ethernet(udp(GUEST, OUTSIDE)))

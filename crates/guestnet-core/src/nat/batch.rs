@@ -4,7 +4,9 @@
 //! (options, fragments, ICMP, TTL, a new connection, a change of state) goes the long way in its turn, and
 //! the result is the same as packet by packet.
 
+use super::config::unicast;
 use super::engine::NatEngine;
+use super::foresight::GROUP;
 use super::index::Index;
 use super::packet::adjust;
 use super::records::Key;
@@ -67,8 +69,6 @@ impl PacketBatch for Contiguous<'_> {
         self.buffer.get_mut(start..start + len as usize).unwrap_or(&mut [])
     }
 }
-
-const GROUP: usize = 32;
 
 /// What the first loop learns of a packet.
 #[derive(Clone, Copy, Default)]
@@ -183,37 +183,67 @@ impl NatEngine {
                 None => fresh += usize::from(g.total != 0),
             }
         }
+        std::hint::black_box(touched);
         if OUT && fresh > 1 {
-            // Several new connections: what making them needs is fetched for all at once.
-            let mut hashes = [[0; 3]; GROUP];
+            let mut keys = [Key::default(); GROUP];
             let mut n = 0;
             for g in group.iter().filter(|g| g.slot == 0 && g.total != 0) {
-                hashes[n] = self.table.foresee(&g.key);
+                keys[n] = g.key;
                 n += 1;
             }
-            for h in &hashes[..n] {
-                touched ^= self.table.touch(h);
-            }
+            self.table.foresee(&keys[..n]);
         }
-        std::hint::black_box(touched);
 
-        let mut hits = 0;
-        for (i, (g, result)) in group.iter().zip(results.iter_mut()).enumerate() {
+        let (mut hits, mut opened) = (0, 0);
+        for (i, (g, result)) in group.iter_mut().zip(results.iter_mut()).enumerate() {
             let p = packets.packet(from + i);
+            let new = OUT && g.slot == 0 && self.open(g).is_some();
             *result = match self.short_way::<OUT>(p, g, &refresh, ttl_step) {
                 Some(()) => {
-                    hits += 1;
+                    if new {
+                        opened += 1;
+                    } else {
+                        hits += 1;
+                    }
                     NatResult::Translated
                 }
                 None => self.translate_now(p, direction),
             };
         }
         self.stats.hits += hits;
+        self.stats.misses += opened;
         if OUT {
-            self.stats.outbound += hits;
+            self.stats.outbound += hits + opened;
         } else {
             self.stats.inbound += hits;
         }
+    }
+
+    /// Makes the connection of a plain UDP packet for which there is none, where nothing speaks against it and
+    /// nothing has to be given up for it: all else is decided on the long way. What is left to do with the packet
+    /// is what is done with any other of the connection.
+    #[inline]
+    fn open(&mut self, g: &mut Plain) -> Option<()> {
+        let (k, c) = (g.key, &self.config);
+        let plain = g.total != 0
+            && k.proto == proto::UDP
+            && k.local_port != 0
+            && !matches!(k.remote_port, 0 | 53)
+            && c.internal.has(k.local)
+            && !c.internal.has(k.remote)
+            && c.no_nat.is_empty()
+            && c.denied.is_empty()
+            && unicast(k.remote)
+            && !self.table.is_external(k.remote);
+        // An earlier packet of the group may have made it.
+        if !plain || self.table.find_hashed(&k, g.hash).is_some() {
+            return None;
+        }
+        let expires = self.tick.saturating_add(self.timers.ticks[ConnState::Udp as usize]);
+        let id = self.table.new_session(&k, None, ConnState::Udp, expires, 0, self.tick).ok()?;
+        self.stats.created += 1;
+        g.slot = Index::naming(id);
+        Some(())
     }
 
     /// Rewrites a plain packet of a connection that only needs its deadline moved; `None` for all else.

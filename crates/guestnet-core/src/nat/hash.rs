@@ -2,13 +2,21 @@
 //! (64 by 64 to 128 bits, halves xored), which cost a few cycles and give nothing to somebody who cannot see
 //! the keys. Ports, ids and keys come from ChaCha with 8 rounds in counter mode, seeded by the caller.
 
+/// Numbers of one ChaCha block.
+const BLOCK: usize = 16;
+/// Numbers that are kept at most.
+const STOCK: usize = 4 * BLOCK;
+
 /// Deterministic, unguessable numbers from a 32-byte secret (ChaCha8, RFC 8439 block layout).
 #[derive(Debug, Clone)]
 pub struct Random {
     key: [u32; 8],
-    counter: u64,
-    block: [u32; 16],
-    used: usize,
+    /// Block `n` of the stream lies in `stock` at `n * BLOCK % STOCK`, while it is one of the last four.
+    stock: [u32; STOCK],
+    /// Blocks made so far.
+    made: u64,
+    /// Numbers given out so far.
+    used: u64,
 }
 
 impl Random {
@@ -19,18 +27,31 @@ impl Random {
         for (k, c) in key.iter_mut().zip(secret.chunks_exact(4)) {
             *k = u32::from_le_bytes([c[0], c[1], c[2], c[3]]);
         }
-        Random { key, counter: 0, block: [0; 16], used: 16 }
+        Random { key, stock: [0; STOCK], made: 0, used: 0 }
     }
 
     /// The next number, all values equally likely.
     #[inline]
     pub fn u32(&mut self) -> u32 {
-        if self.used >= 16 {
-            self.refill();
-        }
-        let v = self.block.get(self.used).copied().unwrap_or(0);
+        self.prepare(1);
+        let v = self.ahead(0);
         self.used += 1;
         v
+    }
+
+    /// Makes sure that [`Random::ahead`] knows the next `n` numbers, 48 at the most.
+    #[inline]
+    pub fn prepare(&mut self, n: usize) {
+        while self.made * (BLOCK as u64) - self.used < n.min(STOCK - BLOCK) as u64 {
+            self.refill();
+        }
+    }
+
+    /// The number that will come after `n` others, which are not taken: anything at all where it has not been
+    /// prepared.
+    #[inline]
+    pub fn ahead(&self, n: usize) -> u32 {
+        self.stock.get((self.used as usize).wrapping_add(n) % STOCK).copied().unwrap_or(0)
     }
 
     /// As [`Random::u32`] with 64 bits.
@@ -41,7 +62,7 @@ impl Random {
     /// A number under `n` (0 when `n` is 0), even to one part in 2^32 / n.
     #[inline]
     pub fn below(&mut self, n: u32) -> u32 {
-        ((u64::from(self.u32()) * u64::from(n)) >> 32) as u32
+        scale(self.u32(), n)
     }
 
     fn refill(&mut self) {
@@ -59,8 +80,8 @@ impl Random {
             k[5],
             k[6],
             k[7],
-            self.counter as u32,
-            (self.counter >> 32) as u32,
+            self.made as u32,
+            (self.made >> 32) as u32,
             0,
             0,
         ];
@@ -79,13 +100,21 @@ impl Random {
                 quarter(&mut s, a, b, c, d);
             }
         }
-        for (o, i) in s.iter_mut().zip(init) {
-            *o = o.wrapping_add(i);
+        let at = self.made as usize * BLOCK % STOCK;
+        if let Some(block) = self.stock.get_mut(at..at + BLOCK) {
+            for ((o, s), i) in block.iter_mut().zip(s).zip(init) {
+                *o = s.wrapping_add(i);
+            }
         }
-        self.block = s;
-        self.used = 0;
-        self.counter = self.counter.wrapping_add(1);
+        self.made += 1;
     }
+}
+
+/// What [`Random::below`] makes of a number.
+#[inline]
+#[must_use]
+pub fn scale(drawn: u32, n: u32) -> u32 {
+    ((u64::from(drawn) * u64::from(n)) >> 32) as u32
 }
 
 #[inline]
@@ -138,6 +167,18 @@ mod tests {
         assert_eq!(r.u32().to_le_bytes(), [0x89, 0x5f, 0x40, 0xd6]);
         assert!((0..1000).all(|_| r.below(10) < 10));
         assert_eq!(r.below(0), 0);
+    }
+
+    #[test]
+    fn looking_ahead_takes_nothing() {
+        let (mut plain, mut looked) = (Random::new(&[3; 32]), Random::new(&[3; 32]));
+        for round in 0..200 {
+            looked.prepare(round % 49);
+            let seen: Vec<u32> = (0..round % 49).map(|n| looked.ahead(n)).collect();
+            let took: Vec<u32> = (0..round % 49).map(|_| plain.u32()).collect();
+            assert_eq!(seen, took);
+            assert!(took.iter().all(|t| *t == looked.u32()));
+        }
     }
 
     #[test]

@@ -6,8 +6,9 @@
 
 /// The most records that an index can name.
 pub const MAX_RECORDS: usize = (1 << 24) - 2;
-/// Bytes of the smallest page of memory.
+/// Bytes of the smallest page of memory, and of the next larger.
 const PAGE: usize = 4096;
+const LARGE_PAGE: usize = 2 << 20;
 const MASK: u32 = 0x00ff_ffff;
 /// "This far from home or more."
 const FAR: u32 = 15;
@@ -15,7 +16,10 @@ const FAR: u32 = 15;
 /// See the module head.
 #[derive(Debug)]
 pub struct Index {
-    slots: Vec<u32>,
+    /// The slots, from `first` on. Large ones start at the border of a large page, or a good part of them could not
+    /// lie in large pages.
+    memory: Vec<u32>,
+    first: usize,
     mask: usize,
 }
 
@@ -24,31 +28,48 @@ impl Index {
     #[must_use]
     pub fn new(records: usize) -> Index {
         let n = (records.clamp(1, MAX_RECORDS) * 2).next_power_of_two();
-        Index { slots: vec![0; n], mask: n - 1 }
+        let spare = if n * 4 >= LARGE_PAGE { LARGE_PAGE / 4 } else { 0 };
+        let memory = vec![0; n + spare];
+        let first = if spare == 0 { 0 } else { memory.as_ptr().addr().wrapping_neg() % LARGE_PAGE / 4 };
+        Index { memory, first, mask: n - 1 }
+    }
+
+    #[inline(always)]
+    fn slot(&self, at: usize) -> u32 {
+        self.memory.get(self.first + at).copied().unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn slot_mut(&mut self, at: usize) -> Option<&mut u32> {
+        self.memory.get_mut(self.first + at)
+    }
+
+    fn slots(&self) -> &[u32] {
+        self.memory.get(self.first..=self.first + self.mask).unwrap_or(&[])
     }
 
     /// Touches all of its memory.
     pub(crate) fn prefault(&mut self) {
-        for slot in self.slots.iter_mut().step_by(PAGE / 4) {
+        for slot in self.memory.iter_mut().skip(self.first).take(self.mask + 1).step_by(PAGE / 4) {
             *slot = std::hint::black_box(*slot);
         }
     }
 
     /// Address and length in bytes of its memory.
     pub(crate) fn range(&self) -> (usize, usize) {
-        (self.slots.as_ptr().addr(), self.memory())
+        (self.slots().as_ptr().addr(), self.memory())
     }
 
     /// Bytes that it takes.
     #[must_use]
     pub fn memory(&self) -> usize {
-        self.slots.len() * 4
+        (self.mask + 1) * 4
     }
 
     /// The slot where `hash` starts: a record number whose tag matches, or a reason to probe.
     #[inline(always)]
     pub(crate) fn first(&self, hash: u64) -> u32 {
-        self.slots.get(hash as usize & self.mask).copied().unwrap_or(0)
+        self.slot(hash as usize & self.mask)
     }
 
     /// The slot that most likely is that of `hash`, from where it starts; 0 when there certainly is none. Reads
@@ -62,7 +83,7 @@ impl Index {
         while slot != 0 && slot & !MASK != tag | distance << 24 {
             at = (at + 1) & self.mask;
             distance = (distance + 1).min(FAR);
-            slot = self.slots.get(at).copied().unwrap_or(0);
+            slot = self.slot(at);
         }
         slot
     }
@@ -73,6 +94,12 @@ impl Index {
         (slot & MASK).checked_sub(1)
     }
 
+    /// A slot that names a record, for [`Index::record`].
+    #[inline(always)]
+    pub(crate) fn naming(record: u32) -> u32 {
+        record + 1
+    }
+
     /// The record with this hash that `same` confirms.
     #[inline]
     pub fn find(&self, hash: u64, mut same: impl FnMut(u32) -> bool) -> Option<u32> {
@@ -80,7 +107,7 @@ impl Index {
         let mut at = hash as usize & self.mask;
         let mut distance = 0;
         loop {
-            let slot = self.slots.get(at).copied().unwrap_or(0);
+            let slot = self.slot(at);
             let record = Self::record(slot)?;
             if slot & !MASK == tag | distance << 24 && same(record) {
                 return Some(record);
@@ -95,7 +122,7 @@ impl Index {
     pub fn insert(&mut self, hash: u64, record: u32) {
         let mut at = hash as usize & self.mask;
         let mut distance = 0;
-        while let Some(slot) = self.slots.get_mut(at) {
+        while let Some(slot) = self.slot_mut(at) {
             if *slot == 0 {
                 *slot = tag(hash) | distance << 24 | (record + 1);
                 return;
@@ -109,9 +136,9 @@ impl Index {
     pub fn remove(&mut self, hash: u64, record: u32, hash_of: impl Fn(u32) -> u64) {
         let mut at = hash as usize & self.mask;
         loop {
-            match self.slots.get(at) {
-                Some(s) if s & MASK == record + 1 => break,
-                Some(0) | None => return,
+            match self.slot(at) {
+                s if s & MASK == record + 1 => break,
+                0 => return,
                 _ => at = (at + 1) & self.mask,
             }
         }
@@ -119,7 +146,7 @@ impl Index {
         let mut next = at;
         loop {
             next = (next + 1) & self.mask;
-            let slot = self.slots.get(next).copied().unwrap_or(0);
+            let slot = self.slot(next);
             let Some(r) = Self::record(slot) else { break };
             let distance = match slot >> 24 & 15 {
                 FAR => next.wrapping_sub(hash_of(r) as usize) & self.mask,
@@ -127,13 +154,13 @@ impl Index {
             };
             let hole = next.wrapping_sub(at) & self.mask;
             if distance >= hole {
-                if let Some(h) = self.slots.get_mut(at) {
+                if let Some(h) = self.slot_mut(at) {
                     *h = slot & !(FAR << 24) | ((distance - hole) as u32).min(FAR) << 24;
                 }
                 at = next;
             }
         }
-        if let Some(hole) = self.slots.get_mut(at) {
+        if let Some(hole) = self.slot_mut(at) {
             *hole = 0;
         }
     }
@@ -142,7 +169,7 @@ impl Index {
     #[must_use]
     pub fn longest_run(&self) -> usize {
         let (mut best, mut run) = (0, 0);
-        for s in &self.slots {
+        for s in self.slots() {
             run = if *s == 0 { 0 } else { run + 1 };
             best = best.max(run);
         }
@@ -184,6 +211,23 @@ mod tests {
                     prop_assert_eq!(index.find(hash(k), |x| x == k).is_some(), model.contains_key(&k));
                 }
             }
+        }
+    }
+
+    #[test]
+    fn large_ones_begin_at_a_large_page() {
+        let mut index = Index::new(1 << 18);
+        index.prefault();
+        let (start, len) = index.range();
+        assert_eq!((start % LARGE_PAGE, len), (0, 2 << 20));
+        // The last slots and the first, past the end.
+        for r in 0..3 {
+            index.insert((1 << 19) - 2, r);
+        }
+        assert_eq!((index.slot((1 << 19) - 1) & MASK, index.slot(0) & MASK), (2, 3));
+        assert_eq!(index.longest_run(), 2);
+        for r in 0..3 {
+            assert_eq!(index.find((1 << 19) - 2, |x| x == r), Some(r));
         }
     }
 }

@@ -2,12 +2,13 @@
 //! clock: [`NatEngine::translate`] takes an IP packet, the direction it travels and the time. [`table`] holds
 //! who talks to whom, [`state`] what TCP is about, [`ports`] which external ports are free, [`wheel`] when
 //! things end; [`outbound`], [`inbound`], [`icmp`] and [`fragments`] are the ways that a packet can go, and
-//! [`batch`] the short way for most of them. Packets that the engine itself sends (ICMP errors, fragments)
+//! [`batch`] the short way for most of them, with [`foresight`] of what new ones need. Packets that the engine itself sends (ICMP errors, fragments)
 //! wait in [`output`]. IPv6 needs no NAT: it passes.
 
 mod batch;
 mod config;
 mod engine;
+mod foresight;
 mod fragments;
 pub mod hash;
 mod icmp;

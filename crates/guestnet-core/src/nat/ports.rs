@@ -58,7 +58,13 @@ impl PortSet {
     /// True when the port is in the range and free.
     #[must_use]
     pub fn is_free(&self, port: u16) -> bool {
-        self.taken.get(usize::from(port >> 6)).is_some_and(|w| w & (1 << (port & 63)) == 0)
+        self.word(port) & (1 << (port & 63)) == 0
+    }
+
+    /// The 64 ports around `port`: a set bit is taken.
+    #[inline]
+    pub(crate) fn word(&self, port: u16) -> u64 {
+        self.taken.get(usize::from(port >> 6)).copied().unwrap_or(u64::MAX)
     }
 
     /// Takes this very port if it is free.
@@ -110,7 +116,21 @@ impl PortSet {
         parity: bool,
         random: &mut Random,
     ) -> Option<u16> {
-        if preserve && self.take(wanted) {
+        let port = self.choose(wanted, preserve, parity, |n| random.below(n))?;
+        self.take(port);
+        Some(port)
+    }
+
+    /// The port that [`PortSet::allocate`] takes when `below` draws its numbers.
+    #[inline]
+    pub fn choose(
+        &self,
+        wanted: u16,
+        preserve: bool,
+        parity: bool,
+        mut below: impl FnMut(u32) -> u32,
+    ) -> Option<u16> {
+        if preserve && self.is_free(wanted) {
             return Some(wanted);
         }
         if self.free == 0 {
@@ -124,12 +144,12 @@ impl PortSet {
             if first > last {
                 continue;
             }
-            let start = first + random.below(u32::from(last - first) + 1) as u16;
+            let start = first + below(u32::from(last - first) + 1) as u16;
             let parities: &[Option<usize>] = if parity { &[Some(odd), Some(1 - odd)] } else { &[None] };
             for p in parities {
-                if let Some(port) = self.search(start, last, *p).or_else(|| self.search(first, start, *p)) {
-                    self.take(port);
-                    return Some(port);
+                let found = self.search(start, last, *p).or_else(|| self.search(first, start, *p));
+                if found.is_some() {
+                    return found;
                 }
             }
         }

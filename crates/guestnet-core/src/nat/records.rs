@@ -1,5 +1,5 @@
-//! Theory of operation: the records of [`super::table`], plain and small, and the slab that they live in: a vector
-//! with a free list running through its free records. A session is one cache line.
+//! Theory of operation: the records of [`super::table`], plain and small, and the slab that they live in: a vector,
+//! and beside it a stack of what is free, so that the next records to be used can be fetched before they are. A session is one cache line.
 
 use super::hash::Keys;
 use super::state::ConnState;
@@ -139,35 +139,37 @@ pub(crate) struct Host {
     pub sessions: u32,
 }
 
-/// A record that can carry a free list.
+/// A record of a slab.
 pub(crate) trait Slot: Copy {
-    fn link(&mut self) -> &mut u32;
+    /// Some of it: reading that brings the record into the cache.
+    fn word(&self) -> u32;
 }
 impl Slot for Session {
-    fn link(&mut self) -> &mut u32 {
-        self.links.free_link()
+    fn word(&self) -> u32 {
+        self.expires
     }
 }
 impl Slot for Mapping {
-    fn link(&mut self) -> &mut u32 {
-        &mut self.refs
+    fn word(&self) -> u32 {
+        self.refs
     }
 }
 impl Slot for Peer {
-    fn link(&mut self) -> &mut u32 {
-        &mut self.count
+    fn word(&self) -> u32 {
+        self.count
     }
 }
 impl Slot for Host {
-    fn link(&mut self) -> &mut u32 {
-        &mut self.ports
+    fn word(&self) -> u32 {
+        self.ip
     }
 }
 
 #[derive(Debug)]
 pub(crate) struct Slab<T> {
     pub items: Vec<T>,
-    free: u32,
+    /// Numbers of the free ones, the next to be given out last.
+    free: Vec<u32>,
     pub len: usize,
     pub limit: usize,
 }
@@ -175,41 +177,52 @@ pub(crate) struct Slab<T> {
 impl<T: Slot> Slab<T> {
     pub fn new(limit: usize) -> Self {
         // Address space only: pages come as records do, unless `prefault` is called.
-        Slab { items: Vec::with_capacity(limit), free: NONE, len: 0, limit }
+        Slab { items: Vec::with_capacity(limit), free: Vec::with_capacity(limit), len: 0, limit }
     }
     /// Touches all of its memory.
     pub fn prefault(&mut self, blank: T) {
         let used = self.items.len();
         self.items.resize(self.limit.max(used), blank);
         self.items.truncate(used);
+        let used = self.free.len();
+        self.free.resize(self.limit.max(used), 0);
+        self.free.truncate(used);
     }
     /// Address and length in bytes of its memory.
     pub fn range(&self) -> (usize, usize) {
         (self.items.as_ptr().addr(), self.items.capacity() * size_of::<T>())
+    }
+    /// Reads up to `n` of the records that are given out next.
+    #[inline]
+    pub fn touch_free(&self, n: usize) -> u32 {
+        let next = self.free.iter().rev().take(n);
+        next.fold(0, |seen, at| seen ^ self.items.get(*at as usize).map_or(0, T::word))
     }
     pub fn is_full(&self) -> bool {
         self.len >= self.limit
     }
     pub fn add(&mut self, item: T) -> u32 {
         self.len += 1;
-        let at = self.free;
-        if let Some(slot) = self.items.get_mut(at as usize) {
-            self.free = *slot.link();
+        if let Some(at) = self.free.pop()
+            && let Some(slot) = self.items.get_mut(at as usize)
+        {
             *slot = item;
-            at
-        } else {
-            self.items.push(item);
-            (self.items.len() - 1) as u32
+            return at;
         }
+        self.items.push(item);
+        (self.items.len() - 1) as u32
     }
     /// `dead` is what the free record looks like.
     pub fn remove(&mut self, at: u32, dead: T) {
         if let Some(slot) = self.items.get_mut(at as usize) {
             *slot = dead;
-            *slot.link() = self.free;
-            self.free = at;
+            self.free.push(at);
             self.len -= 1;
         }
+    }
+    /// Bytes that it takes, as far as they were used.
+    pub fn memory(&self) -> usize {
+        self.items.len() * (size_of::<T>() + size_of::<u32>())
     }
     #[inline(always)]
     pub fn get(&self, at: u32) -> Option<&T> {

@@ -2,8 +2,8 @@
 //! found from both sides through two indexes. A *mapping* ties an internal address and port to an external
 //! one; sessions count as its references and it goes with the last. A *peer* says that a mapping talked to an
 //! address (address-dependent filtering; the first one is kept in the mapping itself), a *host* counts what an
-//! internal address holds (caps) and keeps its external address (pooling "paired"). All are slabs with free
-//! lists inside; none moves or is evicted.
+//! internal address holds (caps) and keeps its external address (pooling "paired"). All are slabs;
+//! none moves or is evicted.
 
 use super::config::{Behaviour, NatEngineConfig};
 use super::hash::{Keys, Random};
@@ -17,15 +17,15 @@ use crate::stats::Drop;
 use guestnet_wire::proto;
 use std::collections::VecDeque;
 
-struct External {
-    ip: u32,
+pub(super) struct External {
+    pub ip: u32,
     hosts: u32,
     /// TCP, UDP, ICMP; made when first used.
-    ports: [Option<Box<PortSet>>; 3],
+    pub ports: [Option<Box<PortSet>>; 3],
 }
 
 /// Whether ports of this protocol are translated, and which set they come from.
-fn port_class(p: u8) -> Option<usize> {
+pub(super) fn port_class(p: u8) -> Option<usize> {
     match p {
         proto::TCP => Some(0),
         proto::UDP => Some(1),
@@ -61,20 +61,22 @@ pub(crate) struct Table {
     pub out: Index,
     pub inn: Index,
     pub mappings: Slab<Mapping>,
-    map_out: Index,
-    map_in: Index,
+    pub(super) map_out: Index,
+    pub(super) map_in: Index,
     peers: Slab<Peer>,
     peer_index: Index,
-    hosts: Slab<Host>,
-    host_index: Index,
-    externals: Vec<External>,
+    pub(super) hosts: Slab<Host>,
+    pub(super) host_index: Index,
+    pub(super) externals: Vec<External>,
+    /// The lowest and the highest external address.
+    outermost: (u32, u32),
     held: VecDeque<Held>,
     pub wheel: Wheel,
     /// No look at the wheel is needed before this tick.
     pub due: u32,
     range: (u16, u16),
-    preserve: bool,
-    parity: bool,
+    pub(super) preserve: bool,
+    pub(super) parity: bool,
     ports_per_host: u32,
     sessions_per_host: u32,
     mapping_udp: Behaviour,
@@ -91,6 +93,7 @@ impl Table {
         let mut random = Random::new(&c.secret);
         let keys = Keys::new(&mut random);
         let n = c.table_size;
+        let ips = || c.external.iter().map(|a| u32::from(*a));
         let hosts = n.min(1 << 20);
         Table {
             keys,
@@ -105,11 +108,8 @@ impl Table {
             peer_index: Index::new(n),
             hosts: Slab::new(hosts),
             host_index: Index::new(hosts),
-            externals: c
-                .external
-                .iter()
-                .map(|a| External { ip: u32::from(*a), hosts: 0, ports: [None, None, None] })
-                .collect(),
+            externals: ips().map(|ip| External { ip, hosts: 0, ports: [None, None, None] }).collect(),
+            outermost: (ips().min().unwrap_or(u32::MAX), ips().max().unwrap_or(0)),
             held: VecDeque::new(),
             wheel: Wheel::new(tick),
             due: u32::MAX,
@@ -150,15 +150,17 @@ impl Table {
         ]
     }
 
+    #[inline]
     pub fn is_external(&self, ip: u32) -> bool {
-        self.externals.iter().any(|e| e.ip == ip)
+        // Most addresses are far from all of them.
+        (self.outermost.0..=self.outermost.1).contains(&ip) && self.externals.iter().any(|e| e.ip == ip)
     }
 
     pub fn filtering(&self, p: u8) -> Behaviour {
         if p == proto::TCP { self.filtering_tcp } else { self.filtering_udp }
     }
 
-    fn mapping_behaviour(&self, p: u8) -> Behaviour {
+    pub(super) fn mapping_behaviour(&self, p: u8) -> Behaviour {
         match p {
             proto::TCP => self.mapping_tcp,
             proto::UDP => self.mapping_udp,
@@ -169,7 +171,13 @@ impl Table {
 
     #[inline]
     pub fn find_out(&self, k: &Key) -> Option<u32> {
-        self.out.find(k.hash(&self.keys), |r| self.sessions.get(r).is_some_and(|s| s.is_out(k)))
+        self.find_hashed(k, k.hash(&self.keys))
+    }
+
+    /// As [`Table::find_out`], for who has the hash.
+    #[inline]
+    pub fn find_hashed(&self, k: &Key, hash: u64) -> Option<u32> {
+        self.out.find(hash, |r| self.sessions.get(r).is_some_and(|s| s.is_out(k)))
     }
 
     #[inline]
@@ -179,18 +187,13 @@ impl Table {
 
     /// The mapping of an internal end, as far as this remote end matters to it.
     pub fn mapping_out(&self, k: &Key) -> Option<u32> {
-        let b = self.mapping_behaviour(k.proto);
-        let full = Key {
-            remote: if b == Behaviour::EndpointIndependent { 0 } else { k.remote },
-            remote_port: if b == Behaviour::AddressAndPortDependent { k.remote_port } else { 0 },
-            ..*k
-        };
+        let full = self.mapping_key(k);
         let find = |k: &Key| {
             self.map_out.find(k.hash(&self.keys), |r| self.mappings.get(r).is_some_and(|m| m.out_key() == *k))
         };
         find(&full).or_else(|| {
             // A published port depends on nobody.
-            if b == Behaviour::EndpointIndependent {
+            if self.mapping_behaviour(k.proto) == Behaviour::EndpointIndependent {
                 return None;
             }
             find(&Key { remote: 0, remote_port: 0, ..*k })
@@ -267,13 +270,17 @@ impl Table {
         }
     }
 
-    fn host_hash(&self, ip: u32) -> u64 {
+    pub(super) fn host_hash(&self, ip: u32) -> u64 {
         self.keys.hash(u64::from(ip), 2)
     }
 
+    #[inline]
+    fn find_host(&self, ip: u32) -> Option<u32> {
+        self.host_index.find(self.host_hash(ip), |r| self.hosts.get(r).is_some_and(|h| h.ip == ip))
+    }
+
     fn host(&mut self, ip: u32) -> Result<u32, Drop> {
-        let hash = self.host_hash(ip);
-        if let Some(h) = self.host_index.find(hash, |r| self.hosts.get(r).is_some_and(|h| h.ip == ip)) {
+        if let Some(h) = self.find_host(ip) {
             return Ok(h);
         }
         if self.hosts.is_full() {
@@ -290,7 +297,7 @@ impl Table {
             e.hosts += 1;
         }
         let h = self.hosts.add(Host { ip, external: external as u32, ports: 0, sessions: 0 });
-        self.host_index.insert(hash, h);
+        self.host_index.insert(self.host_hash(ip), h);
         Ok(h)
     }
 
@@ -362,14 +369,14 @@ impl Table {
         if let Some(h) = self.hosts.get_mut(host) {
             h.ports += 1;
         }
-        let b = self.mapping_behaviour(k.proto);
+        let name = self.mapping_key(k);
         Ok(self.add_mapping(Mapping {
             int_ip: k.local,
             ext_ip,
-            rem_ip: if b == Behaviour::EndpointIndependent { 0 } else { k.remote },
+            rem_ip: name.remote,
             int_port: k.local_port,
             ext_port,
-            rem_port: if b == Behaviour::AddressAndPortDependent { k.remote_port } else { 0 },
+            rem_port: name.remote_port,
             proto: k.proto,
             published: false,
             refs: 0,
@@ -576,32 +583,6 @@ impl Table {
         self.release_mapping(s.mapping, tick);
     }
 
-    /// The hashes of what a new outbound connection with this key will need: those of its mapping, and of its
-    /// external end should it keep its port.
-    #[inline]
-    pub fn foresee(&self, k: &Key) -> [u64; 3] {
-        let b = self.mapping_behaviour(k.proto);
-        let own = Key {
-            remote: if b == Behaviour::EndpointIndependent { 0 } else { k.remote },
-            remote_port: if b == Behaviour::AddressAndPortDependent { k.remote_port } else { 0 },
-            ..*k
-        };
-        let ip = k.local;
-        let host =
-            self.host_index.find(self.host_hash(ip), |r| self.hosts.get(r).is_some_and(|h| h.ip == ip));
-        let external = host.and_then(|h| self.hosts.get(h)).map_or(0, |h| h.external);
-        let local = self.externals.get(external as usize).map_or(0, |e| e.ip);
-        let inner = Key { local, ..*k };
-        let outer = Key { remote: 0, remote_port: 0, ..inner };
-        [own.hash(&self.keys), inner.hash(&self.keys), outer.hash(&self.keys)]
-    }
-
-    /// Reads the slots of what was foreseen, so that they are in the cache. Changes nothing.
-    #[inline(always)]
-    pub fn touch(&self, [own, inner, outer]: &[u64; 3]) -> u32 {
-        self.map_out.first(*own) ^ self.inn.first(*inner) ^ self.map_in.first(*outer)
-    }
-
     /// Reads what removing a session will need.
     #[inline]
     pub fn foresee_removal(&self, id: u32) -> u32 {
@@ -642,13 +623,10 @@ impl Table {
 
     /// Bytes that the records and indexes take, as far as they have been touched.
     pub fn memory(&self) -> usize {
-        fn slab<T>(s: &Slab<T>) -> usize {
-            s.items.len() * size_of::<T>()
-        }
-        slab(&self.sessions)
-            + slab(&self.mappings)
-            + slab(&self.peers)
-            + slab(&self.hosts)
+        self.sessions.memory()
+            + self.mappings.memory()
+            + self.peers.memory()
+            + self.hosts.memory()
             + [&self.out, &self.inn, &self.map_out, &self.map_in, &self.peer_index, &self.host_index]
                 .iter()
                 .map(|i| i.memory())

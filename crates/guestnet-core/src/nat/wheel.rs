@@ -27,11 +27,6 @@ impl Links {
     /// Not armed.
     pub const UNARMED: Links = Links { next: NONE, prev: NONE, slot: UNARMED, spare: 0 };
 
-    /// The link that free lists may use while the record is not armed.
-    pub fn free_link(&mut self) -> &mut u32 {
-        &mut self.next
-    }
-
     /// True while the record is on the wheel.
     #[must_use]
     pub fn is_armed(&self) -> bool {
