@@ -128,12 +128,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument
     add("--full", action="store_true", help="more rounds, longer runs, more loads; some 40 minutes")
-    add("--rounds", type=int, help="rounds for namespaces (3; full: 7)")
+    add("--rounds", type=int, help="rounds (namespaces 3, machines 1; full: 7 and 5)")
     add("--seconds", type=float, help="one throughput run (0.5; full: 2)")
     add("--only", type=words, default=[], metavar="WORD,...", help="workloads with such a word in their id")
     add("--contenders", type=words, default=[], metavar="WORD,...", help="contenders with it in the name")
     add("--no-machines", action="store_true", help="namespaces alone")
-    add("--no-namespaces", action="store_true", help="machines alone; --rounds is for them then")
+    add("--no-namespaces", action="store_true", help="machines alone")
     add("--accel", default="tcg", help="QEMU's accelerator (tcg; kvm where it works)")
     add("--pasta", type=Path, metavar="PATH", help="another build of pasta (and passt beside it) races too")
     add("--install-gvproxy", action="store_true", help="`go install` gvproxy and its forwarder first")
@@ -198,9 +198,7 @@ def race(args: argparse.Namespace, results: Results) -> None:
         if not args.no_machines and virtual:
             boxes = [c for c in machines.machines(newer, gv) if chosen(c.name, args.contenders)]
             results.know(boxes, virtual)
-            turns = 5 if full else 1
-            if args.no_namespaces and args.rounds:
-                turns = args.rounds
+            turns = args.rounds or (5 if full else 1)
             if boxes:
                 Race(arena, results, setting).run(boxes, virtual, turns, until(MACHINES))
 

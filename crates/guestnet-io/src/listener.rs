@@ -353,9 +353,9 @@ impl State {
         else {
             return;
         };
-        let Some(fd) = u.replace() else { return };
+        let Some(next) = u.replace() else { return };
         u.replaced = true;
-        let kind = Arrivals::Datagrams(Unixgram::new(fd, true));
+        let kind = Arrivals::Datagrams(next);
         let next = Listener { number: *number, template: template.clone(), kind };
         let next = self.listeners.insert(next);
         if let Err(e) = self.watch_listener(next) {

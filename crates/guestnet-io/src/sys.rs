@@ -335,6 +335,12 @@ pub(crate) fn connect(fd: &impl AsRawFd, to: &RawAddr) -> Result<(), i32> {
     check(unsafe { libc::connect(fd.as_raw_fd(), to.as_ptr(), to.len) }).map(|_| ())
 }
 
+/// fchmod(2) of a socket that is not bound yet: the mode of what bind makes, less the umask.
+pub(crate) fn set_mode(fd: &OwnedFd, mode: u32) {
+    // SAFETY: plain numbers.
+    let _best_effort = unsafe { libc::fchmod(fd.as_raw_fd(), (mode & 0o777) as libc::mode_t) };
+}
+
 /// bind(2).
 pub(crate) fn bind(fd: &OwnedFd, to: &RawAddr) -> Result<(), i32> {
     // SAFETY: the address lives and has that length.

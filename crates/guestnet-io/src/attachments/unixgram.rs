@@ -16,6 +16,7 @@ use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -30,6 +31,8 @@ const RESTARTS: u32 = 4;
 pub(crate) struct Unixgram {
     pub fd: Arc<OwnedFd>,
     pub peers: HashMap<Vec<u8>, PortId>,
+    /// Where guests find it. A socket that took another's place goes on giving the name that it was bound to.
+    path: Option<Vec<u8>>,
     /// `VFKT` may come.
     magic: bool,
     /// Another socket has taken its place at the path.
@@ -57,7 +60,8 @@ pub(crate) enum From {
 impl Unixgram {
     pub(crate) fn new(fd: OwnedFd, magic: bool) -> Unixgram {
         set_buffers(&fd);
-        Unixgram { fd: Arc::new(fd), peers: HashMap::new(), magic, replaced: false, restarts: (0, 0) }
+        let path = sys::local_addr(&fd).and_then(RawAddr::to_path).filter(|p| p.first() == Some(&b'/'));
+        Unixgram { path, fd: Arc::new(fd), peers: HashMap::new(), magic, replaced: false, restarts: (0, 0) }
     }
 
     /// Reads one datagram to `buf`.
@@ -91,17 +95,23 @@ impl Unixgram {
 
     /// Puts a new socket at the path of this one, which stays with the guests that found it. `None` where
     /// that is not needed, or cannot be done; then the guests share the socket.
-    pub(crate) fn replace(&self) -> Option<OwnedFd> {
+    pub(crate) fn replace(&self) -> Option<Unixgram> {
         if !self.magic || self.replaced {
             return None;
         }
-        let path = sys::local_addr(&self.fd)?.to_path().filter(|p| p.first() == Some(&b'/'))?;
-        let beside = [&path, &b".new"[..]].concat();
+        let at = self.path.clone()?;
+        let beside = [&at, &b".new"[..]].concat();
         let fd = sys::socket(libc::AF_UNIX, libc::SOCK_DGRAM, 0).ok()?;
-        let (path, beside_path) =
-            (Path::new(OsStr::from_bytes(&path)), Path::new(OsStr::from_bytes(&beside)));
+        let (path, beside_path) = (Path::new(OsStr::from_bytes(&at)), Path::new(OsStr::from_bytes(&beside)));
         let mode = std::fs::metadata(path).ok()?.permissions();
-        sys::bind(&fd, &RawAddr::unix(&beside)?).ok()?;
+        let to = RawAddr::unix(&beside)?;
+        // What a guestnet left that was killed in between would stand in the way for ever.
+        if sys::connect(&fd, &to) == Err(libc::ECONNREFUSED) {
+            let _best_effort = std::fs::remove_file(beside_path);
+        }
+        // Bind takes the mode from here, so that at no time more are let in than at the old one.
+        sys::set_mode(&fd, mode.mode());
+        sys::bind(&fd, &to).ok()?;
         // In one step, so that nobody finds nothing there.
         let placed =
             std::fs::set_permissions(beside_path, mode).and_then(|()| std::fs::rename(beside_path, path));
@@ -109,8 +119,7 @@ impl Unixgram {
             let _left = std::fs::remove_file(beside_path);
             return None;
         }
-        set_buffers(&fd);
-        Some(fd)
+        Some(Unixgram { path: Some(at), ..Unixgram::new(fd, true) })
     }
 
     /// The attachment of a guest.
@@ -136,6 +145,29 @@ impl Unixgram {
 mod tests {
     use super::*;
     use std::os::unix::net::UnixDatagram;
+
+    #[test]
+    fn the_next_socket_is_for_the_same_users_whatever_was_left_beside_it() {
+        let dir = std::env::temp_dir().join(format!("guestnet-unixgram-next-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let (path, beside) = (dir.join("s"), dir.join("s.new"));
+        let s = UnixDatagram::bind(&path).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        drop(UnixDatagram::bind(&beside).unwrap());
+        let u = Unixgram::new(s.into(), true);
+        // A third in the place of the second too.
+        let second = u.replace().unwrap();
+        let third = second.replace().unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let guest = UnixDatagram::bind(dir.join("guest")).unwrap();
+        guest.send_to(b"x", &path).unwrap();
+        assert!(matches!(second.read(&mut [0; 4]), From::Empty));
+        assert!(matches!(third.read(&mut [0; 4]), From::New { .. }));
+        // Somebody's socket that is in use stays.
+        let _others = UnixDatagram::bind(&beside).unwrap();
+        assert!(third.replace().is_none());
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
 
     #[test]
     fn knows_guests_by_their_path() {
