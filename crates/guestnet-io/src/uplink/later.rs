@@ -115,8 +115,10 @@ impl Socks {
     /// Closes a connection; in order, it goes when all that waits has been sent.
     pub(crate) fn tcp_close(&mut self, counters: &mut IoCounters, id: SockId, how: Close) {
         let mut how = how;
+        // Before a reset too: what came first is to arrive first.
+        let sent = self.send_waiting(id);
         if how == Close::Graceful {
-            match self.send_waiting(id) {
+            match sent {
                 Ok(true) => {}
                 Ok(false) if self.later.lingering < LINGER_MAX => {
                     if let Some(Sock { flow, kind: SockKind::Tcp(tcp), .. }) = self.slab.get_mut(id.0) {
@@ -354,6 +356,20 @@ mod tests {
                 }
             }
             assert_eq!((got, r.socks.slab.len(), r.socks.later.lingering), (sent, 0, 0));
+        });
+    }
+
+    #[test]
+    fn what_came_before_a_reset_arrives_before_it() {
+        each(|r| {
+            let (id, mut other) = r.pair();
+            assert_eq!(r.socks.tcp_send(id, b"last words"), Ok(10));
+            r.socks.tcp_close(&mut IoCounters::default(), id, Close::Reset);
+            let mut buffer = [0; 10];
+            other.read_exact(&mut buffer).unwrap();
+            assert_eq!(&buffer, b"last words");
+            r.submit();
+            assert_eq!(other.read(&mut buffer).unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
         });
     }
 
