@@ -196,9 +196,9 @@ async def test_a_silent_server_is_passed_over_and_then_asked_last() -> None:
 async def test_a_server_that_fails_is_passed_over(rcode: int) -> None:
     async with Upstream(lambda query, tcp: reply(query, rcode=rcode)) as bad:
         async with Upstream(lambda query, tcp: reply(query, ADDRESS)) as up:
-            made = hurried(server(resolvers=(bad.address, up.address)))
+            made = hurried(server(resolvers=(bad.address, up.address)), timeout=30)
             assert (await resolve(made, "www.example.org")).answer
-        alone = hurried(server(resolvers=(bad.address,)))
+        alone = hurried(server(resolvers=(bad.address,)), timeout=30)
         assert (await resolve(alone, "www.example.org")).rcode() == rcode
 
 
