@@ -137,6 +137,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--accel", default="tcg", help="QEMU's accelerator (tcg; kvm where it works)")
     add("--pasta", type=Path, metavar="PATH", help="another build of pasta (and passt beside it) races too")
     add("--install-gvproxy", action="store_true", help="`go install` gvproxy and its forwarder first")
+    add("--add-to", type=Path, metavar="JSON", help="put the rows of --only into those of an earlier run")
     add("--list", action="store_true", help="name the workloads and end")
     add(
         "--output",
@@ -237,6 +238,14 @@ def main() -> int:
             }
         )
     )
+    if args.add_to:  # its description stays
+        results = Results.from_plain(json.loads(args.add_to.read_text(encoding="utf-8")))
+        every = [*all_workloads(args.full), *crowds(args.full)]
+        again = [w for w in every if chosen(w.id, args.only)]
+        for machine in (False, True):
+            if not (args.no_machines if machine else args.no_namespaces):
+                names = results.names(machine=machine)
+                results.forget([n for n in names if chosen(n, args.contenders)], again)
     start = time.monotonic()
     status = 0
     try:
@@ -244,7 +253,8 @@ def main() -> int:
     except KeyboardInterrupt:
         say("interrupted: what follows is what was measured so far")
         status = 130
-    results.about["minutes"] = f"{(time.monotonic() - start) / 60:.1f}"
+    if not args.add_to:
+        results.about["minutes"] = f"{(time.monotonic() - start) / 60:.1f}"
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "race.json").write_text(json.dumps(results.plain(), indent=1) + "\n", encoding="utf-8")
     written = report.write(results, args.output)

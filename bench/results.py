@@ -58,6 +58,26 @@ class Spread:
         return cls(statistics.median(values), min(values), max(values), len(values))
 
 
+@dataclass(frozen=True)
+class KnownRow:
+    """A row of an earlier run."""
+
+    id: str
+    title: str
+    unit: str
+    more: bool
+    digits: int
+
+
+@dataclass(frozen=True)
+class KnownContender:
+    """A contender of an earlier run."""
+
+    name: str
+    kind: str
+    machine: bool
+
+
 @dataclass
 class Results:
     """Values by contender and row, in the order in which they came."""
@@ -75,6 +95,32 @@ class Results:
         for workload in workloads:
             for row in workload.rows:
                 self.rows.setdefault(row.id, row)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Results:
+        """What an earlier run wrote as JSON."""
+        rows = {
+            name: KnownRow(name, r["title"], r["unit"], r["more_is_better"], r["digits"])
+            for name, r in plain["rows"].items()
+        }
+        racers = {
+            name: KnownContender(name, c["kind"], c["machine"]) for name, c in plain["contenders"].items()
+        }
+        return cls(
+            dict(plain["about"]),
+            dict(racers),
+            dict(rows),
+            {name: dict(values) for name, values in plain["values"].items()},
+            {name: dict(failures) for name, failures in plain["failures"].items()},
+        )
+
+    def forget(self, names: Iterable[str], workloads: Iterable[WorkloadLike]) -> None:
+        """These contenders are measured anew."""
+        rows = [row.id for workload in workloads for row in workload.rows]
+        for name in names:
+            for row in rows:
+                self.values.get(name, {}).pop(row, None)
+                self.failures.get(name, {}).pop(row, None)
 
     def add(self, contender: str, row: str, value: float) -> None:
         self.values.setdefault(contender, {}).setdefault(row, []).append(value)

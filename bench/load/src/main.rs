@@ -102,14 +102,16 @@ fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     let done = match words[..] {
-        ["serve", port] => number(port).and_then(serve::start).and_then(|()| {
+        ["serve", port] => number(port).and_then(|port| serve::start(port, serve::THREADS)).and_then(|()| {
             println!("ready");
             loop {
                 std::thread::park();
             }
         }),
         ["agent"] => agent(),
-        ["agent", port] => number(port).and_then(serve::start).and_then(|()| agent()),
+        ["agent", port] => {
+            number(port).and_then(|port| serve::start(port, serve::AGENT_THREADS)).and_then(|()| agent())
+        }
         _ => {
             let result = run(&words, &mut Vec::new());
             let failed = result.is_err();

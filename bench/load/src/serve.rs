@@ -12,7 +12,9 @@ use std::thread;
 use std::time::Duration;
 
 /// More than any workload has busy connections at once.
-const THREADS: usize = 320;
+pub(crate) const THREADS: usize = 320;
+/// Those of an agent, who has one caller at a time; a hundred of them are on one machine.
+pub(crate) const AGENT_THREADS: usize = 48;
 const STACK: usize = 256 * 1024;
 const IDLE_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -154,7 +156,7 @@ fn answer_names(socket: &UdpSocket) -> io::Result<Numbers> {
 }
 
 /// Starts the server's threads on `port`; DNS where port 53 is free and allowed.
-pub(crate) fn start(port: u16) -> io::Result<()> {
+pub(crate) fn start(port: u16, threads: usize) -> io::Result<()> {
     let listener = Arc::new(TcpListener::bind(("0.0.0.0", port))?);
     let shared = Arc::new(Shared {
         socket: UdpSocket::bind(("0.0.0.0", port))?,
@@ -162,7 +164,7 @@ pub(crate) fn start(port: u16) -> io::Result<()> {
         callers: Mutex::default(),
         idle: Mutex::default(),
     });
-    for _ in 0..THREADS {
+    for _ in 0..threads {
         let (listener, shared) = (Arc::clone(&listener), Arc::clone(&shared));
         thread::Builder::new().stack_size(STACK).spawn(move || {
             loop {
