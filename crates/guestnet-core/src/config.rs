@@ -46,9 +46,10 @@ pub struct Limits {
     /// Datagrams a second of one port to UDP services; the control side serves all ports from one queue. A
     /// datagram counts once for each 1500 bytes begun.
     pub service_datagrams_per_second: u32,
-    /// Flows that all ports together can have a descriptor for. A port may have as many as [`PORT_SHARE`] times
-    /// those that are left (a dynamic threshold, as switches share their buffer): a port alone gets four fifths,
-    /// and however many want all, each gets as much, and a newcomer too.
+    /// Flows that all ports together can have a descriptor for. A port may have as many as four times those that
+    /// are left of seven eighths of these (a dynamic threshold, as switches share their buffer): a port alone gets
+    /// 70 %, who comes when others have much gets less, and the last eighth is for ports that have next to nothing.
+    /// The same holds for `flows`.
     pub descriptors: u32,
     /// Inbound flows and datagrams that wait for a guest's answer to ARP, all ports together; of one port a
     /// quarter of it.
@@ -58,13 +59,16 @@ pub struct Limits {
 }
 
 /// How much of what is left a port may have, see [`Limits::descriptors`].
-pub(crate) const PORT_SHARE: u32 = 4;
+const PORT_SHARE: u32 = 4;
+/// Flows that a port may have whatever others have, as long as there are any.
+const PORT_MIN: u32 = 16;
 
 impl Limits {
     /// Flows that one port may have while all ports have `flows`.
     pub(crate) fn of_one_port(&self, flows: u32) -> u32 {
-        let left = self.descriptors.saturating_sub(flows);
-        self.flows_per_port.min(left.saturating_mul(PORT_SHARE))
+        let all = self.descriptors.min(self.flows);
+        let left = (all - all / 8).saturating_sub(flows);
+        self.flows_per_port.min(left.saturating_mul(PORT_SHARE).max(PORT_MIN))
     }
 
     /// The same for a process that can have so many descriptors: each TCP flow is one and each UDP socket, and

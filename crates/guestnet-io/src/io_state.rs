@@ -111,7 +111,7 @@ impl IoState {
             counters.write_runs += 1;
             counters.writes_put_off += results.len() as u64;
             for (what, result) in done.iter().zip(results) {
-                socks.did(what, *result);
+                socks.did(counters, what, *result);
             }
             ports.did_frames(poller, counters, frames, results.get(done.len()..).unwrap_or(&[]));
             done.clear();
@@ -129,7 +129,6 @@ impl IoState {
     pub(crate) fn has_news(&self) -> bool {
         !self.socks.outcomes.is_empty()
             || !self.socks.errors.is_empty()
-            || !self.socks.later.broken.is_empty()
             || !self.ports.writable.is_empty()
             || !self.ports.down.is_empty()
     }

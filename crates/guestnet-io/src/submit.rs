@@ -61,7 +61,13 @@ impl Submitter {
         let ring = || {
             let mut builder = IoUring::builder();
             builder.setup_single_issuer().setup_coop_taskrun().setup_submit_all();
-            builder.build(OPS_MAX as u32).ok()
+            let mut ring = builder.build(OPS_MAX as u32).ok()?;
+            // It can be made where it must not be used.
+            // SAFETY: an operation that does nothing points to nothing.
+            unsafe { ring.submission().push(&opcode::Nop::new().build()) }.ok()?;
+            ring.submit_and_wait(1).ok()?;
+            let done = ring.completion().next().is_some();
+            done.then_some(ring)
         };
         Submitter {
             ring: wanted.then(ring).flatten(),
@@ -79,6 +85,12 @@ impl Submitter {
     /// A run of up to [`OPS_MAX`] operations.
     pub(crate) fn batch<'fd>(&mut self) -> Batch<'_, 'fd> {
         self.memory.bytes.clear();
+        // Of a run that was not made: closes are due all the same.
+        for op in self.ops.drain(..) {
+            if matches!(op, Op::Close(_)) {
+                self.memory.do_one(op);
+            }
+        }
         self.results.clear();
         Batch { by: self, descriptors: PhantomData }
     }
@@ -146,15 +158,14 @@ impl Submitter {
             }
         }
         let mut done = 0;
+        let mut failed = false;
         while done < pushed {
             let wait = types::SubmitArgs::new().timespec(&PATIENCE);
             if let Err(e) = ring.submitter().submit_with_args(pushed - done, &wait)
                 && !matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY))
             {
-                // Cannot be, with a ring that worked; but the kernel might still read what it was given.
-                std::mem::forget(std::mem::take(&mut memory.bytes));
-                *slot = None;
-                return;
+                // Cannot be, with a ring that worked.
+                failed = true;
             }
             for c in ring.completion() {
                 done += 1;
@@ -162,6 +173,18 @@ impl Submitter {
                     *r = c.result();
                 }
             }
+            if failed {
+                break;
+            }
+        }
+        if failed {
+            // What the kernel did not even take is done one by one; it might still read what it did take.
+            let taken = pushed - ring.submission().len().min(pushed);
+            for (op, result) in ops.iter().zip(results).skip(taken) {
+                *result = memory.do_one(*op);
+            }
+            std::mem::forget(std::mem::take(&mut memory.bytes));
+            *slot = None;
         }
     }
 }

@@ -439,9 +439,6 @@ impl State {
             for (flow, result) in std::mem::take(&mut io.socks.outcomes) {
                 self.core.tcp_connected(now, flow, result, io);
             }
-            for flow in std::mem::take(&mut io.socks.later.broken) {
-                self.core.tcp_ready(now, flow, true, true, io);
-            }
             for e in std::mem::take(&mut io.socks.errors) {
                 self.core.sock_error(now, e.flow, e.as_core(), io);
             }
@@ -465,6 +462,7 @@ impl State {
     /// What is due besides the core's timers.
     fn chores(&mut self) {
         self.resume();
+        self.io.socks.end_old_lingering(&mut self.io.counters, self.now);
         if let Some(c) = &mut self.io.capture {
             if self.capture_flush.is_some_and(|t| t <= self.now) {
                 self.capture_flush = None;
@@ -508,10 +506,11 @@ impl State {
         let publish = self.unpublished.then_some(Time(self.published_at.0 + PUBLISH));
         let closing = (!self.closing.is_empty()).then_some(Time(self.now.0 + CLOSING_POLL));
         let capture = self.capture_flush;
+        let linger = self.io.socks.lingering_until();
         let (retry, rest) = (self.io.ports.retry_at, self.resting.until);
         let late = self.io.peers.as_ref().is_some_and(|p| p.is_behind());
         let late = late.then_some(Time(self.now.0 + LATE_NEWS));
-        until(now, [self.core.next_timer(), publish, closing, capture, retry, rest, late])
+        until(now, [self.core.next_timer(), publish, closing, capture, linger, retry, rest, late])
     }
 
     fn wait(&mut self) -> Result<usize, i32> {

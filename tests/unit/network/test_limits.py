@@ -40,4 +40,4 @@ def test_a_guest_that_opens_connections_without_end_leaves_some_to_others(tmp_pa
             capture_output=True, text=True, timeout=60, check=False, cwd=root,
         )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    assert int(done.stdout) == 180
+    assert int(done.stdout) == 157

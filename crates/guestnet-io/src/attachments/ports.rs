@@ -162,6 +162,7 @@ impl Ports {
     pub(crate) fn remove(&mut self, id: PortId) -> Option<Port> {
         let slot = self.by_id.remove(&id)?;
         self.last = None;
+        self.taps.retain(|tap| *tap != slot);
         self.slab.remove(slot)
     }
 
@@ -185,6 +186,7 @@ impl Ports {
 
     /// Takes the attachment away; frames that wait in it are lost.
     pub(crate) fn detach(&mut self, slot: u32) {
+        self.taps.retain(|tap| *tap != slot);
         if let Some(p) = self.slab.get_mut(slot) {
             p.attachment = Attachment::None;
             if std::mem::take(&mut p.owed) {
@@ -248,7 +250,8 @@ impl Ports {
                 return Ok(());
             }
             Attachment::Tap(tap) if tap.takes(&meta) => {
-                if out.submitter.is_on() {
+                // Behind a frame that it did not take, the TAP says itself how things are.
+                if out.submitter.is_on() && !port.out_watched {
                     // What wakes the guest goes in one call at the end of the batch.
                     match tap.put_off(&meta, front, rest) {
                         PutOff::Yes => return Ok(()),

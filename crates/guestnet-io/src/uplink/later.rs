@@ -7,16 +7,18 @@
 use super::sockets::{Sock, SockKind, Socks};
 use super::tcp::TcpSock;
 use crate::stats::IoCounters;
-use crate::submit::{Batch, SMALL};
+use crate::submit::{Batch, OPS_MAX, SMALL};
 use crate::sys;
 use guestnet_core::effects::{Close, SockError};
-use guestnet_core::types::{FlowId, SockId};
+use guestnet_core::types::{SockId, Time};
+use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 
 /// Bytes of one connection that are put off.
 const WAITING_MAX: usize = 2 * SMALL;
-/// Connections that linger at most.
+/// Connections that linger at most, and how long, in seconds.
 const LINGER_MAX: usize = 256;
+const LINGER_S: u64 = 60;
 
 /// A slot and its generation, which says whether its socket is still the same.
 type Place = (u32, u32);
@@ -28,9 +30,8 @@ pub(crate) struct Later {
     pub on: bool,
     sends: Vec<Place>,
     closes: Vec<OwnedFd>,
-    lingering: usize,
-    /// Connections that broke when what they had put off was sent.
-    pub broken: Vec<FlowId>,
+    /// Connections that linger, the oldest first, and until when.
+    lingering: VecDeque<(Place, Time)>,
 }
 
 impl Later {
@@ -40,7 +41,8 @@ impl Later {
 
     /// Closes a descriptor, at the end of the batch where that is worth it.
     pub(crate) fn close(&mut self, fd: OwnedFd) {
-        if self.on {
+        // Bounded, since a descriptor that waits counts as none.
+        if self.on && self.closes.len() < OPS_MAX {
             self.closes.push(fd);
         }
     }
@@ -89,6 +91,9 @@ impl Socks {
         let Some(Sock { fd, kind: SockKind::Tcp(tcp), .. }) = self.slab.get_mut(id.0) else {
             return Ok(true);
         };
+        if let Some(e) = tcp.broken {
+            return Err(e);
+        }
         if tcp.waiting.is_empty() {
             return Ok(true);
         }
@@ -97,10 +102,7 @@ impl Socks {
             Err(e) if sys::would_block(e) => 0,
             Err(e) => return Err(sys::sock_error(e)),
         };
-        tcp.sent(sent);
-        if tcp.waiting.is_empty() && std::mem::take(&mut tcp.ends) {
-            sys::shutdown_write(fd);
-        }
+        tcp.sent(fd, sent);
         Ok(tcp.waiting.is_empty())
     }
 
@@ -109,7 +111,7 @@ impl Socks {
         let Some(Sock { flow, kind: SockKind::Tcp(tcp), .. }) = self.slab.get_mut(id.0) else { return };
         tcp.broken = Some(why);
         tcp.waiting = Vec::new();
-        self.later.broken.extend(*flow);
+        self.outcomes.extend(flow.map(|flow| (flow, Err(why))));
     }
 
     /// Closes a connection; in order, it goes when all that waits has been sent.
@@ -120,16 +122,27 @@ impl Socks {
         if how == Close::Graceful {
             match sent {
                 Ok(true) => {}
-                Ok(false) if self.later.lingering < LINGER_MAX => {
-                    if let Some(Sock { flow, kind: SockKind::Tcp(tcp), .. }) = self.slab.get_mut(id.0) {
-                        (*flow, tcp.lingers) = (None, true);
-                        self.later.lingering += 1;
-                    }
-                    return;
-                }
-                Ok(false) | Err(_) => how = Close::Reset,
+                Ok(false) => return self.begin_lingering(counters, id),
+                Err(_) => how = Close::Reset,
             }
         }
+        self.tcp_end(counters, id, how);
+    }
+
+    fn begin_lingering(&mut self, counters: &mut IoCounters, id: SockId) {
+        let place = self.place(id);
+        if let Some(Sock { flow, kind: SockKind::Tcp(tcp), .. }) = self.slab.get_mut(id.0) {
+            (*flow, tcp.lingers) = (None, true);
+            self.later.lingering.push_back((place, sys::now().plus_s(LINGER_S)));
+        }
+        if self.later.lingering.len() > LINGER_MAX
+            && let Some((place, _)) = self.later.lingering.pop_front()
+        {
+            self.tcp_end(counters, SockId(place.0), Close::Reset);
+        }
+    }
+
+    fn tcp_end(&mut self, counters: &mut IoCounters, id: SockId, how: Close) {
         if let Some(s) = self.remove(counters, id) {
             if how == Close::Reset {
                 sys::set_abort(&s.fd);
@@ -145,8 +158,24 @@ impl Socks {
             Ok(true) => Close::Graceful,
             Ok(false) | Err(_) => Close::Reset,
         };
-        self.later.lingering -= 1;
-        self.tcp_close(counters, id, how);
+        let place = self.place(id);
+        self.later.lingering.retain(|(other, _)| *other != place);
+        self.tcp_end(counters, id, how);
+    }
+
+    /// When the oldest of those that linger has done so for too long.
+    pub(crate) fn lingering_until(&self) -> Option<Time> {
+        self.later.lingering.front().map(|(_, until)| *until)
+    }
+
+    /// Resets those that linger for too long.
+    pub(crate) fn end_old_lingering(&mut self, counters: &mut IoCounters, now: Time) {
+        while let Some((place, until)) = self.later.lingering.front().copied()
+            && until <= now
+        {
+            self.later.lingering.pop_front();
+            self.tcp_end(counters, SockId(place.0), Close::Reset);
+        }
     }
 
     /// The worker ends: connections that linger have not sent all.
@@ -197,15 +226,19 @@ impl Socks {
     }
 
     /// What became of an operation of a run.
-    pub(crate) fn did(&mut self, what: &Done, result: i32) {
+    pub(crate) fn did(&mut self, counters: &mut IoCounters, what: &Done, result: i32) {
         match *what {
             Done::Close => {}
             Done::Send(place) => {
-                let Some(Sock { kind: SockKind::Tcp(tcp), .. }) = self.at(place) else { return };
+                let Some(Sock { fd, kind: SockKind::Tcp(tcp), .. }) = self.at(place) else { return };
+                let lingers = tcp.lingers;
                 match usize::try_from(result) {
-                    Ok(n) => tcp.sent(n),
-                    Err(_) if sys::would_block(-result) => tcp.sent(0),
+                    Ok(n) => tcp.sent(fd, n),
+                    Err(_) if sys::would_block(-result) => tcp.sent(fd, 0),
                     Err(_) => self.broke(SockId(place.0), sys::sock_error(-result)),
+                }
+                if lingers {
+                    self.linger(counters, SockId(place.0), false);
                 }
             }
         }
@@ -219,10 +252,14 @@ pub(crate) struct Taken {
 }
 
 impl TcpSock {
-    /// The kernel took so much of what waits; it tells when it has room for the rest.
-    fn sent(&mut self, n: usize) {
+    /// The kernel took so much of what waits; it tells when it has room for the rest. Behind all of it goes the
+    /// end, if that was said.
+    fn sent(&mut self, fd: &OwnedFd, n: usize) {
         if n >= self.waiting.len() {
             self.waiting = Vec::new();
+            if std::mem::take(&mut self.ends) {
+                sys::shutdown_write(fd);
+            }
         } else {
             self.waiting.drain(..n);
             self.wants_write = true;
@@ -234,8 +271,8 @@ impl TcpSock {
 mod tests {
     use super::*;
     use crate::poller::Poller;
-    use crate::submit::{OPS_MAX, Submitter};
-    use guestnet_core::types::Target;
+    use crate::submit::Submitter;
+    use guestnet_core::types::{FlowId, Target};
     use std::io::Read;
     use std::net::{TcpListener, TcpStream};
 
@@ -274,7 +311,7 @@ mod tests {
             let mut batch = self.submitter.batch();
             self.socks.add_to(&mut batch, taken, &mut done);
             for (what, result) in done.iter().zip(batch.run()) {
-                self.socks.did(what, *result);
+                self.socks.did(&mut IoCounters::default(), what, *result);
             }
         }
 
@@ -337,6 +374,33 @@ mod tests {
     }
 
     #[test]
+    fn the_end_follows_what_was_put_off_before_it() {
+        each(|r| {
+            let (id, mut other) = r.pair();
+            let sent = r.stuff(id);
+            // As if all of what waits had been put off just now, with the kernel full already.
+            let place = r.socks.place(id);
+            r.tcp(id).put_off = true;
+            r.socks.later.sends.push(place);
+            r.socks.tcp_shutdown(id);
+            assert!(r.tcp(id).ends);
+            let (mut got, mut buffer) = (0, vec![0; 1 << 16]);
+            while got + r.tcp(id).waiting.len() < sent {
+                got += other.read(&mut buffer).unwrap();
+            }
+            r.submit();
+            assert!(r.tcp(id).waiting.is_empty() && !r.tcp(id).ends);
+            loop {
+                match other.read(&mut buffer).unwrap() {
+                    0 => break,
+                    n => got += n,
+                }
+            }
+            assert_eq!(got, sent);
+        });
+    }
+
+    #[test]
     fn a_connection_that_is_closed_leaves_nothing_behind() {
         each(|r| {
             let (id, mut other) = r.pair();
@@ -355,7 +419,7 @@ mod tests {
                     r.submit();
                 }
             }
-            assert_eq!((got, r.socks.slab.len(), r.socks.later.lingering), (sent, 0, 0));
+            assert_eq!((got, r.socks.slab.len(), r.socks.later.lingering.len()), (sent, 0, 0));
         });
     }
 
@@ -385,7 +449,14 @@ mod tests {
                     r.submit();
                 }
             }
-            assert_eq!(r.socks.later.broken, [FlowId { index: 1, generation: 0 }]);
+            let told: Vec<_> =
+                r.socks.outcomes.iter().map(|(flow, result)| (*flow, result.is_err())).collect();
+            assert!(told.contains(&(FlowId { index: 1, generation: 0 }, true)), "{told:?}");
+            r.socks.tcp_shutdown(id);
+            r.socks.tcp_close(&mut IoCounters::default(), id, Close::Graceful);
+            assert_eq!((r.socks.slab.len(), r.socks.later.lingering.len()), (0, 0));
+            let (id, _other) = r.pair();
+            r.socks.broke(id, SockError::Reset);
             assert!(r.socks.tcp_send(id, b"more").is_err());
             assert!(r.socks.tcp_peek(id, 0, 10, &mut Vec::new()).is_err());
         });
