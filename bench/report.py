@@ -136,7 +136,7 @@ def markdown(results: Results) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write(results: Results, directory: Path) -> list[Path]:
+def write(results: Results, directory: Path, more: str = "") -> list[Path]:
     """The report and its pictures into `directory`; gives what was written."""
     directory.mkdir(parents=True, exist_ok=True)
     written = []
@@ -150,14 +150,15 @@ def write(results: Results, directory: Path) -> list[Path]:
     if pictures:
         text += "\n## Pictures\n\n" + "\n\n".join(pictures) + "\n"
     path = directory / "README.md"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text + more, encoding="utf-8")
     return [*written, path]
 
 
 def publish(results: Results, root: Path) -> list[Path]:
     """Writes docs/performance, and the part of README.md between its marks."""
     directory = root / "docs" / "performance"
-    written = write(results, directory)
+    notes = "\n## Why\n\n[notes.md](notes.md): what was tried, and what stands in the way of goals.\n"
+    written = write(results, directory, notes)
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8")
     begin, end = MARKS

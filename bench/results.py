@@ -126,7 +126,8 @@ class Results:
         self.values.setdefault(contender, {}).setdefault(row, []).append(value)
 
     def fail(self, contender: str, workload: WorkloadLike, why: str) -> None:
-        """It could not; told under the first row of the workload."""
+        """It could not; told under the first row of the workload, by the last line of the reason."""
+        why = (why.strip().splitlines() or ["no reason"])[-1]
         self.failures.setdefault(contender, {}).setdefault(workload.rows[0].id, []).append(why)
 
     def spread(self, contender: str, row: str) -> Spread | None:
@@ -299,6 +300,6 @@ def machine_description(options: Mapping[str, object]) -> dict[str, str]:
     return {
         "processor": f"{model}, {os.cpu_count()} cores",
         "memory": f"{pages / 2**30:.0f} GiB",
-        "kernel": f"Linux {platform.release()} {platform.machine()}",
+        "kernel": f"Linux {platform.release().partition('-')[0]} {platform.machine()}",
         **{name: str(value) for name, value in options.items()},
     }
