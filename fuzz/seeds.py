@@ -272,9 +272,28 @@ def vhost_guest(features: int) -> bytes:
     return head + bytes(memory) + bytes(memory[:0x400])
 
 
+def dns_answer(rcode: int, counts: tuple[int, int, int], records: bytes) -> bytes:
+    head = struct.pack("!HHHHHH", 0, 0x8180 | rcode, 1, *counts)
+    return head + b"\3www\2ab\0" + struct.pack("!HH", 1, 1) + records
+
+
+def dns_record(kind: int, ttl: int, data: bytes, kind_of: int = 1) -> bytes:
+    return struct.pack("!HHHIH", 0xC00C, kind, kind_of, ttl, len(data)) + data
+
+
+DNS_ANSWERS = {
+    "address": dns_answer(0, (1, 0, 0), dns_record(1, 60, OUTSIDE4)),
+    "ttl_is_none": dns_answer(0, (1, 0, 0), dns_record(1, 1 << 31, OUTSIDE4)),
+    "no_such_name": dns_answer(3, (0, 1, 0), dns_record(6, 300, b"\0\0" + bytes(16) + b"\0\0\0\x3c")),
+    "explained": dns_answer(2, (0, 0, 1), bytes.fromhex("000029 04d0 00000000 0006 000f 0002 0016")),
+}
+
+
 def main() -> None:
     for name, frame in FRAMES.items():
         write("wire_parse", name, b"\0\0" + frame)
+    for name, message in DNS_ANSWERS.items():
+        write("wire_parse", f"dns_answer_{name}", b"\0\x02" + message)
     for name in ("arp", "syn", "udp", "ack_data"):
         frame = FRAMES[name]
         framed = struct.pack("!I", len(frame)) + frame

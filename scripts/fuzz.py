@@ -40,7 +40,7 @@ def build(targets: list[str]) -> dict[str, Path]:
     return {t: out / triple / "release" / t for t in targets}
 
 
-def run(target: str, program: Path, seconds: int) -> bool:
+def run(target: str, program: Path, seconds: int, seed: int) -> bool:
     """One target from its committed seeds; True when it found nothing."""
     work = ROOT / ".build" / "fuzz" / target
     seeds = ROOT / "fuzz" / "corpus" / target
@@ -50,8 +50,8 @@ def run(target: str, program: Path, seconds: int) -> bool:
         d.mkdir(parents=True, exist_ok=True)
     command = [
         str(program), str(grown), *([str(seeds)] if seeds.is_dir() else []), f"-max_total_time={seconds}",
-        "-timeout=10", "-rss_limit_mb=2048", "-max_len=8192", "-print_final_stats=1", "-verbosity=0",
-        f"-artifact_prefix={artifacts}/",
+        f"-seed={seed}", "-timeout=10", "-rss_limit_mb=2048", "-max_len=8192", "-print_final_stats=1",
+        "-verbosity=0", f"-artifact_prefix={artifacts}/",
     ]  # fmt: skip
     done = subprocess.run(
         command, capture_output=True, text=True, errors="replace", timeout=seconds + 120, check=False
@@ -78,6 +78,12 @@ def main() -> int:
     )
     parser.add_argument("target", nargs="*", help=f"which ones; all of {', '.join(known)} when none is named")
     parser.add_argument("--seconds", type=int, default=20, help="how long each runs (20)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="the same inputs in the same order each time; 0, the default: new ones",
+    )
     args = parser.parse_args()
     targets = args.target or known
     if unknown := set(targets) - set(known):
@@ -92,7 +98,7 @@ def main() -> int:
         programs = build(targets)
     except subprocess.CalledProcessError:
         return 1
-    clean = [run(t, programs[t], args.seconds) for t in targets]
+    clean = [run(t, programs[t], args.seconds, args.seed) for t in targets]
     return 0 if all(clean) else 1
 
 

@@ -213,9 +213,7 @@ impl Answer {
                 all = number;
                 continue;
             }
-            // A TTL with its highest bit set is none (RFC 2181 section 8).
-            let ttl = if ttl >> 31 == 0 { ttl } else { 0 };
-            shortest = shortest.min(ttl);
+            shortest = shortest.min(seconds(ttl));
             said |= number < answers && (kind == asked || asked == ANY);
             // RFC 2308 section 5: a negative answer is good for what its SOA says.
             if kind == SOA && (answers..answers + authorities).contains(&number) && length >= 20 {
@@ -257,7 +255,7 @@ impl Answer {
         if age > 0 && fits {
             for at in &self.ttls {
                 let at = usize::from(*at);
-                let ttl = be32(out, at).saturating_sub(age);
+                let ttl = seconds(be32(out, at)).saturating_sub(age);
                 crate::put(out, at, &ttl.to_be_bytes());
             }
         }
@@ -265,6 +263,11 @@ impl Answer {
             opt(f & flags::DO, explanation, out);
         }
     }
+}
+
+/// What a TTL field says: with its highest bit set it is zero (RFC 2181 section 8).
+fn seconds(ttl: u32) -> u32 {
+    if ttl >> 31 == 0 { ttl } else { 0 }
 }
 
 /// The first extended error among the options of EDNS.
@@ -366,6 +369,17 @@ mod tests {
         // Nor under zero, whatever the age.
         shape.emit(&q, &a[shape.question.end..shape.end], &[], 30, &mut out);
         assert_eq!((out[33], out[49]), (30, 0));
+    }
+
+    #[test]
+    fn a_ttl_that_is_none_does_not_become_one_with_age() {
+        let mut high = ADDRESS.to_vec();
+        high[6] = 0x80;
+        let a = answer(&high, [1, 0, 0], 0);
+        let shape = Answer::parse(&a).unwrap();
+        let mut out = Vec::new();
+        shape.emit(&Query::parse(&query(&[], 0)).unwrap(), &a[shape.question.end..], &[], 1, &mut out);
+        assert_eq!((&out[30..34], Answer::parse(&out).unwrap().lifetime), (&[0; 4][..], 0));
     }
 
     #[test]
