@@ -8,7 +8,7 @@ use crate::events::{Event, EventSender};
 use crate::peers::Peers;
 use crate::poller::Poller;
 use crate::stats::IoCounters;
-use crate::submit::{OPS_MAX, Submitter};
+use crate::submit::{OPS_MAX, SMALL, Submitter};
 use crate::sys;
 use crate::uplink::later::Done;
 use crate::uplink::sockets::{Sock, SockKind, Socks};
@@ -150,6 +150,13 @@ impl Effects for IoState {
         meta: FrameMeta,
     ) -> Result<(), TxError> {
         let range = self.peeked + payload.start..self.peeked + payload.end;
+        if payload.len() > SMALL {
+            // A flow with much to send begins its turn: what others have put off does not wait for it.
+            self.socks.udp_flush(&mut self.counters);
+            if !self.socks.later.is_empty() {
+                self.submit();
+            }
+        }
         let IoState { poller, ports, events, counters, submitter, now, scratch, .. } = self;
         let mut out = Outside { poller, events, counters, submitter, now: *now };
         let rest = scratch.get(range.clone()).unwrap_or(&[]);
@@ -262,6 +269,46 @@ impl Effects for IoState {
         use effects::Event::{Denied, FlowClosed, FlowOpened};
         if self.tell_flows || !matches!(event, FlowOpened { .. } | FlowClosed { .. } | Denied { .. }) {
             self.events.offer(Event::Core(event));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{commands::Waker, events};
+    use guestnet_core::types::{FlowId, Target};
+    use std::io::Read;
+    use std::net::{TcpListener, UdpSocket};
+    use std::sync::Arc;
+
+    #[test]
+    fn what_is_put_off_does_not_wait_for_the_turn_of_a_large_flow() {
+        for batched in [true, false] {
+            let (events, _heard) = events::channel(64, Arc::new(Waker::new().unwrap())).unwrap();
+            let mut io = IoState::new(Poller::new(8).unwrap(), events, batched);
+            io.socks.later.on = true;
+            let flow = |index| FlowId { index, generation: 0 };
+            let l = TcpListener::bind("127.0.0.1:0").unwrap();
+            let target = Target::Address(l.local_addr().unwrap());
+            let tcp = io.tcp_connect(flow(1), target, 64).unwrap();
+            let mut connected = l.accept().unwrap().0;
+            let other = UdpSocket::bind("127.0.0.1:0").unwrap();
+            let at = other.local_addr().unwrap();
+            let udp = io.udp_open(flow(2), at).unwrap();
+            other.set_nonblocking(true).unwrap();
+            connected.set_nonblocking(true).unwrap();
+
+            let mut got = [0; 8];
+            assert_eq!(io.tcp_send(tcp, b"small"), Ok(5));
+            io.udp_send(udp, at, b"one", 0, 64, false).unwrap();
+            // The port is not there, which changes nothing.
+            let nowhere = PortId(7);
+            let _no_port = io.transmit_peeked(nowhere, &[0; 54], 0..SMALL, FrameMeta::default());
+            assert!(connected.read(&mut got).is_err() && other.recv(&mut got).is_err(), "the batch goes on");
+            let _no_port = io.transmit_peeked(nowhere, &[0; 54], 0..SMALL + 1, FrameMeta::default());
+            assert_eq!((connected.read(&mut got).unwrap(), &got[..5]), (5, &b"small"[..]));
+            assert_eq!((other.recv(&mut got).unwrap(), &got[..3]), (3, &b"one"[..]));
         }
     }
 }
