@@ -32,6 +32,7 @@ LIMITS = (
 )
 TIMEOUTS = ("udp", "udp_dns", "icmp", "tcp_established", "tcp_transitory", "reassembly")
 """What the data plane knows by these names; its defaults are in `guestnet-core/src/config.rs`."""
+_LINK_LOCAL = IPv4Network("169.254.0.0/16")
 _DEFAULT_SUBNET = "192.168.64.0/24"
 
 
@@ -143,6 +144,11 @@ def _subnet(value: object) -> IPv4Network:
     if first == 0 or last >= 224 or first == 127:
         raise ConfigError(
             f"subnet {network} is not for hosts: write a private one such as {_DEFAULT_SUBNET!r}."
+        )
+    if network.overlaps(_LINK_LOCAL):
+        raise ConfigError(
+            f"subnet {network} holds link-local addresses, which no gateway leads out (RFC 3927 section 7): "
+            f"write a private one such as {_DEFAULT_SUBNET!r}."
         )
     return network
 
@@ -364,7 +370,7 @@ class NatConfig:
         put(self, "batch_size", _number("batch_size", batch_size, 1, 1024))
         put(self, "max_spins", _number("max_spins", max_spins, 0, 1_000_000))
         put(self, "workers", _number("workers", workers, 1, WORKERS_MOST))
-        put(self, "io_uring", bool(io_uring))
+        put(self, "io_uring", _yes_or_no("io_uring", io_uring))
         put(self, "filtering", _choice(Filtering, "filtering", filtering))
         put(self, "limits", _named_numbers("limits", {} if limits is None else limits, LIMITS))
         put(self, "timeouts", _named_numbers("timeouts", {} if timeouts is None else timeouts, TIMEOUTS))
