@@ -88,7 +88,7 @@ impl IoState {
         }
     }
 
-    /// The end of a batch: everything that was put off goes out.
+    /// The end of a batch: everything that is still put off goes out.
     pub(crate) fn flush(&mut self) {
         self.socks.udp_flush(&mut self.counters);
         let (ports, mut out) = self.split();
@@ -153,9 +153,7 @@ impl Effects for IoState {
         if payload.len() > SMALL {
             // A flow with much to send begins its turn: what others have put off does not wait for it.
             self.socks.udp_flush(&mut self.counters);
-            if !self.socks.later.is_empty() {
-                self.submit();
-            }
+            self.submit();
         }
         let IoState { poller, ports, events, counters, submitter, now, scratch, .. } = self;
         let mut out = Outside { poller, events, counters, submitter, now: *now };
