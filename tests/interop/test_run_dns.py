@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 from lab import Lab, need
-from lab.namespaces import OUT4, SECOND4, UNREACHABLE4
+from lab.namespaces import BLACKHOLE4, OUT4, SECOND4, UNREACHABLE4
 from lab.runner import GuestRunner
+
+TESTS = Path(__file__).resolve().parents[1]
 
 
 def dig(guest: GuestRunner, *words: str, options: tuple[str, ...] = ()) -> str:
@@ -69,3 +74,48 @@ def test_another_name_server_and_another_domain(guest: GuestRunner) -> None:
     words = ("--dns", SECOND4, "--search", "example.test")
     assert dig(guest, "+short", "+search", "www", options=words).strip() == OUT4
     assert "status: SERVFAIL" in dig(guest, "www.example.test", options=("--dns", UNREACHABLE4))
+
+
+LOOK_UP = """
+import socket, sys
+try:
+    print(socket.getaddrinfo(sys.argv[1], None, getattr(socket, sys.argv[2]))[0][4][0])
+except socket.gaierror as error:
+    names = ("EAI_AGAIN", "EAI_NONAME", "EAI_FAIL")
+    print(next(name for name in names if getattr(socket, name) == error.errno))
+"""
+
+
+def look_up(guest: GuestRunner, name: str, family: str = "AF_INET", *options: str) -> str:
+    """What glibc's getaddrinfo says; RES_OPTIONS (resolv.conf(5)) shortens its patience, not its search."""
+    words = ["env", "RES_OPTIONS=timeout:1 attempts:1", "python3", "-c", LOOK_UP, name, family]
+    return guest.check(words, *options).strip()
+
+
+@pytest.mark.parametrize("family", ["AF_INET", "AF_INET6", "AF_UNSPEC"])
+@pytest.mark.parametrize(
+    ("resolver", "name"),
+    [
+        (OUT4, "www.elsewhere.example"),  # REFUSED
+        (UNREACHABLE4, "www.example.test"),
+        (BLACKHOLE4, "www.example.test"),
+    ],
+)
+def test_a_temporary_failure_is_one_for_getaddrinfo(
+    guest: GuestRunner, resolver: str, name: str, family: str
+) -> None:
+    """The answer to NAME.guestnet.internal, which glibc asks for next, does not make it permanent."""
+    assert look_up(guest, name, family, "--dns", resolver) == "EAI_AGAIN"
+
+
+def test_a_name_that_is_not_there_is_none_for_getaddrinfo(guest: GuestRunner) -> None:
+    assert look_up(guest, "nowhere.example.test") == "EAI_NONAME"
+    assert look_up(guest, "www.example.test") == OUT4
+
+
+def test_a_resolv_conf_without_a_server_means_the_host_itself(own_lab: Lab) -> None:
+    """resolv.conf(5): the name server on the local machine is asked."""
+    command = [sys.executable, "-m", "lab.name_server", "127.0.0.1"]
+    own_lab.start(command, ns=own_lab.host, ready="^ready$", env={"PYTHONPATH": str(TESTS)})
+    own_lab.set_resolver(None)
+    assert dig(GuestRunner(own_lab, "guestnet"), "+short", "www.example.test").strip() == OUT4

@@ -18,7 +18,7 @@ import dns.rrset
 import pytest
 from guestnet.services.dns import DnsServer
 from guestnet.services.dns import upstream as upstream_module
-from guestnet.services.dns.resolvers import Resolvers, parse_resolv_conf, parse_resolver
+from guestnet.services.dns.resolvers import Resolver, Resolvers, parse_resolv_conf, parse_resolver
 
 from .dns_played import Upstream, reply, resolve, server, texts
 
@@ -116,6 +116,34 @@ async def test_a_guest_on_udp_is_told_to_come_over_tcp_and_gets_it_there() -> No
         assert len(texts(whole)) == 40
         assert not whole.flags & dns.flags.TC
         assert up.ways == ["udp", "udp", "tcp"]
+
+
+def without_tcp(query: dns.message.Message, tcp: bool) -> bytes | None:
+    """A name server behind a filter: what does not fit a datagram is not to be had."""
+    if tcp:
+        return None
+    whole = reply(query, *BIG[:15])
+    return (
+        whole
+        if len(whole) <= (query.payload if query.edns >= 0 else 512)
+        else reply(query, flags=dns.flags.TC)
+    )
+
+
+async def test_a_name_server_that_truncates_and_has_no_tcp_is_asked_for_a_larger_datagram() -> None:
+    async with Upstream(without_tcp) as up:
+        made = hurried(server(resolvers=(up.address,)), timeout=1)
+        assert (await resolve(made, "big.example.org", "TXT", use_edns=0, payload=4096)).flags & dns.flags.TC
+        whole = await resolve(made, "big.example.org", "TXT", tcp=True)
+        assert len(texts(whole)) == 15
+        assert [query.payload for query, _ in up.asked] == [1232, 1232, 1232, 4096]
+        assert up.ways == ["udp", "udp", "tcp", "udp"]
+
+
+async def test_a_name_server_that_truncates_all_and_has_no_tcp_is_a_failure() -> None:
+    async with Upstream(lambda query, tcp: None if tcp else reply(query, flags=dns.flags.TC)) as up:
+        made = hurried(server(resolvers=(up.address,)), timeout=0.2)
+        assert (await resolve(made, "big.example.org", "TXT", tcp=True)).rcode() == dns.rcode.SERVFAIL
 
 
 async def test_an_answer_that_fits_the_server_and_not_the_guest() -> None:
@@ -347,7 +375,7 @@ async def test_resolv_conf_is_read_again_when_it_changes(tmp_path: Path) -> None
         assert [one.host for one in made._source.current().servers] == [f"127.0.0.{number}"]
         assert made._source.current() is made._source.current()
     path.unlink()
-    assert made._source.current().servers == ()
+    assert [one.host for one in made._source.current().servers] == ["127.0.0.1"]
     assert (await resolve(made, "www.example.org")).rcode() == dns.rcode.SERVFAIL
 
 
@@ -365,14 +393,16 @@ async def test_other_servers_may_know_other_things() -> None:
 def test_resolv_conf_is_read_as_far_as_it_can_be() -> None:
     text = (
         "# a comment\n; another\n\nnameserver 192.0.2.53 trailing\nnameserver\nnameserver x.example\n"
-        "nameserver 2001:db8::53\nnameserver fe80::1%eth0\nnameserver 192.0.2.53\nnameserver 0.0.0.0\n"
+        "nameserver 2001:db8::53\nnameserver fe80::1%eth0\nnameserver 192.0.2.53\nnameserver 256.0.0.0\n"
         "search a b\noptions timeout:7 attempts:9 rotate use-vc ndots:2\n\x00\xff garbage\n"
     )
     found = parse_resolv_conf(text)
     assert [one.host for one in found.servers] == ["192.0.2.53", "2001:db8::53", "fe80::1%eth0"]
     assert {one.port for one in found.servers} == {53}
     assert (found.timeout, found.attempts, found.rotate, found.use_tcp) == (7, 5, True, True)
-    assert parse_resolv_conf("") == Resolvers()
+    for text in ("", "search a\n", "nameserver x.example\n", "nameserver 0.0.0.0\n"):
+        assert parse_resolv_conf(text) == Resolvers((Resolver("127.0.0.1"),)), "resolv.conf(5)"
+    assert parse_resolv_conf("nameserver ::\n") == Resolvers((Resolver("::1"),))
     many = parse_resolv_conf("".join(f"nameserver 10.0.0.{n}\n" for n in range(1, 99)))
     assert len(many.servers) == 6
     for options in ("timeout:", "timeout:-1", "timeout:99999999999", "timeout:x", "attempts:0"):

@@ -27,6 +27,12 @@ class Resolver:
     port: int = PORT
 
 
+_LOCAL = Resolver("127.0.0.1")
+"""The name server of a host whose resolv.conf names none, or cannot be read (resolv.conf(5))."""
+_UNSPECIFIED = {"0.0.0.0": _LOCAL, "::": Resolver("::1")}
+"""What a socket that is connected to these reaches."""
+
+
 @dataclass(frozen=True)
 class Resolvers:
     """Name servers and how to ask them. `timeout` in seconds for each try, `attempts`: tries of each."""
@@ -70,7 +76,7 @@ def parse_resolv_conf(text: str) -> Resolvers:
         if words[0] == "nameserver" and len(words) > 1:
             try:
                 # The port is always 53 here, and a colon part of the address.
-                server = parse_resolver(f"[{words[1]}]")
+                server = _UNSPECIFIED.get(words[1]) or parse_resolver(f"[{words[1]}]")
             except ConfigError:
                 _log.warning("resolv.conf: %s is not a name server's address, skipped", ascii(words[1]))
                 continue
@@ -78,6 +84,8 @@ def parse_resolv_conf(text: str) -> Resolvers:
                 servers.append(server)
         elif words[0] == "options":
             options.update((name, value) for name, _, value in (word.partition(":") for word in words[1:]))
+    if not servers:
+        servers.append(_LOCAL)
     timeout = _bounded(options.get("timeout"), 1, _TIMEOUT_LONGEST, _TIMEOUT)
     attempts = _bounded(options.get("attempts"), 1, _ATTEMPTS_MOST, _ATTEMPTS)
     return Resolvers(tuple(servers), timeout, int(attempts), "rotate" in options, "use-vc" in options)
@@ -118,6 +126,10 @@ class ResolverSource:
             with open(self._path, "rb") as file:
                 text = file.read(_LARGEST_FILE).decode("utf-8", "replace")
         except OSError as error:
-            _log.warning("no name servers of the host: %s cannot be read (%s)", self._path, error.strerror)
-            return Resolvers()
+            _log.warning(
+                "%s cannot be read (%s): the name server of this host itself is asked",
+                self._path,
+                error.strerror,
+            )
+            return Resolvers((_LOCAL,))
         return parse_resolv_conf(text)

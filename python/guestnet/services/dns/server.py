@@ -13,10 +13,11 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from guestnet.services.dns.cache import Cache, Key, aged
 from guestnet.services.dns.config import DnsConfig
+from guestnet.services.dns.failures import TemporaryFailures
 from guestnet.services.dns.records import OwnRecord, know_types
 from guestnet.services.dns.resolvers import Resolvers, ResolverSource
 from guestnet.services.dns.stream import StreamServer
-from guestnet.services.dns.upstream import Heard, Upstream
+from guestnet.services.dns.upstream import TRY_NEXT, Heard, Upstream
 from guestnet.services.dns.wire import (
     AA,
     AD,
@@ -50,7 +51,7 @@ _TRANSFERS = (251, 252)
 _META_FIRST, _META_LAST = 128, 254
 """Types that are no data (RFC 6895 section 3.1), with the transfers among them."""
 _EDE = 15
-_EDE_NO_RESOLVER, _EDE_UNREACHABLE, _EDE_BUSY = 0, 22, 0
+_EDE_NO_RESOLVER, _EDE_UNREACHABLE, _EDE_BUSY, _EDE_UNKNOWN = 0, 22, 0, 0
 _EXPLANATION_LONGEST = 256
 _ALWAYS = 8
 """Questions that each guest may ask of others at a time, however many are asked."""
@@ -83,6 +84,7 @@ class DnsServer:
         self._upstream = Upstream(clock)
         self._cache = Cache()
         self._flights: dict[_Flight, asyncio.Task[Heard | None]] = {}
+        self._failures = TemporaryFailures()
         self._asking: Counter[object] = Counter()
         self._asking_total = 0
         self._stream = StreamServer(self._answer, config.connections)
@@ -210,18 +212,25 @@ class DnsServer:
             # Other classes hold data about servers; transfers and transactions are not for guests.
             return Reply(respond(query, Rcode.REFUSED, tcp=tcp))
         chain, found, _ = self._own(query)
-        if found is not None:
+        if found is not None and self._zones.searched(query.key, found) is None:
             self.counters["own"] += 1
             answer = self._answer_own(query, chain, found, tcp)
             return Reply(answer, answer, own=True)
-        if chain:
+        if chain or found is not None:
+            # The rest of the chain is asked of others. NXDOMAIN for a name of the search list depends on
+            # whether the name before the search domain fails, which may change at any time.
             return None
         known = self._remembered(query, tcp)
         return None if known is None else Reply(known)
 
     async def _query(self, query: Query, tcp: bool, asker: object) -> Reply:
         chain, found, name = self._own(query)
-        if found is not None:  # since it was looked at first
+        if found is not None:
+            self.counters["own"] += 1
+            searched = self._zones.searched(query.key, found)
+            if searched is not None and self._fails(searched, asker):
+                why = explanation(_EDE_UNKNOWN, "the name without the search domain cannot be resolved now")
+                return Reply(respond(query, Rcode.SERVFAIL, tcp=tcp, options=why))
             return Reply(self._answer_own(query, chain, found, tcp))
         if not chain:
             return await self._ask_others(query, tcp, asker)
@@ -242,6 +251,12 @@ class DnsServer:
             if followed > _LONGEST_CHAIN:
                 return [], Found(found.apex, rcode=Rcode.SERVFAIL), name
         return chain, None, name
+
+    def _fails(self, name: bytes, asker: object) -> bool:
+        """Whether others were asked for a name without a result: they do not answer, or did not yet."""
+        if not self._look().servers or self._failures.has(name, asker, self._clock()):
+            return True
+        return any(key[0] == name for key in self._flights)
 
     def _answer_own(self, query: Query, chain: list[tuple[OwnRecord, int]], found: Found, tcp: bool) -> bytes:
         if found.rcode == Rcode.SERVFAIL:
@@ -292,6 +307,7 @@ class DnsServer:
         if resolvers is not self._resolvers:
             self._resolvers = resolvers
             self._cache.clear()
+            self._failures.clear()
             self.changed()
         return resolvers
 
@@ -315,9 +331,14 @@ class DnsServer:
             most = min(most, _ALWAYS)
         if self._asking[asker] >= most:
             self.counters["busy"] += 1
+            self._failures.add(query.key, asker, self._clock(), shared=False)
             busy = explanation(_EDE_BUSY, "too many questions at once")
             return Reply(respond(query, Rcode.REFUSED, tcp=tcp, options=busy))
         heard = await self._asked_by(asker, self._fly((*_key(query), bool(query.flags & RD), tcp), query))
+        if heard is None or heard.answer.rcode in TRY_NEXT:
+            self._failures.add(query.key, asker, self._clock(), shared=True)
+        else:
+            self._failures.remove(query.key)
         if heard is None:
             return Reply(self._failed(query, tcp, _EDE_UNREACHABLE, "no name server of the host answers"))
         return Reply(_passed(query, heard, tcp, 0), heard.data)

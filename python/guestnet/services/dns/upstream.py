@@ -38,10 +38,12 @@ PATIENCE = 12.0
 _SLOW_SECONDS = 30.0
 _PLAIN_SECONDS = 600.0
 _REMEMBERED = 64
+_LARGEST_UDP = 4096
+"""Bytes of an answer by UDP that are asked for where TCP fails: it may come in fragments, or not at all."""
 _WRONG_ANSWERS = 64
 """Datagrams that are no answer, before a try is given up: somebody is guessing."""
 _NO_EDNS = (Rcode.FORMERR, Rcode.NOTIMP, Rcode.BADVERS)
-_TRY_NEXT = (Rcode.FORMERR, Rcode.SERVFAIL, Rcode.NOTIMP, Rcode.REFUSED, Rcode.BADVERS)
+TRY_NEXT = (Rcode.FORMERR, Rcode.SERVFAIL, Rcode.NOTIMP, Rcode.REFUSED, Rcode.BADVERS)
 """What says more about the server than about the name."""
 
 
@@ -73,12 +75,12 @@ class Upstream:
                         continue
                     try:
                         async with asyncio.timeout(resolvers.timeout):
-                            heard = await self._ask(server, query, tcp, resolvers.use_tcp)
+                            heard = await self._ask(server, query, resolvers, tcp)
                     except (OSError, EOFError, Malformed, TimeoutError):
                         self._remember(self._slow, server, _SLOW_SECONDS)
                         continue
                     self._slow.pop(server, None)
-                    if heard.answer.rcode not in _TRY_NEXT:
+                    if heard.answer.rcode not in TRY_NEXT:
                         return heard
                     answered.add(server)
                     poor = poor or heard
@@ -110,23 +112,36 @@ class Upstream:
             where.clear()
         where[server] = self._clock() + seconds
 
-    async def _ask(self, server: Resolver, query: Query, tcp: bool, tcp_only: bool) -> Heard:
+    async def _ask(self, server: Resolver, query: Query, resolvers: Resolvers, tcp: bool) -> Heard:
+        tcp_only, patience = resolvers.use_tcp, resolvers.timeout
         edns = self._plain.get(server, 0.0) <= self._clock()
         heard = await self._once(server, query, edns, tcp_only)
         if edns and heard.answer.rcode in _NO_EDNS:
             self._remember(self._plain, server, _PLAIN_SECONDS)
             edns = False
             heard = await self._once(server, query, edns, tcp_only)
-        if tcp and heard.answer.flags & TC:
-            heard = await self._once(server, query, edns, True)
-        return heard
+        if not tcp or not heard.answer.flags & TC:
+            return heard
+        try:
+            async with asyncio.timeout(patience / 2):
+                return await self._once(server, query, edns, True)
+        except (OSError, EOFError, Malformed, TimeoutError):
+            if not edns or tcp_only:
+                raise
+        # Some name servers have no TCP, against RFC 7766. A larger datagram may hold the whole answer.
+        whole = await self._once(server, query, edns, False, _LARGEST_UDP)
+        if whole.answer.flags & TC:
+            raise Malformed("truncated, and no TCP")
+        return whole
 
-    async def _once(self, server: Resolver, query: Query, edns: bool, tcp: bool) -> Heard:
-        message = make_query(query, edns)
+    async def _once(
+        self, server: Resolver, query: Query, edns: bool, tcp: bool, largest: int = UDP_LARGEST
+    ) -> Heard:
+        message = make_query(query, edns, largest)
         return await (_ask_tcp if tcp else _ask_udp)(server, message, query)
 
 
-def make_query(query: Query, edns: bool) -> bytes:
+def make_query(query: Query, edns: bool, largest: int = UDP_LARGEST) -> bytes:
     """The question as it is asked of others: nothing of the guest's message but what has a meaning to them.
 
     EDNS is between neighbours (RFC 6891 section 6.1.1), so the guest's own options stay here.
@@ -135,7 +150,7 @@ def make_query(query: Query, edns: bool) -> bytes:
     head = HEADER.pack(int.from_bytes(os.urandom(2), "big"), flags, 1, 0, 0, 1 if edns else 0)
     if not edns:
         return head + query.question
-    opt = struct.pack("!BHHIH", 0, Type.OPT, UDP_LARGEST, DO if query.wants_dnssec else 0, 0)
+    opt = struct.pack("!BHHIH", 0, Type.OPT, largest, DO if query.wants_dnssec else 0, 0)
     return head + query.question + opt
 
 
@@ -146,7 +161,7 @@ def accept(data: bytes, message: bytes, query: Query) -> Heard | None:
     _, flags, questions, *_ = HEADER.unpack_from(data)
     if not flags & QR or flags & 0x7800:
         return None
-    if questions == 0 and flags & 15 in _TRY_NEXT:
+    if questions == 0 and flags & 15 in TRY_NEXT:
         # A server that did not understand the message sends no question back.
         return Heard(data, Answer(0, flags & ~TC, query.question, 0, 0, 0, (), None))
     try:

@@ -171,6 +171,14 @@ class Zones:
             return Found(self._zone, rcode=Rcode.NXDOMAIN, serial=content.serial)
         return self._reverse(key, type_, content)
 
+    def searched(self, key: bytes, found: Found) -> bytes | None:
+        """The name that a stub resolver put the zone behind, as its search list says, when that made a name
+        that does not exist; None when the name exists, or what is before the zone is no name of others."""
+        if found.rcode != Rcode.NXDOMAIN or found.apex != self._zone or not self._in_zone(key):
+            return None
+        before = key[: -len(self._zone)] + b"\0"
+        return before if len(labels_of(before)) > 1 and self.find(before, Type.A) is None else None
+
     def _choose(
         self,
         apex: bytes,
