@@ -6,11 +6,12 @@
 
 use crate::core::Core;
 use crate::effects::Effects;
-use crate::service::{DHCP6_CLIENT, DHCP6_SERVER};
+use crate::service::DHCP6_CLIENT;
 use crate::stats::Drop;
+use crate::switch::udp_destination;
 use guestnet_wire::ether::Mac;
-use guestnet_wire::parse::Packet;
-use guestnet_wire::proto;
+use guestnet_wire::parse::{FRAGMENT_HEADER, Packet, is_extension};
+use guestnet_wire::{icmp, proto, tcp, udp};
 use std::net::{IpAddr, Ipv6Addr};
 
 const ROUTER_SOLICITATION: u8 = 133;
@@ -41,14 +42,21 @@ impl Core {
         let message = frame.get(p.l4..p.end).unwrap_or(&[]);
         let kind = message.first().copied().unwrap_or(0);
         if let Some(f) = p.fragment {
-            // Headers that go on behind the fragment's own could hide anything from us.
-            let hidden = matches!(p.proto, 0 | 43 | 44 | 60);
+            // Headers that go on behind the fragment's own could hide anything from us. The transport header
+            // is in the first fragment as a whole (RFC 7112), or what is hidden in the next is not looked at.
+            let hidden = p.proto == FRAGMENT_HEADER || is_extension(p.proto);
             let discovery = p.proto == proto::ICMPV6 && (ROUTER_SOLICITATION..=REDIRECT).contains(&kind);
-            return if hidden || discovery && f.offset == 0 { Err(Drop::Policy) } else { Ok(()) };
+            if hidden || f.offset == 0 && (discovery || message.len() < header_len(p.proto)) {
+                return Err(Drop::Policy);
+            }
         }
-        let dhcp = (p.src_port, p.dst_port) == (DHCP6_SERVER, DHCP6_CLIENT);
-        if p.proto == proto::UDP && dhcp && (self.is_bridged() || self.services.dhcp().is_some()) {
+        if udp_destination(frame, p) == Some(DHCP6_CLIENT)
+            && (self.is_bridged() || self.services.dhcp().is_some())
+        {
             return Err(Drop::Policy);
+        }
+        if p.fragment.is_some() {
+            return Ok(());
         }
         if p.proto == proto::ICMPV6 { self.check_ndp(slot, mac, kind, p.src, message, fx) } else { Ok(()) }
     }
@@ -91,5 +99,15 @@ impl Core {
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// Bytes of a transport header that a filter may have to look at; 0 for protocols that it does not know.
+fn header_len(protocol: u8) -> usize {
+    match protocol {
+        proto::TCP => tcp::MIN_LEN,
+        proto::UDP => udp::LEN,
+        proto::ICMPV6 => icmp::LEN,
+        _ => 0,
     }
 }

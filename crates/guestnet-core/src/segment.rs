@@ -8,9 +8,9 @@
 use crate::core::Core;
 use crate::effects::{Effects, Event};
 use crate::port::Port;
-use crate::service::{DHCP_CLIENT, DHCP_SERVER};
+use crate::service::DHCP_CLIENT;
 use crate::stats::Drop;
-use crate::switch::{check_offload, check_size, is_dhcp, wire_drop};
+use crate::switch::{check_offload, check_size, is_router_message, udp_destination, wire_drop};
 use crate::types::{Csum, FrameMeta, NetMode};
 use guestnet_wire::arp::Arp;
 use guestnet_wire::ether::{self, Ether, Mac};
@@ -21,8 +21,8 @@ use std::net::{IpAddr, Ipv4Addr};
 const STATIONS: u32 = 4096;
 /// Smaller ones are lengths (IEEE 802.3).
 const LOWEST_TYPE: u16 = 0x600;
-/// EtherTypes of frames with a VLAN tag.
-const TAGGED: [u16; 3] = [0x8100, 0x88a8, 0x9100];
+/// EtherTypes of frames with a VLAN tag: IEEE 802.1Q and 802.1ad, and what was used before the latter.
+const TAGGED: [u16; 5] = [0x8100, 0x88a8, 0x9100, 0x9200, 0x9300];
 
 /// What bridges say among each other (IEEE 802.1Q 8.6.3): spanning trees, pauses, link discovery.
 fn is_of_bridges(mac: Mac) -> bool {
@@ -133,7 +133,7 @@ impl Core {
         }
         if p.src.is_ipv6() {
             self.check_v6(slot, eth.src, frame, &p, fx)?;
-        } else if is_dhcp(frame, &p, DHCP_SERVER, DHCP_CLIENT) {
+        } else if udp_destination(frame, &p) == Some(DHCP_CLIENT) || is_router_message(frame, &p) {
             return Err(Drop::Policy);
         } else if p.src.is_multicast() || p.src == IpAddr::V4(Ipv4Addr::BROADCAST) {
             return Err(Drop::SpoofedSource);

@@ -15,9 +15,7 @@ use std::net::{IpAddr, SocketAddr};
 pub const DHCP_SERVER: u16 = 67;
 /// DHCP client port.
 pub const DHCP_CLIENT: u16 = 68;
-/// DHCPv6 server port (RFC 8415).
-pub const DHCP6_SERVER: u16 = 547;
-/// DHCPv6 client port.
+/// DHCPv6 client port (RFC 8415).
 pub const DHCP6_CLIENT: u16 = 546;
 
 /// Bytes of a datagram to a UDP service that count as one.

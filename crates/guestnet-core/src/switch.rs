@@ -14,7 +14,7 @@ use crate::stats::Drop;
 use crate::types::{Csum, FrameMeta, Gso, PortId};
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::parse::{self, Packet};
-use guestnet_wire::{WireError, be16, checksum, proto, put};
+use guestnet_wire::{WireError, be16, checksum, icmp, proto, put};
 use hashbrown::HashTable;
 use std::net::SocketAddr;
 
@@ -211,14 +211,17 @@ impl Core {
         check_size(port, &p, meta)?;
         check_offload(frame, &p, meta)?;
         let server = SocketAddr::new(p.dst, DHCP_SERVER);
-        let asks_dhcp = is_dhcp(frame, &p, DHCP_CLIENT, DHCP_SERVER)
+        let asks_dhcp = p.proto == proto::UDP
+            && (p.src_port, p.dst_port) == (DHCP_CLIENT, DHCP_SERVER)
             && (self.policy.is_broadcast(p.dst) || self.services.find(proto::UDP, server).is_some());
         // A client that has no address, or one of another network, may still ask for one.
         if !(asks_dhcp && (p.src.is_unspecified() || !self.policy.in_subnet(p.src))) {
             self.check_source(slot, eth.src, p.src, fx)?;
         }
-        // With a DHCP service, no guest plays server to another.
-        if is_dhcp(frame, &p, DHCP_SERVER, DHCP_CLIENT) && self.services.dhcp().is_some() {
+        // With a DHCP service, no guest plays server to another; none plays router.
+        if udp_destination(frame, &p) == Some(DHCP_CLIENT) && self.services.dhcp().is_some()
+            || is_router_message(frame, &p)
+        {
             return Err(Drop::Policy);
         }
         if eth.dst == self.cfg.gateway_mac {
@@ -414,16 +417,21 @@ pub(crate) fn check_offload(frame: &[u8], p: &Packet, meta: FrameMeta) -> Result
     if good && usize::from(start) == p.l4 { Ok(()) } else { Err(Drop::Malformed) }
 }
 
-/// Whether it is UDP between these ports, first fragments included.
-pub(crate) fn is_dhcp(frame: &[u8], p: &Packet, from: u16, to: u16) -> bool {
+/// The destination port of a UDP datagram; `None` for other protocols and for later fragments, which have no
+/// ports. A receiver finds its socket by this port alone, so a filter must not ask for the source port too.
+pub(crate) fn udp_destination(frame: &[u8], p: &Packet) -> Option<u16> {
     match p.fragment {
-        None => p.proto == proto::UDP && p.src_port == from && p.dst_port == to,
-        Some(f) => {
-            p.proto == proto::UDP
-                && f.offset == 0
-                && from == DHCP_SERVER
-                && be16(frame, p.l4) == from
-                && be16(frame, p.l4 + 2) == to
-        }
+        _ if p.proto != proto::UDP => None,
+        None => Some(p.dst_port),
+        Some(f) if f.offset == 0 => Some(be16(frame, p.l4 + 2)),
+        Some(_) => None,
     }
+}
+
+/// Whether it is a router advertisement (RFC 1256) or a redirect, first fragments included: a guest is no
+/// router to others.
+pub(crate) fn is_router_message(frame: &[u8], p: &Packet) -> bool {
+    p.proto == proto::ICMP
+        && p.fragment.is_none_or(|f| f.offset == 0)
+        && matches!(frame.get(p.l4), Some(&(icmp::REDIRECT | icmp::ROUTER_ADVERTISEMENT)))
 }

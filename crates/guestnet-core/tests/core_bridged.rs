@@ -112,6 +112,35 @@ fn a_guest_is_no_other_guest_no_server_and_no_bridge() {
     n.dropped(Drop::UnsupportedProtocol, |n| n.send(A, tagged));
 }
 
+/// On the segment the clients are others' machines: nothing goes to their ports, tagged or not.
+#[test]
+fn no_guest_sends_to_dhcp_clients_of_the_segment() {
+    let mut n = bridged();
+    let mut h = Ip4::new(A, "255.255.255.255".parse().unwrap(), proto::UDP);
+    h.to_mac = Mac::BROADCAST;
+    for from in [67, 1067] {
+        n.dropped(Drop::Policy, |n| n.send(A, udp_from(&h, from, 68, b"offer")));
+        for tag in [0x8100u16, 0x88a8, 0x9100, 0x9200, 0x9300] {
+            let [a, b] = tag.to_be_bytes();
+            let mut tagged = udp_from(&h, from, 68, b"offer");
+            tagged.splice(12..12, [a, b, 0, 0]);
+            n.dropped(Drop::UnsupportedProtocol, |n| n.send(A, tagged));
+        }
+    }
+    h.frag = 0x2000;
+    let bytes = udp_bytes(h.src.into(), h.dst.into(), 1067, 68, &[0; 16]);
+    n.dropped(Drop::Policy, |n| n.send(A, h.frame(&bytes)));
+    let mut six = vec![0x60, 0, 0, 0, 0, 16, 44, 64, 0xfe, 0x80];
+    six.resize(39, 0);
+    six.extend_from_slice(&[1, 17, 0, 0, 0, 0, 0, 0, 9, 6, 11, 2, 34, 0, 8, 0, 0]);
+    six[24..26].copy_from_slice(&[0xfe, 0x80]);
+    n.dropped(Drop::Policy, |n| n.send(A, eth(mac(A), Mac([0x33, 0x33, 0, 0, 0, 1]), 0x86dd, &six)));
+    // What the segment's own server sends comes in.
+    h.frag = 0;
+    h.mac = STATION;
+    assert_eq!(n.ask(OUTSIDE, udp_from(&h, 67, 68, b"offer")).len(), 2);
+}
+
 #[test]
 fn other_protocols_pass_as_they_are() {
     let mut n = bridged();

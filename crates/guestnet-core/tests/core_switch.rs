@@ -570,6 +570,103 @@ fn dhcp_reaches_its_service_and_no_guest_plays_server() {
     assert_eq!((got.src(), got.dst(), got.payload()), (addr("192.168.64.1:67"), to, &b"offer"[..]));
 }
 
+/// A client takes what comes to its port, whatever port it came from; and whatever is in front of the port.
+#[test]
+fn no_guest_sends_to_a_dhcp_client_from_any_port_or_in_any_fragment() {
+    let mut n = Net::new();
+    n.core.add_service(ServiceId(4), proto::UDP, GATEWAY.parse().unwrap(), 67);
+    let to_b = Ip4 { to_mac: mac(B), ..Ip4::new(A, IpAddr::V4(guest_ip(B)), proto::UDP) };
+    let to_all = Ip4 {
+        to_mac: Mac::BROADCAST,
+        dst: ip("255.255.255.255"),
+        ..Ip4::new(A, IpAddr::V4(guest_ip(B)), proto::UDP)
+    };
+    let routed = Ip4 { to_mac: GATEWAY_MAC, ..to_b.clone() };
+    for h in [to_b, to_all, routed] {
+        for from in [67, 68, 1067, 4011, 65535] {
+            n.dropped(Drop::Policy, |n| n.send(A, udp_from(&h, from, 68, b"offer")));
+            let bytes = udp_bytes(IpAddr::V4(h.src), IpAddr::V4(h.dst), from, 68, &[0; 16]);
+            for first in [&bytes[..8], &bytes[..24]] {
+                let h = Ip4 { frag: 0x2000, ..h.clone() };
+                n.dropped(Drop::Policy, |n| n.send(A, h.frame(first)));
+            }
+        }
+    }
+    assert!(n.fx.frames.is_empty());
+    // Another port is nobody's business.
+    let h = Ip4 { to_mac: mac(B), ..Ip4::new(A, IpAddr::V4(guest_ip(B)), proto::UDP) };
+    assert_eq!(n.ask(A, udp_from(&h, 67, 69, b"hello")).len(), 1);
+}
+
+/// Without a DHCP service of the gateway a guest may be the network's DHCP server.
+#[test]
+fn a_guest_may_serve_dhcp_where_the_gateway_does_not() {
+    let mut n = Net::new();
+    let h = Ip4 { to_mac: mac(B), ..Ip4::new(A, IpAddr::V4(guest_ip(B)), proto::UDP) };
+    assert_eq!(n.ask(A, udp_from(&h, 67, 68, b"offer")).len(), 1);
+}
+
+#[test]
+fn no_guest_sends_to_a_dhcpv6_client_behind_any_header() {
+    let mut n = Net::new();
+    n.core.add_service(ServiceId(4), proto::UDP, GATEWAY.parse().unwrap(), 67);
+    let (src, dst) = (lladdr(1), lladdr(2));
+    let reply = |from: u16| {
+        let [a, b] = from.to_be_bytes();
+        [&[a, b, 2, 34, 0, 16, 0, 0][..], &[7; 8]].concat()
+    };
+    for from in [547, 546, 1547, 0] {
+        n.dropped(Drop::Policy, |n| n.send(A, six(A, src, dst, proto::UDP, &reply(from))));
+        // First fragments: an atomic one (RFC 6946), and one that others follow.
+        for more in [0, 1] {
+            let fragment = [&[proto::UDP, 0, 0, more, 0, 0, 0, 9], &reply(from)[..]].concat();
+            n.dropped(Drop::Policy, |n| n.send(A, six(A, src, dst, 44, &fragment)));
+            let behind = [&[44, 0, 1, 4, 0, 0, 0, 0], &fragment[..]].concat();
+            n.dropped(Drop::Policy, |n| n.send(A, six(A, src, dst, 60, &behind)));
+        }
+    }
+    // Each extension header that another one may follow; an authentication header counts in units of 4 bytes.
+    for (header, len) in [(0, 0), (43, 0), (51, 1), (60, 0), (135, 0), (139, 0), (140, 0)] {
+        let extension = [proto::UDP, len, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        let extension = &extension[..if header == 51 { 12 } else { 8 }];
+        let packet = [extension, &reply(1547)].concat();
+        n.dropped(Drop::Policy, |n| n.send(A, six(A, src, dst, header, &packet)));
+        // Behind the fragment header it could hide anything, in the first fragment and in others.
+        for offset in [0, 8] {
+            let fragment = [&[header, 0, 0, offset | 1, 0, 0, 0, 9], extension, &[0; 4]].concat();
+            let fragment = &fragment[..fragment.len() & !7];
+            n.dropped(Drop::Policy, |n| n.send(A, six(A, src, dst, 44, fragment)));
+        }
+    }
+    assert!(n.fx.frames.is_empty());
+    // A first fragment has the whole transport header (RFC 7112), and pieces are whole units (RFC 8200 4.5).
+    let tiny = [&[proto::TCP, 0, 0, 1, 0, 0, 0, 9], &[0; 8][..]].concat();
+    n.dropped(Drop::Policy, |n| n.send(A, six(A, src, dst, 44, &tiny)));
+    for data in [0, 7] {
+        let odd = [&[proto::UDP, 0, 0, 1, 0, 0, 0, 9], &[0; 8][..data]].concat();
+        n.dropped(Drop::Malformed, |n| n.send(A, six(A, src, dst, 44, &odd)));
+    }
+    let far = [&[proto::UDP, 0, 0xff, 0xf8, 0, 0, 0, 9], &[0; 16][..]].concat();
+    n.dropped(Drop::Malformed, |n| n.send(A, six(A, src, dst, 44, &far)));
+}
+
+/// RFC 1256 advertisements and redirects are a router's, and no guest is one.
+#[test]
+fn no_guest_plays_ipv4_router_to_another() {
+    let mut n = Net::new();
+    for to_mac in [mac(B), GATEWAY_MAC] {
+        for kind in [icmp::REDIRECT, icmp::ROUTER_ADVERTISEMENT] {
+            let mut message = [0; 16];
+            icmp::emit(&mut message, kind, 0, [1, 2, 7, 8], &[0; 8]);
+            let h = Ip4 { to_mac, ..Ip4::new(A, IpAddr::V4(guest_ip(B)), proto::ICMP) };
+            n.dropped(Drop::Policy, |n| n.send(A, h.frame(&message)));
+            let h = Ip4 { frag: 0x2000, ..h };
+            n.dropped(Drop::Policy, |n| n.send(A, h.frame(&message)));
+        }
+    }
+    assert!(n.fx.frames.is_empty());
+}
+
 #[test]
 fn services_answer_at_their_address_alone() {
     let mut n = Net::new();

@@ -9,8 +9,12 @@ pub const LEN: usize = 8;
 pub const ECHO_REPLY: u8 = 0;
 /// Destination unreachable.
 pub const UNREACHABLE: u8 = 3;
+/// Redirect.
+pub const REDIRECT: u8 = 5;
 /// Echo request.
 pub const ECHO: u8 = 8;
+/// Router advertisement (RFC 1256).
+pub const ROUTER_ADVERTISEMENT: u8 = 9;
 /// Time exceeded.
 pub const TIME_EXCEEDED: u8 = 11;
 /// Parameter problem.
@@ -35,7 +39,7 @@ pub mod unreachable {
 /// True for the ICMPv4 types that are errors and quote a packet.
 #[must_use]
 pub fn is_error(icmp_type: u8) -> bool {
-    matches!(icmp_type, UNREACHABLE | 4 | 5 | TIME_EXCEEDED | PARAMETER_PROBLEM)
+    matches!(icmp_type, UNREACHABLE | 4 | REDIRECT | TIME_EXCEEDED | PARAMETER_PROBLEM)
 }
 
 /// Writes an ICMPv4 message: header with `rest` as bytes 4 to 7, then `body`, checksum included, at the

@@ -104,6 +104,18 @@ fn parse_v4(frame: &[u8], l3: usize) -> Result<Packet, WireError> {
     transport(frame, p)
 }
 
+/// IPv6 fragment header (RFC 8200 4.5).
+pub const FRAGMENT_HEADER: u8 = 44;
+/// IPv6 and IPv4 authentication header (RFC 4302).
+const AUTHENTICATION_HEADER: u8 = 51;
+
+/// True for an IPv6 extension header that another header follows, the fragment header excepted (RFC 7045):
+/// hop-by-hop options, routing, authentication, destination options, mobility, HIP and Shim6.
+#[must_use]
+pub fn is_extension(next_header: u8) -> bool {
+    matches!(next_header, 0 | 43 | AUTHENTICATION_HEADER | 60 | 135 | 139 | 140)
+}
+
 fn parse_v6(frame: &[u8], l3: usize) -> Result<Packet, WireError> {
     let h = frame.get(l3..).unwrap_or(&[]);
     if h.len() < 40 {
@@ -121,18 +133,10 @@ fn parse_v6(frame: &[u8], l3: usize) -> Result<Packet, WireError> {
     let (mut next, mut at) = (h[6], 40usize);
     let end = 40 + len;
     let mut fragment = None;
-    // Hop-by-hop, routing, destination options and fragment headers, at most 8 of them (RFC 8504 5.3
-    // lets a node bound the chain).
+    // At most 8 extension headers (RFC 8504 5.3 lets a node bound the chain).
     for _ in 0..8 {
         match next {
-            0 | 43 | 60 => {
-                if at + 8 > end {
-                    return Err(WireError::Truncated);
-                }
-                next = h[at];
-                at += 8 + usize::from(h[at + 1]) * 8;
-            }
-            44 => {
+            FRAGMENT_HEADER => {
                 if at + 8 > end {
                     return Err(WireError::Truncated);
                 }
@@ -146,6 +150,16 @@ fn parse_v6(frame: &[u8], l3: usize) -> Result<Packet, WireError> {
                 at += 8;
                 break;
             }
+            _ if is_extension(next) => {
+                if at + 8 > end {
+                    return Err(WireError::Truncated);
+                }
+                let units = usize::from(h[at + 1]);
+                // An authentication header counts its length in units of 4 bytes, less 2 (RFC 4302 2.2).
+                let len = if next == AUTHENTICATION_HEADER { (units + 2) * 4 } else { (units + 1) * 8 };
+                next = h[at];
+                at += len;
+            }
             _ => break,
         }
         if at > end {
@@ -153,8 +167,15 @@ fn parse_v6(frame: &[u8], l3: usize) -> Result<Packet, WireError> {
         }
     }
     // More of them than that would hide what comes behind.
-    if fragment.is_none() && matches!(next, 0 | 43 | 44 | 60) {
+    if fragment.is_none() && (next == FRAGMENT_HEADER || is_extension(next)) {
         return Err(WireError::Malformed);
+    }
+    if let Some(f) = fragment {
+        let data = (end - at) as u32;
+        // As for IPv4 (RFC 8200 4.5): past 65535 is an attack, and all but the last carry whole units of 8.
+        if f.offset + data > 0xffff || (f.more && (data == 0 || !data.is_multiple_of(8))) {
+            return Err(WireError::Malformed);
+        }
     }
     let p = Packet {
         l3,
