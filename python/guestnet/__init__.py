@@ -15,6 +15,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from guestnet.attachments import Attachment as Attachment
+    from guestnet.attachments import Listener as Listener
+    from guestnet.attachments import MemoryAttachment as MemoryAttachment
     from guestnet.config import Filtering as Filtering
     from guestnet.config import NatConfig as NatConfig
     from guestnet.config import NetMode as NetMode
@@ -43,22 +46,32 @@ if TYPE_CHECKING:
     from guestnet.forwards import ForwardSpec as ForwardSpec
     from guestnet.ipam import IpAllocator as IpAllocator
     from guestnet.ipam import generate_mac as generate_mac
+    from guestnet.nat import Connection as Connection
     from guestnet.nat import NatDirection as NatDirection
     from guestnet.nat import NatEngine as NatEngine
     from guestnet.nat import NatEngineConfig as NatEngineConfig
     from guestnet.nat import NatResult as NatResult
+    from guestnet.nat import NatResults as NatResults
     from guestnet.nat import PacketPool as PacketPool
     from guestnet.nat import Ring as Ring
     from guestnet.network import NatNetwork as NatNetwork
     from guestnet.publishing import Forward as Forward
+    from guestnet.rings import NetworkDatapath as NetworkDatapath
+    from guestnet.service_host import Services as Services
+    from guestnet.services.dhcp import DhcpServer as DhcpServer
+    from guestnet.services.dns import DnsServer as DnsServer
+    from guestnet.services.pcp import PcpServer as PcpServer
     from guestnet.stats import ConnTrackStats as ConnTrackStats
     from guestnet.stats import DatapathStats as DatapathStats
     from guestnet.stats import FlowRecord as FlowRecord
+    from guestnet.stats import LeaseRecord as LeaseRecord
+    from guestnet.stats import MappingRecord as MappingRecord
     from guestnet.stats import NatStats as NatStats
     from guestnet.stats import NetworkStats as NetworkStats
 
 # Where each public name lives. tests/unit/test_package.py holds it against the imports above.
 _HOME = {
+    "guestnet.attachments": ("Attachment", "Listener", "MemoryAttachment"),
     "guestnet.config": ("Filtering", "NatConfig", "NetMode", "PollingStrategy", "StaticLease", "Uplink"),
     "guestnet.datapath": ("Datapath", "DatapathPoller"),
     "guestnet.endpoint": ("Endpoint",),
@@ -82,10 +95,32 @@ _HOME = {
     "guestnet.events": ("NetworkEvent",),
     "guestnet.forwards": ("ForwardSpec",),
     "guestnet.ipam": ("IpAllocator", "generate_mac"),
-    "guestnet.nat": ("NatDirection", "NatEngine", "NatEngineConfig", "NatResult", "PacketPool", "Ring"),
+    "guestnet.nat": (
+        "Connection",
+        "NatDirection",
+        "NatEngine",
+        "NatEngineConfig",
+        "NatResult",
+        "NatResults",
+        "PacketPool",
+        "Ring",
+    ),
     "guestnet.network": ("NatNetwork",),
     "guestnet.publishing": ("Forward",),
-    "guestnet.stats": ("ConnTrackStats", "DatapathStats", "FlowRecord", "NatStats", "NetworkStats"),
+    "guestnet.rings": ("NetworkDatapath",),
+    "guestnet.service_host": ("Services",),
+    "guestnet.services.dhcp": ("DhcpServer",),
+    "guestnet.services.dns": ("DnsServer",),
+    "guestnet.services.pcp": ("PcpServer",),
+    "guestnet.stats": (
+        "ConnTrackStats",
+        "DatapathStats",
+        "FlowRecord",
+        "LeaseRecord",
+        "MappingRecord",
+        "NatStats",
+        "NetworkStats",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -93,6 +128,11 @@ __all__ = sorted(_MODULE_OF)  # noqa: PLE0605 - computed, and checked by the tes
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from guestnet._native import __version__ as version
+
+        globals()[name] = version
+        return version
     module = _MODULE_OF.get(name)
     if module is None:
         raise AttributeError(f"module 'guestnet' has no attribute {name!r}")
@@ -102,4 +142,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULE_OF})
+    return sorted({*globals(), *_MODULE_OF, "__version__"})

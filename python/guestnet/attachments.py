@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -56,6 +57,8 @@ class MemoryAttachment(Attachment):
         self._on_frame = on_frame
         self._frames: deque[bytes] = deque(maxlen=_KEPT_FRAMES)
         self._arrived = Condition()
+        self._wakers: set[Callable[[], None]] = set()
+        """Of tasks in `arecv`."""
         self._ended = False
         self.lost = 0
 
@@ -90,11 +93,47 @@ class MemoryAttachment(Attachment):
                 raise self._over()
             return None
 
+    async def arecv(self, timeout: float | None = None) -> bytes | None:  # noqa: ASYNC109 - as `recv`
+        """As `recv`. Where it is cancelled, the next frame is kept for the next call."""
+        loop = asyncio.get_running_loop()
+        came: asyncio.Future[None] = loop.create_future()
+
+        def set_came() -> None:
+            if not came.done():
+                came.set_result(None)
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(set_came)
+
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    with self._arrived:
+                        if self._frames:
+                            return self._frames.popleft()
+                        if self._ended:
+                            raise self._over()
+                        came = loop.create_future()
+                        self._wakers.add(wake)
+                    await came
+        except TimeoutError:
+            return None
+        finally:
+            with self._arrived:
+                self._wakers.discard(wake)
+
     def end(self) -> None:
         """The endpoint or its network is no more; called by the network."""
         with self._arrived:
             self._ended = True
             self._arrived.notify_all()
+            self._wake_tasks()
+
+    def _wake_tasks(self) -> None:
+        for wake in self._wakers:
+            wake()
+        self._wakers.clear()
 
     def _over(self) -> NotRunning:
         return NotRunning(f"The network of {self.endpoint_id!r} was stopped, or the endpoint removed.")
@@ -110,24 +149,30 @@ class MemoryAttachment(Attachment):
         with self._arrived:
             self._frames.append(frame)
             self._arrived.notify()
+            self._wake_tasks()
 
 
 class Listener:
     """A socket where guests arrive. Each that comes is an endpoint of its own."""
 
-    def __init__(self, network: NatNetwork, number: int, kind: str, path: str) -> None:
-        self._network = network
+    def __init__(self, owner: Callable[[], NatNetwork | None], number: int, kind: str, path: str) -> None:
+        self._owner = owner
         self.number = number
         self.kind = kind
         self.path = path
 
     def close(self) -> None:
-        """Takes no more guests and removes the socket. Guests with a connection stay, others go."""
-        self._network._run(self._network._live().stop_listening(self))
+        """Takes no more guests and removes the socket. Guests with a connection stay, others go. Nothing
+        happens when it is closed already, or its network has ended."""
+        network = self._owner()
+        if network is not None and (session := network._running()) is not None:
+            network._run(session.stop_listening(self))
 
     async def aclose(self) -> None:
         """As `close`."""
-        await self._network._arun(self._network._live().stop_listening(self))
+        network = self._owner()
+        if network is not None and (session := network._running()) is not None:
+            await network._arun(session.stop_listening(self))
 
     def unlink(self) -> None:
         """Removes the socket's file."""

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from ipaddress import IPv4Address
+from typing import TYPE_CHECKING
 
 from guestnet.config import NetMode
+from guestnet.errors import ConfigError, EndpointNotFound, NotRunning
+from guestnet.forwards import ForwardSpec
+
+if TYPE_CHECKING:
+    from guestnet.network import NatNetwork
+    from guestnet.publishing import Forward
+    from guestnet.stats import NetworkStats
 
 
 class Endpoint:
@@ -12,7 +22,9 @@ class Endpoint:
     that does not have the one it was given) is changed by the network alone.
     """
 
-    __slots__ = ("_attached", "_hostname", "_id", "_ip", "_listener", "_mac", "_mode", "_seen", "_told")
+    __slots__ = (
+        *("_attached", "_hostname", "_id", "_ip", "_listener", "_mac", "_mode", "_network", "_seen", "_told"),
+    )
 
     def __init__(
         self,
@@ -22,7 +34,9 @@ class Endpoint:
         mode: NetMode = NetMode.NAT,
         hostname: str | None = None,
         listener: str | None = None,
+        network: Callable[[], NatNetwork | None] = lambda: None,
     ) -> None:
+        self._network = network
         self._id = id
         self._mac = mac
         self._ip = ip
@@ -75,6 +89,44 @@ class Endpoint:
     def addresses(self) -> tuple[IPv4Address, ...]:
         """All addresses: the one that DHCP gives, then those that the guest was seen to use besides."""
         return (self._ip, *(address for address in self._seen if address != self._ip))
+
+    def publish(self, spec: str | ForwardSpec) -> Forward:
+        """Publishes ports of this guest on the host, `[host_ip:]port[-end]:port[-end][/tcp|/udp]`; see
+        `NatNetwork.publish`. Raises ConfigError for the name of another guest, NotRunning, PortInUse."""
+        return self._live().publish(self._own(spec))
+
+    async def apublish(self, spec: str | ForwardSpec) -> Forward:
+        """As `publish`."""
+        return await self._live().apublish(self._own(spec))
+
+    def stats(self) -> NetworkStats:
+        """The counters of this endpoint. Raises NotRunning, or EndpointNotFound when it was removed."""
+        return self._counters(self._live().endpoint_stats())
+
+    async def astats(self) -> NetworkStats:
+        """As `stats`."""
+        return self._counters(await self._live().aendpoint_stats())
+
+    def _live(self) -> NatNetwork:
+        network = self._network()
+        if network is None:
+            raise NotRunning(f"The network of endpoint {self._id!r} is gone: keep a reference to it.")
+        return network
+
+    def _own(self, spec: str | ForwardSpec) -> ForwardSpec:
+        wanted = ForwardSpec.of(spec)
+        if wanted.guest not in (None, self._id, self._hostname, str(self._ip)):
+            raise ConfigError(
+                f"{wanted} names {wanted.guest!r}, and this is {self._id!r}: leave the name out, or use "
+                "NatNetwork.publish."
+            )
+        return replace(wanted, guest=self._id)
+
+    def _counters(self, all_of_them: dict[str, NetworkStats]) -> NetworkStats:
+        found = all_of_them.get(self._id)
+        if found is None:
+            raise EndpointNotFound(f"Endpoint {self._id!r} is no longer on its network.")
+        return found
 
     def __repr__(self) -> str:
         how = f" by {self._attached}" if self._attached else ""

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import TYPE_CHECKING
 
 from guestnet.errors import ConfigError, GuestnetError, PortInUse, TooManyFiles, UnsupportedError
 
@@ -24,7 +25,14 @@ _GRAMMAR = "[HOST_IP:]PORT[-END]:[GUEST:]PORT[-END][/tcp|/udp], such as 8080:80 
 
 @dataclass(frozen=True)
 class ForwardSpec:
-    """A range of ports of the host (often of one) that leads to ports of a guest."""
+    """A range of ports of the host (often of one) that leads to ports of a guest.
+
+    `ForwardSpec(8080, 80)` is one port, `ForwardSpec(range(8000, 8010), range(80, 90))` ten. `host_ip` may be
+    text. Raises ConfigError for a value that is wrong, TypeError for what is no port, address or name.
+
+    >>> print(ForwardSpec(8080, 80, host_ip="127.0.0.1", guest="vm1"))
+    127.0.0.1:8080/tcp -> vm1:80
+    """
 
     host_ports: range
     guest_ports: range
@@ -34,7 +42,25 @@ class ForwardSpec:
     guest: str | None = None
     """An endpoint's id or an address; None: the only endpoint."""
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            host_ports: range | int,
+            guest_ports: range | int,
+            protocol: str = "tcp",
+            host_ip: IPv4Address | IPv6Address | str | None = None,
+            guest: str | None = None,
+        ) -> None: ...
+
     def __post_init__(self) -> None:
+        object.__setattr__(self, "host_ports", _checked_ports("host_ports", self.host_ports, lowest=0))
+        object.__setattr__(self, "guest_ports", _checked_ports("guest_ports", self.guest_ports, lowest=1))
+        object.__setattr__(self, "host_ip", _checked_address(self.host_ip))
+        if self.guest is not None and not isinstance(self.guest, str):
+            raise TypeError(
+                f"guest {self.guest!r} is not text: give an endpoint's id, or an address as text."
+            )
         if len(self.host_ports) != len(self.guest_ports):
             raise ConfigError(
                 f"{_ports(self.host_ports)} and {_ports(self.guest_ports)} are not equally many ports: "
@@ -83,7 +109,7 @@ class ForwardSpec:
             return spec
         if isinstance(spec, str):
             return cls.parse(spec)
-        raise _wrong(str(spec), f"write text, {_GRAMMAR}")
+        raise TypeError(f"{spec!r} is neither text nor a ForwardSpec: write {_GRAMMAR}.")
 
     def __str__(self) -> str:
         return show(self, self.host_ports)
@@ -166,6 +192,27 @@ def _guest(text: str, part: str) -> str | None:
     if any(c in part for c in " \t/[]"):
         raise _wrong(text, f"{part!r} is not the name or address of a guest")
     return part or None
+
+
+def _checked_ports(what: str, value: object, lowest: int) -> range:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = range(value, value + 1)
+    if not isinstance(value, range):
+        raise TypeError(f"{what} {value!r} is neither a port nor a range: write 8080, or range(8000, 8010).")
+    if not value or value.step != 1 or not lowest <= value[0] <= value[-1] <= PORT_HIGHEST:
+        raise ConfigError(f"{what} {value!r} are not ports from {lowest} to {PORT_HIGHEST} in a row.")
+    return value
+
+
+def _checked_address(value: object) -> IPv4Address | IPv6Address | None:
+    if value is None or isinstance(value, IPv4Address | IPv6Address):
+        return value
+    if not isinstance(value, str):
+        raise TypeError(f"host_ip {value!r} is not an address: give text such as '127.0.0.1'.")
+    try:
+        return ip_address(value)
+    except ValueError:
+        raise ConfigError(f"host_ip {value!r} is not an address: write one such as '127.0.0.1'.") from None
 
 
 def _ports(ports: Sequence[int]) -> str:

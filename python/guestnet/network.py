@@ -8,12 +8,12 @@ program does. Each method that changes something waits until it is done; its twi
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
 import logging
 import os
 import socket
 import threading
+import weakref
 from collections.abc import Callable, Coroutine, Iterator
 from ipaddress import IPv4Address
 from types import TracebackType
@@ -30,13 +30,21 @@ from guestnet.attachments import (
 )
 from guestnet.config import NatConfig, Uplink
 from guestnet.endpoint import Endpoint
-from guestnet.errors import AlreadyRunning, ConfigError, GuestnetError, NotRunning, UnsupportedError
+from guestnet.errors import (
+    AlreadyRunning,
+    ConfigError,
+    EndpointNotFound,
+    GuestnetError,
+    NotRunning,
+    UnsupportedError,
+)
 from guestnet.events import EventCallback, NetworkEvent
 from guestnet.forwards import ForwardSpec, close_sockets, open_sockets
 from guestnet.publishing import Forward
 from guestnet.registry import Registry
 from guestnet.service_host import Services
 from guestnet.session import Session
+from guestnet.session_end import began, claim, end, end_unheld
 from guestnet.stats import ConnTrackStats, FlowRecord, NatStats, NetworkStats
 
 if TYPE_CHECKING:
@@ -56,15 +64,29 @@ class NatNetwork:
     ...     network.attach("vm1", "stream", sock=ours)       # QEMU has the other end
     ...     network.publish("8080:80")
 
+    `NatNetwork(subnet="10.9.0.0/24")` is short for `NatNetwork(NatConfig(subnet="10.9.0.0/24"))`: every
+    setting of `NatConfig` can be given. Raises ConfigError for a wrong one.
+
     `with` and `async with` start it and stop it. It can be started again: endpoints that were created stay,
-    while attachments, listeners and forwards end with `stop`.
+    while attachments, listeners and forwards end with `stop`. A network that runs and that nobody holds any
+    more is stopped, with a ResourceWarning; what it handed out (endpoints, forwards, listeners) does not
+    hold it.
     """
 
-    def __init__(self, config: NatConfig | None = None) -> None:
-        self._config = NatConfig() if config is None else config
-        if not isinstance(self._config, NatConfig):
+    def __init__(self, config: NatConfig | None = None, **settings: Any) -> None:
+        if config is None:
+            config = NatConfig(**settings)
+        elif not isinstance(config, NatConfig):
             raise ConfigError(f"{config!r} is not a NatConfig: make one with NatConfig(subnet=...).")
+        elif settings:
+            raise ConfigError(
+                f"{', '.join(settings)} cannot be given beside a NatConfig: give all settings to NatConfig."
+            )
+        self._config = config
         self._registry = Registry(self._config)
+        self._registry.network = weakref.ref(self)
+        self._memory: dict[int, MemoryAttachment] = {}
+        self._finalizer: weakref.finalize[[Session], NatNetwork] | None = None
         self._services = Services(self._config, self._registry)
         self._session: Session | None = None
         self._changing = threading.Lock()
@@ -114,7 +136,7 @@ class NatNetwork:
         with self._changing:
             if self._session is not None and not self._is_fork:
                 raise AlreadyRunning("The network runs already: stop it before you start it again.")
-            session = Session(self, self._config, self._registry, self._services)
+            session = Session(weakref.ref(self), self._config, self._registry, self._services)
             session.control.start()
             try:
                 session.control.wait(session.open())
@@ -123,7 +145,9 @@ class NatNetwork:
                 raise
             self._session = session
             self._process = os.getpid()
-            atexit.register(self.stop)
+            began(session)
+            self._finalizer = weakref.finalize(self, end_unheld, session)
+            self._finalizer.atexit = False
 
     def stop(self) -> None:
         """Stops it; nothing happens when it does not run. Flows end, and guests lose their network."""
@@ -140,18 +164,16 @@ class NatNetwork:
                     "call it from another thread."
                 )
             self._session = None
-            atexit.unregister(self.stop)
-            self._end(session)
+            if self._finalizer is not None:
+                self._finalizer.detach()
+            if claim(session):
+                self._end(session)
 
     def _end(self, session: Session) -> None:
         try:
-            session.control.wait(session.close())
-        except Exception as error:
-            _log.warning("the network did not end in order: %s", error)
+            end(session)
         finally:
-            session.control.stop()
             self._last_stats = NetworkStats.from_native(session.control.plane.stats())
-            session.closed()
 
     async def astart(self) -> None:
         """As `start`. When it is cancelled, the network does not run."""
@@ -200,6 +222,13 @@ class NatNetwork:
     def get_endpoint(self, id: str) -> Endpoint | None:
         """The endpoint with this id, None when there is none."""
         return self._registry.get(id)
+
+    def __getitem__(self, id: str) -> Endpoint:
+        """The endpoint with this id. Raises EndpointNotFound, which is a LookupError."""
+        endpoint = self._registry.get(id) if isinstance(id, str) else None
+        if endpoint is None:
+            raise EndpointNotFound(f"There is no endpoint {id!r}: `endpoints` lists those that are there.")
+        return endpoint
 
     def __iter__(self) -> Iterator[Endpoint]:
         return iter(self._registry.all())
@@ -298,6 +327,21 @@ class NatNetwork:
         release_descriptor(fd, sock)
         return made
 
+    @overload
+    async def aattach(
+        self, endpoint_id: str, kind: Literal["memory"], *, on_frame: Callable[[bytes], object] | None = None
+    ) -> MemoryAttachment: ...
+    @overload
+    async def aattach(
+        self,
+        endpoint_id: str,
+        kind: str,
+        *,
+        fd: int | None = None,
+        sock: socket.socket | None = None,
+        on_frame: Callable[[bytes], object] | None = None,
+    ) -> Attachment: ...
+
     async def aattach(
         self,
         endpoint_id: str,
@@ -365,12 +409,13 @@ class NatNetwork:
             close_sockets(sockets)
 
     def unpublish(self, forward: Forward) -> None:
-        """Takes published ports back; connections that run live on. Raises ForwardNotFound."""
-        self._run(self._live().unpublish(forward))
+        """Takes published ports back; connections that run live on. Raises ForwardNotFound, or TypeError for
+        what is no Forward."""
+        self._run(self._live().unpublish(_checked_forward(forward)))
 
     async def aunpublish(self, forward: Forward) -> None:
         """As `unpublish`."""
-        await self._arun(self._live().unpublish(forward))
+        await self._arun(self._live().unpublish(_checked_forward(forward)))
 
     # --- looking ---
 
@@ -520,7 +565,10 @@ class NatNetwork:
 
     def on_event(self, callback: EventCallback, *, flows: bool = False) -> Callable[[], None]:
         """Calls `callback` for every NetworkEvent, in the control thread: return soon, and wait for nothing
-        of the network there. With `flows` also for each flow. Returns a function that ends it."""
+        of the network there. With `flows` also for each flow. Returns a function that ends it. Raises
+        TypeError for what cannot be called."""
+        if not callable(callback):
+            raise TypeError(f"{callback!r} cannot be called: give a function that takes a NetworkEvent.")
         entry = (callback, flows)
         self._callbacks = [*self._callbacks, entry]
         self._flows_wanted()
@@ -559,6 +607,10 @@ class NatNetwork:
     def _is_fork(self) -> bool:
         """Whether the network runs in the process that this one was forked from, and its threads with it."""
         return self._process != os.getpid()
+
+    def _running(self) -> Session | None:
+        """The session, when there is one in this process."""
+        return None if self._is_fork else self._session
 
     def _here(self) -> Session | None:
         session = self._session
@@ -610,6 +662,12 @@ class NatNetwork:
             if task is not None and task.cancelling():
                 raise
             raise NotRunning("The network was stopped meanwhile: start it again.") from None
+
+
+def _checked_forward(value: object) -> Forward:
+    if not isinstance(value, Forward):
+        raise TypeError(f"{value!r} is not a Forward: give one that `publish` returned.")
+    return value
 
 
 def _finish(work: Coroutine[Any, Any, _T]) -> _T:

@@ -7,18 +7,21 @@ client, as a host does whose server is not running.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 from typing import TYPE_CHECKING
 
-from guestnet.errors import ConfigError, PortInUse
+from guestnet.errors import ConfigError, ForwardNotFound, PortInUse
 from guestnet.forwards import ForwardSpec, close_sockets, show
 
 if TYPE_CHECKING:
     from guestnet.control import Control
     from guestnet.endpoint import Endpoint
+    from guestnet.network import NatNetwork
     from guestnet.registry import Registry
 
 _NOBODY = IPv4Address("0.0.0.0")
@@ -30,7 +33,14 @@ _TRIES = 64
 class Forward:
     """A published port, or a range of them."""
 
-    def __init__(self, spec: ForwardSpec, host_ports: tuple[int, ...], numbers: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        spec: ForwardSpec,
+        host_ports: tuple[int, ...],
+        numbers: tuple[int, ...],
+        owner: Callable[[], NatNetwork | None],
+    ) -> None:
+        self._owner = owner
         self.spec = spec
         self.host_ports = host_ports
         """The ports of the host; where the kernel was to choose one, the one it chose."""
@@ -52,6 +62,21 @@ class Forward:
         """ "tcp" or "udp"."""
         return self.spec.protocol
 
+    def close(self) -> None:
+        """Takes the ports back, as `NatNetwork.unpublish`; connections that run live on. Nothing happens when
+        that was done already, or the network has ended."""
+        network = self._owner()
+        if network is not None and network._running() is not None:
+            with contextlib.suppress(ForwardNotFound):
+                network.unpublish(self)
+
+    async def aclose(self) -> None:
+        """As `close`."""
+        network = self._owner()
+        if network is not None and network._running() is not None:
+            with contextlib.suppress(ForwardNotFound):
+                await network.aunpublish(self)
+
     def __str__(self) -> str:
         by = "" if self.asked_by is None else f" (opened by {self.asked_by})"
         return show(self.spec, self.host_ports) + by
@@ -63,7 +88,10 @@ class Forward:
 class Publishing:
     """All forwards of a session."""
 
-    def __init__(self, control: Control, registry: Registry) -> None:
+    def __init__(
+        self, control: Control, registry: Registry, owner: Callable[[], NatNetwork | None] = lambda: None
+    ) -> None:
+        self._owner = owner
         self._control = control
         self._registry = registry
         self._forwards: dict[int, Forward] = {}
@@ -96,7 +124,7 @@ class Publishing:
         numbers = tuple(range(self._next, self._next + len(sockets)))
         self._next += len(sockets)
         ports = tuple(int(group[0].getsockname()[1]) for group in sockets)
-        forward = Forward(spec, ports, numbers)
+        forward = Forward(spec, ports, numbers, self._owner)
         forward.target = self._target(forward)
         plane = self._control.plane
         try:
@@ -121,7 +149,7 @@ class Publishing:
         numbers = tuple(range(self._next, self._next + count))
         self._next += count
         spec = replace(spec, host_ip=address)
-        forward = Forward(spec, tuple(spec.host_ports), numbers)
+        forward = Forward(spec, tuple(spec.host_ports), numbers, self._owner)
         forward.target = self._target(forward)
         plane, chosen = self._control.plane, []
         try:

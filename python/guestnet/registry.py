@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from ipaddress import IPv4Address
 from threading import RLock
+from typing import TYPE_CHECKING
 
 from guestnet.config import NatConfig, NetMode, StaticLease, domain
 from guestnet.endpoint import Endpoint
@@ -23,6 +24,9 @@ from guestnet.errors import (
     EndpointNotFound,
 )
 from guestnet.ipam import IpAllocator, format_mac, generate_mac, parse_mac
+
+if TYPE_CHECKING:
+    from guestnet.network import NatNetwork
 
 NOWHERE = IPv4Address(0)
 """The address of an endpoint that has shown none, where addresses are not given here."""
@@ -73,6 +77,8 @@ class Registry:
         self._leases = {lease.mac: lease for lease in config.static_leases}
         self.moved: Callable[[Endpoint, IPv4Address], object] = lambda _endpoint, _old: None
         self.renamed: Callable[[], object] = lambda: None
+        self.network: Callable[[], NatNetwork | None] = lambda: None
+        """The network, for what endpoints do by themselves; endpoints do not keep it running."""
         for address in (config.gateway, config.loopback_address, *(x.ip for x in config.static_leases)):
             if address is not None:
                 self._take(address)
@@ -113,7 +119,7 @@ class Registry:
                 raise ConfigError(
                     f"ip {ip} of endpoint {name!r}: in the mode 'bridged' the segment gives it, leave it out."
                 )
-            endpoint = Endpoint(name, own, address, self._config.mode, alias, listener)
+            endpoint = Endpoint(name, own, address, self._config.mode, alias, listener, self.network)
             self._endpoints[name] = endpoint
             if not self._bridged:
                 self._by_ip[address] = endpoint

@@ -14,6 +14,7 @@ import socket
 from collections.abc import Callable
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from guestnet.attachments import Attachment, Listener, MemoryAttachment
 from guestnet.config import NetMode, Uplink
@@ -82,13 +83,19 @@ class Session:
     """The control side of one running network."""
 
     def __init__(
-        self, network: NatNetwork, config: NatConfig, registry: Registry, services: Services
+        self,
+        owner: Callable[[], NatNetwork | None],
+        config: NatConfig,
+        registry: Registry,
+        services: Services,
     ) -> None:
-        self._network = network
+        self._owner = owner
+        """The network, while anybody holds it. The control thread holds this session, so a strong reference
+        would keep a network running that nobody holds."""
         self.config = config
         self.registry = registry
         self.control = Control(lambda: _make_plane(config), self._handlers, "guestnet-control")
-        self.publishing = Publishing(self.control, registry)
+        self.publishing = Publishing(self.control, registry, owner)
         self._ports: dict[int, str] = {}
         self._port_of: dict[str, int] = {}
         self._arrivals: dict[int, int] = {}
@@ -96,7 +103,8 @@ class Session:
         self._turned_away: set[int] = set()
         """Those of them that cannot be served; said once."""
         self._listeners: dict[int, Listener] = {}
-        self._memory: dict[int, MemoryAttachment] = {}
+        self._memory: WeakValueDictionary[int, MemoryAttachment] = WeakValueDictionary()
+        """Held by the network: their callbacks may hold it in turn."""
         self._next_port = 1
         self._next_listener = 1
         self._capturing = False
@@ -111,7 +119,7 @@ class Session:
     async def open(self) -> None:
         """Makes the network that the configuration describes."""
         control = self.control
-        await control.do(control.plane.tell_flows, self._network._tells_flows)
+        await control.do(control.plane.tell_flows, self._tells_flows)
         if self.config.uplink is Uplink.TUN:
             await self._open_uplink()
         if self.config.mode is NetMode.BRIDGED:
@@ -166,9 +174,8 @@ class Session:
         if self.uplink is not None:
             self.uplink.close()
         self.registry.moved = lambda _endpoint, _old: None
-        for attachment in self._memory.values():
-            attachment.end()
-        self._memory.clear()
+        for port in list(self._memory):
+            self._end_memory(port)
         for endpoint in self.registry.all():
             endpoint._attached = None
             if endpoint.listener is not None:
@@ -229,14 +236,24 @@ class Session:
         self._services.forget(id)
         self.registry.remove(id)
 
+    def _end_memory(self, port: int) -> None:
+        if (attachment := self._memory.pop(port, None)) is not None:
+            attachment.end()
+        if (owner := self._owner()) is not None:
+            owner._memory.pop(port, None)
+
+    @property
+    def _tells_flows(self) -> bool:
+        owner = self._owner()
+        return owner is not None and owner._tells_flows
+
     def maintain(self) -> None:
         """Ends leases and mappings that are over, and frees what was declined long ago."""
         self._services.expire()
         self.registry.tidy()
 
     def _forget_port(self, port: int) -> str | None:
-        if (attachment := self._memory.pop(port, None)) is not None:
-            attachment.end()
+        self._end_memory(port)
         self._arrivals.pop(port, None)
         self._turned_away.discard(port)
         name = self._ports.pop(port, None)
@@ -276,6 +293,8 @@ class Session:
         if fd is None:
             # Known before the worker is told, so that no frame comes too early.
             attachment = self._memory[port] = MemoryAttachment(id, self, port, on_frame)
+            if (owner := self._owner()) is not None:
+                owner._memory[port] = attachment
             work = self.control.do(plane.attach_memory, port)
         else:
             command = {
@@ -290,7 +309,7 @@ class Session:
             await work
         except BaseException as error:
             endpoint._attached = None
-            self._memory.pop(port, None)
+            self._end_memory(port)
             if isinstance(error, asyncio.CancelledError) and self._port_of.get(id) == port:
                 # The worker may have attached it all the same: the endpoint begins anew, with another port.
                 self._forget_port(port)
@@ -305,7 +324,7 @@ class Session:
 
     async def listen(self, kind: str, path: str, sock: socket.socket) -> Listener:
         number, self._next_listener = self._next_listener, self._next_listener + 1
-        listener = Listener(self._network, number, kind, path)
+        listener = Listener(self._owner, number, kind, path)
         self._listeners[number] = listener
         try:
             await self.control.do(
@@ -441,7 +460,8 @@ class Session:
 
     def emit(self, kind: str, endpoint: str | None = None, **details: Any) -> None:
         """Tells the network's owner."""
-        self._network._tell(NetworkEvent(kind, endpoint, details))
+        if (owner := self._owner()) is not None:
+            owner._tell(NetworkEvent(kind, endpoint, details))
 
     def _tell_up(self, endpoint: Endpoint, **more: Any) -> None:
         self.emit(

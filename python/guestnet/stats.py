@@ -159,6 +159,37 @@ def _plain(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class LeaseRecord:
+    """An address that a guest holds by DHCP."""
+
+    endpoint_id: str
+    mac: str
+    """As `Endpoint.mac`."""
+    ip: IPv4Address
+    hostname: str | None
+    """The name that the client gave itself, or was given."""
+    expires: float
+    """Seconds since the epoch, as of `time.time()`; infinite for a lease without end."""
+
+
+@dataclass(frozen=True)
+class MappingRecord:
+    """A port of the host that a guest opened to itself, by PCP or NAT-PMP."""
+
+    endpoint_id: str
+    address: IPv4Address
+    """The guest's."""
+    protocol: str
+    """ "tcp" or "udp"."""
+    internal_port: int
+    """Of the guest."""
+    external_port: int
+    """Of the host."""
+    expires: float
+    """Seconds since the epoch, as of `time.time()`."""
+
+
+@dataclass(frozen=True)
 class FlowRecord:
     """One conversation that the network carries now."""
 

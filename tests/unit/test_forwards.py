@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from ipaddress import ip_address
+from typing import Any
 
 import pytest
 from guestnet.errors import ConfigError, GuestnetError, PortInUse, UnsupportedError
@@ -168,5 +169,39 @@ with NatNetwork() as network:
 
 @pytest.mark.parametrize("spec", [80, None, b"8080:80", ("8080", "80")])
 def test_what_is_no_text(spec: object) -> None:
-    with pytest.raises(ConfigError, match="write text"):
+    with pytest.raises(TypeError, match="neither text nor a ForwardSpec"):
         ForwardSpec.of(spec)
+
+
+def test_a_spec_of_ports_as_numbers() -> None:
+    assert ForwardSpec(8080, 80) == ForwardSpec.parse("8080:80")
+    assert ForwardSpec(8080, 80, "udp", "127.0.0.1", "vm1") == ForwardSpec.parse("127.0.0.1:8080:vm1:80/udp")
+    assert ForwardSpec(range(1, 4), range(11, 14)) == ForwardSpec.parse("1-3:11-13")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (-1, 80),
+        (65536, 80),
+        (8080, 0),
+        (range(0), range(0)),
+        (range(1, 9, 2), range(1, 5)),
+        (range(2), range(1, 3), "tcp", "nonsense"),
+        (8080, 80, "sctp"),
+        (8080, range(80, 82)),
+        (range(65530, 65540), range(1, 11)),
+    ],
+)
+def test_a_wrong_value_of_a_spec_is_a_config_error(values: tuple[Any, ...]) -> None:
+    with pytest.raises(ConfigError):
+        ForwardSpec(*values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [("8080", 80), (8080, None), (True, 80), (8080.0, 80), (80, 80, "tcp", 1), (80, 80, "tcp", None, 1)],
+)
+def test_a_wrong_type_in_a_spec_is_a_type_error(values: tuple[Any, ...]) -> None:
+    with pytest.raises(TypeError):
+        ForwardSpec(*values)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import guestnet
 import pytest
@@ -28,6 +29,43 @@ def test_the_type_checker_sees_the_same_names() -> None:
     assert seen == {(module, name) for name, module in guestnet._MODULE_OF.items()} | {
         ("typing", "Any") for _ in ()
     }
+
+
+def returned_by(owner: type) -> set[type]:
+    """The classes of guestnet that public methods and properties of a class give."""
+    found: set[type] = set()
+    for name, member in vars(owner).items():
+        if name.startswith("_"):
+            continue
+        function = member.fget if isinstance(member, property) else member
+        if not callable(function):
+            continue
+        home = vars(import_module(owner.__module__))
+        names = {**vars(guestnet), **{n: getattr(guestnet, n) for n in guestnet.__all__}, **home}
+        hint = get_type_hints(function, names).get("return")
+        found |= {
+            one for one in flatten(hint) if isinstance(one, type) and one.__module__.startswith("guestnet")
+        }
+    return found
+
+
+def flatten(hint: object) -> list[object]:
+    arguments = hint if isinstance(hint, list) else get_args(hint)
+    return [hint, *(inner for argument in arguments for inner in flatten(argument))]
+
+
+@pytest.mark.parametrize(
+    "owner", ["NatNetwork", "Services", "Endpoint", "NatEngine", "DhcpServer", "PcpServer"]
+)
+def test_what_public_methods_return_is_public(owner: str) -> None:
+    found = returned_by(getattr(guestnet, owner))
+    missing = {one.__name__ for one in found} - set(guestnet.__all__)
+    assert not missing - {"DhcpReply"}, "DhcpReply is between the server and the data plane"
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert guestnet.__version__ == metadata.version("guestnet")
+    assert "__version__" in dir(guestnet)
 
 
 def test_every_error_is_public() -> None:

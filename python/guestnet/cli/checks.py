@@ -156,14 +156,14 @@ def check_tap_offloads() -> Check:
 def check_resolvers(path: str = "/etc/resolv.conf") -> Check:
     """The name servers that guests' queries are passed on to."""
     name = "name servers"
-    remedy = f"Write `nameserver ADDRESS` to {path}; until then guests resolve only guestnet's own names."
+    remedy = f"Write `nameserver ADDRESS` to {path}, unless a name server runs on this host itself."
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             found = _name_servers(file.read())
     except OSError as error:
-        return Check(name, LIMITED, f"{path}: {error.strerror}", remedy)
+        return Check(name, LIMITED, f"{path}: {error.strerror}: 127.0.0.1 is asked", remedy)
     if not found:
-        return Check(name, LIMITED, f"none in {path}", remedy)
+        return Check(name, LIMITED, f"none in {path}: 127.0.0.1 is asked", remedy)
     return Check(name, OK, ", ".join(found))
 
 
@@ -171,10 +171,11 @@ def _name_servers(text: str) -> list[str]:
     """Those that guests' queries would be passed on to."""
     import logging
 
-    from guestnet.services.dns.resolvers import parse_resolv_conf
+    from guestnet.services.dns.resolvers import NOT_NAMED, parse_resolv_conf
 
     logging.getLogger("guestnet").addHandler(logging.NullHandler())  # the check says what is missing
-    return [server.host for server in parse_resolv_conf(text).servers]
+    servers = parse_resolv_conf(text).servers
+    return [] if servers is NOT_NAMED else [server.host for server in servers]
 
 
 def check_subnet(subnet: str, table: str = "/proc/net/route") -> Check:

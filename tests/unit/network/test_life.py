@@ -314,3 +314,84 @@ def test_stop_while_others_wait() -> None:
     network.stop()
     thread.join(10)
     assert len(outcome) == 1
+
+
+def test_settings_without_a_config() -> None:
+    assert NatNetwork(subnet="10.9.0.0/24", dhcp=False).config == NatConfig(subnet="10.9.0.0/24", dhcp=False)
+    with pytest.raises(ConfigError, match="subnet cannot be given beside a NatConfig"):
+        NatNetwork(NatConfig(), subnet="10.9.0.0/24")
+    with pytest.raises(ConfigError, match="mtu"):
+        NatNetwork(mtu=1)
+    with pytest.raises(TypeError):
+        NatNetwork(nonsense=1)
+
+
+def test_an_endpoint_by_its_id() -> None:
+    network = NatNetwork(PLAIN)
+    endpoint = network.create_endpoint("vm1")
+    assert network["vm1"] is endpoint
+    for wrong in ("vm2", "", 1):
+        with pytest.raises(EndpointNotFound):
+            _ = network[wrong]  # type: ignore[index]
+
+
+async def test_an_endpoint_publishes_its_ports_and_has_its_counters() -> None:
+    async with NatNetwork(PLAIN) as network:
+        one = await network.acreate_endpoint("one", hostname="web")
+        await network.acreate_endpoint("two")
+        forward = one.publish("127.0.0.1:0:80")
+        assert (forward.spec.guest, forward.target) == ("one", one.ip)
+        other = await one.apublish(f"127.0.0.1:0:{one.ip}:81/udp")
+        assert other.spec.guest == "one"
+        with pytest.raises(ConfigError, match="names 'two'"):
+            one.publish("127.0.0.1:0:two:80")
+        assert one.stats() == await one.astats() == network.endpoint_stats()["one"]
+        forward.close()
+        await other.aclose()
+        assert network.forwards == []
+        forward.close()
+        await other.aclose()
+        network.remove_endpoint("one")
+        with pytest.raises(EndpointNotFound):
+            one.stats()
+    with pytest.raises(NotRunning):
+        one.stats()
+    forward.close()
+
+
+@pytest.mark.parametrize("wrong", [1, None, "8080:80"])
+async def test_what_is_no_forward_or_callback_is_a_type_error(wrong: object) -> None:
+    with NatNetwork(PLAIN) as network:
+        with pytest.raises(TypeError, match="not a Forward"):
+            network.unpublish(wrong)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="not a Forward"):
+            await network.aunpublish(wrong)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="cannot be called"):
+            network.on_event(wrong)  # type: ignore[arg-type]
+        with pytest.raises((TypeError, ConfigError)):
+            network.publish(wrong and 1)  # type: ignore[arg-type]
+
+
+async def test_frames_of_a_memory_guest_are_awaited() -> None:
+    async with NatNetwork(PLAIN) as network:
+        await network.acreate_endpoint("vm1")
+        guest = await network.aattach("vm1", "memory")
+        assert await guest.arecv(0) is None
+        waiting = asyncio.create_task(guest.arecv())
+        await asyncio.sleep(0)
+        guest.deliver(b"one")
+        guest.deliver(b"two")
+        assert await waiting == b"one"
+        assert await guest.arecv(5) == b"two"
+        given_up = asyncio.create_task(guest.arecv())
+        await asyncio.sleep(0)
+        given_up.cancel()
+        await asyncio.wait([given_up])
+        guest.deliver(b"three")
+        assert await guest.arecv() == b"three"
+        waiting = asyncio.create_task(guest.arecv())
+        await asyncio.sleep(0)
+    with pytest.raises(NotRunning):
+        await waiting
+    with pytest.raises(NotRunning):
+        await guest.arecv(1)

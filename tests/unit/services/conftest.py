@@ -30,7 +30,9 @@ class Segment:
             "search": ("guestnet.internal",),
         }
         self.store = LeaseStore(self.registry)
-        self.server = DhcpServer(DhcpConfig(**(config | values)), self.store, lambda: self.now)
+        self.server = DhcpServer(
+            DhcpConfig(**(config | values)), self.store, lambda: self.now, lambda: self.now
+        )
         self.leased: list[Lease] = []
         self.released: list[Lease] = []
         self.server.on_lease = self.leased.append

@@ -161,7 +161,10 @@ class Played:
         self.now = 5000.0
         self.host = Host()
         self.server = PcpServer(
-            PcpConfig(first=first, last=last, **values), lambda: self.now, random.Random(first)
+            PcpConfig(first=first, last=last, **values),
+            lambda: self.now,
+            random.Random(first),
+            lambda: self.now,
         )
         self.opened: list[Mapping] = []
         self.closed: list[Mapping] = []

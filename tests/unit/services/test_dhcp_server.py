@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from guestnet.ipam import format_mac
 
 from .conftest import Segment
 from .dhcp_wire import (
@@ -67,9 +68,9 @@ def test_a_request_for_what_was_offered_is_a_lease(segment: Segment) -> None:
     said = segment.answer(REQUEST, [SERVER, (50, ip("192.168.64.2")), (12, b"Web-1.example")])
     assert (said.kind, said.yiaddr, said.number(51)) == (ACK, "192.168.64.2", 3600)
     (lease,) = segment.server.leases()
-    assert (lease.endpoint_id, lease.mac, str(lease.ip)) == ("vm1", MAC, "192.168.64.2")
+    assert (lease.endpoint_id, lease.mac, str(lease.ip)) == ("vm1", format_mac(MAC), "192.168.64.2")
     assert (lease.hostname, lease.expires) == ("web-1", 4600.0)
-    assert segment.leased == [lease]
+    assert [one.ip for one in segment.leased] == [lease.ip]
 
 
 def test_a_request_for_another_server_is_left_alone(segment: Segment) -> None:

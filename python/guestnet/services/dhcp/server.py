@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network
 
+from guestnet.ipam import format_mac
 from guestnet.services.dhcp import options as make
 from guestnet.services.dhcp.leases import Lease, LeaseStore
 from guestnet.services.dhcp.message import (
@@ -25,6 +26,7 @@ from guestnet.services.dhcp.message import (
     emit,
     parse,
 )
+from guestnet.stats import LeaseRecord
 
 _log = logging.getLogger("guestnet")
 
@@ -86,11 +88,16 @@ class DhcpServer:
     """Answers DHCP and BOOTP clients."""
 
     def __init__(
-        self, config: DhcpConfig, leases: LeaseStore, clock: Callable[[], float] = time.monotonic
+        self,
+        config: DhcpConfig,
+        leases: LeaseStore,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._config = config
         self._store = leases
         self._clock = clock
+        self._wall_clock = wall_clock
         self.on_lease: Callable[[Lease], object] = lambda _lease: None
         """Called when a client has taken or renewed an address."""
         self.on_release: Callable[[Lease], object] = lambda _lease: None
@@ -126,9 +133,14 @@ class DhcpServer:
             values[121] = make.classless_routes(routes)
         return values
 
-    def leases(self, now: float | None = None) -> list[Lease]:
+    def leases(self) -> list[LeaseRecord]:
         """The leases that hold. From any thread."""
-        return self._store.all(self._clock() if now is None else now)
+        now = self._clock()
+        to_wall = self._wall_clock() - now
+        return [
+            LeaseRecord(one.endpoint_id, format_mac(one.mac), one.ip, one.hostname, one.expires + to_wall)
+            for one in self._store.all(now)
+        ]
 
     def expire(self, now: float) -> None:
         """Ends the leases that are over. `handle` does it too."""

@@ -28,7 +28,8 @@ class Resolver:
 
 
 _LOCAL = Resolver("127.0.0.1")
-"""The name server of a host whose resolv.conf names none, or cannot be read (resolv.conf(5))."""
+NOT_NAMED = (_LOCAL,)
+"""Asked where resolv.conf names no server, or cannot be read (resolv.conf(5))."""
 _UNSPECIFIED = {"0.0.0.0": _LOCAL, "::": Resolver("::1")}
 """What a socket that is connected to these reaches."""
 
@@ -84,11 +85,11 @@ def parse_resolv_conf(text: str) -> Resolvers:
                 servers.append(server)
         elif words[0] == "options":
             options.update((name, value) for name, _, value in (word.partition(":") for word in words[1:]))
-    if not servers:
-        servers.append(_LOCAL)
     timeout = _bounded(options.get("timeout"), 1, _TIMEOUT_LONGEST, _TIMEOUT)
     attempts = _bounded(options.get("attempts"), 1, _ATTEMPTS_MOST, _ATTEMPTS)
-    return Resolvers(tuple(servers), timeout, int(attempts), "rotate" in options, "use-vc" in options)
+    return Resolvers(
+        tuple(servers) or NOT_NAMED, timeout, int(attempts), "rotate" in options, "use-vc" in options
+    )
 
 
 def _bounded(text: str | None, lowest: float, highest: float, usual: float) -> float:
@@ -131,5 +132,5 @@ class ResolverSource:
                 self._path,
                 error.strerror,
             )
-            return Resolvers((_LOCAL,))
+            return Resolvers(NOT_NAMED)
         return parse_resolv_conf(text)

@@ -18,6 +18,7 @@ from guestnet.services.pcp.message import MapRequest, PcpError, Result
 from guestnet.services.pcp.natpmp import PmpRequest, PmpResult
 from guestnet.services.pcp.ports import PortsOfHost
 from guestnet.services.pcp.table import Mapping
+from guestnet.stats import MappingRecord
 
 _PROTOCOLS = {6: "tcp", 17: "udp"}
 _ALL = 0
@@ -41,9 +42,11 @@ class PcpServer:
         config: PcpConfig,
         clock: Callable[[], float] = time.monotonic,
         draw: random.Random | None = None,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._config = config
         self._clock = clock
+        self._wall_clock = wall_clock
         self._draw = draw
         self._mapper = Mapper(config, clock, draw)
         self.on_open: Callable[[Mapping], object] = lambda _mapping: None
@@ -68,9 +71,20 @@ class PcpServer:
         """Ends all mappings."""
         self._mapper.remove_all()
 
-    def mappings(self) -> list[Mapping]:
+    def mappings(self) -> list[MappingRecord]:
         """Ports that guests have opened, oldest first. From any thread."""
-        return self._mapper.all()
+        to_wall = self._wall_clock() - self._clock()
+        return [
+            MappingRecord(
+                one.endpoint_id,
+                one.address,
+                one.protocol,
+                one.internal_port,
+                one.external_port,
+                one.expires + to_wall,
+            )
+            for one in self._mapper.all()
+        ]
 
     def next_expiry(self) -> float | None:
         """In how many seconds `expire` is to look again; None while there is nothing that ends."""
