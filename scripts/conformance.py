@@ -128,13 +128,21 @@ TABLE: dict[str, list[Requirement]] = {
         r("5508-3d", "extensions are left alone", relay=f"{NOT_APPLICABLE}: the error is built anew"),
         r(
             "5508-4",
-            "errors from outside are reverted",
+            "errors from outside are reverted; one that names an MTU under 68 is dropped",
             relay="met",
             by=("errors_of_the_network_quote",),
         ),
-        r("5508-5", "errors from inside are reverted", relay=f"{NOT_APPLICABLE}: sockets cannot send them"),
+        r(
+            "5508-5",
+            "errors from inside are reverted; a guest's error about another guest's packet is dropped",
+            relay=f"{NOT_APPLICABLE}: sockets cannot send them",
+        ),
         r("5508-6", "errors neither refresh nor delete", relay="met", by=("errors_of_the_network_quote",)),
-        r("5508-7", "hairpinned queries", relay=KERNEL),
+        r(
+            "5508-7",
+            "hairpinned queries, to an identifier that another guest's query has outside",
+            relay=f"{NOT_APPLICABLE}: the host answers for its own addresses",
+        ),
         r("5508-7a", "hairpinned errors", relay=f"{NOT_APPLICABLE}: sockets cannot send them"),
         r(
             "5508-8",

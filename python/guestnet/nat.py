@@ -199,6 +199,7 @@ class NatEngineConfig:
     refusal: Refusal = Refusal.PROHIBITED
     answer_unsolicited_syn: bool = True
     icmp_errors_per_second: int = 100
+    """To one guest, and to all of the outside."""
     secret: bytes | None = field(default=None, repr=False)
     """32 bytes that key hashes and ports; None: random. A fixed one makes runs repeat."""
 

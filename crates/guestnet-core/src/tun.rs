@@ -216,7 +216,10 @@ impl Core {
         let large = large(p, meta);
         let now = self.now;
         let Some(tun) = self.tun.as_mut() else { return Err(Drop::NoFlow) };
-        let mtu = tun.engine.config().mtu_outside;
+        let mtu = match p.dst {
+            IpAddr::V4(dst) => tun.engine.mtu_to(dst),
+            IpAddr::V6(_) => tun.engine.config().mtu_outside,
+        };
         let too_big = large.map_or(p.end - p.l3, usize::from) > usize::from(mtu);
         if too_big && (p.dont_fragment || large.is_some()) {
             self.icmp_error(slot, mac, frame, p, IcmpError::too_big(mtu), fx);

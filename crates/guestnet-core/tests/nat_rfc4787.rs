@@ -2,6 +2,7 @@
 mod nat_common;
 use guestnet_core::nat::Behaviour::{AddressAndPortDependent, AddressDependent, EndpointIndependent};
 use guestnet_core::stats::Drop;
+use guestnet_wire::ipv4;
 use nat_common::*;
 
 const A1000: &str = "192.168.64.2:50000";
@@ -256,6 +257,58 @@ fn rfc4787_req13_dont_fragment_too_big() {
     assert_eq!((d, t, c, *src(&p).ip()), (Outbound, 3, 4, ip(EXT)));
 }
 
+/// What is turned round leaves by the link that it came by: the MTU outside says nothing of it.
+#[test]
+fn rfc4787_req13_hairpinned_packets_have_the_mtu_of_the_way_they_go() {
+    for (outside, inside) in [(1500, 1400), (1400, 1500)] {
+        let mut lab = Lab::new(|c| {
+            (c.mtu_outside, c.mtu_inside) = (outside, inside);
+            c.filtering_udp = EndpointIndependent;
+        });
+        let b_ext = lab.map(&udp("192.168.64.3:2222", "198.51.100.1:9"));
+        // The first packet of a connection, and a later one, which is known by then.
+        for _ in 0..2 {
+            let packet = udp_packet(at(A1000), b_ext, &[7; 1422]);
+            let r = lab.out(&packet.clone().df().bytes());
+            if inside < 1450 {
+                assert_eq!(r, TooBig(inside));
+                let (d, p, t, c) = lab.the_error();
+                assert_eq!((d, t, c, &p[26..28]), (Inbound, 3, 4, &inside.to_be_bytes()[..]));
+                assert_eq!((*src(&p).ip(), *dst(&p).ip()), (ip("192.168.64.1"), ip(A)));
+                assert_eq!(lab.out(&packet.bytes()), Fragmented);
+                let out = lab.output();
+                assert!(out.iter().all(|(d, f)| *d == Inbound && f.len() <= 1400), "{out:?}");
+                assert_eq!(out.len(), 2);
+            } else {
+                assert_eq!(r, Hairpinned);
+            }
+        }
+        // Fragments too, the first and a later one, and errors.
+        let cut = udp_packet(at(A1000), b_ext, &[7; 2800]).fragments(1424);
+        for (i, f) in cut.iter().take(2).enumerate() {
+            let mut f = f.clone();
+            f[6] |= 0x40;
+            ipv4::fill_checksum(&mut f);
+            let want = if inside < 1444 { TooBig(inside) } else { Hairpinned };
+            assert_eq!(lab.out(&f), want, "fragment {i}, MTU inside {inside}");
+        }
+    }
+}
+
+/// An error is as long as its sender likes; one that must not be cut is not, and nobody is told.
+#[test]
+fn rfc4787_req13_errors_too_big_for_the_next_link_keep_dont_fragment() {
+    let mut lab = Lab::new(|c| (c.mtu_outside, c.mtu_inside) = (1500, 600));
+    let (_, sent) = lab.send(&udp_packet(at(A1000), at("198.51.100.1:1"), &[1; 1000]).bytes(), Outbound);
+    let mut large = error("198.51.100.1", EXT, 3, 3, [0; 4], &sent);
+    assert_eq!(lab.inn(&large), Fragmented);
+    assert_eq!(lab.output().len(), 2);
+    large[6] = 0x40;
+    ipv4::fill_checksum(&mut large);
+    assert_eq!(lab.inn(&large), TooBig(600));
+    assert_eq!(lab.output(), []);
+}
+
 #[test]
 fn rfc4787_req13a_fragments_in_order() {
     let mut lab = Lab::new(|c| (c.mtu_outside, c.mtu_inside) = (1400, 1300));
@@ -311,6 +364,34 @@ fn rfc4787_req14_fragments_in_any_order() {
     }
 }
 
+/// A packet of any length in pieces of any size: where some of it went, the rest does.
+#[test]
+fn rfc4787_req14_any_number_of_fragments() {
+    let data: Vec<u8> = (0..65_000).map(|i| (i / 256) as u8).collect();
+    for size in [8, 48, 552, 904] {
+        for reversed in [false, true] {
+            let mut lab = Lab::default();
+            let mut parts = udp_packet(at(A1000), at("198.51.100.1:1"), &data).fragments(size);
+            if reversed {
+                // The first fragment comes first, or more would have to wait than there is room for.
+                parts[1..].reverse();
+            }
+            let went = parts.iter().filter(|p| lab.out(p) == Translated).count();
+            assert_eq!(went, parts.len(), "pieces of {size} bytes");
+            // Duplicates go too, and an overlap anywhere ends it.
+            assert_eq!(lab.out(&parts[went / 2]), Translated);
+            let mut overlap = udp_packet(at(A1000), at("198.51.100.1:1"), &[2; 2000]);
+            overlap.payload.truncate(16);
+            overlap.frag = (64 / 8) | ipv4::MF;
+            if size != 16 {
+                assert_eq!(lab.out(&overlap.bytes()), Dropped(Drop::Reassembly));
+                assert_eq!(lab.out(&parts[went / 2]), Dropped(Drop::Reassembly));
+                assert_eq!(lab.nat.fragment_usage(), (1, 0));
+            }
+        }
+    }
+}
+
 #[test]
 fn rfc4787_req14_inbound_fragments_in_any_order() {
     let mut lab = Lab::default();
@@ -342,6 +423,42 @@ fn rfc4787_req14a_fragment_flood_is_bounded() {
     assert_eq!(lab.output().len(), 1);
     lab.wait(16);
     assert_eq!(lab.nat.fragment_usage(), (0, 0));
+}
+
+/// Neither sets nor bytes are first come, first served, and the outside has its own.
+#[test]
+fn rfc4787_req14a_fragments_have_a_share_for_each_sender() {
+    let data = [0; 2000];
+    let incomplete = |from: String, to: String, id: u16| {
+        udp_packet(at(&from), at(&to), &data).id(id).fragments(1000).remove(1)
+    };
+    let mut lab = Lab::new(|c| (c.fragment_sets, c.fragment_bytes) = (64, 400_000));
+    let mine = udp_packet(at(A1000), at("198.51.100.1:1"), &data).fragments(1000);
+    assert_eq!(lab.out(&mine[1]), Held);
+    // Any number of addresses outside, each with next to nothing.
+    for i in 0..2000u16 {
+        let from = format!("198.51.{}.{}:5", 101 + i / 250, 1 + i % 250);
+        lab.inn(&incomplete(from, format!("{EXT}:7"), i));
+    }
+    // Guests that want all that there is.
+    for guest in 10..30 {
+        for id in 0..100 {
+            lab.out(&incomplete(format!("192.168.64.{guest}:5"), "198.51.100.1:1".into(), id));
+        }
+    }
+    let (sets, bytes) = lab.nat.fragment_usage();
+    assert!(sets <= 64 && bytes <= 400_000, "{sets} sets, {bytes} bytes");
+    assert_eq!((lab.out(&mine[0]), lab.output().len()), (Translated, 1), "what waited is still there");
+    let other = udp_packet(at("192.168.64.99:5"), at("198.51.100.1:1"), &data).fragments(1000);
+    assert_eq!((lab.out(&other[1]), lab.out(&other[0]), lab.output().len()), (Held, Translated, 1));
+    // Of bytes one sender has no more than it leaves to others.
+    let mut lab = Lab::new(|c| (c.fragment_sets, c.fragment_bytes) = (1024, 80_000));
+    for id in 0..60 {
+        lab.out(&incomplete("192.168.64.9:5".into(), "198.51.100.1:1".into(), id));
+    }
+    let (_, bytes) = lab.nat.fragment_usage();
+    assert!((18_000..=20_000).contains(&bytes), "{bytes} bytes");
+    assert_eq!((lab.out(&mine[1]), lab.out(&mine[0]), lab.output().len()), (Held, Translated, 1));
 }
 
 #[test]

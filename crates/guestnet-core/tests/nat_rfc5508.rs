@@ -130,6 +130,41 @@ fn rfc5508_req5_error_from_inside_is_reverted() {
     assert_eq!(quote, from_outside);
 }
 
+/// One guest does not speak for another: REQ-5 lets a router inside do so, but no guest is one.
+#[test]
+fn rfc5508_req5_error_about_another_guests_packet_is_dropped() {
+    let mut lab = Lab::new(|c| c.filtering_udp = EndpointIndependent);
+    for (guest, remote) in [(udp(G, X), udp(X, G)), (tcp(G, X, SYN), tcp(X, G, SYN))] {
+        lab.map(&guest);
+        for (kind, code) in [(3, 1), (3, 3), (3, 4), (11, 0), (12, 0)] {
+            let forged = error(B, X1, kind, code, [0, 0, 4, 0], &remote);
+            assert_eq!(lab.out(&forged), Dropped(Drop::SpoofedSource), "{kind}/{code}");
+            assert_eq!(lab.out(&error(A, X1, kind, code, [0, 0, 4, 0], &remote)), Translated);
+        }
+    }
+    // Nor to a third guest by way of the external address.
+    let ext = lab.map(&udp(G, X)).to_string();
+    let (_, seen) = lab.send(&udp("192.168.64.4:1", &ext), Outbound);
+    assert_eq!(lab.out(&error(B, EXT, 3, 3, [0; 4], &seen)), Dropped(Drop::SpoofedSource));
+}
+
+/// No link has an MTU under 68 (RFC 791), so nobody is told of one; 0 is what routers of old say.
+#[test]
+fn rfc5508_req4_an_mtu_that_no_link_has_is_not_passed_on() {
+    let mut lab = Lab::default();
+    let original = udp_packet(at(G), at(X), &[3; 900]).bytes();
+    let (_, sent) = lab.send(&original, Outbound);
+    let from_guest = udp_packet(at(X), at(G), &[3; 900]).bytes();
+    for (mtu, believed) in [(0, true), (1, false), (20, false), (67, false), (68, true), (552, true)] {
+        let [a, b] = u16::to_be_bytes(mtu);
+        let want = if believed { Translated } else { Dropped(Drop::Malformed) };
+        assert_eq!(lab.inn(&error(X2, EXT, 3, 4, [0, 0, a, b], &sent)), want, "MTU {mtu}");
+        assert_eq!(lab.out(&error(A, X1, 3, 4, [0, 0, a, b], &from_guest)), want, "MTU {mtu}");
+    }
+    // In other errors these bytes mean something else.
+    assert_eq!(lab.inn(&error(X2, EXT, 3, 3, [0, 0, 0, 20], &sent)), Translated);
+}
+
 #[test]
 fn rfc5508_req6_errors_refresh_nothing() {
     let mut lab = Lab::new(|c| c.inbound_refresh = false);
@@ -146,14 +181,38 @@ fn rfc5508_req6_errors_refresh_nothing() {
     assert_eq!(lab.inn(&udp(X, &ext)), Dropped(Drop::NoFlow));
 }
 
+/// A query goes to the guest whose identifier it names, and the answer to whoever asked, among several.
 #[test]
 fn rfc5508_req7_hairpinned_query() {
     let mut lab = Lab::new(|c| c.filtering_udp = EndpointIndependent);
     let b_ext = lab.map(&echo(B, X1, 8, 77));
-    let (r, p) = lab.send(&echo(A, EXT, 8, b_ext.port()), Outbound);
-    // A's identifier is the one that B's mapping has outside: another was found for A.
-    assert_eq!(r, Hairpinned);
-    assert_eq!(*src(&p).ip(), ip(EXT));
+    for asking in [A, "192.168.64.4", "192.168.64.5"] {
+        for kind in [8, 13] {
+            // The identifier that B's mapping has outside: the one who asks gets another for itself.
+            let (r, p) = lab.send(&echo(asking, EXT, kind, b_ext.port()), Outbound);
+            assert_eq!(r, Hairpinned);
+            assert_eq!((*src(&p).ip(), *dst(&p).ip(), p[20]), (ip(EXT), ip(B), kind));
+            let answer = echo(B, EXT, if kind == 8 { 0 } else { 14 }, dst(&p).port());
+            let (r, p) = lab.send(&answer, Outbound);
+            assert_eq!(r, Hairpinned);
+            assert_eq!((*src(&p).ip(), dst(&p)), (ip(EXT), at(&format!("{asking}:{}", b_ext.port()))));
+        }
+    }
+    // B's own conversation goes on.
+    assert_eq!(dst(&lab.take(&echo(X1, EXT, 0, b_ext.port()))), at(&format!("{B}:77")));
+}
+
+/// An identifier that is nobody else's leads to nobody, and not back to its sender.
+#[test]
+fn rfc5508_req7_hairpinned_query_never_returns_to_its_sender() {
+    let mut lab = Lab::new(|c| c.filtering_udp = EndpointIndependent);
+    assert_eq!(lab.out(&echo(A, EXT, 8, 7)), Dropped(Drop::NoFlow));
+    let own = lab.map(&echo(A, X1, 8, 9));
+    assert_eq!(lab.out(&echo(A, EXT, 8, own.port())), Dropped(Drop::NoFlow));
+    // Filtering holds inside too.
+    let mut lab = Lab::default();
+    let b_ext = lab.map(&echo(B, X1, 8, 77));
+    assert_eq!(lab.out(&echo(A, EXT, 8, b_ext.port())), Dropped(Drop::Filtered));
 }
 
 #[test]
@@ -203,6 +262,38 @@ fn rfc5508_req8_refusal_is_told() {
         lab.out(&udp(G, "192.0.2.1:1"));
         assert_eq!(lab.output().len(), 1);
     }
+}
+
+/// The budget of errors is each guest's own: one that has all its packets refused costs another none.
+#[test]
+fn rfc5508_req8_errors_of_one_guest_leave_those_of_another() {
+    let mut lab = Lab::new(|c| c.icmp_errors_per_second = 10);
+    let dying = |guest: &str| udp_packet(at(guest), at(X), b"x").ttl(1).bytes();
+    for _ in 0..1000 {
+        lab.out(&dying(G));
+    }
+    assert_eq!(lab.output().len(), 10);
+    for guest in 3..100 {
+        assert_eq!(lab.out(&dying(&format!("192.168.64.{guest}:5"))), Dropped(Drop::TtlExpired));
+    }
+    let told = lab.output();
+    assert_eq!(told.len(), 97);
+    assert!(told.iter().all(|(d, p)| *d == Inbound && p[20] == 11));
+    // All together have a bound, and the outside has its own.
+    for guest in 3..250 {
+        for _ in 0..10 {
+            lab.out(&dying(&format!("192.168.64.{guest}:5")));
+        }
+    }
+    assert_eq!(lab.output().len(), 16 * 10 - 107);
+    lab.wait(1);
+    let ext = lab.map(&udp(G, X));
+    let packet = udp_packet(at(X), ext, b"x").ttl(1).bytes();
+    for _ in 0..100 {
+        lab.inn(&packet);
+    }
+    assert_eq!(lab.output().iter().filter(|(d, _)| *d == Outbound).count(), 10);
+    assert_eq!((lab.out(&dying(G)), lab.output().len()), (Dropped(Drop::TtlExpired), 1));
 }
 
 #[test]

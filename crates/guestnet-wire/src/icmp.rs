@@ -42,6 +42,23 @@ pub fn is_error(icmp_type: u8) -> bool {
     matches!(icmp_type, UNREACHABLE | 4 | REDIRECT | TIME_EXCEEDED | PARAMETER_PROBLEM)
 }
 
+/// True for the ICMPv4 types that ask something and have an identifier: echo, timestamp, information and
+/// address mask requests.
+#[must_use]
+pub fn is_request(icmp_type: u8) -> bool {
+    matches!(icmp_type, ECHO | 13 | 15 | 17)
+}
+
+/// The smallest IPv4 MTU (RFC 791 3.2): every link carries packets of this size.
+pub const MIN_MTU: u16 = 68;
+
+/// True for the next-hop MTU of a "fragmentation needed" that may be believed: 0 is of routers before RFC 1191,
+/// and no link has less than [`MIN_MTU`].
+#[must_use]
+pub fn is_path_mtu(mtu: u16) -> bool {
+    mtu == 0 || mtu >= MIN_MTU
+}
+
 /// Writes an ICMPv4 message: header with `rest` as bytes 4 to 7, then `body`, checksum included, at the
 /// front of `b`, which must hold `8 + body.len()` bytes. Returns that length.
 pub fn emit(b: &mut [u8], icmp_type: u8, code: u8, rest: [u8; 4], body: &[u8]) -> usize {

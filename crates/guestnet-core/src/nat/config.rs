@@ -153,13 +153,17 @@ pub struct NatEngineConfig {
     pub refusal: Refusal,
     /// Answer an unsolicited SYN with ICMP 3/3 after its time (RFC 5382 REQ-4); off is its "silent by policy".
     pub answer_unsolicited_syn: bool,
-    /// ICMP errors that the engine makes, per second and side.
+    /// ICMP errors that the engine makes per second for one guest, and for all of the outside; for all guests
+    /// together 16 times as many.
     pub icmp_errors_per_second: u32,
-    /// Sets of fragments followed at once.
+    /// Sets of fragments followed at once, half of them in each direction, and of those an eighth of one
+    /// source.
     pub fragment_sets: usize,
-    /// Bytes of fragments kept until the first of their packet comes.
+    /// Bytes of fragments kept until the first of their packet comes, half of them in each direction. A source
+    /// has no more than it leaves to others.
     pub fragment_bytes: usize,
-    /// Bytes of packets that wait to be fetched with [`super::NatEngine::poll_output`].
+    /// Bytes of packets that wait to be fetched with [`super::NatEngine::poll_output`]. A sender has no more than
+    /// it leaves to others.
     pub output_bytes: usize,
     /// Seeds hash keys and ports. From the system's random source; a fixed one makes tests repeatable.
     pub secret: [u8; 32],

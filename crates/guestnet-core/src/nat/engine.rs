@@ -348,13 +348,20 @@ impl NatEngine {
         NatResult::Dropped(why)
     }
 
-    /// What stops a packet on its way to the next link: TTL, then size.
-    pub(super) fn blocked(&mut self, p: &[u8], v: &View, direction: NatDirection) -> Option<NatResult> {
+    /// What stops a packet that came in one direction and leaves in another (`to`): TTL, then size.
+    pub(super) fn blocked(
+        &mut self,
+        p: &[u8],
+        v: &View,
+        direction: NatDirection,
+        to: NatDirection,
+    ) -> Option<NatResult> {
         // The error goes back where the packet came from, and speaks for the side it came from.
-        let (back, src, mtu) = match direction {
-            NatDirection::Outbound => (NatDirection::Inbound, self.gateway, self.config.mtu_outside),
-            NatDirection::Inbound => (NatDirection::Outbound, v.dst, self.config.mtu_inside),
+        let (back, src) = match direction {
+            NatDirection::Outbound => (NatDirection::Inbound, self.gateway),
+            NatDirection::Inbound => (NatDirection::Outbound, v.dst),
         };
+        let mtu = self.mtu(to);
         if self.config.decrement_ttl && v.ttl <= 1 {
             self.icmp_error(back, src, p, icmp::TIME_EXCEEDED, 0, [0; 4]);
             return Some(NatResult::Dropped(Drop::TtlExpired));
@@ -366,11 +373,32 @@ impl NatEngine {
                 self.icmp_error(back, src, p, icmp::UNREACHABLE, code, [0, 0, m[0], m[1]]);
                 return Some(NatResult::TooBig(mtu));
             }
-            if !self.output.has_room(v.total + v.total / 4 + 1024) {
+            if !self.output.has_room(v.src, v.total + v.total / 4 + 1024) {
                 return Some(NatResult::Dropped(Drop::BufferLimit));
             }
         }
         None
+    }
+
+    /// The IP MTU of the links in a direction.
+    fn mtu(&self, to: NatDirection) -> u16 {
+        match to {
+            NatDirection::Outbound => self.config.mtu_outside,
+            NatDirection::Inbound => self.config.mtu_inside,
+        }
+    }
+
+    /// The IP MTU of the link that a guest's packet to `destination` leaves by: what is for an external address
+    /// goes back inside.
+    #[must_use]
+    pub fn mtu_to(&self, destination: Ipv4Addr) -> u16 {
+        self.mtu(self.way(NatDirection::Outbound, u32::from(destination)))
+    }
+
+    /// Which way a packet to `dst` that travels in a direction leaves.
+    pub(super) fn way(&self, direction: NatDirection, dst: u32) -> NatDirection {
+        let turned = direction == NatDirection::Outbound && self.table.is_external(dst);
+        super::outbound::way(direction, turned)
     }
 
     /// What the next link must carry in one piece.
@@ -383,10 +411,7 @@ impl NatEngine {
         if self.config.decrement_ttl {
             packet::decrement_ttl(p);
         }
-        let mtu = match to {
-            NatDirection::Outbound => self.config.mtu_outside,
-            NatDirection::Inbound => self.config.mtu_inside,
-        };
+        let mtu = self.mtu(to);
         if self.size(v) > usize::from(mtu) {
             if !self.output.fragment(to, p, v, usize::from(mtu)) {
                 return NatResult::Dropped(Drop::BufferLimit);

@@ -1,8 +1,11 @@
 //! Theory of operation: only the first fragment of a packet has ports. What it was translated to is kept under
 //! (source, destination, id, protocol) and done to the others; others that come before it wait, bounded in
 //! number, bytes and time (RFC 4787 REQ-14). A fragment that overlaps another kills its set (RFC 5722's
-//! rule; what came before it can never become a whole packet). A source has 1/16 of the sets at most, and its
-//! own oldest set makes room, so one sender's incomplete packets do not push out another's.
+//! rule; what came before it can never become a whole packet). A packet may have as many fragments as fit its
+//! 65535 bytes: to stop one after a number of them would only waste those that went. Each direction has half
+//! of the sets and bytes, so nothing from outside pushes out what guests send. A source has 1/8 of its
+//! direction's sets at most, and its own oldest set makes room; of the bytes it has at most as many as it
+//! leaves to others.
 
 use super::NatDirection;
 use std::collections::{BTreeMap, VecDeque};
@@ -32,10 +35,23 @@ struct Set {
     /// `None` until the first fragment has come.
     rule: Option<Rule>,
     dead: bool,
-    /// Byte ranges seen.
+    /// Byte ranges seen, in order. None overlap, and all but one are whole units of 8 bytes, so there are at
+    /// most 8192.
     seen: Vec<(u32, u32)>,
     held: Vec<Vec<u8>>,
+    /// Bytes of `seen` and `held`.
+    cost: usize,
 }
+
+/// What one sender, or all of a direction, have here.
+#[derive(Debug, Clone, Copy, Default)]
+struct Usage {
+    sets: usize,
+    bytes: usize,
+}
+
+/// Bytes of a range in [`Set::seen`].
+const RANGE: usize = size_of::<(u32, u32)>();
 
 /// What becomes of a fragment.
 pub(crate) enum Fate {
@@ -47,18 +63,17 @@ pub(crate) enum Fate {
     Refused,
 }
 
-/// A packet has at most this many fragments here: 64 KiB in pieces of 1000 bytes, and some.
-const MAX_PIECES: usize = 72;
-
 /// See the module head.
 pub(crate) struct Fragments {
     sets: BTreeMap<SetKey, Set>,
-    by_source: BTreeMap<u32, usize>,
+    /// By direction and source.
+    senders: BTreeMap<(bool, u32), Usage>,
+    /// Inbound, outbound.
+    all: [Usage; 2],
     order: VecDeque<(u64, SetKey)>,
     serial: u64,
-    held_bytes: usize,
-    max_sets: usize,
-    max_bytes: usize,
+    /// Of each direction.
+    max: Usage,
     timeout_ns: u64,
 }
 
@@ -66,12 +81,11 @@ impl Fragments {
     pub fn new(max_sets: usize, max_bytes: usize, timeout_s: u32) -> Fragments {
         Fragments {
             sets: BTreeMap::new(),
-            by_source: BTreeMap::new(),
+            senders: BTreeMap::new(),
+            all: [Usage::default(); 2],
             order: VecDeque::new(),
             serial: 0,
-            held_bytes: 0,
-            max_sets,
-            max_bytes,
+            max: Usage { sets: (max_sets / 2).max(1), bytes: max_bytes / 2 },
             timeout_ns: u64::from(timeout_s) * 1_000_000_000,
         }
     }
@@ -81,7 +95,7 @@ impl Fragments {
     }
 
     pub fn held_bytes(&self) -> usize {
-        self.held_bytes
+        self.all.iter().map(|u| u.bytes).sum()
     }
 
     pub fn next_deadline(&self) -> Option<u64> {
@@ -100,69 +114,105 @@ impl Fragments {
         }
     }
 
+    fn usage(&self, key: &SetKey) -> (Usage, Usage) {
+        let own = self.senders.get(&(key.outbound, key.src)).copied().unwrap_or_default();
+        (own, self.all[usize::from(key.outbound)])
+    }
+
+    /// Changes what is counted for a set by what `change` does to the counts of its sender and direction.
+    fn book(&mut self, key: &SetKey, change: impl Fn(&mut Usage)) {
+        change(&mut self.all[usize::from(key.outbound)]);
+        let sender = (key.outbound, key.src);
+        let own = self.senders.entry(sender).or_default();
+        change(own);
+        if own.sets == 0 {
+            self.senders.remove(&sender);
+        }
+    }
+
     fn remove(&mut self, key: &SetKey) {
         if let Some(set) = self.sets.remove(key) {
-            self.held_bytes -= set.held.iter().map(Vec::len).sum::<usize>();
-            if let Some(n) = self.by_source.get_mut(&key.src) {
-                *n -= 1;
-                if *n == 0 {
-                    self.by_source.remove(&key.src);
-                }
-            }
+            self.book(key, |u| {
+                u.bytes = u.bytes.saturating_sub(set.cost);
+                u.sets = u.sets.saturating_sub(1);
+            });
         }
     }
 
-    fn set(&mut self, key: SetKey, now: u64) -> &mut Set {
-        if !self.sets.contains_key(&key) {
-            let share = (self.max_sets / 16).max(1);
-            if self.by_source.get(&key.src).is_some_and(|n| *n >= share) {
-                if let Some(oldest) = self.order.iter().find(|(_, k)| k.src == key.src).map(|(_, k)| *k) {
-                    self.remove(&oldest);
-                    self.order.retain(|(_, k)| *k != oldest);
-                }
-            } else if self.sets.len() >= self.max_sets {
-                while let Some((serial, oldest)) = self.order.pop_front() {
-                    if self.sets.get(&oldest).is_some_and(|s| s.serial == serial) {
-                        self.remove(&oldest);
-                        break;
-                    }
-                }
-            }
-            self.serial += 1;
-            self.order.push_back((self.serial, key));
-            *self.by_source.entry(key.src).or_default() += 1;
+    /// Gives up the oldest set of a sender.
+    fn evict(&mut self, outbound: bool, src: u32) {
+        let of_it = |(_, k): &&(u64, SetKey)| (k.outbound, k.src) == (outbound, src);
+        if let Some(oldest) = self.order.iter().find(of_it).map(|(_, k)| *k) {
+            self.remove(&oldest);
+            self.order.retain(|(_, k)| *k != oldest);
         }
+    }
+
+    /// Makes a set for a key that has none. A full sender's own oldest set makes room, else the oldest one of
+    /// whoever has most.
+    fn begin(&mut self, key: SetKey, now: u64) {
+        let (own, all) = self.usage(&key);
+        if own.sets >= (self.max.sets / 8).max(1) {
+            self.evict(key.outbound, key.src);
+        } else if all.sets >= self.max.sets {
+            let greediest =
+                self.senders.iter().filter(|((out, _), _)| *out == key.outbound).max_by_key(|(_, u)| u.sets);
+            if let Some((outbound, src)) = greediest.map(|(sender, _)| *sender) {
+                self.evict(outbound, src);
+            }
+        }
+        self.serial += 1;
+        self.order.push_back((self.serial, key));
+        self.book(&key, |u| u.sets += 1);
         let (serial, until) = (self.serial, now + self.timeout_ns);
-        self.sets.entry(key).or_insert_with(|| Set {
-            serial,
-            until,
-            rule: None,
-            dead: false,
-            seen: Vec::new(),
-            held: Vec::new(),
-        })
+        let (seen, held) = (Vec::new(), Vec::new());
+        self.sets.insert(key, Set { serial, until, rule: None, dead: false, seen, held, cost: 0 });
     }
 
-    /// Notes a byte range; false when the set is dead, or now is because this overlaps.
-    fn note(set: &mut Set, range: (u32, u32)) -> bool {
-        if set.seen.contains(&range) {
+    /// Notes the byte range of a fragment, and the fragment where it has to wait.
+    fn note(&mut self, key: SetKey, range: (u32, u32), waiting: Option<&[u8]>, now: u64) -> Noted {
+        self.expire(now);
+        if !self.sets.contains_key(&key) {
+            self.begin(key, now);
+        }
+        let (own, all) = self.usage(&key);
+        // A sender takes at most half of what it leaves to others, so there is always room for one more.
+        let free = self.max.bytes.saturating_sub(all.bytes);
+        let Some(set) = self.sets.get_mut(&key) else { return Noted::Refused };
+        if set.dead {
+            return Noted::Refused;
+        }
+        let at = set.seen.partition_point(|r| r.0 < range.0);
+        if set.seen.get(at) == Some(&range) {
             // The very same again: a duplicate on the wire, harmless.
-            return !set.dead;
+            return Noted::Again;
         }
-        if set.seen.len() >= MAX_PIECES || set.seen.iter().any(|(a, b)| range.0 < *b && *a < range.1) {
+        let before = at.checked_sub(1).and_then(|i| set.seen.get(i));
+        if before.is_some_and(|r| r.1 > range.0) || set.seen.get(at).is_some_and(|r| r.0 < range.1) {
             set.dead = true;
+            set.seen = Vec::new();
+            set.held = Vec::new();
+            let freed = std::mem::take(&mut set.cost);
+            self.book(&key, |u| u.bytes = u.bytes.saturating_sub(freed));
+            return Noted::Refused;
         }
-        if !set.dead {
-            set.seen.push(range);
+        let waiting = waiting.filter(|_| set.rule.is_none());
+        let cost = RANGE + waiting.map_or(0, <[u8]>::len);
+        if own.bytes + cost > free {
+            return Noted::Refused;
         }
-        !set.dead
+        set.seen.insert(at, range);
+        set.cost += cost;
+        if let Some(packet) = waiting {
+            set.held.push(packet.to_vec());
+        }
+        self.book(&key, |u| u.bytes += cost);
+        Noted::New
     }
 
     /// Whether the first fragment may go; asked before it is translated.
     pub fn admit_first(&mut self, key: SetKey, len: u32, now: u64) -> bool {
-        self.expire(now);
-        let set = self.set(key, now);
-        Self::note(set, (0, len))
+        !matches!(self.note(key, (0, len), None, now), Noted::Refused)
     }
 
     /// Says what the first fragment was translated to, and gives back those that waited for it.
@@ -170,7 +220,9 @@ impl Fragments {
         let Some(set) = self.sets.get_mut(&key) else { return Vec::new() };
         set.rule = Some(rule);
         let held = std::mem::take(&mut set.held);
-        self.held_bytes -= held.iter().map(Vec::len).sum::<usize>();
+        let freed = held.iter().map(Vec::len).sum::<usize>();
+        set.cost = set.cost.saturating_sub(freed);
+        self.book(&key, |u| u.bytes = u.bytes.saturating_sub(freed));
         held
     }
 
@@ -181,29 +233,21 @@ impl Fragments {
 
     /// A later fragment, its payload being `range` of the whole.
     pub fn tail(&mut self, key: SetKey, range: (u32, u32), packet: &[u8], now: u64) -> Fate {
-        self.expire(now);
-        let room = self.held_bytes + packet.len() <= self.max_bytes;
-        let set = self.set(key, now);
-        let known = set.seen.contains(&range);
-        if !Self::note(set, range) {
-            let freed: usize = set.held.drain(..).map(|h| h.len()).sum();
-            self.held_bytes -= freed;
-            return Fate::Refused;
-        }
-        match set.rule {
-            Some(rule) => Fate::Known(rule),
-            None if known => Fate::Refused,
-            None if room => {
-                set.held.push(packet.to_vec());
-                self.held_bytes += packet.len();
-                Fate::Held
-            }
-            None => {
-                set.seen.retain(|r| *r != range);
-                Fate::Refused
-            }
+        let noted = self.note(key, range, Some(packet), now);
+        match (noted, self.rule(&key)) {
+            (Noted::Refused, _) | (Noted::Again, None) => Fate::Refused,
+            (_, Some(rule)) => Fate::Known(rule),
+            (Noted::New, None) => Fate::Held,
         }
     }
+}
+
+/// What [`Fragments::note`] found.
+enum Noted {
+    New,
+    Again,
+    /// Its packet is given up, or there is no room.
+    Refused,
 }
 
 impl SetKey {

@@ -2,15 +2,17 @@
 //! where it met its end; the quote is put back to what the receiver of the error knows, at its addresses,
 //! ports and checksums, and so is the error's own address. Errors refresh nothing, end nothing, and are
 //! verified first: the outer ICMP checksum and the inner IP checksum, never the inner transport one, of
-//! which mostly only a part was quoted.
+//! which mostly only a part was quoted; that a guest speaks of its own packets; that an MTU can be one.
 
 use super::engine::NatEngine;
+use super::outbound::way;
 use super::packet::{self, End, View};
 use super::records::{Key, deltas};
 use super::{NatDirection, NatResult};
 use crate::stats::Drop;
 use guestnet_wire::checksum::{checksum, fold, sum};
-use guestnet_wire::{be16, be32, proto, put};
+use guestnet_wire::icmp::unreachable::FRAG_NEEDED;
+use guestnet_wire::{be16, be32, icmp, proto, put};
 
 /// The packet that an error quotes.
 struct Quote {
@@ -28,6 +30,10 @@ fn quote(p: &[u8], v: &View) -> Result<Quote, Drop> {
     let message = p.get(v.ihl..v.total).ok_or(Drop::Truncated)?;
     if fold(sum(message, 0)) != 0xffff {
         return Err(Drop::BadL4Checksum);
+    }
+    let too_big = (message.first(), message.get(1)) == (Some(&icmp::UNREACHABLE), Some(&FRAG_NEEDED));
+    if too_big && !icmp::is_path_mtu(be16(message, 6)) {
+        return Err(Drop::Malformed);
     }
     let at = v.ihl + 8;
     let q = message.get(8..).unwrap_or(&[]);
@@ -71,8 +77,8 @@ impl NatEngine {
         if !self.table.is_external(v.dst) {
             return NatResult::PassThrough;
         }
-        if self.config.decrement_ttl && v.ttl <= 1 {
-            return NatResult::Dropped(Drop::TtlExpired);
+        if let Some(result) = self.blocked(p, v, NatDirection::Inbound, NatDirection::Inbound) {
+            return result;
         }
         match self.enter_error(p, v) {
             Ok(()) => self.finish(p, v, NatDirection::Inbound, NatResult::Translated),
@@ -111,10 +117,11 @@ impl NatEngine {
         if !c.internal.has(v.src) || c.internal.has(v.dst) || c.no_nat.iter().any(|n| n.has(v.dst)) {
             return NatResult::PassThrough;
         }
-        if let Some(result) = self.blocked(p, v, NatDirection::Outbound) {
+        let turned = self.table.is_external(v.dst);
+        if let Some(result) = self.blocked(p, v, NatDirection::Outbound, way(NatDirection::Outbound, turned))
+        {
             return result;
         }
-        let turned = self.table.is_external(v.dst);
         // Two steps that can each fail; the bytes are put back if the second does.
         let before = if turned { p.to_vec() } else { Vec::new() };
         if let Err(why) = self.leave_error(p, v) {
@@ -133,6 +140,10 @@ impl NatEngine {
 
     fn leave_error(&mut self, p: &mut [u8], v: &View) -> Result<(), Drop> {
         let q = quote(p, v)?;
+        // Guests trust each other with nothing, and none is a router: it speaks of packets that it got itself.
+        if q.dst != v.src {
+            return Err(Drop::SpoofedSource);
+        }
         let key = Key {
             local: q.dst,
             remote: q.src,

@@ -31,7 +31,7 @@ impl NatEngine {
             self.stats.misses += 1;
             return NatResult::Dropped(why);
         }
-        if let Some(result) = self.blocked(p, v, NatDirection::Inbound) {
+        if let Some(result) = self.blocked(p, v, NatDirection::Inbound, NatDirection::Inbound) {
             return result;
         }
         if v.fragment.is_some() && !self.admit_first(v, NatDirection::Inbound) {

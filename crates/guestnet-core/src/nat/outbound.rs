@@ -9,7 +9,7 @@ use super::packet::{self, End, Kind, View};
 use super::records::{HAIRPIN, Key, deltas};
 use super::{NatDirection, NatResult};
 use crate::stats::Drop;
-use guestnet_wire::{proto, tcp};
+use guestnet_wire::{icmp, proto, tcp};
 
 impl NatEngine {
     pub(super) fn outbound(&mut self, p: &mut [u8], v: &View) -> NatResult {
@@ -26,7 +26,12 @@ impl NatEngine {
         {
             return result;
         }
-        if let Some(result) = self.blocked(p, v, NatDirection::Outbound) {
+        let turned = match known.and_then(|id| self.table.sessions.get(id)) {
+            Some(s) => s.links.spare & HAIRPIN != 0,
+            None => self.table.is_external(v.dst),
+        };
+        if let Some(result) = self.blocked(p, v, NatDirection::Outbound, way(NatDirection::Outbound, turned))
+        {
             return result;
         }
         if v.fragment.is_some() && !self.admit_first(v, NatDirection::Outbound) {
@@ -49,7 +54,7 @@ impl NatEngine {
             return NatResult::Dropped(Drop::NoFlow);
         };
         let destination = if flags & HAIRPIN != 0 {
-            match self.turned(v, source) {
+            match self.turned(p, v, source) {
                 Ok(end) => Some(end),
                 Err(why) => return NatResult::Dropped(why),
             }
@@ -120,23 +125,33 @@ impl NatEngine {
     }
 
     /// The guest that a packet to one of our own addresses is for, as seen from `source`.
-    fn turned(&mut self, v: &View, source: End) -> Result<End, Drop> {
+    ///
+    /// An ICMP query names its destination by the one identifier that it has (RFC 5508 REQ-7): it goes to the
+    /// guest whose mapping that is outside, with the sender's external identifier, by which the answer finds
+    /// the way back. It never comes back to its sender.
+    fn turned(&mut self, p: &[u8], v: &View, source: End) -> Result<End, Drop> {
         let query = v.kind == Kind::Query;
         let key = Key {
             local: v.dst,
             remote: source.ip,
-            local_port: if query { source.port } else { v.dport },
+            local_port: v.dport,
             remote_port: if query { 0 } else { source.port },
             proto: v.proto,
         };
         let mut as_inbound = *v;
         as_inbound.src = source.ip;
         let (mut end, session) = self.inbound_end(&key, &as_inbound)?;
+        if query && end.ip == v.src {
+            return Err(Drop::NoFlow);
+        }
         if let Some(id) = session {
             self.advance(id, v, false);
         }
         if query {
-            // Source and destination share the one identifier: from the external to the inner one.
+            // Source and destination share the field, which has the external identifier by now.
+            if p.get(v.ihl).is_some_and(|kind| icmp::is_request(*kind)) {
+                end.port = source.port;
+            }
             (_, end.delta_l4) = deltas(v.proto, (v.dst, source.port), (end.ip, end.port));
         }
         Ok(end)
@@ -175,7 +190,7 @@ impl NatEngine {
             let Ok(hv) = packet::read(&held) else { continue };
             match self.follow(&mut held, &hv, direction, rule) {
                 NatResult::Translated | NatResult::Hairpinned => {
-                    let fits = self.output.push(to, held);
+                    let fits = self.output.push(to, v.src, held);
                     self.count(if fits { done } else { NatResult::Dropped(Drop::BufferLimit) }, direction);
                 }
                 other => self.count(other, direction),
@@ -193,7 +208,7 @@ impl NatEngine {
         if !ours {
             return NatResult::PassThrough;
         }
-        if let Some(result) = self.blocked(p, v, direction) {
+        if let Some(result) = self.blocked(p, v, direction, self.way(direction, v.dst)) {
             return result;
         }
         let from = v.fragment.map_or(0, |f| f.0);

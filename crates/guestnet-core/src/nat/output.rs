@@ -1,66 +1,112 @@
 //! Theory of operation: packets that the engine itself sends: ICMP errors, fragments of a packet too big for
 //! the next link, fragments that had to wait. They queue here, bounded in bytes, until the caller fetches them;
-//! what does not fit is dropped and counted. ICMP errors follow RFC 1812 4.3.2 and have a budget per second.
+//! what does not fit is dropped and counted. A sender has at most as much of the queue as it leaves to others.
+//! ICMP errors follow RFC 1812 4.3.2 and have a budget per second: one for each guest, one for the outside.
 
 use super::NatDirection;
 use super::config::unicast;
 use super::packet::View;
 use guestnet_wire::ipv4::{self, Ipv4};
 use guestnet_wire::{be16, icmp, proto, put};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::Ipv4Addr;
+
+/// All guests together get so many times the ICMP errors that one gets: a bound for memory and work.
+const GUESTS: u32 = 16;
+
+/// A packet that waits, and the address whose packet it is about.
+struct Waiting {
+    direction: NatDirection,
+    owner: u32,
+    packet: Vec<u8>,
+}
 
 /// See the module head.
 pub(crate) struct Output {
-    queue: VecDeque<(NatDirection, Vec<u8>)>,
+    queue: VecDeque<Waiting>,
     bytes: usize,
+    /// Bytes by owner.
+    owners: BTreeMap<u32, usize>,
     limit: usize,
     per_second: u32,
-    /// By direction: errors left in this second, and the second.
-    buckets: [(u32, u64); 2],
+    /// The second that these are of: errors to each guest, to all guests, to the outside.
+    second: u64,
+    to_guest: BTreeMap<u32, u32>,
+    to_guests: u32,
+    to_outside: u32,
 }
 
 impl Output {
     pub fn new(limit: usize, per_second: u32) -> Output {
-        Output { queue: VecDeque::new(), bytes: 0, limit, per_second, buckets: [(0, u64::MAX); 2] }
+        Output {
+            queue: VecDeque::new(),
+            bytes: 0,
+            owners: BTreeMap::new(),
+            limit,
+            per_second,
+            second: u64::MAX,
+            to_guest: BTreeMap::new(),
+            to_guests: 0,
+            to_outside: 0,
+        }
     }
 
-    pub fn push(&mut self, direction: NatDirection, packet: Vec<u8>) -> bool {
-        if self.bytes + packet.len() > self.limit {
+    pub fn push(&mut self, direction: NatDirection, owner: u32, packet: Vec<u8>) -> bool {
+        if !self.has_room(owner, packet.len()) {
             return false;
         }
         self.bytes += packet.len();
-        self.queue.push_back((direction, packet));
+        *self.owners.entry(owner).or_default() += packet.len();
+        self.queue.push_back(Waiting { direction, owner, packet });
         true
     }
 
     pub fn pop(&mut self) -> Option<(NatDirection, Vec<u8>)> {
-        let got = self.queue.pop_front()?;
-        self.bytes -= got.1.len();
-        Some(got)
+        let Waiting { direction, owner, packet } = self.queue.pop_front()?;
+        self.bytes -= packet.len();
+        if let Some(own) = self.owners.get_mut(&owner) {
+            *own = own.saturating_sub(packet.len());
+            if *own == 0 {
+                self.owners.remove(&owner);
+            }
+        }
+        Some((direction, packet))
     }
 
     pub fn len(&self) -> usize {
         self.queue.len()
     }
 
-    /// Room for this many more bytes?
-    pub fn has_room(&self, bytes: usize) -> bool {
-        self.bytes + bytes <= self.limit
+    /// Whether there is room for this many more bytes of an owner, who has no more than is left to others.
+    pub fn has_room(&self, owner: u32, bytes: usize) -> bool {
+        let own = self.owners.get(&owner).copied().unwrap_or(0);
+        own + bytes <= self.limit.saturating_sub(self.bytes)
     }
 
-    fn allowed(&mut self, direction: NatDirection, second: u64) -> bool {
-        let b = &mut self.buckets[direction as usize];
-        if b.1 != second {
-            *b = (self.per_second, second);
+    fn allowed(&mut self, direction: NatDirection, guest: u32, second: u64) -> bool {
+        if self.second != second {
+            self.second = second;
+            self.to_guest.clear();
+            (self.to_guests, self.to_outside) = (0, 0);
         }
-        let ok = b.0 > 0;
-        b.0 = b.0.saturating_sub(1);
+        if direction == NatDirection::Outbound {
+            self.to_outside += 1;
+            return self.to_outside <= self.per_second;
+        }
+        if self.to_guests >= self.per_second.saturating_mul(GUESTS) {
+            return false;
+        }
+        let own = self.to_guest.entry(guest).or_default();
+        let ok = *own < self.per_second;
+        if ok {
+            *own += 1;
+            self.to_guests += 1;
+        }
         ok
     }
 
     /// Sends an ICMP error from `src` about `quoted`, which travelled the other way than `direction`. False
-    /// when the rules or the budget forbid it.
+    /// when the rules or the budget of its receiver forbid it.
     pub fn icmp_error(
         &mut self,
         direction: NatDirection,
@@ -74,7 +120,7 @@ impl Output {
         let tail = be16(h, 6) & 0x1fff != 0;
         let ihl = usize::from(h[0] & 15) * 4;
         let about_error = h[9] == proto::ICMP && quoted.get(ihl).is_none_or(|t| icmp::is_error(*t));
-        if tail || about_error || !unicast(from) || !unicast(to) || !self.allowed(direction, second) {
+        if tail || about_error || !unicast(from) || !unicast(to) || !self.allowed(direction, from, second) {
             return false;
         }
         let total = usize::from(be16(h, 2)).min(quoted.len());
@@ -92,17 +138,18 @@ impl Output {
         }
         .emit(&mut p);
         icmp::emit(p.get_mut(20..).unwrap_or(&mut []), icmp_type, code, rest, body);
-        self.push(direction, p)
+        self.push(direction, from, p)
     }
 
-    /// Cuts a packet in fragments of at most `mtu` bytes, in order. False when there is no room for all.
+    /// Cuts a packet, on the account of its sender, in fragments of at most `mtu` bytes, in order. False when
+    /// there is no room for all.
     pub fn fragment(&mut self, direction: NatDirection, p: &[u8], v: &View, mtu: usize) -> bool {
         let data = p.get(v.ihl..v.total).unwrap_or(&[]);
         let (base, more) = v.fragment.unwrap_or((0, false));
         let first = p.get(..v.ihl).unwrap_or(&[]).to_vec();
         let later = copied_options(&first);
         let room = mtu.saturating_sub(first.len()) & !7;
-        if room < 8 || !self.has_room(data.len() + data.len().div_ceil(room) * v.ihl) {
+        if room < 8 || !self.has_room(v.src, data.len() + data.len().div_ceil(room) * v.ihl) {
             return false;
         }
         let mut at = 0;
@@ -117,7 +164,7 @@ impl Output {
             put(&mut f, 2, &((head.len() + piece.len()) as u16).to_be_bytes());
             put(&mut f, 6, &word.to_be_bytes());
             ipv4::fill_checksum(&mut f);
-            self.push(direction, f);
+            self.push(direction, v.src, f);
             at += piece.len();
         }
         true
