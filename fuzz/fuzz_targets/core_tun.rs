@@ -111,7 +111,7 @@ impl World {
             output_bytes: 64 << 10,
             ..NatEngineConfig::new(EXTERNAL)
         };
-        core.set_uplink(Time(1), uplink).expect("a good configuration");
+        core.set_uplink(uplink).expect("a good configuration");
         let mut world = World { core, fx: Mock::new(), now: Time(1), left: Vec::new() };
         world.add_port(0);
         world.add_port(1);

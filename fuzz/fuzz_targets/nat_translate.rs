@@ -38,7 +38,7 @@ fn engine(c: &Choices) -> NatEngine {
     n.fragment_sets = 20;
     n.fragment_bytes = 10_000;
     n.output_bytes = 20_000;
-    NatEngine::new(n, Time(0)).expect("a good configuration")
+    NatEngine::new(n).expect("a good configuration")
 }
 
 /// Makes bytes look like a packet of this network, so that more than header checks are reached.

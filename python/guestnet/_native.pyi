@@ -36,6 +36,9 @@ __all__ = [
     "PortUp",
     "Ring",
     "__version__",
+    "after_fork_in_child",
+    "after_fork_in_parent",
+    "before_fork",
     "drop_reasons",
     "io_uring_works",
 ]
@@ -379,6 +382,15 @@ def io_uring_works() -> bool:
 def drop_reasons() -> list[str]:
     """The names of the reasons for drops, by number."""
 
+def before_fork() -> None:
+    """Waits until no engine is in use by another thread, and keeps it so until the fork is over."""
+
+def after_fork_in_parent() -> None:
+    """The end of a fork in the process that did it."""
+
+def after_fork_in_child() -> None:
+    """The end of a fork in the new process."""
+
 @final
 class NatEngine:
     """In-place NAT with connection tracking. Times are nanoseconds; a result is one byte (guestnet.nat)."""
@@ -416,11 +428,12 @@ class NatEngine:
         fragment_sets: int = 1024,
         fragment_bytes: int = ...,
         output_bytes: int = ...,
-        now: int = 0,
     ) -> NatEngine:
         """Raises ConfigError for what the engine cannot work with."""
     def translate(self, packet: Buffer, outbound: bool, now: int, offset: int = 0) -> int:
         """Translates one packet in place."""
+    def translate_frame(self, frame: Buffer, outbound: bool, now: int) -> tuple[int, int]:
+        """Translates the IPv4 packet of a frame in place; gives the result and the frame's length."""
     def translate_spans(
         self, buffer: Buffer, offsets: _U32s, lengths: _U32s | None, outbound: bool, now: int
     ) -> bytes:
@@ -473,9 +486,11 @@ class PacketPool:
         """Gives a buffer back."""
     def get(self, index: int) -> bytes:
         """The bytes in use."""
-    def set(self, index: int, data: bytes) -> None:
-        """Makes these the bytes in use."""
-    def put(self, data: bytes) -> int | None:
+    def take(self, index: int) -> bytes | None:
+        """The bytes in use, and the buffer is free; None for an index that nobody holds."""
+    def set(self, index: int, data: Buffer) -> None:
+        """Makes these the bytes in use, from any object that has bytes in one piece."""
+    def put(self, data: Buffer) -> int | None:
         """Takes a buffer and fills it; None when none is free."""
     def __len__(self) -> int: ...
 
@@ -483,7 +498,7 @@ class PacketPool:
 class Ring:
     """A queue of buffer indices. Any thread may use either end; one at a time has it."""
 
-    def __new__(cls, capacity: int = 1024) -> Ring: ...
+    def __new__(cls, capacity: int = ...) -> Ring: ...
     @property
     def capacity(self) -> int:
         """How many it holds at most: what was asked for, rounded up to a power of two."""

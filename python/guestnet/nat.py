@@ -5,12 +5,14 @@ its own.
 >>> engine.translate(packet, NatDirection.OUTBOUND)          # a bytearray that holds an IP packet
 NatResult.TRANSLATED
 
-Any writable buffer will do (bytearray, memoryview, NumPy array). Batches run without the interpreter's lock;
-nobody else may write to their buffers meanwhile. Offline translation of a capture gives `now` with each call.
+Any writable buffer of bytes will do (bytearray, memoryview, ctypes or NumPy array). Batches run without the
+interpreter's lock; nobody else may write to their buffers meanwhile, and `os.fork` waits for them. Offline
+translation of a capture gives `now` with each call.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import Counter
@@ -27,6 +29,12 @@ from guestnet.stats import ConnTrackStats, NatStats
 
 PacketPool = _native.PacketPool
 Ring = _native.Ring
+
+os.register_at_fork(
+    before=_native.before_fork,
+    after_in_parent=_native.after_fork_in_parent,
+    after_in_child=_native.after_fork_in_child,
+)
 
 _SLICE = 1024
 """Records that one slice of expiry work looks at: well under a millisecond."""
@@ -217,7 +225,7 @@ class NatEngineConfig:
         if not 0 < first <= last <= 65535:
             raise ConfigError(f"The port range {first}-{last} is empty or not within 1 to 65535.")
         # The engine checks all the rest; now, so that a wrong value is found where it is written.
-        _engine(_check_arguments(self), 0)
+        _engine(_check_arguments(self))
 
     def with_port_range(self, first: int, last: int) -> NatEngineConfig:
         """The same with other external ports."""
@@ -266,9 +274,9 @@ def _arguments(c: NatEngineConfig) -> dict[str, Any]:
     }
 
 
-def _engine(arguments: dict[str, Any], now: int) -> _native.NatEngine:
+def _engine(arguments: dict[str, Any]) -> _native.NatEngine:
     try:
-        return _native.NatEngine(**arguments, now=now)
+        return _native.NatEngine(**arguments)
     except OverflowError as e:
         raise ConfigError(f"A number of the NAT engine's configuration is out of range: {e}.") from None
 
@@ -287,7 +295,11 @@ class Connection:
 
 
 class NatEngine:
-    """In-place NAT with connection tracking; safe to use from several threads, one at a time has it."""
+    """In-place NAT with connection tracking; safe to use from several threads, one at a time has it.
+
+    Time may be counted from anywhere: the first call that gives one (`now`, else the clock) sets its start,
+    and a time earlier than the latest counts as the latest. Give `now` with every call or with none.
+    """
 
     def __init__(
         self,
@@ -298,7 +310,7 @@ class NatEngine:
         self.config = config if isinstance(config, NatEngineConfig) else NatEngineConfig(config)
         self._clock = clock
         """Nanoseconds; asked when a call gives no time."""
-        self._native = _engine(_arguments(self.config), clock())
+        self._native = _engine(_arguments(self.config))
 
     def _now(self, now: float | None) -> int:
         return self._clock() if now is None else max(0, int(now * 1e9))
@@ -309,6 +321,14 @@ class NatEngine:
         """Translates the IP packet that starts at `offset` of a writable buffer (14 behind Ethernet). `now`
         is in seconds; None asks the clock. Where the result is not to be sent, no byte has changed."""
         return _RESULTS[self._native.translate(packet, direction.value, self._now(now), offset)]
+
+    def translate_frame(
+        self, frame: Any, direction: NatDirection, *, now: float | None = None
+    ) -> tuple[NatResult, int]:
+        """Translates the IPv4 packet of an Ethernet frame in a writable buffer; other frames are passed
+        through. Returns the result and the length of the frame in bytes."""
+        code, length = self._native.translate_frame(frame, direction.value, self._now(now))
+        return _RESULTS[code], length
 
     def translate_batch(
         self,
@@ -355,7 +375,13 @@ class NatEngine:
     def next_timer(self) -> float | None:
         """When there is expiry work next, in seconds of the clock."""
         at = self._native.next_timer()
-        return None if at is None else at / 1e9
+        if at is None:
+            return None
+        seconds = at / 1e9
+        # Rounded up, so that the work is due when this very number is given as `now`.
+        while int(seconds * 1e9) < at:
+            seconds = math.nextafter(seconds, math.inf)
+        return seconds
 
     def add_forward(
         self,

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import array
+import ctypes
+import mmap
+import os
+import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Any
 
 import pytest
 from guestnet import (
@@ -28,7 +36,129 @@ def config(**more: object) -> NatEngineConfig:
     return NatEngineConfig("203.0.113.1", secret=bytes(32), **more)  # type: ignore[arg-type]
 
 
-def test_any_writable_buffer() -> None:
+def in_mmap(packet: bytearray) -> mmap.mmap:
+    memory = mmap.mmap(-1, len(packet))
+    memory[:] = bytes(packet)
+    return memory
+
+
+KINDS: dict[str, Callable[[bytearray], Any]] = {
+    "bytearray": bytearray,
+    "memoryview": lambda p: memoryview(bytearray(p)),
+    "array": lambda p: array.array("B", bytes(p)),
+    "array of signed bytes": lambda p: array.array("b", bytes(p)),
+    "ctypes": lambda p: (ctypes.c_ubyte * len(p)).from_buffer_copy(p),
+    "ctypes of signed bytes": lambda p: (ctypes.c_byte * len(p)).from_buffer_copy(p),
+    "ctypes of characters": lambda p: (ctypes.c_char * len(p)).from_buffer_copy(p),
+    "ctypes string buffer": lambda p: ctypes.create_string_buffer(bytes(p), len(p)),
+    "mmap": in_mmap,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_writable_buffer(kind: str) -> None:
+    make = KINDS[kind]
+    for way in ("one", "frame", "list", "spans"):
+        engine = NatEngine(config())
+        before = bytearray(14) + udp(GUEST, OUTSIDE) if way == "frame" else udp(GUEST, OUTSIDE)
+        if way == "frame":
+            before[12:14] = b"\x08\x00"
+        packet = make(before)
+        if way == "one":
+            assert engine.translate(packet, OUT) is NatResult.TRANSLATED
+        elif way == "frame":
+            assert engine.translate_frame(packet, OUT) == (NatResult.TRANSLATED, len(before))
+        elif way == "list":
+            assert list(engine.translate_batch([packet], OUT)) == [NatResult.TRANSLATED]
+        else:
+            assert list(engine.translate_batch(packet, OUT, offsets=[0])) == [NatResult.TRANSLATED]
+        after = bytes(memoryview(packet).cast("B"))
+        check(after[14:] if way == "frame" else after)
+        assert after != before
+
+
+def test_what_is_counted_from_a_start_of_the_programs_own() -> None:
+    """Seconds since 1970, since boot, or since zero; by `now` or by a clock."""
+    for start in (0.0, 5.0, 1e5, time.time(), 2_100_000_000.0, 4e9):
+        for by_clock in (False, True):
+            times = [start]
+            engine = NatEngine(config(), clock=lambda t=times: int(t[0] * 1e9))
+
+            def at(now: float, times: list[float] = times, by_clock: bool = by_clock) -> dict[str, float]:
+                times[0] = now
+                return {} if by_clock else {"now": now}
+
+            packet = udp(GUEST, OUTSIDE)
+            engine.translate(packet, OUT, **at(start))
+            timer = engine.next_timer
+            assert timer is not None
+            assert start <= timer <= start + 301
+            assert engine.expire_connections(**at(start + 299)) == 0
+            assert engine.translate(udp(OUTSIDE, source(packet)), IN, **at(start + 299)).send
+            # To the very time that it names, and on: a timer that is due leads to work each time.
+            ended = turns = 0
+            while (timer := engine.next_timer) is not None:
+                ended += engine.expire(**at(timer))
+                turns += 1
+                assert turns < 1000, (start, timer)
+            assert ended == 1
+            assert start + 599 <= times[0] <= start + 602
+            assert engine.connection_count == 0
+
+
+def test_an_explicit_time_is_not_held_against_the_clock() -> None:
+    engine = NatEngine(config())  # its clock is the monotonic one
+    engine.add_forward("tcp", ("203.0.113.1", 8080), ("192.168.64.2", 80))
+    packet = udp(GUEST, OUTSIDE)
+    engine.translate(packet, OUT, now=1.0)
+    assert engine.translate(udp(OUTSIDE, source(packet)), IN, now=299.0).send
+    assert engine.expire_connections(now=600.5) == 1
+
+
+def test_a_fork_during_a_batch_leaves_an_engine_that_works() -> None:
+    code = """
+import os, signal, threading
+from guestnet import NatDirection, NatEngine
+from unit.packets import udp
+engine = NatEngine("203.0.113.1")
+packets = [udp(("192.168.64.2", 7), ("198.51.100.7", 9)) for _ in range(20000)]
+began, stop = threading.Event(), False
+def translate():
+    while not stop:
+        engine.translate_batch(packets, NatDirection.OUTBOUND)
+        engine.expire()
+        began.set()
+threads = [threading.Thread(target=translate) for _ in range(2)]
+for thread in threads:
+    thread.start()
+began.wait()
+codes = []
+for _ in range(20):
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(15)  # ends a process that hangs
+        engine.translate_batch(packets, NatDirection.OUTBOUND)
+        engine.expire_connections()
+        os._exit(engine.connection_count + 6)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+stop = True
+for thread in threads:
+    thread.join()
+print(set(codes))
+"""
+    tests = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        env={**os.environ, "PYTHONPATH": tests},
+    )
+    assert (done.stdout, done.stderr) == ("{7}\n", "")
+
+
+def test_the_usual_writable_buffers_are_changed_in_place() -> None:
     engine = NatEngine(config())
     for make in (bytearray, lambda p: memoryview(bytearray(p)), lambda p: array.array("B", bytes(p))):
         packet = make(udp(GUEST, OUTSIDE))

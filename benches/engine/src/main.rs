@@ -33,7 +33,7 @@ fn engine(connections: usize) -> NatEngine {
     c.ports = (1024, 65535);
     c.table_size = connections;
     c.secret = [9; 32];
-    let mut e = NatEngine::new(c, Time(0)).unwrap();
+    let mut e = NatEngine::new(c).unwrap();
     guestnet_io::huge::advise(&e.memory_ranges());
     e.prefault();
     e

@@ -275,7 +275,7 @@ fn nat(count: usize) -> usize {
     let mut config = NatEngineConfig::new(Ipv4Addr::new(203, 0, 113, 1));
     config.internal = Prefix::new(Ipv4Addr::new(192, 168, 64, 0), 24).expect("a prefix");
     config.secret = [7; 32];
-    let mut engine = NatEngine::new(config, Time(0)).expect("an engine");
+    let mut engine = NatEngine::new(config).expect("an engine");
     let template = udp_frame(GATEWAY_MAC, address(A), REMOTE, 1400).split_off(14);
     let mut packet = template.clone();
     let mut done = 0;

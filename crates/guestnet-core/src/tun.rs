@@ -65,7 +65,7 @@ impl Core {
     ///
     /// # Errors
     /// What is wrong with `config`.
-    pub fn set_uplink(&mut self, now: Time, mut config: NatEngineConfig) -> Result<(), NatConfigError> {
+    pub fn set_uplink(&mut self, mut config: NatEngineConfig) -> Result<(), NatConfigError> {
         if let Some(internal) = Prefix::new(self.cfg.subnet4.0, self.cfg.subnet4.1) {
             config.internal = internal;
         }
@@ -84,7 +84,7 @@ impl Core {
         });
         config.decrement_ttl = true;
         config.secret = self.cfg.secret;
-        let mut engine = NatEngine::new(config, now)?;
+        let mut engine = NatEngine::new(config)?;
         engine.keep_news();
         self.tun = Some(Box::new(Tun {
             engine,

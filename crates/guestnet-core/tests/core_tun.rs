@@ -35,7 +35,7 @@ fn tunnel() -> Net {
 
 fn tunnel_with(config: NatEngineConfig) -> Net {
     let mut n = Net::new();
-    n.core.set_uplink(n.now, config).unwrap();
+    n.core.set_uplink(config).unwrap();
     n
 }
 
@@ -284,7 +284,7 @@ fn policy_and_modes_hold() {
     let mut c = config();
     c.mode = NetMode::HostOnly;
     let mut closed = Net::with(c);
-    closed.core.set_uplink(closed.now, uplink()).unwrap();
+    closed.core.set_uplink(uplink()).unwrap();
     closed.dropped(Drop::Policy, |n| n.udp(A, 4000, SERVER, b"x"));
     assert_eq!(closed.events(|e| matches!(e, Event::Denied { reason: Drop::Policy, .. })), 1);
     assert!(n.fx.uplink.is_empty() && closed.fx.uplink.is_empty());

@@ -138,7 +138,7 @@ fn rfc4787_req6a_inbound_refresh_can_be_chosen() {
 fn rfc4787_req7_address_conflict_is_an_error() {
     let mut c = guestnet_core::nat::NatEngineConfig::new(ip("192.168.64.1"));
     c.secret = [1; 32];
-    assert!(guestnet_core::nat::NatEngine::new(c, guestnet_core::types::Time(0)).is_err());
+    assert!(guestnet_core::nat::NatEngine::new(c).is_err());
 }
 
 #[test]

@@ -5,7 +5,7 @@ mod nat_common;
 use guestnet_core::nat::Behaviour::{AddressAndPortDependent, EndpointIndependent};
 use guestnet_core::nat::Prefix;
 use guestnet_core::stats::Drop;
-use guestnet_wire::tcp::flags::SYN;
+use guestnet_wire::tcp::flags::{ACK, SYN};
 use nat_common::*;
 
 const G: &str = "192.168.64.2:50000";
@@ -44,6 +44,103 @@ fn rfc6888_req5_cap_of_state_per_guest() {
     assert_eq!(lab.inn(&tcp("198.51.100.7:1", &ext, SYN)), Dropped(Drop::FlowLimit), "inbound counts too");
     lab.map(&tcp(&guest(3, 50000), X, SYN));
     assert_eq!(lab.nat.connection_count(), 11);
+}
+
+/// Flows of one guest that are over, and after them many of others, which are collected first.
+fn dead_flows(lab: &mut Lab, own: u32, others: u32) {
+    for i in 0..own {
+        lab.map(&udp(&guest(2, 1000 + i), X));
+    }
+    for i in 0..others {
+        let from = format!("192.168.{}.{}:{}", 65 + i / 4000 % 100, 2 + i / 16 % 250, 1000 + i % 16);
+        lab.map(&udp(&from, X));
+    }
+    lab.sleep(700);
+}
+
+fn capped(set: impl FnOnce(&mut guestnet_core::nat::NatEngineConfig)) -> Lab {
+    Lab::new(|c| {
+        c.internal = Prefix::new(ip("192.168.0.0"), 16).unwrap();
+        c.ports = (1024, 65535);
+        set(c);
+    })
+}
+
+#[test]
+fn rfc6888_req4_cap_of_ports_does_not_count_expired_flows() {
+    for others in [0, 100, 20_000] {
+        let mut lab = capped(|c| c.ports_per_endpoint = 50);
+        dead_flows(&mut lab, 50, others);
+        lab.map(&tcp(&guest(2, 9999), X, SYN));
+        assert_eq!(lab.nat.stats().drops_for(Drop::PortLimit), 0, "after {others} of others");
+    }
+}
+
+#[test]
+fn rfc6888_req5_cap_of_state_does_not_count_expired_flows() {
+    for others in [0, 100, 20_000] {
+        let mut lab = capped(|c| c.sessions_per_endpoint = 50);
+        dead_flows(&mut lab, 50, others);
+        lab.map(&tcp(&guest(2, 9999), X, SYN));
+        assert_eq!(lab.nat.stats().drops_for(Drop::FlowLimit), 0, "after {others} of others");
+    }
+}
+
+#[test]
+fn rfc6888_req5_caps_do_not_count_expired_flows_in_batches() {
+    for set in [(|c| c.ports_per_endpoint = 50) as fn(&mut guestnet_core::nat::NatEngineConfig), |c| {
+        c.sessions_per_endpoint = 50
+    }] {
+        let mut lab = capped(set);
+        dead_flows(&mut lab, 50, 20_000);
+        let mut packets: Vec<Vec<u8>> = (0..50).map(|i| udp(&guest(2, 9000 + i), X)).collect();
+        let mut results = vec![PassThrough; 50];
+        let now = guestnet_core::types::Time(lab.ns);
+        lab.nat.translate_batch(&mut packets[..], Outbound, now, &mut results);
+        assert!(results.iter().all(|r| *r == Translated), "{results:?}");
+    }
+}
+
+#[test]
+fn rfc6888_req5_inbound_flows_do_not_count_expired_ones() {
+    let mut lab = capped(|c| {
+        c.sessions_per_endpoint = 50;
+        c.filtering_tcp = EndpointIndependent;
+    });
+    lab.nat.add_forward(6, at("203.0.113.1:2000"), at("192.168.64.2:80")).unwrap();
+    dead_flows(&mut lab, 50, 20_000);
+    lab.take(&tcp("198.51.100.9:5", "203.0.113.1:2000", SYN));
+    // A mapping that lives lets others in, though much is over and not collected.
+    let ext = lab.map(&tcp(&guest(3, 50000), X, SYN)).to_string();
+    lab.take(&tcp(X, &ext, SYN | ACK));
+    dead_flows(&mut lab, 0, 20_000);
+    lab.take(&tcp("198.51.100.9:6", &ext, SYN));
+}
+
+#[test]
+fn rfc6888_req5_a_refused_flow_takes_no_port() {
+    let mut lab = Lab::new(|c| {
+        c.sessions_per_endpoint = 1;
+        c.filtering_udp = EndpointIndependent;
+        c.ports = (60000, 60009);
+    });
+    lab.map(&udp(&guest(2, 50000), X));
+    for port in 0..1000 {
+        assert_eq!(lab.out(&udp(&guest(2, 1000 + port), X)), Dropped(Drop::FlowLimit));
+    }
+    assert_eq!(lab.nat.conntrack_stats().ports, 1, "none is taken, and none rests");
+    lab.map(&udp(&guest(3, 50000), X));
+}
+
+#[test]
+fn a_port_of_an_expired_flow_can_be_published() {
+    let mut lab = Lab::default();
+    let ext = lab.map(&udp(G, X));
+    assert!(lab.nat.add_forward(17, ext, at("192.168.64.3:53")).is_err());
+    lab.sleep(700);
+    lab.inn(&udp(X, "203.0.113.1:1"));
+    lab.nat.add_forward(17, ext, at("192.168.64.3:53")).unwrap();
+    assert_eq!(dst(&lab.take(&udp(X, &ext.to_string()))), at("192.168.64.3:53"));
 }
 
 #[test]
@@ -91,6 +188,89 @@ fn rfc6888_req8_a_freed_port_rests() {
     }
 }
 
+/// UDP with endpoint-independent filtering, whose ports rest.
+fn resting(first: u16, last: u16) -> Lab {
+    Lab::new(|c| {
+        c.filtering_udp = EndpointIndependent;
+        c.ports = (first, last);
+    })
+}
+
+#[test]
+fn rfc6888_req8_a_resting_port_goes_to_nobody_else_when_the_range_is_full() {
+    let mut lab = resting(60000, 60009);
+    for i in 0..10 {
+        lab.map(&udp(&guest(2, 5000 + i), X));
+    }
+    lab.wait(302);
+    assert_eq!(lab.nat.connection_count(), 0);
+    assert_eq!(lab.out(&udp(&guest(3, 5000), X)), Dropped(Drop::PortsExhausted));
+    assert_eq!(lab.the_error().2, 3);
+    // The guest that had them may have one again, of the parity that it asks for.
+    let again = lab.map(&udp(&guest(2, 7001), X)).port();
+    assert_eq!(again % 2, 1);
+    assert_eq!(lab.out(&udp(&guest(3, 5000), X)), Dropped(Drop::PortsExhausted));
+    lab.wait(120);
+    lab.map(&udp(&guest(3, 5000), X));
+}
+
+#[test]
+fn rfc6888_req8_resting_ports_are_not_inherited_with_an_address() {
+    let mut lab = resting(60000, 60009);
+    for i in 0..10 {
+        lab.map(&udp(&guest(2, 5000 + i), X));
+    }
+    assert_eq!(lab.nat.end_endpoint(ip(A)), 10);
+    assert_eq!(lab.out(&udp(&guest(2, 5000), X)), Dropped(Drop::PortsExhausted));
+    lab.wait(121);
+    lab.map(&udp(&guest(2, 5000), X));
+}
+
+#[test]
+fn rfc6888_req8_ports_that_have_rested_are_free_without_expiry_work() {
+    let mut lab = resting(60000, 60099);
+    for i in 0..100 {
+        lab.map(&udp(&guest(2 + i % 50, 5000 + i), X));
+    }
+    lab.sleep(302);
+    // Other traffic collects what is over.
+    for i in 0..200 {
+        lab.map(&tcp(&guest(200, 5000 + i % 20), X, SYN));
+    }
+    assert_eq!(lab.out(&udp(&guest(201, 5000), X)), Dropped(Drop::PortsExhausted));
+    lab.sleep(121);
+    for i in 0..100 {
+        lab.map(&udp(&guest(201, 5000 + i), X));
+    }
+}
+
+#[test]
+fn rfc6888_req8_the_next_timer_knows_of_resting_ports() {
+    let mut lab = resting(49152, 65535);
+    for i in 0..1000 {
+        lab.map(&udp(&guest(2, 50000 + i), X));
+    }
+    lab.wait(302);
+    let held = lab.nat.conntrack_stats();
+    assert_eq!((held.connections, held.ports), (0, 1000));
+    assert!(lab.nat.next_timer().is_some_and(|t| t.0 > lab.ns));
+    lab.wait(121);
+    assert_eq!((lab.nat.conntrack_stats().ports, lab.nat.next_timer()), (0, None));
+}
+
+#[test]
+fn rfc6888_req8_a_resting_port_can_be_published() {
+    let mut lab = resting(60000, 60001);
+    let ext = lab.map(&udp(&guest(2, 60000), X));
+    lab.wait(302);
+    lab.nat.add_forward(17, ext, at("192.168.64.3:53")).unwrap();
+    lab.wait(200);
+    assert!(lab.nat.remove_forward(17, ext));
+    assert_eq!(lab.nat.conntrack_stats().ports, 1, "it rests again");
+    lab.wait(121);
+    assert_eq!(lab.nat.conntrack_stats().ports, 0);
+}
+
 #[test]
 fn rfc6888_req11_never_evict_to_make_room() {
     let mut lab = Lab::new(|c| c.ports = (60000, 60099));
@@ -136,6 +316,25 @@ fn rfc6888_req15_unguessable_ports() {
     assert_eq!(a, ports(1), "the secret decides, so tests repeat");
     let near = a.windows(2).filter(|w| w[0].abs_diff(w[1]) < 80).count();
     assert!(near < 20, "{near} of 199 next to each other");
+    // Neither are those of a range that was used up before, with nobody to do expiry work.
+    let mut lab = resting(50000, 50199);
+    let order: Vec<u16> = (0..200)
+        .map(|i| {
+            lab.sleep(1);
+            lab.map(&udp(&guest(2, 1000 + i), X)).port()
+        })
+        .collect();
+    lab.sleep(301);
+    lab.map(&tcp(&guest(4, 9), X, SYN));
+    for _ in 0..100 {
+        lab.map(&tcp(&guest(4, 9), X, SYN));
+    }
+    lab.sleep(121);
+    let age = |p: u16| order.iter().position(|q| *q == p).unwrap();
+    let new: Vec<u16> = (0..60).map(|i| lab.map(&udp(&guest(3, 3000 + 2 * i), X)).port()).collect();
+    let near = new.windows(2).filter(|w| age(w[0]).abs_diff(age(w[1])) == 1).count();
+    assert!(near < 10, "{near} of 59 in the order in which they were used");
+    assert!(new.iter().all(|p| p % 2 == 0), "even for even: {new:?}");
     let quarter = a.iter().filter(|p| **p < 53248).count();
     assert!((20..80).contains(&quarter), "{quarter} of 200 in the first quarter");
 }

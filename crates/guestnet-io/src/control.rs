@@ -225,7 +225,7 @@ impl State {
             return Err(CommandError::HasUplink);
         }
         let tun = Tun::new(fd).map_err(CommandError::BadDescriptor)?;
-        self.core.set_uplink(self.now, config)?;
+        self.core.set_uplink(config)?;
         let token = Token { kind: Kind::Tun, index: 0, generation: 0 };
         self.io
             .poller

@@ -15,7 +15,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 /// Buffers in a pool where nothing else is asked for.
-pub const DEFAULT_POOL_CAPACITY: usize = 4096;
+pub const DEFAULT_POOL_CAPACITY: usize = 8192;
 /// Bytes in a buffer where nothing else is asked for: a 1500-byte packet with all headers that may go in front.
 pub const DEFAULT_BUFFER_SIZE: usize = 2048;
 

@@ -10,6 +10,9 @@ use crate::sync::{AtomicUsize, Ordering, Padded, UnsafeCell};
 use std::mem::MaybeUninit;
 use std::sync::Arc;
 
+/// Items in a ring of buffer indices where nothing else is asked for.
+pub const DEFAULT_RING_CAPACITY: usize = 4096;
+
 /// What [`Ring::new`] refuses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("a ring holds between 1 and 2^31 items, not {0}")]

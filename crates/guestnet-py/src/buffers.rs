@@ -10,6 +10,7 @@ use guestnet_core::nat::PacketBatch;
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 use pyo3::{PyErr, ffi};
 
 /// Memory of one Python object, held by its buffer.
@@ -51,7 +52,7 @@ impl Views {
         // SAFETY: when not null it is a string that ends with a zero and lives as long as the buffer.
         let bytes = view.itemsize == 1
             && (view.format.is_null()
-                || matches!(unsafe { std::ffi::CStr::from_ptr(view.format) }.to_bytes(), b"B" | b"c"));
+                || of_bytes(unsafe { std::ffi::CStr::from_ptr(view.format) }.to_bytes()));
         // One that is not of bytes is kept too, until all are released.
         bytes.then_some(Region { start: view.buf.cast(), len: usize::try_from(view.len).unwrap_or(0) })
     }
@@ -68,6 +69,41 @@ impl Drop for Views {
             });
         }
     }
+}
+
+/// Whether a format of the `struct` module says one byte. The arrays of `ctypes` name a byte order too.
+fn of_bytes(format: &[u8]) -> bool {
+    let item = match format {
+        [b'@' | b'=' | b'<' | b'>' | b'!', item @ ..] => item,
+        item => item,
+    };
+    matches!(item, [] | [b'B' | b'b' | b'c'])
+}
+
+/// Calls `f` with the bytes of any object that has some in one piece: bytes, bytearray, memoryview, arrays. `f` must
+/// not call Python.
+pub fn with_bytes<R>(object: &Bound<'_, PyAny>, f: impl FnOnce(&[u8]) -> R) -> PyResult<R> {
+    if let Ok(bytes) = object.cast::<PyBytes>() {
+        return Ok(f(bytes.as_bytes()));
+    }
+    let mut views = Views(Vec::with_capacity(1));
+    let Some(room) = views.0.spare_capacity_mut().first_mut() else { return Ok(f(&[])) };
+    // SAFETY: attached, as the `Bound` shows; `room` is memory for a Py_buffer, which the call fills in when it gives 0.
+    if unsafe { ffi::PyObject_GetBuffer(object.as_ptr(), room.as_mut_ptr(), ffi::PyBUF_SIMPLE) } != 0 {
+        return Err(PyErr::fetch(object.py()));
+    }
+    // SAFETY: the first is filled in.
+    unsafe { views.0.set_len(1) };
+    let bytes = match views.0.first() {
+        Some(view) if view.len > 0 && !view.buf.is_null() => {
+            // SAFETY: the exporter keeps `len` bytes from `buf` valid while the buffer is held. Other Python threads wait for
+            // the interpreter, which `f` does not give up; one that translates these very bytes detached breaks
+            // the rule that translating documents.
+            unsafe { std::slice::from_raw_parts(view.buf.cast::<u8>(), view.len.unsigned_abs()) }
+        }
+        _ => &[],
+    };
+    Ok(f(bytes))
 }
 
 /// Writable packets in Python objects.
@@ -118,21 +154,18 @@ impl Foreign {
         Ok(())
     }
 
-    /// Packets in one object, by start and length in bytes; spans outside of it are empty packets.
-    pub fn spans(object: &Bound<'_, PyAny>, spans: impl Iterator<Item = (u32, u32)>) -> PyResult<Foreign> {
-        let buffer = PyBuffer::get(object)?;
-        let whole = region(&buffer)?;
-        let regions = spans
-            .map(|(start, len)| {
-                let (start, len) = (start as usize, len as usize);
-                if start + len > whole.len {
-                    return Region { start: whole.start, len: 0 };
-                }
-                // SAFETY: start <= whole.len, so the address is in the buffer or one past its end.
-                Region { start: unsafe { whole.start.add(start) }, len }
-            })
-            .collect();
-        Ok(Foreign { held: vec![buffer], views: Views(Vec::new()), regions })
+    /// Makes packets of the first one, by start and length in bytes; spans outside of it are empty packets.
+    pub fn cut(&mut self, spans: impl Iterator<Item = (u32, u32)>) {
+        let Some(whole) = self.regions.first().copied() else { return };
+        let regions = spans.map(|(start, len)| {
+            let (start, len) = (start as usize, len as usize);
+            if start + len > whole.len {
+                return Region { start: whole.start, len: 0 };
+            }
+            // SAFETY: start <= whole.len, so the address is in the buffer or one past its end.
+            Region { start: unsafe { whole.start.add(start) }, len }
+        });
+        self.regions = regions.collect();
     }
 }
 

@@ -27,7 +27,7 @@ mod _native {
         AddressSeen, Datagram, Denied, Done, Failed, FlowClosed, FlowOpened, Frame, Log, PortDown, PortUp,
     };
     #[pymodule_export]
-    use super::nat::{NatEngine, drop_reasons};
+    use super::nat::{NatEngine, after_fork_in_child, after_fork_in_parent, before_fork, drop_reasons};
     #[pymodule_export]
     use super::pool::{PacketPool, Ring};
     #[pymodule_export]

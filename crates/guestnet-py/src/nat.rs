@@ -1,6 +1,7 @@
 //! Theory of operation: the NAT engine as an object behind a lock. A result is one byte: its kind, or 16 and the
 //! number of the reason for a drop; `guestnet.nat` makes words of it. Batches run detached from the
-//! interpreter, on the buffers themselves.
+//! interpreter, on the buffers themselves. A fork waits for those that run: a lock that one of them held would
+//! stay locked in the child, where its thread does not exist.
 
 use crate::addresses::{self, V4};
 use crate::buffers::Foreign;
@@ -11,13 +12,15 @@ use guestnet_core::nat::{
 };
 use guestnet_core::stats::Drop;
 use guestnet_core::types::Time;
-use guestnet_wire::proto;
+use guestnet_wire::{ether, proto};
 use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList};
 use std::collections::HashMap;
 use std::net::SocketAddrV4;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 /// From here on a result is a drop.
 const DROPPED: u8 = 16;
@@ -78,6 +81,59 @@ pub fn drop_reasons() -> Vec<&'static str> {
     Drop::ALL.iter().map(|d| d.name()).collect()
 }
 
+/// Work on engines that is done detached now.
+static DETACHED: AtomicU32 = AtomicU32::new(0);
+/// Forks that have begun and not ended.
+static FORKS: AtomicU32 = AtomicU32::new(0);
+const FORK_PAUSE: Duration = Duration::from_micros(20);
+
+/// Work on an engine that is done detached; none begins while a fork is under way. Not to be made or waited for by who
+/// has the interpreter: the fork has it.
+struct Detached;
+
+impl Detached {
+    fn begin() -> Detached {
+        loop {
+            DETACHED.fetch_add(1, Ordering::SeqCst);
+            if FORKS.load(Ordering::SeqCst) == 0 {
+                return Detached;
+            }
+            DETACHED.fetch_sub(1, Ordering::SeqCst);
+            while FORKS.load(Ordering::SeqCst) != 0 {
+                std::thread::sleep(FORK_PAUSE);
+            }
+        }
+    }
+}
+
+impl std::ops::Drop for Detached {
+    fn drop(&mut self) {
+        DETACHED.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Waits until no engine is in use by another thread, and keeps it so until the fork is over.
+#[pyfunction]
+pub fn before_fork() {
+    FORKS.fetch_add(1, Ordering::SeqCst);
+    while DETACHED.load(Ordering::SeqCst) != 0 {
+        std::thread::sleep(FORK_PAUSE);
+    }
+}
+
+/// The end of a fork in the process that did it.
+#[pyfunction]
+pub fn after_fork_in_parent() {
+    FORKS.fetch_sub(1, Ordering::SeqCst);
+}
+
+/// The end of a fork in the new process, which has none of the other threads.
+#[pyfunction]
+pub fn after_fork_in_child() {
+    DETACHED.store(0, Ordering::SeqCst);
+    FORKS.store(0, Ordering::SeqCst);
+}
+
 /// In-place NAT with connection tracking.
 #[pyclass(frozen, module = "guestnet._native")]
 pub struct NatEngine {
@@ -111,6 +167,7 @@ impl NatEngine {
         now: u64,
     ) -> Vec<u8> {
         py.detach(|| {
+            let _working = Detached::begin();
             let mut engine = lock(&self.inner);
             let mut codes = Vec::with_capacity(packets.len());
             // In steps, so that the results in between stay in the cache.
@@ -164,7 +221,7 @@ impl NatEngine {
         tcp_pickup=true, hairpin=true, decrement_ttl=true, mtu_outside=65535, mtu_inside=65535,
         ports_per_endpoint=65536, sessions_per_endpoint=u32::MAX, no_nat=Vec::new(), denied=Vec::new(),
         refusal="prohibited", answer_unsolicited_syn=true, icmp_errors_per_second=100, fragment_sets=1024,
-        fragment_bytes=1 << 20, output_bytes=1 << 20, now=0))]
+        fragment_bytes=1 << 20, output_bytes=1 << 20))]
     fn new(
         py: Python<'_>,
         external: Vec<V4>,
@@ -197,7 +254,6 @@ impl NatEngine {
         fragment_sets: usize,
         fragment_bytes: usize,
         output_bytes: usize,
-        now: u64,
     ) -> PyResult<Self> {
         let prefixes =
             |list: Vec<(V4, u8)>| list.into_iter().map(|p| prefix(py, p)).collect::<PyResult<Vec<_>>>();
@@ -239,7 +295,7 @@ impl NatEngine {
         };
         let engine = py
             .detach(|| {
-                let mut engine = nat::NatEngine::new(config, Time(now))?;
+                let mut engine = nat::NatEngine::new(config)?;
                 guestnet_io::huge::advise(&engine.memory_ranges());
                 if prefault {
                     engine.prefault();
@@ -258,6 +314,19 @@ impl NatEngine {
         Ok(code(result))
     }
 
+    /// Translates the IPv4 packet of an Ethernet frame in place; other frames are none of the engine's business.
+    /// Returns the result, and the length of the frame in bytes.
+    fn translate_frame(&self, frame: &Bound<'_, PyAny>, outbound: bool, now: u64) -> PyResult<(u8, usize)> {
+        let mut one = Foreign::each(1, std::iter::once(frame.clone()))?;
+        let bytes = one.packet(0);
+        let length = bytes.len();
+        let result = match ether::Ether::parse(bytes) {
+            Ok(e) if e.ethertype != ether::IPV4 => NatResult::PassThrough,
+            _ => lock(&self.inner).translate_at(bytes, ether::HEADER_LEN, direction(outbound), Time(now)),
+        };
+        Ok((code(result), length))
+    }
+
     /// Translates packets of one buffer in place; `lengths` defaults to "up to the next".
     #[pyo3(signature = (buffer, offsets, lengths, outbound, now))]
     fn translate_spans<'py>(
@@ -270,21 +339,21 @@ impl NatEngine {
         now: u64,
     ) -> PyResult<Bound<'py, PyBytes>> {
         let offsets = numbers(py, offsets)?;
-        let packets = match lengths {
+        let mut packets = Foreign::each(1, std::iter::once(buffer.clone()))?;
+        match lengths {
             Some(lengths) => {
                 let lengths = numbers(py, lengths)?;
                 if lengths.len() != offsets.len() {
                     return Err(config_error(py, "There are not as many lengths as offsets.".into()));
                 }
-                Foreign::spans(buffer, offsets.into_iter().zip(lengths))?
+                packets.cut(offsets.into_iter().zip(lengths));
             }
             None => {
-                let end = PyBuffer::<u8>::get(buffer)?.len_bytes().min(u32::MAX as usize) as u32;
+                let end = packets.packet(0).len().min(u32::MAX as usize) as u32;
                 let ends = offsets.iter().copied().skip(1).chain([end]);
-                let spans: Vec<_> = offsets.iter().copied().zip(ends).collect();
-                Foreign::spans(buffer, spans.into_iter().map(|(a, b)| (a, b.saturating_sub(a))))?
+                packets.cut(offsets.iter().copied().zip(ends).map(|(a, b)| (a, b.saturating_sub(a))));
             }
-        };
+        }
         Ok(PyBytes::new(py, &self.batch(py, packets, outbound, now)))
     }
 
@@ -326,7 +395,10 @@ impl NatEngine {
 
     /// Expiry work for up to `visits` records; returns how many connections ended.
     fn expire(&self, py: Python<'_>, now: u64, visits: usize) -> usize {
-        py.detach(|| lock(&self.inner).expire(Time(now), visits))
+        py.detach(|| {
+            let _working = Detached::begin();
+            lock(&self.inner).expire(Time(now), visits)
+        })
     }
 
     /// When there is expiry work next, in nanoseconds.

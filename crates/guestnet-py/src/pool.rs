@@ -2,9 +2,10 @@
 //! second free, a foreign index) is a `ValueError` of the pool. A ring's two halves are behind locks, so any
 //! Python thread may use either end; one at a time has it.
 
+use crate::buffers::with_bytes;
 use crate::errors::config_error;
 use guestnet_io::pool::{self, PoolError};
-use guestnet_io::ring::{Consumer, Producer};
+use guestnet_io::ring::{Consumer, DEFAULT_RING_CAPACITY, Producer};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -65,14 +66,21 @@ impl PacketPool {
         Ok(PyBytes::new(py, &b))
     }
 
-    /// Makes these the bytes in use.
-    fn set(&self, py: Python<'_>, index: u32, data: &[u8]) -> PyResult<()> {
+    /// The bytes in use, and the buffer is free; None for an index that nobody holds.
+    fn take<'py>(&self, py: Python<'py>, index: u32) -> Option<Bound<'py, PyBytes>> {
+        let bytes = PyBytes::new(py, &self.inner.borrow(index).ok()?);
+        self.inner.free(index).ok()?;
+        Some(bytes)
+    }
+
+    /// Makes these the bytes in use, from any object that has bytes in one piece.
+    fn set(&self, py: Python<'_>, index: u32, data: &Bound<'_, PyAny>) -> PyResult<()> {
         let mut b = self.inner.borrow(index).map_err(|e| pool_error(py, e))?;
-        b.fill(data).map_err(|e| pool_error(py, e))
+        with_bytes(data, |bytes| b.fill(bytes))?.map_err(|e| pool_error(py, e))
     }
 
     /// Takes a buffer and fills it; None when none is free.
-    fn put(&self, py: Python<'_>, data: &[u8]) -> PyResult<Option<u32>> {
+    fn put(&self, py: Python<'_>, data: &Bound<'_, PyAny>) -> PyResult<Option<u32>> {
         let Some(index) = self.inner.alloc() else { return Ok(None) };
         match self.set(py, index, data) {
             Ok(()) => Ok(Some(index)),
@@ -107,7 +115,7 @@ pub struct Ring {
 #[pymethods]
 impl Ring {
     #[new]
-    #[pyo3(signature = (capacity=1024))]
+    #[pyo3(signature = (capacity=DEFAULT_RING_CAPACITY))]
     fn new(py: Python<'_>, capacity: usize) -> PyResult<Self> {
         let ring = guestnet_io::ring::Ring::new(capacity).map_err(|e| config_error(py, format!("{e}.")))?;
         let (p, c) = ring.split();

@@ -124,7 +124,9 @@ fn plain(p: &[u8], outbound: bool, mtu: u32, min_ttl: u8) -> Option<Plain> {
 
 impl NatEngine {
     /// Translates a batch; `results` gets what became of each packet (as many as both have). The outcome is
-    /// that of [`NatEngine::translate`] on each in turn, as long as no two packets share bytes.
+    /// that of [`NatEngine::translate`] on each in turn, as long as no two packets share bytes. (Expired connections
+    /// are collected at another pace, and one that is not collected yet still has its port: so a new connection
+    /// may get another port than in turn.)
     pub fn translate_batch<B: PacketBatch + ?Sized>(
         &mut self,
         packets: &mut B,
@@ -191,6 +193,7 @@ impl NatEngine {
                 keys[n] = g.key;
                 n += 1;
             }
+            self.table.release_held(self.tick, 64);
             self.table.foresee(&keys[..n]);
         }
 

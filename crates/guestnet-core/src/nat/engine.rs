@@ -6,7 +6,7 @@ use super::fragments::Fragments;
 use super::output::Output;
 use super::packet::{self, End, Kind, View};
 use super::records::{HAIRPIN, Key, Session};
-use super::state::{ConnState, TICK_BITS, Timers};
+use super::state::{ConnState, TICK_BITS, TICKS_MOST, Timers};
 use super::stats::{ConnTrackStats, Connection, NatStats};
 use super::table::Table;
 use super::{NatDirection, NatResult};
@@ -46,12 +46,22 @@ pub(super) struct UnsolicitedSyn {
 /// How many of those are remembered; more are dropped in silence.
 pub(super) const MAX_UNSOLICITED: usize = 128;
 
+/// Records looked at in one step of making room, and how many such steps one packet may take: some 20 ms at worst.
+const ROOM_SLICE: usize = 4096;
+const ROOM_SLICES: usize = 16;
+
 /// In-place NAT with connection tracking. See the module head of [`super`].
+///
+/// Time is whatever the caller counts in, in nanoseconds: since boot, since 1970, since the first packet of a capture.
+/// The first call that gives a time sets the start; from then on a time earlier than the latest counts as
+/// the latest.
 pub struct NatEngine {
     pub(super) config: NatEngineConfig,
     pub(super) table: Table,
     pub(super) timers: Timers,
     pub(super) now: u64,
+    /// The time of tick 0; `None` until a call gives a time. It moves when ticks would no longer fit.
+    base: Option<u64>,
     pub(super) tick: u32,
     pub(super) fragments: Fragments,
     pub(super) output: Output,
@@ -68,16 +78,16 @@ impl NatEngine {
     ///
     /// # Errors
     /// What [`NatEngineConfig::validate`] finds.
-    pub fn new(config: NatEngineConfig, now: Time) -> Result<NatEngine, NatConfigError> {
+    pub fn new(config: NatEngineConfig) -> Result<NatEngine, NatConfigError> {
         config.validate()?;
-        let tick = (now.0 >> TICK_BITS) as u32;
-        let mut table = Table::new(&config, tick);
+        let mut table = Table::new(&config);
         let next_id = table.random.u32() as u16;
         Ok(NatEngine {
             table,
             timers: Timers::new(&config),
-            now: now.0,
-            tick,
+            now: 0,
+            base: None,
+            tick: 0,
             fragments: Fragments::new(config.fragment_sets, config.fragment_bytes, config.timeouts.fragment),
             output: Output::new(config.output_bytes, config.icmp_errors_per_second),
             unsolicited: VecDeque::new(),
@@ -167,10 +177,24 @@ impl NatEngine {
     }
 
     pub(super) fn set_time(&mut self, now: Time) {
+        let base = *self.base.get_or_insert(now.0);
         if now.0 > self.now {
             self.now = now.0;
-            self.tick = self.tick.max((now.0 >> TICK_BITS) as u32);
+            let tick = now.0.saturating_sub(base) >> TICK_BITS;
+            if tick < TICKS_MOST {
+                self.tick = tick as u32;
+            } else {
+                self.move_base(base, tick);
+            }
         }
+    }
+
+    /// Makes `tick` after `base` the new tick 0. One pass over the table, once in four years or after such a leap.
+    #[cold]
+    fn move_base(&mut self, base: u64, tick: u64) {
+        self.base = Some(base + (tick << TICK_BITS));
+        self.tick = 0;
+        self.table.move_base(tick);
     }
 
     /// The next packet that the engine itself sends, and the way it travels.
@@ -201,12 +225,17 @@ impl NatEngine {
         let expires = self.tick.saturating_add(self.timers.ticks[state as usize]);
         let flags = if self.table.is_external(k.remote) { HAIRPIN } else { 0 };
         let mut made = self.table.new_session(k, via, state, expires, flags, self.tick);
-        if matches!(made, Err(Drop::TableFull | Drop::PortsExhausted)) {
-            // Make room by what is dead already, never by what lives.
-            self.table.release_held(self.tick);
-            if self.reap(4096) > 0 {
-                made = self.table.new_session(k, via, state, expires, flags, self.tick);
+        // What is over and not yet collected holds nothing against the living; what lives makes no room.
+        for _ in 0..ROOM_SLICES {
+            let full = matches!(
+                made,
+                Err(Drop::TableFull | Drop::PortsExhausted | Drop::PortLimit | Drop::FlowLimit)
+            );
+            if !full || self.settled() {
+                break;
             }
+            self.reap(ROOM_SLICE);
+            made = self.table.new_session(k, via, state, expires, flags, self.tick);
         }
         if made.is_ok() {
             self.stats.created += 1;
@@ -246,6 +275,23 @@ impl NatEngine {
                 s.expires = until;
             }
         }
+    }
+
+    /// True when all that is over has been collected.
+    #[inline]
+    fn settled(&self) -> bool {
+        self.tick < self.table.due
+    }
+
+    /// Collects what is over. False when there was too much of it for one packet.
+    pub(super) fn settle(&mut self) -> bool {
+        for _ in 0..ROOM_SLICES {
+            if self.settled() {
+                break;
+            }
+            self.reap(ROOM_SLICE);
+        }
+        self.settled()
     }
 
     /// Looks at up to `visits` records whose time may be over. Returns how many went. They go in groups, so
@@ -293,7 +339,7 @@ impl NatEngine {
     pub fn expire(&mut self, now: Time, visits: usize) -> usize {
         self.set_time(now);
         self.fragments.expire(self.now);
-        self.table.release_held(self.tick);
+        self.table.release_held(self.tick, visits.max(64));
         self.answer_unsolicited();
         self.reap(visits)
     }
@@ -301,9 +347,10 @@ impl NatEngine {
     /// When [`NatEngine::expire`] has something to do next.
     #[must_use]
     pub fn next_timer(&self) -> Option<Time> {
-        let wheel = self.table.wheel.next().map(|t| u64::from(t) << TICK_BITS);
+        let ticks = [self.table.wheel.next(), self.table.next_release()].into_iter().flatten().min();
+        let ticks = ticks.map(|t| self.base.unwrap_or(0).saturating_add(u64::from(t) << TICK_BITS));
         let syn = self.unsolicited.front().map(|s| s.until);
-        [wheel, syn, self.fragments.next_deadline()].into_iter().flatten().min().map(Time)
+        [ticks, syn, self.fragments.next_deadline()].into_iter().flatten().min().map(Time)
     }
 
     fn answer_unsolicited(&mut self) {
@@ -446,10 +493,12 @@ impl NatEngine {
             return Err(ForwardError::NotInternal(*internal.ip()));
         }
         let ends = |a: SocketAddrV4| (u32::from(*a.ip()), a.port());
-        match self.table.publish(protocol, ends(external), ends(internal)) {
-            Ok(_) => Ok(()),
-            Err(()) => Err(ForwardError::InUse(external)),
+        let mut made = self.table.publish(protocol, ends(external), ends(internal));
+        if made.is_err() && !self.settled() {
+            self.settle();
+            made = self.table.publish(protocol, ends(external), ends(internal));
         }
+        made.map(|_| ()).map_err(|()| ForwardError::InUse(external))
     }
 
     /// Takes a published port back; connections through it live on. False when it was not published.

@@ -104,7 +104,7 @@ mod tests {
         let mut c = NatEngineConfig::new(Ipv4Addr::new(203, 0, 113, 1));
         c.external = (1..=3).map(|i| Ipv4Addr::new(203, 0, 113, i)).collect();
         c.secret = [5; 32];
-        let mut table = Table::new(&c, 0);
+        let mut table = Table::new(&c);
         let key = |guest: u32, port: u16| Key {
             local: 0xc0a8_4000 | guest,
             remote: 0xc633_6401,

@@ -54,11 +54,8 @@ impl NatEngine {
 
     /// The mapping through which a packet without connection may enter.
     fn may_enter(&mut self, k: &Key, v: &View) -> Result<u32, Drop> {
-        if self.tick >= self.table.due {
-            // What is over but not yet collected must not keep a mapping open.
-            self.reap(4096);
-        }
-        let settled = self.tick < self.table.due;
+        // What is over but not yet collected must not keep a mapping open.
+        let settled = self.settle();
         let m = self.table.mapping_in(k.local, k.local_port, k.proto).ok_or(Drop::NoFlow)?;
         if k.proto == proto::TCP && self.opening(v, false).is_none() {
             return Err(Drop::NoFlow);

@@ -103,8 +103,11 @@ pub(crate) struct Timers {
     pub plain: [[u32; COUNT]; 2],
 }
 
-/// Bits of nanoseconds in a tick: 2^26 ns is 67 ms, so 32 bits of ticks last nine years.
+/// Bits of nanoseconds in a tick: 2^26 ns is 67 ms.
 pub(crate) const TICK_BITS: u32 = 26;
+
+/// The engine's tick stays below this (four and a half years), so that deadlines fit 32 bits.
+pub(crate) const TICKS_MOST: u64 = 1 << 31;
 
 /// Seconds as ticks, rounded up, and one more since a tick has begun when it is counted.
 pub(crate) fn ticks(seconds: u32) -> u32 {

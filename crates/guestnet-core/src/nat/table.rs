@@ -15,7 +15,7 @@ use super::watch::NatNews;
 use super::wheel::{NONE, Wheel};
 use crate::stats::Drop;
 use guestnet_wire::proto;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 pub(super) struct External {
     pub ip: u32,
@@ -46,12 +46,17 @@ fn port_set(
     Some(slot.get_or_insert_with(|| Box::new(PortSet::new(first, last))))
 }
 
+/// A port that rests: nobody but the address that had it last may have it before `until`.
 struct Held {
     until: u32,
     external: u32,
     class: usize,
     port: u16,
+    int_ip: u32,
 }
+
+/// How many resting ports one new mapping may free: all that one external address has of a protocol.
+const RELEASES: usize = 1 << 16;
 
 /// See the module head.
 pub(crate) struct Table {
@@ -70,7 +75,10 @@ pub(crate) struct Table {
     pub(super) externals: Vec<External>,
     /// The lowest and the highest external address.
     outermost: (u32, u32),
+    /// Resting ports, the first to be free first.
     held: VecDeque<Held>,
+    /// How many of those an internal address had last.
+    held_of: BTreeMap<u32, u32>,
     pub wheel: Wheel,
     /// No look at the wheel is needed before this tick.
     pub due: u32,
@@ -89,7 +97,7 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    pub fn new(c: &NatEngineConfig, tick: u32) -> Table {
+    pub fn new(c: &NatEngineConfig) -> Table {
         let mut random = Random::new(&c.secret);
         let keys = Keys::new(&mut random);
         let n = c.table_size;
@@ -111,7 +119,8 @@ impl Table {
             externals: ips().map(|ip| External { ip, hosts: 0, ports: [None, None, None] }).collect(),
             outermost: (ips().min().unwrap_or(u32::MAX), ips().max().unwrap_or(0)),
             held: VecDeque::new(),
-            wheel: Wheel::new(tick),
+            held_of: BTreeMap::new(),
+            wheel: Wheel::new(0),
             due: u32::MAX,
             range: c.ports,
             preserve: c.port_preservation,
@@ -319,8 +328,10 @@ impl Table {
         port_set(&mut self.externals, self.range, external, class)
     }
 
-    /// Takes an external port. The range is exhausted only when not even a resting port is left.
-    fn take_port(&mut self, external: u32, class: usize, wanted: u16) -> Option<u16> {
+    /// Takes an external port for an internal end. Where none is free, a port that rests after this very address had
+    /// it will do (RFC 6888 REQ-8 keeps it from others).
+    fn take_port(&mut self, external: u32, class: usize, (ip, wanted): (u32, u16), tick: u32) -> Option<u16> {
+        self.release_held(tick, RELEASES);
         let parity = self.parity && class != 2;
         let got = port_set(&mut self.externals, self.range, external, class)?.allocate(
             wanted,
@@ -328,11 +339,49 @@ impl Table {
             parity,
             &mut self.random,
         );
-        if got.is_some() {
-            return got;
+        got.or_else(|| self.take_held(external, class, (ip, wanted)))
+    }
+
+    /// A resting port of this internal address: of the class and parity of `wanted` if there is one.
+    fn take_held(&mut self, external: u32, class: usize, (ip, wanted): (u32, u16)) -> Option<u16> {
+        if !self.held_of.contains_key(&ip) {
+            return None;
         }
-        let at = self.held.iter().position(|h| h.external == external && h.class == class)?;
-        Some(self.held.remove(at)?.port)
+        let fits = |port: u16| match class {
+            2 => 0,
+            _ => {
+                2 * u32::from((port < 1024) == (wanted < 1024))
+                    + u32::from(self.parity && (port ^ wanted) & 1 == 0)
+            }
+        };
+        let own = |h: &&Held| h.int_ip == ip && h.external == external && h.class == class;
+        let best = self.held.iter().filter(own).map(|h| fits(h.port)).max()?;
+        let good = |h: &Held| own(&h) && fits(h.port) == best;
+        let count = self.held.iter().filter(|h| good(h)).count();
+        let chosen = self.random.below(count as u32) as usize;
+        let at = self.held.iter().enumerate().filter(|(_, h)| good(h)).nth(chosen)?.0;
+        Some(self.forget_held(at)?.port)
+    }
+
+    /// The ports that rest after this internal address had them are nobody's own from now on.
+    pub fn disown_held(&mut self, ip: u32) {
+        if self.held_of.remove(&ip).is_some() {
+            for h in self.held.iter_mut().filter(|h| h.int_ip == ip) {
+                h.int_ip = 0;
+            }
+        }
+    }
+
+    /// Takes a resting port off the list; its bit stays set.
+    fn forget_held(&mut self, at: usize) -> Option<Held> {
+        let held = self.held.remove(at)?;
+        if let Some(n) = self.held_of.get_mut(&held.int_ip) {
+            *n -= 1;
+            if *n == 0 {
+                self.held_of.remove(&held.int_ip);
+            }
+        }
+        Some(held)
     }
 
     fn add_mapping(&mut self, m: Mapping) -> u32 {
@@ -345,7 +394,7 @@ impl Table {
     }
 
     /// Makes a mapping for the internal end of `k`, without references.
-    fn new_mapping(&mut self, k: &Key) -> Result<u32, Drop> {
+    fn new_mapping(&mut self, k: &Key, tick: u32) -> Result<u32, Drop> {
         if self.mappings.is_full() {
             return Err(Drop::TableFull);
         }
@@ -358,7 +407,7 @@ impl Table {
                 self.drop_host_if_idle(host);
                 return Err(Drop::PortLimit);
             }
-            match self.take_port(h.external, class, k.local_port) {
+            match self.take_port(h.external, class, (k.local, k.local_port), tick) {
                 Some(p) => ext_port = p,
                 None => {
                     self.drop_host_if_idle(host);
@@ -393,9 +442,12 @@ impl Table {
         if self.mapping_in(ext.0, ext.1, p).is_some() || self.mappings.is_full() {
             return Err(());
         }
-        // A resting port may be published at once: the outside finds somebody who wants it.
-        self.held.retain(|h| !(h.external == external && h.class == class && h.port == ext.1));
         let host = self.host(int.0).map_err(|_| ())?;
+        // A resting port may be published at once: the outside finds somebody who wants it.
+        let resting = |h: &Held| h.external == external && h.class == class && h.port == ext.1;
+        if let Some(at) = self.held.iter().position(resting) {
+            self.forget_held(at);
+        }
         if let Some(set) = self.port_set(external, class) {
             set.take(ext.1);
         }
@@ -425,11 +477,13 @@ impl Table {
             Some(r) if r.published => r.published = false,
             _ => return false,
         }
-        self.release_mapping(m, tick);
+        self.release_mapping(m, tick, true);
         true
     }
 
-    fn release_mapping(&mut self, m: u32, tick: u32) {
+    /// Gives up one reference of a mapping; the last one takes it away. Its port then rests, unless it was never
+    /// `used`.
+    fn release_mapping(&mut self, m: u32, tick: u32, used: bool) {
         let Some(r) = self.mappings.get_mut(m) else { return };
         r.refs = r.refs.saturating_sub(1);
         let r = *r;
@@ -448,7 +502,8 @@ impl Table {
                 // A published port need not be on the address that its host is paired with.
                 _ => self.externals.iter().position(|e| e.ip == r.ext_ip).unwrap_or(0) as u32,
             };
-            let rests = r.proto != proto::TCP && self.filtering(r.proto) == Behaviour::EndpointIndependent;
+            let rests =
+                used && r.proto != proto::TCP && self.filtering(r.proto) == Behaviour::EndpointIndependent;
             let in_range = class == 2 || (self.range.0..=self.range.1).contains(&r.ext_port);
             if rests && in_range {
                 self.held.push_back(Held {
@@ -456,7 +511,9 @@ impl Table {
                     external,
                     class,
                     port: r.ext_port,
+                    int_ip: r.int_ip,
                 });
+                *self.held_of.entry(r.int_ip).or_default() += 1;
             } else if let Some(set) = self.port_set(external, class) {
                 set.release(r.ext_port);
             }
@@ -468,18 +525,40 @@ impl Table {
         self.drop_host_if_idle(r.host);
     }
 
-    /// Frees ports that have rested long enough, a bounded number at a time.
-    pub fn release_held(&mut self, tick: u32) {
-        for _ in 0..64 {
+    /// Frees up to `most` of the ports that have rested long enough.
+    #[inline]
+    pub fn release_held(&mut self, tick: u32, most: usize) {
+        for _ in 0..most {
             match self.held.front() {
                 Some(h) if h.until <= tick => {}
                 _ => return,
             }
-            if let Some(Held { external, class, port, .. }) = self.held.pop_front()
+            if let Some(Held { external, class, port, .. }) = self.forget_held(0)
                 && let Some(set) = self.port_set(external, class)
             {
                 set.release(port);
             }
+        }
+    }
+
+    /// The tick at which the next port has rested long enough.
+    pub fn next_release(&self) -> Option<u32> {
+        self.held.front().map(|h| h.until)
+    }
+
+    /// Counts ticks from `ticks` later on. What was due before is due at tick 0.
+    pub fn move_base(&mut self, ticks: u64) {
+        let moved = |tick: u32| u64::from(tick).saturating_sub(ticks) as u32;
+        self.wheel = Wheel::new(0);
+        for id in 0..self.sessions.items.len() as u32 {
+            let Some(s) = self.sessions.get_mut(id).filter(|s| s.proto != 0) else { continue };
+            s.expires = moved(s.expires);
+            let expires = s.expires;
+            self.wheel.arm(&mut self.sessions, id, expires);
+        }
+        self.due = self.wheel.next().unwrap_or(u32::MAX);
+        for h in &mut self.held {
+            h.until = moved(h.until);
         }
     }
 
@@ -503,7 +582,7 @@ impl Table {
         }
         let (mapping, fresh) = match via.or_else(|| self.mapping_out(k)) {
             Some(m) => (m, false),
-            None => (self.new_mapping(k)?, true),
+            None => (self.new_mapping(k, tick)?, true),
         };
         let Some(m) = self.mappings.get(mapping).copied() else { return Err(Drop::TableFull) };
         let undo = |table: &mut Table, why| {
@@ -511,7 +590,7 @@ impl Table {
                 if let Some(m) = table.mappings.get_mut(mapping) {
                     m.refs = 1;
                 }
-                table.release_mapping(mapping, tick);
+                table.release_mapping(mapping, tick, false);
             }
             Err(why)
         };
@@ -580,7 +659,7 @@ impl Table {
         if let Some(h) = self.hosts.get_mut(host) {
             h.sessions = h.sessions.saturating_sub(1);
         }
-        self.release_mapping(s.mapping, tick);
+        self.release_mapping(s.mapping, tick, true);
     }
 
     /// Reads what removing a session will need.
@@ -633,5 +712,6 @@ impl Table {
                 .sum::<usize>()
             + self.externals.iter().map(|e| e.ports.iter().flatten().count() * 8500).sum::<usize>()
             + self.held.capacity() * size_of::<Held>()
+            + self.held_of.len() * size_of::<(u32, u32)>()
     }
 }

@@ -78,10 +78,13 @@ impl NatEngine {
         })
     }
 
-    /// Ends all connections of an internal address. Published ports that lead to it stay.
+    /// Ends all connections of an internal address: who has it next is somebody else. Published ports that lead to it
+    /// stay.
     pub fn end_endpoint(&mut self, internal: Ipv4Addr) -> usize {
         let ip = u32::from(internal);
-        self.end_where(|s| s.int_ip == ip)
+        let gone = self.end_where(|s| s.int_ip == ip);
+        self.table.disown_held(ip);
+        gone
     }
 
     fn end_where(&mut self, fits: impl Fn(&Session) -> bool) -> usize {

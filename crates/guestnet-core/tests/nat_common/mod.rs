@@ -181,7 +181,7 @@ impl Lab {
         let mut c = NatEngineConfig::new(ip(EXT));
         c.secret = [42; 32];
         set(&mut c);
-        Lab { nat: NatEngine::new(c, Time(0)).unwrap(), ns: 0 }
+        Lab { nat: NatEngine::new(c).unwrap(), ns: 0 }
     }
 
     /// Lets time pass, doing the expiry work of each second of it.
