@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from guestnet.errors import AttachError, BusyError, ConfigError, NotRunning
 
 if TYPE_CHECKING:
+    from guestnet.control import Control
     from guestnet.network import NatNetwork
     from guestnet.session import Session
 
@@ -52,7 +53,7 @@ class MemoryAttachment(Attachment):
         self, endpoint_id: str, session: Session, port: int, on_frame: Callable[[bytes], object] | None
     ) -> None:
         super().__init__(endpoint_id, "memory")
-        self._session = session
+        self._control: Control | None = session.control
         self._port = port
         self._on_frame = on_frame
         self._frames: deque[bytes] = deque(maxlen=_KEPT_FRAMES)
@@ -66,7 +67,9 @@ class MemoryAttachment(Attachment):
         """A frame from the guest, Ethernet header first. From any thread; waits a little when the network is
         behind, and loses the frame (`lost` counts it) when that lasts, as any network does. Raises NotRunning
         when the network was stopped or the endpoint removed."""
-        control = self._session.control
+        control = self._control
+        if control is None:
+            raise self._over()
         deadline = 0.0 if control.is_own_thread else time.monotonic() + _SEND_SECONDS
         while True:
             if self._ended:
@@ -127,6 +130,7 @@ class MemoryAttachment(Attachment):
         """The endpoint or its network is no more; called by the network."""
         with self._arrived:
             self._ended = True
+            self._control = None  # who keeps this does not keep the descriptors of a network that was stopped
             self._arrived.notify_all()
             self._wake_tasks()
 

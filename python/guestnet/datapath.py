@@ -14,20 +14,34 @@ import os
 import select
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from ipaddress import AddressValueError, IPv4Address, IPv4Network
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 from guestnet.config import PollingStrategy
 from guestnet.errors import ConfigError
 from guestnet.ipam import generate_mac, parse_mac
 from guestnet.nat import NatDirection, NatEngine, NatEngineConfig, NatResult, PacketPool, Ring
-from guestnet.stats import ConnTrackStats, DatapathStats, NatStats
+from guestnet.stats import BATCH_BUCKETS, ConnTrackStats, DatapathStats, NatStats
 
 ETHERNET = 14
 _IPV4 = b"\x08\x00"
 _BATCH_HIGHEST = 65536
 _PACKET_LONGEST = 65535
+_LEARNED_MOST = 4096
+
+
+class _Prefixes:
+    """Whether an address, as four bytes, is in one of some networks."""
+
+    def __init__(self, networks: Iterable[IPv4Network | str]) -> None:
+        found = map(IPv4Network, networks)
+        self._pairs = [(int(n.network_address), int(n.netmask)) for n in found]
+
+    def has(self, address: bytes) -> bool:
+        value = int.from_bytes(address, "big")
+        return any(value & mask == net for net, mask in self._pairs)
 
 
 class Uplink(Protocol):
@@ -85,12 +99,18 @@ class FdUplink:
             return False
 
     def receive(self, count: int) -> list[bytes]:
-        packets = []
+        packets: list[bytes] = []
         for _ in range(count):
             try:
                 packet = os.read(self._fd, _PACKET_LONGEST)
             except BlockingIOError:
                 break
+            except ConnectionRefusedError:
+                continue  # an ICMP error about a packet that was sent
+            except OSError:
+                if packets:
+                    break  # they are not to be lost; the error comes again
+                raise
             if not packet:
                 break
             packets.append(packet)
@@ -107,7 +127,11 @@ class FdUplink:
 
 
 class Datapath:
-    """Pool, rings, engine and uplink. One thread polls it; others may use the rings and the pool."""
+    """Pool, rings, engine and uplink. One thread polls it; others may use the rings and the pool.
+
+    What the engine translates goes on. So do packets of a guest to a destination of `no_nat`, untranslated,
+    the answers to them, and packets from guest to guest. All else is counted as an error.
+    """
 
     def __init__(
         self,
@@ -115,123 +139,168 @@ class Datapath:
         *,
         uplink: Uplink | None = None,
         pool: PacketPool | None = None,
-        ring_capacity: int = 1024,
+        ring_capacity: int | None = None,
         gateway_mac: str | bytes | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.engine = config if isinstance(config, NatEngine) else NatEngine(config, clock=clock)
         self.uplink: Uplink = MemoryUplink() if uplink is None else uplink
         self.packet_pool = PacketPool() if pool is None else pool
-        self.tx_ring = Ring(ring_capacity)
+        self.tx_ring = Ring() if ring_capacity is None else Ring(ring_capacity)
         """Buffers with frames from guests."""
-        self.rx_ring = Ring(ring_capacity)
+        self.rx_ring = Ring() if ring_capacity is None else Ring(ring_capacity)
         """Buffers with frames to guests; who takes one frees it."""
         self.gateway_mac = parse_mac(generate_mac() if gateway_mac is None else gateway_mac)
+        self._internal = IPv4Network(self.engine.config.internal)
+        self._inside = _Prefixes([self._internal])
+        self._untranslated = _Prefixes(self.engine.config.no_nat)
         self._macs: dict[bytes, bytes] = {}
-        self._stats = DatapathStats()
+        """Hardware addresses by address."""
+        self._given: set[bytes] = set()
+        """The addresses that `add_guest` named; the others were learned."""
+        self._counters = SimpleNamespace(**vars(DatapathStats()))
+        self._counters.batch_histogram = [0] * BATCH_BUCKETS
 
-    def add_guest(self, ip: Any, mac: str | bytes) -> None:
-        """Says which hardware address a guest's address has; otherwise it is learned from its frames."""
-        self._macs[ip.packed if hasattr(ip, "packed") else bytes(map(int, str(ip).split(".")))] = parse_mac(
-            mac
-        )
+    def add_guest(self, ip: IPv4Address | str, mac: str | bytes) -> None:
+        """Says which hardware address a guest's address has. Otherwise it is learned, for up to 4096
+        addresses inside, from the first frame of each. What is said here counts more than frames."""
+        try:
+            address = IPv4Address(ip)
+        except AddressValueError:
+            raise ConfigError(f"{ip!r} is not an IPv4 address: write one such as 192.168.64.2.") from None
+        if address not in self._internal:
+            raise ConfigError(
+                f"{address} is not an address of a guest: choose one inside {self._internal}, "
+                "or make the datapath with another internal network."
+            )
+        self._macs[address.packed] = parse_mac(mac)
+        self._given.add(address.packed)
 
     # ---- packet by packet -------------------------------------------------------------------------------
 
     def process_tx_packet(self, frame: Any, *, now: float | None = None) -> NatResult:
         """Translates a guest's frame in place, in any writable buffer."""
-        return self._process(frame, NatDirection.OUTBOUND, now)
+        result, length = self.engine.translate_frame(frame, NatDirection.OUTBOUND, now=now)
+        counters = self._counters
+        counters.tx_packets += 1
+        counters.tx_bytes += length
+        if result.send:
+            counters.nat_outbound += 1
+        elif result.is_dropped:
+            counters.tx_errors += 1
+        return result
 
     def process_rx_packet(self, frame: Any, *, now: float | None = None) -> NatResult:
         """Translates a frame for a guest in place, in any writable buffer."""
-        return self._process(frame, NatDirection.INBOUND, now)
-
-    def _process(self, frame: Any, direction: NatDirection, now: float | None) -> NatResult:
-        view = memoryview(frame).cast("B")
-        if len(view) >= ETHERNET and view[12:ETHERNET] != _IPV4:
-            result = NatResult.PASS_THROUGH
-        else:
-            result = self.engine.translate(view, direction, offset=min(len(view), ETHERNET), now=now)
-        if direction is NatDirection.OUTBOUND:
-            self._add(tx_packets=1, tx_bytes=len(view), tx_errors=result.is_dropped, nat_outbound=result.send)
-        else:
-            self._add(rx_packets=1, rx_bytes=len(view), rx_errors=result.is_dropped, nat_inbound=result.send)
+        result, length = self.engine.translate_frame(frame, NatDirection.INBOUND, now=now)
+        counters = self._counters
+        counters.rx_packets += 1
+        counters.rx_bytes += length
+        if result.send:
+            counters.nat_inbound += 1
+        elif result.is_dropped:
+            counters.rx_errors += 1
         return result
 
     # ---- in batches -------------------------------------------------------------------------------------
 
     def poll_tx(self, count: int) -> int:
-        """Moves up to `count` frames from `tx_ring` through the engine to the uplink; returns how many. Their
-        buffers are freed, whatever becomes of them."""
+        """Moves up to `count` frames from `tx_ring` through the engine to the uplink; returns how many it
+        took. Their buffers are freed, whatever becomes of them. An index that nobody holds is an error that
+        is counted."""
         indices = self.tx_ring.dequeue_batch(count)
         if not indices:
             return 0
-        frames = [bytearray(self.packet_pool.get(i)) for i in indices]
-        for index in indices:
-            self.packet_pool.free(index)
+        counters = self._counters
+        taken = map(self.packet_pool.take, indices)
+        frames = [bytearray(frame) for frame in taken if frame is not None]
         packets = [memoryview(f)[ETHERNET:] for f in frames if len(f) > ETHERNET and f[12:ETHERNET] == _IPV4]
+        counters.tx_errors += len(indices) - len(packets)
         for frame in frames:
             if len(frame) >= ETHERNET + 20 and frame[12:ETHERNET] == _IPV4:
-                self._macs[bytes(frame[26:30])] = bytes(frame[6:12])
+                self._learn(bytes(frame[26:30]), bytes(frame[6:12]))
         results = self.engine.translate_batch(packets, NatDirection.OUTBOUND)
-        errors = translated = 0
         for packet, result in zip(packets, results, strict=True):
-            translated += result.send
+            counters.nat_outbound += result.send
             if result is NatResult.TRANSLATED:
-                errors += not self.uplink.send(bytes(packet))
+                left = self.uplink.send(bytes(packet))
             elif result is NatResult.HAIRPINNED:
-                self._to_guest(bytes(packet))
-            errors += result.is_dropped
+                left = self._to_guest(bytes(packet))
+            elif result is NatResult.PASS_THROUGH:
+                left = self._pass_out(bytes(packet))
+                counters.tx_passed += left
+            else:
+                left = not result.is_dropped
+            counters.tx_errors += not left
         self._flush()
-        self._add(
-            tx_packets=len(frames),
-            tx_bytes=sum(map(len, frames)),
-            tx_errors=errors,
-            nat_outbound=translated,
-            batches=1,
-            batched=len(frames),
-        )
-        self._largest(len(frames))
-        return len(frames)
+        counters.tx_packets += len(frames)
+        counters.tx_bytes += sum(map(len, frames))
+        self._count_batch(len(indices))
+        return len(indices)
 
     def poll_rx(self, count: int) -> int:
         """Moves up to `count` packets from the uplink through the engine to `rx_ring`; returns how many."""
         packets = [bytearray(p) for p in self.uplink.receive(count)]
         if not packets:
             return 0
+        counters = self._counters
         results = self.engine.translate_batch(packets, NatDirection.INBOUND)
-        errors = 0
         for packet, result in zip(packets, results, strict=True):
+            counters.nat_inbound += result.send
             if result.send:
-                errors += not self._to_guest(bytes(packet))
-            errors += result.is_dropped
+                left = self._to_guest(bytes(packet))
+            elif result is NatResult.PASS_THROUGH:
+                left = self._pass_in(bytes(packet))
+                counters.rx_passed += left
+            else:
+                left = not result.is_dropped
+            counters.rx_errors += not left
         self._flush()
-        self._add(
-            rx_packets=len(packets),
-            rx_bytes=sum(map(len, packets)),
-            rx_errors=errors,
-            nat_inbound=sum(r.send for r in results),
-            batches=1,
-            batched=len(packets),
-        )
-        self._largest(len(packets))
+        counters.rx_packets += len(packets)
+        counters.rx_bytes += sum(map(len, packets))
+        self._count_batch(len(packets))
         return len(packets)
+
+    def _pass_out(self, packet: bytes) -> bool:
+        """A guest's packet that the engine leaves alone, to another guest or a destination of `no_nat`."""
+        if packet[0] >> 4 != 4 or not self._inside.has(packet[12:16]):
+            return False
+        if self._inside.has(packet[16:20]):
+            return self._to_guest(packet)
+        return self._untranslated.has(packet[16:20]) and self.uplink.send(packet)
+
+    def _pass_in(self, packet: bytes) -> bool:
+        """A packet from outside that the engine leaves alone: an answer from a destination of `no_nat`."""
+        known = packet[0] >> 4 == 4 and self._untranslated.has(packet[12:16])
+        return known and self._inside.has(packet[16:20]) and self._to_guest(packet)
 
     def _flush(self) -> None:
         """Sends what the engine itself has to say."""
         for direction, packet in self.engine.output():
             if direction is NatDirection.OUTBOUND:
-                self.uplink.send(packet)
+                self._counters.tx_errors += not self.uplink.send(packet)
             else:
-                self._to_guest(packet)
+                self._counters.rx_errors += not self._to_guest(packet)
+
+    def _learn(self, ip: bytes, mac: bytes) -> None:
+        room = len(self._macs) - len(self._given) < _LEARNED_MOST
+        one_station = not mac[0] & 1 and mac != self.gateway_mac
+        if ip not in self._macs and room and one_station and self._inside.has(ip):
+            self._macs[ip] = mac
+
+    def _mac_of(self, ip: bytes) -> bytes | None:
+        """The hardware address of a guest."""
+        return self._macs.get(ip)
 
     def _to_guest(self, packet: bytes) -> bool:
-        mac = self._macs.get(packet[16:20])
-        if mac is None:
+        mac = self._mac_of(packet[16:20])
+        return mac is not None and self._to_ring(mac + self.gateway_mac + _IPV4 + packet)
+
+    def _to_ring(self, frame: bytes) -> bool:
+        """Puts a frame for a guest on `rx_ring`; False when there is no room for it."""
+        if len(frame) > self.packet_pool.buffer_size:
             return False
-        if len(packet) + ETHERNET > self.packet_pool.buffer_size:
-            return False
-        index = self.packet_pool.put(mac + self.gateway_mac + _IPV4 + packet)
+        index = self.packet_pool.put(frame)
         if index is None:
             return False
         if not self.rx_ring.enqueue(index):
@@ -247,7 +316,7 @@ class Datapath:
     def expire_connections(self) -> int:
         """Ends connections whose time is over; returns how many."""
         gone = self.engine.expire_connections()
-        self._add(nat_expired=gone)
+        self._counters.nat_expired += gone
         return gone
 
     # ---- looking ----------------------------------------------------------------------------------------
@@ -259,7 +328,8 @@ class Datapath:
 
     def stats(self) -> DatapathStats:
         """What was moved so far."""
-        return self._stats
+        counters = vars(self._counters)
+        return DatapathStats(**{**counters, "batch_histogram": tuple(counters["batch_histogram"])})
 
     def nat_stats(self) -> NatStats:
         """What the engine did so far."""
@@ -271,15 +341,15 @@ class Datapath:
 
     def record_poll(self, work: bool) -> None:
         """Counts a poll, and whether it found work."""
-        self._add(polls=1, busy_polls=work)
+        self._counters.polls += 1
+        self._counters.busy_polls += work
 
-    def _add(self, **more: int) -> None:
-        s = self._stats
-        self._stats = replace(s, **{name: getattr(s, name) + int(n) for name, n in more.items()})
-
-    def _largest(self, size: int) -> None:
-        if size > self._stats.largest_batch:
-            self._stats = replace(self._stats, largest_batch=size)
+    def _count_batch(self, size: int) -> None:
+        counters = self._counters
+        counters.batches += 1
+        counters.batched += size
+        counters.largest_batch = max(counters.largest_batch, size)
+        counters.batch_histogram[min(size.bit_length(), BATCH_BUCKETS - 1)] += 1
 
     def __repr__(self) -> str:
         return f"<Datapath, {len(self.tx_ring)} frames out, {len(self.rx_ring)} in, {self.engine!r}>"

@@ -28,7 +28,7 @@ from guestnet.attachments import (
     release_descriptor,
     taken_descriptor,
 )
-from guestnet.config import NatConfig, Uplink
+from guestnet.config import NatConfig
 from guestnet.endpoint import Endpoint
 from guestnet.errors import (
     AlreadyRunning,
@@ -36,7 +36,6 @@ from guestnet.errors import (
     EndpointNotFound,
     GuestnetError,
     NotRunning,
-    UnsupportedError,
 )
 from guestnet.events import EventCallback, NetworkEvent
 from guestnet.forwards import ForwardSpec, close_sockets, open_sockets
@@ -133,8 +132,9 @@ class NatNetwork:
 
     def start(self) -> None:
         """Starts it. Raises AlreadyRunning when it runs, DataPlaneError when the system does not let it."""
+        self._leave_parent()
         with self._changing:
-            if self._session is not None and not self._is_fork:
+            if self._session is not None:
                 raise AlreadyRunning("The network runs already: stop it before you start it again.")
             session = Session(weakref.ref(self), self._config, self._registry, self._services)
             session.control.start()
@@ -144,19 +144,16 @@ class NatNetwork:
                 self._end(session)
                 raise
             self._session = session
-            self._process = os.getpid()
             began(session)
             self._finalizer = weakref.finalize(self, end_unheld, session)
             self._finalizer.atexit = False
 
     def stop(self) -> None:
         """Stops it; nothing happens when it does not run. Flows end, and guests lose their network."""
+        self._leave_parent()
         with self._changing:
             session = self._session
             if session is None:
-                return
-            if self._is_fork:
-                self._session = None
                 return
             if session.control.is_own_thread:
                 raise GuestnetError(
@@ -168,6 +165,14 @@ class NatNetwork:
                 self._finalizer.detach()
             if claim(session):
                 self._end(session)
+
+    def _leave_parent(self) -> None:
+        """In a process that was forked from the one with the network: what runs there does not run here."""
+        if self._is_fork:
+            # A thread that is not here may hold the old one.
+            self._changing = threading.Lock()
+            self._session = None
+            self._process = os.getpid()
 
     def _end(self, session: Session) -> None:
         try:
@@ -422,28 +427,24 @@ class NatNetwork:
     def stats(self) -> NetworkStats:
         """All counters since the start, of at most some 10 milliseconds ago; never waits. After `stop`, those
         of the last run."""
-        session = self._session
+        session = self._running()
         if session is None:
             return self._last_stats
         return NetworkStats.from_native(session.control.plane.stats())
 
     def worker_stats(self) -> list[NetworkStats]:
         """The counters of each worker (`NatConfig.workers`), as `stats`; empty while it does not run."""
-        session = self._session
+        session = self._running()
         if session is None:
             return []
         return [NetworkStats.from_native(one) for one in session.control.plane.worker_stats()]
 
-    # --- packet by packet, with the uplink "tun" ---
+    # --- packet by packet ---
 
     @property
     def datapath(self) -> NetworkDatapath:
         """Pool and rings, to send and receive as guests of this program: see `guestnet.rings`. What
-        `DatapathPoller.poll_once(network)` polls. Raises UnsupportedError with the uplink "sockets"."""
-        if self._config.uplink is not Uplink.TUN:
-            raise UnsupportedError(
-                "Only a network with the uplink 'tun' has rings: make it with NatConfig(uplink='tun')."
-            )
+        `DatapathPoller.poll_once(network)` polls."""
         if self._datapath is None:
             from guestnet.rings import NetworkDatapath
 
@@ -457,7 +458,7 @@ class NatNetwork:
 
     @property
     def tx_ring(self) -> Ring:
-        """Buffers with frames from guests: what is put here comes out translated at the uplink."""
+        """Buffers with frames from guests: what is put here leaves by the uplink."""
         return self.datapath.tx_ring
 
     @property
@@ -474,23 +475,24 @@ class NatNetwork:
         return self.datapath.process_rx_packet(frame, now=now)
 
     def nat_stats(self) -> NatStats:
-        """What the engine did: that of the uplink while the network runs, else the datapath's own."""
+        """What the engine did: that of the uplink "tun" while the network runs, else the datapath's own."""
         if self._has_engine:
             return self._run(self._live().nat_stats())[0]
         return self.datapath.nat_stats()
 
     def conntrack_stats(self) -> ConnTrackStats:
-        """What the engine holds: that of the uplink while the network runs, else the datapath's own."""
+        """What the engine holds: that of the uplink "tun" while the network runs, else the datapath's own."""
         if self._has_engine:
             return self._run(self._live().nat_stats())[1]
         return self.datapath.conntrack_stats()
 
     @property
     def connection_count(self) -> int:
-        """Connections tracked now, of every uplink."""
-        if self._config.uplink is Uplink.TUN:
-            return self.conntrack_stats().connections
-        return self.stats().connections if self.is_running else 0
+        """Connections tracked now: of the network while it runs, and of the datapath's own engine."""
+        by_hand = 0 if self._datapath is None else self._datapath.connection_count
+        if self._has_engine:
+            return self.conntrack_stats().connections + by_hand
+        return by_hand + (self.stats().connections if self.is_running else 0)
 
     def expire_connections(self) -> int:
         """Ends connections of the datapath's own engine whose time is over; returns how many. Those of a

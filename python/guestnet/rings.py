@@ -1,4 +1,4 @@
-"""The rings of a network with the uplink 'tun': guests of this program, a frame a buffer.
+"""The rings of a network: guests of this program, a frame a buffer.
 
     program -> packet_pool, tx_ring -> poll_once -> the network's packet thread -> uplink
     uplink -> the network's packet thread -> poll_once -> packet_pool, rx_ring -> program
@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING
 
 from guestnet.attachments import MemoryAttachment
 from guestnet.datapath import ETHERNET, Datapath, MemoryUplink
+from guestnet.errors import GuestnetError
+from guestnet.ipam import parse_mac
 from guestnet.nat import NatEngineConfig
 
 if TYPE_CHECKING:
     from guestnet.network import NatNetwork
 
 _IPV4, _ARP = b"\x08\x00", b"\x08\x06"
-_EXTERNAL = "100.64.0.2"
-"""Of the engine of a network that has no external address yet."""
+_EXTERNAL = (IPv4Address("100.64.0.2"), IPv4Address("198.18.0.2"))
+"""Of the engine of a network that has no external address: the first that is not inside."""
 _WAITING = 4096
 """Frames for guests that wait for a poll; the oldest go first."""
 
@@ -58,7 +60,7 @@ class NetworkDatapath(Datapath):
         self._arrivals = _Arrivals()
         self._guests: dict[str, MemoryAttachment] = {}
         engine = NatEngineConfig(
-            external=config.external or (_EXTERNAL,),
+            external=config.external or next(a for a in _EXTERNAL if a not in config.subnet),
             internal=config.subnet,
             gateway=config.gateway,
             port_range=config.port_range,
@@ -70,63 +72,56 @@ class NetworkDatapath(Datapath):
         )
 
     def poll_tx(self, count: int) -> int:
-        """Moves up to `count` frames from `tx_ring` on their way out; returns how many. Their buffers are
-        freed, whatever becomes of them."""
+        """Moves up to `count` frames from `tx_ring` on their way out; returns how many it took. Their buffers
+        are freed, whatever becomes of them. An index that nobody holds is an error that is counted."""
         if not self._network.is_running:
             return super().poll_tx(count)
         indices = self.tx_ring.dequeue_batch(count)
         if not indices:
             return 0
-        sent = size = 0
+        counters = self._counters
         for index in indices:
-            frame = self.packet_pool.get(index)
-            self.packet_pool.free(index)
-            size += len(frame)
-            guest = self._guest(frame)
-            if guest is not None:
-                guest.send(frame)
-                sent += 1
-        self._add(
-            tx_packets=len(indices),
-            tx_bytes=size,
-            tx_errors=len(indices) - sent,
-            nat_outbound=sent,
-            batches=1,
-            batched=len(indices),
-        )
-        self._largest(len(indices))
+            frame = self.packet_pool.take(index)
+            if frame is not None:
+                counters.tx_packets += 1
+                counters.tx_bytes += len(frame)
+            sent = frame is not None and self._send(frame)
+            counters.nat_outbound += sent
+            counters.tx_errors += not sent
+        self._count_batch(len(indices))
         return len(indices)
 
     def poll_rx(self, count: int) -> int:
         """Moves up to `count` frames for guests to `rx_ring`; returns how many."""
         if not self._network.is_running:
             return super().poll_rx(count)
-        moved = size = errors = 0
+        counters = self._counters
+        moved = 0
         while moved < count and self._arrivals.frames:
             frame = self._arrivals.frames.popleft()
             moved += 1
-            size += len(frame)
-            errors += not self._put(frame)
+            counters.rx_bytes += len(frame)
+            arrived = self._to_ring(frame)
+            counters.nat_inbound += arrived
+            counters.rx_errors += not arrived
         if moved:
-            self._add(
-                rx_packets=moved,
-                rx_bytes=size,
-                rx_errors=errors,
-                nat_inbound=moved - errors,
-                batches=1,
-                batched=moved,
-            )
-            self._largest(moved)
+            counters.rx_packets += moved
+            self._count_batch(moved)
         return moved
 
-    def _put(self, frame: bytes) -> bool:
-        if len(frame) > self.packet_pool.buffer_size:
-            return False
-        index = self.packet_pool.put(frame)
-        if index is None:
-            return False
-        if not self.rx_ring.enqueue(index):
-            self.packet_pool.free(index)
+    def _mac_of(self, ip: bytes) -> bytes | None:
+        """The hardware address of a guest: an endpoint's is its own, whatever frames say."""
+        endpoint = self._network._registry.owner(IPv4Address(ip))
+        return super()._mac_of(ip) if endpoint is None else parse_mac(endpoint.mac)
+
+    def _send(self, frame: bytes) -> bool:
+        """Sends a frame as the guest that it is from; False when there is none, or it cannot send now."""
+        try:
+            guest = self._guest(frame)
+            if guest is None:
+                return False
+            guest.send(frame)
+        except GuestnetError:
             return False
         return True
 

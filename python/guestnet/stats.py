@@ -62,6 +62,10 @@ class NetworkStats:
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
 
 
+BATCH_BUCKETS = 8
+"""Sizes that a histogram of batches tells apart: 0, 1, then twice as many each, 64 and more the last."""
+
+
 class _Subtractable:
     """What counts up can be subtracted; what can fall is 0 when it fell."""
 
@@ -130,10 +134,14 @@ class DatapathStats(_Subtractable):
     """From guests."""
     tx_bytes: int = 0
     tx_errors: int = 0
+    """Those that went nowhere: refused, not held by whoever put them on the ring, or with nobody to go to."""
+    tx_passed: int = 0
+    """Those that went on untranslated."""
     rx_packets: int = 0
     """To guests."""
     rx_bytes: int = 0
     rx_errors: int = 0
+    rx_passed: int = 0
     nat_outbound: int = 0
     nat_inbound: int = 0
     nat_expired: int = 0
@@ -144,13 +152,15 @@ class DatapathStats(_Subtractable):
     batched: int = 0
     """Packets in those; `batched / batches` is the mean size."""
     largest_batch: int = 0
+    batch_histogram: tuple[int, ...] = (0,) * BATCH_BUCKETS
+    """Batches by size: 0, 1, 2-3, 4-7, 8-15, 16-31, 32-63, 64 and more packets."""
 
 
 def _less(now: Any, then: Any) -> Any:
     if isinstance(now, Mapping):
         return {key: _less(value, then.get(key, 0)) for key, value in now.items()}
     if isinstance(now, list | tuple):
-        return [_less(a, b) for a, b in zip(now, then or [0] * len(now), strict=True)]
+        return type(now)(_less(a, b) for a, b in zip(now, then or [0] * len(now), strict=True))
     return max(0, now - then)
 
 

@@ -125,12 +125,13 @@ def test_wrong_configurations() -> None:
 
 
 def test_a_network_that_was_stopped_holds_nothing() -> None:
-    """Neither one that is kept, to be started again, nor until the garbage collector comes."""
+    """Neither one that is kept, to be started again, nor what it handed out, nor until the garbage collector
+    comes."""
 
     def held() -> int:
         return len(os.listdir("/proc/self/fd"))
 
-    kept = []
+    kept: list[object] = []
     gc.collect()
     gc.disable()
     try:
@@ -138,9 +139,11 @@ def test_a_network_that_was_stopped_holds_nothing() -> None:
             network = NatNetwork()
             with network:
                 network.create_endpoint("vm1")
-                network.attach("vm1", "memory").send(bytes(60))
+                guest = network.attach("vm1", "memory")
+                guest.send(bytes(60))
                 network.publish("127.0.0.1:0:80")
             kept.append(network)
+            kept.append(guest)
             if turn == 0:
                 before = held()  # what is opened once for all is open
         assert held() == before
@@ -271,6 +274,26 @@ print(network.flows(), network.endpoint_count)
     imports = "import warnings; warnings.simplefilter('ignore')\nfrom guestnet import NotRunning\n"
     done = run(imports + BEGIN + code)
     assert (done.stdout, done.stderr, done.returncode) == ("[] 1\n", "", 0)
+
+
+def test_a_fork_while_a_network_starts_can_use_its_copy() -> None:
+    """Another thread has the lock of the network at that moment, and does not exist in the new process."""
+    code = """
+import os, signal
+other = NatNetwork(NatConfig(dhcp=False, dns=False))
+with other._changing:
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(15)  # ends a process that hangs
+        other.start()
+        other.stop()
+        assert (network.stats().rx_frames, network.worker_stats()) == (0, [])
+        network.stop()
+        os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+"""
+    done = run("import warnings; warnings.simplefilter('ignore')\n" + BEGIN + code)
+    assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
 
 
 def test_interrupted_while_it_waits() -> None:
