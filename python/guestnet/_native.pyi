@@ -173,6 +173,8 @@ class DataPlane:
         """Takes a published port back; connections that run live on."""
     def inject(self, port: int, frame: bytes) -> int:
         """A frame from the guest of a memory attachment."""
+    def name_port(self, port: int, name: str | None) -> None:
+        """What captures call a port, None to forget it. Holds at once; not a command."""
     def start_capture(self, fd: int, snaplen: int = 0) -> int:
         """Writes every frame of every port to `fd` as pcapng, `snaplen` bytes of it (0: all)."""
     def stop_capture(self) -> int:

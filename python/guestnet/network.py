@@ -294,6 +294,16 @@ class NatNetwork:
         else:
             self._registry.remove(id)
 
+    def recall_guest(self, mac: str | bytes, id: str, ip: str | IPv4Address | None = None) -> None:
+        """Makes the guest with this MAC the endpoint `id` when it comes to a listener, with the address `ip`
+        where that is free. Without it ids go by order of arrival. A static lease of the MAC counts more.
+        Raises ConfigError for a value that is wrong.
+
+        >>> network = NatNetwork()
+        >>> network.recall_guest("52:54:00:12:34:56", "vm1", "192.168.64.7")
+        """
+        self._registry.recall(mac, id, ip)
+
     # --- attachments ---
 
     @overload

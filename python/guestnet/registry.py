@@ -44,6 +44,11 @@ _NUMBERED = re.compile(r"vm[0-9]+")
 _ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
 
 
+def is_automatic(id: str) -> bool:
+    """Whether an id is one of those that guests of listeners get by order of arrival."""
+    return _NUMBERED.fullmatch(id) is not None
+
+
 def check_id(value: object) -> str:
     """An endpoint's id."""
     if not isinstance(value, str) or not 0 < len(value) <= 63 or not set(value) <= _ID_CHARACTERS:
@@ -73,6 +78,8 @@ class Registry:
         self._extra: dict[tuple[str, str], IPv4Address] = {}
         self._declined: list[tuple[float, IPv4Address]] = []
         self._left: OrderedDict[str, tuple[str, IPv4Address]] = OrderedDict()
+        self._kept: dict[str, IPv4Address] = {}
+        """Addresses of guests of an earlier run that have not come yet, by MAC."""
         self._number = 0
         self._leases = {lease.mac: lease for lease in config.static_leases}
         self.moved: Callable[[Endpoint, IPv4Address], object] = lambda _endpoint, _old: None
@@ -139,6 +146,7 @@ class Registry:
                 if known.mac == text:
                     raise AddressInUse(f"The MAC {text} is that of endpoint {known.id!r}.")
             lease, before = self._leases.get(text), self._left.get(text)
+            self._give_up_kept(text)
             name = lease.name if lease is not None else None
             if name is None or name in self._endpoints:
                 name = before[0] if before is not None and before[0] not in self._endpoints else None
@@ -146,6 +154,30 @@ class Registry:
             if not self._bridged and lease is None and wanted is not None and self._is_free(wanted):
                 return self.create(name or self._next_name(), mac, wanted, listener=listener)
             return self.create(name or self._next_name(), mac, listener=listener)
+
+    def recall(self, mac: str | bytes, id: str, ip: str | IPv4Address | None = None) -> None:
+        """Remembers a guest of an earlier run; see `NatNetwork.recall_guest`."""
+        name, own = check_id(id), format_mac(parse_mac(mac))
+        address = NOWHERE if ip is None else self._config.host_address(f"ip of guest {name!r}", ip)
+        with self._lock:
+            for other in [one for one, (known, _) in self._left.items() if known == name]:
+                del self._left[other]
+                self._give_up_kept(other)
+            self._give_up_kept(own)
+            self._remember(own, name, address)
+            if address != NOWHERE and self._take(address):
+                self._kept[own] = address
+
+    def _give_up_kept(self, mac: str) -> None:
+        address = self._kept.pop(mac, None)
+        if address is not None:
+            self._free(address)
+
+    def _remember(self, mac: str, id: str, ip: IPv4Address) -> None:
+        self._left[mac] = (id, ip)
+        self._left.move_to_end(mac)
+        while len(self._left) > _REMEMBERED:
+            self._give_up_kept(self._left.popitem(last=False)[0])
 
     def _next_name(self) -> str:
         kept = {name for name, _ in self._left.values()}
@@ -171,10 +203,7 @@ class Registry:
             for key in [key for key in self._extra if key[0] == id]:
                 self._free(self._extra.pop(key))
             if endpoint.listener is not None:
-                self._left[endpoint.mac] = (endpoint.id, endpoint.ip)
-                self._left.move_to_end(endpoint.mac)
-                while len(self._left) > _REMEMBERED:
-                    self._left.popitem(last=False)
+                self._remember(endpoint.mac, endpoint.id, endpoint.ip)
             self.renamed()
             return endpoint
 
@@ -362,7 +391,12 @@ class Registry:
 
     def _any(self) -> IPv4Address | None:
         self.tidy()
-        return self._pool.allocate()
+        address = self._pool.allocate()
+        if address is None and self._kept:
+            # A guest that is here counts more than one that may come.
+            self._give_up_kept(next(iter(self._kept)))
+            address = self._pool.allocate()
+        return address
 
     def _address(self, name: str, mac: str, ip: str | IPv4Address | None) -> IPv4Address:
         lease = self._leases.get(mac)

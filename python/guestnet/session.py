@@ -140,6 +140,7 @@ class Session:
         plane, port = self.control.plane, self._next_port
         self._next_port += 1
         try:
+            plane.name_port(port, self.config.bridge)
             await self.control.do(plane.add_port, port, mtu=segment.mtu, uplink=True)
             await self.control.do(plane.attach_tap, port, segment.fd)
         finally:
@@ -210,11 +211,15 @@ class Session:
     def _new_port(self, endpoint: Endpoint) -> tuple[int, dict[str, Any]]:
         """A port, and what it is. Known before the worker is told, so that it can be removed meanwhile."""
         port, self._next_port = self._next_port, self._next_port + 1
-        self._ports[port] = endpoint.id
-        self._port_of[endpoint.id] = port
+        self._name_port(port, endpoint.id)
         mac = None if self.registry.is_proposed(endpoint.id) else parse_mac(endpoint.mac)
         addresses = [] if self.config.mode is NetMode.BRIDGED else [endpoint.ip]
         return port, {"mac": mac, "addresses": addresses, "mtu": self.config.mtu}
+
+    def _name_port(self, port: int, endpoint_id: str) -> None:
+        self._ports[port] = endpoint_id
+        self._port_of[endpoint_id] = port
+        self.control.plane.name_port(port, endpoint_id)
 
     async def remove_endpoint(self, id: str) -> None:
         port = self._port_of.get(id)
@@ -257,6 +262,7 @@ class Session:
         self._arrivals.pop(port, None)
         self._turned_away.discard(port)
         name = self._ports.pop(port, None)
+        self.control.plane.name_port(port, None)
         if name is not None:
             self._port_of.pop(name, None)
         return name
@@ -526,8 +532,7 @@ class Session:
             return None
         del self._arrivals[port]
         endpoint._attached = listener.kind
-        self._ports[port] = endpoint.id
-        self._port_of[endpoint.id] = port
+        self._name_port(port, endpoint.id)
         if self.config.mode is not NetMode.BRIDGED:
             self.control.ensure(self.control.plane.bind_address, port, endpoint.ip, mac)
         self.publishing.refresh()

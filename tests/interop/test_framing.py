@@ -266,3 +266,34 @@ def test_a_place_is_free_again(open_client: Callable[..., Client], network: dict
         offered(client, MACS[0])
         client.close()
     check_alive(open_client("stream"), MACS[0])
+
+
+def test_a_published_port_follows_its_machine_over_a_restart(
+    lab: Lab, guestnet: Callable[..., Process]
+) -> None:
+    """`vm1` goes by order of arrival; after a restart the machines come in another order."""
+    path = str(lab.dir / "restart.sock")
+    options = ("up", "--json", "--stream", path, "-p", "8095:vm1:80")
+    first, second = MACS[:2]
+
+    def come(*macs: bytes) -> dict[bytes, str]:
+        process = guestnet(*options, ready='"event": "ready"')
+        found, clients = {}, []
+        for mac in macs:
+            clients.append(Stream(path))
+            found[mac] = offered(clients[-1], mac)
+            process.wait_line(f'"event": "guest_up".*{mac.hex(":")}')
+        text = process.output
+        process.stop()
+        for client in clients:
+            client.close()
+        names = {
+            mac: next(n for n in ("vm1", "vm2") if f'"{n}", "mac": "{mac.hex(":")}"' in text) for mac in macs
+        }
+        return {mac: f"{names[mac]} {found[mac]}" for mac in macs}
+
+    before = come(first, second)
+    assert before[first].startswith("vm1")
+    after = come(second, first)
+    assert after[first] == before[first]
+    assert after[second].startswith("vm2")

@@ -43,3 +43,21 @@ def pcapng(
         comment = struct.pack(order + "HH4sHH", 1, 4, b"kept", 0, 0)
         out += block(6, head + kept + bytes(-len(kept) % 4) + comment, order)
     return out + block(0x40000001, b"of nobody's business", order)
+
+
+def interfaces(content: bytes) -> list[tuple[str, list[bytes]]]:
+    """The interfaces of a pcapng capture (little-endian): each name, and the frames seen there."""
+    found: list[tuple[str, list[bytes]]] = []
+    at = 0
+    while at < len(content):
+        kind, length = struct.unpack_from("<II", content, at)
+        body = content[at + 8 : at + length - 4]
+        if kind == 1:
+            code, size = struct.unpack_from("<HH", body, 8)
+            assert code == 2, "if_name comes first"
+            found.append((body[12 : 12 + size].decode(), []))
+        elif kind == 6:
+            number, _, _, kept, _ = struct.unpack_from("<IIIII", body)
+            found[number][1].append(body[20 : 20 + kept])
+        at += length
+    return found

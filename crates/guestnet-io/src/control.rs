@@ -147,11 +147,12 @@ impl State {
                 self.core.frame(self.now, port, &mut frame, FrameMeta::default(), &mut self.io);
             }
             Command::StartCapture { fd, snaplen } => {
-                let capture = Capture::start(fd, snaplen, self.now).map_err(|e| CommandError::System {
-                    what: "the capture cannot start",
-                    errno: e.raw_os_error().unwrap_or(0),
-                })?;
-                if let Some(old) = self.io.capture.replace(Capturing::Own(capture)) {
+                let capture =
+                    Capture::start(fd, snaplen, self.now, self.io.port_names.clone()).map_err(|e| {
+                        let errno = e.raw_os_error().unwrap_or(0);
+                        CommandError::System { what: "the capture cannot start", errno }
+                    })?;
+                if let Some(old) = self.io.capture.replace(Capturing::Own(Box::new(capture))) {
                     self.end_capture(old, None);
                 }
             }

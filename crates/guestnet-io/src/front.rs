@@ -10,6 +10,7 @@ use crate::events::Event;
 use crate::listener::FIRST_DYNAMIC;
 use crate::peers;
 use crate::poller::{Kind, Poller, Token};
+use crate::port_names::PortNames;
 use crate::stats::StatsSnapshot;
 use crate::sys;
 use crate::worker::{self, FLOWS_MAX, IoError, Thread, WorkerConfig};
@@ -32,6 +33,7 @@ const ADDRESSES_MAX: usize = 65_536;
 pub struct Worker {
     threads: Vec<Thread>,
     several: Option<Several>,
+    port_names: PortNames,
 }
 
 /// What it takes to make several look like one.
@@ -90,9 +92,10 @@ struct Published {
 pub fn spawn(config: WorkerConfig) -> Result<Worker, IoError> {
     let n = config.workers.clamp(1, WORKERS_MAX);
     let loads: Arc<[AtomicU32]> = (0..n).map(|_| AtomicU32::new(0)).collect();
+    let port_names = config.port_names.clone();
     let threads = worker::start(config, &loads)?;
     let several = if n > 1 { Some(Several::new(&threads, loads)?) } else { None };
-    Ok(Worker { threads, several })
+    Ok(Worker { threads, several, port_names })
 }
 
 impl Several {
@@ -153,6 +156,12 @@ impl Worker {
         }
         self.tidy(&mut book);
         out
+    }
+
+    /// Names of ports for captures.
+    #[must_use]
+    pub fn port_names(&self) -> &PortNames {
+        &self.port_names
     }
 
     /// Gives the workers something to do. The number comes back in [`Event::Done`].
@@ -265,16 +274,21 @@ impl Worker {
                 let at = book.forwards.remove(&forward).map_or(0, |f| f.at);
                 self.give(book, [(at, command)], Undo::Nothing)
             }
-            Command::StartCapture { fd, snaplen } => match Capture::start(fd, snaplen, sys::now()) {
-                Ok(c) => {
-                    let shared = SharedCapture::new(c);
-                    self.give_all(book, || Command::ShareCapture(shared.clone()))
+            Command::StartCapture { fd, snaplen } => {
+                match Capture::start(fd, snaplen, sys::now(), self.port_names.clone()) {
+                    Ok(c) => {
+                        let shared = SharedCapture::new(c);
+                        self.give_all(book, || Command::ShareCapture(shared.clone()))
+                    }
+                    Err(e) => {
+                        let errno = e.raw_os_error().unwrap_or(0);
+                        Ok(s.answer(
+                            book,
+                            Err(CommandError::System { what: "the capture cannot start", errno }),
+                        ))
+                    }
                 }
-                Err(e) => {
-                    let errno = e.raw_os_error().unwrap_or(0);
-                    Ok(s.answer(book, Err(CommandError::System { what: "the capture cannot start", errno })))
-                }
-            },
+            }
             Command::StopCapture => self.give_all(book, || Command::StopCapture),
             Command::TellFlows { on } => self.give_all(book, || Command::TellFlows { on }),
             Command::ListFlows => self.give_all(book, || Command::ListFlows),

@@ -7,6 +7,7 @@ use crate::capture::{Capturing, Direction};
 use crate::events::{Event, EventSender};
 use crate::peers::Peers;
 use crate::poller::Poller;
+use crate::port_names::PortNames;
 use crate::stats::IoCounters;
 use crate::submit::{OPS_MAX, SMALL, Submitter};
 use crate::sys;
@@ -28,6 +29,8 @@ pub(crate) struct IoState {
     pub events: EventSender,
     submitter: Submitter,
     pub capture: Option<Capturing>,
+    /// What captures call the ports.
+    pub port_names: PortNames,
     /// The other workers, where there are any.
     pub peers: Option<Box<Peers>>,
     pub counters: IoCounters,
@@ -57,6 +60,7 @@ impl IoState {
             events,
             submitter,
             capture: None,
+            port_names: PortNames::default(),
             peers: None,
             counters: IoCounters::default(),
             tell_flows: true,

@@ -13,6 +13,7 @@ use crate::io_state::IoState;
 use crate::listener::{FIRST_DYNAMIC, Listener};
 use crate::peers::{self, Peers, Place};
 use crate::poller::{Kind, Poller, Token, until};
+use crate::port_names::PortNames;
 use crate::slab::Slab;
 use crate::stats::{IoCounters, Published, StatsSnapshot};
 use crate::sys;
@@ -83,6 +84,8 @@ pub struct WorkerConfig {
     pub workers: usize,
     /// Small writes of a batch are one call by io_uring, where the system has it.
     pub io_uring: bool,
+    /// What captures call the ports.
+    pub port_names: PortNames,
 }
 
 impl WorkerConfig {
@@ -99,6 +102,7 @@ impl WorkerConfig {
             name: "guestnet".into(),
             workers: 1,
             io_uring: true,
+            port_names: PortNames::default(),
         }
     }
 }
@@ -205,6 +209,7 @@ fn spawn(
         let (waker, published, healthy, stop) = shared;
         let mut io = IoState::new(poller, event_tx, config.io_uring);
         io.peers = peers;
+        io.port_names = config.port_names.clone();
         io.socks.most = for_sockets(descriptors) as usize;
         let mut state = State::new(config, io, command_rx, waker, published, stop);
         let ended = catch_unwind(AssertUnwindSafe(|| state.run()));
@@ -466,7 +471,7 @@ impl State {
         if let Some(c) = &mut self.io.capture {
             if self.capture_flush.is_some_and(|t| t <= self.now) {
                 self.capture_flush = None;
-                if !c.flush() {
+                if !c.flush(self.now) {
                     self.io.counters.capture_dropped += c.dropped();
                     self.io.capture = None;
                     self.warn("the capture ended: its file cannot be written".into());

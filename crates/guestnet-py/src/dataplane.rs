@@ -366,6 +366,12 @@ impl DataPlane {
         self.submit(py, Command::Inject { port: PortId(port), frame })
     }
 
+    /// What captures call a port; None forgets it.
+    #[pyo3(signature = (port, name))]
+    fn name_port(&self, port: u32, name: Option<&str>) {
+        self.worker.port_names().set(PortId(port), name);
+    }
+
     #[pyo3(signature = (fd, snaplen=0))]
     fn start_capture(&self, py: Python<'_>, fd: RawFd, snaplen: u32) -> PyResult<u64> {
         self.submit(py, Command::StartCapture { fd: take(py, fd)?, snaplen })

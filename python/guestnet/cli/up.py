@@ -20,6 +20,7 @@ from guestnet.cli.terminal import tell_log
 
 if TYPE_CHECKING:
     from guestnet.config import NatConfig
+    from guestnet.network import NatNetwork
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -27,9 +28,9 @@ _ABOUT = """\
 Runs a network until SIGINT or SIGTERM. Each guest that attaches to one of its sockets is an endpoint of its
 own: vm1, vm2, ... or as its lease names it. Guests reach each other by name."""
 _EXAMPLE = """\
-  guestnet up --stream /tmp/net.sock -p 2222:vm1:22
+  guestnet up --stream /tmp/net.sock --lease 52:54:00:12:34:56=192.168.64.10,web -p 2222:web:22
   qemu-system-x86_64 ... -netdev stream,id=n,server=off,addr.type=unix,addr.path=/tmp/net.sock \\
-      -device virtio-net-pci,netdev=n"""
+      -device virtio-net-pci,netdev=n,mac=52:54:00:12:34:56"""
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def main(argv: Sequence[str]) -> int:
     with ExitStack() as stack:
         stack.callback(teller.close)
         network.on_event(teller.event)
+        _pin_guests(options, network, listeners[0][1], teller, stack)
         stack.enter_context(network)
         # First the ports, then the sockets: no guest comes to a network that cannot start.
         for publication in options.publish:
@@ -183,6 +185,46 @@ def _check(options: argparse.Namespace, listeners: list[tuple[str, str]]) -> Non
 
 def _ends(where: arguments.Plan) -> tuple[IPv4Address, IPv4Address]:
     return where.subnet.network_address, where.subnet.broadcast_address
+
+
+def _pin_guests(
+    options: argparse.Namespace, network: NatNetwork, path: str, teller: Teller, stack: ExitStack
+) -> None:
+    """A published port that names an automatic id leads to the same machine after a restart."""
+    from guestnet.cli.pinned import SUFFIX, PinnedGuests, automatic_ids
+
+    ids = automatic_ids(options.publish, (entry.name for entry in options.lease))
+    if not ids:
+        return
+    pinned = PinnedGuests(network, ids, path + SUFFIX)
+
+    def close() -> None:
+        pinned.close()
+        if pinned.failure is not None:
+            teller.tell(
+                "not_pinned", f"{path}{SUFFIX} could not be written ({pinned.failure})", reason=pinned.failure
+            )
+
+    stack.callback(close)
+    network.on_event(pinned.event)
+    if pinned.set_aside is not None:
+        teller.tell(
+            "damaged", f"{path}{SUFFIX} was damaged and is now {pinned.set_aside}", path=pinned.set_aside
+        )
+    macs = {one["id"]: mac for mac, one in pinned.guests.items()}
+    for name in ids:
+        mac = macs.get(name)
+        who = "the first guest that comes" if mac is None else f"the guest {mac}"
+        if mac is None and name != "vm1":
+            who = "a guest by its order of arrival"
+        teller.tell(
+            "pinned",
+            f"{name} is {who}, as {path}{SUFFIX} remembers: --lease MAC=ADDRESS,NAME gives a machine a name "
+            "of its own",
+            id=name,
+            mac=mac,
+            path=path + SUFFIX,
+        )
 
 
 def _unlink(path: str) -> None:

@@ -26,6 +26,7 @@ from guestnet.ipam import parse_mac
 from guestnet.testing.guest import GuestError
 from guestnet.testing.tcp import Connection
 
+from ..captures import interfaces
 from .conftest import PATIENCE, AddGuest, Events, add_memory_guest, fetch, until
 
 LOOPBACK = "192.168.64.254"
@@ -307,6 +308,7 @@ def test_capture(network: NatNetwork, add_guest: AddGuest, echo: int, tmp_path: 
     assert content[:4] == b"\x0a\x0d\x0d\x0a"
     assert content.count(b"marked bytes") >= 2
     assert path.stat().st_mode & 0o777 == 0o600
+    assert [name for name, _ in interfaces(content)] == ["vm1"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
