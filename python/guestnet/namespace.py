@@ -4,29 +4,33 @@ out.
 The way of a launch (P is this process, C the child):
 
     P  fork, before any thread of this process starts
-    C  unshare(user, net, mount[, uts]), say so
+    C  unshare(user, net, mount, uts, pid), say so
     P  write C's uid and gid maps, say so
-    C  lo up, TAP made and configured, resolv.conf bound, the TAP's descriptor sent by SCM_RIGHTS; wait
+    C  become root of the user namespace; lo up, TAP made and configured, terminal filter
+    C  fork I, the first process of the PID namespace: /proc mounted, resolv.conf and the like laid
+    C  fork K, which waits; send the TAP's descriptor by SCM_RIGHTS; end: I and K are P's children now
     P  `Namespace.take_tap()` is attached to a network, ports are published
-    P  `go()`: C executes the command; P learns at once if it could not
+    P  `go()`: K executes the command; P learns at once if it could not
 
-Nothing spawns a program and nothing is written to a disk. The child is killed when the parent dies, however
-that happens, since its network would be dead as well; what the command left in the background is ended by a
-guard (`_linux/guard.py`).
+Nothing spawns a program and nothing is written to a disk. When P dies, however that happens, I ends, and with
+it everything in the PID namespace, since its network would be dead as well.
 """
 
 from __future__ import annotations
 
+import array as _array  # noqa: F401 - for socket.send_fds: a child that became another user may not find it
 import contextlib
 import errno
 import json
 import os
+import secrets
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from guestnet._linux import libc, links, mounts
-from guestnet._linux.held import Command, Held, StartError, fork_held
+from guestnet._linux import libc, links, mounts, terminal_filter
+from guestnet._linux.held import EXIT_NOT_EXECUTABLE, Command, Held, StartError, fork_held
+from guestnet._linux.init_process import fork_init
 
 __all__ = ["Guest", "Namespace", "StartError", "launch", "write_id_maps"]
 
@@ -40,78 +44,133 @@ class Guest:
     """Address for resolv.conf; None leaves the host's file in view."""
     search: tuple[str, ...] = ()
     hostname: str | None = None
+    host_ids: bool = False
+    """Root keeps the host's user ids: the guest's root is root of the host's files."""
+
+    @property
+    def resolv_conf(self) -> str | None:
+        """The text of the guest's resolv.conf."""
+        return None if self.nameserver is None else mounts.resolv_conf_text(self.nameserver, self.search)
+
+
+# Where root's guests get their ids from: beyond those of users, of subuid(5) and of directory services, up to
+# what systemd gives to foreign images.
+_IDS = range(0x7739_0000, 0x7FFE_0000, 0x1_0000)
+_IDS_OF_A_GUEST = 0x1_0000
+_NOBODY = 65534
 
 
 class Namespace:
     """A child process that waits in its namespaces for `go()`."""
 
-    def __init__(self, held: Held) -> None:
+    def __init__(self, held: Held, lifeline: int) -> None:
         self._held = held
+        self._lifeline = lifeline
+        self._init: int | None = None
+        self.has_own_ids = False
+        """Whether the command's ids own nothing on the host, though root started it."""
         self.notes: tuple[str, ...] = ()
         """What could not be set up and does not keep the guest from running; known after `take_tap`."""
 
     @property
     def pid(self) -> int:
-        """The child's process id, the command's own once it runs."""
+        """The process id of what is to be the command, known after `take_tap`."""
         return self._held.pid
 
     def take_tap(self) -> int:
         """The TAP's file descriptor; the caller owns it from here on. Waits for the set-up to be done."""
         message, (tap,) = self._held.receive(1)
         self.notes = tuple(message["notes"])
+        self._init = int(message["init"])
+        self._held.hand_over(int(message["command"]))
         return tap
 
     def go(self) -> None:
         """Lets the command start. Returns when it runs; raises StartError when it could not be executed."""
-        self._held.go()
+        try:
+            self._held.go()
+        except StartError as error:
+            if not self.has_own_ids or error.exit_status != EXIT_NOT_EXECUTABLE:
+                raise
+            text = f"{error} It owns none of this host's files, unless you give --host-ids."
+            raise StartError(text, error.exit_status) from None
 
     def close(self) -> None:
         """Ends a child that was never started, and waits for it. Does nothing to one that was."""
-        self._held.close()
+        if not self._held.started:
+            self.kill()
 
     def kill(self) -> None:
-        """Ends the child, started or not, and waits for it."""
+        """Ends everything in the namespace, started or not, and waits for it."""
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
         self._held.kill()
+        if self._init is not None:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self._init, 0)
 
 
-def launch(guest: Guest, command: Command, signal_mask: Iterable[int] = ()) -> Namespace:
-    """Forks a child into new namespaces set up as `guest` says. It waits for `go()` and then executes
-    `command` with `signal_mask` blocked, or calls it and exits with what it returns.
+def launch(
+    guest: Guest,
+    command: Command,
+    signal_mask: Iterable[int] = (),
+    before: Callable[[], None] | None = None,
+) -> Namespace:
+    """Forks a child into new namespaces set up as `guest` says. It calls `before`, waits for `go()` and then
+    executes `command` with `signal_mask` blocked, or calls it and exits with what it returns.
 
-    Call this before any thread exists. Raises StartError with the remedy; no child is left then.
+    Call this before any thread exists. Raises StartError with the remedy; no child is left then. Orphaned
+    descendants of this process become its children from here on (`libc.set_child_subreaper`).
     """
+    libc.set_child_subreaper()
+    watched, lifeline = os.pipe()
 
     def prepare(control: socket.socket) -> None:
-        _enter(guest)
+        os.close(lifeline)
+        _enter()
         control.send(b"{}")
-        if control.recv(1):
-            tap, notes = _set_up(guest)
-            socket.send_fds(control, [json.dumps({"notes": notes}).encode()], [tap])
-            os.close(tap)
+        if answer := control.recv(_MESSAGE_BYTES):
+            _set_up(guest, json.loads(answer), watched, control)
+            if before is not None:
+                before()
 
-    held = fork_held(prepare, command, signal_mask)
+    try:
+        held = fork_held(prepare, command, signal_mask)
+    except BaseException:
+        os.close(lifeline)
+        raise
+    finally:
+        os.close(watched)
+    namespace = Namespace(held, lifeline)
     try:
         held.receive()
-        write_id_maps(held.pid)
-        held.answer()
+        mapped = write_id_maps(held.pid, host_ids=guest.host_ids)
+        namespace.has_own_ids = mapped["ids"]
+        held.answer(mapped)
     except BaseException:
-        held.close()
+        namespace.close()
         raise
-    return Namespace(held)
+    return namespace
 
 
-def write_id_maps(pid: int) -> None:
-    """Maps the user ids of the new user namespace of process `pid`.
+def write_id_maps(pid: int, *, host_ids: bool = False) -> dict[str, bool]:
+    """Maps the user ids of the new user namespace of process `pid`. Returns `root`, whether root there is
+    the host's root, and `ids`, whether it has ids of its own, which it has yet to take.
 
-    An ordinary user becomes root there and nothing else, the only map that the kernel lets them write. Root
-    keeps every id as it is, so that files keep their owners and `su` works; where root may not (a container
-    without CAP_SETUID) it gets the small map too.
+    An ordinary user becomes root there and nothing else, the only map that the kernel lets them write. Root's
+    guests get ids that own nothing on the host: a range, so that files can be given away and `su` works, or
+    where there is none, nobody's. With `host_ids` root keeps every id as it is. Where root may not map others
+    (a container without CAP_SETUID) it gets the small map too.
     """
     if os.geteuid() == 0:
         try:
-            for name in ("uid_map", "gid_map"):
-                _write_proc(pid, name, _identity_map(name))
-            return
+            first = secrets.choice(_IDS)
+            maps = [_identity_map(name) if host_ids else _foreign_map(name, first) for name in _MAPS]
+            if all(maps):
+                for name, text in zip(_MAPS, maps, strict=True):
+                    _write_proc(pid, name, text or "")
+                return {"root": host_ids and _is_hosts_root(), "ids": not host_ids}
         except OSError:
             pass
     try:
@@ -120,6 +179,7 @@ def write_id_maps(pid: int) -> None:
         _write_proc(pid, "gid_map", f"0 {os.getegid()} 1")
     except OSError as error:
         raise StartError(_why_no_map(error)) from error
+    return {"root": os.geteuid() == 0 and _is_hosts_root(), "ids": False}
 
 
 def _why_no_map(error: OSError) -> str:
@@ -133,11 +193,31 @@ def _why_no_map(error: OSError) -> str:
     return f"{what}: leave the container or sandbox, or let it allow user namespaces."
 
 
+_MAPS = ("uid_map", "gid_map")
+
+
+def _known_ids(name: str) -> list[tuple[int, int, int]]:
+    """The ids of this user namespace: first inside, first outside, how many."""
+    with open(f"/proc/self/{name}", encoding="utf-8") as file:
+        return [(int(inside), int(outside), int(count)) for inside, outside, count in map(str.split, file)]
+
+
 def _identity_map(name: str) -> str:
     """Every id that exists in this user namespace, mapped to itself."""
-    with open(f"/proc/self/{name}", encoding="ascii") as file:
-        ranges = [line.split() for line in file]
-    return "".join(f"{inside} {inside} {count}\n" for inside, _, count in ranges)
+    return "".join(f"{inside} {inside} {count}\n" for inside, _, count in _known_ids(name))
+
+
+def _foreign_map(name: str, first: int) -> str | None:
+    """Ids that own nothing, from `first` on; None where there are none but our own."""
+    for wanted, count in ((first, _IDS_OF_A_GUEST), (_NOBODY, 1)):
+        if any(i <= wanted and wanted + count <= i + n for i, _, n in _known_ids(name)):
+            return f"0 {wanted} {count}"
+    return None
+
+
+def _is_hosts_root() -> bool:
+    """Whether root here is root outside of this user namespace too, as far as can be seen."""
+    return any(inside == outside == 0 for inside, outside, _ in _known_ids("uid_map"))
 
 
 def _write_proc(pid: int, name: str, text: str) -> None:
@@ -152,79 +232,121 @@ def _write_proc(pid: int, name: str, text: str) -> None:
 # --------------------------------------------------------------------------------------------
 
 
-def _enter(guest: Guest) -> None:
-    flags = libc.CLONE_NEWUSER | libc.CLONE_NEWNET | libc.CLONE_NEWNS
-    if guest.hostname is not None:
-        flags |= libc.CLONE_NEWUTS
+_MESSAGE_BYTES = 4096
+_OWN_ROOT = (
+    "The command is root of this host's files, since this root may not map other user ids: start guestnet as "
+    "an ordinary user, or with CAP_SETUID and CAP_SETGID."
+)
+_NO_FILTER = (
+    "The command can type into the terminal that it was started from ({}): use a kernel with seccomp, or "
+    "`sudo sysctl dev.tty.legacy_tiocsti=0`."
+)
+
+
+def _enter() -> None:
+    flags = libc.CLONE_NEWUSER | libc.CLONE_NEWNET | libc.CLONE_NEWNS | libc.CLONE_NEWPID | libc.CLONE_NEWUTS
     try:
         libc.unshare(flags)
     except OSError as error:
         raise StartError(why_no_namespaces(error)) from error
 
 
-def _set_up(guest: Guest) -> tuple[int, list[str]]:
+def _set_up(guest: Guest, mapped: dict[str, bool], lifeline: int, control: socket.socket) -> None:
+    """Prepares the namespaces, and returns in the process that is to be the command. The one that calls this
+    ends."""
     notes: list[str] = []
+    device = _open_device()  # with the rights of who started guestnet: it may be closed to others
+    if mapped["ids"]:
+        _become_root()
+    elif mapped["root"] and not guest.host_ids:
+        notes.append(_OWN_ROOT)
     try:
         mounts.make_private()
     except OSError as error:
         raise StartError(why_no_namespaces(error)) from error
     with contextlib.suppress(OSError):  # where it is forbidden, programs see the host's devices in /sys
-        mounts.show_own_devices()
+        mounts.show_own_devices(read_only=mapped["root"])
     links.set_up("lo")
-    tap = _open_tap(guest.interface.name)
+    tap = _make_tap(guest.interface.name, device)
     try:
         links.configure(guest.interface)
     except OSError as error:
         raise StartError(
             f"Cannot configure the guest's interface ({error.strerror}): use another --subnet or --mtu."
         ) from error
-    # Ping without CAP_NET_RAW for every group that exists here: all of them, or the one that is mapped.
-    for last in ("2147483647", "0"):
+    # Ping without CAP_NET_RAW for every group that exists here: all of them, or those that are mapped.
+    for last in ("2147483647", "65535", "0"):
         if links.write_sysctl("net/ipv4/ping_group_range", f"0 {last}"):
             break
     if guest.hostname is not None:
         socket.sethostname(guest.hostname)
-    if guest.nameserver is not None:
-        try:
-            done = mounts.replace_resolv_conf(mounts.resolv_conf_text(guest.nameserver, guest.search))
-        except OSError:
-            done = False
-        if not done:
-            notes.append(
-                f"Cannot lay a private /etc/resolv.conf over the host's: "
-                f"make that file exist, or have the guest's programs ask {guest.nameserver}."
-            )
-    return tap, notes
+    try:
+        terminal_filter.install()
+    except OSError as error:
+        notes.append(_NO_FILTER.format(error.strerror))
+    init, more = fork_init(lifeline, guest.resolv_conf, root=mapped["root"])
+    command = os.fork()
+    if command == 0:
+        os.close(lifeline)
+        os.close(tap)
+        return
+    message = {"notes": notes + more, "init": init, "command": command}
+    socket.send_fds(control, [json.dumps(message).encode()], [tap])
+    os._exit(0)
 
 
-def _open_tap(name: str) -> int:
+def _become_root() -> None:
+    """Takes the ids that were mapped, and leaves the groups of who started guestnet."""
+    os.setgroups([])
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)
+
+
+def _open_device() -> int:
     device = links.TUN_DEVICE
     try:
-        return links.open_tap(name)
+        return links.open_tun_device()
     except FileNotFoundError:
         remedy = (
             f"There is no {device}: load the module (`sudo modprobe tun`), "
             f"or start the container with `--device {device}`."
         )
-    except PermissionError as error:
-        if os.access(device, os.R_OK | os.W_OK):
-            remedy = why_no_namespaces(error)
-        else:
-            remedy = f"No permission to open {device}: let users open it with `sudo chmod 0666 {device}`."
+    except PermissionError:
+        remedy = f"No permission to open {device}: let users open it with `sudo chmod 0666 {device}`."
     except OSError as error:
-        remedy = (
-            f"Cannot make a TAP from {device} ({error.strerror}): "
-            f"load the module (`sudo modprobe tun`), or run `guestnet doctor`."
-        )
+        remedy = _no_tap(error)
     raise StartError(remedy)
+
+
+def _make_tap(name: str, device: int) -> int:
+    try:
+        return links.open_tap(name, device)
+    except PermissionError as error:
+        remedy = why_no_namespaces(error)
+    except OSError as error:
+        remedy = _no_tap(error)
+    raise StartError(remedy)
+
+
+def _no_tap(error: OSError) -> str:
+    return (
+        f"Cannot make a TAP from {links.TUN_DEVICE} ({error.strerror}): "
+        f"load the module (`sudo modprobe tun`), or run `guestnet doctor`."
+    )
 
 
 def why_no_namespaces(error: OSError) -> str:
     """Why namespaces were refused, as far as this system tells, and what to do about it."""
-    if links.read_sysctl("user/max_user_namespaces") == "0" or error.errno in (errno.ENOSPC, errno.EUSERS):
+    for kind in ("user", "pid"):
+        if links.read_sysctl(f"user/max_{kind}_namespaces") == "0":
+            return (
+                f"This system allows no {kind} namespaces: "
+                f"raise the limit with `sudo sysctl user.max_{kind}_namespaces=15000`."
+            )
+    if error.errno in (errno.ENOSPC, errno.EUSERS):
         return (
-            "This system allows no more user namespaces: "
-            "raise the limit with `sudo sysctl user.max_user_namespaces=15000`."
+            "This system allows no more namespaces: raise the limits, such as with "
+            "`sudo sysctl user.max_user_namespaces=15000 user.max_pid_namespaces=15000`."
         )
     if links.read_sysctl("kernel/unprivileged_userns_clone") == "0":
         return (
@@ -237,7 +359,7 @@ def why_no_namespaces(error: OSError) -> str:
             "`sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0`, or write a profile for guestnet."
         )
     if error.errno == errno.EINVAL:
-        return "This kernel has no user namespaces: use one with CONFIG_USER_NS and CONFIG_NET_NS."
+        return "This kernel lacks namespaces: use one with CONFIG_USER_NS, CONFIG_NET_NS and CONFIG_PID_NS."
     return (
         f"This system refuses new namespaces ({error.strerror}): leave the chroot or, in a container, "
         f"start it with a seccomp profile that allows unshare (`--security-opt seccomp=unconfined`)."

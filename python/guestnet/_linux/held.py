@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from guestnet._linux import libc
@@ -51,6 +51,12 @@ class Held:
         self._control = control
         self._started = False
 
+    def hand_over(self, pid: int) -> None:
+        """The child has ended and left its work to `pid`, a process that it forked and that is ours now: see
+        `libc.set_child_subreaper`."""
+        os.waitpid(self.pid, 0)
+        self.pid = pid
+
     def receive(self, fds: int = 0) -> tuple[dict[str, Any], list[int]]:
         """The child's next message and the descriptors that came with it. Raises StartError when it
         failed."""
@@ -62,9 +68,14 @@ class Held:
             raise _failure(message)
         return message, list(received)
 
-    def answer(self) -> None:
+    @property
+    def started(self) -> bool:
+        """Whether the command was started, or the child ended."""
+        return self._started
+
+    def answer(self, message: Mapping[str, Any] | None = None) -> None:
         """Lets the child go on from where it waits."""
-        self._control.send(b"{}")
+        self._control.send(json.dumps(message or {}).encode())
 
     def go(self) -> None:
         """Lets the command start. Returns when it runs; raises StartError when it could not be executed."""
@@ -130,10 +141,10 @@ def _child(
     status = EXIT_FAILED
     try:
         prepare(control)
-        if not control.recv(1):
+        if not control.recv(_MESSAGE_BYTES):
             os._exit(EXIT_FAILED)  # the parent gave up, or is gone
         libc.set_parent_death_signal(signal.SIGKILL)
-        if os.getppid() != parent:
+        if os.getppid() not in (parent, 0):  # 0: in a PID namespace of its own, which ends with guestnet
             os._exit(EXIT_FAILED)
         if callable(command):
             control.close()

@@ -130,13 +130,18 @@ def configure(interface: Interface) -> None:
         add_route(IPv4Network("0.0.0.0/0"), interface.gateway)
 
 
-def open_tap(name: str) -> int:
-    """Makes the TAP interface `name` and returns its file descriptor.
+def open_tun_device() -> int:
+    """A descriptor that an interface of this network namespace can be made from (`open_tap`)."""
+    return os.open(TUN_DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def open_tap(name: str, device: int | None = None) -> int:
+    """Makes the TAP interface `name` and returns its file descriptor, `device` when that is given.
 
     With a virtio header where the kernel can (it carries checksum and segmentation offload); the receiver
     asks the kernel (TUNGETIFF) which one it got.
     """
-    fd = os.open(TUN_DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd = open_tun_device() if device is None else device
     try:
         flags = _IFF_TAP | _IFF_NO_PI
         try:
@@ -154,7 +159,7 @@ def open_tap(name: str) -> int:
 def write_sysctl(name: str, value: str) -> bool:
     """Writes /proc/sys/`name`; False where it is missing or read-only (some containers)."""
     try:
-        with open(f"/proc/sys/{name}", "w", encoding="ascii") as file:
+        with open(f"/proc/sys/{name}", "w", encoding="utf-8") as file:
             file.write(value)
     except OSError:
         return False
@@ -164,7 +169,7 @@ def write_sysctl(name: str, value: str) -> bool:
 def read_sysctl(name: str) -> str | None:
     """The text of /proc/sys/`name`, None where there is none."""
     try:
-        with open(f"/proc/sys/{name}", encoding="ascii") as file:
+        with open(f"/proc/sys/{name}", encoding="utf-8") as file:
             return file.read().strip()
     except OSError:
         return None
@@ -173,7 +178,7 @@ def read_sysctl(name: str) -> str | None:
 def routes_into(subnet: IPv4Network, table: str = "/proc/net/route") -> list[str]:
     """The routes of this network namespace, the default route aside, that lead to addresses of `subnet`."""
     try:
-        with open(table, encoding="ascii") as file:
+        with open(table, encoding="utf-8") as file:
             rows = [line.split() for line in file.readlines()[1:]]
     except OSError:
         return []

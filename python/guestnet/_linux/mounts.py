@@ -1,15 +1,27 @@
-"""A private /etc/resolv.conf, and its own network devices in /sys, for a process in a mount namespace of its
-own, with nothing left on disk."""
+"""What a process in a mount namespace of its own sees instead of the host's: names, devices, processes.
+Nothing is left on a disk, and no other process sees it.
+
+Names. resolv.conf and nsswitch.conf are in a read-only overlay over /etc. A file that is mounted over one
+of the host's would be lost: the kernel takes a mount away, in every namespace, when the file or the symlink
+under it is replaced by rename or removed, as network managers do. An overlay is on the directory, which
+stays. Sockets of name services have to be mounted over one by one, and so have the two files where an
+overlay cannot be had or is not wanted. `NameFiles.restore` lays again what was lost;
+`_linux/init_process.py` calls it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import PurePath
 
 from guestnet._linux import libc
 
 RESOLV_CONF = "/etc/resolv.conf"
+NSSWITCH_CONF = "/etc/nsswitch.conf"
 
 # Name services that answer by a unix socket in the file system: glibc asks them before it reads
 # resolv.conf, and a unix socket with a path is not confined by a network namespace. Left open, names would
@@ -20,11 +32,19 @@ _NAME_SERVICE_SOCKETS = (
     "/run/systemd/resolve/io.systemd.Resolve",
     "/run/systemd/resolve/io.systemd.Resolve.Monitor",
 )
+# Modules of nsswitch.conf for `hosts` that ask nobody outside the namespace. Others ask by a socket (resolve,
+# mdns, sss, libvirt) or by files that need not be the guest's.
+_OWN_MODULES = ("files", "myhostname", "dns")
 
-_SYS = libc.MS_NOSUID | libc.MS_NODEV | libc.MS_NOEXEC
+_SYS = _PROC = libc.MS_NOSUID | libc.MS_NODEV | libc.MS_NOEXEC
+_TMPFS_OPTIONS = "mode=0755,size=1m"
 
 # Where the tmpfs that holds the new files is mounted for a moment: any directory that is surely there.
 _SCRATCH = ("/tmp", "/mnt", "/var", "/usr")
+
+_KERNEL_FILES = ("/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus", "/proc/fs", "/proc/acpi")
+_OWN_SYSCTLS = "/proc/sys/net"
+"""Those of the network namespace."""
 
 
 def make_private() -> None:
@@ -32,34 +52,97 @@ def make_private() -> None:
     libc.mount("none", "/", None, libc.MS_REC | libc.MS_SLAVE)
 
 
-def show_own_devices() -> None:
+# --- devices and processes
+
+
+def show_own_devices(*, read_only: bool = False) -> None:
     """Mounts a /sys that shows the devices of this network namespace; the host's shows the host's.
 
-    What was mounted in the old one (cgroups, say) is in the new one too. A container may forbid it: OSError.
+    What was mounted in the old one (cgroups, say) is in the new one too. With `read_only` nothing of it can
+    be written. A container may forbid it: OSError.
     """
-    below = [(path, fd) for path in _mounts_below("/sys/") if (fd := _open_path(path)) is not None]
+    below = _open_outermost("/sys/")
+    flags = _SYS | libc.MS_RDONLY
     try:
         try:
-            libc.mount("sysfs", "/sys", "sysfs", _SYS)
+            libc.mount("sysfs", "/sys", "sysfs", flags if read_only else _SYS)
         except OSError:
-            libc.mount("sysfs", "/sys", "sysfs", _SYS | libc.MS_RDONLY)
-        for path, fd in below:
-            with contextlib.suppress(OSError):
-                libc.mount(f"/proc/self/fd/{fd}", path, None, libc.MS_BIND | libc.MS_REC)
+            libc.mount("sysfs", "/sys", "sysfs", flags)
+        _mount_again(below)
+        if read_only:
+            _make_read_only("/sys")
     finally:
-        for _, fd in below:
+        for fd in below.values():
             os.close(fd)
 
 
+def mount_own_proc() -> int:
+    """Mounts a /proc that shows the processes of this PID namespace, and an empty tmpfs under it, out of
+    sight: what is mounted over other files comes from there. Returns a descriptor of the tmpfs.
+
+    Raises OSError where it is forbidden (a container that hides parts of /proc); /proc is as it was then.
+    """
+    libc.mount("tmpfs", "/proc", "tmpfs", libc.MS_NOSUID | libc.MS_NODEV, _TMPFS_OPTIONS)
+    place = os.open("/proc", os.O_PATH | os.O_CLOEXEC | os.O_DIRECTORY)
+    # The kernel wants the flags of the one that is there already.
+    for more in (0, libc.MS_NOATIME, libc.MS_RDONLY, libc.MS_RDONLY | libc.MS_NOATIME):
+        try:
+            libc.mount("proc", "/proc", "proc", _PROC | more)
+        except OSError as error:
+            refused = error
+        else:
+            return place
+    os.close(place)
+    libc.umount("/proc", libc.MNT_DETACH)
+    raise refused
+
+
+def protect_kernel_files() -> None:
+    """Makes what is the kernel's in /proc read-only, but the settings of this network namespace. A guard
+    against mistakes: root of this mount namespace can undo it."""
+    own = _open_path(_OWN_SYSCTLS)
+    for path in _KERNEL_FILES:
+        with contextlib.suppress(OSError):
+            libc.mount(path, path, None, libc.MS_BIND | libc.MS_REC)
+            _make_read_only(path)
+    if own is not None:
+        libc.mount(f"/proc/self/fd/{own}", _OWN_SYSCTLS, None, libc.MS_BIND)
+        os.close(own)
+
+
 def _mounts_below(top: str) -> list[str]:
-    """The places of mounts below a directory, those below another of them left out."""
-    found: list[str] = []
+    """The places of mounts below a directory, outer ones first."""
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        places = sorted({line.split()[4] for line in file})
-    for place in places:
-        if place.startswith(top) and not (found and place.startswith(found[-1] + "/")):
-            found.append(place)
+        return sorted({place for line in file if (place := line.split()[4]).startswith(top)})
+
+
+def _open_outermost(top: str) -> dict[str, int]:
+    """Descriptors of the mounts below a directory, those below another of them left out."""
+    found: dict[str, int] = {}
+    last = None
+    for place in _mounts_below(top):
+        if last is None or not place.startswith(f"{last}/"):
+            last = place
+            if (fd := _open_path(place)) is not None:
+                found[place] = fd
     return found
+
+
+def _mount_again(opened: dict[str, int]) -> None:
+    """Mounts what `_open_outermost` found on the same places, where there is something to mount on."""
+    for path, fd in opened.items():
+        with contextlib.suppress(OSError):
+            libc.mount(f"/proc/self/fd/{fd}", path, None, libc.MS_BIND | libc.MS_REC)
+
+
+def _make_read_only(top: str) -> None:
+    """Makes a mount, and all below it, read-only in this namespace."""
+    for path in (top, *_mounts_below(f"{top}/")):
+        with contextlib.suppress(OSError):
+            libc.mount("none", path, None, libc.MS_BIND | libc.MS_REMOUNT | libc.MS_RDONLY | _PROC)
+
+
+# --- names
 
 
 def resolv_conf_text(nameserver: str, search: tuple[str, ...]) -> str:
@@ -70,63 +153,155 @@ def resolv_conf_text(nameserver: str, search: tuple[str, ...]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def replace_resolv_conf(text: str) -> bool:
-    """Binds a file with `text` over /etc/resolv.conf in this mount namespace.
+def nsswitch_text(text: str) -> str:
+    """nsswitch.conf with `hosts` left to modules that ask nobody outside the namespace."""
+    lines = []
+    for line in text.splitlines():
+        database, colon, rest = line.partition(":")
+        if colon and database.strip() == "hosts":
+            kept = [word for word in rest.partition("#")[0].split() if word in _OWN_MODULES]
+            lines.append(f"hosts: {' '.join(dict.fromkeys([*kept, 'dns']))}")
+        else:
+            lines.append(line)
+    return "\n".join(lines) + "\n"
 
-    False when the system has no such file and none can be laid over it. The file lives in a tmpfs that has no
-    name any more when this returns, so nothing is left on any disk, nor seen by any other process.
-    """
-    # Opened first and mounted on through its descriptor: that follows a symlink (systemd-resolved), and still
-    # works when the scratch mount hides the place that it leads to.
-    target: int | None
+
+@contextmanager
+def scratch() -> Iterator[int]:
+    """A descriptor of a tmpfs that has no name any more when this ends; what was mounted from it stays."""
+    where = next((place for place in _SCRATCH if os.path.isdir(place)), None)
+    if where is None:
+        raise FileNotFoundError
+    libc.mount("tmpfs", where, "tmpfs", libc.MS_NOSUID | libc.MS_NODEV, _TMPFS_OPTIONS)
     try:
-        target = os.open(RESOLV_CONF, os.O_PATH | os.O_CLOEXEC)
-    except OSError:
-        target = None
-    scratch = next((place for place in _SCRATCH if os.path.isdir(place)), None)
-    if scratch is None:
-        return False
-    sockets = [_open_path(path) for path in _NAME_SERVICE_SOCKETS if _is_socket(path)]
-    libc.mount("tmpfs", scratch, "tmpfs", libc.MS_NOSUID | libc.MS_NODEV, "mode=0755,size=1m")
-    try:
-        source = f"{scratch}/resolv.conf"
-        _write(source, text)
-        if sockets:
-            _write(f"{scratch}/closed", "")
-        for fd in sockets:
-            if fd is not None:
-                # A connect to what is not a socket is refused at once, and glibc goes on to DNS.
-                libc.mount(f"{scratch}/closed", f"/proc/self/fd/{fd}", None, libc.MS_BIND)
-        if target is not None:
-            libc.mount(source, f"/proc/self/fd/{target}", None, libc.MS_BIND)
-            return True
-        return _overlay_etc(scratch, text)
+        place = os.open(where, os.O_PATH | os.O_CLOEXEC | os.O_DIRECTORY)
+        try:
+            yield place
+        finally:
+            os.close(place)
     finally:
-        with contextlib.suppress(OSError):
-            libc.umount(scratch, libc.MNT_DETACH)
-        for fd in (target, *sockets):
-            if fd is not None:
+        libc.umount(where, libc.MNT_DETACH)
+
+
+class NameFiles:
+    """The files by which programs find names: laid once, restored when they were lost."""
+
+    def __init__(self, resolv_conf: str) -> None:
+        self._texts = {RESOLV_CONF: resolv_conf, "closed": ""}
+        with contextlib.suppress(OSError), open(NSSWITCH_CONF, encoding="utf-8", errors="replace") as file:
+            self._texts[NSSWITCH_CONF] = nsswitch_text(file.read())
+        self._made: dict[str, tuple[int, int]] = {}
+        """Device and inode of each file of ours."""
+        self._single = [RESOLV_CONF, NSSWITCH_CONF]
+        """Those that are not in an overlay."""
+        self._place = -1
+
+    def lay(self, place: int | None = None, *, overlay: bool = True) -> bool:
+        """Puts them where programs look: False when resolv.conf could not be. `place` is a descriptor of a
+        directory for them, which `restore` needs later; without one a tmpfs is used for the moment.
+
+        `overlay` False leaves /etc as it is where there is a file to mount over, so that it can be written.
+        """
+        found = self._lost()  # before the tmpfs is in the way of what they are mounted over
+        if place is not None:
+            return self._lay(place, found, overlay)
+        with scratch() as moment:
+            return self._lay(moment, found, overlay)
+
+    def restore(self) -> None:
+        """Lays again what was lost; after `lay` with a place."""
+        self._cover(self._lost())
+
+    @property
+    def is_single(self) -> bool:
+        """Whether something is laid that the host can take away."""
+        return bool(self._single) or any(map(_is_socket, _NAME_SERVICE_SOCKETS))
+
+    def directories(self) -> set[str]:
+        """Where a change can mean that something was lost."""
+        paths = [*self._single, *_NAME_SERVICE_SOCKETS]
+        paths += [os.path.realpath(path) for path in self._single]
+        return {str(parent) for path in paths for parent in PurePath(path).parents if parent.name}
+
+    def _lay(self, place: int, found: list[tuple[int, str]], overlay: bool) -> bool:
+        self._place = place
+        os.mkdir("etc", dir_fd=place)
+        os.chmod("etc", 0o755, dir_fd=place)  # whatever the umask is
+        for path, text in self._texts.items():
+            self._made[path] = _write(self._source(path), text, place)
+        exists = any(source == RESOLV_CONF for _, source in found)
+        if (overlay or not exists) and self._lay_over_etc():
+            self._single = []
+            for fd, source in found:
+                if source != "closed":
+                    os.close(fd)
+            self._cover([(fd, source) for fd, source in found if source == "closed"])
+            return True
+        self._cover(found)
+        try:
+            return self._is_ours(os.stat(RESOLV_CONF), RESOLV_CONF)
+        except OSError:
+            return False
+
+    def _lay_over_etc(self) -> bool:
+        """/etc with our files in front of the host's (overlayfs in a user namespace: Linux 5.11)."""
+        below = _open_outermost("/etc/")
+        try:
+            layers = f"lowerdir=/proc/self/fd/{self._place}/etc:/etc"
+            libc.mount("overlay", "/etc", "overlay", libc.MS_RDONLY, layers)
+            _mount_again({path: fd for path, fd in below.items() if path not in self._texts})
+        except OSError:
+            return False
+        finally:
+            for fd in below.values():
                 os.close(fd)
+        return True
+
+    def _lost(self) -> list[tuple[int, str]]:
+        """What our files have to be mounted over, as descriptors, and which of them. A descriptor leads
+        through a symlink (systemd-resolved), and to what a mount of ours may hide later."""
+        found = []
+        for path in self._single:
+            if path in self._texts and (fd := _open_path(path)) is not None:
+                found.append((fd, path))
+        for path in _NAME_SERVICE_SOCKETS:
+            # A connect to what is not a socket is refused at once, and glibc goes on to DNS.
+            if _is_socket(path) and (fd := _open_path(path)) is not None:
+                found.append((fd, "closed"))
+        lost = []
+        for fd, source in found:
+            if self._is_ours(os.fstat(fd), source):
+                os.close(fd)
+            else:
+                lost.append((fd, source))
+        return lost
+
+    def _cover(self, found: list[tuple[int, str]]) -> None:
+        for fd, source in found:
+            with contextlib.suppress(OSError):
+                libc.mount(
+                    f"/proc/self/fd/{self._place}/{self._source(source)}",
+                    f"/proc/self/fd/{fd}",
+                    None,
+                    libc.MS_BIND,
+                )
+            os.close(fd)
+
+    def _is_ours(self, status: os.stat_result, source: str) -> bool:
+        return source in self._made and self._made[source] == (status.st_dev, status.st_ino)
+
+    @staticmethod
+    def _source(path: str) -> str:
+        return path.lstrip("/")
 
 
-def _overlay_etc(scratch: str, text: str) -> bool:
-    """/etc with a resolv.conf where there is none, or a symlink that leads nowhere (overlayfs, Linux
-    5.11)."""
-    upper, work = f"{scratch}/upper", f"{scratch}/work"
-    os.mkdir(upper, 0o755)
-    os.mkdir(work, 0o755)
-    _write(f"{upper}/resolv.conf", text)
-    try:
-        libc.mount("overlay", "/etc", "overlay", 0, f"lowerdir=/etc,upperdir={upper},workdir={work}")
-    except OSError:
-        return False
-    return True
-
-
-def _write(path: str, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
+def _write(path: str, text: str, directory: int) -> tuple[int, int]:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644, dir_fd=directory)
+    with open(fd, "w", encoding="utf-8") as file:
         file.write(text)
-    os.chmod(path, 0o644)
+        os.fchmod(fd, 0o644)
+        status = os.fstat(fd)
+    return status.st_dev, status.st_ino
 
 
 def _is_socket(path: str) -> bool:

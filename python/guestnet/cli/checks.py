@@ -83,14 +83,14 @@ def check_kernel() -> Check:
 
 
 def check_namespaces() -> Check:
-    """Whether this user may make a user, network and mount namespace, and be somebody in it: tried in a
+    """Whether this user may make user, network, mount and PID namespaces, and be somebody in them: tried in a
     child."""
     from guestnet._linux.held import StartError, fork_held
     from guestnet.namespace import why_no_namespaces, write_id_maps
 
     def prepare(control: socket.socket) -> None:
         try:
-            libc.unshare(libc.CLONE_NEWUSER | libc.CLONE_NEWNET | libc.CLONE_NEWNS)
+            libc.unshare(libc.CLONE_NEWUSER | libc.CLONE_NEWNET | libc.CLONE_NEWNS | libc.CLONE_NEWPID)
         except OSError as error:
             raise StartError(why_no_namespaces(error)) from error
         control.send(b"{}")
@@ -104,7 +104,7 @@ def check_namespaces() -> Check:
         return Check(name, MISSING, "refused", str(error), needed=True)
     finally:
         child.close()
-    return Check(name, OK, "user, network and mount namespaces can be made", needed=True)
+    return Check(name, OK, "user, network, mount and PID namespaces can be made", needed=True)
 
 
 def check_tun(device: str = links.TUN_DEVICE) -> Check:

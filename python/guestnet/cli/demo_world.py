@@ -50,7 +50,7 @@ def become_host() -> None:
             file.write(text)
     mounts.make_private()
     links.set_up("lo")
-    mounts.replace_resolv_conf(mounts.resolv_conf_text(str(OUTSIDE.ip), ()))
+    mounts.NameFiles(mounts.resolv_conf_text(str(OUTSIDE.ip), ())).lay()
     links.write_sysctl("net/ipv4/ping_group_range", "0 0")
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from ipaddress import IPv4Interface
 from typing import TYPE_CHECKING
 
-from guestnet.cli import arguments, supervise
+from guestnet.cli import UsageError, arguments, supervise
 from guestnet.cli.session import ENDPOINT, network_of_one
 from guestnet.cli.terminal import complain, say
 
@@ -27,18 +28,23 @@ def parser() -> arguments.Parser:
     made = arguments.Parser("run", "[OPTIONS] -- CMD [ARGS...]", _ABOUT, _EXAMPLE)
     arguments.add_network_options(made)
     made.add_argument("--hostname", type=arguments.checked(arguments.hostname), help="the guest's host name")
+    made.add_argument(
+        "--host-ids",
+        action="store_true",
+        help="when root runs this: CMD is root of this host's files too (default: it owns none of them)",
+    )
     return made
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line after `guestnet run`; returns the exit status."""
     options, command = arguments.parse_with_command(parser(), argv, "CMD")
+    if options.host_ids and os.geteuid() != 0:
+        raise UsageError("--host-ids is for root: CMD has the rights of an ordinary user without it.")
     where = arguments.plan(options.subnet)
     mac = arguments.random_mac()
     mask = supervise.block_signals()
-    supervise.become_subreaper()
 
-    from guestnet._linux.guard import watch_over
     from guestnet._linux.links import Interface
     from guestnet.namespace import Guest, launch
 
@@ -51,11 +57,15 @@ def main(argv: Sequence[str]) -> int:
     )
     nameserver = None if options.bridge else str(where.gateway)
     guest = Guest(
-        interface, nameserver=nameserver, search=arguments.search_list(options), hostname=options.hostname
+        interface,
+        nameserver=nameserver,
+        search=arguments.search_list(options),
+        hostname=options.hostname,
+        host_ids=options.host_ids,
     )
+    before = supervise.take_terminal if supervise.holds_terminal_alone() else None
     # The child sets its namespace up while this process imports and starts the network.
-    namespace = launch(guest, command, mask)
-    guard = watch_over(namespace.pid)
+    namespace = launch(guest, command, mask, before)
 
     def attach(network: NatNetwork) -> None:
         network.attach(ENDPOINT, "tap", fd=namespace.take_tap())
@@ -71,7 +81,6 @@ def main(argv: Sequence[str]) -> int:
                     else f"{where.guest}, its gateway {where.gateway}"
                 )
                 say(f"guestnet: the guest is {about}")
-            guard.wait_ready()
             namespace.go()
             return supervise.wait(namespace.pid)
     finally:

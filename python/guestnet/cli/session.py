@@ -109,6 +109,7 @@ def network_of_one(
 def _end(network: NatNetwork, options: argparse.Namespace) -> None:
     try:
         supervise.end_descendants()
+        supervise.restore_terminal()  # from what was left in the command's process group
         if options.stats and network.is_running:
             from guestnet.cli.report import stats_lines
 

@@ -1,9 +1,10 @@
 """Waiting for a command as if guestnet were not there: its signals, its terminal, its exit status.
 
-The command stays in the session and process group that guestnet was started in, so a terminal's keys reach it
-directly; guestnet passes on only what was sent to guestnet alone. The main thread blocks all of these
-signals and takes them one at a time with sigwaitinfo, which says where each came from and needs no handler
-and no polling. A command that stops itself stops guestnet, so that the shell sees a job that is stopped.
+The command stays in the session that guestnet was started in, and in its process group or in one that has
+the terminal, so a terminal's keys reach it directly; guestnet passes on only what was sent to guestnet
+alone. The main thread blocks all of these signals and takes them one at a time with sigwaitinfo, which says
+where each came from and needs no handler and no polling. A command that is stopped stops guestnet, so that
+the shell sees a job that is stopped.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ def wait(pid: int) -> int:
         if status is not None:
             return status
         info = signal.sigwaitinfo(_WAITED)
+        if info.si_signo == signal.SIGCONT:
+            _lend_terminal(pid)
         if info.si_signo != signal.SIGCHLD and (info.si_code != _SI_KERNEL or _is_hangup(info.si_signo)):
             with contextlib.suppress(OSError):  # a set-uid command of another user, or one that just ended
                 os.kill(pid, info.si_signo)
@@ -84,24 +87,65 @@ def _reap(pid: int) -> int | None:
         if child != pid:
             continue
         if os.WIFSTOPPED(status):
-            _stop_with(pid)
+            _stop_with(pid, os.WSTOPSIG(status))
             continue
         code = os.waitstatus_to_exitcode(status)
         return code if code >= 0 else 128 - code
 
 
-def _stop_with(pid: int) -> None:
-    """The command has stopped itself (`suspend` in a shell, not a key that stopped both). Whoever sits at the
-    terminal waits for guestnet, so it stops too, and both go on together. Without a terminal, or in its
-    background, nobody is kept waiting, and who stopped the command alone means it alone."""
+def _stop_with(pid: int, number: int) -> None:
+    """The command has stopped: by itself (`suspend` in a shell), by a key that its process group got, or
+    since it wants a terminal that it does not have. Whoever sits at the terminal waits for guestnet, so it
+    stops too, and both go on together. Without a terminal, or in its background, nobody is kept waiting, and
+    a stop sent to the command alone is meant for it alone."""
     with contextlib.suppress(OSError):
         foreground = os.tcgetpgrp(0)
-        if foreground not in (os.getpgrp(), os.getpgid(pid)) or _status(pid)[0] != b"T":
+        waits = number in (signal.SIGTTIN, signal.SIGTTOU) or foreground in (os.getpgrp(), os.getpgid(pid))
+        if not waits or _status(pid)[0] != b"T":
             return  # or it goes on already
         os.kill(os.getpid(), signal.SIGSTOP)
-        if os.tcgetpgrp(0) == os.getpgrp() != foreground:
-            _give_terminal(foreground)  # a shell that had it wants it back
-        os.kill(pid, signal.SIGCONT)
+        _lend_terminal(pid)
+        group = os.getpgid(pid)
+        os.kill(pid if group == os.getpgrp() else -group, signal.SIGCONT)
+
+
+def _lend_terminal(pid: int) -> None:
+    """Gives the terminal, if guestnet has it, to a command with a process group of its own."""
+    with contextlib.suppress(OSError):
+        group = os.getpgid(pid)
+        if os.tcgetpgrp(0) == os.getpgrp() != group:
+            _give_terminal(group)
+
+
+def holds_terminal_alone() -> bool:
+    """Whether guestnet has the terminal and nobody else is in its process group, as where a shell with job
+    control started it by itself. The terminal can be the command's own then (`take_terminal`); in a pipeline
+    the others would lose it."""
+    own, group = os.getpid(), os.getpgrp()
+    try:
+        if os.tcgetpgrp(0) != group:
+            return False
+        return all(
+            pid == own or _group(pid) != group for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
+        )
+    except OSError:
+        return False
+
+
+def take_terminal() -> None:
+    """Gives the terminal to a process group of this process's own. Called in the command's process before it
+    is executed: a shell in a PID namespace cannot give the terminal back to a group that is outside, since
+    that has no number there, and some end with an error."""
+    with contextlib.suppress(OSError):
+        os.setpgid(0, 0)
+        _give_terminal(os.getpgrp())
+
+
+def _group(pid: int) -> int:
+    try:
+        return int(_status(pid)[2])
+    except (OSError, ValueError, IndexError):
+        return -1
 
 
 def _give_terminal(group: int) -> None:

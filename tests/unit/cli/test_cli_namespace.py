@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+import time
+from pathlib import Path
 
 import pytest
+from guestnet._linux import mounts
 from guestnet.cli import checks
 
 pytestmark = pytest.mark.skipif(
@@ -34,7 +38,10 @@ from guestnet._linux.links import Interface
 from guestnet.namespace import Guest, launch
 mac, address, gateway = bytes.fromhex("02abcdef0102"), IPv4Interface("10.9.8.2/24"), IPv4Address("10.9.8.1")
 interface = Interface(mac, address, gateway, 1400)
-guest = Guest(interface, nameserver="10.9.8.1", search=("guestnet.internal",), hostname="g1")
+host_ids = os.geteuid() == 0 and "OWN_IDS" not in os.environ
+guest = Guest(
+    interface, nameserver="10.9.8.1", search=("guestnet.internal",), hostname="g1", host_ids=host_ids
+)
 try:
     namespace = launch(guest, sys.argv[1:])
     tap = namespace.take_tap()
@@ -48,13 +55,17 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(namespace.pid, 0)[1]) % 256)
 """
 
 
-def launch(*command: str, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def launch(
+    *command: str, prefix: tuple[str, ...] = (), own_ids: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """With `own_ids` also root's command has none of the host's ids, and may have no way to root's Python."""
     return subprocess.run(
         [*prefix, sys.executable, "-c", _DRIVER, *command],
         capture_output=True,
         text=True,
         timeout=30,
         check=False,
+        env={**os.environ, "OWN_IDS": "1"} if own_ids else None,
     )
 
 
@@ -79,6 +90,7 @@ def test_interface_route_names_and_ping() -> None:
                 "mtu": struct.unpack_from("i", ask(0x8921))[0], "routes": routes,
                 "resolv": open("/etc/resolv.conf").read(), "host": socket.gethostname(),
                 "ping": open("/proc/sys/net/ipv4/ping_group_range").read().split()[0],
+                "pid": os.getpid(), "processes": sorted(int(p) for p in os.listdir("/proc") if p.isdigit()),
                 "ignored": [l.split()[1] for l in open("/proc/self/status") if l.startswith("SigBlk")],
                 "devices": sorted(os.listdir("/sys/class/net")),
                 "cgroups": os.path.ismount("/sys/fs/cgroup"),
@@ -99,6 +111,7 @@ def test_interface_route_names_and_ping() -> None:
     assert seen["ping"] == "0"
     assert seen["ignored"] == ["0000000000000000"]
     assert seen["uid"] == 0
+    assert (seen["pid"], seen["processes"]) == (2, [1, 2])
     if _SYSFS:
         assert seen["devices"] == seen["names"]
         assert seen["cgroups"] == os.path.ismount("/sys/fs/cgroup")
@@ -171,3 +184,200 @@ def test_resolv_conf_of_every_kind(kind: str) -> None:
     assert lines[2].split()[: len(left)] == left
     if kind == "symlink":
         assert lines[2].endswith("nameserver 192.0.2.9")
+
+
+_ROOT = pytest.mark.skipif(
+    os.geteuid() != 0, reason="needs root to change /etc in a mount namespace of the test"
+)
+_IN_A_COPY = (
+    "set -e; mount -t tmpfs none /mnt; mkdir /mnt/etc /mnt/run; cp /etc/passwd /etc/group /mnt/etc; "
+    '{prepare}; mount --bind /mnt/etc /etc; mount --bind /mnt/run /run; exec "$@"'
+)
+_BY_RENAME = "echo nameserver 127.0.0.53 >/etc/new; mv /etc/new /etc/resolv.conf"
+_CHANGES = {
+    "a file is replaced by rename": ("echo nameserver 192.0.2.9 >/mnt/etc/resolv.conf", _BY_RENAME),
+    "a symlink is pointed elsewhere": (
+        "echo nameserver 192.0.2.9 >/mnt/run/resolv.conf; ln -s /run/resolv.conf /mnt/etc/resolv.conf",
+        "echo nameserver 127.0.0.53 >/run/other; ln -s /run/other /etc/new; mv /etc/new /etc/resolv.conf",
+    ),
+    "what a symlink points to is replaced": (
+        "mkdir /mnt/run/systemd; echo nameserver 192.0.2.9 >/mnt/run/systemd/stub; "
+        "ln -s ../run/systemd/stub /mnt/etc/resolv.conf",
+        "echo nameserver 127.0.0.53 >/run/systemd/new; mv /run/systemd/new /run/systemd/stub",
+    ),
+    "a file is removed and made again": (
+        "echo nameserver 192.0.2.9 >/mnt/etc/resolv.conf",
+        "rm /etc/resolv.conf; echo nameserver 127.0.0.53 >/etc/resolv.conf",
+    ),
+    "there was none": (":", _BY_RENAME),
+}
+
+
+class Running:
+    """A guest whose host's /etc and /run are a copy that can be changed while it runs. It does a step of a
+    shell for each line that it is sent."""
+
+    def __init__(self, prepare: str, step: str, *, own_ids: bool) -> None:
+        words = [
+            "unshare",
+            "-m",
+            "sh",
+            "-c",
+            _IN_A_COPY.format(prepare=prepare),
+            "sh",
+            sys.executable,
+            "-c",
+            _DRIVER,
+        ]
+        environment = {**os.environ, "OWN_IDS": "1"} if own_ids else None
+        self._process = subprocess.Popen(
+            [*words, "sh", "-c", f"while read line; do {step}; done"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate(timeout=30)
+
+    def step(self) -> str:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline().strip()
+
+    def change(self, script: str) -> None:
+        subprocess.run(
+            ["nsenter", "-m", "-t", str(self._process.pid), "sh", "-ec", script], check=True, timeout=30
+        )
+
+    def until(self, wanted: str) -> None:
+        deadline = time.monotonic() + 20
+        while (seen := self.step()) != wanted:
+            assert time.monotonic() < deadline, seen
+            time.sleep(0.01)
+
+
+@_ROOT
+@pytest.mark.parametrize("change", _CHANGES)
+def test_the_guest_keeps_its_resolv_conf_when_the_host_changes_its_own(change: str) -> None:
+    """An overlay is over the whole directory: there is no moment in which the host's file is seen."""
+    prepare, script = _CHANGES[change]
+    with Running(prepare, "head -1 /etc/resolv.conf", own_ids=True) as guest:
+        assert guest.step() == "nameserver 10.9.8.1"
+        guest.change(script)
+        assert [guest.step() for _ in range(20)] == ["nameserver 10.9.8.1"] * 20
+
+
+@_ROOT
+@pytest.mark.parametrize("change", _CHANGES)
+def test_a_resolv_conf_that_was_mounted_alone_is_restored(change: str) -> None:
+    """The guest may write the host's /etc here, so its files are mounted one by one."""
+    prepare, script = _CHANGES[change]
+    with Running(prepare, "head -1 /etc/resolv.conf", own_ids=False) as guest:
+        assert guest.step() == "nameserver 10.9.8.1"
+        for _ in range(3):
+            guest.change(script)
+            guest.until("nameserver 10.9.8.1")
+
+
+_SOCKET = (
+    f'{sys.executable} -c "import os, socket, sys; os.makedirs(os.path.dirname(sys.argv[1]), exist_ok=True); '
+    'socket.socket(socket.AF_UNIX).bind(sys.argv[1])" '
+)
+
+
+@_ROOT
+@pytest.mark.parametrize("own_ids", [True, False])
+@pytest.mark.parametrize("path", ["/run/nscd/socket", "/run/systemd/resolve/io.systemd.Resolve"])
+def test_the_socket_of_a_name_service_stays_closed_when_the_service_starts_again(
+    path: str, own_ids: bool
+) -> None:
+    step = f"test -S {path} && echo open || echo closed"
+    with Running(f"{_SOCKET} /mnt{path}", step, own_ids=own_ids) as guest:
+        assert guest.step() == "closed"
+        guest.change(f"rm -r $(dirname {path}); {_SOCKET} {path}")
+        guest.until("closed")
+
+
+@_ROOT
+def test_the_socket_of_a_name_service_is_closed_when_the_service_starts_later() -> None:
+    path = "/run/nscd/socket"
+    with Running(":", f"test -S {path} && echo open || echo closed", own_ids=True) as guest:
+        guest.change(f"{_SOCKET} {path}")
+        guest.until("closed")
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("hosts: files dns", "hosts: files dns"),
+        ("hosts:\tmymachines resolve [!UNAVAIL=return] files myhostname dns", "hosts: files myhostname dns"),
+        ("hosts: files mdns4_minimal [NOTFOUND=return] resolve  # a comment", "hosts: files dns"),
+        ("passwd: files systemd sss", "passwd: files systemd sss"),
+    ],
+)
+def test_nsswitch_leaves_hosts_to_what_asks_nobody_outside(text: str, hosts: str) -> None:
+    assert mounts.nsswitch_text(f"group: files\n{text}\n") == f"group: files\n{hosts}\n"
+
+
+_WRITE = 'if v=$(cat {0}) && {{ echo "$v" >{0}; }} 2>/dev/null; then echo {0} is written; fi; '
+
+
+@_ROOT
+@pytest.mark.parametrize("own_ids", [True, False])
+def test_root_writes_no_setting_of_the_kernel(own_ids: bool) -> None:
+    settings = ("/proc/sys/kernel/core_pattern", "/proc/sys/fs/file-max", "/proc/sys/vm/swappiness")
+    script = "".join(_WRITE.format(path) for path in settings)
+    got = launch(
+        "sh", "-c", f"{script} echo 1 >/proc/sys/net/ipv4/ip_forward && echo looked", own_ids=own_ids
+    )
+    assert (got.stdout, got.returncode) == ("looked\n", 0), got.stderr
+
+
+@_ROOT
+def test_the_guest_of_root_owns_nothing_of_the_host(tmp_path: Path) -> None:
+    """It has ids of its own, several of them, and none of root's groups. With the host's ids it is root."""
+    secret = tmp_path / "secret"
+    secret.write_text("secret\n")
+    secret.chmod(0o640)
+    for parent in tmp_path.parents[:-2]:
+        parent.chmod(0o755)
+    tmp_path.chmod(0o755)
+    script = (
+        f"cat {secret} 2>&1; id -u; id -G; touch /tmp/own-$$; chown 7:7 /tmp/own-$$; stat -c %u /tmp/own-$$; "
+        "rm /tmp/own-$$"
+    )
+    got = launch("sh", "-c", script, own_ids=True)
+    assert got.stdout.splitlines()[1:] == ["0", "0", "7"], got.stderr
+    assert "Permission denied" in got.stdout
+    assert launch("sh", "-c", script).stdout.splitlines()[:2] == ["secret", "0"]
+
+
+@_ROOT
+def test_a_command_that_only_root_may_read_says_how(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    command = tmp_path / "command"
+    command.write_text("#!/bin/sh\necho started\n")
+    command.chmod(0o755)
+    got = launch(str(command), own_ids=True)
+    assert got.returncode == 126
+    assert "--host-ids" in got.stderr
+    assert launch(str(command)).stdout == "started\n"
+
+
+@_ROOT
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv")
+def test_a_root_that_may_not_map_ids_is_warned() -> None:
+    """As in a container without CAP_SETUID. CAP_SETFCAP is what lets it be root of a namespace at all."""
+    code = _DRIVER.replace(
+        "assert namespace.notes == (), namespace.notes", "print(*namespace.notes, file=sys.stderr)"
+    )
+    words = ["setpriv", "--bounding-set=-all,+setfcap,+net_admin", sys.executable, "-c", code, "true"]
+    got = subprocess.run(
+        words, capture_output=True, text=True, timeout=30, check=False, env={**os.environ, "OWN_IDS": "1"}
+    )
+    assert got.returncode == 0, got.stderr
+    assert "root of this host's files" in got.stderr

@@ -5,6 +5,7 @@ The network is a stand-in that starts a thread and moves no packet: tests/intero
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import select
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from guestnet.cli import checks
@@ -56,10 +58,12 @@ module("guestnet.config", NatConfig=dict)
 from guestnet.cli import main
 sys.exit(main(["run", *sys.argv[1:]]))
 """
+# Root's own Python may be where others have no way to.
+_OPTIONS = ("--host-ids",) if os.geteuid() == 0 else ()
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-c", _DRIVER, *arguments]
+    return [sys.executable, "-c", _DRIVER, *_OPTIONS, *arguments]
 
 
 def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
@@ -132,8 +136,7 @@ def test_descendants_end_when_guestnet_is_killed(nested: bool) -> None:
 
 
 def test_the_command_reaches_nothing_of_the_host_through_guestnets_own_processes() -> None:
-    """The guard is in the command's namespaces, but for the one of mounts: by its /proc the command would see
-    the host's resolver again, whose socket is closed for it."""
+    """The first process of its PID namespace is guestnet's, and all that it sees of guestnet."""
     script = """
 import os
 for name in filter(str.isdigit, os.listdir("/proc")):
@@ -141,14 +144,67 @@ for name in filter(str.isdigit, os.listdir("/proc")):
         continue
     for way in ("root/etc", "cwd/.", "mem"):
         try:
-            if os.readlink(f"/proc/{name}/ns/net") == os.readlink("/proc/self/ns/net"):
-                os.close(os.open(f"/proc/{name}/{way}", os.O_RDONLY))
-                print(name, way, open(f"/proc/{name}/cmdline").read())
+            os.close(os.open(f"/proc/{name}/{way}", os.O_RDONLY))
+            print(name, way, open(f"/proc/{name}/cmdline").read())
         except OSError:
             pass
 print("looked")
 """
     assert run("--", sys.executable, "-c", script).stdout == "looked\n"
+
+
+def test_the_command_ends_no_process_outside() -> None:
+    """All that it may signal are its own, and the first process of its PID namespace takes no signal."""
+    got = run("--", "sh", "-c", "sleep 600 & kill -KILL -1; kill -KILL 1; kill -STOP 1; echo alive")
+    assert (got.stdout, got.returncode) == ("alive\n", 0), got.stderr
+
+
+def test_nothing_is_left_when_the_command_kills_its_process_group() -> None:
+    """guestnet is in that group, as it is in a shell's pipeline. What left the group ends with it."""
+    script = "(setsid sh -c 'trap : HUP TERM; sleep 600; sleep 600' &); echo here; kill -KILL 0"
+    process = subprocess.Popen(
+        command("--", "sh", "-c", script), stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout is not None
+    assert process.wait(20) == -signal.SIGKILL
+    assert select.select([process.stdout], [], [], 20)[0], "something is left"
+    assert process.stdout.read() == b"here\n"
+    process.stdout.close()
+
+
+_TYPE = """
+import ctypes, errno, fcntl, mmap, os, platform, sys, termios
+def said(name, number): print(name, errno.errorcode.get(number, "done"), flush=True)
+libc = ctypes.CDLL(None, use_errno=True)
+text = ctypes.create_string_buffer(b"\\x03x")
+for name, request in (("TIOCSTI", 0x5412), ("TIOCLINUX", 0x541C), ("high bits", 0x7_0000_5412)):
+    number = 16 if platform.machine() == "x86_64" else 29
+    result = libc.syscall(ctypes.c_long(number), ctypes.c_long(0), ctypes.c_long(request), text)
+    said(name, ctypes.get_errno() if result else 0)
+if platform.machine() == "x86_64":
+    # mov eax, 54; mov ebx, 0; mov ecx, TIOCSTI; mov edx, text; int 0x80; ret
+    low = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40, prot=7)
+    at = ctypes.addressof(ctypes.c_char.from_buffer(low))
+    code = b"\\x53\\xb8\\x36\\0\\0\\0\\xbb\\0\\0\\0\\0\\xb9\\x12\\x54\\0\\0\\xba"
+    low[:64] = (code + (at + 64).to_bytes(4, "little") + b"\\xcd\\x80\\x5b\\xc3").ljust(64, b"\\x90")
+    if os.fork() == 0:  # a kernel without 32-bit programs ends it
+        said("32 bits", -ctypes.CFUNCTYPE(ctypes.c_int)(at)())
+        os._exit(0)
+    os.wait()
+print("tried")
+"""
+
+
+def test_the_command_cannot_type_into_the_terminal() -> None:
+    """By no ABI that the machine has: 32-bit programs have another number for the call."""
+    terminal = Terminal(*command("--", sys.executable, "-c", _TYPE))
+    terminal.until(lambda text: "tried" in text)
+    lines = terminal.text.splitlines()
+    assert terminal.status() == 0
+    assert "TIOCSTI EPERM" in lines
+    assert "TIOCLINUX EPERM" in lines
+    assert "high bits EPERM" in lines
+    assert "done" not in terminal.text
 
 
 def test_what_is_on_its_way_is_not_waited_for_against_a_wish() -> None:
@@ -292,13 +348,49 @@ def test_a_shell_that_suspends_itself_is_a_stopped_job() -> None:
     assert terminal.status() == 3
 
 
+@pytest.mark.parametrize("first", ["", " &"])
+def test_a_command_stops_and_goes_on_as_a_job(first: str, tmp_path: Path) -> None:
+    """By Ctrl-Z in the foreground, or as it reads from the terminal in the background; `fg` brings it the
+    terminal."""
+    file = tmp_path / "job.sh"
+    file.write_text(
+        f"exec {shlex.join(command('--', 'sh', '-c', 'echo ready; read word; echo got $word'))}\n"
+    )
+    terminal = Terminal("bash", "--norc", "-ib")
+    terminal.type(f"sh {file}{first}\n")
+    terminal.until(lambda text: "ready" in text)
+    if not first:
+        terminal.type("\x1a")
+    terminal.until(lambda text: "Stopped" in text)
+    terminal.type("fg\n")
+    terminal.type("a-word\n")
+    terminal.until(lambda text: "got a-word" in text)
+    terminal.type("echo out''side\nexit 3\nexit 3\n")
+    terminal.until(lambda text: "outside" in text)
+    assert terminal.status() == 3
+
+
+def test_a_pipeline_keeps_the_terminal(tmp_path: Path) -> None:
+    """The command does not take the terminal from others of its process group."""
+    terminal = Terminal("bash", "--norc", "-i")
+    file, reader = tmp_path / "job.sh", tmp_path / "reader.sh"
+    file.write_text(f"exec {shlex.join(command('--', 'echo', 'from-the-guest'))}\n")
+    reader.write_text("read word </dev/tty; cat; echo got $word\n")
+    terminal.type(f"sh {file} | sh {reader}\n")
+    terminal.type("a-word\n")
+    terminal.until(lambda text: "from-the-guest\r\ngot a-word" in text)
+    terminal.type("exit 3\n")
+    assert terminal.status() == 3
+
+
 def test_a_command_that_is_stopped_in_the_background_stops_nothing_else() -> None:
     """Who stops it by its pid continues it by its pid."""
     process = subprocess.Popen(
         command("--", "sh", "-c", "echo $$; exec sleep 60"), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
     )
     assert process.stdout is not None
-    pid = int(process.stdout.readline())
+    assert process.stdout.readline() == b"2\n"
+    pid = _outside(process.pid, 2)
     os.kill(pid, signal.SIGSTOP)
     _until_state(pid, "T")
     os.kill(pid, signal.SIGCONT)
@@ -306,6 +398,16 @@ def test_a_command_that_is_stopped_in_the_background_stops_nothing_else() -> Non
     process.terminate()  # passed on: guestnet is not stopped
     assert process.wait(20) == 128 + signal.SIGTERM
     process.stdout.close()
+
+
+def _outside(parent: int, inside: int) -> int:
+    """The process id here of the child of `parent` that has the id `inside` in its own PID namespace."""
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{name}/status") as file:
+            lines = dict(line.split(":", 1) for line in file)
+            if int(lines["PPid"]) == parent and int(lines["NSpid"].split()[-1]) == inside:
+                return int(name)
+    raise AssertionError(f"{parent} has no such child")
 
 
 def _until_state(pid: int, state: str) -> None:

@@ -1,0 +1,138 @@
+"""The first process of the guest's PID namespace: it ends everything in it, and keeps its mounts.
+
+When it ends, however it ends, the kernel kills every process of the namespace. It ends when guestnet does,
+since it waits for the end of a pipe that only guestnet can write to. Orphans become its children and are
+reaped by the kernel. No process of the namespace can signal it: the kernel ignores what they send to the
+first process.
+
+It restores files of names that the host took away (`mounts.NameFiles`). inotify reports changes; it sleeps
+otherwise. It has left the session of the command, so that no key on the terminal ends it, holds nothing of
+the command open, and lets nobody look through it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+from typing import NoReturn
+
+from guestnet._linux import libc, mounts
+from guestnet._linux.held import StartError
+
+NAME = "guestnet-init"
+_EVENT_BYTES = 65536
+
+
+def fork_init(lifeline: int, resolv_conf: str | None, *, root: bool) -> tuple[int, list[str]]:
+    """Forks it into the PID namespace that this process has for its children. Returns its process id and what
+    could not be set up, when all is set up.
+
+    It lives as long as the pipe `lifeline` is open for writing. `resolv_conf` None leaves the host's names in
+    view. `root`: the guest's root is the host's, so files of the kernel are made read-only. Raises StartError
+    when it did not start.
+    """
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        _main(lifeline, writer, resolv_conf, root)
+    os.close(writer)
+    with open(reader, encoding="utf-8") as file:
+        text = file.read()
+    if not text:
+        raise StartError("The guest's first process ended before it was ready: run the command again.")
+    return pid, json.loads(text)
+
+
+def _main(lifeline: int, report: int, resolv_conf: str | None, root: bool) -> NoReturn:
+    try:
+        os.setsid()
+        signal.pthread_sigmask(signal.SIG_SETMASK, set(signal.Signals))
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # orphans leave no zombies
+        libc.set_process_name(NAME)
+        libc.hide_from_tracers()
+        os.chdir("/")
+        notes, place, names = _set_up(resolv_conf, root)
+        watcher = _watcher(place, names, notes)
+        _close_all_but({lifeline, report, watcher, place})
+        os.write(report, json.dumps(notes).encode())
+        os.close(report)
+        _wait(lifeline, watcher, names)
+    finally:
+        os._exit(0)
+
+
+def _set_up(resolv_conf: str | None, root: bool) -> tuple[list[str], int | None, mounts.NameFiles | None]:
+    notes = []
+    place = None
+    try:
+        place = mounts.mount_own_proc()
+    except OSError as error:
+        notes.append(
+            f"Cannot mount a /proc of the guest's own ({error.strerror}): its programs see the host's "
+            "processes, and cannot signal them. In a container, allow it with "
+            "`--security-opt systempaths=unconfined`."
+        )
+    if root:
+        mounts.protect_kernel_files()
+    if resolv_conf is None:
+        return notes, place, None
+    names = mounts.NameFiles(resolv_conf)
+    done = False
+    with contextlib.suppress(OSError):
+        done = names.lay(place, overlay=not root)
+    if not done:
+        server = resolv_conf.split()[1]
+        notes.append(
+            "Cannot lay a private /etc/resolv.conf over the host's: "
+            f"make that file exist, or have the guest's programs ask {server}."
+        )
+    return notes, place, names
+
+
+def _watcher(place: int | None, names: mounts.NameFiles | None, notes: list[str]) -> int | None:
+    """An inotify descriptor for what may have to be restored."""
+    if names is None:
+        return None
+    try:
+        if place is None:
+            raise OSError(0, "there is no /proc of its own to keep it under")
+        watcher = libc.open_inotify()
+        _watch(watcher, names)
+    except OSError as error:
+        if names.is_single:
+            notes.append(
+                f"The guest's /etc/resolv.conf cannot be watched ({error.strerror}): when the host replaces "
+                "its own, the guest sees that."
+            )
+        return None
+    return watcher
+
+
+def _watch(watcher: int, names: mounts.NameFiles) -> None:
+    for path in names.directories():
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            libc.watch_directory(watcher, path)
+
+
+def _close_all_but(kept: set[int | None]) -> None:
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in kept:
+            with contextlib.suppress(OSError):  # the one that the directory was read by
+                os.close(int(name))
+
+
+def _wait(lifeline: int, watcher: int | None, names: mounts.NameFiles | None) -> None:
+    poll = select.poll()
+    poll.register(lifeline, select.POLLIN)
+    if watcher is not None:
+        poll.register(watcher, select.POLLIN)
+    while all(fd != lifeline for fd, _ in poll.poll()):
+        if watcher is not None and names is not None:
+            with contextlib.suppress(BlockingIOError):
+                os.read(watcher, _EVENT_BYTES)
+            _watch(watcher, names)
+            names.restore()
