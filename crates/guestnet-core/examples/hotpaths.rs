@@ -6,7 +6,7 @@
 
 use guestnet_core::CoreConfig;
 use guestnet_core::core::Core;
-use guestnet_core::effects::{Close, Effects, Event, Peek, SockError, TxError};
+use guestnet_core::effects::{Close, Effects, Event, Peek, Peer, SockError, TxError};
 use guestnet_core::nat::{NatDirection, NatEngine, NatEngineConfig, NatResult, Prefix};
 use guestnet_core::types::{Csum, FlowId, FrameMeta, PortConfig, PortId, SockId, Target, Time};
 use guestnet_wire::arp::{self, Arp};
@@ -83,6 +83,10 @@ impl Effects for World {
         self.waiting -= len;
     }
     fn tcp_shutdown(&mut self, _: SockId) {}
+    fn tcp_peer(&mut self, _: SockId) -> Option<Peer> {
+        None
+    }
+    fn tcp_probe(&mut self, _: SockId) {}
     fn udp_open(&mut self, flow: FlowId, _: SocketAddr) -> Result<SockId, SockError> {
         self.flow = Some(flow);
         Ok(SockId(2))

@@ -46,6 +46,10 @@ impl Core {
         if self.is_own(target) {
             let (from, to) = (a.tpa, (a.sha, a.spa));
             self.send_arp(slot, arp::REPLY, from, to, a.sha, fx);
+            if eth.dst == Mac::BROADCAST && !a.spa.is_unspecified() {
+                // It does not know the gateway, or not any more: as after a reboot.
+                self.recheck(slot, fx);
+            }
             return Ok(());
         }
         if !self.policy.is_host(target) {

@@ -342,7 +342,7 @@ impl Core {
         self.echo_in(flow, from, seq, ttl, body, fx);
     }
 
-    /// The kernel reported an error for a datagram or echo request that `flow` sent.
+    /// The kernel reported an error for a datagram, echo request or connect of `flow`.
     pub fn sock_error<E: Effects>(&mut self, now: Time, flow: FlowId, error: DatagramError<'_>, fx: &mut E) {
         self.now = now;
         if Names::is_flow(flow) {

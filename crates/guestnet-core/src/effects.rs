@@ -63,6 +63,15 @@ pub enum Close {
     Reset,
 }
 
+/// What the host's kernel knows of the other end of a TCP socket, see [`Effects::tcp_peer`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Peer {
+    /// Segments that the peer sent on this connection, whatever was in them; wraps around.
+    pub segments_in: u32,
+    /// Bytes wait to be sent or acknowledged: the kernel's own timers find out whether the peer is there.
+    pub busy: bool,
+}
+
 /// What goes up to the control side. Plain data; bounded by the ring it travels in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
@@ -188,6 +197,13 @@ pub trait Effects {
 
     /// Sends FIN to the host side (SHUT_WR).
     fn tcp_shutdown(&mut self, sock: SockId);
+
+    /// What is known of the peer; `None` where the host's system does not tell, and for services.
+    fn tcp_peer(&mut self, sock: SockId) -> Option<Peer>;
+
+    /// Sends one keep-alive probe to the peer (RFC 9293 3.8.4). An answer shows in [`Effects::tcp_peer`]; that
+    /// there is none has no other effect.
+    fn tcp_probe(&mut self, sock: SockId);
 
     // ---- datagram sockets ---------------------------------------------------------------------------
     /// Opens a socket for one guest source port (endpoint-independent mapping, RFC 4787 REQ-1), for

@@ -65,7 +65,7 @@ impl Default for List {
 /// Which list.
 #[derive(Debug, Clone, Copy)]
 pub enum Chain {
-    /// One-shot flows (TCP: those in TIME-WAIT) of a port, least recently used first.
+    /// One-shot flows (TCP: those being opened or in TIME-WAIT) of a port, least recently used first.
     Lru = 0,
     /// Flows of a mapping.
     Siblings = 1,
@@ -110,7 +110,7 @@ pub struct Flow {
     pub mac: Mac,
     /// The outside opened it.
     pub inbound: bool,
-    /// TCP in TIME-WAIT: on the list of those that may be evicted.
+    /// TCP: on the list of those that may be evicted.
     pub parked: bool,
     /// When it was opened.
     pub opened: Time,

@@ -119,6 +119,9 @@ impl Core {
             self.base.drop(Drop::NoFlow);
             return;
         };
+        if key.proto == proto::TCP {
+            return self.connect_error(id, err, fx);
+        }
         let name = self.policy.name_of(err.dst.ip().to_canonical());
         let port = if key.proto == proto::UDP { err.dst.port() } else { 0 };
         let flow = name.and_then(|ip| self.flows.find(&Key { remote: SocketAddr::new(ip, port), ..key }));
@@ -208,7 +211,7 @@ fn requote(b: &mut [u8], key: &Key, id: u16, err: &DatagramError<'_>, payload: &
 }
 
 /// The error as it came from the network, or what the kernel's own word for it means.
-fn error_to_tell(err: &DatagramError<'_>, quoted: usize) -> Option<IcmpError> {
+pub(crate) fn error_to_tell(err: &DatagramError<'_>, quoted: usize) -> Option<IcmpError> {
     match (err.icmp_type, err.icmp_code) {
         (0, _) => Some(icmp_for(err.kind, quoted.max(28 + err.payload.len()))),
         (icmp::UNREACHABLE, icmp::unreachable::FRAG_NEEDED) => {

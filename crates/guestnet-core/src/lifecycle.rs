@@ -1,7 +1,8 @@
 //! Theory of operation: how records of the flow table come and go. A new flow must be admitted: within the
 //! port's cap, the table's, and for sockets the port's cap of those; one-shot datagram flows and TCP flows
-//! in TIME-WAIT of the same port make room, least recently used first, never anybody else's. Timers are
-//! lazy: a flow that is used only notes its new end, and the wheel finds out when the old one comes.
+//! that are being opened or in TIME-WAIT of the same port make room, least recently used first, never anybody
+//! else's. (A program that gave up on a connect says nothing; one that still waits repeats its SYN, which opens
+//! the flow again.) Timers are lazy: a flow that is used only notes its new end, and the wheel finds out when the old one comes.
 
 use crate::core::Core;
 use crate::effects::{Close, Effects, Event};
@@ -52,11 +53,16 @@ impl Core {
     }
 
     /// Puts an admitted flow in the table, counts it and tells of it.
-    pub(crate) fn open_flow<E: Effects>(&mut self, flow: Flow, fx: &mut E) -> FlowId {
+    pub(crate) fn open_flow<E: Effects>(&mut self, mut flow: Flow, fx: &mut E) -> FlowId {
         let Key { slot, proto, guest, remote } = flow.key;
         let inbound = flow.inbound;
+        let tcp = matches!(flow.state, State::Tcp(_));
+        flow.parked = tcp;
         let id = self.flows.insert(flow);
         if let Some(p) = self.ports.get_mut(slot) {
+            if tcp {
+                self.flows.push(&mut p.lru, Chain::Lru, id.index);
+            }
             p.flows += 1;
             p.counters.flows_opened += 1;
             fx.event(Event::FlowOpened { flow: id, port: p.id, proto, guest, remote, inbound });

@@ -35,7 +35,8 @@ pub struct Port {
     pub translated: u32,
     /// Mappings, each with one socket.
     pub sockets: u32,
-    /// One-shot flows and TCP flows in TIME-WAIT, least recently used first.
+    /// One-shot flows, and TCP flows that are being opened or in TIME-WAIT: what makes room for another flow,
+    /// least recently used first.
     pub lru: List,
     /// TCP flows that wait for the port to take frames again.
     pub waiting: List,
@@ -47,6 +48,8 @@ pub struct Port {
     pub service: Limiter,
     /// Questions about names that it waits for.
     pub asking: u32,
+    /// When the guest was last asked about all its idle TCP connections.
+    pub rechecked: Time,
     /// News of its addresses to the control side.
     pub news: Limiter,
     /// Frames of it that go to several ports.
@@ -147,6 +150,7 @@ impl Port {
             budget: Budget { used: 0, limit: limits.buffer_per_port },
             icmp: Limiter::new(limits.icmp_errors_per_second, now),
             service: Limiter::new(limits.service_datagrams_per_second, now),
+            rechecked: now,
             news: Limiter::new(NEWS_PER_SECOND, now),
             flood: Limiter::new(limits.floods_per_second, now),
             ip_id: 0,

@@ -3,10 +3,13 @@
 //! lends it the port's counters and budget and then does what its [`Fate`] and its wishes (a timer, the end
 //! of the batch, the port taking frames again) ask for.
 
+use crate::config::DatagramError;
 use crate::core::Core;
 use crate::effects::{Effects, SockError};
 use crate::emit::{Envelope, TTL};
 use crate::flow::{Chain, Flow, Key, State};
+use crate::gateway::IcmpError;
+use crate::icmp::error_to_tell;
 use crate::stats::Drop;
 use crate::switch::wire_drop;
 use crate::tcp::{Ctx, Fate, Path, Tcb, Timeouts};
@@ -16,8 +19,13 @@ use guestnet_wire::ether::Mac;
 use guestnet_wire::ipv4::{self, Ipv4};
 use guestnet_wire::parse::Packet;
 use guestnet_wire::tcp::{Options, Tcp, flags};
-use guestnet_wire::{checksum, proto, put};
+use guestnet_wire::{be16, checksum, proto, put};
 use std::net::{IpAddr, SocketAddr};
+
+/// How often a guest is asked about all its idle connections, and about how many of them at once; the others
+/// have timers of their own.
+const RECHECK_MS: u64 = 10_000;
+const RECHECK_MOST: usize = 1024;
 
 impl Core {
     /// A TCP segment of a guest to the gateway's MAC.
@@ -41,6 +49,12 @@ impl Core {
             if let Some(f) = self.flows.at_mut(index) {
                 f.mac = mac;
                 f.last = self.now;
+                if f.parked
+                    && let Some(port) = self.ports.get_mut(slot)
+                {
+                    self.flows.unlink(&mut port.lru, Chain::Lru, index);
+                    self.flows.push(&mut port.lru, Chain::Lru, index);
+                }
             }
             let payload = frame.get(p.payload..p.end).unwrap_or(&[]);
             let fate = self.with_index(index, fx, |tcb, cx| tcb.segment(cx, &seg, &options, payload));
@@ -85,10 +99,27 @@ impl Core {
             }
             Err(e) => return self.refuse(slot, mac, frame, p, Drop::HostError, icmp_for(e, 0), fx),
         };
-        let tcb = Tcb::outbound(id, sock, &seg, &options, self.isn(&key), self.tcp_timeouts(), self.now);
+        let tcb = Tcb::outbound(id, sock, &seg, &options, self.isn(&key), self.tcp_timeouts(), self.now)
+            .with_ip_id(be16(frame, p.l3 + 4));
         let id = self.open_flow(Flow::new(key, mac, false, self.now, State::Tcp(Box::new(tcb))), fx);
         self.wake_tcp(id.index);
         Ok(())
+    }
+
+    /// The guest on a port may have rebooted: it is asked about its idle connections, within a rate.
+    pub(crate) fn recheck<E: Effects>(&mut self, slot: u32, fx: &mut E) {
+        let now = self.now;
+        let Some(port) = self.ports.get_mut(slot).filter(|p| p.rechecked.plus_ms(RECHECK_MS) <= now) else {
+            return;
+        };
+        port.rechecked = now;
+        let of_port = |(id, f): (FlowId, &Flow)| {
+            (f.key.slot == slot && matches!(f.state, State::Tcp(_))).then_some(id.index)
+        };
+        let some: Vec<u32> = self.flows.iter().filter_map(of_port).take(RECHECK_MOST).collect();
+        for index in some {
+            self.with_index(index, fx, |tcb, cx| tcb.recheck(cx));
+        }
     }
 
     /// The timeouts that flows of this Network live by.
@@ -144,32 +175,71 @@ impl Core {
         let mut cx = Ctx { now, fx, counters: &mut port.counters, path: &path, budget: &mut port.budget };
         let fate = f(tcb, &mut cx);
         if fate == Fate::Live {
-            let (batch, waits, over) = (tcb.wants_batch_end(), tcb.waits_for_port(), tcb.is_over());
-            let park = over && !std::mem::replace(&mut flow.parked, over);
+            let (batch, waits) = (tcb.wants_batch_end(), tcb.waits_for_port() && !tcb.is_over());
+            // A flow that waits for the port is in that list alone, since it is in one at a time.
+            let park = tcb.may_be_evicted() && !waits;
+            let parked = std::mem::replace(&mut flow.parked, park);
             if batch {
                 self.flows.push(&mut self.batch, Chain::Siblings, index);
             }
-            if park {
-                // It waits for nothing but its end, and makes room for others when there is none.
-                self.flows.unlink(&mut port.waiting, Chain::Lru, index);
-                self.flows.push(&mut port.lru, Chain::Lru, index);
-            } else if waits && !over {
+            if parked != park {
+                let (from, to) = match park {
+                    true => (&mut port.waiting, Some(&mut port.lru)),
+                    false => (&mut port.lru, None),
+                };
+                self.flows.unlink(from, Chain::Lru, index);
+                if let Some(to) = to {
+                    self.flows.push(to, Chain::Lru, index);
+                }
+            }
+            if waits {
                 self.flows.push(&mut port.waiting, Chain::Lru, index);
             }
             self.wake_tcp(index);
             return Some(fate);
         }
-        let (key, mac) = (flow.key, flow.mac);
+        let (key, mac, id) = (flow.key, flow.mac, tcb.ip_id());
         self.close_flow(index, fx);
-        if let Fate::Unreachable { error, seq } = fate {
-            self.tell_unreachable(&key, mac, error, seq, fx);
+        match fate {
+            Fate::Unreachable { error, seq } => {
+                self.tell_unreachable(&key, mac, icmp_for(error, 0), None, seq, id, fx);
+            }
+            Fate::Forgotten => self.recheck(key.slot, fx),
+            Fate::Live | Fate::Closed | Fate::Reopen => {}
         }
         Some(fate)
     }
 
-    /// The connect failed in a way that only ICMP can tell: quotes the guest's SYN.
-    fn tell_unreachable<E: Effects>(&mut self, key: &Key, mac: Mac, error: SockError, seq: u32, fx: &mut E) {
+    /// A router or the destination answered a connect with an ICMP error: it goes on to the guest as it came, from
+    /// whoever sent it, and the connect is over.
+    pub(crate) fn connect_error<E: Effects>(&mut self, id: FlowId, err: &DatagramError<'_>, fx: &mut E) {
+        let Some(f) = self.flows.get_mut(id) else { return };
+        let State::Tcp(tcb) = &f.state else { return };
+        let Some(seq) = tcb.connecting() else { return };
+        let (key, mac, ip_id) = (f.key, f.mac, tcb.ip_id());
+        let Some(error) = error_to_tell(err, 40) else {
+            self.with_flow(id, fx, |tcb, cx| tcb.connected(cx, Err(err.kind)));
+            return;
+        };
+        self.close_flow(id.index, fx);
+        self.tell_unreachable(&key, mac, error, err.offender, seq, ip_id, fx);
+    }
+
+    /// The connect failed in a way that only ICMP can tell: quotes the guest's SYN. From the gateway, where nobody
+    /// else said so.
+    #[allow(clippy::too_many_arguments)] // The error, and what is quoted.
+    fn tell_unreachable<E: Effects>(
+        &mut self,
+        key: &Key,
+        mac: Mac,
+        error: IcmpError,
+        offender: Option<IpAddr>,
+        seq: u32,
+        id: u16,
+        fx: &mut E,
+    ) {
         let (Some(guest), Some(remote)) = (v4(key.guest.ip()), v4(key.remote.ip())) else { return };
+        let src = offender.and_then(|o| v4(self.policy.name_of(o.to_canonical())?));
         let mut quote = [0u8; 40];
         Ipv4 {
             src: guest,
@@ -177,7 +247,7 @@ impl Core {
             proto: proto::TCP,
             ttl: 1,
             tos: 0,
-            id: 0,
+            id,
             frag: ipv4::DF,
             payload_len: 20,
         }
@@ -185,8 +255,8 @@ impl Core {
         let (_, syn) = quote.split_at_mut(ipv4::MIN_LEN);
         let (src_port, dst_port) = (key.guest.port(), key.remote.port());
         Tcp { src_port, dst_port, seq, flags: flags::SYN, ..Tcp::default() }.emit(&Options::default(), syn);
-        let e = icmp_for(error, 0);
-        self.send_error(key.slot, mac, self.cfg.gateway4, guest, &quote, e, fx);
+        let src = src.unwrap_or(self.cfg.gateway4);
+        self.send_error(key.slot, mac, src, guest, &quote, error, fx);
     }
 
     /// Refuses a segment with a reset (RFC 9293 3.10.7.1), never one with RST set.

@@ -11,6 +11,7 @@ use crate::uplink::errors;
 use crate::uplink::forward::Listening;
 use crate::uplink::ping;
 use crate::uplink::sockets::{Sock, SockKind};
+use crate::uplink::tcp::trace;
 use crate::uplink::udp::{self, Inbox};
 use crate::worker::State;
 use guestnet_core::effects::{Close, Effects};
@@ -239,6 +240,15 @@ impl State {
                     }
                     tcp.connecting = false;
                     let error = if ready.has(HUNG_UP) { sys::take_error(&sock.fd) } else { 0 };
+                    if std::mem::take(&mut tcp.traced) {
+                        if error != 0 && self.drain_errors(ready.token) {
+                            // The core hears of it with who said so.
+                            return;
+                        }
+                        if let Some(sock) = self.io.socks.current(ready.token) {
+                            trace(&sock.fd, libc::AF_INET, false);
+                        }
+                    }
                     let result = if error == 0 { Ok(()) } else { Err(sys::sock_error(error)) };
                     self.core.tcp_connected(self.now, flow, result, &mut self.io);
                     if error != 0 {
@@ -336,12 +346,16 @@ impl State {
         }
     }
 
-    fn drain_errors(&mut self, token: Token) {
+    /// Reads the error queue of a socket; true when something was in it.
+    fn drain_errors(&mut self, token: Token) -> bool {
         let mut found = std::mem::take(&mut self.io.socks.errors);
+        let before = found.len();
         if let Some(sock) = self.io.socks.current(token) {
             errors::drain(sock, &mut found);
         }
+        let some = found.len() > before;
         self.io.socks.errors = found;
+        some
     }
 
     fn on_ping(&mut self, id: SockId, ready: Ready) {

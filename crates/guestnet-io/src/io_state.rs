@@ -14,7 +14,7 @@ use crate::sys;
 use crate::uplink::later::Done;
 use crate::uplink::sockets::{Sock, SockKind, Socks};
 use crate::uplink::tun::Tun;
-use guestnet_core::effects::{self, Close, Effects, Peek, SockError, TxError};
+use guestnet_core::effects::{self, Close, Effects, Peek, Peer, SockError, TxError};
 use guestnet_core::types::{FlowId, FrameMeta, PortId, SockId, Target, Time};
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
@@ -210,6 +210,14 @@ impl Effects for IoState {
 
     fn tcp_shutdown(&mut self, sock: SockId) {
         self.socks.tcp_shutdown(sock);
+    }
+
+    fn tcp_peer(&mut self, sock: SockId) -> Option<Peer> {
+        self.socks.tcp_peer(sock)
+    }
+
+    fn tcp_probe(&mut self, sock: SockId) {
+        self.socks.tcp_probe(sock);
     }
 
     fn udp_open(&mut self, flow: FlowId, like: SocketAddr) -> Result<SockId, SockError> {

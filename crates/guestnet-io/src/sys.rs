@@ -141,6 +141,41 @@ pub(crate) fn get_opt(fd: &OwnedFd, level: i32, name: i32) -> Result<i32, i32> {
     Ok(value)
 }
 
+/// Parts of TCP_INFO.
+pub(crate) struct TcpInfo {
+    /// Segments sent and not acknowledged.
+    pub unacked: u32,
+    /// Bytes never sent.
+    pub unsent: u32,
+    /// Segments received, those without data too.
+    pub segments_in: u32,
+}
+
+/// What the kernel knows of a connection. `None` where it does not tell all of it (before Linux 4.6).
+#[cfg(target_os = "linux")]
+pub(crate) fn tcp_info(fd: &OwnedFd) -> Option<TcpInfo> {
+    // struct tcp_info of linux/tcp.h, to which fields are only ever appended; libc has no more than the first.
+    const UNACKED: usize = 24;
+    const SEGMENTS_IN: usize = 140;
+    const UNSENT: usize = 144;
+    let mut info = [0u8; UNSENT + 4];
+    let mut len = info.len() as libc::socklen_t;
+    // SAFETY: `info` lives and is `len` bytes.
+    check(unsafe {
+        let value = info.as_mut_ptr().cast();
+        libc::getsockopt(fd.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, value, &mut len)
+    })
+    .ok()?;
+    let at = |at: usize| info.get(..len as usize)?.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes);
+    Some(TcpInfo { unacked: at(UNACKED)?, unsent: at(UNSENT)?, segments_in: at(SEGMENTS_IN)? })
+}
+
+/// What the kernel knows of a connection: nothing is asked here.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn tcp_info(_: &OwnedFd) -> Option<TcpInfo> {
+    None
+}
+
 /// Lets a socket have only what a classic BPF program says (socket(7)).
 pub(crate) fn attach_filter(fd: &OwnedFd, program: &mut [libc::sock_filter]) -> Result<(), i32> {
     let prog = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };

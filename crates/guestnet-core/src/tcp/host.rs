@@ -51,6 +51,10 @@ impl Tcb {
 
     /// Ends the flow when both directions are closed and acknowledged.
     pub(super) fn close_if_done<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Result<(), Fate> {
+        if self.state == State::Open && self.shut && self.guest_is_gone() {
+            self.finish(cx, Close::Graceful);
+            return Err(Fate::Closed);
+        }
         if self.state != State::Open || !self.shut || !self.fin_acked {
             return Ok(());
         }

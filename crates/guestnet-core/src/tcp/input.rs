@@ -141,6 +141,9 @@ impl Tcb {
             (seq.lt(self.rcv_adv) && self.rcv_nxt.lt(seq.plus(len))) || at_edge
         };
         if rst {
+            if at_edge && self.answers_probe(seg) {
+                return self.guest_forgot(cx);
+            }
             if at_edge && self.state == State::Open && self.guest_fin && self.fin_sent && self.flight() <= 1 {
                 // CLOSING or LAST-ACK with at most our FIN unacknowledged: the guest's stack has forgotten a
                 // flow that is over for it (RFC 9293 3.10.7.4). What we acknowledged still goes out, and the
@@ -161,6 +164,10 @@ impl Tcb {
             }
             return Ok(());
         }
+        if !acceptable && self.is_keep_alive(seg, len as usize) {
+            self.pass_keep_alive(cx);
+            return Ok(());
+        }
         if !acceptable {
             return self.unacceptable(cx, len as usize, fin);
         }
@@ -173,7 +180,7 @@ impl Tcb {
             cx.counters.drop(Drop::Malformed);
             return Ok(());
         }
-        self.last_seen = cx.now;
+        self.note_heard(cx.now, len);
         if let Some((value, _)) = options.timestamps
             && self.ts_on
             && seq.le(self.last_ack)

@@ -14,12 +14,13 @@
 //!
 //! Each entry point returns a [`Fate`]. Unless it is [`Fate::Live`], the socket was closed and the buffer's
 //! bytes were given back, and the record must go. Files: [`input`] (segments), [`output`] (frames),
-//! [`timers`] (retransmission, idle), [`host`] (the socket's side), [`buffer`] (what waits for the socket),
+//! [`timers`] (retransmission, idle), [`keepalive`] (are both ends there), [`host`] (the socket's side), [`buffer`] (what waits for the socket),
 //! [`seq`], [`types`] (what callers hand in and get back).
 
 mod buffer;
 mod host;
 mod input;
+mod keepalive;
 mod output;
 mod seq;
 mod thin;
@@ -32,6 +33,7 @@ use crate::effects::{Close, Effects, SockError};
 use crate::types::{FlowId, SockId, Time};
 use buffer::Buffer;
 use guestnet_wire::tcp::{Options, Tcp};
+use keepalive::KeepAlive;
 use seq::Seq;
 
 /// Bytes that wait for one host socket at most, and so the largest window offered.
@@ -94,6 +96,7 @@ pub struct Tcb {
     /// Acknowledged, but not yet discarded from the socket (done once per batch).
     undiscarded: u32,
     mss: u16,
+    ip_id: u16,
     snd_shift: u8,
     rcv_shift: u8,
     dup_acks: u8,
@@ -146,6 +149,8 @@ pub struct Tcb {
     heard: bool,
     wants_batch: bool,
     waits_port: bool,
+    // ---- both ends
+    keep: Option<Box<KeepAlive>>,
     // ---- totals
     bytes_out: u64,
     bytes_in: u64,
@@ -176,6 +181,7 @@ impl Tcb {
             recover: iss,
             undiscarded: 0,
             mss: DEFAULT_MSS,
+            ip_id: 0,
             snd_shift: 0,
             rcv_shift: 0,
             dup_acks: 0,
@@ -212,6 +218,7 @@ impl Tcb {
             heard: false,
             wants_batch: false,
             waits_port: false,
+            keep: None,
             bytes_out: 0,
             bytes_in: 0,
         }
@@ -232,6 +239,25 @@ impl Tcb {
         let mut t = Tcb::new(flow, sock, State::Connecting, isn, timeouts, now);
         t.take_syn(syn, options);
         t
+    }
+
+    /// With the identification of the SYN's packet, for the quotation in an ICMP error.
+    #[must_use]
+    pub fn with_ip_id(mut self, id: u16) -> Tcb {
+        self.ip_id = id;
+        self
+    }
+
+    /// The identification of the packet that carried the guest's SYN.
+    #[must_use]
+    pub fn ip_id(&self) -> u16 {
+        self.ip_id
+    }
+
+    /// While the host's connect is under way, the sequence number of the guest's SYN.
+    #[must_use]
+    pub fn connecting(&self) -> Option<u32> {
+        (self.state == State::Connecting).then_some(self.rcv_nxt.minus(1).0)
     }
 
     /// A flow that the outside opens: `sock` was accepted. [`Tcb::start`] sends the SYN.
@@ -473,7 +499,7 @@ impl Tcb {
 
     /// Sends what is due: new data or FIN, else the ACK alone.
     fn flush<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Fate {
-        if self.state == State::Open {
+        if self.state == State::Open && !self.guest_is_gone() {
             if self.sock_open && self.undiscarded > 0 {
                 cx.fx.tcp_discard(self.sock, self.undiscarded as usize);
                 self.undiscarded = 0;

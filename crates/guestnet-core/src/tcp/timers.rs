@@ -3,6 +3,7 @@
 //! (RFC 9293 3.8.6.1). The idle limit is a distance from the last segment seen, so traffic never re-arms
 //! anything: [`Tcb::deadline`] says when to look again, and [`Tcb::timer`] looks what is due.
 
+use super::keepalive::ORPHAN_MS;
 use super::{Ctx, Fate, Path, State, Tcb};
 use crate::effects::{Close, Effects, SockError};
 use crate::types::Time;
@@ -29,26 +30,33 @@ impl Tcb {
     /// When [`Tcb::timer`] is due. It only moves closer within a call of the Tcb, so ask after each.
     #[must_use]
     pub fn deadline(&self) -> Option<Time> {
-        let idle = self.idle_at();
-        Some([self.retry_at, self.ack_at].into_iter().flatten().fold(idle, Time::min))
+        let first = if self.state == State::Open { self.check_at() } else { self.idle_at() };
+        Some([self.retry_at, self.ack_at].into_iter().flatten().fold(first, Time::min))
     }
 
-    fn idle_at(&self) -> Time {
+    pub(super) fn idle_at(&self) -> Time {
         let t = &self.timeouts;
         let ms = match self.state {
             State::Connecting | State::SynSent | State::SynReceived => t.transitory_ms,
             // A slow socket may take its time for what the guest sent before it closed.
             State::Open if self.guest_fin && self.fin_sent && self.shut => t.transitory_ms,
+            State::Open if self.guest_is_done() => t.established_ms.min(ORPHAN_MS),
             State::Open => t.established_ms,
             State::TimeWait => t.time_wait_ms,
         };
-        self.last_seen.plus_ms(u64::from(ms))
+        self.alive_at().plus_ms(u64::from(ms))
     }
 
     /// Does what is due at `cx.now`; early calls do nothing.
     pub fn timer<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Fate {
         if self.idle_at() <= cx.now {
             return self.idled(cx);
+        }
+        if self.state == State::Open
+            && self.check_at() <= cx.now
+            && let Err(fate) = self.check_ends(cx)
+        {
+            return fate;
         }
         if self.ack_at.is_some_and(|at| at <= cx.now) {
             self.ack_at = None;

@@ -85,6 +85,8 @@ pub enum Fate {
     Live,
     /// It is over, the socket is closed; the record goes.
     Closed,
+    /// As `Closed`: the guest knew nothing of an open connection any more, and perhaps nothing of others.
+    Forgotten,
     /// The connect failed in a way that ICMP tells: the record goes, and the guest is to get a destination
     /// unreachable that quotes its SYN.
     Unreachable {

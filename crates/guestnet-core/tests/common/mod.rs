@@ -3,7 +3,7 @@
 //! of a closed or unknown socket, and a peek that breaks its contract, fail the test at once.
 #![allow(dead_code, missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use guestnet_core::effects::{Close, Effects, Event, Peek, SockError, TxError};
+use guestnet_core::effects::{Close, Effects, Event, Peek, Peer, SockError, TxError};
 use guestnet_core::types::{FlowId, FrameMeta, PortId, SockId, Target};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -55,6 +55,14 @@ pub struct MockSock {
     pub tells_last: bool,
     /// What `tcp_peek` fails with.
     pub peek_error: Option<SockError>,
+    /// What `tcp_peer` counts.
+    pub segments_in: u32,
+    /// What was sent is not acknowledged.
+    pub busy: bool,
+    /// The socket tells nothing of its peer.
+    pub peer_unknown: bool,
+    /// Keep-alive probes sent to the peer.
+    pub probes: usize,
     /// SHUT_WR was done.
     pub shut: bool,
     pub closed: Option<Close>,
@@ -278,6 +286,15 @@ impl Effects for Mock {
         let s = self.live(sock);
         assert!(!s.shut, "shut down twice");
         s.shut = true;
+    }
+
+    fn tcp_peer(&mut self, sock: SockId) -> Option<Peer> {
+        let s = self.live(sock);
+        (!s.peer_unknown).then_some(Peer { segments_in: s.segments_in, busy: s.busy })
+    }
+
+    fn tcp_probe(&mut self, sock: SockId) {
+        self.live(sock).probes += 1;
     }
 
     fn udp_open(&mut self, flow: FlowId, _like: SocketAddr) -> Result<SockId, SockError> {

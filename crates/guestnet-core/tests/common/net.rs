@@ -122,6 +122,37 @@ impl Net {
         fired
     }
 
+    /// A guest opens a TCP connection, up to the last ACK of the handshake.
+    #[track_caller]
+    pub fn open_tcp(&mut self, port: PortId, from: u16, to: &str) -> (FlowId, SockId) {
+        self.try_open_tcp(port, from, to).expect("a connect")
+    }
+
+    /// As [`Net::open_tcp`]; `None` when it is refused.
+    pub fn try_open_tcp(&mut self, port: PortId, from: u16, to: &str) -> Option<(FlowId, SockId)> {
+        let before = self.fx.connects.len();
+        self.send(port, syn(port, from, to));
+        let (flow, sock) = *self.fx.connects.get(before)?;
+        self.fx.frames.clear();
+        self.core.tcp_connected(self.now, flow, Ok(()), &mut self.fx);
+        let isn = Tcp::parse(read(&self.fx.take()[0]).l4()).unwrap().seq;
+        self.segment(port, from, to, 1001, isn.wrapping_add(1), guestnet_wire::tcp::flags::ACK);
+        Some((flow, sock))
+    }
+
+    /// A TCP segment of a guest, without data.
+    pub fn segment(&mut self, port: PortId, from: u16, to: &str, seq: u32, ack: u32, flags: u8) {
+        let to = addr(to);
+        let seg =
+            Tcp { src_port: from, dst_port: to.port(), seq, ack, flags, window: 65535, ..Tcp::default() };
+        self.send(port, tcp_frame(&Ip4::new(port, to.ip(), proto::TCP), &seg, &[]));
+    }
+
+    /// The states of all flows with the guest's port, in the order of the table.
+    pub fn states(&self) -> Vec<(u16, &'static str)> {
+        self.core.flows().map(|f| (f.guest.port(), f.state)).collect()
+    }
+
     pub fn drops(&self, why: Drop) -> u64 {
         self.core.counters().drops[why as usize]
     }

@@ -57,7 +57,13 @@ fn half_closed_for_an_hour_still_carries_data() {
     let mut s = Sim::open();
     s.send("F. 1 ack 1");
     s.recv(". 1 ack 2");
-    s.pass(3_600_000);
+    for _ in 0..60 {
+        s.pass(60_000);
+        if s.take().len() == 1 {
+            // Asked whether it is still there.
+            s.send(". 2 ack 1");
+        }
+    }
     s.live();
     s.host_writes(10);
     s.recv("P. 1:11 ack 2");
@@ -106,7 +112,7 @@ fn the_fin_is_sent_again() {
     assert!(s.take().iter().all(|f| f.payload.is_empty()));
     s.send(". 1 ack 12");
     assert_eq!(s.tcb.state_name(), "fin_wait_2");
-    s.pass(600_000);
+    s.pass(299_000);
     s.silent();
 }
 
@@ -233,12 +239,12 @@ fn idle_limits() {
     let mut s = Sim::open();
     s.pass(7_439_000);
     s.live();
-    // A keep-alive of the guest is answered and counts.
+    s.take();
+    // A keep-alive of the guest counts.
     s.send(". 0 ack 1");
-    s.recv(". 1 ack 1");
     s.pass(7_439_000);
     s.live();
-    s.silent();
+    s.take();
     s.pass(1_000);
     s.recv("R. 1 ack 1");
     s.closed(Close::Reset);

@@ -10,5 +10,6 @@ mod blind;
 mod closing;
 mod download;
 mod hostile;
+mod keepalive;
 mod opening;
 mod upload;

@@ -248,6 +248,9 @@ impl Sim {
     pub fn kick(&mut self) {
         call!(self, kick);
     }
+    pub fn recheck(&mut self) {
+        call!(self, recheck);
+    }
     pub fn connected(&mut self, result: Result<(), SockError>) {
         call!(self, connected, result);
     }
@@ -428,6 +431,12 @@ impl Sim {
         if self.tcb.state_name() != "time_wait" {
             assert_eq!(self.fate, Fate::Closed);
         }
+    }
+
+    /// The guest knew nothing of the open flow any more.
+    #[track_caller]
+    pub fn forgotten(&mut self) {
+        assert_eq!((self.host().closed, self.fate), (Some(Close::Reset), Fate::Forgotten));
     }
 
     #[track_caller]

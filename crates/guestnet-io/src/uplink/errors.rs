@@ -1,5 +1,5 @@
-//! Theory of operation: what the kernel's error queue (IP_RECVERR) holds for datagram sockets: ICMP errors
-//! with the packet that they quote, and errors that arose on this host. They are read out as plain records,
+//! Theory of operation: what the kernel's error queue (IP_RECVERR) holds for datagram sockets, and for TCP
+//! connects under way whose TTL is small: ICMP errors with the packet that they quote, and errors that arose on this host. They are read out as plain records,
 //! because they come up both on their own and in the middle of sending.
 
 // recvmsg takes raw pointers.
@@ -51,7 +51,7 @@ impl LateError {
     }
 }
 
-/// Reads the error queue of a datagram socket. Returns the MTU that a local "too big" told of, 0 for none.
+/// Reads the error queue of a socket. Returns the MTU that a local "too big" told of, 0 for none.
 pub(crate) fn drain(sock: &Sock, out: &mut Vec<LateError>) -> u16 {
     let mut local_mtu = 0;
     let mut buf = [0u8; 2048];

@@ -9,7 +9,7 @@ use super::sockets::{Sock, SockKind, Socks};
 use crate::poller::Poller;
 use crate::stats::IoCounters;
 use crate::sys::{self, RawAddr};
-use guestnet_core::effects::{Peek, SockError};
+use guestnet_core::effects::{Peek, Peer, SockError};
 use guestnet_core::types::{FlowId, PortId, SockId, Target};
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -24,6 +24,9 @@ const SMALL: usize = 2048;
 const KEEP_MAX: usize = 2 * SMALL;
 /// Bytes of all connections that are kept at most; beyond it they are peeked.
 const KEEP_ALL_MAX: usize = 4 << 20;
+/// The largest that Linux takes for the interval of keep-alive probes, in seconds, and their number.
+const KEEP_INTERVAL_MAX: i32 = 32767;
+const KEEP_COUNT_MAX: i32 = 127;
 /// The first send of a connection goes at once whatever its options, if it is one segment (RFC 9293 3.7.1).
 const SEGMENT_MIN: usize = 536;
 
@@ -40,6 +43,10 @@ pub(crate) struct TcpSock {
     pub ended: bool,
     /// It sent urgent data, at which the kernel ends a read.
     pub urgent: bool,
+    /// Errors of the connect are read with who sent them (IP_RECVERR).
+    pub traced: bool,
+    /// Keep-alive probes can be sent.
+    probed: bool,
     /// The last read was a large one.
     bulk: bool,
     /// Something was sent.
@@ -111,6 +118,7 @@ impl Socks {
             Target::Service(id, _) => (libc::AF_UNIX, *self.services.get(&id.0).ok_or(SockError::Refused)?),
         };
         let fd = sys::socket(family, libc::SOCK_STREAM, 0).map_err(sys::sock_error)?;
+        let mut traced = false;
         if let Target::Service(_, port) = target {
             name(&fd, port);
         } else {
@@ -118,6 +126,7 @@ impl Socks {
             // A guest's TTL matters when it is small (traceroute); the host's own will do for another's.
             if ttl.saturating_add(1) < self.ttl {
                 super::udp::set_ttl(&fd, family == libc::AF_INET6, ttl);
+                traced = trace(&fd, family, true);
             }
         }
         let outcome = match sys::connect(&fd, &addr) {
@@ -128,7 +137,7 @@ impl Socks {
             Err(e) => Some(Err(sys::sock_error(e))),
         };
         let unix = family == libc::AF_UNIX;
-        let tcp = TcpSock { connecting: outcome.is_none(), unix, ..TcpSock::default() };
+        let tcp = TcpSock { connecting: outcome.is_none(), traced, unix, ..TcpSock::default() };
         let failed = matches!(outcome, Some(Err(_)));
         let sock = Sock { fd, flow: Some(flow), kind: SockKind::Tcp(tcp) };
         // An unconnected socket is always "hung up"; nothing is to be heard from one that failed.
@@ -319,6 +328,29 @@ impl Socks {
         }
     }
 
+    /// What the kernel knows of the other end.
+    pub(crate) fn tcp_peer(&self, id: SockId) -> Option<Peer> {
+        let Some(Sock { fd, kind: SockKind::Tcp(tcp), .. }) = self.get(id) else { return None };
+        let info = if tcp.unix { None } else { sys::tcp_info(fd) }?;
+        let busy = info.unacked > 0 || info.unsent > 0 || !tcp.waiting.is_empty();
+        Some(Peer { segments_in: info.segments_in, busy })
+    }
+
+    /// Sends one keep-alive probe: the idle time that is set has passed already, so the kernel's timer fires at
+    /// once. By itself it sends none for hours, and never gives up.
+    pub(crate) fn tcp_probe(&mut self, id: SockId) {
+        let Some(Sock { fd, kind: SockKind::Tcp(tcp), .. }) = self.get_mut(id) else { return };
+        if tcp.unix {
+            return;
+        }
+        if !std::mem::replace(&mut tcp.probed, true) {
+            let _best_effort = sys::set_opt(fd, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1);
+            let _best_effort = sys::set_opt(fd, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, KEEP_INTERVAL_MAX);
+            let _best_effort = sys::set_opt(fd, libc::IPPROTO_TCP, libc::TCP_KEEPCNT, KEEP_COUNT_MAX);
+        }
+        let _best_effort = sys::set_opt(fd, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, 1);
+    }
+
     pub(crate) fn tcp_shutdown(&mut self, id: SockId) {
         let all = self.send_waiting(id);
         let Some(Sock { fd, kind: SockKind::Tcp(tcp), .. }) = self.slab.get_mut(id.0) else { return };
@@ -341,6 +373,11 @@ impl TcpSock {
     pub(crate) fn kept(&self) -> usize {
         self.kept.len()
     }
+}
+
+/// Has ICMP errors of a connect kept with their sender, or no more. On an open connection they would end it.
+pub(crate) fn trace(fd: &OwnedFd, family: i32, on: bool) -> bool {
+    family == libc::AF_INET && sys::set_opt(fd, libc::IPPROTO_IP, libc::IP_RECVERR, i32::from(on)).is_ok()
 }
 
 fn set_offset(fd: &OwnedFd, tcp: &mut TcpSock, offset: usize) -> bool {
