@@ -319,7 +319,8 @@ class NatEngine:
         self, packet: Any, direction: NatDirection, *, offset: int = 0, now: float | None = None
     ) -> NatResult:
         """Translates the IP packet that starts at `offset` of a writable buffer (14 behind Ethernet). `now`
-        is in seconds; None asks the clock. Where the result is not to be sent, no byte has changed."""
+        is in seconds; None asks the clock. Unless the result is translated, hairpinned or fragmented, no byte
+        has changed."""
         return _RESULTS[self._native.translate(packet, direction.value, self._now(now), offset)]
 
     def translate_frame(

@@ -89,6 +89,60 @@ proptest! {
     }
 
     #[test]
+    fn no_byte_changes_unless_the_result_says_so(
+        ops in prop::collection::vec((0u8..10, 0usize..1400, 0usize..11, any::<bool>(), 0u8..5), 1..60),
+        (outside, inside, room) in (68u16..1500, 68u16..1500, 0usize..20_000),
+    ) {
+        let mut lab = Lab::new(|c| {
+            (c.mtu_outside, c.mtu_inside, c.output_bytes) = (outside, inside, room);
+            (c.filtering_udp, c.filtering_tcp) = (Behaviour::EndpointIndependent, Behaviour::EndpointIndependent);
+        });
+        let (a, b, x) = (at("192.168.64.2:50000"), at("192.168.64.3:50001"), at("198.51.100.1:80"));
+        let ext = |of: SocketAddrV4| SocketAddrV4::new(ip(EXT), of.port());
+        for of in [a, b] {
+            lab.nat.translate(&mut udp_packet(of, x, b"").bytes(), Outbound, Time(0));
+        }
+        for (kind, size, words, dont_fragment, fate) in ops {
+            let data = vec![size as u8; size];
+            // `send` compares the bytes with what the result says.
+            let (packet, way) = match kind {
+                0 => (udp_packet(a, x, &data), Outbound),
+                1 => (udp_packet(x, ext(a), &data), Inbound),
+                2 => (udp_packet(a, ext(b), &data), Outbound),
+                3 => (tcp_packet(b, ext(a), SYN, &data), Outbound),
+                _ => {
+                    // An error about a packet that was sent: from outside, from a guest, and about a hairpin.
+                    let about = [(x, ext(a)), (x, a), (ext(b), a)][usize::from(kind) % 3];
+                    let (src, dst, way) = match kind % 3 {
+                        0 => (*x.ip(), ip(EXT), Inbound),
+                        1 => (*a.ip(), *x.ip(), Outbound),
+                        _ => (*a.ip(), ip(EXT), Outbound),
+                    };
+                    let (src_of_quote, dst_of_quote) = if kind % 3 == 0 { (about.1, about.0) } else { about };
+                    let quote = udp_packet(src_of_quote, dst_of_quote, &data).bytes();
+                    let bytes = error(&src.to_string(), &dst.to_string(), 3, 3, [0; 4], &quote);
+                    (IpPacket::new(src, dst, 1, bytes[20..].to_vec()), way)
+                }
+            };
+            let options = vec![1; 4 * words];
+            let mut packet = packet.options(&options).id(size as u16);
+            if dont_fragment {
+                packet = packet.df();
+            }
+            if fate == 4 && packet.payload.len() > 64 {
+                for f in packet.fragments(64).iter().rev() {
+                    lab.send(f, way);
+                }
+            } else {
+                lab.send(&packet.bytes(), way);
+            }
+            if fate == 0 {
+                while lab.nat.poll_output().is_some() {}
+            }
+        }
+    }
+
+    #[test]
     fn the_mirrored_reply_restores_the_original(p in packet()) {
         let mut lab = Lab::new(|c| c.decrement_ttl = false);
         let (r, q) = lab.send(&p, Outbound);
@@ -233,6 +287,34 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn a_packet_without_room_for_its_fragments_is_unchanged() {
+    // Each of 8 bytes of data has a header of 60; there is room for the packet, and not for that.
+    let mut lab = Lab::new(|c| {
+        (c.mtu_outside, c.mtu_inside, c.output_bytes) = (68, 68, 10_000);
+        c.filtering_udp = Behaviour::EndpointIndependent;
+    });
+    let (a, x) = (at("192.168.64.2:50000"), at("198.51.100.1:80"));
+    let ext = lab.map(&udp_packet(a, x, b"").bytes());
+    for (packet, way) in [
+        (udp_packet(a, x, &[7; 1200]), Outbound),
+        (udp_packet(x, ext, &[7; 1200]), Inbound),
+        (udp_packet(a, ext, &[7; 1200]), Outbound),
+    ] {
+        let before = lab.nat.stats().drops_for(guestnet_core::stats::Drop::BufferLimit);
+        let packet = packet.options(&[1; 40]);
+        let (r, bytes) = lab.send(&packet.bytes(), way);
+        assert_eq!(r, Dropped(guestnet_core::stats::Drop::BufferLimit));
+        assert_eq!(bytes, packet.bytes());
+        assert_eq!(lab.nat.stats().drops_for(guestnet_core::stats::Drop::BufferLimit), before + 1);
+        // A fragment of a packet, too, and the rest of the engine is as it was.
+        assert_eq!(lab.nat.output_len(), 0);
+    }
+    let cut = udp_packet(a, x, &[7; 100]).options(&[1; 40]);
+    assert_eq!(lab.out(&cut.bytes()), Fragmented);
+    assert!(lab.nat.output_len() > 10);
 }
 
 fn lab_translate(nat: &mut NatEngine, p: &[u8]) -> Vec<u8> {

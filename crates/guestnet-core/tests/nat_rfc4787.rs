@@ -71,6 +71,34 @@ fn rfc4787_req3a_port_range_class() {
 }
 
 #[test]
+fn rfc4787_req2_a_port_that_is_published_on_another_address_keeps_that_one() {
+    let mut lab = Lab::new(|c| c.external = vec![ip("203.0.113.1"), ip("203.0.113.2")]);
+    let first = *lab.map(&udp(A1000, "198.51.100.1:1")).ip();
+    let other = if first == ip("203.0.113.1") { "203.0.113.2:53" } else { "203.0.113.1:53" };
+    lab.nat.add_forward(17, at(other), at("192.168.64.2:53")).unwrap();
+    assert_eq!(lab.map(&udp("192.168.64.2:53", "198.51.100.1:9")), at(other));
+    assert_eq!(*lab.map(&udp("192.168.64.2:50001", "198.51.100.1:1")).ip(), first);
+}
+
+#[test]
+fn rfc4787_req3a_where_the_range_has_such_ports() {
+    let mut lab = Lab::default();
+    assert!(lab.map(&udp("192.168.64.2:500", "198.51.100.1:1")).port() >= 49152, "the default has none");
+    let mut lab = Lab::new(|c| c.ports = (1022, 65535));
+    let low =
+        |lab: &mut Lab, port| lab.map(&udp(&format!("192.168.64.2:{port}"), "198.51.100.1:1")).port() < 1024;
+    assert_eq!([500, 501, 502].map(|port| low(&mut lab, port)), [true, true, false]);
+}
+
+#[test]
+fn rfc4787_req4_parity_ends_with_the_ports_that_have_it() {
+    let mut lab = Lab::new(|c| c.ports = (60_000, 60_003));
+    let odd =
+        |lab: &mut Lab, port| lab.map(&udp(&format!("192.168.64.2:{port}"), "198.51.100.1:1")).port() % 2;
+    assert_eq!([2000, 2002, 2004].map(|port| odd(&mut lab, port)), [0, 0, 1]);
+}
+
+#[test]
 fn rfc4787_req4_parity() {
     let mut lab = Lab::default();
     for port in 2000..2100u16 {

@@ -127,6 +127,17 @@ fn rfc5382_req4_unsolicited_syn_is_refused_after_six_seconds() {
 }
 
 #[test]
+fn rfc5382_req4_more_than_128_unsolicited_syns_are_dropped_in_silence() {
+    let mut lab = Lab::new(|c| c.icmp_errors_per_second = 1000);
+    for port in 0..200 {
+        lab.inn(&tcp(&format!("198.51.100.1:{}", 1000 + port), "203.0.113.1:50000", SYN));
+    }
+    lab.wait(7);
+    let told: Vec<u16> = lab.output().iter().map(|(_, p)| src(&p[28..]).port()).collect();
+    assert_eq!(told, (1000..1128).collect::<Vec<u16>>());
+}
+
+#[test]
 fn rfc5382_req5_established_lives_over_two_hours() {
     let mut lab = Lab::default();
     let ext = established(&mut lab);

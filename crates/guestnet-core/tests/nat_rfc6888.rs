@@ -302,6 +302,13 @@ fn rfc6888_req11_full_table() {
 }
 
 #[test]
+fn rfc6888_req15_a_port_that_is_kept_is_the_guests_own() {
+    let mut lab = Lab::default();
+    assert_eq!(lab.map(&udp(&guest(2, 50_000), X)).port(), 50_000);
+    assert_ne!(lab.map(&udp(&guest(3, 50_000), X)).port(), 50_000, "taken: another is drawn");
+}
+
+#[test]
 fn rfc6888_req15_unguessable_ports() {
     let ports = |secret: u8| -> Vec<u16> {
         let mut lab = Lab::new(|c| {

@@ -420,7 +420,8 @@ impl NatEngine {
                 self.icmp_error(back, src, p, icmp::UNREACHABLE, code, [0, 0, m[0], m[1]]);
                 return Some(NatResult::TooBig(mtu));
             }
-            if !self.output.has_room(v.src, v.total + v.total / 4 + 1024) {
+            // Now, while the packet can still be left as it is.
+            if !self.output.has_room(v.src, Output::cut_bytes(v, usize::from(mtu))) {
                 return Some(NatResult::Dropped(Drop::BufferLimit));
             }
         }
@@ -453,7 +454,8 @@ impl NatEngine {
         self.large.map_or(v.total, usize::from)
     }
 
-    /// The last steps of a packet whose addresses are done: TTL, and fragments where it is too big.
+    /// The last steps of a packet whose addresses are done: TTL, and fragments where it is too big. There is room for
+    /// those: [`NatEngine::blocked`] has looked, and nothing was sent since.
     pub(super) fn finish(&mut self, p: &mut [u8], v: &View, to: NatDirection, done: NatResult) -> NatResult {
         if self.config.decrement_ttl {
             packet::decrement_ttl(p);

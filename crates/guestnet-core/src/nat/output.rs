@@ -141,6 +141,17 @@ impl Output {
         self.push(direction, from, p)
     }
 
+    /// Bytes of data in a fragment of a packet for an MTU of at least 68.
+    fn piece(v: &View, mtu: usize) -> usize {
+        (mtu.saturating_sub(v.ihl) & !7).max(8)
+    }
+
+    /// The most bytes that a packet has in fragments for an MTU.
+    pub fn cut_bytes(v: &View, mtu: usize) -> usize {
+        let data = v.total.saturating_sub(v.ihl);
+        data + data.div_ceil(Output::piece(v, mtu)) * v.ihl
+    }
+
     /// Cuts a packet, on the account of its sender, in fragments of at most `mtu` bytes, in order. False when
     /// there is no room for all.
     pub fn fragment(&mut self, direction: NatDirection, p: &[u8], v: &View, mtu: usize) -> bool {
@@ -148,8 +159,8 @@ impl Output {
         let (base, more) = v.fragment.unwrap_or((0, false));
         let first = p.get(..v.ihl).unwrap_or(&[]).to_vec();
         let later = copied_options(&first);
-        let room = mtu.saturating_sub(first.len()) & !7;
-        if room < 8 || !self.has_room(v.src, data.len() + data.len().div_ceil(room) * v.ihl) {
+        let room = Output::piece(v, mtu);
+        if !self.has_room(v.src, Output::cut_bytes(v, mtu)) {
             return false;
         }
         let mut at = 0;
