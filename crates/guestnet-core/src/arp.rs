@@ -152,7 +152,8 @@ impl Core {
     /// Asks the guest on a port for an address.
     pub(crate) fn ask<E: Effects>(&mut self, slot: u32, ip: IpAddr, fx: &mut E) {
         let IpAddr::V4(target) = ip else { return };
-        if !self.arp.allow(self.now) {
+        let now = self.now;
+        if !self.ports.get_mut(slot).is_some_and(|p| p.asks.allow(now)) {
             self.drop_at(slot, Drop::RateLimit);
             return;
         }

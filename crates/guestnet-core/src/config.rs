@@ -52,7 +52,7 @@ pub struct Limits {
     /// The same holds for `flows`.
     pub descriptors: u32,
     /// Inbound flows and datagrams that wait for a guest's answer to ARP, all ports together; of one port a
-    /// quarter of it.
+    /// quarter of it at most, and no more than it leaves to others.
     pub neighbour_waiting: u32,
     /// Bytes of DNS answers that are kept, all ports together; some 15,000 ordinary ones in 4 MiB.
     pub name_bytes: usize,

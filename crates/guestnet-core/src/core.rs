@@ -7,7 +7,6 @@ use crate::config::{AddressInUse, CoreConfig, DatagramError, FlowInfo, ForwardSp
 use crate::dns::Names;
 use crate::effects::{Effects, SockError};
 use crate::flow::List;
-use crate::limiter::Limiter;
 use crate::neighbour::{Binding, Neighbours};
 use crate::policy::Policy;
 use crate::port::{Port, Ports};
@@ -52,8 +51,6 @@ pub struct Core {
     pub(crate) piece: Vec<u8>,
     /// Timers that fired, while they are worked off.
     due: Vec<u32>,
-    /// ARP requests of the gateway.
-    pub(crate) arp: Limiter,
     /// What belongs to no port, and what ports that are gone had counted.
     pub(crate) base: Counters,
     /// Where the ports are shared out among several cores.
@@ -94,7 +91,6 @@ impl Core {
             scratch: vec![0; FRAME_MAX],
             piece: Vec::with_capacity(2048),
             due: Vec::new(),
-            arp: Limiter::new(1000, now),
             base: Counters::default(),
             sharing: None,
             now,

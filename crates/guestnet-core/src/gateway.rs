@@ -8,11 +8,11 @@ use crate::effects::{Effects, Event};
 use crate::emit::{Envelope, TTL};
 use crate::reassembly::Outcome;
 use crate::stats::Drop;
-use crate::switch::wire_drop;
-use crate::types::FrameMeta;
+use crate::switch::{largest, wire_drop};
+use crate::types::{Csum, FrameMeta};
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::parse::{self, Packet};
-use guestnet_wire::{icmp, ipv4, proto, put};
+use guestnet_wire::{icmp, ipv4, proto, put, segment};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 /// Bytes of an ICMP error in all, IP header included (RFC 1812 4.3.2.3).
@@ -61,8 +61,8 @@ impl Core {
                 return Ok(());
             }
             let outcome = self.reassembly.add(self.now, slot, frame, p, f);
-            for _ in 0..std::mem::take(&mut self.reassembly.evicted) {
-                self.drop_at(slot, Drop::Reassembly);
+            while let Some(loser) = self.reassembly.evicted.pop() {
+                self.drop_at(loser, Drop::Reassembly);
             }
             let Outcome::Complete(mut whole) = outcome else {
                 return if outcome == Outcome::Held { Ok(()) } else { Err(Drop::Reassembly) };
@@ -108,7 +108,8 @@ impl Core {
         };
         let Some(mtu) = self.ports.get(to).map(|t| t.config.mtu) else { return Err(Drop::NoEndpoint) };
         let meta = self.passable(slot, frame, p, meta);
-        if meta.gso.is_none() && p.end - p.l3 > usize::from(mtu) {
+        let too_big = largest(p, meta) > usize::from(mtu);
+        if too_big && (p.dont_fragment || meta.gso.is_some()) {
             self.refuse(slot, mac, frame, p, Drop::Oversized, IcmpError::too_big(mtu), fx)?;
             return Ok(true);
         }
@@ -117,8 +118,37 @@ impl Core {
         if let Some(b) = frame.get_mut(p.l3..) {
             ipv4::fill_checksum(b);
         }
+        if too_big {
+            return self.deliver_fragments(to, frame, p, meta, usize::from(mtu), fx).map(|()| true);
+        }
         self.deliver(to, frame, meta, fx);
         Ok(true)
+    }
+
+    /// Cuts a packet for a port with a smaller MTU (RFC 791 3.2).
+    fn deliver_fragments<E: Effects>(
+        &mut self,
+        to: u32,
+        frame: &mut [u8],
+        p: &Packet,
+        meta: FrameMeta,
+        mtu: usize,
+        fx: &mut E,
+    ) -> Result<(), Drop> {
+        if let Csum::Partial { start, offset } = meta.csum {
+            segment::complete_checksum(frame, start, offset).map_err(wire_drop)?;
+        }
+        let mut piece = std::mem::take(&mut self.piece);
+        let packet = frame.get(p.l3..p.end).unwrap_or(&[]);
+        let done = ipv4::fragments(packet, mtu, |header, data| {
+            piece.clear();
+            piece.extend_from_slice(frame.get(..p.l3).unwrap_or(&[]));
+            piece.extend_from_slice(header);
+            piece.extend_from_slice(data);
+            self.deliver(to, &piece, FrameMeta::default(), fx);
+        });
+        self.piece = piece;
+        if done { Ok(()) } else { Err(Drop::Oversized) }
     }
 
     /// What neither flow nor service takes: another guest, or the reason why it goes nowhere.

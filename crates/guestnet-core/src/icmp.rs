@@ -18,7 +18,7 @@ use guestnet_wire::ether::Mac;
 use guestnet_wire::ipv4::{self, Ipv4};
 use guestnet_wire::parse::Packet;
 use guestnet_wire::{be16, checksum, icmp, proto, put, udp};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// Payload that an error quotes at most: 576 bytes less both pairs of headers.
 const QUOTED: usize = 576 - 28 - 28;
@@ -134,7 +134,10 @@ impl Core {
         let payload = err.payload.get(..err.payload.len().min(QUOTED)).unwrap_or(err.payload);
         let (key, mac) = (f.key, f.mac);
         let Some(n) = requote(&mut quote, &key, ip_id, err, payload) else { return };
-        let Some(error) = error_to_tell(err, n) else { return };
+        let error = match error_to_tell(err, n) {
+            Ok(error) => error,
+            Err(why) => return self.drop_at(key.slot, why),
+        };
         let offender = err.offender.and_then(|o| v4(self.policy.name_of(o.to_canonical())?));
         let src = offender.unwrap_or(self.cfg.gateway4);
         let Some(guest) = v4(key.guest.ip()) else { return };
@@ -179,6 +182,9 @@ impl Core {
         };
         let index = self.flows.find(&key).ok_or(Drop::NoFlow)?;
         let too_big = frame.get(p.l4..p.l4 + 2) == Some(&[icmp::UNREACHABLE, icmp::unreachable::FRAG_NEEDED]);
+        if too_big && !icmp::is_path_mtu(be16(frame, p.l4 + 6)) {
+            return Err(Drop::Malformed);
+        }
         if proto == proto::TCP && too_big {
             let mtu = match be16(frame, p.l4 + 6) {
                 0 => plateau(usize::from(be16(quote, 2))),
@@ -188,6 +194,56 @@ impl Core {
             self.with_index(index, fx, |tcb, cx| tcb.path_mtu(cx, mtu, seq));
         }
         Ok(())
+    }
+}
+
+/// What an ICMP or ICMPv6 error says that it is about: the destination of the packet that it quotes. `Ok(None)`
+/// for what is no error.
+///
+/// # Errors
+/// [`Drop::Policy`] for an error in fragments, which cannot be checked (none is over 1280 bytes), and
+/// [`Drop::Malformed`] for one without a quote or with an MTU that no link has.
+pub(crate) fn quoted_destination(frame: &[u8], p: &Packet) -> Result<Option<IpAddr>, Drop> {
+    let (kind, code) = match frame.get(p.l4..p.l4 + 2) {
+        Some(&[kind, code]) => (kind, code),
+        _ => return Ok(None),
+    };
+    let is_error = match p.proto {
+        proto::ICMP => icmp::is_error(kind),
+        // RFC 4443 2.1: errors have the highest bit clear.
+        proto::ICMPV6 => kind < 128,
+        _ => false,
+    };
+    match p.fragment {
+        _ if !is_error => return Ok(None),
+        Some(f) if f.offset == 0 => return Err(Drop::Policy),
+        Some(_) => return Ok(None),
+        None => {}
+    }
+    let quote = frame.get(p.payload..p.end).unwrap_or(&[]);
+    if p.src.is_ipv6() {
+        let to = quote.get(24..40).and_then(|to| <[u8; 16]>::try_from(to).ok()).ok_or(Drop::Malformed)?;
+        return Ok(Some(IpAddr::V6(Ipv6Addr::from(to))));
+    }
+    let too_big = (kind, code) == (icmp::UNREACHABLE, icmp::unreachable::FRAG_NEEDED);
+    if quote.len() < ipv4::MIN_LEN || too_big && !icmp::is_path_mtu(be16(frame, p.l4 + 6)) {
+        return Err(Drop::Malformed);
+    }
+    Ok(Some(IpAddr::V4(Ipv4Addr::from(guestnet_wire::be32(quote, 16)))))
+}
+
+impl Core {
+    /// A guest tells others only of packets that it got itself: what it says of others' connections would end or
+    /// slow them.
+    pub(crate) fn check_error(&self, slot: u32, frame: &[u8], p: &Packet) -> Result<(), Drop> {
+        match quoted_destination(frame, p)? {
+            None => Ok(()),
+            Some(about) if about == p.src => Ok(()),
+            // RFC 4443 2.4 (e): one may also be about a packet to a group.
+            Some(about @ IpAddr::V6(_)) if about.is_multicast() => Ok(()),
+            Some(about) if self.neighbours.get(about).is_some_and(|b| b.slot == slot) => Ok(()),
+            Some(_) => Err(Drop::SpoofedSource),
+        }
     }
 }
 
@@ -210,21 +266,26 @@ fn requote(b: &mut [u8], key: &Key, id: u16, err: &DatagramError<'_>, payload: &
     Some(ipv4::MIN_LEN + len)
 }
 
-/// The error as it came from the network, or what the kernel's own word for it means.
-pub(crate) fn error_to_tell(err: &DatagramError<'_>, quoted: usize) -> Option<IcmpError> {
+/// The error as it came from the network, or what the kernel's own word for it means. The kernel passes on what
+/// a message says without a look at it, and anybody may have sent that.
+pub(crate) fn error_to_tell(err: &DatagramError<'_>, quoted: usize) -> Result<IcmpError, Drop> {
     match (err.icmp_type, err.icmp_code) {
-        (0, _) => Some(icmp_for(err.kind, quoted.max(28 + err.payload.len()))),
+        (0, _) => Ok(icmp_for(err.kind, quoted.max(28 + err.payload.len()))),
         (icmp::UNREACHABLE, icmp::unreachable::FRAG_NEEDED) => {
             let told = match (err.mtu, err.kind) {
                 (0, crate::effects::SockError::MessageTooBig(m)) => m,
                 (m, _) => m,
             };
-            Some(IcmpError::too_big(if told == 0 { plateau(28 + err.payload.len()) } else { told }))
+            match told {
+                0 => Ok(IcmpError::too_big(plateau(28 + err.payload.len()))),
+                told if icmp::is_path_mtu(told) => Ok(IcmpError::too_big(told)),
+                _ => Err(Drop::Malformed),
+            }
         }
         (kind @ (icmp::UNREACHABLE | icmp::TIME_EXCEEDED | icmp::PARAMETER_PROBLEM), code) => {
-            Some(IcmpError(kind, code, [0; 4]))
+            Ok(IcmpError(kind, code, [0; 4]))
         }
         // Source quench and redirects are not for guests (RFC 6633, RFC 1122 3.2.2.2).
-        _ => None,
+        _ => Err(Drop::UnsupportedProtocol),
     }
 }

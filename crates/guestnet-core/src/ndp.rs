@@ -55,6 +55,9 @@ impl Core {
         {
             return Err(Drop::Policy);
         }
+        if p.proto == proto::ICMPV6 {
+            self.check_error(slot, frame, p)?;
+        }
         if p.fragment.is_some() {
             return Ok(());
         }

@@ -131,7 +131,9 @@ impl Neighbours {
 
     fn entry(&mut self, now: Time, slot: u32, ip: IpAddr) -> Result<(&mut Waiting, bool), ()> {
         let own = self.waiting.iter().filter(|w| w.slot == slot).map(|w| w.flows.len() + w.frames.len());
-        if self.queued >= self.cap || own.sum::<usize>() >= self.cap.div_ceil(4) {
+        // A quarter at most, and no more than is left to others.
+        let left = self.cap.saturating_sub(self.queued);
+        if own.sum::<usize>() >= self.cap.div_ceil(4).min(left) {
             return Err(());
         }
         if let Some(at) = self.waiting.iter().position(|w| w.ip == ip) {

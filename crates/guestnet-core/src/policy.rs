@@ -6,7 +6,7 @@
 use crate::config::CoreConfig;
 use crate::stats::Drop;
 use crate::types::NetMode;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// The rules of one Network.
 pub struct Policy {
@@ -103,22 +103,50 @@ impl Policy {
     }
 }
 
+/// Where clouds keep metadata and credentials beside link-local addresses: Azure, Alibaba, Oracle.
+const METADATA4: [Ipv4Addr; 3] =
+    [Ipv4Addr::new(168, 63, 129, 16), Ipv4Addr::new(100, 100, 100, 200), Ipv4Addr::new(192, 0, 0, 192)];
+/// The same for IPv6, as prefixes: AWS, Google, Scaleway.
+const METADATA6: [(Ipv6Addr, u32); 3] = [
+    (Ipv6Addr::new(0xfd00, 0x0ec2, 0, 0, 0, 0, 0, 0), 32),
+    (Ipv6Addr::new(0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254), 128),
+    (Ipv6Addr::new(0xfd00, 0x42, 0, 0, 0, 0, 0, 0x42), 128),
+];
+
 /// "This network", loopback, link-local (RFC 3927 2.7: never forwarded; also where clouds keep metadata and
-/// credentials), multicast, reserved and broadcast.
+/// credentials), other addresses of metadata, multicast, reserved and broadcast; in IPv6 also addresses that
+/// hold such an IPv4 address.
+#[inline]
 #[must_use]
 pub fn never_a_destination(ip: IpAddr) -> bool {
     match ip {
-        IpAddr::V4(a) => {
-            let o = a.octets();
-            o[0] == 0 || o[0] == 127 || o[0] >= 224 || (o[0] == 169 && o[1] == 254)
-        }
+        IpAddr::V4(a) => never_a_destination4(a),
         IpAddr::V6(a) => {
             a.is_unspecified()
                 || a.is_loopback()
                 || a.is_multicast()
                 || a.to_ipv4_mapped().is_some()
                 || a.is_unicast_link_local()
+                || METADATA6.iter().any(|(net, len)| (a.to_bits() ^ net.to_bits()) >> (128 - len) == 0)
+                || inner4(a).is_some_and(never_a_destination4)
         }
+    }
+}
+
+#[inline]
+fn never_a_destination4(a: Ipv4Addr) -> bool {
+    let o = a.octets();
+    o[0] == 0 || o[0] == 127 || o[0] >= 224 || (o[0] == 169 && o[1] == 254) || METADATA4.contains(&a)
+}
+
+/// The IPv4 address that a translator or tunnel on the way would make of an IPv6 address: NAT64's well-known
+/// prefix (RFC 6052), 6to4 (RFC 3056), and the compatible addresses of old (RFC 4291 2.5.5.1).
+fn inner4(a: Ipv6Addr) -> Option<Ipv4Addr> {
+    match a.octets() {
+        [0, 0x64, 0xff, 0x9b, 0, 0, 0, 0, 0, 0, 0, 0, a, b, c, d]
+        | [0x20, 0x02, a, b, c, d, ..]
+        | [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, a, b, c, d] => Some(Ipv4Addr::new(a, b, c, d)),
+        _ => None,
     }
 }
 
@@ -164,6 +192,42 @@ mod tests {
         }
         assert_eq!(out(&p, "192.168.64.254:80"), Err(Drop::NoEndpoint));
         assert_eq!(out(&p, "10.1.1.1:80"), Ok("10.1.1.1:80".parse().unwrap()));
+    }
+
+    #[test]
+    fn metadata_of_clouds_is_never_a_destination() {
+        for loopback in [None, Some("192.168.64.254")] {
+            let p = policy(NetMode::Nat, loopback);
+            for to in [
+                "169.254.169.254:80",
+                "169.254.170.2:80",
+                "168.63.129.16:80",
+                "168.63.129.16:32526",
+                "100.100.100.200:80",
+                "192.0.0.192:80",
+                "[fd00:ec2::254]:80",
+                "[fd00:ec2::23]:80",
+                "[fd20:ce::254]:80",
+                "[fd00:42::42]:80",
+                "[fe80::a9fe:a9fe]:80",
+                // By way of a translator or a tunnel.
+                "[64:ff9b::169.254.169.254]:80",
+                "[64:ff9b::100.100.100.200]:80",
+                "[64:ff9b::127.0.0.1]:80",
+                "[2002:a9fe:a9fe::1]:80",
+                "[::169.254.169.254]:80",
+            ] {
+                let to: SocketAddr = to.parse().unwrap();
+                for proto in [1, 6, 17, 47] {
+                    assert_eq!(p.outbound(proto, to), Err(Drop::BadDestination), "{to}");
+                }
+                assert_eq!(p.name_of(to.ip()), None, "{to}");
+            }
+            for to in ["168.63.129.17:80", "100.100.100.201:80", "192.0.0.193:80", "[fd00:ec3::254]:80"] {
+                assert_eq!(out(&p, to), Ok(to.parse().unwrap()));
+            }
+            assert_eq!(out(&p, "[64:ff9b::8.8.8.8]:53"), Ok("[64:ff9b::8.8.8.8]:53".parse().unwrap()));
+        }
     }
 
     #[test]

@@ -13,6 +13,10 @@ use std::net::IpAddr;
 /// Addresses a second of one port that the control side hears of.
 const NEWS_PER_SECOND: u32 = 100;
 
+/// ARP requests a second of the gateway to one port. Each port has its own: those to a guest that answers none
+/// are as many as clients outside like.
+const ASKS_PER_SECOND: u32 = 100;
+
 /// One port.
 pub struct Port {
     /// Its identifier.
@@ -46,6 +50,8 @@ pub struct Port {
     pub icmp: Limiter,
     /// Datagrams of it to UDP services.
     pub service: Limiter,
+    /// ARP requests of the gateway to it.
+    pub asks: Limiter,
     /// Questions about names that it waits for.
     pub asking: u32,
     /// When the guest was last asked about all its idle TCP connections.
@@ -151,6 +157,7 @@ impl Port {
             icmp: Limiter::new(limits.icmp_errors_per_second, now),
             service: Limiter::new(limits.service_datagrams_per_second, now),
             rechecked: now,
+            asks: Limiter::new(ASKS_PER_SECOND, now),
             news: Limiter::new(NEWS_PER_SECOND, now),
             flood: Limiter::new(limits.floods_per_second, now),
             ip_id: 0,

@@ -56,13 +56,20 @@ pub struct Expired {
 
 /// All datagrams that wait for fragments.
 pub struct Reassembly {
-    ports: Vec<VecDeque<Datagram>>,
+    ports: Vec<Queue>,
     bytes: usize,
     max_bytes: usize,
     per_port: usize,
     timeout_s: u64,
-    /// Datagrams given up to make room, not yet counted.
-    pub evicted: u64,
+    /// Ports whose datagrams were given up to make room, one entry each, not yet counted.
+    pub evicted: Vec<u32>,
+}
+
+/// What one port holds.
+#[derive(Default)]
+struct Queue {
+    list: VecDeque<Datagram>,
+    bytes: usize,
 }
 
 impl Reassembly {
@@ -75,7 +82,7 @@ impl Reassembly {
             max_bytes,
             per_port: per_port as usize,
             timeout_s: u64::from(timeout_s),
-            evicted: 0,
+            evicted: Vec::new(),
         }
     }
 
@@ -90,9 +97,10 @@ impl Reassembly {
         let Some(data) = frame.get(p.l4..p.end) else { return Outcome::Refused };
         let id = Id { src: p.src, dst: p.dst, proto: p.proto, id: f.id };
         if self.ports.len() <= slot as usize {
-            self.ports.resize_with(slot as usize + 1, VecDeque::new);
+            self.ports.resize_with(slot as usize + 1, Queue::default);
         }
-        let Some(list) = self.ports.get_mut(slot as usize) else { return Outcome::Refused };
+        let Some(Queue { list, bytes }) = self.ports.get_mut(slot as usize) else { return Outcome::Refused };
+        let before = *bytes;
         let at = match list.iter().position(|d| d.id == id) {
             Some(at) => at,
             None => {
@@ -100,10 +108,10 @@ impl Reassembly {
                     return Outcome::Refused;
                 }
                 if list.len() >= self.per_port {
-                    self.evicted += 1;
-                    self.bytes -= list.pop_front().map_or(0, |d| d.cost);
+                    self.evicted.push(slot);
+                    *bytes -= list.pop_front().map_or(0, |d| d.cost);
                 }
-                self.bytes += OVERHEAD;
+                *bytes += OVERHEAD;
                 list.push_back(Datagram {
                     id,
                     since: now,
@@ -118,15 +126,17 @@ impl Reassembly {
             }
         };
         let Some(d) = list.get_mut(at) else { return Outcome::Refused };
-        let before = d.cost;
+        let cost = d.cost;
         let fits = d.take(frame, p, f, data);
-        self.bytes = self.bytes + d.cost - before;
+        *bytes = *bytes + d.cost - cost;
+        let is_done = fits && d.total == Some(d.held) && !d.header.is_empty();
+        let done = if is_done { list.remove(at) } else { None };
+        *bytes -= done.as_ref().map_or(0, |d| d.cost);
+        self.bytes = self.bytes + *bytes - before;
         if !fits {
             return Outcome::Refused;
         }
-        if d.total == Some(d.held) && !d.header.is_empty() {
-            let done = list.remove(at);
-            self.bytes -= done.as_ref().map_or(0, |d| d.cost);
+        if is_done {
             return done.and_then(Datagram::assemble).map_or(Outcome::Refused, Outcome::Complete);
         }
         while self.bytes > self.max_bytes {
@@ -139,11 +149,13 @@ impl Reassembly {
 
     /// Gives up the oldest datagram of the port that holds most.
     fn evict(&mut self) -> bool {
-        let cost = |l: &VecDeque<Datagram>| l.iter().map(|d| d.cost).sum::<usize>();
-        let Some(list) = self.ports.iter_mut().max_by_key(|l| cost(l)) else { return false };
-        let Some(d) = list.pop_front() else { return false };
+        let Some((slot, q)) = self.ports.iter_mut().enumerate().max_by_key(|(_, q)| q.bytes) else {
+            return false;
+        };
+        let Some(d) = q.list.pop_front() else { return false };
+        q.bytes -= d.cost;
         self.bytes -= d.cost;
-        self.evicted += 1;
+        self.evicted.push(slot as u32);
         true
     }
 
@@ -153,7 +165,12 @@ impl Reassembly {
         if self.bytes == 0 {
             return None;
         }
-        self.ports.iter().filter_map(|l| l.front()).map(|d| d.since).min().map(|t| t.plus_s(self.timeout_s))
+        self.ports
+            .iter()
+            .filter_map(|q| q.list.front())
+            .map(|d| d.since)
+            .min()
+            .map(|t| t.plus_s(self.timeout_s))
     }
 
     /// Takes out one datagram that ran out of time.
@@ -162,9 +179,11 @@ impl Reassembly {
         if self.bytes == 0 {
             return None;
         }
-        let old = |l: &VecDeque<Datagram>| l.front().is_some_and(|d| d.since.plus_s(timeout) <= now);
+        let old = |q: &Queue| q.list.front().is_some_and(|d| d.since.plus_s(timeout) <= now);
         let slot = self.ports.iter().position(old)?;
-        let d = self.ports.get_mut(slot)?.pop_front()?;
+        let q = self.ports.get_mut(slot)?;
+        let d = q.list.pop_front()?;
+        q.bytes -= d.cost;
         self.bytes -= d.cost;
         let first = match d.pieces.into_iter().next() {
             Some((0, data)) if !d.header.is_empty() => {
@@ -179,9 +198,9 @@ impl Reassembly {
 
     /// Forgets everything of a port.
     pub fn remove_port(&mut self, slot: u32) {
-        if let Some(l) = self.ports.get_mut(slot as usize) {
-            self.bytes -= l.iter().map(|d| d.cost).sum::<usize>();
-            l.clear();
+        if let Some(q) = self.ports.get_mut(slot as usize) {
+            self.bytes -= std::mem::take(&mut q.bytes);
+            q.list.clear();
         }
     }
 }

@@ -217,9 +217,14 @@ impl Core {
         let State::Tcp(tcb) = &f.state else { return };
         let Some(seq) = tcb.connecting() else { return };
         let (key, mac, ip_id) = (f.key, f.mac, tcb.ip_id());
-        let Some(error) = error_to_tell(err, 40) else {
-            self.with_flow(id, fx, |tcb, cx| tcb.connected(cx, Err(err.kind)));
-            return;
+        let error = match error_to_tell(err, 40) {
+            Ok(error) => error,
+            // Nobody ends a connect by an MTU that cannot be.
+            Err(why @ Drop::Malformed) => return self.drop_at(key.slot, why),
+            Err(_) => {
+                self.with_flow(id, fx, |tcb, cx| tcb.connected(cx, Err(err.kind)));
+                return;
+            }
         };
         self.close_flow(id.index, fx);
         self.tell_unreachable(&key, mac, error, err.offender, seq, ip_id, fx);

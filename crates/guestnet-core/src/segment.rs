@@ -14,7 +14,7 @@ use crate::switch::{check_offload, check_size, is_router_message, udp_destinatio
 use crate::types::{Csum, FrameMeta, NetMode};
 use guestnet_wire::arp::Arp;
 use guestnet_wire::ether::{self, Ether, Mac};
-use guestnet_wire::parse;
+use guestnet_wire::{parse, proto};
 use std::net::{IpAddr, Ipv4Addr};
 
 /// Stations of the segment whose MACs are remembered; all are seen anew where there are more.
@@ -139,6 +139,9 @@ impl Core {
             return Err(Drop::SpoofedSource);
         } else if !p.src.is_unspecified() {
             self.check_source(slot, eth.src, p.src, fx)?;
+        }
+        if p.proto == proto::ICMP {
+            self.check_error(slot, frame, &p)?;
         }
         Ok(self.passable(slot, frame, &p, meta))
     }

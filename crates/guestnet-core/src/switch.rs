@@ -224,6 +224,9 @@ impl Core {
         {
             return Err(Drop::Policy);
         }
+        if p.proto == proto::ICMP {
+            self.check_error(slot, frame, &p)?;
+        }
         if eth.dst == self.cfg.gateway_mac {
             return self.routed(slot, eth.src, frame, &p, meta, fx);
         }
@@ -310,7 +313,13 @@ impl Core {
     /// Puts a frame of another port on a port, if its MTU takes it.
     pub(crate) fn deliver<E: Effects>(&mut self, to: u32, frame: &[u8], meta: FrameMeta, fx: &mut E) {
         let Some(port) = self.ports.get_mut(to) else { return };
-        if meta.gso.is_none() && frame.len() > ether::HEADER_LEN + usize::from(port.config.mtu) {
+        let mtu = usize::from(port.config.mtu);
+        let fits = match meta.gso {
+            None => frame.len() <= ether::HEADER_LEN + mtu,
+            Some(_) if frame.len() <= ether::HEADER_LEN + mtu => true,
+            Some(_) => parse::parse_ip(frame, ether::HEADER_LEN).is_ok_and(|p| largest(&p, meta) <= mtu),
+        };
+        if !fits {
             port.counters.drop(Drop::Oversized);
             return;
         }
@@ -397,6 +406,15 @@ pub(crate) fn check_size(port: &Port, p: &Packet, meta: FrameMeta) -> Result<(),
         return Err(Drop::Oversized);
     }
     Ok(())
+}
+
+/// Bytes of the largest IP packet that a frame is, or will be cut into.
+pub(crate) fn largest(p: &Packet, meta: FrameMeta) -> usize {
+    let whole = p.end - p.l3;
+    match meta.gso {
+        None => whole,
+        Some(Gso::Tcp(n) | Gso::Udp(n)) => (p.payload - p.l3 + usize::from(n)).min(whole),
+    }
 }
 
 /// Whether a large send asks for more pieces than any honest guest: each is work here or on the host. Linux

@@ -17,8 +17,8 @@ use crate::nat::{
 };
 use crate::policy::never_a_destination;
 use crate::stats::Drop;
-use crate::switch::{check_offload, wire_drop};
-use crate::types::{Csum, FlowId, ForwardId, FrameMeta, Gso, Time};
+use crate::switch::{check_offload, largest, wire_drop};
+use crate::types::{Csum, FlowId, ForwardId, FrameMeta, Time};
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::parse::{self, Packet};
 use guestnet_wire::{be32, checksum, icmp, proto, put, segment};
@@ -494,8 +494,8 @@ impl Tun {
 
 /// The largest packet that a frame which stands for several will be cut into, IP header included.
 fn large(p: &Packet, meta: FrameMeta) -> Option<u16> {
-    let (Gso::Tcp(n) | Gso::Udp(n)) = meta.gso?;
-    Some((p.payload - p.l3 + usize::from(n)).min(p.end - p.l3).min(0xffff) as u16)
+    meta.gso?;
+    Some(largest(p, meta).min(0xffff) as u16)
 }
 
 /// Where a published port leads; while there is no guest, to the gateway, where nobody takes it.

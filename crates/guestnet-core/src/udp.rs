@@ -26,8 +26,8 @@ pub(crate) fn icmp_for(e: SockError, packet_len: usize) -> IcmpError {
         SockError::Refused | SockError::Reset => PORT,
         SockError::NetUnreachable => NET,
         SockError::Prohibited => ADMIN_PROHIBITED,
-        SockError::MessageTooBig(0) => return IcmpError::too_big(plateau(packet_len)),
-        SockError::MessageTooBig(mtu) => return IcmpError::too_big(mtu),
+        SockError::MessageTooBig(mtu) if mtu >= icmp::MIN_MTU => return IcmpError::too_big(mtu),
+        SockError::MessageTooBig(_) => return IcmpError::too_big(plateau(packet_len)),
         SockError::HostUnreachable | SockError::TimedOut | SockError::Exhausted | SockError::Other(_) => HOST,
     })
 }

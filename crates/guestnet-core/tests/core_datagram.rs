@@ -441,6 +441,35 @@ fn errors_of_the_network_quote_the_guests_own_packet() {
     assert_eq!(n.core.flows().count(), 0);
 }
 
+/// Whoever knows a guest's port can send the host an ICMP error, and the kernel passes on what it says.
+#[test]
+fn an_mtu_that_no_link_has_is_not_passed_on() {
+    let mut n = Net::new();
+    n.udp(A, 4000, "203.0.113.1:53", &[1; 1000]);
+    let flow = n.opened().0;
+    for (mtu, told) in [(1, None), (20, None), (67, None), (68, Some(68)), (552, Some(552)), (0, Some(1006))]
+    {
+        n.fx.frames.clear();
+        let e = DatagramError {
+            icmp_type: 3,
+            icmp_code: 4,
+            mtu,
+            payload: &[1; 1000],
+            ..error(SockError::MessageTooBig(mtu), "203.0.113.1:53")
+        };
+        let before = n.drops(Drop::Malformed);
+        n.core.sock_error(n.now, flow, e, &mut n.fx);
+        let sent = n.fx.take();
+        let got = sent.first().map(|s| guestnet_wire::be16(read(s).l4(), 6));
+        assert_eq!((got, n.drops(Drop::Malformed) - before), (told, u64::from(told.is_none())), "MTU {mtu}");
+    }
+    // What the host itself says of its own way out.
+    n.fx.datagram_error = Some(SockError::MessageTooBig(20));
+    let mut out = Vec::new();
+    n.dropped(Drop::HostError, |n| out = n.ask(A, udp_frame(A, 4000, addr("203.0.113.1:53"), &[1; 1000])));
+    assert_eq!(guestnet_wire::be16(read(&out[0]).l4(), 6), 1006);
+}
+
 #[test]
 fn errors_at_once_are_told_at_once() {
     let mut n = Net::new();
@@ -517,7 +546,8 @@ fn errors_of_a_guest_are_checked_and_taken() {
     n.send(A, error(&good));
     assert_eq!(n.all_drops(), 0);
     n.dropped(Drop::NoFlow, |n| n.send(A, error(&quoted("203.0.113.2", guest_ip(A).octets(), 4000))));
-    n.dropped(Drop::NoFlow, |n| n.send(A, error(&quoted("203.0.113.1", guest_ip(B).octets(), 4000))));
+    let of_another = quoted("203.0.113.1", guest_ip(B).octets(), 4000);
+    n.dropped(Drop::SpoofedSource, |n| n.send(A, error(&of_another)));
     n.dropped(Drop::Truncated, |n| n.send(A, error(&good[..27])));
     let mut bad = good.clone();
     bad[8] ^= 1;
@@ -716,6 +746,32 @@ fn segments_of_no_flow_are_reset() {
     assert!(out.is_empty(), "a reset is not answered");
 }
 
+/// Each guest has its own rate of ARP requests: one that answers none takes them from nobody.
+#[test]
+fn a_guest_that_answers_no_arp_leaves_requests_to_others() {
+    let mut n = Net::with_limits(|l| l.neighbour_waiting = 100_000);
+    n.core.add_port(PortId(3), port_config());
+    n.core.add_port(PortId(4), port_config());
+    let mut callers = 0u16;
+    let mut call = |n: &mut Net, id: u32, host: u8| {
+        let address = format!("192.168.64.{host}");
+        n.core.bind_address(PortId(id), address.parse().unwrap(), None).unwrap();
+        let forward = ForwardId(u32::from(host));
+        let guest = addr(&format!("{address}:80"));
+        n.core.add_forward(forward, ForwardSpec { proto: proto::TCP, guest });
+        callers += 1;
+        let (sock, peer) = (n.fx.new_sock(), addr(&format!("203.0.113.9:{}", 1000 + callers)));
+        n.core.tcp_accepted(n.now, forward, sock, peer, &mut n.fx);
+    };
+    n.fx.frames.clear();
+    for host in 100..250 {
+        call(&mut n, 3, host);
+    }
+    assert_eq!(n.fx.take().len(), 100);
+    call(&mut n, 4, 99);
+    assert_eq!(n.fx.take().iter().map(|f| f.port).collect::<Vec<_>>(), [PortId(4)]);
+}
+
 /// A guest that answers no ARP, and whoever calls it, leave room for the callers of others.
 #[test]
 fn what_waits_for_one_guest_leaves_room_for_another() {
@@ -734,4 +790,50 @@ fn what_waits_for_one_guest_leaves_room_for_another() {
     };
     assert_eq!((0..100).filter(|i| call(3, 1000 + i)).count(), 10);
     assert!(call(4, 2000));
+}
+
+/// Many such guests together leave some room too.
+#[test]
+fn what_waits_for_many_guests_leaves_room_for_one_more() {
+    let mut n = Net::with_limits(|l| l.neighbour_waiting = 400);
+    let now = n.now;
+    for id in 3..10 {
+        let address = format!("192.168.64.{}", 90 + id);
+        n.core.add_port(PortId(id), port_config());
+        n.core.bind_address(PortId(id), address.parse().unwrap(), None).unwrap();
+        let guest = addr(&format!("{address}:80"));
+        n.core.add_forward(ForwardId(id), ForwardSpec { proto: proto::TCP, guest });
+    }
+    let mut call = |id: u32, port: u16| {
+        let (sock, peer) = (n.fx.new_sock(), addr(&format!("203.0.113.9:{port}")));
+        n.core.tcp_accepted(now, ForwardId(id), sock, peer, &mut n.fx).is_some()
+    };
+    let waiting: Vec<_> = (3..9).map(|id| (0..400).filter(|i| call(id, 1000 + i)).count()).collect();
+    assert_eq!(waiting, [100, 100, 100, 50, 25, 13]);
+    assert!(call(9, 2000));
+}
+
+/// What is given up to make room is counted where it was: with whoever held most.
+#[test]
+fn reassembly_that_is_given_up_is_counted_at_its_guest() {
+    let mut n = Net::with_limits(|l| l.reassembly_bytes = 20_000);
+    let piece = |from: PortId, id: u16| {
+        let h = Ip4 { id, frag: 0x2000, ..Ip4::new(from, "203.0.113.1".parse().unwrap(), proto::UDP) };
+        h.frame(&[0; 1480])
+    };
+    for id in 0..12 {
+        n.send(A, piece(A, id));
+    }
+    let lost = |n: &Net, port| n.core.port_counters(port).unwrap().drops[Drop::Reassembly as usize];
+    assert_eq!((lost(&n, A), lost(&n, B)), (0, 0));
+    for id in 0..4 {
+        n.send(B, piece(B, id));
+    }
+    assert_eq!((lost(&n, A), lost(&n, B)), (4, 0));
+    assert!(n.core.reassembly_bytes() <= 20_000);
+    let now = n.now;
+    for port in [A, B] {
+        n.core.remove_port(now, port, &mut n.fx);
+    }
+    assert_eq!(n.core.reassembly_bytes(), 0);
 }

@@ -667,6 +667,111 @@ fn no_guest_plays_ipv4_router_to_another() {
     assert!(n.fx.frames.is_empty());
 }
 
+/// An error ends or slows a connection, so nobody tells one of a packet that another got.
+#[test]
+fn no_guest_sends_errors_about_the_packets_of_others() {
+    let mut n = Net::new();
+    let about = |to: std::net::Ipv4Addr| {
+        let h = Ip4 { src: ip("203.0.113.1"), dst: to, ..Ip4::new(A, IpAddr::V4(to), proto::UDP) };
+        udp_from(&h, 53, 4000, b"data")[14..].to_vec()
+    };
+    let error = |kind: u8, code: u8, mtu: u16, quote: &[u8]| {
+        let [a, b] = mtu.to_be_bytes();
+        let mut message = vec![0; 8 + quote.len()];
+        icmp::emit(&mut message, kind, code, [0, 0, a, b], quote);
+        message
+    };
+    for to_mac in [mac(B), GATEWAY_MAC] {
+        let h = Ip4 { to_mac, ..Ip4::new(A, IpAddr::V4(guest_ip(B)), proto::ICMP) };
+        for (kind, code) in [(3, 1), (3, 3), (3, 4), (4, 0), (11, 0), (12, 0)] {
+            let forged = error(kind, code, 600, &about(guest_ip(B)));
+            n.dropped(Drop::SpoofedSource, |n| n.send(A, h.frame(&forged)));
+            let outside = error(kind, code, 600, &about(ip("203.0.113.9")));
+            n.dropped(Drop::SpoofedSource, |n| n.send(A, h.frame(&outside)));
+            // Fragments cannot be checked.
+            let first = Ip4 { frag: 0x2000, ..h.clone() };
+            n.dropped(Drop::Policy, |n| n.send(A, first.frame(&forged[..32])));
+        }
+        n.dropped(Drop::Malformed, |n| n.send(A, h.frame(&error(3, 3, 0, &[0x45; 19]))));
+        n.dropped(Drop::Malformed, |n| n.send(A, h.frame(&error(3, 4, 20, &about(guest_ip(A))))));
+        // About its own packets it may, and of an address that it has besides.
+        assert_eq!(n.ask(A, h.frame(&error(3, 3, 0, &about(guest_ip(A))))).len(), 1);
+        let second = Ip4 { src: ip("192.168.64.77"), ..h.clone() };
+        n.send(A, second.frame(&error(3, 3, 0, &about(ip("192.168.64.77")))));
+        assert_eq!(n.ask(A, h.frame(&error(11, 0, 0, &about(ip("192.168.64.77"))))).len(), 1);
+    }
+    let (a, b, group) = (lladdr(1), lladdr(2), [0xff; 16]);
+    n.ask(B, six(B, b, a, 59, &[]));
+    let about = |to: [u8; 16]| {
+        let quote = [&[0x60, 0, 0, 0, 0, 0, 59, 64][..], &lladdr(9), &to].concat();
+        [&[1, 3, 0, 0, 0, 0, 0, 0][..], &quote].concat()
+    };
+    for kind in 1..=4 {
+        let forged = |to| [&[kind], &about(to)[1..]].concat();
+        n.dropped(Drop::SpoofedSource, |n| n.send(A, six(A, a, b, proto::ICMPV6, &forged(b))));
+        assert_eq!(n.ask(A, six(A, a, b, proto::ICMPV6, &forged(a))).len(), 1);
+        assert_eq!(n.ask(A, six(A, a, b, proto::ICMPV6, &forged(group))).len(), 1);
+        let fragment = [&[proto::ICMPV6, 0, 0, 1, 0, 0, 0, 9], &forged(a)[..]].concat();
+        n.dropped(Drop::Policy, |n| n.send(A, six(A, a, b, 44, &fragment)));
+    }
+    n.dropped(Drop::Malformed, |n| n.send(A, six(A, a, b, proto::ICMPV6, &about(a)[..40])));
+}
+
+/// Between ports of different MTU the gateway is a router (RFC 1812 5.2.7.3): what may be cut is cut, what may not
+/// is told.
+#[test]
+fn a_packet_for_a_guest_with_a_smaller_mtu_is_cut_or_refused() {
+    let mut n = Net::new();
+    n.core.add_port(C, PortConfig { mtu: 1300, ..port_config() });
+    n.hello(C);
+    let h = Ip4::new(A, IpAddr::V4(guest_ip(C)), proto::UDP);
+    let data: Vec<u8> = (0..1400).map(|i| (i / 8) as u8).collect();
+    let whole = udp_from(&h, 5, 6, &data);
+    for meta in [FrameMeta::default(), FrameMeta { csum: Csum::Partial { start: 34, offset: 6 }, gso: None }]
+    {
+        n.fx.frames.clear();
+        let mut frame = whole.clone();
+        if meta.csum != Csum::Full {
+            let sum = guestnet_wire::checksum::pseudo(h.src.into(), h.dst.into(), proto::UDP, 1408);
+            frame[40..42].copy_from_slice(&guestnet_wire::checksum::fold(sum).to_be_bytes());
+        }
+        n.send_meta(A, frame, meta);
+        let got: Vec<_> = n.fx.take().iter().map(read).collect();
+        assert_eq!(got.len(), 2);
+        let mut joined = Vec::new();
+        for g in &got {
+            assert!(g.frame.len() <= 14 + 1300);
+            assert_eq!((g.p.fragment.unwrap().offset as usize, g.p.ttl), (joined.len(), 63));
+            joined.extend_from_slice(g.l4());
+        }
+        assert_eq!(joined, whole[34..]);
+    }
+    let mut out = Vec::new();
+    let df = Ip4 { frag: 0x4000, ..h.clone() };
+    n.dropped(Drop::Oversized, |n| out = n.ask(A, udp_from(&df, 5, 6, &data)));
+    let told = |out: &[common::Sent]| {
+        let got = read(&out[0]);
+        assert_eq!((out.len(), out[0].port, got.icmp()), (1, A, (3, 4)));
+        assert_eq!(got.l4()[6..8], 1300u16.to_be_bytes());
+    };
+    told(&out);
+    // A large send asks for pieces: those are what must fit.
+    let big = |h: &Ip4| udp_from(h, 5, 6, &[1; 8000]);
+    let meta = |n| FrameMeta { csum: Csum::Valid, gso: Some(Gso::Udp(n)) };
+    n.fx.frames.clear();
+    n.dropped(Drop::Oversized, |n| n.send_meta(A, big(&h), meta(1400)));
+    told(&n.fx.take());
+    n.send_meta(A, big(&h), meta(1200));
+    assert_eq!((n.fx.take().len(), n.drops(Drop::Oversized)), (1, 2));
+    // On the segment nobody cuts, and nobody is told.
+    let direct = Ip4 { to_mac: mac(C), ..h };
+    n.dropped(Drop::Oversized, |n| n.send(A, udp_from(&direct, 5, 6, &data)));
+    n.dropped(Drop::Oversized, |n| n.send_meta(A, big(&direct), meta(1400)));
+    assert!(n.fx.take().is_empty());
+    n.send_meta(A, big(&direct), meta(1200));
+    assert_eq!(n.fx.take().len(), 1);
+}
+
 #[test]
 fn services_answer_at_their_address_alone() {
     let mut n = Net::new();
@@ -696,6 +801,7 @@ fn loopback_and_martians_never_reach_a_host_socket() {
         for to in ["127.0.0.1", "127.1.2.3", "0.0.0.0", "0.0.0.7", "224.0.0.1", "239.1.1.1", "240.0.0.1"]
             .into_iter()
             .chain(["255.255.255.255", "192.168.64.255", "192.168.64.0", "169.254.169.254", GATEWAY])
+            .chain(["168.63.129.16", "100.100.100.200", "192.0.0.192"])
         {
             for port in [80, 53, 0] {
                 n.udp(A, 4000, &format!("{to}:{port}"), b"x");

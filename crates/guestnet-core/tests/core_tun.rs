@@ -278,7 +278,7 @@ fn ttl_runs_out_at_the_gateway_and_errors_from_outside_find_their_guest() {
 #[test]
 fn policy_and_modes_hold() {
     let mut n = tunnel();
-    for bad in ["169.254.169.254:80", "240.0.0.1:1", "0.1.2.3:9"] {
+    for bad in ["169.254.169.254:80", "240.0.0.1:1", "0.1.2.3:9", "168.63.129.16:80", "100.100.100.200:80"] {
         n.dropped(Drop::BadDestination, |n| n.udp(A, 4000, bad, b"x"));
     }
     let mut c = config();
@@ -357,6 +357,32 @@ fn a_published_port_leads_to_its_guest_also_from_inside() {
     n.dropped(Drop::Filtered, |n| {
         arrive(n, tcp(addr("203.0.113.6:1"), addr("198.51.100.9:8080"), flags::SYN, b""));
     });
+}
+
+/// What is turned round does not leave by the uplink, whose MTU says nothing of it.
+#[test]
+fn a_hairpinned_packet_has_the_mtu_inside() {
+    for (outside, inside) in [(1500, 1400), (1400, 1500)] {
+        let config = NatEngineConfig { mtu_outside: outside, mtu_inside: inside, ..uplink() };
+        let mut n = tunnel_with(config);
+        let external = SocketAddrV4::new(ip(OUT), 8080);
+        n.core.add_uplink_forward(ForwardId(1), proto::UDP, external, guest_addr(A, 80)).unwrap();
+        let h = Ip4 { frag: 0x4000, ..Ip4::new(B, IpAddr::V4(ip(OUT)), proto::UDP) };
+        for meta in [FrameMeta::default(), FrameMeta { csum: Csum::Valid, gso: Some(Gso::Udp(1422)) }] {
+            let len = if meta.gso.is_some() { 4000 } else { 1422 };
+            n.fx.frames.clear();
+            n.send_meta(B, udp_from(&h, 555, 8080, &vec![7; len]), meta);
+            let sent = n.fx.take();
+            if inside < 1450 {
+                let got = read(&one(sent));
+                assert_eq!((got.icmp(), guestnet_wire::be16(got.l4(), 6)), ((3, 4), inside));
+            } else {
+                let one = one(sent);
+                assert_eq!((one.port, one.meta.gso), (A, meta.gso));
+            }
+        }
+        assert!(n.fx.uplink.is_empty());
+    }
 }
 
 #[test]

@@ -62,3 +62,58 @@ pub fn fill_checksum(b: &mut [u8]) {
 pub fn checksum_field(b: &[u8]) -> u16 {
     be16(b, 10)
 }
+
+/// Cuts a packet into fragments of at most `mtu` bytes (RFC 791 3.2) and calls `out` with the header and the data of
+/// each, in order. The packet may be a fragment itself. False, and nothing is called, where `mtu` has no room for
+/// eight bytes of data.
+pub fn fragments(packet: &[u8], mtu: usize, mut out: impl FnMut(&[u8], &[u8])) -> bool {
+    let ihl = usize::from(packet.first().copied().unwrap_or(0) & 0xf) * 4;
+    let total = usize::from(be16(packet, 2)).min(packet.len());
+    let (Some(head), Some(data)) = (packet.get(..ihl), packet.get(ihl..total)) else { return false };
+    let word = be16(packet, 6);
+    let (base, more) = (word & 0x1fff, word & MF);
+    let mut first = head.to_vec();
+    let mut later = copied_options(head);
+    let room = mtu.saturating_sub(first.len()) & !7;
+    if room < 8 {
+        return false;
+    }
+    let mut at = 0;
+    while at < data.len() {
+        let piece = data.get(at..data.len().min(at + room)).unwrap_or(&[]);
+        let header = if at == 0 { &mut first } else { &mut later };
+        let is_last = at + piece.len() >= data.len();
+        let word = (base + (at / 8) as u16) | if is_last { more } else { MF };
+        let length = (header.len() + piece.len()) as u16;
+        put(header, 2, &length.to_be_bytes());
+        put(header, 6, &word.to_be_bytes());
+        fill_checksum(header);
+        out(header, piece);
+        at += piece.len();
+    }
+    true
+}
+
+/// The header for all fragments but the first: only options with the copied flag (RFC 791 3.1).
+fn copied_options(head: &[u8]) -> Vec<u8> {
+    let mut out = head.get(..MIN_LEN).unwrap_or(&[]).to_vec();
+    let mut rest = head.get(MIN_LEN..).unwrap_or(&[]);
+    while let Some(kind) = rest.first().copied() {
+        let len = match kind {
+            0 => break,
+            1 => 1,
+            _ => usize::from(rest.get(1).copied().unwrap_or(0)).max(2),
+        };
+        let Some(option) = rest.get(..len) else { break };
+        if kind & 0x80 != 0 {
+            out.extend_from_slice(option);
+        }
+        rest = rest.get(len..).unwrap_or(&[]);
+    }
+    while !out.len().is_multiple_of(4) {
+        out.push(0);
+    }
+    let words = (out.len() / 4) as u8;
+    put(&mut out, 0, &[0x40 | words]);
+    out
+}

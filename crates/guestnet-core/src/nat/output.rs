@@ -7,7 +7,7 @@ use super::NatDirection;
 use super::config::unicast;
 use super::packet::View;
 use guestnet_wire::ipv4::{self, Ipv4};
-use guestnet_wire::{be16, icmp, proto, put};
+use guestnet_wire::{be16, icmp, proto};
 use std::collections::{BTreeMap, VecDeque};
 use std::net::Ipv4Addr;
 
@@ -155,53 +155,11 @@ impl Output {
     /// Cuts a packet, on the account of its sender, in fragments of at most `mtu` bytes, in order. False when
     /// there is no room for all.
     pub fn fragment(&mut self, direction: NatDirection, p: &[u8], v: &View, mtu: usize) -> bool {
-        let data = p.get(v.ihl..v.total).unwrap_or(&[]);
-        let (base, more) = v.fragment.unwrap_or((0, false));
-        let first = p.get(..v.ihl).unwrap_or(&[]).to_vec();
-        let later = copied_options(&first);
-        let room = Output::piece(v, mtu);
         if !self.has_room(v.src, Output::cut_bytes(v, mtu)) {
             return false;
         }
-        let mut at = 0;
-        while at < data.len() {
-            let head = if at == 0 { &first } else { &later };
-            let piece = data.get(at..data.len().min(at + room)).unwrap_or(&[]);
-            let last = at + piece.len() >= data.len();
-            let mut f = Vec::with_capacity(head.len() + piece.len());
-            f.extend_from_slice(head);
-            f.extend_from_slice(piece);
-            let word = ((base + at as u32) / 8) as u16 | if !last || more { ipv4::MF } else { 0 };
-            put(&mut f, 2, &((head.len() + piece.len()) as u16).to_be_bytes());
-            put(&mut f, 6, &word.to_be_bytes());
-            ipv4::fill_checksum(&mut f);
-            self.push(direction, v.src, f);
-            at += piece.len();
-        }
-        true
+        ipv4::fragments(p.get(..v.total).unwrap_or(&[]), mtu, |header, piece| {
+            self.push(direction, v.src, [header, piece].concat());
+        })
     }
-}
-
-/// The header for all fragments but the first: only options with the copied flag (RFC 791 3.1).
-fn copied_options(head: &[u8]) -> Vec<u8> {
-    let mut out = head.get(..20).unwrap_or(&[]).to_vec();
-    let mut rest = head.get(20..).unwrap_or(&[]);
-    while let Some(kind) = rest.first().copied() {
-        let len = match kind {
-            0 => break,
-            1 => 1,
-            _ => usize::from(rest.get(1).copied().unwrap_or(0)).max(2),
-        };
-        let Some(option) = rest.get(..len) else { break };
-        if kind & 0x80 != 0 {
-            out.extend_from_slice(option);
-        }
-        rest = rest.get(len..).unwrap_or(&[]);
-    }
-    while !out.len().is_multiple_of(4) {
-        out.push(0);
-    }
-    let words = (out.len() / 4) as u8;
-    put(&mut out, 0, &[0x40 | words]);
-    out
 }
