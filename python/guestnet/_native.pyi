@@ -432,7 +432,7 @@ class NatEngine:
         output_bytes: int = ...,
     ) -> NatEngine:
         """Raises ConfigError for what the engine cannot work with."""
-    def translate(self, packet: Buffer, outbound: bool, now: int, offset: int = 0) -> int:
+    def translate(self, packet: Buffer, outbound: bool, now: int, offset: int = ...) -> int:
         """Translates one packet in place."""
     def translate_frame(self, frame: Buffer, outbound: bool, now: int) -> tuple[int, int]:
         """Translates the IPv4 packet of a frame in place; gives the result and the frame's length."""

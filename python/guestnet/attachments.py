@@ -14,6 +14,7 @@ from collections.abc import Callable
 from threading import Condition
 from typing import TYPE_CHECKING
 
+from guestnet.config import path as checked_path
 from guestnet.errors import AttachError, BusyError, ConfigError, NotRunning
 
 if TYPE_CHECKING:
@@ -191,8 +192,8 @@ def listening_socket(kind: str, path: str | os.PathLike[str]) -> socket.socket:
     """A unix socket that only this user can reach, bound to `path`, and listening where guests connect."""
     if kind not in LISTENERS:
         raise ConfigError(f"{kind!r} is not a kind of listener: choose one of {', '.join(LISTENERS)}.")
-    name = os.fspath(path)
-    if not isinstance(name, str) or not 0 < len(os.fsencode(name)) <= PATH_LONGEST or "\0" in name:
+    name = checked_path("The socket path", path, "net.sock")
+    if len(os.fsencode(name)) > PATH_LONGEST:
         raise ConfigError(f"The socket path {name!r} must have 1 to {PATH_LONGEST} bytes: choose another.")
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM if kind in _CONNECTED else socket.SOCK_DGRAM)
     try:
@@ -216,6 +217,10 @@ def taken_descriptor(kind: str, fd: int | None, sock: socket.socket | None, on_f
     """The descriptor that an attachment of `kind` is given; checks that it is what the kind needs."""
     if kind not in ATTACHMENTS:
         raise ConfigError(f"{kind!r} is not a kind of attachment: choose one of {', '.join(ATTACHMENTS)}.")
+    if on_frame is not None and not callable(on_frame):
+        raise TypeError(f"on_frame {on_frame!r} cannot be called: give a function that takes a frame.")
+    if sock is not None and not isinstance(sock, socket.socket):
+        raise TypeError(f"sock {sock!r} is not a socket: give one, or a descriptor as fd.")
     if kind == "memory":
         if fd is not None or sock is not None:
             raise ConfigError("A memory attachment has no descriptor: leave out fd and sock.")
@@ -225,7 +230,7 @@ def taken_descriptor(kind: str, fd: int | None, sock: socket.socket | None, on_f
     if (fd is None) == (sock is None):
         raise ConfigError(f"A {kind} attachment needs either fd or sock: give one of them.")
     number = sock.fileno() if sock is not None else fd
-    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 1 << 31:
         raise AttachError(f"The descriptor {number!r} is not open: give one that is.")
     return number
 

@@ -90,7 +90,8 @@ class StaticLease:
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
 
-def _choice(kind: type[_Choice], what: str, value: object) -> _Choice:
+def choice(kind: type[_Choice], what: str, value: object) -> _Choice:
+    """A member of an enumeration, from itself or its value. Raises ConfigError."""
     try:
         return kind(str(value))
     except ValueError:
@@ -98,7 +99,8 @@ def _choice(kind: type[_Choice], what: str, value: object) -> _Choice:
         raise ConfigError(f"{what} {value!r} is none of {known}: choose one of them.") from None
 
 
-def _number(what: str, value: object, lowest: int, highest: int) -> int:
+def whole_number(what: str, value: object, lowest: int, highest: int) -> int:
+    """A whole number between two others. Raises ConfigError."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(f"{what} {value!r} is not a whole number: write one from {lowest} to {highest}.")
     if not lowest <= value <= highest:
@@ -208,12 +210,15 @@ def _ip(what: str, value: object) -> str:
     raise ConfigError(f"{what} {value!r} is not an IP address: write one such as '192.0.2.1'.")
 
 
-def _path(what: str, value: object) -> str | None:
-    if value is None:
-        return None
-    if not isinstance(value, str | os.PathLike) or not (path := os.fspath(value)) or "\0" in path:
-        raise ConfigError(f"{what} {value!r} is not a path: write one such as 'guests.pcapng'.")
-    return path
+def path(what: str, value: object, example: str = "guests.pcapng") -> str:
+    """A path as text. Raises ConfigError for what no file can be called."""
+    try:
+        name = os.fspath(value) if isinstance(value, str | os.PathLike) else b""
+        if isinstance(name, str) and name and b"\0" not in os.fsencode(name):
+            return name
+    except UnicodeEncodeError:
+        pass
+    raise ConfigError(f"{what} {value!r} is not a path: write one such as {example!r}.")
 
 
 def _named_numbers(what: str, value: object, known: tuple[str, ...]) -> FrozenMapping[int]:
@@ -223,22 +228,25 @@ def _named_numbers(what: str, value: object, known: tuple[str, ...]) -> FrozenMa
         if name not in known:
             raise ConfigError(f"{what} has nothing named {name!r}: choose among {', '.join(known)}.")
     return FrozenMapping(
-        {name: _number(f"{what} {name}", number, 1, 0xFFFFFFFF) for name, number in value.items()}
+        {name: whole_number(f"{what} {name}", number, 1, 0xFFFFFFFF) for name, number in value.items()}
     )
 
 
-def _port_range(value: object, what: str = "port_range", example: str = "(49152, 65535)") -> tuple[int, int]:
+def check_port_range(
+    value: object, what: str = "port_range", example: str = "(49152, 65535)"
+) -> tuple[int, int]:
+    """A first and a last port. Raises ConfigError."""
     given = _several(what, value)
     if len(given) != 2:
         raise ConfigError(f"{what} {value!r} is not a first and a last port: write {example}.")
-    first, last = (_number(what, one, 1, 65535) for one in given)
+    first, last = (whole_number(what, one, 1, 65535) for one in given)
     if first > last:
         raise ConfigError(f"{what} {first} to {last} is upside down: give the lower one first.")
     return first, last
 
 
 def _guest_ports(value: object) -> tuple[int, int] | None:
-    return None if value is None else _port_range(value, "pcp_ports", "(40000, 40999)")
+    return None if value is None else check_port_range(value, "pcp_ports", "(40000, 40999)")
 
 
 @dataclass(frozen=True, init=False, eq=True)
@@ -350,28 +358,28 @@ class NatConfig:
     ) -> None:
         put = object.__setattr__
         put(self, "subnet", _subnet(subnet))
-        put(self, "mtu", _number("mtu", mtu, MTU_LOWEST, MTU_HIGHEST))
-        put(self, "mode", _choice(NetMode, "mode", mode))
+        put(self, "mtu", whole_number("mtu", mtu, MTU_LOWEST, MTU_HIGHEST))
+        put(self, "mode", choice(NetMode, "mode", mode))
         put(self, "host_loopback", _yes_or_no("host_loopback", host_loopback))
         put(self, "bridge", self._segment(bridge))
         # The segment that is joined has its own.
         served = self.mode is not NetMode.BRIDGED
         put(self, "dhcp", _yes_or_no("dhcp", dhcp) and served)
         put(self, "dns", _yes_or_no("dns", dns) and served)
-        put(self, "lease_time", _number("lease_time", lease_time, LEASE_SHORTEST, LEASE_LONGEST))
+        put(self, "lease_time", whole_number("lease_time", lease_time, LEASE_SHORTEST, LEASE_LONGEST))
         put(self, "dns_records", FrozenMapping(_records({} if dns_records is None else dns_records)))
         put(self, "zone", domain("zone", zone))
         names = (self.zone,) if search is None else _several("search", search)
         put(self, "search", tuple(domain("search", name) for name in names))
         servers = resolvers if resolvers is None else _several("resolvers", resolvers)
         put(self, "resolvers", servers and tuple(_ip("resolvers", server) for server in servers))
-        put(self, "capture", _path("capture", capture))
-        put(self, "polling", _choice(PollingStrategy, "polling", polling))
-        put(self, "batch_size", _number("batch_size", batch_size, 1, 1024))
-        put(self, "max_spins", _number("max_spins", max_spins, 0, 1_000_000))
-        put(self, "workers", _number("workers", workers, 1, WORKERS_MOST))
+        put(self, "capture", None if capture is None else path("capture", capture))
+        put(self, "polling", choice(PollingStrategy, "polling", polling))
+        put(self, "batch_size", whole_number("batch_size", batch_size, 1, 1024))
+        put(self, "max_spins", whole_number("max_spins", max_spins, 0, 1_000_000))
+        put(self, "workers", whole_number("workers", workers, 1, WORKERS_MOST))
         put(self, "io_uring", _yes_or_no("io_uring", io_uring))
-        put(self, "filtering", _choice(Filtering, "filtering", filtering))
+        put(self, "filtering", choice(Filtering, "filtering", filtering))
         put(self, "limits", _named_numbers("limits", {} if limits is None else limits, LIMITS))
         put(self, "timeouts", _named_numbers("timeouts", {} if timeouts is None else timeouts, TIMEOUTS))
         put(self, "gateway", self.host_address("gateway", self.subnet[1] if gateway is None else gateway))
@@ -391,7 +399,7 @@ class NatConfig:
             raise ConfigError(
                 f"dhcp_start {self.dhcp_start} is after dhcp_end {self.dhcp_end}: give the lower one first."
             )
-        put(self, "uplink", _choice(Uplink, "uplink", uplink))
+        put(self, "uplink", choice(Uplink, "uplink", uplink))
         if self.mode is NetMode.BRIDGED and self.uplink is Uplink.TUN:
             raise ConfigError("In the mode 'bridged' nothing is translated: leave uplink 'tun' out.")
         shared = self.uplink is Uplink.SOCKETS and self.mode is not NetMode.BRIDGED
@@ -400,7 +408,7 @@ class NatConfig:
             raise ConfigError(
                 f"workers {self.workers} cannot share the {what}, which has one device: write 1."
             )
-        put(self, "port_range", _port_range(port_range))
+        put(self, "port_range", check_port_range(port_range))
         put(self, "forwarding", _yes_or_no("forwarding", forwarding))
         put(self, "masquerade", _yes_or_no("masquerade", masquerade))
         put(self, "external", self._external(external))

@@ -19,7 +19,7 @@ from ipaddress import AddressValueError, IPv4Address, IPv4Network
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-from guestnet.config import PollingStrategy
+from guestnet.config import PollingStrategy, choice, whole_number
 from guestnet.errors import ConfigError
 from guestnet.ipam import generate_mac, parse_mac
 from guestnet.nat import NatDirection, NatEngine, NatEngineConfig, NatResult, PacketPool, Ring
@@ -371,13 +371,9 @@ class DatapathPoller:
         strategy: PollingStrategy | str = PollingStrategy.ADAPTIVE,
         max_spins: int = 1000,
     ) -> None:
-        if not 1 <= batch_size <= _BATCH_HIGHEST:
-            raise ConfigError(f"The batch size {batch_size} is not between 1 and {_BATCH_HIGHEST}.")
-        if max_spins < 0:
-            raise ConfigError(f"max_spins {max_spins} is under 0: give how often to look before resting.")
-        self.batch_size = batch_size
-        self.strategy = PollingStrategy(strategy)
-        self.max_spins = max_spins
+        self.batch_size = whole_number("batch_size", batch_size, 1, _BATCH_HIGHEST)
+        self.strategy = choice(PollingStrategy, "strategy", strategy)
+        self.max_spins = whole_number("max_spins", max_spins, 0, 0xFFFFFFFF)
         self.spins = 0
         """Polls without work since the last that found some."""
 
@@ -393,7 +389,9 @@ class DatapathPoller:
         """One batch each way; True when there was any work. Without work: `busy` returns at once, `adaptive`
         lets others run after `max_spins` times, `event_driven` waits up to `patience` seconds for
         the uplink."""
-        path = network if isinstance(network, Datapath) else network.datapath
+        path = network if isinstance(network, Datapath) else getattr(network, "datapath", None)
+        if path is None:
+            raise TypeError(f"{network!r} has no datapath: give a Datapath or a NatNetwork.")
         work = bool(path.poll_tx(self.batch_size)) | bool(path.poll_rx(self.batch_size))
         path.record_poll(work)
         if work:

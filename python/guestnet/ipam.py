@@ -39,8 +39,10 @@ class IpAllocator(Generic[Address]):
 
     @staticmethod
     def _read(value: Address | str) -> Address:
-        if not isinstance(value, str):
+        if isinstance(value, IPv4Address | IPv6Address):
             return value
+        if not isinstance(value, str):
+            raise TypeError(f"{value!r} is not an IP address: give text, or one of the module ipaddress.")
         try:
             return cast("Address", ip_address(value))
         except ValueError:
@@ -131,8 +133,10 @@ def parse_mac(value: str | bytes) -> bytes:
             if any(not 1 <= len(part) <= 2 for part in parts):
                 raise ValueError
             mac = bytes(int(part, 16) for part in parts)
-        else:
+        elif isinstance(value, bytes | bytearray):
             mac = bytes(value)
+        else:
+            raise TypeError
         if len(mac) != 6:
             raise ValueError
     except (ValueError, TypeError):

@@ -23,7 +23,7 @@ from ipaddress import AddressValueError, IPv4Address, IPv4Network, NetmaskValueE
 from typing import Any, ClassVar, overload
 
 from guestnet import _native
-from guestnet.config import Filtering
+from guestnet.config import Filtering, check_port_range, choice, whole_number
 from guestnet.errors import ConfigError
 from guestnet.stats import ConnTrackStats, NatStats
 
@@ -148,7 +148,27 @@ class NatResults(Sequence[NatResult]):
         return f"<NatResults {', '.join(f'{n} {r!r}' for r, n in self.counts().items()) or 'of nothing'}>"
 
 
+def _is_outbound(direction: NatDirection) -> bool:
+    if not isinstance(direction, NatDirection):
+        raise TypeError(f"{direction!r} is not a NatDirection: give NatDirection.OUTBOUND or INBOUND.")
+    return direction is NatDirection.OUTBOUND
+
+
+def _of_ports(protocol: str) -> str:
+    if protocol not in ("tcp", "udp"):
+        raise ConfigError(f"{protocol!r} is not a protocol of ports: write 'tcp' or 'udp'.")
+    return protocol
+
+
+def _end(what: str, value: tuple[IPv4Address | str, int]) -> tuple[IPv4Address, int]:
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise TypeError(f"{what} {value!r} is not an address and a port: write ('203.0.113.1', 80).")
+    return _address(value[0], f"The {what} address"), whole_number(f"The {what} port", value[1], 1, 65535)
+
+
 def _address(value: IPv4Address | str, what: str) -> IPv4Address:
+    if not isinstance(value, IPv4Address | str):
+        raise TypeError(f"{what} {value!r} is neither text nor an IPv4Address: write '203.0.113.1'.")
     try:
         return IPv4Address(value)
     except AddressValueError:
@@ -158,6 +178,8 @@ def _address(value: IPv4Address | str, what: str) -> IPv4Address:
 
 
 def _network(value: IPv4Network | str, what: str) -> IPv4Network:
+    if not isinstance(value, IPv4Network | str):
+        raise TypeError(f"{what} {value!r} is neither text nor an IPv4Network: write '192.168.64.0/24'.")
     try:
         return IPv4Network(value)
     except (AddressValueError, NetmaskValueError, ValueError):
@@ -213,7 +235,7 @@ class NatEngineConfig:
 
     def __post_init__(self) -> None:
         given = self.external
-        many = [given] if isinstance(given, str | IPv4Address) else list(given)
+        many = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
         put = object.__setattr__
         put(self, "external", tuple(_address(a, "The external address") for a in many))
         put(self, "internal", _network(self.internal, "The internal network"))
@@ -221,9 +243,12 @@ class NatEngineConfig:
             put(self, "gateway", _address(self.gateway, "The gateway"))
         for name in ("no_nat", "denied"):
             put(self, name, tuple(_network(n, "The destination") for n in getattr(self, name)))
-        first, last = self.port_range
-        if not 0 < first <= last <= 65535:
-            raise ConfigError(f"The port range {first}-{last} is empty or not within 1 to 65535.")
+        put(self, "port_range", check_port_range(self.port_range, "The port range"))
+        for name in ("mapping_udp", "mapping_tcp", "filtering_udp", "filtering_tcp"):
+            put(self, name, choice(Filtering, name, getattr(self, name)))
+        put(self, "refusal", choice(Refusal, "refusal", self.refusal))
+        if not isinstance(self.timeouts, Mapping):
+            raise TypeError(f"timeouts {self.timeouts!r} is not a mapping of names to seconds.")
         # The engine checks all the rest; now, so that a wrong value is found where it is written.
         _engine(_check_arguments(self))
 
@@ -313,7 +338,12 @@ class NatEngine:
         self._native = _engine(_arguments(self.config))
 
     def _now(self, now: float | None) -> int:
-        return self._clock() if now is None else max(0, int(now * 1e9))
+        if now is None:
+            return self._clock()
+        try:
+            return max(0, int(now * 1e9))
+        except (OverflowError, ValueError):  # infinite, or no number (nan)
+            raise ConfigError(f"now {now!r} is not a time: give seconds, such as time.monotonic().") from None
 
     def translate(
         self, packet: Any, direction: NatDirection, *, offset: int = 0, now: float | None = None
@@ -321,14 +351,14 @@ class NatEngine:
         """Translates the IP packet that starts at `offset` of a writable buffer (14 behind Ethernet). `now`
         is in seconds; None asks the clock. Unless the result is translated, hairpinned or fragmented, no byte
         has changed."""
-        return _RESULTS[self._native.translate(packet, direction.value, self._now(now), offset)]
+        return _RESULTS[self._native.translate(packet, _is_outbound(direction), self._now(now), offset)]
 
     def translate_frame(
         self, frame: Any, direction: NatDirection, *, now: float | None = None
     ) -> tuple[NatResult, int]:
         """Translates the IPv4 packet of an Ethernet frame in a writable buffer; other frames are passed
         through. Returns the result and the length of the frame in bytes."""
-        code, length = self._native.translate_frame(frame, direction.value, self._now(now))
+        code, length = self._native.translate_frame(frame, _is_outbound(direction), self._now(now))
         return _RESULTS[code], length
 
     def translate_batch(
@@ -344,7 +374,7 @@ class NatEngine:
         """Translates many packets: a list of buffers; or one buffer with `offsets` (and `lengths`, else each
         goes up to the next); or a `PacketPool` with `indices`. Numbers may be an array of unsigned 32-bit
         integers or any sequence. Runs without the interpreter's lock."""
-        out, at = direction.value, self._now(now)
+        out, at = _is_outbound(direction), self._now(now)
         if isinstance(packets, PacketPool):
             if indices is None:
                 raise ConfigError("A pool needs the indices of the packets.")
@@ -391,11 +421,11 @@ class NatEngine:
         internal: tuple[IPv4Address | str, int],
     ) -> None:
         """Publishes an external port ("tcp" or "udp") as one inside. Raises PortInUse or ConfigError."""
-        self._native.add_forward(protocol, external, internal)
+        self._native.add_forward(_of_ports(protocol), _end("external", external), _end("internal", internal))
 
     def remove_forward(self, protocol: str, external: tuple[IPv4Address | str, int]) -> bool:
         """Takes a published port back; connections through it live on. False when it was not published."""
-        return self._native.remove_forward(protocol, external)
+        return self._native.remove_forward(_of_ports(protocol), _end("external", external))
 
     @property
     def connection_count(self) -> int:

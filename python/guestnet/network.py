@@ -29,6 +29,7 @@ from guestnet.attachments import (
     taken_descriptor,
 )
 from guestnet.config import NatConfig
+from guestnet.config import path as checked_path
 from guestnet.endpoint import Endpoint
 from guestnet.errors import (
     AlreadyRunning,
@@ -561,11 +562,11 @@ class NatNetwork:
 
     def start_capture(self, path: str | os.PathLike[str]) -> None:
         """Writes every frame to a file (pcapng), in place of one that is being written."""
-        self._run(self._live().start_capture(os.fspath(path)))
+        self._run(self._live().start_capture(checked_path("The capture file", path)))
 
     async def astart_capture(self, path: str | os.PathLike[str]) -> None:
         """As `start_capture`."""
-        await self._arun(self._live().start_capture(os.fspath(path)))
+        await self._arun(self._live().start_capture(checked_path("The capture file", path)))
 
     def stop_capture(self) -> None:
         """Ends the capture; its file is complete then."""

@@ -1,4 +1,4 @@
-"""TCP connections through `guestnet run`: keep-alive both ways, ends that are gone, connects with a small TTL."""
+"""TCP connections through `guestnet run`: keep-alive both ways, vanished ends, connects with a small TTL."""
 
 from __future__ import annotations
 

@@ -333,7 +333,7 @@ def test_filtering() -> None:
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"port_range": (5, 4)}, "port range 5-4"),
+        ({"port_range": (5, 4)}, "port range 5 to 4"),
         ({"external": "192.168.64.9"}, "inside the internal network"),
         ({"external": []}, "1 to 1024 external"),
         ({"external": "nonsense"}, "not an IPv4 address"),

@@ -72,7 +72,7 @@ def test_poller_creation() -> None:
     assert (poller.batch_size, poller.strategy, poller.max_spins) == (32, PollingStrategy.BUSY, 1000)
     assert DatapathPoller().batch_size == 64
     assert DatapathPoller().strategy == PollingStrategy.ADAPTIVE
-    with pytest.raises(guestnet.ConfigError, match="batch size 0"):
+    with pytest.raises(guestnet.ConfigError, match="batch_size 0"):
         DatapathPoller(0)
 
 

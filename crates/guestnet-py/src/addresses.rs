@@ -3,6 +3,7 @@
 
 use crate::errors::config_error;
 use guestnet_wire::ether::Mac;
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
@@ -34,9 +35,13 @@ impl<'a, 'py> FromPyObject<'a, 'py> for V4 {
     type Error = PyErr;
 
     fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
-        match object.extract()? {
-            IpAddr::V4(a) => Ok(V4(a)),
-            IpAddr::V6(a) => Err(config_error(object.py(), format!("{a} is not an IPv4 address."))),
+        match object.extract() {
+            Ok(IpAddr::V4(a)) => Ok(V4(a)),
+            Ok(IpAddr::V6(a)) => Err(config_error(object.py(), format!("{a} is not an IPv4 address."))),
+            Err(e) if e.is_instance_of::<PyValueError>(object.py()) => {
+                Err(config_error(object.py(), format!("{object:?} is not an IPv4 address.")))
+            }
+            Err(e) => Err(e),
         }
     }
 }

@@ -12,6 +12,7 @@ mod dataplane;
 mod errors;
 mod events;
 mod nat;
+mod numbers;
 mod pool;
 mod records;
 

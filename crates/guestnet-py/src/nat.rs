@@ -6,6 +6,7 @@
 use crate::addresses::{self, V4};
 use crate::buffers::Foreign;
 use crate::errors::{config_error, nat_error};
+use crate::numbers::Fits;
 use crate::pool::{PacketPool, lock};
 use guestnet_core::nat::{
     self, Behaviour, NatDirection, NatEngineConfig, NatResult, NatTimeouts, PacketBatch, Prefix, Refusal,
@@ -206,7 +207,7 @@ impl<B: PacketBatch + ?Sized> PacketBatch for Part<'_, B> {
 fn numbers(py: Python<'_>, object: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
     match PyBuffer::<u32>::get(object) {
         Ok(b) => b.to_vec(py),
-        Err(_) => object.extract(),
+        Err(_) => Ok(object.extract::<Fits<Vec<u32>>>()?.0),
     }
 }
 
@@ -307,22 +308,34 @@ impl NatEngine {
     }
 
     /// Translates one packet in place.
-    #[pyo3(signature = (packet, outbound, now, offset=0))]
-    fn translate(&self, packet: &Bound<'_, PyAny>, outbound: bool, now: u64, offset: usize) -> PyResult<u8> {
+    #[pyo3(signature = (packet, outbound, now, offset=Fits(0)))]
+    fn translate(
+        &self,
+        packet: &Bound<'_, PyAny>,
+        outbound: bool,
+        now: Fits<u64>,
+        offset: Fits<usize>,
+    ) -> PyResult<u8> {
         let mut one = Foreign::each(1, std::iter::once(packet.clone()))?;
-        let result = lock(&self.inner).translate_at(one.packet(0), offset, direction(outbound), Time(now));
+        let result =
+            lock(&self.inner).translate_at(one.packet(0), offset.0, direction(outbound), Time(now.0));
         Ok(code(result))
     }
 
     /// Translates the IPv4 packet of an Ethernet frame in place; other frames are none of the engine's business.
     /// Returns the result, and the length of the frame in bytes.
-    fn translate_frame(&self, frame: &Bound<'_, PyAny>, outbound: bool, now: u64) -> PyResult<(u8, usize)> {
+    fn translate_frame(
+        &self,
+        frame: &Bound<'_, PyAny>,
+        outbound: bool,
+        now: Fits<u64>,
+    ) -> PyResult<(u8, usize)> {
         let mut one = Foreign::each(1, std::iter::once(frame.clone()))?;
         let bytes = one.packet(0);
         let length = bytes.len();
         let result = match ether::Ether::parse(bytes) {
             Ok(e) if e.ethertype != ether::IPV4 => NatResult::PassThrough,
-            _ => lock(&self.inner).translate_at(bytes, ether::HEADER_LEN, direction(outbound), Time(now)),
+            _ => lock(&self.inner).translate_at(bytes, ether::HEADER_LEN, direction(outbound), Time(now.0)),
         };
         Ok((code(result), length))
     }
@@ -336,7 +349,7 @@ impl NatEngine {
         offsets: &Bound<'py, PyAny>,
         lengths: Option<&Bound<'py, PyAny>>,
         outbound: bool,
-        now: u64,
+        now: Fits<u64>,
     ) -> PyResult<Bound<'py, PyBytes>> {
         let offsets = numbers(py, offsets)?;
         let mut packets = Foreign::each(1, std::iter::once(buffer.clone()))?;
@@ -354,7 +367,7 @@ impl NatEngine {
                 packets.cut(offsets.iter().copied().zip(ends).map(|(a, b)| (a, b.saturating_sub(a))));
             }
         }
-        Ok(PyBytes::new(py, &self.batch(py, packets, outbound, now)))
+        Ok(PyBytes::new(py, &self.batch(py, packets, outbound, now.0)))
     }
 
     /// Translates packets that are a buffer each.
@@ -363,10 +376,10 @@ impl NatEngine {
         py: Python<'py>,
         packets: &Bound<'py, PyList>,
         outbound: bool,
-        now: u64,
+        now: Fits<u64>,
     ) -> PyResult<Bound<'py, PyBytes>> {
         let packets = Foreign::each(packets.len(), packets.iter())?;
-        Ok(PyBytes::new(py, &self.batch(py, packets, outbound, now)))
+        Ok(PyBytes::new(py, &self.batch(py, packets, outbound, now.0)))
     }
 
     /// Translates packets of a pool, by index.
@@ -376,7 +389,7 @@ impl NatEngine {
         pool: &Bound<'py, PacketPool>,
         indices: &Bound<'py, PyAny>,
         outbound: bool,
-        now: u64,
+        now: Fits<u64>,
     ) -> PyResult<Bound<'py, PyBytes>> {
         let pool = &pool.get().inner;
         let buffers = numbers(py, indices)?
@@ -384,7 +397,7 @@ impl NatEngine {
             .map(|i| pool.borrow(i))
             .collect::<Result<_, _>>()
             .map_err(|e| config_error(py, format!("{e}.")))?;
-        Ok(PyBytes::new(py, &self.batch(py, Pooled { buffers }, outbound, now)))
+        Ok(PyBytes::new(py, &self.batch(py, Pooled { buffers }, outbound, now.0)))
     }
 
     /// The next packet that the engine itself sends: whether it goes out, and its bytes.
@@ -394,10 +407,10 @@ impl NatEngine {
     }
 
     /// Expiry work for up to `visits` records; returns how many connections ended.
-    fn expire(&self, py: Python<'_>, now: u64, visits: usize) -> usize {
+    fn expire(&self, py: Python<'_>, now: Fits<u64>, visits: Fits<usize>) -> usize {
         py.detach(|| {
             let _working = Detached::begin();
-            lock(&self.inner).expire(Time(now), visits)
+            lock(&self.inner).expire(Time(now.0), visits.0)
         })
     }
 

@@ -4,6 +4,7 @@
 
 use crate::buffers::with_bytes;
 use crate::errors::config_error;
+use crate::numbers::Fits;
 use guestnet_io::pool::{self, PoolError};
 use guestnet_io::ring::{Consumer, DEFAULT_RING_CAPACITY, Producer};
 use pyo3::prelude::*;
@@ -27,8 +28,9 @@ pub struct PacketPool {
 #[pymethods]
 impl PacketPool {
     #[new]
-    #[pyo3(signature = (capacity=pool::DEFAULT_POOL_CAPACITY, buffer_size=pool::DEFAULT_BUFFER_SIZE))]
-    fn new(py: Python<'_>, capacity: usize, buffer_size: usize) -> PyResult<Self> {
+    #[pyo3(signature = (capacity=Fits(pool::DEFAULT_POOL_CAPACITY), buffer_size=Fits(pool::DEFAULT_BUFFER_SIZE)))]
+    fn new(py: Python<'_>, capacity: Fits<usize>, buffer_size: Fits<usize>) -> PyResult<Self> {
+        let (capacity, buffer_size) = (capacity.0, buffer_size.0);
         let inner =
             pool::PacketPool::with_buffer_size(capacity, buffer_size).map_err(|e| pool_error(py, e))?;
         guestnet_io::huge::advise(&[inner.range()]);
@@ -56,36 +58,36 @@ impl PacketPool {
     }
 
     /// Gives a buffer back.
-    fn free(&self, py: Python<'_>, index: u32) -> PyResult<()> {
-        self.inner.free(index).map_err(|e| pool_error(py, e))
+    fn free(&self, py: Python<'_>, index: Fits<u32>) -> PyResult<()> {
+        self.inner.free(index.0).map_err(|e| pool_error(py, e))
     }
 
     /// The bytes in use.
-    fn get<'py>(&self, py: Python<'py>, index: u32) -> PyResult<Bound<'py, PyBytes>> {
-        let b = self.inner.borrow(index).map_err(|e| pool_error(py, e))?;
+    fn get<'py>(&self, py: Python<'py>, index: Fits<u32>) -> PyResult<Bound<'py, PyBytes>> {
+        let b = self.inner.borrow(index.0).map_err(|e| pool_error(py, e))?;
         Ok(PyBytes::new(py, &b))
     }
 
     /// The bytes in use, and the buffer is free; None for an index that nobody holds.
-    fn take<'py>(&self, py: Python<'py>, index: u32) -> Option<Bound<'py, PyBytes>> {
-        let bytes = PyBytes::new(py, &self.inner.borrow(index).ok()?);
-        self.inner.free(index).ok()?;
+    fn take<'py>(&self, py: Python<'py>, index: Fits<u32>) -> Option<Bound<'py, PyBytes>> {
+        let bytes = PyBytes::new(py, &self.inner.borrow(index.0).ok()?);
+        self.inner.free(index.0).ok()?;
         Some(bytes)
     }
 
     /// Makes these the bytes in use, from any object that has bytes in one piece.
-    fn set(&self, py: Python<'_>, index: u32, data: &Bound<'_, PyAny>) -> PyResult<()> {
-        let mut b = self.inner.borrow(index).map_err(|e| pool_error(py, e))?;
+    fn set(&self, py: Python<'_>, index: Fits<u32>, data: &Bound<'_, PyAny>) -> PyResult<()> {
+        let mut b = self.inner.borrow(index.0).map_err(|e| pool_error(py, e))?;
         with_bytes(data, |bytes| b.fill(bytes))?.map_err(|e| pool_error(py, e))
     }
 
     /// Takes a buffer and fills it; None when none is free.
     fn put(&self, py: Python<'_>, data: &Bound<'_, PyAny>) -> PyResult<Option<u32>> {
         let Some(index) = self.inner.alloc() else { return Ok(None) };
-        match self.set(py, index, data) {
+        match self.set(py, Fits(index), data) {
             Ok(()) => Ok(Some(index)),
             Err(e) => {
-                self.free(py, index)?;
+                self.free(py, Fits(index))?;
                 Err(e)
             }
         }
@@ -115,9 +117,9 @@ pub struct Ring {
 #[pymethods]
 impl Ring {
     #[new]
-    #[pyo3(signature = (capacity=DEFAULT_RING_CAPACITY))]
-    fn new(py: Python<'_>, capacity: usize) -> PyResult<Self> {
-        let ring = guestnet_io::ring::Ring::new(capacity).map_err(|e| config_error(py, format!("{e}.")))?;
+    #[pyo3(signature = (capacity=Fits(DEFAULT_RING_CAPACITY)))]
+    fn new(py: Python<'_>, capacity: Fits<usize>) -> PyResult<Self> {
+        let ring = guestnet_io::ring::Ring::new(capacity.0).map_err(|e| config_error(py, format!("{e}.")))?;
         let (p, c) = ring.split();
         Ok(Ring { producer: Mutex::new(p), consumer: Mutex::new(c) })
     }
@@ -128,8 +130,8 @@ impl Ring {
     }
 
     /// Puts one; False when the ring is full.
-    fn enqueue(&self, index: u32) -> bool {
-        lock(&self.producer).enqueue(index).is_ok()
+    fn enqueue(&self, index: Fits<u32>) -> bool {
+        lock(&self.producer).enqueue(index.0).is_ok()
     }
 
     /// Takes the oldest; None when the ring is empty.
@@ -138,14 +140,14 @@ impl Ring {
     }
 
     /// Puts as many as there is room for, in order; returns how many.
-    fn enqueue_batch(&self, indices: Vec<u32>) -> usize {
-        lock(&self.producer).enqueue_batch(&indices)
+    fn enqueue_batch(&self, indices: Fits<Vec<u32>>) -> usize {
+        lock(&self.producer).enqueue_batch(&indices.0)
     }
 
     /// Takes up to `count`, oldest first.
-    fn dequeue_batch(&self, count: usize) -> Vec<u32> {
+    fn dequeue_batch(&self, count: Fits<usize>) -> Vec<u32> {
         let mut c = lock(&self.consumer);
-        let mut out = vec![0; count.min(c.len())];
+        let mut out = vec![0; count.0.min(c.len())];
         let n = c.dequeue_batch(&mut out);
         out.truncate(n);
         out

@@ -156,7 +156,7 @@ def test_standard_streams(tmp_path: Path) -> None:
         (["nat", "--external", "x", "a", "b"], "'x'"),
         (["nat", "--external", EXTERNAL, "--internal", "y", "a", "b"], "'y'"),
         (["nat", "--external", EXTERNAL, "--ports", "9", "a", "b"], "'9'"),
-        (["nat", "--external", EXTERNAL, "--ports", "9-3", "a", "b"], "9-3"),
+        (["nat", "--external", EXTERNAL, "--ports", "9-3", "a", "b"], "9 to 3"),
         (["nat", "--external", "192.168.64.9", "a", "b"], "192.168.64.9"),
         (["nat", "--external", EXTERNAL, "--inside", "c", "a", "b"], "--reverse"),
         (["nat", "--external", EXTERNAL, "-p", "80:80", "a", "b"], "guest's address"),

@@ -33,6 +33,8 @@ class OwnRecord:
 
 def record_name(name: str) -> bytes:
     """The labels of a name that was configured; the first may be `*`."""
+    if not isinstance(name, str):
+        raise TypeError(f"The DNS name {name!r} is not text: write one such as 'web.example'.")
     try:
         found = to_labels(name.lower())
     except Malformed:
@@ -43,7 +45,9 @@ def record_name(name: str) -> bytes:
 
 
 def parse_record(name: str, value: str | IPv4Address | IPv6Address) -> OwnRecord:
-    """A record from its name and value. Raises ConfigError."""
+    """A record from its name and value. Raises ConfigError, or TypeError for a value that is no text."""
+    if not isinstance(value, str | IPv4Address | IPv6Address):
+        raise TypeError(f"The value {value!r} of {name} is neither text nor an address: write '192.0.2.1'.")
     labels = record_name(name)
     typed = _TYPED.fullmatch(str(value))
     # "AAAA:2001:db8::1" is an address by itself too, but nobody means that one.
