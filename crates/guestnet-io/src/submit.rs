@@ -33,6 +33,9 @@ enum Op {
     Send(RawFd, usize, usize),
     Write(RawFd, usize, usize),
     Close(RawFd),
+    /// A close that the ring has. It is never repeated: once the kernel has closed the descriptor, its number may
+    /// be somebody else's. If the ring fails before, the descriptor stays open.
+    Closing,
 }
 
 /// Memory that the kernel reads while a run lasts.
@@ -149,12 +152,15 @@ impl Submitter {
         let Submitter { ring: slot, memory, ops, results } = self;
         let Some(ring) = slot else { return };
         let mut pushed = 0;
-        for (i, op) in ops.iter().enumerate() {
+        for (i, op) in ops.iter_mut().enumerate() {
             let entry = memory.entry(*op).user_data(i as u64);
             // SAFETY: what the entry points to is in `memory`, which does not change before the completion is
             // seen below, and is leaked where that is not to be had; descriptors are borrowed as long.
             if unsafe { ring.submission().push(&entry) }.is_ok() {
                 pushed += 1;
+                if matches!(op, Op::Close(_)) {
+                    *op = Op::Closing;
+                }
             }
         }
         let mut done = 0;
@@ -209,6 +215,7 @@ impl Memory {
                     .build()
             }
             Op::Close(fd) => opcode::Close::new(types::Fd(fd)).build(),
+            Op::Closing => opcode::Nop::new().build(),
         }
     }
 
@@ -224,6 +231,7 @@ impl Memory {
                 drop(unsafe { OwnedFd::from_raw_fd(fd) });
                 0
             }
+            Op::Closing => -libc::ECANCELED,
         }
     }
 }
@@ -268,6 +276,29 @@ mod tests {
             b.read_to_string(&mut text).unwrap();
             assert_eq!(text, "one two end");
         });
+    }
+
+    #[test]
+    fn a_close_is_not_repeated_when_the_ring_fails() {
+        let mut s = Submitter::new(true);
+        let Some(ring) = &s.ring else { return };
+        // From now on the ring is a file that takes no submissions.
+        let null = std::fs::File::open("/dev/null").unwrap();
+        // SAFETY: both are open, and the ring's number stays what the ring believes to be its own.
+        assert!(unsafe { libc::dup2(null.as_raw_fd(), ring.as_raw_fd()) } >= 0);
+        let (a, mut b) = UnixStream::pair().unwrap();
+        let (c, _d) = UnixStream::pair().unwrap();
+        let number = c.as_raw_fd();
+        let a = OwnedFd::from(a);
+        let mut batch = s.batch();
+        batch.close(c.into());
+        batch.send(&a, b"goes all the same");
+        assert_eq!(batch.run(), [-libc::ECANCELED, 17]);
+        assert!(!s.is_on());
+        let mut got = [0; 17];
+        b.read_exact(&mut got).unwrap();
+        // SAFETY: no pointers.
+        assert!(unsafe { libc::fcntl(number, libc::F_GETFD) } >= 0, "nobody else's descriptor is closed");
     }
 
     #[test]
