@@ -2,8 +2,10 @@
 //! command has a number, and when it is done the number comes back in [`crate::events::Event::Done`]. What a
 //! command brings along (descriptors) belongs to the worker from then on.
 
+use crate::attachments::vhost::FrontEnds;
 use crate::capture::SharedCapture;
 use crate::listener::Speak;
+use crate::quota::Charge;
 use crate::sys;
 use guestnet_core::config::{FlowInfo, PortInfo};
 use guestnet_core::nat::{ConnTrackStats, ForwardError, NatConfigError, NatEngineConfig, NatStats};
@@ -14,7 +16,7 @@ use std::net::{IpAddr, SocketAddr, SocketAddrV4};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// What arrives on a listener.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +39,10 @@ pub struct Newcomer {
     pub(crate) speak: Speak,
     pub(crate) template: PortConfig,
     pub(crate) peer: String,
+    /// Its connection, as its listener is charged for it.
+    pub(crate) held: Charge,
+    /// All guests of the listener.
+    pub(crate) front_ends: Arc<FrontEnds>,
 }
 
 /// What a worker can be told to do.

@@ -6,12 +6,13 @@ use crate::attachments::ports::Attachment;
 use crate::attachments::reason;
 use crate::attachments::stream::Stream;
 use crate::attachments::tap::Tap;
-use crate::attachments::vhost::Vhost;
+use crate::attachments::vhost::{FrontEnds, Vhost};
 use crate::capture::{Capture, Capturing};
 use crate::commands::{Command, CommandError, Value};
 use crate::events::Event;
 use crate::listener::{FIRST_DYNAMIC, PORTS_MAX};
 use crate::poller::{Kind, Token};
+use crate::quota::{Pool, Quota};
 use crate::sys::{self, RawAddr};
 use crate::uplink::forward::{ForwardParts, Listening, Origins};
 use crate::uplink::sockets::{Sock, SockKind};
@@ -92,7 +93,8 @@ impl State {
                 self.attach(port, || Dgram::new(fd).map(Attachment::Dgram))?;
             }
             Command::AttachVhostUser { port, fd } => {
-                self.attach(port, || Vhost::new(fd).map(|v| Attachment::Vhost(Box::new(v))))?;
+                let front_ends = FrontEnds::new(Quota::new(Pool::of_process()));
+                self.attach(port, || Vhost::new(fd, front_ends).map(|v| Attachment::Vhost(Box::new(v))))?;
             }
             Command::AttachMemory { port } => self.attach(port, || Ok(Attachment::Memory))?,
             Command::Listen { listener, kind, fd, template } => {

@@ -11,6 +11,7 @@ mod capture;
 pub mod commands;
 mod control;
 mod dispatch;
+mod eventfd;
 pub mod events;
 pub mod front;
 #[cfg(fuzzing)]
@@ -22,6 +23,7 @@ mod peers;
 mod poller;
 pub mod pool;
 mod port_names;
+mod quota;
 pub mod ring;
 mod slab;
 pub mod stats;

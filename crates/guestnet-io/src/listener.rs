@@ -6,14 +6,16 @@ use crate::attachments::dgram::Dgram;
 use crate::attachments::ports::Attachment;
 use crate::attachments::stream::Stream;
 use crate::attachments::unixgram::{From, PEERS_MAX, Unixgram};
-use crate::attachments::vhost::Vhost;
+use crate::attachments::vhost::{FrontEnds, Vhost};
 use crate::commands::{Command, CommandError, ListenKind, Newcomer};
 use crate::events::{Event, Level};
 use crate::poller::{Kind, Token};
+use crate::quota::{Charge, Pool, Quota, Resource};
 use crate::sys;
 use crate::worker::State;
 use guestnet_core::types::{FrameMeta, PortConfig, PortId};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 /// The first number of a port that was not asked for.
 pub(crate) const FIRST_DYNAMIC: u32 = 0x8000_0000;
@@ -27,6 +29,8 @@ pub(crate) struct Listener {
     pub number: u32,
     template: PortConfig,
     pub kind: Arrivals,
+    /// Its guests, all together, and what they hold.
+    front_ends: Arc<FrontEnds>,
 }
 
 /// How they arrive.
@@ -97,7 +101,8 @@ impl State {
             ListenKind::Dgram => Arrivals::Datagrams(Unixgram::new(fd, false)),
             ListenKind::Unixgram => Arrivals::Datagrams(Unixgram::new(fd, true)),
         };
-        let slot = self.listeners.insert(Listener { number, template, kind });
+        let front_ends = FrontEnds::new(Quota::new(Pool::of_process()));
+        let slot = self.listeners.insert(Listener { number, template, kind, front_ends });
         self.watch_listener(slot).map_err(|errno| {
             self.listeners.remove(slot);
             CommandError::System { what: "the listener cannot be watched", errno }
@@ -175,7 +180,14 @@ impl State {
             let speak = *speak;
             let peer = from.to_path().map_or(String::new(), |p| String::from_utf8_lossy(&p).into_owned());
             let Some(l) = self.listeners.get(token.index) else { return };
-            let new = Newcomer { listener: l.number, conn, speak, template: l.template.clone(), peer };
+            let mut held = Charge::new(&l.front_ends.quota, Resource::Descriptors);
+            if let Err(e) = held.set(1) {
+                self.io.counters.guests_refused += 1;
+                self.warn(format!("a guest was refused: {e}"));
+                continue;
+            }
+            let (template, front_ends) = (l.template.clone(), Arc::clone(&l.front_ends));
+            let new = Newcomer { listener: l.number, conn, speak, template, peer, held, front_ends };
             match self.io.peers.as_ref().map(|p| (p.choose(), p.me())) {
                 Some((to, me)) if to != me => self.hand_over(to, new),
                 _ => self.adopt(new),
@@ -198,18 +210,19 @@ impl State {
         let attachment = match new.speak {
             Speak::Framed => Stream::new(new.conn).map(Attachment::Stream),
             Speak::Packets => Dgram::new(new.conn).map(Attachment::Dgram),
-            Speak::VhostUser => Vhost::new(new.conn).map(|v| Attachment::Vhost(Box::new(v))),
+            Speak::VhostUser => Vhost::new(new.conn, new.front_ends).map(|v| Attachment::Vhost(Box::new(v))),
         };
         let port = match attachment {
-            Ok(a) => self.welcome(new.listener, new.template, a, true, new.peer),
+            Ok(a) => self.welcome(new.listener, new.template, a, Some(new.held), new.peer),
             Err(why) => {
                 self.io.counters.guests_refused += 1;
                 self.warn(format!("a guest was refused: {why}"));
                 None
             }
         };
-        if port.is_none() {
-            self.guest_left();
+        match port {
+            Some(port) => self.isolate_if_stalled(port),
+            None => self.guest_left(),
         }
     }
 
@@ -220,13 +233,13 @@ impl State {
         }
     }
 
-    /// Makes a port of a guest that has come.
+    /// Makes a port of a guest that has come. `held`: it has a connection of its own.
     fn welcome(
         &mut self,
         number: u32,
         config: PortConfig,
         a: Attachment,
-        watch: bool,
+        held: Option<Charge>,
         peer: String,
     ) -> Option<PortId> {
         if self.io.ports.len() >= PORTS_MAX {
@@ -237,6 +250,10 @@ impl State {
         let (first, last) = self.port_range;
         self.next_port = if port.0 < last { port.0 + 1 } else { first };
         let at = self.io.ports.add(port, Some(number));
+        let watch = held.is_some();
+        if let Some(p) = self.io.ports.get_mut(at) {
+            p.held = held;
+        }
         if let Err(e) = self.io.ports.attach(&self.io.poller, at, a, watch) {
             self.io.ports.remove(port);
             self.io.counters.guests_refused += 1;
@@ -336,7 +353,7 @@ impl State {
         };
         let name = String::from_utf8_lossy(path).into_owned();
         let template = self.listeners.get(slot)?.template.clone();
-        let port = self.welcome(number, template, Attachment::Dgram(dgram), false, name)?;
+        let port = self.welcome(number, template, Attachment::Dgram(dgram), None, name)?;
         if let Some(p) = &self.io.peers {
             p.load(p.me());
         }
@@ -349,14 +366,20 @@ impl State {
 
     /// Leaves the socket to the guest that came to it, where a new one can take its place.
     fn replace_socket(&mut self, slot: u32) {
-        let Some(Listener { number, template, kind: Arrivals::Datagrams(u) }) = self.listeners.get_mut(slot)
+        let Some(Listener { number, template, kind: Arrivals::Datagrams(u), front_ends }) =
+            self.listeners.get_mut(slot)
         else {
             return;
         };
         let Some(next) = u.replace() else { return };
         u.replaced = true;
         let kind = Arrivals::Datagrams(next);
-        let next = Listener { number: *number, template: template.clone(), kind };
+        let next = Listener {
+            number: *number,
+            template: template.clone(),
+            kind,
+            front_ends: Arc::clone(front_ends),
+        };
         let next = self.listeners.insert(next);
         if let Err(e) = self.watch_listener(next) {
             self.warn(crate::attachments::reason("no more guests can be taken", e));
@@ -366,6 +389,7 @@ impl State {
     /// The peer of a port is gone. Ports of listeners go with it, others are left without attachment.
     pub(crate) fn port_gone(&mut self, port: PortId, reason: String) {
         let Some(slot) = self.io.ports.slot(port) else { return };
+        let reason = self.io.ports.end_isolation(&mut self.io.counters, slot).unwrap_or(reason);
         if self.wait_for_front_end(slot, &reason) {
             return;
         }

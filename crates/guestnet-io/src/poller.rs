@@ -71,21 +71,29 @@ impl Ready {
 
 /// A descriptor that is watched until this is dropped.
 pub(crate) struct Watch {
-    fd: OwnedFd,
+    fd: Option<OwnedFd>,
     epoll: Arc<OwnedFd>,
+}
+
+impl Watch {
+    /// The descriptor, which is not watched any more.
+    pub(crate) fn into_fd(mut self) -> Option<OwnedFd> {
+        self.end();
+        self.fd.take()
+    }
+
+    fn end(&self) {
+        let Some(fd) = &self.fd else { return };
+        // SAFETY: both are open, and DEL takes no event. It can fail only when it is not watched.
+        unsafe {
+            libc::epoll_ctl(self.epoll.as_raw_fd(), libc::EPOLL_CTL_DEL, fd.as_raw_fd(), std::ptr::null_mut())
+        };
+    }
 }
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        // SAFETY: both are open, and DEL takes no event. It can fail only when it is not watched.
-        unsafe {
-            libc::epoll_ctl(
-                self.epoll.as_raw_fd(),
-                libc::EPOLL_CTL_DEL,
-                self.fd.as_raw_fd(),
-                std::ptr::null_mut(),
-            )
-        };
+        self.end();
     }
 }
 
@@ -151,7 +159,7 @@ impl Poller {
     /// read of it. Closing it would not end that, so dropping what is returned does.
     pub(crate) fn watch_edges(&self, fd: OwnedFd, token: Token) -> Result<Watch, i32> {
         self.add(&fd, token, libc::EPOLLIN | libc::EPOLLET)?;
-        Ok(Watch { fd, epoll: Arc::clone(&self.fd) })
+        Ok(Watch { fd: Some(fd), epoll: Arc::clone(&self.fd) })
     }
 
     /// Waits until something is ready or `timeout` (nanoseconds; `None`: without end) is over; returns how

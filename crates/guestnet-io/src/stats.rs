@@ -2,6 +2,7 @@
 //! while it is busy, it publishes them through a seqlock of atomics, so a reader gets one consistent moment
 //! and never makes the worker wait.
 
+use crate::attachments::vhost::Counts;
 use guestnet_core::stats::{Counters, Drop};
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
@@ -56,8 +57,13 @@ io_counters! {
     bad_frames,
     /// Frames to a guest that its attachment refused.
     refused_frames,
+    /// Frames to a guest whose buffers are on pages of its memory that are not allocated, and of which no more may
+    /// be allocated for it.
+    unallocated_frames,
     /// Frames for a port without attachment.
     unattached_frames,
+    /// Front-ends that made their worker wait and got threads of their own.
+    front_ends_isolated,
     /// Guests refused on a listener (no name, too many).
     guests_refused,
     /// Times a listener was paused because the host had no more descriptors.
@@ -85,6 +91,15 @@ io_counters! {
 }
 
 impl IoCounters {
+    /// Adds what the thread of a front-end has dropped and cut.
+    pub(crate) fn add_isolated(&mut self, counts: Counts) {
+        let Counts { bad, refused, unallocated, segmented } = counts;
+        self.bad_frames += bad;
+        self.refused_frames += refused;
+        self.unallocated_frames += unallocated;
+        self.segmented_frames += segmented;
+    }
+
     /// The bucket of a batch of `n`.
     #[must_use]
     pub fn bucket(n: usize) -> usize {

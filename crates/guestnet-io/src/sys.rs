@@ -553,6 +553,67 @@ pub(crate) fn raise_descriptor_limit() -> u32 {
     u32::try_from(l.rlim_cur).unwrap_or(u32::MAX)
 }
 
+/// How often this thread has slept of its own accord: for what it waited for, not for the processor.
+pub(crate) fn times_slept() -> i64 {
+    // SAFETY: a rusage is plain numbers.
+    let mut usage: libc::rusage = unsafe { zeroed() };
+    // SAFETY: the struct is writable.
+    unsafe { libc::getrusage(libc::RUSAGE_THREAD, &mut usage) };
+    usage.ru_nvcsw
+}
+
+/// Two connected sockets that keep the bounds of packets, close-on-exec. They wait.
+pub(crate) fn packet_pair() -> Result<(OwnedFd, OwnedFd), i32> {
+    let mut pair = [0; 2];
+    let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC;
+    // SAFETY: room for two descriptors.
+    check(unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, pair.as_mut_ptr()) })?;
+    let [a, b] = pair;
+    Ok((owned(a), owned(b)))
+}
+
+/// Bytes of address space that the process may have; `None`: as much as there is.
+pub(crate) fn address_space_limit() -> Option<u64> {
+    let mut l = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the struct lives.
+    let got = unsafe { libc::getrlimit(libc::RLIMIT_AS, &mut l) };
+    (got == 0 && l.rlim_cur != libc::RLIM_INFINITY).then_some(l.rlim_cur)
+}
+
+/// Bytes of a page.
+pub(crate) fn page_size() -> u64 {
+    // SAFETY: no pointers.
+    u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
+}
+
+/// Bytes of memory of this machine.
+pub(crate) fn memory_of_machine() -> Option<u64> {
+    // SAFETY: no pointers.
+    let pages = u64::try_from(unsafe { libc::sysconf(libc::_SC_PHYS_PAGES) }).ok()?;
+    pages.checked_mul(page_size())
+}
+
+/// Opens the file behind a descriptor of somebody else's once more, for reading and writing: position and flags of
+/// the new description are ours alone.
+pub(crate) fn open_again(fd: &OwnedFd) -> Result<OwnedFd, i32> {
+    let path = format!("/proc/self/fd/{}\0", fd.as_raw_fd());
+    // SAFETY: the path ends with NUL.
+    check(unsafe { libc::open(path.as_ptr().cast(), libc::O_RDWR | libc::O_CLOEXEC | libc::O_NONBLOCK) })
+        .map(owned)
+}
+
+/// True when there is data in a file from byte `from` on, and before byte `to`. What was never written is a hole.
+pub(crate) fn has_data(fd: &OwnedFd, from: u64, to: u64) -> bool {
+    let Ok(from) = libc::off_t::try_from(from) else { return false };
+    // SAFETY: no pointers.
+    let found = unsafe { libc::lseek(fd.as_raw_fd(), from, libc::SEEK_DATA) };
+    match u64::try_from(found) {
+        Ok(found) => found < to,
+        // Behind the last data. Where the file cannot tell, there is data.
+        Err(_) => errno() != libc::ENXIO,
+    }
+}
+
 /// Sends with MSG_OOB.
 #[cfg(test)]
 pub(crate) fn send_urgent(fd: &OwnedFd, data: &[u8]) -> Result<usize, i32> {

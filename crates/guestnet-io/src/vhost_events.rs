@@ -5,8 +5,9 @@
 
 use crate::attachments::Got;
 use crate::attachments::ports::{Attachment, Port};
-use crate::attachments::vhost::Vhost;
+use crate::attachments::vhost::{self, LONG_ROUND, Vhost};
 use crate::poller::{Kind, Ready, Token};
+use crate::sys;
 use crate::worker::State;
 use guestnet_core::types::PortId;
 
@@ -41,6 +42,9 @@ impl State {
                         self.io.ports.again.push(token);
                     }
                 }
+                if let Some(why) = changes.refused {
+                    self.warn(format!("a request of a vhost-user front-end was refused: {why}"));
+                }
                 self.complain(slot, id);
             }
             Err(why) => self.io.ports.down.push((id, why)),
@@ -63,6 +67,63 @@ impl State {
         if let Err(e) = watched {
             let why = crate::attachments::reason("the front-end cannot be watched", e);
             self.io.ports.down.push((id, why));
+        }
+        self.isolate_if_stalled(id);
+    }
+
+    /// A front-end has come. Where others from there made a worker wait, it has a thread of its own from the first.
+    pub(crate) fn isolate_if_stalled(&mut self, port: PortId) {
+        let Some(slot) = self.io.ports.slot(port) else { return };
+        if self.vhost(slot).is_some_and(|v| v.is_stalled()) {
+            self.isolate(slot, port);
+        }
+    }
+
+    fn isolate(&mut self, slot: u32, port: PortId) {
+        match self.io.ports.isolate(&self.io.poller, slot) {
+            Ok(()) => {
+                self.io.counters.front_ends_isolated += 1;
+                self.warn(
+                    "a vhost-user front-end makes the network wait for its guest's memory; it has a thread \
+                           of its own from now on"
+                        .into(),
+                );
+            }
+            Err(why) => self.io.ports.down.push((port, why)),
+        }
+    }
+
+    /// The worker is about to wait: front-ends that made it wait before leave it. They are looked for only after a
+    /// round that took long and in which it slept.
+    pub(crate) fn look_for_stalls(&mut self) {
+        if !self.io.ports.had_front_ends {
+            return;
+        }
+        let now = sys::now();
+        let took = now.since(self.looked_at);
+        if took >= LONG_ROUND && vhost::has_slept() {
+            let until = vhost::after_long_round(now, took, self.io.ports.touched());
+            self.suspicious_until = self.suspicious_until.max(until);
+        }
+        self.looked_at = now;
+        if self.suspicious_until.is_some() {
+            for (slot, port) in self.io.ports.stalled() {
+                self.isolate(slot, port);
+            }
+            self.suspicious_until = self.suspicious_until.filter(|t| now <= *t);
+        }
+    }
+
+    /// What the threads of front-ends have to tell.
+    pub(crate) fn hear_isolated(&mut self) {
+        let counters = &mut self.io.counters;
+        let mut warnings = Vec::new();
+        for isolated in self.io.ports.isolated() {
+            counters.add_isolated(isolated.counts());
+            warnings.extend(isolated.warning());
+        }
+        for warning in warnings {
+            self.warn(warning);
         }
     }
 

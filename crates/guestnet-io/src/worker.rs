@@ -4,7 +4,7 @@
 //! a descriptor or the next timer; the adaptive strategy first polls a little, as long as that has paid of late.
 //! A panic ends the worker, not the process, and is told as an event.
 
-use crate::attachments::{FRAME_MAX, stream, vnet};
+use crate::attachments::{FRAME_MAX, stream, vhost, vnet};
 use crate::capture::Closing;
 use crate::commands::{self, Command, CommandSender, QueueFull, Value, Waker};
 use crate::events::{self, Event, EventReceiver, EventSender};
@@ -14,6 +14,7 @@ use crate::listener::{FIRST_DYNAMIC, Listener};
 use crate::peers::{self, Peers, Place};
 use crate::poller::{Kind, Poller, Token, until};
 use crate::port_names::PortNames;
+use crate::quota::Pool;
 use crate::slab::Slab;
 use crate::stats::{IoCounters, Published, StatsSnapshot};
 use crate::sys;
@@ -155,7 +156,9 @@ fn seed(config: &WorkerConfig) -> Result<Seed, IoError> {
 /// soft limit of descriptors to its hard limit, since every relayed connection is one.
 pub(crate) fn start(mut config: WorkerConfig, loads: &Arc<[AtomicU32]>) -> Result<Vec<Thread>, IoError> {
     let n = loads.len();
-    let descriptors = sys::raise_descriptor_limit() / n as u32;
+    let limit = sys::raise_descriptor_limit();
+    Pool::of_process().set_descriptors(limit.into());
+    let descriptors = limit / n as u32;
     config.core.limits = shares(config.core.limits, n as u32).within(for_sockets(descriptors));
     let seeds = (0..n).map(|_| seed(&config)).collect::<Result<Vec<_>, _>>()?;
     let mut peers: Vec<Option<Box<Peers>>> = (0..n).map(|_| None).collect();
@@ -344,6 +347,10 @@ pub(crate) struct State {
     /// Captures that are being finished, and what is to be acknowledged then.
     pub closing: Vec<(Closing, Option<u64>)>,
     capture_flush: Option<Time>,
+    /// When it was seen last whether front-ends made this thread wait.
+    pub looked_at: Time,
+    /// Until when they are looked at more closely.
+    pub suspicious_until: Option<Time>,
 }
 
 impl State {
@@ -394,6 +401,8 @@ impl State {
             resting: Resting::default(),
             closing: Vec::new(),
             capture_flush: None,
+            looked_at: now,
+            suspicious_until: None,
         }
     }
 
@@ -409,6 +418,10 @@ impl State {
     fn round(&mut self, n: usize) {
         self.now = sys::now();
         self.io.now = self.now;
+        self.looked_at = self.now;
+        if self.io.ports.had_front_ends {
+            vhost::begin_round();
+        }
         if self.waker.take_urgent() {
             self.urgent_commands();
         }
@@ -520,6 +533,7 @@ impl State {
 
     fn wait(&mut self) -> Result<usize, i32> {
         self.look_at_queues();
+        self.look_for_stalls();
         let mut timeout = self.timeout();
         let mut n = 0;
         if timeout != Some(0) && self.strategy == PollingStrategy::Adaptive && self.unpublished {
@@ -528,8 +542,16 @@ impl State {
         if n == 0 {
             // What spinning found in a queue, or of one, is not slept over.
             let found = self.io.has_news() || !self.io.ports.again.is_empty();
+            let lingering = !self.io.ports.lingering.is_empty();
+            if lingering {
+                self.looked_at = sys::now();
+            }
             if timeout != Some(0) && (found || self.rest_queues()) {
                 timeout = Some(0);
+            }
+            if lingering {
+                self.look_for_stalls();
+                timeout = if self.io.has_news() { Some(0) } else { timeout };
             }
             let sleeps = timeout != Some(0);
             if let Some(p) = self.io.peers.as_ref().filter(|_| sleeps)
@@ -582,6 +604,7 @@ impl State {
     }
 
     fn publish(&mut self) {
+        self.hear_isolated();
         self.io.counters.events_dropped = self.io.events.dropped;
         let mut io = self.io.counters;
         if let Some(c) = &self.io.capture {

@@ -6,10 +6,11 @@
 use super::dgram::Dgram;
 use super::stream::Stream;
 use super::tap::{self, PutOff, Sent, Tap};
-use super::vhost::{self, Vhost};
+use super::vhost::{self, FrontEnds, Isolated, Vhost};
 use super::{Flushed, QUEUE_LOW, QUEUE_MAX, vnet};
 use crate::events::{Event, EventSender, Level};
 use crate::poller::{Kind, Poller, Token};
+use crate::quota::Charge;
 use crate::slab::Slab;
 use crate::stats::IoCounters;
 use crate::submit::{Batch, Submitter};
@@ -18,6 +19,7 @@ use guestnet_core::types::{Csum, FrameMeta, PortId, Time};
 use guestnet_wire::segment;
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 /// How long a peer that is full without telling is left alone, in nanoseconds.
 const RETRY: u64 = 1_000_000;
@@ -60,6 +62,10 @@ pub(crate) struct Port {
     pub attachment: Attachment,
     /// The listener on which the guest came.
     pub listener: Option<u32>,
+    /// Its connection, as its listener is charged for it.
+    pub held: Option<Charge>,
+    /// Its front-end has a thread of its own, and the attachment leads to that; with what it was attached by.
+    pub isolated: Option<(Isolated, Box<Vhost>)>,
     /// The core was told that the port is full.
     owed: bool,
     /// It is in the list of ports to be flushed.
@@ -102,6 +108,8 @@ pub(crate) struct Ports {
     pub down: Vec<(PortId, String)>,
     /// A large frame in one piece.
     linear: Vec<u8>,
+    /// A port has, or had, a vhost-user attachment.
+    pub had_front_ends: bool,
 }
 
 impl Ports {
@@ -149,6 +157,8 @@ impl Ports {
             id,
             attachment: Attachment::None,
             listener,
+            held: None,
+            isolated: None,
             owed: false,
             dirty: false,
             out_watched: false,
@@ -179,9 +189,75 @@ impl Ports {
         if let Some(fd) = a.fd().filter(|_| watch) {
             poller.add(fd, Token { kind: Kind::Port, index: slot, generation }, libc::EPOLLIN)?;
         }
+        self.had_front_ends |= matches!(a, Attachment::Vhost(_));
         port.attachment = a;
         port.out_watched = false;
         Ok(())
+    }
+
+    /// Moves the front-end of a port to a thread of its own.
+    pub(crate) fn isolate(&mut self, poller: &Poller, slot: u32) -> Result<(), String> {
+        let generation = self.slab.generation(slot);
+        let Some(port) = self.slab.get_mut(slot) else { return Ok(()) };
+        let mut vhost = match std::mem::replace(&mut port.attachment, Attachment::None) {
+            Attachment::Vhost(v) => v,
+            other => {
+                port.attachment = other;
+                return Ok(());
+            }
+        };
+        let isolated = vhost.isolate(poller).and_then(|(isolated, fd)| {
+            let token = Token { kind: Kind::Port, index: slot, generation };
+            let watched = poller.add(&fd, token, libc::EPOLLIN);
+            watched.map_err(|e| super::reason("a front-end's thread cannot be watched", e))?;
+            Ok((isolated, fd))
+        });
+        match isolated {
+            Ok((isolated, fd)) => {
+                port.attachment = Attachment::Tap(Tap::of_packets(fd));
+                port.out_watched = false;
+                port.isolated = Some((isolated, vhost));
+                if std::mem::take(&mut port.owed) {
+                    self.writable.push(port.id);
+                }
+                Ok(())
+            }
+            Err(why) => {
+                port.attachment = Attachment::Vhost(vhost);
+                Err(why)
+            }
+        }
+    }
+
+    /// Ends what [`Ports::isolate`] began: the port is as it was before a front-end came. Why it ended, where its
+    /// thread has said so.
+    pub(crate) fn end_isolation(&mut self, counters: &mut IoCounters, slot: u32) -> Option<String> {
+        let port = self.slab.get_mut(slot)?;
+        let (isolated, vhost) = port.isolated.take()?;
+        counters.add_isolated(isolated.counts());
+        port.attachment = Attachment::Vhost(vhost);
+        port.out_watched = false;
+        self.taps.retain(|tap| *tap != slot);
+        isolated.ended()
+    }
+
+    /// All ports with a front-end that made this thread wait.
+    pub(crate) fn stalled(&self) -> Vec<(u32, PortId)> {
+        let stalled = |a: &Attachment| matches!(a, Attachment::Vhost(v) if v.is_stalled());
+        self.slab.iter().filter(|(_, p)| stalled(&p.attachment)).map(|(i, p)| (i, p.id)).collect()
+    }
+
+    /// Front-ends whose memory was touched in this round.
+    pub(crate) fn touched(&self) -> impl Iterator<Item = &Arc<FrontEnds>> {
+        self.slab.iter().filter_map(|(_, p)| match &p.attachment {
+            Attachment::Vhost(v) => v.touched(),
+            _ => None,
+        })
+    }
+
+    /// Threads of front-ends.
+    pub(crate) fn isolated(&self) -> impl Iterator<Item = &Isolated> {
+        self.slab.iter().filter_map(|(_, p)| p.isolated.as_ref().map(|(isolated, _)| isolated))
     }
 
     /// Takes the attachment away; frames that wait in it are lost.
@@ -189,6 +265,7 @@ impl Ports {
         self.taps.retain(|tap| *tap != slot);
         if let Some(p) = self.slab.get_mut(slot) {
             p.attachment = Attachment::None;
+            p.isolated = None;
             if std::mem::take(&mut p.owed) {
                 self.writable.push(p.id);
             }
@@ -291,6 +368,7 @@ impl Ports {
                         return Err(TxError::Full);
                     }
                     vhost::Sent::Refused => out.counters.refused_frames += 1,
+                    vhost::Sent::NotAllocated => out.counters.unallocated_frames += 1,
                     vhost::Sent::Unplugged => out.counters.unattached_frames += 1,
                 }
                 if !port.dirty {

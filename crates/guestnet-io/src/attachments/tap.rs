@@ -76,6 +76,11 @@ impl Tap {
         Ok(Tap::with(fd, header, uso))
     }
 
+    /// Takes a socket whose peer reads and writes as a TAP does, with virtio headers, and takes every offload.
+    pub(crate) fn of_packets(fd: OwnedFd) -> Tap {
+        Tap::with(fd, vnet::LEN, true)
+    }
+
     fn with(fd: OwnedFd, header: usize, uso: bool) -> Tap {
         Tap { fd, header, uso, later: Vec::new(), ends: Vec::new(), gone: 0, unhurried: false }
     }
@@ -134,6 +139,8 @@ impl Tap {
     /// Reads a frame to `buf`: where it is and what is known of it.
     pub(crate) fn read(&self, buf: &mut [u8]) -> Got<(usize, usize, FrameMeta)> {
         let n = match sys::read(&self.fd, buf) {
+            // A socket's peer has closed it; a TAP has no end.
+            Ok(0) => return Got::Down("the peer closed the connection".into()),
             Ok(n) => n,
             Err(e) if sys::would_block(e) => return Got::Empty,
             // The interface is down; it may come up.

@@ -187,12 +187,22 @@ impl Front {
     }
 
     /// Sends bytes, with descriptors.
-    #[allow(unsafe_code)]
     pub fn raw(&self, bytes: &[u8], fds: &[RawFd]) {
+        assert_eq!(self.try_raw(bytes, fds), bytes.len() as isize, "{}", std::io::Error::last_os_error());
+    }
+
+    /// Sends a message to a back-end that may have hung up.
+    pub fn try_send(&self, request: u32, body: &[u8], fds: &[RawFd]) {
+        let m = [words(&[request, 1, body.len() as u32]), body.to_vec()].concat();
+        let _hung_up = self.try_raw(&m, fds);
+    }
+
+    #[allow(unsafe_code)]
+    fn try_raw(&self, bytes: &[u8], fds: &[RawFd]) -> isize {
         let mut iov = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
         let mut control = [0u64; 64];
         // SAFETY: the buffers live and are large enough for the descriptors (at most 64).
-        let sent = unsafe {
+        unsafe {
             let mut msg: libc::msghdr = std::mem::zeroed();
             msg.msg_iov = &mut iov;
             msg.msg_iovlen = 1;
@@ -208,8 +218,7 @@ impl Front {
                 std::ptr::copy_nonoverlapping(fds.as_ptr().cast(), libc::CMSG_DATA(c), len);
             }
             libc::sendmsg(self.stream.as_raw_fd(), &msg, libc::MSG_NOSIGNAL)
-        };
-        assert_eq!(sent, bytes.len() as isize, "{}", std::io::Error::last_os_error());
+        }
     }
 
     pub fn send(&self, request: u32, flags: u32, body: &[u8], fds: &[RawFd]) {

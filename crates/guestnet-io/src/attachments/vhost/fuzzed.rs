@@ -9,6 +9,7 @@ use super::session::Watching;
 use super::{Changes, Session, feature};
 use crate::attachments::{FRAME_MAX, Got, vnet};
 use crate::poller::Poller;
+use crate::quota::{Pool, Quota};
 use crate::sys;
 use guestnet_core::types::{Csum, FrameMeta, Gso};
 use std::cell::RefCell;
@@ -40,12 +41,13 @@ fn world() -> Result<World, String> {
     };
     let memory = File::from(fd.try_clone().map_err(|e| e.to_string())?);
     memory.set_len(LEN).map_err(|e| e.to_string())?;
-    let mut session = Session::new(sys::eventfd().map_err(|e| e.to_string())?);
+    let mut session =
+        Session::new(sys::eventfd().map_err(|e| e.to_string())?, &Quota::new(Pool::of_process()));
     // In two regions, so that buffers cross from one to the other.
     let half = LEN / 2;
     let region = |at| RegionSpec { guest: GUEST + at, size: half, user: USER + at, offset: at };
     let fds = [fd.try_clone().map_err(|e| e.to_string())?, fd];
-    session.memory = Memory::map(&[region(0), region(half)], &fds)?;
+    session.memory = Memory::map(&[region(0), region(half)], &fds, &Quota::new(Pool::of_process()))?;
     Ok(World { memory, session, poller: Poller::new(4).map_err(|e| e.to_string())? })
 }
 
@@ -69,10 +71,8 @@ impl World {
         let &[f0, f1, f2, messages, base0, base1, sizes, gso, at, more] = head else { return (0, 0) };
         let bits = u64::from(f0) | u64::from(f1) << 8 | u64::from(f2) << 15 | u64::from(f0) << 27 | 1 << 32;
         let memory = std::mem::take(&mut self.session.memory);
-        self.session = Session::new(match sys::eventfd() {
-            Ok(fd) => fd,
-            Err(_) => return (0, 0),
-        });
+        let Ok(fd) = sys::eventfd() else { return (0, 0) };
+        self.session = Session::new(fd, &Quota::new(Pool::of_process()));
         self.session.memory = memory;
         let _offered = self.session.set_features(bits & feature::OFFERED);
         let (first, second) = bytes.split_at(bytes.len().min(LEN as usize));
@@ -83,7 +83,7 @@ impl World {
             q.ring.addresses = Some(Addresses { desc: at, avail: at + 128, used: at + 256 });
             q.ring.event_idx = self.session.features & feature::EVENT_IDX != 0;
             q.ring.at.avail = u16::from(base);
-            assert!(q.ring.set_size(SIZE) && q.ring.start(&self.session.memory).is_ok());
+            assert!(q.ring.set_size(SIZE) && q.ring.start(&mut self.session.memory).is_ok());
             q.enabled = true;
         }
         let mut got = self.frames();
@@ -105,6 +105,7 @@ impl World {
     fn frames(&mut self) -> usize {
         let mut buf = vec![0; FRAME_MAX + vnet::LEN_MRG];
         let mut got = 0;
+        self.session.begin_turn();
         for _ in 0..2 * SIZE {
             match self.session.read(1, &mut buf) {
                 Got::Frame((from, to, meta)) => {
@@ -151,6 +152,7 @@ impl World {
             let _room = self.session.has_room();
         }
         self.session.queues[0].publish();
+        self.session.steps_to_guest = super::BATCH_STEPS;
         sent
     }
 

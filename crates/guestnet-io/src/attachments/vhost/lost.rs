@@ -1,7 +1,9 @@
 //! Theory of operation: a front-end can cut off the file behind the memory that it shares, and then any touch
-//! of it is SIGBUS. The handler here knows the regions that are mapped: it puts empty memory of our own in the
-//! place of the one that was touched and notes that it is lost, so that the worker goes on and gives the guest
-//! up at the end of the batch. A SIGBUS from anywhere else goes to whoever handled it before.
+//! of it is SIGBUS. The handler here knows the regions that are mapped: it puts an empty page of our own in the
+//! place of the one that was touched and notes that the region is lost, so that nothing more of it is looked up,
+//! and the worker gives the guest up at the end of the batch. Where even a page cannot be had, the process ends:
+//! a failed replacement may leave a hole, which a mapping of another thread could take, and the guest's frames
+//! would be written there. A SIGBUS from anywhere else goes to whoever handled it before.
 
 // A signal handler and the calls it may make.
 #![allow(unsafe_code)]
@@ -11,18 +13,25 @@ use std::ptr::null_mut;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 
 /// Regions that can be watched at once, by all workers of the process.
-const SLOTS: usize = 4096;
+const SLOTS: usize = 16384;
 
 struct Slot {
     /// Where the region begins; 0: free, 1: being filled.
     start: AtomicUsize,
     len: AtomicUsize,
+    /// Bytes of a page of it, a power of two.
+    page: AtomicUsize,
     lost: AtomicBool,
 }
 
-static WATCHED: [Slot; SLOTS] =
-    [const { Slot { start: AtomicUsize::new(0), len: AtomicUsize::new(0), lost: AtomicBool::new(false) } };
-        SLOTS];
+static WATCHED: [Slot; SLOTS] = [const {
+    Slot {
+        start: AtomicUsize::new(0),
+        len: AtomicUsize::new(0),
+        page: AtomicUsize::new(0),
+        lost: AtomicBool::new(false),
+    }
+}; SLOTS];
 
 /// Who handled SIGBUS before us; lives for ever once set.
 static BEFORE: AtomicPtr<libc::sigaction> = AtomicPtr::new(null_mut());
@@ -31,16 +40,17 @@ static BEFORE: AtomicPtr<libc::sigaction> = AtomicPtr::new(null_mut());
 pub(super) struct Watched(&'static Slot);
 
 impl Watched {
-    /// Watches a mapping of whole pages.
+    /// Watches a mapping of whole pages of `page` bytes each.
     ///
     /// # Errors
     /// EMFILE when too many are watched, or what sigaction says.
-    pub(super) fn new(start: usize, len: usize) -> Result<Watched, i32> {
+    pub(super) fn new(start: usize, len: usize, page: usize) -> Result<Watched, i32> {
         install()?;
         for slot in &WATCHED {
             if slot.start.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
                 slot.lost.store(false, Ordering::Relaxed);
                 slot.len.store(len, Ordering::Relaxed);
+                slot.page.store(page, Ordering::Relaxed);
                 slot.start.store(start, Ordering::Release);
                 return Ok(Watched(slot));
             }
@@ -90,25 +100,31 @@ extern "C" fn on_sigbus(_signal: i32, info: *mut libc::siginfo_t, _context: *mut
         let start = s.start.load(Ordering::Acquire);
         start > 1 && at >= start && at - start < s.len.load(Ordering::Relaxed)
     });
-    let replaced = found.is_some_and(|s| {
-        let (start, len) = (s.start.load(Ordering::Relaxed), s.len.load(Ordering::Relaxed));
-        // SAFETY: the mapping is ours, is in use by the interrupted thread alone, and stays mapped; only what
-        // is behind it changes. mmap is a plain system call.
+    if let Some(s) = found {
+        let page = s.page.load(Ordering::Relaxed);
+        s.lost.store(true, Ordering::Relaxed);
+        // SAFETY: the page is within a mapping of ours that stays mapped while it is watched, and is in use by the
+        // interrupted thread alone; only what is behind it changes. mmap is a plain system call.
         let new = unsafe {
             libc::mmap(
-                start as *mut libc::c_void,
-                len,
+                (at & !(page - 1)) as *mut libc::c_void,
+                page,
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
                 -1,
                 0,
             )
         };
-        s.lost.store(true, Ordering::Relaxed);
-        new != libc::MAP_FAILED
-    });
-    if !replaced {
-        // Not ours, or past help: the touch is repeated under the handler that was there before.
+        if new == libc::MAP_FAILED {
+            let text = b"guestnet: no memory to replace a page of a guest's memory that was taken away\n";
+            // SAFETY: the text lives; both calls are async-signal-safe.
+            unsafe {
+                libc::write(2, text.as_ptr().cast(), text.len());
+                libc::abort();
+            }
+        }
+    } else {
+        // Not ours: the touch is repeated under the handler that was there before.
         let before = BEFORE.load(Ordering::Acquire);
         if !before.is_null() {
             // SAFETY: set once to a whole sigaction that is never freed.

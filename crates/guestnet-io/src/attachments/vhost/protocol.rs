@@ -118,6 +118,11 @@ impl Channel {
         }
     }
 
+    /// Descriptors of a message that is not whole yet.
+    pub(super) fn descriptors(&self) -> usize {
+        self.fds.len()
+    }
+
     fn word(&self, at: usize) -> u32 {
         u32::from_ne_bytes(array(&self.buf, at))
     }

@@ -7,7 +7,8 @@
 // The rings are shared memory, reached through checked pointers.
 #![allow(unsafe_code)]
 
-use super::memory::{Memory, Outside, Piece};
+use super::memory::{Fault, Memory};
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
 /// The largest split queue there is.
@@ -28,13 +29,21 @@ const NO_INTERRUPT: u16 = 1;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Broken;
 
-/// A chain is not what it has to be.
+/// Why the buffers of a chain cannot be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct BadChain;
+pub(super) enum BadChain {
+    /// It is not what it has to be.
+    Malformed,
+    /// Its memory is not allocated, and may not be allocated by us.
+    NotAllocated,
+}
 
-impl From<Outside> for BadChain {
-    fn from(_: Outside) -> BadChain {
-        BadChain
+impl From<Fault> for BadChain {
+    fn from(fault: Fault) -> BadChain {
+        match fault {
+            Fault::Outside => BadChain::Malformed,
+            Fault::NotAllocated => BadChain::NotAllocated,
+        }
     }
 }
 
@@ -49,9 +58,9 @@ pub(super) struct Addresses {
 /// The parts, found in the guest's memory.
 #[derive(Clone, Copy)]
 struct View {
-    desc: *mut u8,
-    avail: *mut u16,
-    used: *mut u16,
+    desc: NonNull<u8>,
+    avail: NonNull<u16>,
+    used: NonNull<u16>,
     size: u16,
 }
 
@@ -95,16 +104,16 @@ impl Ring {
     }
 
     /// Finds the rings in memory and begins at `self.at.avail`.
-    pub(super) fn start(&mut self, memory: &Memory) -> Result<(), Outside> {
+    pub(super) fn start(&mut self, memory: &mut Memory) -> Result<(), Fault> {
         self.view = None;
-        let (a, n) = (self.addresses.ok_or(Outside)?, usize::from(self.size));
+        let (a, n) = (self.addresses.ok_or(Fault::Outside)?, usize::from(self.size));
         if n == 0 {
-            return Err(Outside);
+            return Err(Fault::Outside);
         }
         let event = if self.event_idx { 2 } else { 0 };
-        let desc = memory.ring(a.desc, 16 * n, 16).ok_or(Outside)?;
-        let avail = memory.ring(a.avail, 4 + 2 * n + event, 2).ok_or(Outside)?;
-        let used = memory.ring(a.used, 4 + 8 * n + event, 4).ok_or(Outside)?;
+        let desc = memory.ring(a.desc, 16 * n, 16)?;
+        let avail = memory.ring(a.avail, 4 + 2 * n + event, 2)?;
+        let used = memory.ring(a.used, 4 + 8 * n + event, 4)?;
         let view = View { desc, avail: avail.cast(), used: used.cast(), size: self.size };
         self.view = Some(view);
         // What the guest saw last; another back-end may have filled it before us.
@@ -116,7 +125,7 @@ impl Ring {
     }
 
     /// Finds the rings again after the memory was mapped anew; the place in them stays.
-    pub(super) fn move_to(&mut self, memory: &Memory) -> Result<(), Outside> {
+    pub(super) fn move_to(&mut self, memory: &mut Memory) -> Result<(), Fault> {
         if self.view.is_none() {
             return Ok(());
         }
@@ -160,22 +169,23 @@ impl Ring {
         Ok(Some(head))
     }
 
-    /// Walks a chain: calls `each` with the pieces of memory of its buffers, which must all be `writable` or
-    /// none. Every descriptor takes one off `steps`, and a chain that has none left is a bad one.
+    /// Walks a chain: calls `each` with address and length of its buffers, which must all be `writable` or none.
+    /// Every descriptor takes one off `steps`, and a chain that has none left is a bad one. It ends early when `each`
+    /// says that no more is wanted (false).
     pub(super) fn walk(
         &self,
-        memory: &Memory,
+        memory: &mut Memory,
         head: u16,
         writable: bool,
         steps: &mut u32,
-        mut each: impl FnMut(Piece) -> Result<(), BadChain>,
+        mut each: impl FnMut(&mut Memory, u64, usize) -> Result<bool, BadChain>,
     ) -> Result<(), BadChain> {
-        let v = self.view.ok_or(BadChain)?;
+        let v = self.view.ok_or(BadChain::Malformed)?;
         let mut index = u32::from(head);
         // The indirect table, once there is one: address and entries.
         let mut table: Option<(u64, u32)> = None;
         loop {
-            *steps = steps.checked_sub(1).ok_or(BadChain)?;
+            *steps = steps.checked_sub(1).ok_or(BadChain::Malformed)?;
             let mut bytes = [0u8; 16];
             match table {
                 // Once into `bytes`, and from there alone.
@@ -183,29 +193,23 @@ impl Ring {
                     memory.read(at.wrapping_add(u64::from(index) * 16), &mut bytes)?;
                 }
                 None if index < u32::from(v.size) => v.descriptor(index, &mut bytes),
-                _ => return Err(BadChain),
+                _ => return Err(BadChain::Malformed),
             }
             let (addr, len, flags, next) = split(bytes);
             if flags & INDIRECT != 0 {
                 let whole = len != 0 && len.is_multiple_of(16) && len / 16 <= CHAIN_MAX;
                 if table.is_some() || flags & NEXT != 0 || !whole {
-                    return Err(BadChain);
+                    return Err(BadChain::Malformed);
                 }
                 table = Some((addr, len / 16));
                 index = 0;
                 continue;
             }
             if (flags & WRITE != 0) != writable {
-                return Err(BadChain);
+                return Err(BadChain::Malformed);
             }
-            let mut result = Ok(());
-            memory.pieces(addr, len as usize, |p| {
-                if result.is_ok() {
-                    result = each(p);
-                }
-            })?;
-            result?;
-            if flags & NEXT == 0 {
+            let more = each(memory, addr, len as usize)?;
+            if !more || flags & NEXT == 0 {
                 return Ok(());
             }
             index = u32::from(next);
@@ -283,25 +287,25 @@ fn split(b: [u8; 16]) -> (u64, u32, u16, u16) {
 
 impl View {
     /// Field `at` (in u16) of a ring, as an atomic.
-    fn atomic(&self, ring: *mut u16, at: usize) -> &AtomicU16 {
+    fn atomic(&self, ring: NonNull<u16>, at: usize) -> &AtomicU16 {
         // SAFETY: callers stay within the ring's length, which was mapped and aligned when the view was made,
         // and stays so as long as the view; the guest's writes are to be expected.
-        unsafe { AtomicU16::from_ptr(ring.add(at)) }
+        unsafe { AtomicU16::from_ptr(ring.add(at).as_ptr()) }
     }
 
-    fn load(&self, ring: *mut u16, at: usize, order: Ordering) -> u16 {
+    fn load(&self, ring: NonNull<u16>, at: usize, order: Ordering) -> u16 {
         u16::from_le(self.atomic(ring, at).load(order))
     }
 
-    fn store(&self, ring: *mut u16, at: usize, value: u16, order: Ordering) {
+    fn store(&self, ring: NonNull<u16>, at: usize, value: u16, order: Ordering) {
         self.atomic(ring, at).store(value.to_le(), order);
     }
 
-    fn read16(&self, ring: *mut u16, at: usize) -> u16 {
+    fn read16(&self, ring: NonNull<u16>, at: usize) -> u16 {
         self.load(ring, at, Ordering::Relaxed)
     }
 
-    fn write16(&self, ring: *mut u16, at: usize, value: u16) {
+    fn write16(&self, ring: NonNull<u16>, at: usize, value: u16) {
         self.store(ring, at, value, Ordering::Relaxed);
     }
 

@@ -4,8 +4,9 @@
 //! half the queue: a guest that fills up its queue when it is half empty can then always make room. What the
 //! guest did not agree to take (large frames, begun checksums) is done in software.
 
-use super::ring::{self, Broken, Place};
-use super::{Session, feature};
+use super::memory::{Access, CHECKS_MAX};
+use super::ring::{self, BadChain, Broken, Place};
+use super::{CHECK_STEPS, Session, feature};
 use crate::attachments::vnet;
 use guestnet_core::types::{Csum, FrameMeta};
 use guestnet_wire::{be16, ether, proto, segment};
@@ -13,7 +14,7 @@ use guestnet_wire::{be16, ether, proto, segment};
 /// Frames shown to the guest at once at most, before the end of the batch.
 const PUBLISH_AT: u16 = 64;
 /// Descriptors that are looked at for one frame at most.
-const STEPS_MAX: u32 = 2 * ring::CHAIN_MAX;
+const STEPS_MAX: u32 = ring::CHAIN_MAX;
 /// How often a queue that is filled up drop by drop is looked at for one frame.
 const TRIES: usize = 16;
 
@@ -25,6 +26,8 @@ pub(crate) enum Sent {
     Full,
     /// It fits in no buffers of this guest, or is not what it is said to be.
     Refused,
+    /// Its buffers are on pages that are not allocated, and no more may be allocated for this guest.
+    NotAllocated,
     /// There is no guest, or its driver is not running.
     Unplugged,
 }
@@ -167,8 +170,11 @@ impl Session {
         let mut gathered = Ok(Gathered::TooSmall);
         for _ in 0..TRIES {
             let Some(place) = self.queues.get(index).map(|q| q.ring.at) else { return Sent::Refused };
+            if self.steps_to_guest == 0 {
+                return Sent::Refused;
+            }
             gathered = self.gather(index, total);
-            if gathered == Ok(Gathered::Enough) || gathered.is_err() {
+            if matches!(gathered, Ok(Gathered::Enough | Gathered::NotAllocated) | Err(Broken)) {
                 break;
             }
             self.undo(index, place);
@@ -187,6 +193,7 @@ impl Session {
         match gathered {
             Ok(Gathered::Enough) => {}
             Ok(Gathered::Few | Gathered::TooSmall) => return Sent::Refused,
+            Ok(Gathered::NotAllocated) => return self.return_unused(index),
             Err(Broken) => {
                 self.break_queue(index);
                 return Sent::Refused;
@@ -231,6 +238,17 @@ impl Session {
         Sent::Yes
     }
 
+    /// Gives the buffers that were gathered back with nothing in them, so that the guest puts others in.
+    fn return_unused(&mut self, index: usize) -> Sent {
+        if let Some(q) = self.queues.get_mut(index) {
+            for (head, _) in &self.heads {
+                q.ring.give_back(*head, 0);
+            }
+        }
+        self.not_allocated.get_or_insert(true);
+        Sent::NotAllocated
+    }
+
     fn undo(&mut self, index: usize, place: Place) {
         if let Some(q) = self.queues.get_mut(index) {
             q.ring.at = place;
@@ -240,32 +258,48 @@ impl Session {
     /// Takes buffers for `total` bytes; their pieces are in `self.pieces`, their heads in `self.heads`.
     fn gather(&mut self, index: usize, total: usize) -> Result<Gathered, Broken> {
         let mergeable = self.has(feature::MRG_RXBUF);
-        let Session { queues, memory, pieces, heads, .. } = self;
+        let Session { queues, memory, pieces, heads, steps_to_guest, .. } = self;
         let Some(q) = queues.get_mut(index) else { return Ok(Gathered::Few) };
         pieces.clear();
         heads.clear();
+        memory.allow_checks(CHECKS_MAX);
         let most = if mergeable { usize::from(q.ring.size() / 2).max(1) } else { 1 };
         let (mut have, mut steps) = (0, STEPS_MAX);
+        let mut result = Ok(Gathered::Enough);
         while have < total {
             if heads.len() == most {
-                return Ok(Gathered::TooSmall);
+                result = Ok(Gathered::TooSmall);
+                break;
             }
-            let Some(head) = q.ring.pop()? else { return Ok(Gathered::Few) };
-            let mut len = 0u32;
-            let walked = q.ring.walk(memory, head, true, &mut steps, |piece| {
-                // What is more than needed is walked over, so that all of the chain is known to be right.
-                if have < total {
-                    pieces.push(piece);
-                }
-                have += piece.len();
-                len = len.saturating_add(piece.len() as u32);
-                Ok(())
+            let Some(head) = q.ring.pop()? else {
+                result = Ok(Gathered::Few);
+                break;
+            };
+            let mut room = 0u32;
+            let walked = q.ring.walk(memory, head, true, &mut steps, |memory, at, len| {
+                room = room.saturating_add(len as u32);
+                let wanted = len.min(total - have);
+                memory.pieces(at, wanted, Access::Write, |piece| pieces.push(piece))?;
+                have += wanted;
+                Ok(have < total)
             });
-            // A guest that offers what is not memory gets nothing more: there is no telling what it expects.
-            walked.map_err(|_| Broken)?;
-            heads.push((head, len));
+            heads.push((head, room));
+            match walked {
+                Ok(()) => {}
+                Err(BadChain::NotAllocated) => {
+                    result = Ok(Gathered::NotAllocated);
+                    break;
+                }
+                // A guest that offers what is not memory gets nothing more: there is no telling what it expects.
+                Err(BadChain::Malformed) => {
+                    result = Err(Broken);
+                    break;
+                }
+            }
         }
-        Ok(Gathered::Enough)
+        let checks = CHECKS_MAX - memory.checks_left();
+        *steps_to_guest = steps_to_guest.saturating_sub(STEPS_MAX - steps + CHECK_STEPS * checks);
+        result
     }
 }
 
@@ -276,6 +310,8 @@ enum Gathered {
     Few,
     /// It would take more than the queue will ever have.
     TooSmall,
+    /// A buffer is on pages that may not be allocated.
+    NotAllocated,
 }
 
 fn gso_size(gso: guestnet_core::types::Gso) -> u16 {

@@ -4,13 +4,13 @@
 //! put in before is seen) until its base is asked for. New memory is taken into use as a whole: queues that
 //! run are found again in it, and stopped where they are not there any more.
 
-use super::memory::Memory;
+use super::memory::{Fault, Memory};
 use super::protocol::{Message, Request};
 use super::ring::Addresses;
 use super::{Changes, PAIRS_MAX, RINGS_MAX, Session, feature};
 use crate::attachments::{Got, vnet};
+use crate::eventfd::PeerEventfd;
 use crate::poller::{Kind, Poller, Token};
-use crate::sys;
 use std::os::fd::OwnedFd;
 
 /// Several queue pairs.
@@ -30,7 +30,7 @@ pub(super) struct Watching<'a> {
 }
 
 impl Watching<'_> {
-    fn token(&self, index: usize) -> Token {
+    pub(super) fn token(&self, index: usize) -> Token {
         Token {
             kind: Kind::Kick,
             index: self.slot * RINGS_MAX as u32 + index as u32,
@@ -52,11 +52,15 @@ impl Session {
         for _ in 0..BATCH {
             let message = match self.channel.receive() {
                 Got::Frame(m) => m,
-                Got::Empty | Got::Bad => break,
+                Got::Empty | Got::Bad => {
+                    self.count_descriptors()?;
+                    break;
+                }
                 Got::Down(why) => return Err(why),
             };
             let Message { number, need_reply, request } = message;
             let answered = self.apply(watching, request, &mut changes);
+            self.count_descriptors()?;
             // Asked for once it was agreed.
             let need_reply = need_reply && self.protocol_features & PROTOCOL_REPLY_ACK != 0;
             match answered {
@@ -69,7 +73,10 @@ impl Session {
                 }
                 Ok(Answer::Nothing) if need_reply => self.channel.reply(number, &0u64.to_ne_bytes())?,
                 Ok(Answer::Nothing) => {}
-                Err(_) if need_reply => self.channel.reply(number, &1u64.to_ne_bytes())?,
+                Err(why) if need_reply => {
+                    changes.refused = Some(why);
+                    self.channel.reply(number, &1u64.to_ne_bytes())?;
+                }
                 Err(why) => return Err(why),
             }
         }
@@ -108,9 +115,9 @@ impl Session {
                 }
             }
             Request::SetMemory(specs, fds) => {
-                let new = Memory::map(&specs, &fds)?;
+                let mut new = Memory::map(&specs, &fds, &self.quota)?;
                 for (i, q) in self.queues.iter_mut().enumerate() {
-                    if q.ring.move_to(&new).is_err() {
+                    if q.ring.move_to(&mut new).is_err() {
                         q.give_up();
                         self.broken |= 1 << i;
                     } else if q.ring.is_running() {
@@ -154,15 +161,18 @@ impl Session {
             }
             Request::SetVringKick { index, fd } => self.start(watching, index, fd, changes)?,
             Request::SetVringCall { index, fd } => {
-                let fd = adopted(fd)?;
+                let fd = fd.map(PeerEventfd::new).transpose()?;
                 let q = self.queue(index)?;
                 q.call = fd;
                 // Whatever went before was told to the old one, or to nobody.
                 if let Some(call) = q.call.as_ref().filter(|_| q.ring.is_running()) {
-                    sys::eventfd_signal(call);
+                    call.signal();
                 }
             }
-            Request::SetVringErr { index, fd } => self.queue(index)?.err = adopted(fd)?,
+            Request::SetVringErr { index, fd } => {
+                let fd = fd.map(PeerEventfd::new).transpose()?;
+                self.queue(index)?.err = fd;
+            }
             Request::SetVringEnable { index, on } => {
                 let q = self.queue(index)?;
                 q.enabled = on;
@@ -196,13 +206,18 @@ impl Session {
         let enabled_by_message = self.has(feature::PROTOCOL);
         let Session { queues, memory, .. } = self;
         let q = queues.get_mut(index as usize).ok_or("the front-end names a queue too many")?;
+        let fd = fd.map(PeerEventfd::new).transpose()?.map(PeerEventfd::into_fd);
         let kick = fd.map(|fd| watching.poller.watch_edges(fd, watching.token(index as usize))).transpose();
         q.kick = kick.map_err(|e| super::super::reason("a kick cannot be watched", e))?;
         if !q.ring.is_running() {
             q.ring.event_idx = event_idx;
-            if q.ring.start(memory).is_err() {
+            if let Err(fault) = q.ring.start(memory) {
                 q.kick = None;
-                return Err(format!("queue {index} is not in the guest's memory"));
+                let why = match fault {
+                    Fault::Outside => "is not in the guest's memory",
+                    Fault::NotAllocated => "is on pages that are not allocated (prealloc=on)",
+                };
+                return Err(format!("queue {index} {why}"));
             }
             q.ring.spare_kicks();
         }
@@ -221,13 +236,4 @@ impl Changes {
             self.writable = true;
         }
     }
-}
-
-/// Makes a descriptor fit to be written to without waiting.
-fn adopted(fd: Option<OwnedFd>) -> Result<Option<OwnedFd>, String> {
-    if let Some(fd) = &fd {
-        sys::adopt(fd)
-            .map_err(|e| super::super::reason("a descriptor of the front-end cannot be set up", e))?;
-    }
-    Ok(fd)
 }
