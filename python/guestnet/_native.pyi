@@ -63,6 +63,7 @@ class DataPlane:
         secret: bytes,
         mode: str = "nat",
         host_loopback: IPv4Address | str | None = None,
+        reserved: Sequence[tuple[IPv4Address | str, bytes]] = ...,
         filtering: str = "address_dependent",
         limits: Mapping[str, int] = ...,
         timeouts: Mapping[str, int] = ...,
@@ -76,7 +77,8 @@ class DataPlane:
         io_uring: bool = True,
     ) -> DataPlane:
         """Starts the workers, 1 to 64. `secret` is 32 random bytes that key its hashes and sequence
-        numbers. Raises DataPlaneError when the system has no descriptor or thread for it."""
+        numbers. An address that is `reserved` for a MAC is taken by no other guest. Raises DataPlaneError
+        when the system has no descriptor or thread for it."""
 
     @property
     def event_fd(self) -> int:

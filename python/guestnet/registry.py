@@ -7,6 +7,7 @@ for names. A lock makes it safe to be read and, while the network does not run, 
 from __future__ import annotations
 
 import re
+import socket
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from guestnet.errors import (
     EndpointNotFound,
 )
 from guestnet.ipam import IpAllocator, format_mac, generate_mac, parse_mac
+from guestnet.shares import fair_share
 
 if TYPE_CHECKING:
     from guestnet.network import NatNetwork
@@ -40,6 +42,22 @@ _DECLINED_PART = 4
 """One in so many addresses of the pool may be put aside like that: guests that come, decline and go must not
 leave none for others."""
 
+_NOT_FOR_GUESTS = frozenset(
+    (
+        "gateway",
+        "host",
+        "localhost",
+        "local",
+        "internal",
+        "invalid",
+        "onion",
+        "wpad",
+        "isatap",
+        "broadcasthost",
+    )
+)
+"""Names that mean the host or the network, or that machines look for by themselves and are configured by what
+they find (WPAD, ISATAP): no guest gives itself one."""
 _NUMBERED = re.compile(r"vm[0-9]+")
 _ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
 
@@ -47,6 +65,11 @@ _ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ
 def is_automatic(id: str) -> bool:
     """Whether an id is one of those that guests of listeners get by order of arrival."""
     return _NUMBERED.fullmatch(id) is not None
+
+
+def _host_name() -> str:
+    """The first label of this host's own name."""
+    return socket.gethostname().partition(".")[0].lower()
 
 
 def check_id(value: object) -> str:
@@ -84,6 +107,8 @@ class Registry:
         self._leases = {lease.mac: lease for lease in config.static_leases}
         self.moved: Callable[[Endpoint, IPv4Address], object] = lambda _endpoint, _old: None
         self.renamed: Callable[[], object] = lambda: None
+        self.owned: Callable[[str], bool] = lambda _name: False
+        """Whether a name is one of the records of the network's owner."""
         self.network: Callable[[], NatNetwork | None] = lambda: None
         """The network, for what endpoints do by themselves; endpoints do not keep it running."""
         for address in (config.gateway, config.loopback_address, *(x.ip for x in config.static_leases)):
@@ -110,9 +135,9 @@ class Registry:
                 if hostname is None
                 else domain(f"hostname of endpoint {name!r}", hostname, one_label=True)
             )
-            if alias is not None and (other := self.named(alias)) is not None and other._told:
-                # A guest cannot keep its owner from a name by telling it first.
-                other._hostname, other._told = None, False
+            # A guest cannot keep its owner from a name by telling it first.
+            for given in (name, alias):
+                self._take_back(given)
             if alias is not None and (other := self.named(alias)) is not None:
                 raise EndpointExists(
                     f"The hostname {alias!r} is that of endpoint {other.id!r}: choose another for {name!r}."
@@ -134,6 +159,12 @@ class Registry:
                 self._proposed.add(name)
             self.renamed()
             return endpoint
+
+    def _take_back(self, name: str | None) -> None:
+        """Takes a name from a guest that gave it itself."""
+        for one in self._endpoints.values():
+            if name is not None and one._told and one.hostname == name.lower():
+                one._hostname, one._told = None, False
 
     def arrive(self, mac: bytes, listener: str, seen: IPv4Address | None = None) -> Endpoint:
         """An endpoint for a guest that came to a listener: named by its lease, else as before, else vmN.
@@ -185,7 +216,7 @@ class Registry:
         while True:
             self._number += 1
             name = f"vm{self._number}"
-            if name not in self._endpoints and name not in kept and name not in leased:
+            if name not in self._endpoints and name not in kept | leased and not self.owned(name):
                 return name
 
     def remove(self, id: str) -> Endpoint:
@@ -248,16 +279,20 @@ class Registry:
         return next((lease.ip for lease in self._leases.values() if lease.name == name.lower()), None)
 
     def note_hostname(self, endpoint: Endpoint, mac: bytes, hostname: str | None) -> None:
-        """The guest told its own name; it gets it unless it was given one, or another guest has it."""
+        """The guest told its own name. It gets it unless it was given one, another guest has it, it is one of
+        the owner's, or it means something else than a guest."""
         if hostname is None or endpoint.mac != format_mac(mac) or endpoint.hostname is not None:
             return
         try:
             alias = domain("hostname", hostname, one_label=True)
         except ConfigError:
             return
+        if alias in _NOT_FOR_GUESTS or alias == _host_name() or self.owned(alias):
+            return
         with self._lock:
             # The names of guests that are yet to come are not for others.
-            if self.address_named(alias) is None and not _NUMBERED.fullmatch(alias):
+            left = any(name.lower() == alias for name, _ in self._left.values())
+            if self.address_named(alias) is None and not _NUMBERED.fullmatch(alias) and not left:
                 endpoint._hostname, endpoint._told = alias, True
                 self.renamed()
 
@@ -319,13 +354,15 @@ class Registry:
         key = (endpoint_id, mac)
         if key in self._extra:
             return self._extra[key]
-        if sum(1 for owner, _ in self._extra if owner == endpoint_id) >= _EXTRA_MACS:
+        if mac in self._leases or any(one.mac == mac for one in self._endpoints.values()):
+            return None  # it is another guest's own, who may be away
+        # No more than are left to guests that have none.
+        taken = self._pool.allocated_count
+        share = min(_EXTRA_MACS, fair_share(taken + self._pool.available, taken, times=1))
+        if sum(1 for owner, _ in self._extra if owner == endpoint_id) >= share:
             return None
-        lease = self._leases.get(mac)
-        if lease is not None and lease.ip not in self._by_ip and lease.ip not in self._extra.values():
-            address: IPv4Address | None = lease.ip
-        elif requested is not None and self._is_host(requested) and self._take(requested):
-            address = requested
+        if requested is not None and self._is_host(requested) and self._take(requested):
+            address: IPv4Address | None = requested
         else:
             address = self._any()
         if address is not None:
@@ -401,7 +438,7 @@ class Registry:
     def _address(self, name: str, mac: str, ip: str | IPv4Address | None) -> IPv4Address:
         lease = self._leases.get(mac)
         if ip is None:
-            if lease is not None and lease.ip not in self._by_ip and lease.ip not in self._extra.values():
+            if lease is not None and lease.ip not in self._by_ip:
                 return lease.ip
             address = self._any()
             if address is None:

@@ -116,6 +116,7 @@ class Services:
                     directory=self._registry,
                 )
             )
+            self._registry.owned = self._dns.owns
         return self._dns
 
     @property

@@ -68,6 +68,7 @@ def _make_plane(config: NatConfig) -> _native.DataPlane:
         secret=os.urandom(32),
         mode=config.mode.value,
         host_loopback=config.loopback_address,
+        reserved=[(lease.ip, parse_mac(lease.mac)) for lease in config.static_leases],
         filtering=config.filtering.value,
         limits=dict(config.limits),
         timeouts=dict(config.timeouts),

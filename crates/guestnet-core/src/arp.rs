@@ -101,7 +101,9 @@ impl Core {
                 self.tell_binding(&b, None);
             }
         } else {
-            if !self.is_bridged() && (ip.is_ipv4() && !self.policy.is_host(ip) || self.is_own(ip)) {
+            let reserved = self.cfg.reserved.get(&ip).is_some_and(|owner| *owner != mac);
+            if reserved || !self.is_bridged() && (ip.is_ipv4() && !self.policy.is_host(ip) || self.is_own(ip))
+            {
                 return Err(Drop::SpoofedSource);
             }
             self.may_learn(slot)?;

@@ -5,6 +5,7 @@
 use crate::effects::SockError;
 use crate::types::{FlowId, NetMode, PortId};
 use guestnet_wire::ether::Mac;
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// Which datagrams from outside a UDP mapping lets in (RFC 4787 section 5).
@@ -147,6 +148,9 @@ pub struct CoreConfig {
     pub gateway6: Option<(Ipv6Addr, u8)>,
     /// The address that guests name the host's 127.0.0.1 by; `None` keeps the host's loopback out of reach.
     pub host_loopback: Option<IpAddr>,
+    /// Addresses that are promised to a MAC (static leases): no other guest takes such an address, and none has
+    /// such a MAC besides its own.
+    pub reserved: BTreeMap<IpAddr, Mac>,
     /// Bounds.
     pub limits: Limits,
     /// Timeouts.
@@ -173,6 +177,7 @@ impl CoreConfig {
             subnet4,
             gateway6: None,
             host_loopback: None,
+            reserved: BTreeMap::new(),
             limits: Limits::default(),
             timeouts: Timeouts::default(),
             filtering: Filtering::default(),

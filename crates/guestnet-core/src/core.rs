@@ -21,7 +21,7 @@ use crate::tun::Tun;
 use crate::types::{FlowId, ForwardId, FrameMeta, PortConfig, PortId, ServiceId, SockId, Time};
 use crate::wheel::Wheel;
 use guestnet_wire::ether::Mac;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 /// Room for one frame of the largest size: Ethernet header and 65535 bytes of IP.
@@ -58,6 +58,8 @@ pub struct Core {
     pub(crate) now: Time,
     /// Stations of the segment that `macs` holds, in mode `bridged`.
     pub(crate) stations: u32,
+    /// MACs that an address is reserved for.
+    pub(crate) reserved_macs: BTreeSet<Mac>,
     /// What is known of names.
     pub(crate) names: Names,
     /// The uplink of packets, where there is one.
@@ -71,6 +73,7 @@ impl Core {
         let key = SipKey::from_secret(&config.secret, 0);
         let limits = &config.limits;
         Core {
+            reserved_macs: config.reserved.values().copied().collect(),
             policy: Policy::new(&config),
             ports: Ports::default(),
             macs: Macs::new(key),

@@ -176,7 +176,7 @@ impl Core {
     /// Remembers a further MAC of a port; the oldest makes room.
     fn learn_mac(&mut self, slot: u32, mac: Mac) -> Result<(), Drop> {
         let cap = self.cfg.limits.macs_per_port as usize;
-        if cap <= 1 {
+        if cap <= 1 || self.reserved_macs.contains(&mac) {
             return Err(Drop::SpoofedMac);
         }
         self.may_learn(slot)?;

@@ -5,9 +5,10 @@ mod common;
 #[path = "common/net.rs"]
 mod net;
 
+use guestnet_core::config::ForwardSpec;
 use guestnet_core::effects::Event;
 use guestnet_core::stats::Drop;
-use guestnet_core::types::{Csum, FrameMeta, Gso, NetMode, PortConfig, PortId, ServiceId, Time};
+use guestnet_core::types::{Csum, ForwardId, FrameMeta, Gso, NetMode, PortConfig, PortId, ServiceId, Time};
 use guestnet_wire::arp::{self, Arp};
 use guestnet_wire::ether::{self, Mac};
 use guestnet_wire::tcp::Tcp;
@@ -251,6 +252,37 @@ fn assigned_addresses_are_kept_and_learned_ones_give_way() {
     }
     n.core.unbind_address(n.now, free, &mut n.fx);
     n.core.bind_address(B, free, None).unwrap();
+}
+
+/// A static lease is its MAC's also while nobody has come with it: what is published there leads to nobody else.
+#[test]
+fn a_reserved_address_is_taken_by_its_mac_alone() {
+    let mut c = config();
+    let promised = ip("192.168.64.77");
+    c.reserved.insert(promised.into(), mac(C));
+    let mut n = Net::with(c);
+    // By its address, as a second address of a guest that has another MAC.
+    let claim = arp_frame(arp::REQUEST, mac(A), promised, Mac::BROADCAST, promised);
+    n.dropped(Drop::SpoofedSource, |n| n.send(A, claim));
+    let h = Ip4 { src: promised, ..Ip4::new(A, "10.0.0.9".parse().unwrap(), proto::UDP) };
+    n.dropped(Drop::SpoofedSource, |n| n.send(A, udp_from(&h, 1, 2, b"")));
+    // By its MAC, as a second one.
+    let h = Ip4 { mac: mac(C), ..h };
+    n.dropped(Drop::SpoofedMac, |n| n.send(A, udp_from(&h, 1, 2, b"")));
+    n.core.add_forward(ForwardId(1), ForwardSpec { proto: proto::TCP, guest: addr("192.168.64.77:80") });
+    n.dropped(Drop::NoEndpoint, |n| {
+        let sock = n.fx.new_sock();
+        let peer = addr("203.0.113.9:6000");
+        assert_eq!(n.core.tcp_accepted(n.now, ForwardId(1), sock, peer, &mut n.fx), None);
+    });
+    // Its owner comes, and needs no DHCP for it.
+    n.core.add_port(C, port_config());
+    n.fx.frames.clear();
+    n.send(C, arp_frame(arp::REQUEST, mac(C), promised, Mac::BROADCAST, promised));
+    let sock = n.fx.new_sock();
+    n.fx.frames.clear();
+    n.core.tcp_accepted(n.now, ForwardId(1), sock, addr("203.0.113.9:6001"), &mut n.fx).unwrap();
+    assert_eq!(n.fx.frames.iter().map(|f| f.port).collect::<Vec<_>>(), [C]);
 }
 
 #[test]

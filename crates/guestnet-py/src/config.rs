@@ -103,6 +103,7 @@ pub fn core(
     gateway_mac: &[u8],
     secret: &[u8],
     host_loopback: Option<IpAddr>,
+    reserved: &[(IpAddr, Vec<u8>)],
     filtering_name: &str,
     limit_values: &Named,
     timeout_values: &Named,
@@ -123,6 +124,9 @@ pub fn core(
     let mut config = CoreConfig::new(mac, gateway, (subnet, prefix), secret);
     config.mode = mode(py, mode_name)?;
     config.host_loopback = host_loopback;
+    for (address, owner) in reserved {
+        config.reserved.insert(*address, addresses::mac(py, owner)?);
+    }
     config.filtering = filtering(py, filtering_name)?;
     config.limits = limits(py, limit_values)?;
     config.timeouts = timeouts(py, timeout_values)?;

@@ -73,7 +73,7 @@ impl DataPlane {
 #[allow(clippy::too_many_arguments)] // Keywords in Python.
 impl DataPlane {
     #[new]
-    #[pyo3(signature = (*, gateway, prefix, gateway_mac, secret, mode="nat", host_loopback=None,
+    #[pyo3(signature = (*, gateway, prefix, gateway_mac, secret, mode="nat", host_loopback=None, reserved=Vec::new(),
         filtering="address_dependent", limits=Named::new(), timeouts=Named::new(), strategy="adaptive",
         batch_size=64, max_spins=1000, event_ring=8192, command_ring=1024, name="guestnet", workers=1,
         io_uring=true))]
@@ -85,6 +85,7 @@ impl DataPlane {
         secret: &[u8],
         mode: &str,
         host_loopback: Option<IpAddr>,
+        reserved: Vec<(IpAddr, Vec<u8>)>,
         filtering: &str,
         limits: Named,
         timeouts: Named,
@@ -105,6 +106,7 @@ impl DataPlane {
             gateway_mac,
             secret,
             host_loopback,
+            &reserved,
             filtering,
             &limits,
             &timeouts,

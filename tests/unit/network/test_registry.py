@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from ipaddress import IPv4Address
 
 import pytest
@@ -93,6 +94,32 @@ def test_static_leases_are_kept_for_their_mac() -> None:
     with pytest.raises(AddressPoolExhausted):
         r.create("x")
     assert r.create("owner", mac=A, ip=ip(10)).ip == ip(10)
+
+
+def test_a_leased_address_is_not_had_by_a_second_mac() -> None:
+    r = registry(static_leases=[WEB])
+    r.create("thief", mac=B)
+    for wanted in (None, ip(10)):
+        assert r.address_for("thief", parse_mac(A), requested=wanted) is None
+    owner = r.create("owner", mac=A)
+    assert owner.ip == ip(10)
+    assert r.address_named("web") == ip(10)
+    # Nor the MAC of an endpoint that is there and silent.
+    assert r.address_for("thief", parse_mac(A)) is None
+    assert r.create("other", mac="02:00:00:00:00:0c").mac == "02:00:00:00:00:0c"
+    assert r.address_for("thief", parse_mac("02:00:00:00:00:0c")) is None
+
+
+def test_one_guest_does_not_have_all_addresses_of_a_small_subnet() -> None:
+    r = registry(subnet="192.168.64.0/28")
+    taken = 0
+    for n in range(4):
+        name, mac = f"vm{n}", f"02:00:00:00:00:{n + 1:02x}"
+        r.create(name, mac=mac)  # there is one for each guest that comes
+        more = [r.address_for(name, bytes((2, 0, 0, 0, n + 1, i))) for i in range(20)]
+        taken += 1 + len([x for x in more if x is not None])
+        assert n or taken == 7, "about half of it"
+    assert taken == 13
 
 
 def test_guests_of_listeners_are_named_by_lease_or_number() -> None:
@@ -196,6 +223,25 @@ def test_a_name_that_a_guest_tells_itself_is_for_dns_alone() -> None:
     r.note_hostname(liar, parse_mac(A), "other")
     third = r.create("other")
     assert r.named("other") is third, "an id counts more"
+
+
+def test_a_guest_does_not_name_itself_as_the_owner_has_named_something() -> None:
+    r = registry(static_leases=[WEB])
+    r.owned = lambda name: name == "api"
+    guest = r.create("vm1", mac=A)
+    host = socket.gethostname().partition(".")[0]
+    r.remove(r.arrive(parse_mac(B), "/x").id)
+    taken = ("api", "API", "web", "vm1", "vm2", "gateway", "host", "localhost", "wpad", "isatap", host)
+    for name in taken:
+        r.note_hostname(guest, parse_mac(A), name)
+        assert guest.hostname is None, name
+    r.note_hostname(guest, parse_mac(A), "mine")
+    assert guest.hostname == "mine"
+    # What the owner names later is the owner's, in any spelling, and numbers are left out that are names.
+    other = r.create("MINE")
+    assert (guest.hostname, r.named("mine")) == (None, other)
+    r.owned = lambda name: name in ("vm3", "vm4")
+    assert r.arrive(parse_mac("02:00:00:00:00:0c"), "/x").id == "vm5"
 
 
 def test_names() -> None:

@@ -24,7 +24,7 @@ class Guests:
     def __init__(self, **guests: str) -> None:
         self.guests = {name.replace("_", "-"): IPv4Address(address) for name, address in guests.items()}
 
-    def address_named(self, name: str) -> IPv4Address | None:
+    def address_named(self, name: str, *, told: bool = True) -> IPv4Address | None:
         return self.guests.get(name.lower())
 
     def name_of(self, address: IPv4Address) -> str | None:

@@ -324,3 +324,28 @@ async def test_a_query_has_no_thousands_of_records() -> None:
         answer = await server().handle(data, tcp=True, endpoint_id="vm1")
         assert answer is not None
         assert answer[3] & 15 == rcode
+
+
+class Liars(Guests):
+    """Guests that all gave themselves their names."""
+
+    def address_named(self, name: str, *, told: bool = True) -> IPv4Address | None:
+        return super().address_named(name) if told else None
+
+
+@pytest.mark.parametrize(
+    "record",
+    ["api", "api.guestnet.internal", "API", "v2.api.guestnet.internal", "*.api", "*.guestnet.internal"],
+)
+async def test_a_name_that_a_guest_gives_itself_does_not_shadow_the_owners(record: str) -> None:
+    said = server(records={record: ("203.0.113.9",)}, directory=Liars(api="192.168.64.9", own="192.168.64.8"))
+    for name in ("api.guestnet.internal", "api"):
+        answer = await resolve(said, name, "A")
+        assert "192.168.64.9" not in str(answer), answer
+    if record != "*.guestnet.internal":
+        assert "192.168.64.8" in str(await resolve(said, "own.guestnet.internal", "A"))
+    # Also when it is added while the guest has the name.
+    said = server(directory=Liars(api="192.168.64.9"))
+    assert "192.168.64.9" in str(await resolve(said, "api.guestnet.internal", "A"))
+    said.add_record(record, "203.0.113.9")
+    assert "192.168.64.9" not in str(await resolve(said, "api.guestnet.internal", "A"))

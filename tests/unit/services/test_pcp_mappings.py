@@ -184,7 +184,7 @@ async def test_rfc6887_a_guest_maps_to_itself_alone(played: Played) -> None:
 
 
 async def test_rfc6888_req9_a_guest_has_a_share() -> None:
-    played = Played(per_endpoint=3, most=5)
+    played = Played(per_endpoint=3, most=6)
     for port in (1, 2, 3):
         assert (await played.map(port)).result == SUCCESS
     said = await played.map(4)
@@ -193,13 +193,28 @@ async def test_rfc6888_req9_a_guest_has_a_share() -> None:
     assert (await played.map(3)).result == SUCCESS
     assert (await played.map(3, lifetime=0)).result == SUCCESS
     assert (await played.map(4)).result == SUCCESS
-    assert [(await played.map(n, client=VM2)).result for n in (1, 2, 3)] == [SUCCESS, SUCCESS, NO_RESOURCES]
+    # The last is for a guest that has none.
+    assert [(await played.map(n, client=VM2)).result for n in (1, 2, 3)] == [SUCCESS, SUCCESS, USER_EX_QUOTA]
+    played.host.holders["vm3"] = {VM2 + 1}
+    said = [await played.ask(ask_map(n, client=VM2 + 1), "vm3", VM2 + 1) for n in (1, 2)]
+    assert [one.result for one in said] == [SUCCESS, NO_RESOURCES]
+
+
+@pytest.mark.parametrize("ports", [2, 3, 10, 16])
+async def test_rfc6888_req9_one_guest_does_not_have_all_ports(ports: int) -> None:
+    played = Played(40000, 40000 + ports - 1)
+    had = [(await played.map(n)).result for n in range(1, ports + 1)]
+    assert USER_EX_QUOTA in had, "there are some left for others"
+    assert had.count(SUCCESS) >= max(1, ports // 2)
+    assert (await played.map(1, client=VM2)).result == SUCCESS
+    # Ports of the other protocol are others.
+    assert (await played.map(1, protocol=UDP)).result == SUCCESS
 
 
 async def test_rfc6887_no_port_is_free() -> None:
-    played = Played(40000, 40001)
+    played = Played(40000, 40003)
     assert (await played.map(80)).result == SUCCESS
-    played.host.busy |= {("tcp", 40000), ("tcp", 40001)}
+    played.host.busy |= {("tcp", port) for port in range(40000, 40004)}
     said = await played.map(81)
     assert (said.result, said.lifetime) == (NO_RESOURCES, SHORT)
     assert len(set(played.host.tried)) == len(played.host.tried), "each port is tried once"
@@ -264,12 +279,12 @@ async def test_rfc6888_req9_rest_is_shorter_where_nothing_else_is_left() -> None
         await played.map(80, external=external)
         await played.map(80, lifetime=0)
         played.now += 10
-    # The one that has rested longest.
-    said = await played.map(80, client=VM2)
-    assert (said.result, said.external) == (SUCCESS, 40001)
     assert (await played.map(81, external=40000, client=VM2, options=PREFER_FAILURE)).result == (
         CANNOT_PROVIDE_EXTERNAL
     )
+    # The one that has rested longest.
+    said = await played.map(80, client=VM2)
+    assert (said.result, said.external) == (SUCCESS, 40001)
 
 
 async def test_mappings_end_with_the_endpoint_and_the_address(played: Played) -> None:

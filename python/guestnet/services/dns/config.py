@@ -11,8 +11,9 @@ from typing import Protocol
 class Directory(Protocol):
     """Knows the endpoints of a network by name."""
 
-    def address_named(self, name: str) -> IPv4Address | None:
-        """The address of the guest with this name, in any case."""
+    def address_named(self, name: str, *, told: bool = True) -> IPv4Address | None:
+        """The address of the guest with this name, in any case; `told`: also of one that only the guest
+        itself says that it has."""
 
     def name_of(self, address: IPv4Address) -> str | None:
         """The name of the guest with this address."""
@@ -21,7 +22,7 @@ class Directory(Protocol):
 class NoDirectory:
     """Knows nobody."""
 
-    def address_named(self, name: str) -> IPv4Address | None:
+    def address_named(self, name: str, *, told: bool = True) -> IPv4Address | None:
         """Nobody."""
         return None
 

@@ -105,6 +105,10 @@ class DnsServer:
             self.changed()
         return removed
 
+    def owns(self, name: str) -> bool:
+        """Whether a bare name, or that name in the zone, stands for a record of the network's owner."""
+        return self._zones.owns(name)
+
     def own_names(self) -> list[bytes]:
         """Names that, with all below them and all of one label, are answered here or may be."""
         return self._zones.apexes()

@@ -143,6 +143,19 @@ class Zones:
         tops = {self._zone, _LOCALHOST, *_EMPTY, _ARPA}
         return [*tops, *(name.removeprefix(_ANYTHING) for name in self._content.names)]
 
+    def owns(self, name: str) -> bool:
+        """Whether records stand for a bare name, or for that name in the zone."""
+        content = self._content
+        try:
+            labels = to_labels(name.lower())
+        except Malformed:
+            return False
+        in_zone = labels[:-1] + self._zone
+        return any(
+            key in content.names or key in content.between or self._wildcard(content, key) is not None
+            for key in (labels, in_zone)
+        )
+
     def _in_zone(self, key: bytes) -> bool:
         return key == self._zone or _below(key, self._zone)
 
@@ -217,7 +230,10 @@ class Zones:
             name = b".".join(labels).decode("ascii")
         except UnicodeDecodeError:
             return None
-        address = self._config.directory.address_named(name) if name else None
+        if not name:
+            return None
+        # What a guest says of itself does not stand for the owner's name, however that is spelled.
+        address = self._config.directory.address_named(name, told=not self.owns(name))
         if address is None:
             return None
         return OwnRecord(key, Type.A if address.version == 4 else Type.AAAA, address.packed, address)

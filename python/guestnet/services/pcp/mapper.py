@@ -19,6 +19,7 @@ from guestnet.errors import GuestnetError, PortInUse
 from guestnet.services.pcp.message import PcpError, Result
 from guestnet.services.pcp.ports import PortBook, PortsOfHost
 from guestnet.services.pcp.table import Mapping, MappingTable
+from guestnet.shares import fair_share
 
 _log = logging.getLogger("guestnet")
 
@@ -174,10 +175,12 @@ class Mapper:
             return mapping
         if elsewhere:
             raise PcpError(Result.CANNOT_PROVIDE_EXTERNAL)
-        if self._table.count(wanted.endpoint_id) >= self._config.per_endpoint:
-            raise PcpError(Result.USER_EX_QUOTA)
-        if len(self._table) >= self._config.most:
+        own, taken, most = self._table.count(wanted.endpoint_id), len(self._table), self._config.most
+        if taken >= most:
             raise PcpError(Result.NO_RESOURCES)
+        share = min(self._config.per_endpoint, max(1, fair_share(most, taken)))
+        if own >= share or not self._book.has_share(wanted.protocol, wanted.endpoint_id):
+            raise PcpError(Result.USER_EX_QUOTA)
         return await self._open(wanted, lifetime)
 
     async def _open(self, wanted: Wanted, lifetime: int) -> Mapping | None:

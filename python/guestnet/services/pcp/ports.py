@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from ipaddress import IPv4Address
 from typing import Any, Protocol
 
+from guestnet.shares import fair_share
+
 REST = 120.0
 """Seconds (RFC 6888 REQ-8)."""
 _RESTING_MOST = 2048
@@ -66,6 +68,12 @@ class PortBook:
         resting.move_to_end(port)
         while len(resting) > _RESTING_MOST:
             resting.popitem(last=False)
+
+    def has_share(self, protocol: str, endpoint_id: str) -> bool:
+        """Whether an endpoint may have one more port of a protocol, as far as its share goes."""
+        taken = self._taken[protocol]
+        own = sum(1 for who in taken.values() if who == endpoint_id)
+        return own < max(1, fair_share(len(self._ports), len(taken)))
 
     def may_have(self, protocol: str, port: int, endpoint_id: str, now: float) -> bool:
         """Whether a mapping of the endpoint can have it."""
