@@ -27,19 +27,18 @@ pub fn sum(data: &[u8], acc: u64) -> u64 {
                 c[i + 6],
                 c[i + 7],
             ]);
-            s += w & 0xffff_ffff;
-            carry += w >> 32;
+            s = s.wrapping_add(w & 0xffff_ffff);
+            carry = carry.wrapping_add(w >> 32);
             i += 8;
         }
-        native += s;
-        native += carry;
+        native = native.wrapping_add(s).wrapping_add(carry);
     }
     let mut rest = chunks.remainder().chunks_exact(2);
     for c in &mut rest {
-        native += u64::from(u16::from_ne_bytes([c[0], c[1]]));
+        native = native.wrapping_add(u64::from(u16::from_ne_bytes([c[0], c[1]])));
     }
     if let [last] = rest.remainder() {
-        native += u64::from(u16::from_ne_bytes([*last, 0]));
+        native = native.wrapping_add(u64::from(u16::from_ne_bytes([*last, 0])));
     }
     acc + u64::from(u16::from_be(fold_raw(native)))
 }
@@ -83,7 +82,9 @@ pub fn pseudo(src: IpAddr, dst: IpAddr, proto: u8, len: u32) -> u64 {
         IpAddr::V4(a) => sum(&a.octets(), 0),
         IpAddr::V6(a) => sum(&a.octets(), 0),
     };
-    addr(src) + addr(dst) + u64::from(proto) + u64::from(len >> 16) + u64::from(len & 0xffff)
+    // Five numbers of at most 18 bits.
+    let len = u64::from(len >> 16).wrapping_add(u64::from(len & 0xffff));
+    addr(src).wrapping_add(addr(dst)).wrapping_add(u64::from(proto)).wrapping_add(len)
 }
 
 /// RFC 1624 equation 3: the checksum field after a 16-bit word changed from `old` to `new`.
