@@ -8,7 +8,7 @@ use guestnet_core::CoreConfig;
 use guestnet_core::core::Core;
 use guestnet_core::effects::{Close, Effects, Event, Peek, Peer, SockError, TxError};
 use guestnet_core::nat::{NatDirection, NatEngine, NatEngineConfig, NatResult, Prefix};
-use guestnet_core::types::{Csum, FlowId, FrameMeta, PortConfig, PortId, SockId, Target, Time};
+use guestnet_core::types::{Csum, FlowId, FrameMeta, IpFields, PortConfig, PortId, SockId, Target, Time};
 use guestnet_wire::arp::{self, Arp};
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::ipv4::{self, Ipv4};
@@ -65,13 +65,18 @@ impl Effects for World {
     fn uplink(&mut self, _: &[u8], _: FrameMeta) -> Result<(), TxError> {
         Err(TxError::Gone)
     }
-    fn tcp_connect(&mut self, flow: FlowId, _: Target, _: u8) -> Result<SockId, SockError> {
+    fn tcp_connect(&mut self, flow: FlowId, _: Target, _: IpFields) -> Result<SockId, SockError> {
         self.flow = Some(flow);
         Ok(SockId(1))
     }
     fn tcp_send(&mut self, _: SockId, data: &[u8]) -> Result<usize, SockError> {
         self.moved += black_box(data).len();
         Ok(data.len())
+    }
+    fn tcp_tos(&mut self, _: SockId, _: u8) {}
+    fn tcp_send_urgent(&mut self, _: SockId, _: u8) -> Result<bool, SockError> {
+        self.moved += 1;
+        Ok(true)
     }
     fn tcp_peek(&mut self, _: SockId, offset: usize, max: usize) -> Result<Peek, SockError> {
         match self.waiting.saturating_sub(offset).min(max) {
@@ -97,7 +102,7 @@ impl Effects for World {
         _: SocketAddr,
         payload: &[u8],
         _: u16,
-        _: u8,
+        _: IpFields,
         _: bool,
     ) -> Result<(), SockError> {
         self.moved += black_box(payload).len();

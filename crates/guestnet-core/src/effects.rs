@@ -3,7 +3,7 @@
 //! cannot be done says why and changes nothing. Events go up to the control side through [`Effects::event`].
 
 use crate::stats::Drop;
-use crate::types::{FlowId, FrameMeta, PortId, ServiceId, SockId, Target};
+use crate::types::{FlowId, FrameMeta, IpFields, PortId, ServiceId, SockId, Target};
 use guestnet_wire::ether::Mac;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
@@ -181,12 +181,19 @@ pub trait Effects {
 
     // ---- TCP sockets --------------------------------------------------------------------------------
     /// Starts a non-blocking connect for `flow`; `Core::tcp_connected` tells the outcome, also when it is
-    /// known at once. `ttl` is the TTL for the outside, already decremented.
-    fn tcp_connect(&mut self, flow: FlowId, target: Target, ttl: u8) -> Result<SockId, SockError>;
+    /// known at once.
+    fn tcp_connect(&mut self, flow: FlowId, target: Target, ip: IpFields) -> Result<SockId, SockError>;
+
+    /// Changes the DSCP of what the socket sends; `tos` is as in [`IpFields`].
+    fn tcp_tos(&mut self, sock: SockId, tos: u8);
 
     /// Sends; `Ok(n)` with `n < data.len()` (0 included) when the kernel takes no more now, and then
     /// `tcp_ready(writable)` will be called.
     fn tcp_send(&mut self, sock: SockId, data: &[u8]) -> Result<usize, SockError>;
+
+    /// Sends one byte as urgent (MSG_OOB); `Ok(false)` when the kernel takes no more now, and then it goes with
+    /// the others.
+    fn tcp_send_urgent(&mut self, sock: SockId, byte: u8) -> Result<bool, SockError>;
 
     /// Copies up to `max` (at most 65536) bytes of the socket's unread data, starting `offset` bytes after
     /// the first byte not yet discarded, to the scratch buffer, without consuming them.
@@ -219,7 +226,7 @@ pub trait Effects {
         dst: SocketAddr,
         payload: &[u8],
         segment: u16,
-        ttl: u8,
+        ip: IpFields,
         dont_fragment: bool,
     ) -> Result<(), SockError>;
 

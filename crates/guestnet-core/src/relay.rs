@@ -13,7 +13,7 @@ use crate::icmp::error_to_tell;
 use crate::stats::Drop;
 use crate::switch::wire_drop;
 use crate::tcp::{Ctx, Fate, Path, Tcb, Timeouts};
-use crate::types::{FlowId, FrameMeta, PortId, Target};
+use crate::types::{FlowId, FrameMeta, IpFields, PortId, Target};
 use crate::udp::{icmp_for, v4};
 use guestnet_wire::ether::Mac;
 use guestnet_wire::ipv4::{self, Ipv4};
@@ -57,7 +57,10 @@ impl Core {
                 }
             }
             let payload = frame.get(p.payload..p.end).unwrap_or(&[]);
-            let fate = self.with_index(index, fx, |tcb, cx| tcb.segment(cx, &seg, &options, payload));
+            let fate = self.with_index(index, fx, |tcb, cx| {
+                tcb.note_tos(cx, p.tos);
+                tcb.segment(cx, &seg, &options, payload)
+            });
             if fate != Some(Fate::Reopen) {
                 return Ok(());
             }
@@ -92,7 +95,8 @@ impl Core {
             return self.reset(slot, mac, p, &seg, why, fx);
         }
         let id = self.flows.next_id();
-        let sock = match fx.tcp_connect(id, target, p.ttl.saturating_sub(1).max(1)) {
+        let ip = IpFields { ttl: p.ttl.saturating_sub(1).max(1), tos: p.tos };
+        let sock = match fx.tcp_connect(id, target, ip) {
             Ok(sock) => sock,
             Err(SockError::Refused | SockError::Reset | SockError::Exhausted) => {
                 return self.reset(slot, mac, p, &seg, Drop::HostError, fx);
@@ -100,7 +104,7 @@ impl Core {
             Err(e) => return self.refuse(slot, mac, frame, p, Drop::HostError, icmp_for(e, 0), fx),
         };
         let tcb = Tcb::outbound(id, sock, &seg, &options, self.isn(&key), self.tcp_timeouts(), self.now)
-            .with_ip_id(be16(frame, p.l3 + 4));
+            .with_ip(be16(frame, p.l3 + 4), p.tos);
         let id = self.open_flow(Flow::new(key, mac, false, self.now, State::Tcp(Box::new(tcb))), fx);
         self.wake_tcp(id.index);
         Ok(())

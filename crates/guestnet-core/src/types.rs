@@ -66,6 +66,23 @@ pub struct FrameMeta {
     pub gso: Option<Gso>,
 }
 
+/// What a guest's IP header says that a host socket can say too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct IpFields {
+    /// TTL for the outside, already decremented.
+    pub ttl: u8,
+    /// Type of service: DSCP in the upper six bits, ECN in the lower two. TCP's ECN is the kernel's own.
+    pub tos: u8,
+}
+
+impl IpFields {
+    /// Of an ordinary packet with that TTL.
+    #[must_use]
+    pub fn ttl(ttl: u8) -> IpFields {
+        IpFields { ttl, tos: 0 }
+    }
+}
+
 /// How an address of an Endpoint came to be known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AddressSource {

@@ -10,7 +10,7 @@ use crate::effects::{Effects, SockError};
 use crate::flow::{Flow, Key, State};
 use crate::gateway::IcmpError;
 use crate::stats::Drop;
-use crate::types::{FlowId, FrameMeta, Gso};
+use crate::types::{FlowId, FrameMeta, Gso, IpFields};
 use guestnet_wire::ether::Mac;
 use guestnet_wire::parse::Packet;
 use guestnet_wire::{be16, icmp, proto};
@@ -166,7 +166,7 @@ impl Core {
                 let Some(State::Mapping { sock, .. }) = self.flows.at(mapping).map(|m| &m.state) else {
                     return Err(Drop::NoFlow);
                 };
-                fx.udp_send(*sock, target, payload, segment, ttl, p.dont_fragment)
+                fx.udp_send(*sock, target, payload, segment, IpFields { ttl, tos: p.tos }, p.dont_fragment)
             }
             Some(Way::Forward(sock, client)) if segment == 0 => fx.udp_send_forward(sock, client, payload),
             Some(Way::Forward(sock, client)) => payload

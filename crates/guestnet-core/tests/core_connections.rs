@@ -196,3 +196,36 @@ fn an_icmp_error_of_a_router_for_a_connect_reaches_the_guest_as_it_came() {
         assert!(n.fx.sock(sock).closed.is_some());
     }
 }
+
+#[test]
+fn the_dscp_of_a_guest_goes_out_and_follows_its_changes() {
+    let mut n = Net::new();
+    let to = addr(X1);
+    let send = |n: &mut Net, tos: u8, flags: u8, seq: u32, ack: u32| {
+        let seg = guestnet_wire::tcp::Tcp {
+            src_port: 4000,
+            dst_port: 80,
+            seq,
+            ack,
+            flags,
+            window: 9,
+            ..Default::default()
+        };
+        n.send(A, tcp_frame(&Ip4 { tos, ..Ip4::new(A, to.ip(), proto::TCP) }, &seg, &[]));
+    };
+    send(&mut n, 0xb8, flags::SYN, 1000, 0);
+    let (flow, sock) = n.fx.connects[0];
+    assert_eq!(n.fx.sock(sock).tos, 0xb8);
+    n.core.tcp_connected(n.now, flow, Ok(()), &mut n.fx);
+    let isn = be32(read(&n.fx.take()[0]).l4(), 4);
+    // ECN is between the guest and the gateway, so no change.
+    send(&mut n, 0xba, flags::ACK, 1001, isn.wrapping_add(1));
+    assert_eq!(n.fx.sock(sock).tos, 0xb8);
+    send(&mut n, 0x20, flags::ACK, 1001, isn.wrapping_add(1));
+    assert_eq!(n.fx.sock(sock).tos, 0x20);
+    // Datagrams are marked one by one, ECN included.
+    for tos in [0xb8, 0x02, 0] {
+        n.send(A, udp_from(&Ip4 { tos, ..Ip4::new(A, to.ip(), proto::UDP) }, 5000, 7, b"x"));
+        assert_eq!(n.fx.datagrams.last().unwrap().tos, tos);
+    }
+}

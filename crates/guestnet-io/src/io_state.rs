@@ -15,7 +15,7 @@ use crate::uplink::later::Done;
 use crate::uplink::sockets::{Sock, SockKind, Socks};
 use crate::uplink::tun::Tun;
 use guestnet_core::effects::{self, Close, Effects, Peek, Peer, SockError, TxError};
-use guestnet_core::types::{FlowId, FrameMeta, PortId, SockId, Target, Time};
+use guestnet_core::types::{FlowId, FrameMeta, IpFields, PortId, SockId, Target, Time};
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 
@@ -190,8 +190,16 @@ impl Effects for IoState {
         self.ports.room(port, &self.events)
     }
 
-    fn tcp_connect(&mut self, flow: FlowId, target: Target, ttl: u8) -> Result<SockId, SockError> {
-        self.socks.tcp_connect(&self.poller, &mut self.counters, flow, target, ttl)
+    fn tcp_connect(&mut self, flow: FlowId, target: Target, ip: IpFields) -> Result<SockId, SockError> {
+        self.socks.tcp_connect(&self.poller, &mut self.counters, flow, target, ip)
+    }
+
+    fn tcp_tos(&mut self, sock: SockId, tos: u8) {
+        self.socks.tcp_tos(sock, tos);
+    }
+
+    fn tcp_send_urgent(&mut self, sock: SockId, byte: u8) -> Result<bool, SockError> {
+        self.socks.tcp_send_urgent(sock, byte)
     }
 
     fn tcp_send(&mut self, sock: SockId, data: &[u8]) -> Result<usize, SockError> {
@@ -230,10 +238,10 @@ impl Effects for IoState {
         dst: SocketAddr,
         payload: &[u8],
         segment: u16,
-        ttl: u8,
+        ip: IpFields,
         dont_fragment: bool,
     ) -> Result<(), SockError> {
-        self.socks.udp_queue(&mut self.counters, sock, dst, payload, segment, ttl, dont_fragment, None);
+        self.socks.udp_queue(&mut self.counters, sock, dst, payload, segment, ip, dont_fragment, None);
         Ok(())
     }
 
@@ -242,7 +250,7 @@ impl Effects for IoState {
             return Err(SockError::Reset);
         };
         let from = origins.local(&dst);
-        self.socks.udp_queue(&mut self.counters, sock, dst, payload, 0, 0, false, from);
+        self.socks.udp_queue(&mut self.counters, sock, dst, payload, 0, IpFields::default(), false, from);
         Ok(())
     }
 
@@ -301,7 +309,7 @@ mod tests {
             let flow = |index| FlowId { index, generation: 0 };
             let l = TcpListener::bind("127.0.0.1:0").unwrap();
             let target = Target::Address(l.local_addr().unwrap());
-            let tcp = io.tcp_connect(flow(1), target, 64).unwrap();
+            let tcp = io.tcp_connect(flow(1), target, IpFields::ttl(64)).unwrap();
             let mut connected = l.accept().unwrap().0;
             let other = UdpSocket::bind("127.0.0.1:0").unwrap();
             let at = other.local_addr().unwrap();
@@ -311,7 +319,7 @@ mod tests {
 
             let mut got = [0; 8];
             assert_eq!(io.tcp_send(tcp, b"small"), Ok(5));
-            io.udp_send(udp, at, b"one", 0, 64, false).unwrap();
+            io.udp_send(udp, at, b"one", 0, IpFields::ttl(64), false).unwrap();
             // The port is not there, which changes nothing.
             let nowhere = PortId(7);
             let _no_port = io.transmit_peeked(nowhere, &[0; 54], 0..SMALL, FrameMeta::default());

@@ -614,9 +614,9 @@ pub(crate) fn has_data(fd: &OwnedFd, from: u64, to: u64) -> bool {
     }
 }
 
-/// Sends with MSG_OOB.
-#[cfg(test)]
+/// Sends with MSG_OOB: the last byte is urgent.
 pub(crate) fn send_urgent(fd: &OwnedFd, data: &[u8]) -> Result<usize, i32> {
+    let flags = libc::MSG_OOB | libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
     // SAFETY: the slice is readable.
-    check_len(unsafe { libc::send(fd.as_raw_fd(), data.as_ptr().cast(), data.len(), libc::MSG_OOB) })
+    check_len(unsafe { libc::send(fd.as_raw_fd(), data.as_ptr().cast(), data.len(), flags) })
 }

@@ -15,7 +15,7 @@ use crate::core::Core;
 use crate::effects::Effects;
 use crate::siphash::SipKey;
 use crate::stats::Drop;
-use crate::types::{FlowId, PortId, ServiceId, Time};
+use crate::types::{FlowId, IpFields, PortId, ServiceId, Time};
 use asking::{Asked, Asking, QUESTIONS_PER_PORT, Waiter};
 use cache::{Cache, Key};
 use guestnet_wire::be16;
@@ -253,7 +253,7 @@ impl Core {
                 return false;
             };
             q.emit(id, &mut names.out);
-            if fx.udp_send(sock, server, &names.out, 0, TTL, false).is_err() {
+            if fx.udp_send(sock, server, &names.out, 0, IpFields::ttl(TTL), false).is_err() {
                 names.failed();
                 return false;
             }

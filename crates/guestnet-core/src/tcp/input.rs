@@ -199,7 +199,9 @@ impl Tcb {
         }
         if len > 0 {
             self.pushed = seg.flags & flags::PSH != 0;
-            self.take_text(cx, seq, payload, fin)?;
+            let urgent =
+                (seg.flags & flags::URG != 0 && seg.urgent > 0).then(|| seq.plus(u32::from(seg.urgent) - 1));
+            self.take_text(cx, seq, payload, fin, urgent)?;
         }
         self.close_if_done(cx)
     }
@@ -355,6 +357,7 @@ impl Tcb {
         seq: Seq,
         payload: &[u8],
         mut fin: bool,
+        urgent: Option<Seq>,
     ) -> Result<(), Fate> {
         self.wants_batch = true;
         self.ack_pending = true;
@@ -382,7 +385,10 @@ impl Tcb {
             return Ok(());
         }
         self.heard = true;
-        let all = self.deliver(cx, data)?;
+        let all = match urgent.map(|at| at.since(seq) as usize) {
+            Some(at) if at < data.len() => self.deliver_marked(cx, data, at)?,
+            _ => self.deliver(cx, data)?,
+        };
         if all && self.buffer.is_some() {
             self.take_ahead(cx)?;
         }
@@ -399,6 +405,41 @@ impl Tcb {
             self.shut_if_done(cx)?;
         }
         Ok(())
+    }
+
+    /// As [`Tcb::deliver`], where the byte at `at` is urgent. The mark is lost where bytes before it wait.
+    fn deliver_marked<E: Effects>(
+        &mut self,
+        cx: &mut Ctx<'_, E>,
+        data: &[u8],
+        at: usize,
+    ) -> Result<bool, Fate> {
+        let (before, rest) = data.split_at(at);
+        if !self.deliver(cx, before)? {
+            return Ok(false);
+        }
+        let marked = match rest.first() {
+            Some(&byte) if self.waiting() == 0 => cx.fx.tcp_send_urgent(self.sock, byte),
+            _ => Ok(false),
+        };
+        match marked {
+            Ok(true) => {
+                self.took(1);
+                self.deliver(cx, rest.get(1..).unwrap_or(&[]))
+            }
+            Ok(false) => self.deliver(cx, rest),
+            Err(_) => {
+                self.abort(cx);
+                Err(Fate::Closed)
+            }
+        }
+    }
+
+    /// So many bytes in order have found a place.
+    fn took(&mut self, taken: usize) {
+        self.rcv_nxt = self.rcv_nxt.plus(taken as u32);
+        self.rcv_adv = self.rcv_adv.max(self.rcv_nxt);
+        self.bytes_out += taken as u64;
     }
 
     /// Gives bytes in order to the socket, and what it does not take to the buffer. False when some found
@@ -422,9 +463,7 @@ impl Tcb {
             taken += buffer.append(&data[taken..], cx.budget);
             self.settle_buffer(cx.budget);
         }
-        self.rcv_nxt = self.rcv_nxt.plus(taken as u32);
-        self.rcv_adv = self.rcv_adv.max(self.rcv_nxt);
-        self.bytes_out += taken as u64;
+        self.took(taken);
         if taken < data.len() {
             cx.counters.drop(Drop::BufferLimit);
         }

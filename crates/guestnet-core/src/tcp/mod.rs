@@ -48,6 +48,9 @@ const DEFAULT_MSS: u16 = 536;
 /// The path's MTU may still force smaller segments.
 const MIN_MSS: u16 = 64;
 
+/// DSCP in the type of service; ECN is between neighbours in TCP, so the kernel's (RFC 3168 6.1).
+const DSCP: u8 = 0xfc;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     /// The host's connect is under way; the guest has heard nothing.
@@ -97,6 +100,7 @@ pub struct Tcb {
     undiscarded: u32,
     mss: u16,
     ip_id: u16,
+    dscp: u8,
     snd_shift: u8,
     rcv_shift: u8,
     dup_acks: u8,
@@ -182,6 +186,7 @@ impl Tcb {
             undiscarded: 0,
             mss: DEFAULT_MSS,
             ip_id: 0,
+            dscp: 0,
             snd_shift: 0,
             rcv_shift: 0,
             dup_acks: 0,
@@ -241,11 +246,21 @@ impl Tcb {
         t
     }
 
-    /// With the identification of the SYN's packet, for the quotation in an ICMP error.
+    /// With what the IP header of the SYN said: its identification, for the quotation in an ICMP error, and its
+    /// type of service, which the socket has already.
     #[must_use]
-    pub fn with_ip_id(mut self, id: u16) -> Tcb {
-        self.ip_id = id;
+    pub fn with_ip(mut self, id: u16, tos: u8) -> Tcb {
+        (self.ip_id, self.dscp) = (id, tos & DSCP);
         self
+    }
+
+    /// The guest marks its packets from now on otherwise, and so does the socket.
+    #[inline]
+    pub fn note_tos<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, tos: u8) {
+        if tos & DSCP != self.dscp && self.sock_open {
+            self.dscp = tos & DSCP;
+            cx.fx.tcp_tos(self.sock, self.dscp);
+        }
     }
 
     /// The identification of the packet that carried the guest's SYN.

@@ -4,7 +4,7 @@
 #![allow(dead_code, missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use guestnet_core::effects::{Close, Effects, Event, Peek, Peer, SockError, TxError};
-use guestnet_core::types::{FlowId, FrameMeta, PortId, SockId, Target};
+use guestnet_core::types::{FlowId, FrameMeta, IpFields, PortId, SockId, Target};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
@@ -39,6 +39,9 @@ pub struct MockSock {
     pub flow: Option<FlowId>,
     pub target: Option<Target>,
     pub ttl: u8,
+    pub tos: u8,
+    /// Offsets of bytes that were sent as urgent.
+    pub urgent: Vec<usize>,
     /// Bytes that `tcp_send` took.
     pub sent: Vec<u8>,
     /// How many more bytes `tcp_send` takes; `None` for no limit.
@@ -80,6 +83,7 @@ pub struct SentDatagram {
     pub payload: Vec<u8>,
     pub segment: u16,
     pub ttl: u8,
+    pub tos: u8,
     pub dont_fragment: bool,
     pub via_forward: bool,
 }
@@ -222,13 +226,26 @@ impl Effects for Mock {
         p.room
     }
 
-    fn tcp_connect(&mut self, flow: FlowId, target: Target, ttl: u8) -> Result<SockId, SockError> {
+    fn tcp_connect(&mut self, flow: FlowId, target: Target, ip: IpFields) -> Result<SockId, SockError> {
         let id = self.open(flow)?;
         let s = self.sock(id);
         s.target = Some(target);
-        s.ttl = ttl;
+        (s.ttl, s.tos) = (ip.ttl, ip.tos);
         self.connects.push((flow, id));
         Ok(id)
+    }
+
+    fn tcp_tos(&mut self, sock: SockId, tos: u8) {
+        self.live(sock).tos = tos;
+    }
+
+    fn tcp_send_urgent(&mut self, sock: SockId, byte: u8) -> Result<bool, SockError> {
+        let sent = self.tcp_send(sock, &[byte])? == 1;
+        let s = self.live(sock);
+        if sent {
+            s.urgent.push(s.sent.len() - 1);
+        }
+        Ok(sent)
     }
 
     fn tcp_send(&mut self, sock: SockId, data: &[u8]) -> Result<usize, SockError> {
@@ -309,7 +326,7 @@ impl Effects for Mock {
         dst: SocketAddr,
         payload: &[u8],
         segment: u16,
-        ttl: u8,
+        ip: IpFields,
         dont_fragment: bool,
     ) -> Result<(), SockError> {
         self.live(sock);
@@ -317,8 +334,17 @@ impl Effects for Mock {
             return Err(e);
         }
         let payload = payload.to_vec();
-        let via_forward = false;
-        self.datagrams.push(SentDatagram { sock, dst, payload, segment, ttl, dont_fragment, via_forward });
+        let (IpFields { ttl, tos }, via_forward) = (ip, false);
+        self.datagrams.push(SentDatagram {
+            sock,
+            dst,
+            payload,
+            segment,
+            ttl,
+            tos,
+            dont_fragment,
+            via_forward,
+        });
         Ok(())
     }
 
@@ -332,6 +358,7 @@ impl Effects for Mock {
             payload: payload.to_vec(),
             segment: 0,
             ttl: 0,
+            tos: 0,
             dont_fragment: false,
             via_forward: true,
         });

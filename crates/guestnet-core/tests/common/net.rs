@@ -211,6 +211,7 @@ pub struct Ip4 {
     pub dst: Ipv4Addr,
     pub proto: u8,
     pub ttl: u8,
+    pub tos: u8,
     pub id: u16,
     pub frag: u16,
 }
@@ -225,6 +226,7 @@ impl Ip4 {
             dst,
             proto,
             ttl: 64,
+            tos: 0,
             id: 0x1234,
             frag: 0,
         }
@@ -237,7 +239,7 @@ impl Ip4 {
             dst: self.dst,
             proto: self.proto,
             ttl: self.ttl,
-            tos: 0,
+            tos: self.tos,
             id: self.id,
             frag: self.frag,
             payload_len: l4.len() as u16,

@@ -160,10 +160,41 @@ fn a_fin_ahead_of_order_waits_too() {
 
 #[test]
 fn urgent_is_plain_data() {
+    // A pointer before, behind or without the data, and where bytes before it wait for the socket.
+    for (line, room) in
+        [("PU. 1:11 ack 1", None), ("PU. 1:11 ack 1 urg 11", None), ("PU. 1:11 ack 1 urg 5", Some(3))]
+    {
+        let mut s = Sim::open();
+        s.host().send_room = room;
+        s.send(line);
+        s.recv(". 1 ack 11");
+        s.host().send_room = None;
+        s.ready(false, true);
+        s.host_has(10);
+        assert_eq!(s.host().urgent, [0usize; 0]);
+    }
+}
+
+#[test]
+fn an_urgent_byte_is_urgent_at_the_host() {
     let mut s = Sim::open();
-    s.send("PU. 1:11 ack 1");
+    s.send("PU. 1:11 ack 1 urg 10");
     s.recv(". 1 ack 11");
-    s.host_has(10);
+    s.send("PU. 11:21 ack 1 urg 1");
+    s.recv(". 1 ack 21");
+    // Sent again with more behind it: the byte went already.
+    s.send("PU. 11:31 ack 1 urg 1");
+    s.recv(". 1 ack 31");
+    s.host_has(30);
+    assert_eq!(s.host().urgent, [9, 10]);
+    // With room for what is before it alone, it goes with the others.
+    s.host().send_room = Some(4);
+    s.send("PU. 31:41 ack 1 urg 5");
+    s.recv(". 1 ack 41");
+    s.host().send_room = None;
+    s.ready(false, true);
+    s.host_has(40);
+    assert_eq!(s.host().urgent, [9, 10]);
 }
 
 #[test]

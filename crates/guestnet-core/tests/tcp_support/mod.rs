@@ -52,6 +52,7 @@ pub struct Line {
     no_ws: bool,
     no_ts: bool,
     gso: Option<u16>,
+    urgent: u16,
 }
 
 impl Line {
@@ -79,6 +80,7 @@ impl Line {
             let mut number = || words.next().expect("a number").parse::<u32>().expect("a number");
             match word {
                 "ack" => line.ack = Some(number()),
+                "urg" => line.urgent = number() as u16,
                 "win" => line.win = Some(number() as u16),
                 "mss" => line.options.mss = Some(number() as u16),
                 "ws" => line.options.wscale = Some(number() as u8),
@@ -306,7 +308,7 @@ impl Sim {
             header_len: 20,
             flags: line.flags,
             window: line.win.unwrap_or(65535),
-            urgent: 0,
+            urgent: line.urgent,
         };
         if line.flags & flags::SYN != 0 {
             self.guest_wscale = line.options.wscale.is_some();

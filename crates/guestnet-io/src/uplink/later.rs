@@ -272,7 +272,7 @@ mod tests {
     use super::*;
     use crate::poller::Poller;
     use crate::submit::Submitter;
-    use guestnet_core::types::{FlowId, Target};
+    use guestnet_core::types::{FlowId, IpFields, Target};
     use std::io::Read;
     use std::net::{TcpListener, TcpStream};
 
@@ -296,7 +296,7 @@ mod tests {
             let flow = FlowId { index: number, generation: 0 };
             let target = Target::Address(l.local_addr().unwrap());
             let counters = &mut IoCounters::default();
-            (self.socks.tcp_connect(&self.poller, counters, flow, target, 64).unwrap(), flow)
+            (self.socks.tcp_connect(&self.poller, counters, flow, target, IpFields::ttl(64)).unwrap(), flow)
         }
 
         fn pair(&mut self) -> (SockId, TcpStream) {

@@ -10,7 +10,7 @@ use crate::poller::Poller;
 use crate::stats::IoCounters;
 use crate::sys::{self, RawAddr};
 use guestnet_core::effects::{Peek, Peer, SockError};
-use guestnet_core::types::{FlowId, PortId, SockId, Target};
+use guestnet_core::types::{FlowId, IpFields, PortId, SockId, Target};
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -110,7 +110,7 @@ impl Socks {
         counters: &mut IoCounters,
         flow: FlowId,
         target: Target,
-        ttl: u8,
+        ip: IpFields,
     ) -> Result<SockId, SockError> {
         let (family, addr) = match target {
             Target::Address(a @ SocketAddr::V4(_)) => (libc::AF_INET, RawAddr::ip(a)),
@@ -124,9 +124,12 @@ impl Socks {
         } else {
             let _best_effort = sys::set_opt(&fd, libc::SOL_SOCKET, libc::SO_OOBINLINE, 1);
             // A guest's TTL matters when it is small (traceroute); the host's own will do for another's.
-            if ttl.saturating_add(1) < self.ttl {
-                super::udp::set_ttl(&fd, family == libc::AF_INET6, ttl);
+            if ip.ttl.saturating_add(1) < self.ttl {
+                super::udp::set_ttl(&fd, family == libc::AF_INET6, ip.ttl);
                 traced = trace(&fd, family, true);
+            }
+            if ip.tos != 0 {
+                super::udp::set_tos(&fd, family == libc::AF_INET6, ip.tos);
             }
         }
         let outcome = match sys::connect(&fd, &addr) {
@@ -204,6 +207,32 @@ impl Socks {
         };
         tcp.wants_write |= sent < data.len();
         Ok(sent)
+    }
+
+    /// Sends one byte as urgent; false where it has to wait.
+    pub(crate) fn tcp_send_urgent(&mut self, id: SockId, byte: u8) -> Result<bool, SockError> {
+        if !self.send_waiting(id)? {
+            return Ok(false);
+        }
+        let Some(Sock { fd, kind: SockKind::Tcp(tcp), .. }) = self.get_mut(id) else {
+            return Err(SockError::Reset);
+        };
+        if tcp.unix {
+            return Ok(false);
+        }
+        match sys::send_urgent(fd, &[byte]) {
+            Ok(n) => Ok(n == 1),
+            Err(e) if sys::would_block(e) => Ok(false),
+            Err(e) => Err(sys::sock_error(e)),
+        }
+    }
+
+    /// Marks what the connection sends from now on.
+    pub(crate) fn tcp_tos(&mut self, id: SockId, tos: u8) {
+        if let Some(Sock { fd, kind: SockKind::Tcp(TcpSock { unix: false, .. }), .. }) = self.get(id) {
+            let v6 = sys::local_addr(fd).and_then(RawAddr::to_ip).is_some_and(|a| a.is_ipv6());
+            super::udp::set_tos(fd, v6, tos);
+        }
     }
 
     /// Peeks to `scratch`; says where in it the data is.
@@ -415,7 +444,9 @@ mod tests {
         let (poller, mut c) = (Poller::new(4).unwrap(), IoCounters::default());
         let l = TcpListener::bind("127.0.0.1:0").unwrap();
         let target = Target::Address(l.local_addr().unwrap());
-        let id = s.tcp_connect(&poller, &mut c, FlowId { index: 0, generation: 0 }, target, 9).unwrap();
+        let id = s
+            .tcp_connect(&poller, &mut c, FlowId { index: 0, generation: 0 }, target, IpFields::ttl(9))
+            .unwrap();
         let (other, _) = l.accept().unwrap();
         (id, other)
     }
@@ -453,7 +484,7 @@ mod tests {
             .insert(7, RawAddr::unix(std::os::unix::ffi::OsStrExt::as_bytes(path.as_os_str())).unwrap());
         let flow = FlowId { index: 0, generation: 0 };
         let target = Target::Service(guestnet_core::types::ServiceId(7), PortId(3));
-        let id = s.tcp_connect(&poller, &mut c, flow, target, 9).unwrap();
+        let id = s.tcp_connect(&poller, &mut c, flow, target, IpFields::ttl(9)).unwrap();
         std::fs::remove_file(&path).unwrap();
         let (mut other, from) = l.accept().unwrap();
         #[cfg(target_os = "linux")]
@@ -490,6 +521,43 @@ mod tests {
             got.extend(more);
         }
         assert_eq!(got, b"abcd");
+    }
+
+    #[test]
+    fn an_urgent_byte_of_the_guest_is_urgent_for_the_peer() {
+        let mut s = Socks::new();
+        let (id, other) = pair(&mut s);
+        let other = OwnedFd::from(other);
+        assert_eq!(s.tcp_send(id, b"ab"), Ok(2));
+        assert_eq!(s.tcp_send_urgent(id, b'!'), Ok(true));
+        assert_eq!(s.tcp_send(id, b"cd"), Ok(2));
+        let (mut oob, mut all) = ([0; 4], Vec::new());
+        for _ in 0..1000 {
+            if sys::recv(&other, &mut oob, libc::MSG_OOB) == Ok(1) {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        assert_eq!(oob[0], b'!');
+        while all.len() < 4 {
+            let mut some = [0; 4];
+            match sys::recv(&other, &mut some, 0) {
+                Ok(n) => all.extend_from_slice(&some[..n]),
+                Err(e) => assert!(sys::would_block(e), "{e}"),
+            }
+        }
+        assert_eq!(all, b"abcd");
+    }
+
+    #[test]
+    fn a_connection_is_marked_as_its_guest_marks_it() {
+        let mut s = Socks::new();
+        let (id, _other) = pair(&mut s);
+        for tos in [0xb8, 0x20, 0] {
+            s.tcp_tos(id, tos);
+            let fd = &s.get(id).unwrap().fd;
+            assert_eq!(sys::get_opt(fd, libc::IPPROTO_IP, libc::IP_TOS), Ok(i32::from(tos)));
+        }
     }
 
     fn tcp(s: &mut Socks, id: SockId) -> &mut TcpSock {

@@ -13,7 +13,7 @@ use crate::poller::Poller;
 use crate::stats::IoCounters;
 use crate::sys::{self, Control, RawAddr};
 use guestnet_core::effects::SockError;
-use guestnet_core::types::{FlowId, SockId};
+use guestnet_core::types::{FlowId, IpFields, SockId};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -43,7 +43,7 @@ const UDP_GRO: i32 = 104;
 #[derive(Debug, Default)]
 pub(crate) struct UdpSock {
     v6: bool,
-    ttl: u8,
+    ip: IpFields,
     df: Option<bool>,
     /// Pieces of this size do not fit the path in a large send.
     too_long: Option<usize>,
@@ -60,7 +60,7 @@ struct Pending {
     piece: usize,
     /// Nothing can be added: its last piece is short.
     closed: bool,
-    ttl: u8,
+    ip: IpFields,
     df: bool,
     /// Local address to answer from (published ports).
     from: Option<IpAddr>,
@@ -79,6 +79,14 @@ pub(crate) fn set_ttl(fd: &OwnedFd, v6: bool, ttl: u8) {
         if v6 { (libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS) } else { (libc::IPPROTO_IP, libc::IP_TTL) };
     // A TTL that the kernel refuses (0) leaves the one before; the core sends none such.
     let _kept = sys::set_opt(fd, level, name, i32::from(ttl));
+}
+
+/// Sets the DSCP, and of datagrams the ECN, of what a socket sends.
+pub(crate) fn set_tos(fd: &OwnedFd, v6: bool, tos: u8) {
+    let (level, name) =
+        if v6 { (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) } else { (libc::IPPROTO_IP, libc::IP_TOS) };
+    // Some values are for privileged programs alone on some systems; the mark before stays then.
+    let _kept = sys::set_opt(fd, level, name, i32::from(tos));
 }
 
 fn set_df(fd: &OwnedFd, v6: bool, df: bool) {
@@ -131,7 +139,7 @@ impl Socks {
         dst: SocketAddr,
         payload: &[u8],
         segment: u16,
-        ttl: u8,
+        ip: IpFields,
         df: bool,
         from: Option<IpAddr>,
     ) {
@@ -147,7 +155,7 @@ impl Socks {
         out.arena.extend_from_slice(payload);
         if segment == 0
             && let Some(p) = out.pending.last_mut()
-            && (p.sock, p.dst, p.ttl, p.df, p.from) == (sock, dst, ttl, df, from)
+            && (p.sock, p.dst, p.ip, p.df, p.from) == (sock, dst, ip, df, from)
             && !p.closed
             && !payload.is_empty()
             && payload.len() <= p.piece
@@ -161,7 +169,7 @@ impl Socks {
         }
         let piece = if segment == 0 { payload.len() } else { usize::from(segment).min(payload.len()) };
         let closed = segment != 0 || payload.is_empty();
-        out.pending.push(Pending { sock, dst, start, len: payload.len(), piece, closed, ttl, df, from });
+        out.pending.push(Pending { sock, dst, start, len: payload.len(), piece, closed, ip, df, from });
     }
 
     /// Sends all that waits.
@@ -173,7 +181,7 @@ impl Socks {
         let mut errors = std::mem::take(&mut self.errors);
         let mut at = 0;
         while let Some(first) = out.pending.get(at) {
-            let same = |p: &&Pending| (p.sock, p.ttl, p.df) == (first.sock, first.ttl, first.df);
+            let same = |p: &&Pending| (p.sock, p.ip, p.df) == (first.sock, first.ip, first.df);
             let n = out.pending.iter().skip(at).take_while(same).take(BATCH).count();
             let run = out.pending.get(at..at + n).unwrap_or(&[]);
             if let Some(sock) = self.get_mut(first.sock) {
@@ -231,10 +239,13 @@ fn send_run(
 ) {
     let Some(first) = run.first() else { return };
     if let SockKind::Udp(u) = &mut sock.kind {
-        if u.ttl != first.ttl {
-            set_ttl(&sock.fd, u.v6, first.ttl);
-            u.ttl = first.ttl;
+        if u.ip.ttl != first.ip.ttl {
+            set_ttl(&sock.fd, u.v6, first.ip.ttl);
         }
+        if u.ip.tos != first.ip.tos {
+            set_tos(&sock.fd, u.v6, first.ip.tos);
+        }
+        u.ip = first.ip;
         if u.df != Some(first.df) {
             set_df(&sock.fd, u.v6, first.df);
             u.df = Some(first.df);
@@ -512,11 +523,11 @@ mod tests {
         set_gro(&peer.try_clone().unwrap().into());
         let dst = peer.local_addr().unwrap();
         for i in 0..10u8 {
-            socks.udp_queue(&mut c, a, dst, &[i; 500], 0, 64, false, None);
+            socks.udp_queue(&mut c, a, dst, &[i; 500], 0, IpFields::ttl(64), false, None);
         }
-        socks.udp_queue(&mut c, a, dst, &[10; 99], 0, 64, false, None);
-        socks.udp_queue(&mut c, a, dst, &[11; 99], 0, 64, false, None);
-        socks.udp_queue(&mut c, a, dst, &[], 0, 64, false, None);
+        socks.udp_queue(&mut c, a, dst, &[10; 99], 0, IpFields::ttl(64), false, None);
+        socks.udp_queue(&mut c, a, dst, &[11; 99], 0, IpFields::ttl(64), false, None);
+        socks.udp_queue(&mut c, a, dst, &[], 0, IpFields::ttl(64), false, None);
         assert_eq!(c.datagram_sends, 0, "deferred");
         socks.udp_flush(&mut c);
         assert_eq!((c.datagram_sends, c.datagrams_sent), (1, 13));
@@ -537,9 +548,18 @@ mod tests {
         let a = socks.udp_open(&poller, &mut c, flow, like).unwrap();
         let closed = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let peer = UdpSocket::bind("127.0.0.1:0").unwrap();
-        socks.udp_queue(&mut c, a, closed, b"nobody", 0, 64, false, None);
+        socks.udp_queue(&mut c, a, closed, b"nobody", 0, IpFields::ttl(64), false, None);
         socks.udp_flush(&mut c);
-        socks.udp_queue(&mut c, a, peer.local_addr().unwrap(), b"somebody", 0, 64, false, None);
+        socks.udp_queue(
+            &mut c,
+            a,
+            peer.local_addr().unwrap(),
+            b"somebody",
+            0,
+            IpFields::ttl(64),
+            false,
+            None,
+        );
         socks.udp_flush(&mut c);
         let mut buf = [0; 20];
         assert_eq!(peer.recv(&mut buf).unwrap(), 8);
@@ -558,7 +578,7 @@ mod tests {
         let dst = peer.local_addr().unwrap();
         let a = socks.udp_open(&poller, &mut c, flow, dst).unwrap();
         // Larger than loopback's MTU of 65536 with its headers is what no datagram can be.
-        socks.udp_queue(&mut c, a, dst, &vec![0; 65508], 0, 64, true, None);
+        socks.udp_queue(&mut c, a, dst, &vec![0; 65508], 0, IpFields::ttl(64), true, None);
         socks.udp_flush(&mut c);
         let [e] = &socks.errors[..] else { panic!("{:?}", socks.errors) };
         assert!(matches!(e.kind, SockError::MessageTooBig(_)), "{e:?}");
@@ -628,7 +648,7 @@ mod tests {
         let a = socks.udp_open(&poller, &mut c, flow, dst).unwrap();
         for round in 1..=2 {
             for i in 0..4u8 {
-                socks.udp_queue(&mut c, a, dst, &[i; 1000], 0, 64, false, None);
+                socks.udp_queue(&mut c, a, dst, &[i; 1000], 0, IpFields::ttl(64), false, None);
             }
             if round == 1 {
                 let Some(Sock { kind: SockKind::Udp(u), .. }) = socks.get_mut(a) else { panic!() };
@@ -641,8 +661,8 @@ mod tests {
         let Some(Sock { kind: SockKind::Udp(u), .. }) = socks.get_mut(a) else { panic!() };
         u.too_long = Some(1000);
         for i in 0..4u8 {
-            socks.udp_queue(&mut c, a, dst, &[i; 1000], 0, 64, false, None);
-            socks.udp_queue(&mut c, a, dst, &[i; 999], 0, 64, false, None);
+            socks.udp_queue(&mut c, a, dst, &[i; 1000], 0, IpFields::ttl(64), false, None);
+            socks.udp_queue(&mut c, a, dst, &[i; 999], 0, IpFields::ttl(64), false, None);
         }
         assert_eq!(socks.out.pending.len(), 8);
         socks.udp_flush(&mut c);
