@@ -26,7 +26,7 @@ LEASE_SHORTEST, LEASE_LONGEST = 10, 0xFFFFFFFE
 WORKERS_MOST = 64
 NAME_LONGEST, LABEL_LONGEST = 253, 63
 LIMITS = (
-    *("flows", "flows_per_port", "udp_sockets_per_port", "buffer_per_port", "macs_per_port"),
+    *("flows", "flows_per_port", "udp_sockets_per_port", "buffer_per_port", "socket_memory", "macs_per_port"),
     *("addresses_per_port", "reassemblies_per_port", "reassembly_bytes", "icmp_errors_per_second"),
     *("floods_per_second", "service_datagrams_per_second", "neighbour_waiting"),
 )

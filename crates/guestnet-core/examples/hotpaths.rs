@@ -65,7 +65,7 @@ impl Effects for World {
     fn uplink(&mut self, _: &[u8], _: FrameMeta) -> Result<(), TxError> {
         Err(TxError::Gone)
     }
-    fn tcp_connect(&mut self, flow: FlowId, _: Target, _: IpFields) -> Result<SockId, SockError> {
+    fn tcp_connect(&mut self, flow: FlowId, _: Target, _: IpFields, _: bool) -> Result<SockId, SockError> {
         self.flow = Some(flow);
         Ok(SockId(1))
     }
@@ -73,6 +73,10 @@ impl Effects for World {
         self.moved += black_box(data).len();
         Ok(data.len())
     }
+    fn tcp_held(&mut self, _: SockId) -> usize {
+        0
+    }
+    fn tcp_tighten(&mut self, _: SockId, _: bool) {}
     fn tcp_tos(&mut self, _: SockId, _: u8) {}
     fn tcp_send_urgent(&mut self, _: SockId, _: u8) -> Result<bool, SockError> {
         self.moved += 1;

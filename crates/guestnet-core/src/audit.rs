@@ -24,6 +24,11 @@ impl Core {
             if p.remote.is_none() && self.names.waits(p.id) != p.asking as usize {
                 return Err(format!("slot {slot} says that it waits for {} names", p.asking));
             }
+            let held: usize = of(slot).filter_map(held_by).sum();
+            let stuck = of(slot).filter_map(held_by).filter(|held| *held > 0).count();
+            if held != p.socket_memory || stuck != p.stuck as usize {
+                return Err(format!("slot {slot} holds {held} bytes and says {}", p.socket_memory));
+            }
             let mappings = of(slot).filter(|f| f.is_mapping()).count();
             if mappings != p.sockets as usize {
                 return Err(format!("slot {slot} has {mappings} sockets and says {}", p.sockets));
@@ -31,6 +36,9 @@ impl Core {
             let tcp = |f: &Flow| matches!(f.state, State::Tcp(_));
             self.walk(&p.lru, Chain::Lru, |f| f.key.slot == slot && !f.is_mapping() && tcp(f) == f.parked)?;
             self.walk(&p.waiting, Chain::Lru, |f| f.key.slot == slot && tcp(f) && !f.parked)?;
+        }
+        if self.flows.iter().filter_map(|(_, f)| held_by(f)).sum::<usize>() != self.socket_memory {
+            return Err("the kernel's memory in all is not that of the flows".into());
         }
         if !self.names.is_sound() {
             return Err("what is known of names does not agree".into());
@@ -72,5 +80,13 @@ impl Core {
         } else {
             Err(format!("a list of {} has {len} records and ends at {before}", list.len))
         }
+    }
+}
+
+/// The kernel's memory behind a TCP flow.
+fn held_by(f: &Flow) -> Option<usize> {
+    match &f.state {
+        State::Tcp(tcb) => Some(tcb.memory.held as usize),
+        _ => None,
     }
 }

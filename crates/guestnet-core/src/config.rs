@@ -31,6 +31,9 @@ pub struct Limits {
     pub udp_sockets_per_port: u32,
     /// Bytes buffered for the TCP flows of one port.
     pub buffer_per_port: usize,
+    /// Bytes of the host kernel's memory that the TCP sockets of all ports may hold. A port may have as much as is
+    /// left; one that has more gets a few kilobytes for each of its connections that are stuck, and for new ones.
+    pub socket_memory: usize,
     /// Source MACs of one port that are remembered.
     pub macs_per_port: u32,
     /// Addresses of one port that are learned, of each family (assigned ones do not count).
@@ -89,6 +92,7 @@ impl Default for Limits {
             flows_per_port: 16_384,
             udp_sockets_per_port: 1024,
             buffer_per_port: 64 << 20,
+            socket_memory: usize::MAX,
             macs_per_port: 8,
             addresses_per_port: 16,
             reassemblies_per_port: 32,

@@ -56,6 +56,8 @@ pub struct Core {
     /// Where the ports are shared out among several cores.
     pub(crate) sharing: Option<Sharing>,
     pub(crate) now: Time,
+    /// Bytes of the kernel's memory that the flows of all ports hold, as measured.
+    pub(crate) socket_memory: usize,
     /// Stations of the segment that `macs` holds, in mode `bridged`.
     pub(crate) stations: u32,
     /// MACs that an address is reserved for.
@@ -97,6 +99,7 @@ impl Core {
             base: Counters::default(),
             sharing: None,
             now,
+            socket_memory: 0,
             tun: None,
             stations: 0,
             cfg: config,
@@ -268,6 +271,7 @@ impl Core {
     ) {
         self.now = now;
         self.with_flow(flow, fx, |tcb, cx| tcb.ready(cx, readable, writable));
+        self.measure_arrival(flow, fx);
     }
 
     /// A client connected to a Forward's TCP socket. `None`: refused, and the caller resets the socket.

@@ -181,8 +181,20 @@ pub trait Effects {
 
     // ---- TCP sockets --------------------------------------------------------------------------------
     /// Starts a non-blocking connect for `flow`; `Core::tcp_connected` tells the outcome, also when it is
-    /// known at once.
-    fn tcp_connect(&mut self, flow: FlowId, target: Target, ip: IpFields) -> Result<SockId, SockError>;
+    /// known at once. `tight` is as in [`Effects::tcp_tighten`], from the first byte on.
+    fn tcp_connect(
+        &mut self,
+        flow: FlowId,
+        target: Target,
+        ip: IpFields,
+        tight: bool,
+    ) -> Result<SockId, SockError>;
+
+    /// Bytes of the kernel's memory that the socket holds, with what it takes to keep them.
+    fn tcp_held(&mut self, sock: SockId) -> usize;
+
+    /// Has the kernel take only a few kilobytes, or again as much as it likes.
+    fn tcp_tighten(&mut self, sock: SockId, tight: bool);
 
     /// Changes the DSCP of what the socket sends; `tos` is as in [`IpFields`].
     fn tcp_tos(&mut self, sock: SockId, tos: u8);

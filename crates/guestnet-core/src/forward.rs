@@ -31,6 +31,7 @@ impl Core {
         fx: &mut E,
     ) -> Result<FlowId, Drop> {
         let (key, binding) = self.inbound(forward, proto::TCP, peer, fx)?;
+        self.admit_memory(key.slot)?;
         let id = self.flows.next_id();
         let mut tcb = Tcb::inbound(id, sock, self.isn(&key), self.tcp_timeouts(), self.now);
         if binding.mac.is_none() {
@@ -47,7 +48,9 @@ impl Core {
                 self.ask(key.slot, key.guest.ip(), fx);
             }
         }
+        let tight = self.holds_too_much(key.slot);
         let id = self.open_flow(Flow::new(key, mac, true, self.now, State::Tcp(Box::new(tcb))), fx);
+        self.tighten(id.index, sock, tight, fx);
         if binding.mac.is_some() {
             self.with_index(id.index, fx, |tcb, cx| tcb.start(cx));
         } else {

@@ -33,6 +33,7 @@ pub mod remote;
 mod segment;
 mod service;
 mod siphash;
+mod socket_memory;
 pub mod stats;
 mod switch;
 mod table;

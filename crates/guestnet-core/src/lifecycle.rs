@@ -8,7 +8,8 @@ use crate::core::Core;
 use crate::effects::{Close, Effects, Event};
 use crate::flow::{Chain, Flow, Key, State};
 use crate::stats::Drop;
-use crate::types::FlowId;
+use crate::tcp::Fate;
+use crate::types::{FlowId, Time};
 use guestnet_wire::proto;
 
 /// Evictions that one new flow may cause; more only happens when many flows share one socket.
@@ -98,6 +99,8 @@ impl Core {
             port.counters.flows_closed += 1;
             if let State::Tcp(tcb) = &mut f.state {
                 tcb.discard(fx, &mut port.budget);
+                let held = tcb.note_memory(0);
+                self.book_memory(slot, held, 0);
                 (bytes_out, bytes_in) = tcb.totals();
             }
         }
@@ -179,9 +182,19 @@ impl Core {
     /// As [`Core::wake_at`], for the exact times of TCP.
     pub(crate) fn wake_tcp(&mut self, index: u32) {
         let Some(State::Tcp(tcb)) = self.flows.at(index).map(|f| &f.state) else { return };
-        let Some(at) = tcb.deadline() else { return };
-        let deadline = coarse(self.now.as_ms(), at.0.div_ceil(1_000_000));
-        self.wake_at(index, deadline);
+        let due = tcb.deadline();
+        self.wake_by(index, due);
+    }
+
+    /// Makes sure that the flow's timer fires not long after `due`.
+    #[inline]
+    pub(crate) fn wake_by(&mut self, index: u32, due: Option<Time>) {
+        let Some(ms) = due.map(|at| at.0.div_ceil(1_000_000)) else { return };
+        // It mostly does already.
+        if self.wheel.deadline(index).is_none_or(|d| d > ms) {
+            let deadline = coarse(self.now.as_ms(), ms);
+            self.wake_at(index, deadline);
+        }
     }
 
     /// The wheel has fired for a record.
@@ -191,7 +204,10 @@ impl Core {
         match &f.state {
             State::Tcp(tcb) => match tcb.deadline() {
                 Some(at) if at <= now => {
-                    self.with_index(index, fx, |tcb, cx| tcb.timer(cx));
+                    let fate = self.with_index(index, fx, |tcb, cx| tcb.timer(cx));
+                    if fate == Some(Fate::Live) {
+                        self.measure_idle(index, fx);
+                    }
                 }
                 _ => self.wake_tcp(index),
             },

@@ -44,6 +44,10 @@ pub struct Port {
     pub lru: List,
     /// TCP flows that wait for the port to take frames again.
     pub waiting: List,
+    /// Bytes of the kernel's memory that its TCP flows hold, as measured.
+    pub socket_memory: usize,
+    /// Flows of it that hold some.
+    pub stuck: u32,
     /// Buffered bytes of its TCP flows.
     pub budget: Budget,
     /// ICMP errors (and refusals told) to it.
@@ -153,6 +157,8 @@ impl Port {
             asking: 0,
             lru: List::default(),
             waiting: List::default(),
+            socket_memory: 0,
+            stuck: 0,
             budget: Budget { used: 0, limit: limits.buffer_per_port },
             icmp: Limiter::new(limits.icmp_errors_per_second, now),
             service: Limiter::new(limits.service_datagrams_per_second, now),

@@ -10,6 +10,7 @@ use crate::emit::{Envelope, TTL};
 use crate::flow::{Chain, Flow, Key, State};
 use crate::gateway::IcmpError;
 use crate::icmp::error_to_tell;
+use crate::socket_memory::FEW_FLOWS;
 use crate::stats::Drop;
 use crate::switch::wire_drop;
 use crate::tcp::{Ctx, Fate, Path, Tcb, Timeouts};
@@ -88,7 +89,7 @@ impl Core {
                 Target::Address(self.outbound(slot, mac, frame, p, remote, fx)?)
             }
         };
-        if let Err(why) = self.admit(slot, false, fx) {
+        if let Err(why) = self.admit(slot, false, fx).and_then(|()| self.admit_memory(slot)) {
             if self.ports.get_mut(slot).is_some_and(|p| p.icmp.allow(self.now)) {
                 self.denied(slot, proto::TCP, guest, remote, why, fx);
             }
@@ -96,15 +97,17 @@ impl Core {
         }
         let id = self.flows.next_id();
         let ip = IpFields { ttl: p.ttl.saturating_sub(1).max(1), tos: p.tos };
-        let sock = match fx.tcp_connect(id, target, ip) {
+        let tight = self.holds_too_much(slot);
+        let sock = match fx.tcp_connect(id, target, ip, tight) {
             Ok(sock) => sock,
             Err(SockError::Refused | SockError::Reset | SockError::Exhausted) => {
                 return self.reset(slot, mac, p, &seg, Drop::HostError, fx);
             }
             Err(e) => return self.refuse(slot, mac, frame, p, Drop::HostError, icmp_for(e, 0), fx),
         };
-        let tcb = Tcb::outbound(id, sock, &seg, &options, self.isn(&key), self.tcp_timeouts(), self.now)
+        let mut tcb = Tcb::outbound(id, sock, &seg, &options, self.isn(&key), self.tcp_timeouts(), self.now)
             .with_ip(be16(frame, p.l3 + 4), p.tos);
+        tcb.memory.tight = tight;
         let id = self.open_flow(Flow::new(key, mac, false, self.now, State::Tcp(Box::new(tcb))), fx);
         self.wake_tcp(id.index);
         Ok(())
@@ -183,6 +186,7 @@ impl Core {
             // A flow that waits for the port is in that list alone, since it is in one at a time.
             let park = tcb.may_be_evicted() && !waits;
             let parked = std::mem::replace(&mut flow.parked, park);
+            let (measure, due) = (tcb.wants_measure(port.flows > FEW_FLOWS), tcb.deadline());
             if batch {
                 self.flows.push(&mut self.batch, Chain::Siblings, index);
             }
@@ -199,7 +203,10 @@ impl Core {
             if waits {
                 self.flows.push(&mut port.waiting, Chain::Lru, index);
             }
-            self.wake_tcp(index);
+            self.wake_by(index, due);
+            if measure {
+                self.measure(index, fx);
+            }
             return Some(fate);
         }
         let (key, mac, id) = (flow.key, flow.mac, tcb.ip_id());

@@ -10,7 +10,7 @@ mod net;
 use guestnet_core::config::{DatagramError, ForwardSpec};
 use guestnet_core::effects::{Close, SockError};
 use guestnet_core::stats::Drop;
-use guestnet_core::types::{ForwardId, PortId};
+use guestnet_core::types::{ForwardId, PortId, SockId};
 use guestnet_wire::arp;
 use guestnet_wire::ether::{self, Mac};
 use guestnet_wire::tcp::flags;
@@ -227,5 +227,107 @@ fn the_dscp_of_a_guest_goes_out_and_follows_its_changes() {
     for tos in [0xb8, 0x02, 0] {
         n.send(A, udp_from(&Ip4 { tos, ..Ip4::new(A, to.ip(), proto::UDP) }, 5000, 7, b"x"));
         assert_eq!(n.fx.datagrams.last().unwrap().tos, tos);
+    }
+}
+
+/// Opens connections of a guest to a server that sends more than the guest takes; refused ones are left out.
+fn stuck(n: &mut Net, port: PortId, from: u16, count: u16, held: usize) -> Vec<SockId> {
+    let mut socks = Vec::new();
+    for i in 0..count {
+        let Some((flow, sock)) = n.try_open_tcp(port, from + i, X1) else { continue };
+        // Each takes what the kernel lets it.
+        let s = n.fx.sock(sock);
+        s.held = if s.tight { 8 << 10 } else { held };
+        s.inbox.extend([0; 100]);
+        n.core.tcp_ready(n.now, flow, true, false, &mut n.fx);
+        socks.push(sock);
+    }
+    n.core.audit().unwrap();
+    socks
+}
+
+fn held(n: &mut Net, socks: &[SockId]) -> usize {
+    socks.iter().map(|s| n.fx.sock(*s).held).sum()
+}
+
+#[test]
+fn downloads_that_a_guest_does_not_take_hold_no_more_than_its_share_of_the_kernels_memory() {
+    const MB: usize = 1 << 20;
+    let mut n = Net::with_limits(|l| l.socket_memory = 100 * MB);
+    let a = stuck(&mut n, A, 10_000, 5000, 128 << 10);
+    // Half of it with 400 connections, then a little for each of the others, and no more than 1024 of them.
+    assert!((50 * MB..57 * MB).contains(&held(&mut n, &a)), "{}", held(&mut n, &a));
+    assert!(a.iter().skip(420).all(|s| n.fx.sock(*s).tight));
+    assert_eq!((a.len(), n.drops(Drop::BufferLimit)), (1024 + 16, 5000 - 1024 - 16));
+    // The next guest has its own share of what is left.
+    let b = stuck(&mut n, B, 10_000, 60, 128 << 10);
+    assert!(b.len() == 60 && b.iter().all(|s| !n.fx.sock(*s).tight));
+    // A guest whose connections end gets whole ones again.
+    for (sock, port) in a.iter().zip(10_000..) {
+        n.fx.sock(*sock).held = 0;
+        n.segment(A, port, X1, 1001, 0, flags::RST);
+    }
+    n.core.audit().unwrap();
+    let (_, new) = n.open_tcp(A, 4000, X1);
+    assert!(!n.fx.sock(new).tight);
+}
+
+#[test]
+fn a_tight_connection_whose_guest_is_within_its_share_again_is_let_go() {
+    let mut n = Net::with_limits(|l| l.socket_memory = 10 << 20);
+    let socks = stuck(&mut n, A, 10_000, 200, 128 << 10);
+    let last = *socks.last().unwrap();
+    assert!(n.fx.sock(last).tight);
+    for (sock, port) in socks.iter().zip(10_000..).take(199) {
+        n.fx.sock(*sock).held = 0;
+        n.segment(A, port, X1, 1001, 0, flags::RST);
+    }
+    // Nothing comes any more: it is seen when the idle flow is looked at.
+    n.pass_ms(10_000);
+    assert!(!n.fx.sock(last).tight);
+    n.core.audit().unwrap();
+}
+
+#[test]
+fn uploads_that_a_peer_does_not_take_are_measured_too() {
+    let mut n = Net::with_limits(|l| l.socket_memory = 10 << 20);
+    let mut tight = 0;
+    for i in 0..400u16 {
+        let (_, sock) = n.open_tcp(A, 10_000 + i, X1);
+        let s = n.fx.sock(sock);
+        (s.held, tight) = (if s.tight { 8 << 10 } else { 80 << 10 }, tight + usize::from(s.tight));
+        let h = Ip4::new(A, addr(X1).ip(), proto::TCP);
+        let mut at = 1001u32;
+        let ack = n.isn.wrapping_add(1);
+        for _ in 0..12 {
+            let seg = guestnet_wire::tcp::Tcp {
+                src_port: 10_000 + i,
+                dst_port: 80,
+                seq: at,
+                ack,
+                flags: flags::ACK,
+                window: 65535,
+                ..Default::default()
+            };
+            n.send(A, tcp_frame(&h, &seg, &[0; 1000]));
+            at += 1000;
+        }
+        n.core.audit().unwrap();
+    }
+    assert!((250..=350).contains(&tight), "{tight} of 400 were opened tight");
+    // The kernel got rid of it: this is seen by the looks at idle flows.
+    for s in n.fx.socks.values_mut() {
+        s.held = 0;
+    }
+    n.pass_ms(10_000);
+    assert!(n.fx.socks.values().all(|s| !s.tight));
+    n.core.audit().unwrap();
+}
+
+#[test]
+fn few_connections_are_not_measured() {
+    let mut n = Net::with_limits(|l| l.socket_memory = 1);
+    for sock in stuck(&mut n, A, 10_000, 16, 6 << 20) {
+        assert!(!n.fx.sock(sock).tight);
     }
 }

@@ -190,8 +190,22 @@ impl Effects for IoState {
         self.ports.room(port, &self.events)
     }
 
-    fn tcp_connect(&mut self, flow: FlowId, target: Target, ip: IpFields) -> Result<SockId, SockError> {
-        self.socks.tcp_connect(&self.poller, &mut self.counters, flow, target, ip)
+    fn tcp_connect(
+        &mut self,
+        flow: FlowId,
+        target: Target,
+        ip: IpFields,
+        tight: bool,
+    ) -> Result<SockId, SockError> {
+        self.socks.tcp_connect(&self.poller, &mut self.counters, flow, target, ip, tight)
+    }
+
+    fn tcp_held(&mut self, sock: SockId) -> usize {
+        self.socks.tcp_held(sock)
+    }
+
+    fn tcp_tighten(&mut self, sock: SockId, tight: bool) {
+        self.socks.tcp_tighten(sock, tight);
     }
 
     fn tcp_tos(&mut self, sock: SockId, tos: u8) {
@@ -309,7 +323,7 @@ mod tests {
             let flow = |index| FlowId { index, generation: 0 };
             let l = TcpListener::bind("127.0.0.1:0").unwrap();
             let target = Target::Address(l.local_addr().unwrap());
-            let tcp = io.tcp_connect(flow(1), target, IpFields::ttl(64)).unwrap();
+            let tcp = io.tcp_connect(flow(1), target, IpFields::ttl(64), false).unwrap();
             let mut connected = l.accept().unwrap().0;
             let other = UdpSocket::bind("127.0.0.1:0").unwrap();
             let at = other.local_addr().unwrap();

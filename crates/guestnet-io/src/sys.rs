@@ -176,6 +176,33 @@ pub(crate) fn tcp_info(_: &OwnedFd) -> Option<TcpInfo> {
     None
 }
 
+/// Bytes of memory that a socket holds: received, to be sent, and not yet looked at. `None` where the system does not
+/// tell.
+pub(crate) fn socket_memory(fd: &OwnedFd) -> Option<usize> {
+    // SK_MEMINFO_RMEM_ALLOC, _WMEM_QUEUED and _BACKLOG of linux/sock_diag.h.
+    const SO_MEMINFO: i32 = 55;
+    const PARTS: [usize; 3] = [0, 5, 7];
+    let mut info = [0u32; 9];
+    let mut len = size_of_val(&info) as libc::socklen_t;
+    // SAFETY: `info` lives and is `len` bytes.
+    check(unsafe {
+        let value = info.as_mut_ptr().cast();
+        libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, SO_MEMINFO, value, &mut len)
+    })
+    .ok()?;
+    Some(PARTS.iter().filter_map(|i| info.get(*i)).map(|n| *n as usize).sum())
+}
+
+/// Bytes that all TCP sockets of the host may hold before the kernel presses them, about.
+pub(crate) fn tcp_memory() -> usize {
+    // Of a network namespace there is no tcp_mem; where nobody changed it, it is a sixteenth of the memory.
+    let all = memory_of_machine().unwrap_or(1 << 30) / 16;
+    let set = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_mem").ok();
+    let pages = set.as_deref().and_then(|s| s.split_whitespace().nth(1)).and_then(|p| p.parse::<u64>().ok());
+    let most = pages.map_or(all, |p| p.saturating_mul(page_size()).min(all));
+    usize::try_from(most).unwrap_or(usize::MAX)
+}
+
 /// Lets a socket have only what a classic BPF program says (socket(7)).
 pub(crate) fn attach_filter(fd: &OwnedFd, program: &mut [libc::sock_filter]) -> Result<(), i32> {
     let prog = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };

@@ -159,6 +159,8 @@ pub(crate) fn start(mut config: WorkerConfig, loads: &Arc<[AtomicU32]>) -> Resul
     let limit = sys::raise_descriptor_limit();
     Pool::of_process().set_descriptors(limit.into());
     let descriptors = limit / n as u32;
+    // A third of what TCP of the host may have; the rest is for its own, and for peers that are on it.
+    config.core.limits.socket_memory = config.core.limits.socket_memory.min(sys::tcp_memory() / 3);
     config.core.limits = shares(config.core.limits, n as u32).within(for_sockets(descriptors));
     let seeds = (0..n).map(|_| seed(&config)).collect::<Result<Vec<_>, _>>()?;
     let mut peers: Vec<Option<Box<Peers>>> = (0..n).map(|_| None).collect();
@@ -188,6 +190,7 @@ fn for_sockets(descriptors: u32) -> u32 {
 fn shares(mut l: Limits, n: u32) -> Limits {
     if n > 1 {
         l.flows = (l.flows / n).max(l.flows.min(l.flows_per_port)).min(FLOWS_MAX);
+        l.socket_memory /= n as usize;
         l.reassembly_bytes /= n as usize;
         l.name_bytes /= n as usize;
         l.neighbour_waiting = l.neighbour_waiting.div_ceil(n);

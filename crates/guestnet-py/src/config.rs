@@ -62,6 +62,7 @@ fn limits(py: Python<'_>, values: &Named) -> PyResult<Limits> {
             "flows_per_port" => l.flows_per_port = value,
             "udp_sockets_per_port" => l.udp_sockets_per_port = value,
             "buffer_per_port" => l.buffer_per_port = value as usize,
+            "socket_memory" => l.socket_memory = value as usize,
             "macs_per_port" => l.macs_per_port = value,
             "addresses_per_port" => l.addresses_per_port = value,
             "reassemblies_per_port" => l.reassemblies_per_port = value,

@@ -30,6 +30,7 @@ mod types;
 pub use types::{Budget, Ctx, Fate, Path, Timeouts};
 
 use crate::effects::{Close, Effects, SockError};
+use crate::socket_memory::SocketMemory;
 use crate::types::{FlowId, SockId, Time};
 use buffer::Buffer;
 use guestnet_wire::tcp::{Options, Tcp};
@@ -158,6 +159,8 @@ pub struct Tcb {
     // ---- totals
     bytes_out: u64,
     bytes_in: u64,
+    /// The kernel's memory behind it.
+    pub(crate) memory: SocketMemory,
 }
 
 impl Tcb {
@@ -226,6 +229,7 @@ impl Tcb {
             keep: None,
             bytes_out: 0,
             bytes_in: 0,
+            memory: SocketMemory::default(),
         }
     }
 
@@ -252,6 +256,32 @@ impl Tcb {
     pub fn with_ip(mut self, id: u16, tos: u8) -> Tcb {
         (self.ip_id, self.dscp) = (id, tos & DSCP);
         self
+    }
+
+    /// True when the socket has, or may have, something that the guest did not take yet, or does not take something
+    /// of the guest.
+    pub(crate) fn holds_data(&self) -> bool {
+        self.sock_open
+            && self.state != State::Connecting
+            && (self.readable || self.snd_una != self.snd_max || self.waiting() > 0)
+    }
+
+    /// True when the socket's memory is to be measured now, of a port that has `many` flows.
+    #[inline]
+    pub(crate) fn wants_measure(&self, many: bool) -> bool {
+        let m = &self.memory;
+        many && (self.bytes_out >= m.sample_at || m.held == 0 && self.waiting() > 0)
+            || m.held > 0 && !m.settled && !self.holds_data()
+    }
+
+    /// Notes what the socket holds; gives what it held before.
+    pub(crate) fn note_memory(&mut self, held: u32) -> u32 {
+        let settled = !self.holds_data();
+        let m = &mut self.memory;
+        m.settled = settled;
+        // Where nothing can be measured, it is not tried again and again.
+        m.sample_at = m.sample_at.max(self.bytes_out.saturating_mul(2));
+        std::mem::replace(&mut m.held, held)
     }
 
     /// The guest marks its packets from now on otherwise, and so does the socket.

@@ -40,6 +40,9 @@ pub struct MockSock {
     pub target: Option<Target>,
     pub ttl: u8,
     pub tos: u8,
+    /// The kernel's memory that it holds, and whether it is told to take little.
+    pub held: usize,
+    pub tight: bool,
     /// Offsets of bytes that were sent as urgent.
     pub urgent: Vec<usize>,
     /// Bytes that `tcp_send` took.
@@ -226,13 +229,28 @@ impl Effects for Mock {
         p.room
     }
 
-    fn tcp_connect(&mut self, flow: FlowId, target: Target, ip: IpFields) -> Result<SockId, SockError> {
+    fn tcp_connect(
+        &mut self,
+        flow: FlowId,
+        target: Target,
+        ip: IpFields,
+        tight: bool,
+    ) -> Result<SockId, SockError> {
         let id = self.open(flow)?;
         let s = self.sock(id);
         s.target = Some(target);
-        (s.ttl, s.tos) = (ip.ttl, ip.tos);
+        (s.ttl, s.tos, s.tight) = (ip.ttl, ip.tos, tight);
         self.connects.push((flow, id));
         Ok(id)
+    }
+
+    fn tcp_held(&mut self, sock: SockId) -> usize {
+        self.live(sock).held
+    }
+
+    fn tcp_tighten(&mut self, sock: SockId, tight: bool) {
+        let s = self.live(sock);
+        assert_ne!(std::mem::replace(&mut s.tight, tight), tight, "said twice");
     }
 
     fn tcp_tos(&mut self, sock: SockId, tos: u8) {

@@ -55,6 +55,8 @@ pub struct Net {
     pub core: Core,
     pub fx: Mock,
     pub now: Time,
+    /// Our initial sequence number of the connection opened last.
+    pub isn: u32,
 }
 
 impl Net {
@@ -71,7 +73,7 @@ impl Net {
 
     pub fn with(c: CoreConfig) -> Net {
         let now = Time(1_000_000_000);
-        let mut n = Net { core: Core::new(c, now), fx: Mock::new(), now };
+        let mut n = Net { core: Core::new(c, now), fx: Mock::new(), now, isn: 0 };
         for port in [A, B] {
             n.core.add_port(port, port_config());
             n.hello(port);
@@ -136,6 +138,7 @@ impl Net {
         self.fx.frames.clear();
         self.core.tcp_connected(self.now, flow, Ok(()), &mut self.fx);
         let isn = Tcp::parse(read(&self.fx.take()[0]).l4()).unwrap().seq;
+        self.isn = isn;
         self.segment(port, from, to, 1001, isn.wrapping_add(1), guestnet_wire::tcp::flags::ACK);
         Some((flow, sock))
     }

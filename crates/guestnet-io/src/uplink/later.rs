@@ -296,7 +296,12 @@ mod tests {
             let flow = FlowId { index: number, generation: 0 };
             let target = Target::Address(l.local_addr().unwrap());
             let counters = &mut IoCounters::default();
-            (self.socks.tcp_connect(&self.poller, counters, flow, target, IpFields::ttl(64)).unwrap(), flow)
+            (
+                self.socks
+                    .tcp_connect(&self.poller, counters, flow, target, IpFields::ttl(64), false)
+                    .unwrap(),
+                flow,
+            )
         }
 
         fn pair(&mut self) -> (SockId, TcpStream) {

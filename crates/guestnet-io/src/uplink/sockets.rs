@@ -5,7 +5,7 @@
 use super::errors::LateError;
 use super::forward::Origins;
 use super::later::Later;
-use super::tcp::TcpSock;
+use super::tcp::{Buffers, TcpSock};
 use super::udp::{UdpOut, UdpSock};
 use crate::poller::{Kind, Poller, Token};
 use crate::slab::Slab;
@@ -60,6 +60,8 @@ pub(crate) struct Socks {
     pub peek_off: bool,
     /// Bytes read from TCP connections that the core may ask for again.
     pub kept_all: usize,
+    /// What new connections may buffer.
+    pub buffers: Buffers,
     /// The TTL that the host gives its packets.
     pub ttl: u8,
     /// Sockets at most: the rest of the process's descriptors is for attachments and the control side.
@@ -77,6 +79,7 @@ impl Socks {
             out: UdpOut::default(),
             peek_off: super::tcp::probe_peek_off(),
             kept_all: 0,
+            buffers: super::tcp::usual_buffers(),
             ttl: super::tcp::host_ttl(),
             most: usize::MAX,
         }

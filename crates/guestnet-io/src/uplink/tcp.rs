@@ -24,6 +24,10 @@ const SMALL: usize = 2048;
 const KEEP_MAX: usize = 2 * SMALL;
 /// Bytes of all connections that are kept at most; beyond it they are peeked.
 const KEEP_ALL_MAX: usize = 4 << 20;
+/// Bytes of each direction that the kernel is to take of a connection of a guest that holds too much.
+const TIGHT: i32 = 4096;
+/// Which buffer sizes were set by the program and are not the kernel's to change (linux/socket.h).
+const SO_BUF_LOCK: i32 = 72;
 /// The largest that Linux takes for the interval of keep-alive probes, in seconds, and their number.
 const KEEP_INTERVAL_MAX: i32 = 32767;
 const KEEP_COUNT_MAX: i32 = 127;
@@ -111,6 +115,7 @@ impl Socks {
         flow: FlowId,
         target: Target,
         ip: IpFields,
+        tight: bool,
     ) -> Result<SockId, SockError> {
         let (family, addr) = match target {
             Target::Address(a @ SocketAddr::V4(_)) => (libc::AF_INET, RawAddr::ip(a)),
@@ -127,6 +132,10 @@ impl Socks {
             if ip.ttl.saturating_add(1) < self.ttl {
                 super::udp::set_ttl(&fd, family == libc::AF_INET6, ip.ttl);
                 traced = trace(&fd, family, true);
+            }
+            if tight {
+                // Before the connect, which offers the peer a window.
+                tighten(&fd, self.buffers, true);
             }
             if ip.tos != 0 {
                 super::udp::set_tos(&fd, family == libc::AF_INET6, ip.tos);
@@ -224,6 +233,18 @@ impl Socks {
             Ok(n) => Ok(n == 1),
             Err(e) if sys::would_block(e) => Ok(false),
             Err(e) => Err(sys::sock_error(e)),
+        }
+    }
+
+    /// Bytes of the kernel's memory that the connection holds.
+    pub(crate) fn tcp_held(&self, id: SockId) -> usize {
+        self.get(id).and_then(|s| sys::socket_memory(&s.fd)).unwrap_or(0)
+    }
+
+    /// Bounds what the kernel takes, or no more.
+    pub(crate) fn tcp_tighten(&self, id: SockId, tight: bool) {
+        if let Some(Sock { fd, kind: SockKind::Tcp(TcpSock { unix: false, .. }), .. }) = self.get(id) {
+            tighten(fd, self.buffers, tight);
         }
     }
 
@@ -409,6 +430,32 @@ pub(crate) fn trace(fd: &OwnedFd, family: i32, on: bool) -> bool {
     family == libc::AF_INET && sys::set_opt(fd, libc::IPPROTO_IP, libc::IP_RECVERR, i32::from(on)).is_ok()
 }
 
+/// Bounds what the kernel takes of a connection, or leaves it to the kernel, beginning with `usual` sizes.
+fn tighten(fd: &OwnedFd, usual: Buffers, tight: bool) {
+    // The kernel doubles what it is given, for its own overhead.
+    let (receive, send) = if tight { (TIGHT, TIGHT) } else { (usual.receive / 2, usual.send / 2) };
+    let _best_effort = sys::set_opt(fd, libc::SOL_SOCKET, libc::SO_RCVBUF, receive);
+    let _best_effort = sys::set_opt(fd, libc::SOL_SOCKET, libc::SO_SNDBUF, send);
+    if !tight {
+        // Before Linux 5.14 the sizes stay at the usual ones.
+        let _best_effort = sys::set_opt(fd, libc::SOL_SOCKET, SO_BUF_LOCK, 0);
+    }
+}
+
+/// Sizes of a socket's buffers, as the kernel counts them.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Buffers {
+    receive: i32,
+    send: i32,
+}
+
+/// What a new connection begins with.
+pub(crate) fn usual_buffers() -> Buffers {
+    let Ok(fd) = sys::socket(libc::AF_INET, libc::SOCK_STREAM, 0) else { return Buffers::default() };
+    let size = |name| sys::get_opt(&fd, libc::SOL_SOCKET, name).unwrap_or(128 << 10);
+    Buffers { receive: size(libc::SO_RCVBUF), send: size(libc::SO_SNDBUF) }
+}
+
 fn set_offset(fd: &OwnedFd, tcp: &mut TcpSock, offset: usize) -> bool {
     let Ok(value) = i32::try_from(offset) else { return false };
     let set = sys::set_opt(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, value).is_ok();
@@ -445,7 +492,7 @@ mod tests {
         let l = TcpListener::bind("127.0.0.1:0").unwrap();
         let target = Target::Address(l.local_addr().unwrap());
         let id = s
-            .tcp_connect(&poller, &mut c, FlowId { index: 0, generation: 0 }, target, IpFields::ttl(9))
+            .tcp_connect(&poller, &mut c, FlowId { index: 0, generation: 0 }, target, IpFields::ttl(9), false)
             .unwrap();
         let (other, _) = l.accept().unwrap();
         (id, other)
@@ -484,7 +531,7 @@ mod tests {
             .insert(7, RawAddr::unix(std::os::unix::ffi::OsStrExt::as_bytes(path.as_os_str())).unwrap());
         let flow = FlowId { index: 0, generation: 0 };
         let target = Target::Service(guestnet_core::types::ServiceId(7), PortId(3));
-        let id = s.tcp_connect(&poller, &mut c, flow, target, IpFields::ttl(9)).unwrap();
+        let id = s.tcp_connect(&poller, &mut c, flow, target, IpFields::ttl(9), false).unwrap();
         std::fs::remove_file(&path).unwrap();
         let (mut other, from) = l.accept().unwrap();
         #[cfg(target_os = "linux")]
@@ -547,6 +594,67 @@ mod tests {
             }
         }
         assert_eq!(all, b"abcd");
+    }
+
+    /// Has the peer send until it cannot any more; what the socket holds then.
+    fn fill(s: &Socks, id: SockId, other: &mut TcpStream) -> (usize, usize) {
+        let (mut sent, mut before) = (0, usize::MAX);
+        // Until nothing moves any more: what the kernels keep does not grow.
+        for _ in 0..200 {
+            match other.write(&[7; 65536]) {
+                Ok(n) => sent += n,
+                Err(_) if before == s.tcp_held(id) => break,
+                Err(_) => {
+                    before = s.tcp_held(id);
+                    std::thread::sleep(std::time::Duration::from_millis(2));
+                }
+            }
+        }
+        (sent, s.tcp_held(id))
+    }
+
+    #[test]
+    fn a_tight_connection_holds_little_and_loses_nothing() {
+        let mut s = Socks::new();
+        let (poller, mut c) = (Poller::new(4).unwrap(), IoCounters::default());
+        let l = TcpListener::bind("127.0.0.1:0").unwrap();
+        let target = Target::Address(l.local_addr().unwrap());
+        let mut connect = |s: &mut Socks, tight| {
+            let flow = FlowId { index: 0, generation: 0 };
+            let id = s.tcp_connect(&poller, &mut c, flow, target, IpFields::ttl(64), tight).unwrap();
+            let other = l.accept().unwrap().0;
+            other.set_nonblocking(true).unwrap();
+            (id, other)
+        };
+        let (wide, mut wide_peer) = connect(&mut s, false);
+        let (_, all) = fill(&s, wide, &mut wide_peer);
+        let (narrow, mut peer) = connect(&mut s, true);
+        let (mut sent, little) = fill(&s, narrow, &mut peer);
+        assert!(little > 0 && little * 4 < all, "{little} bytes of a tight connection, {all} of another");
+        // One that has some already takes no more; and let go, it takes as much as any, from the first byte on.
+        s.tcp_tighten(wide, true);
+        s.tcp_tighten(narrow, false);
+        let mut got = 0;
+        for _ in 0..10_000 {
+            if got >= sent && sent > 4 << 20 {
+                break;
+            }
+            if sent <= 4 << 20
+                && let Ok(n) = peer.write(&[7; 65536])
+            {
+                sent += n;
+            }
+            let mut scratch = Vec::new();
+            match s.tcp_peek(narrow, 0, 65536, &mut scratch).unwrap() {
+                (Peek::Data(n) | Peek::Last(n), at) => {
+                    assert!(scratch[at..at + n].iter().all(|b| *b == 7));
+                    s.tcp_discard(narrow, n);
+                    got += n;
+                }
+                _ => std::thread::sleep(std::time::Duration::from_millis(1)),
+            }
+        }
+        assert!(sent > 4 << 20 && got == sent, "{got} of {sent}");
     }
 
     #[test]
