@@ -39,6 +39,7 @@ __all__ = [
     "after_fork_in_child",
     "after_fork_in_parent",
     "before_fork",
+    "confinement_lack",
     "drop_reasons",
     "io_uring_works",
 ]
@@ -382,6 +383,9 @@ _Network: TypeAlias = tuple[_IpIn, int]
 
 def io_uring_works() -> bool:
     """True when small writes can be gathered in one call of io_uring here."""
+
+def confinement_lack() -> str | None:
+    """None when packet threads can give up here what they never need; else what they cannot."""
 
 def drop_reasons() -> list[str]:
     """The names of the reasons for drops, by number."""

@@ -9,6 +9,7 @@ mod attachments;
 pub mod bell;
 mod capture;
 pub mod commands;
+mod confinement;
 mod control;
 mod dispatch;
 mod eventfd;
@@ -35,6 +36,7 @@ mod vhost_events;
 pub mod worker;
 
 pub use commands::{Command, CommandError, ListenKind, QueueFull, Value};
+pub use confinement::confinement_works;
 pub use events::{Event, Level};
 pub use front::{Worker, spawn};
 pub use port_names::PortNames;

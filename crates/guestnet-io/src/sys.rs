@@ -549,6 +549,43 @@ pub(crate) fn block_signals() {
     }
 }
 
+/// struct __user_cap_header_struct and __user_cap_data_struct of linux/capability.h.
+#[repr(C)]
+struct CapabilityHeader {
+    version: u32,
+    pid: i32,
+}
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct CapabilitySet {
+    effective: u32,
+    permitted: u32,
+    inheritable: u32,
+}
+const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
+
+/// Drops the calling thread's capabilities but those of `keep`, a bit for each number.
+pub(crate) fn limit_capabilities(keep: u64) -> Result<(), i32> {
+    let mut header = CapabilityHeader { version: CAPABILITY_VERSION_3, pid: 0 };
+    let mut sets = [CapabilitySet::default(); 2];
+    // SAFETY: version 3 has a header and two sets, which live; the kernel writes no more.
+    check(unsafe { libc::syscall(libc::SYS_capget, &raw mut header, sets.as_mut_ptr()) } as i32)?;
+    for (set, keep) in sets.iter_mut().zip([keep as u32, (keep >> 32) as u32]) {
+        let left = set.permitted & keep;
+        *set = CapabilitySet { effective: left, permitted: left, inheritable: 0 };
+    }
+    // SAFETY: as above; the kernel only reads.
+    check(unsafe { libc::syscall(libc::SYS_capset, &raw mut header, sets.as_ptr()) } as i32).map(|_| ())
+}
+
+/// A system call with `first` and -1 for its other arguments, for tests of what is refused: 0 or its errno.
+#[cfg(test)]
+pub(crate) fn raw_call(number: i64, first: i64) -> i32 {
+    // SAFETY: it is refused before it is looked at; else -1 is no address, length, descriptor or flag of a call.
+    let result = unsafe { libc::syscall(number, first, -1_i64, -1_i64, -1_i64, -1_i64, -1_i64) };
+    if result == -1 { io::Error::last_os_error().raw_os_error().unwrap_or(0) } else { 0 }
+}
+
 /// Sends FIN. It fails when the connection is over, and then there is nothing to do.
 pub(crate) fn shutdown_write(fd: &OwnedFd) {
     // SAFETY: no pointers.

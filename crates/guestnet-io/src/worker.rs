@@ -7,6 +7,7 @@
 use crate::attachments::{FRAME_MAX, stream, vhost, vnet};
 use crate::capture::Closing;
 use crate::commands::{self, Command, CommandSender, QueueFull, Value, Waker};
+use crate::confinement;
 use crate::events::{self, Event, EventReceiver, EventSender};
 use crate::front;
 use crate::io_state::IoState;
@@ -212,12 +213,16 @@ fn spawn(
     let name = config.name.clone();
     let main = move || {
         sys::block_signals();
+        let confined = confinement::confine();
         let (waker, published, healthy, stop) = shared;
         let mut io = IoState::new(poller, event_tx, config.io_uring);
         io.peers = peers;
         io.port_names = config.port_names.clone();
         io.socks.most = for_sockets(descriptors) as usize;
         let mut state = State::new(config, io, command_rx, waker, published, stop);
+        if let Err(what) = confined {
+            state.warn(format!("the packet thread is not confined as it should be: {what}"));
+        }
         let ended = catch_unwind(AssertUnwindSafe(|| state.run()));
         let failed = match ended {
             Ok(Ok(())) => None,

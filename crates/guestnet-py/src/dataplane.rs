@@ -28,6 +28,12 @@ pub fn io_uring_works() -> bool {
     guestnet_io::io_uring_works()
 }
 
+/// None when packet threads can give up here what they never need; else what they cannot.
+#[pyfunction]
+pub fn confinement_lack(py: Python<'_>) -> Option<String> {
+    py.detach(|| guestnet_io::confinement_works().err())
+}
+
 /// A running worker.
 #[pyclass(frozen, module = "guestnet._native")]
 pub struct DataPlane {

@@ -22,7 +22,7 @@ mod _native {
     #[pymodule_export]
     use super::dataplane::DataPlane;
     #[pymodule_export]
-    use super::dataplane::io_uring_works;
+    use super::dataplane::{confinement_lack, io_uring_works};
     #[pymodule_export]
     use super::events::{
         AddressSeen, Datagram, Denied, Done, Failed, FlowClosed, FlowOpened, Frame, Log, PortDown, PortUp,

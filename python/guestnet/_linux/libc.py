@@ -37,12 +37,14 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
 _PR_SET_NAME = 15
 _PR_SET_SECCOMP = 22
+_PR_SET_NO_NEW_PRIVS = 38
 _PR_SET_CHILD_SUBREAPER = 36
 
 _SECCOMP_MODE_FILTER = 2
 _SECCOMP_SET_MODE_FILTER = 1
 _SECCOMP_FILTER_FLAG_SPEC_ALLOW = 4
 _SECCOMP_CALL = {"x86_64": 317, "aarch64": 277, "riscv64": 277}
+_CAPABILITY_VERSION_3 = 0x2008_0522
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -141,6 +143,22 @@ def watch_directory(fd: int, path: str) -> None:
     mask = _IN_MOVED_FROM | _IN_MOVED_TO | _IN_CREATE | _IN_DELETE | _IN_ONLYDIR
     if _libc.inotify_add_watch(ctypes.c_int(fd), os.fsencode(path), ctypes.c_uint32(mask)) < 0:
         _check(-1, path)
+
+
+def set_no_new_privileges() -> None:
+    """What this thread and those that it starts execute gains no rights (prctl(2), PR_SET_NO_NEW_PRIVS)."""
+    _check(_prctl(_PR_SET_NO_NEW_PRIVS, 1), "prctl")
+
+
+def limit_capabilities(kept: int) -> None:
+    """Drops the calling thread's capabilities but those of `kept`, a bit for each number (capset(2))."""
+    header = ctypes.create_string_buffer(struct.pack("=Ii", _CAPABILITY_VERSION_3, 0))
+    sets = ctypes.create_string_buffer(24)
+    _check(_libc.capget(header, sets), "capget")
+    permitted = struct.unpack("=6I", sets.raw[:24])[1::3]
+    low, high = (have & keep for have, keep in zip(permitted, (kept & 0xFFFF_FFFF, kept >> 32), strict=True))
+    sets.raw = struct.pack("=6I", low, low, 0, high, high, 0)
+    _check(_libc.capset(header, sets), "capset")
 
 
 def has_capability(number: int) -> bool:

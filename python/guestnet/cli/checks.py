@@ -66,6 +66,7 @@ def all_checks(subnet: str) -> Iterator[Check]:
     yield check_peek_offset()
     yield check_udp_offload()
     yield check_io_uring()
+    yield check_confinement()
     yield check_qemu()
     yield check_kvm()
     yield check_vhost()
@@ -284,6 +285,20 @@ def check_io_uring() -> Check:
         "that allows io_uring."
     )
     return Check(name, LIMITED, "not to be had", remedy)
+
+
+def check_confinement() -> Check:
+    """Whether packet threads can give up what they never need."""
+    from guestnet._native import confinement_lack
+
+    name = "confinement"
+    lack = confinement_lack()
+    if lack is None:
+        return Check(name, OK, "packet threads: no new privileges, few capabilities, a seccomp filter")
+    remedy = (
+        "Use a kernel with CONFIG_SECCOMP_FILTER, and a container that allows seccomp; all works without."
+    )
+    return Check(name, LIMITED, lack, remedy)
 
 
 def check_qemu() -> Check:

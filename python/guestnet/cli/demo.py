@@ -80,6 +80,10 @@ def main(argv: Sequence[str]) -> int:
 
     # The guest comes first: it forks, and nothing may have started a thread by then.
     guest = demo_guests.make(in_memory=options.no_namespace)
+    if sys.platform.startswith("linux"):
+        from guestnet._linux import confinement
+
+        confinement.begin(kept=[confinement.CAP_NET_RAW])
     try:
         return _show(guest, options.seconds)
     finally:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from guestnet.cli import confined
 from guestnet.errors import ConfigError, GuestnetError
 
 if TYPE_CHECKING:
@@ -61,7 +62,9 @@ class PinnedGuests:
                 network.recall_guest(mac, known["id"], known["ip"])
             except ConfigError:  # of another subnet: the guest has its id, and another address
                 network.recall_guest(mac, known["id"])
-        self._thread = threading.Thread(target=self._write_all, name="guestnet-pinned", daemon=True)
+        self._thread = threading.Thread(
+            target=self._write_all, args=(self.guests,), name="guestnet-pinned", daemon=True
+        )
         self._thread.start()
 
     def event(self, event: NetworkEvent) -> None:
@@ -83,8 +86,8 @@ class PinnedGuests:
         self._changed.set()
         self._thread.join(_CLOSING_SECONDS)
 
-    def _write_all(self) -> None:
-        written = self.guests
+    def _write_all(self, written: dict[str, dict[str, str]]) -> None:
+        confined.settle_thread()
         while not self._ended or written is not self.guests:
             self._changed.wait()
             self._changed.clear()

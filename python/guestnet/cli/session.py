@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from guestnet.cli import UsageError, arguments, supervise
+from guestnet.cli import UsageError, arguments, confined, supervise
 from guestnet.cli.terminal import complain, say, tell_log
 from guestnet.errors import GuestnetError
 
@@ -68,10 +68,14 @@ def let_connections_end(network: NatNetwork) -> None:
 
 @contextmanager
 def network_of_one(
-    options: argparse.Namespace, mac: bytes, attach: Callable[[NatNetwork], None]
+    options: argparse.Namespace,
+    mac: bytes,
+    attach: Callable[[NatNetwork], None],
+    kept: Iterable[int] = (),
 ) -> Iterator[NatNetwork]:
     """A running network with the endpoint `guest`, attached by `attach`, its ports published.
 
+    From here on the process is confined, but for the capabilities `kept`: the command was forked before.
     On leaving, what the command left running is ended first, so that it does not see its network fail.
     """
     from guestnet.config import NatConfig
@@ -79,6 +83,7 @@ def network_of_one(
 
     tell_log(quiet=options.quiet, verbose=options.verbose)
     note_overlap(options)
+    confined.begin(options, kept=kept)
     network = NatNetwork(NatConfig(**arguments.network_settings(options)))
     try:
         network.start()
@@ -95,6 +100,9 @@ def network_of_one(
             # A port that the kernel chose is of no use to who does not know it.
             if options.verbose or (not publication.host_ports[0] and not options.quiet):
                 say(f"guestnet: published {forward}")
+        in_force = confined.settle(network)
+        if options.verbose and in_force is not None:
+            say(f"guestnet: {in_force}")
         yield network
     finally:
         supervise.restore_terminal()

@@ -13,6 +13,8 @@ import queue
 import threading
 from typing import Any
 
+from guestnet.cli import confined
+
 STDOUT, STDERR = 1, 2
 WAITING = 1024
 """Lines that wait for the reader at most."""
@@ -79,6 +81,7 @@ class Teller:
                 self._lost += 1
 
     def _write_all(self) -> None:
+        confined.settle_thread()
         while (item := self._lines.get()) is not None:
             fd, line = item
             _write(fd, line)

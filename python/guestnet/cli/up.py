@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING
 
-from guestnet.cli import EXIT_OK, UsageError, arguments
+from guestnet.cli import EXIT_OK, UsageError, arguments, confined
 from guestnet.cli.session import note_overlap
 from guestnet.cli.sockets import check_path, remove_stale
 from guestnet.cli.teller import Teller
@@ -112,6 +112,8 @@ def main(argv: Sequence[str]) -> int:
     _check(options, listeners)
     # Blocked before any thread starts, and taken by this one alone.
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    paths = [path for _, path in listeners] + ([options.pid_file] if options.pid_file is not None else [])
+    confined.begin(options, paths=paths, by_path=bool(options.dgram or options.unixgram))
     teller = Teller(options)
     tell_log(quiet=options.quiet, verbose=options.verbose)
     note_overlap(options)
@@ -136,6 +138,9 @@ def main(argv: Sequence[str]) -> int:
             teller.tell("listening", f"guests can attach to {path} ({kind})", kind=kind, path=path)
         if options.pid_file is not None:
             stack.enter_context(_pid_file(options.pid_file))
+        in_force = confined.settle(network)
+        if options.verbose and in_force is not None:
+            teller.tell("confined", str(in_force), **in_force.details())
         _announce(options.ready_fd)
         out = network.external
         details = {"external": list(map(str, out)), "device": network.uplink_device} if out else {}

@@ -91,13 +91,14 @@ def _run(
     def prepare(_control: socket.socket) -> None:
         os.set_inheritable(theirs, True)  # in the child alone, which closes ours on exec
 
+    from guestnet._linux.confinement import CAP_KILL
     from guestnet._linux.held import fork_held
 
     # Forked before the network starts threads, and held until it is attached and its ports are published.
     child = fork_held(prepare, command, mask)
     os.close(theirs)
     try:
-        with network_of_one(options, mac, attach):
+        with network_of_one(options, mac, attach, [CAP_KILL]):  # QEMU may become another user
             if options.verbose:
                 say(f"guestnet: the guest's MAC is {arguments.format_mac(mac)}")
             child.go()

@@ -27,6 +27,7 @@ def test_json_is_complete_and_its_status_fits(capsys: pytest.CaptureFixture[str]
         "QEMU",
         "SO_PEEK_OFF",
         "name servers",
+        "confinement",
     } <= names
     for check in report["checks"]:
         assert check["state"] in ("ok", "limited", "missing")
