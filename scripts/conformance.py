@@ -188,7 +188,8 @@ TABLE: dict[str, list[Requirement]] = {
             "5382-5",
             "established 7440 s, transitory 240 s",
             note="the defaults",
-            relay="met by default",
+            relay="met by default; a guest at its limit loses the oldest connection that is being opened "
+            "to a new one, and a guest that denies that a connection exists loses that one",
             by=("idle_limits",),
         ),
         r("5382-6", "no ALG", relay="met", by=("payload_goes_straight",)),

@@ -173,3 +173,59 @@ s = socket.socket(); s.settimeout(15); s.setsockopt(socket.IPPROTO_IP, socket.IP
 print(s.connect_ex(("{FAR4}", 9)))
 """
     assert guest.check(["python3", "-c", code]).strip() == str(wanted)
+
+
+def test_an_urgent_byte_of_the_guest_is_urgent_outside(own_lab: Lab) -> None:
+    server = own_lab.start(
+        script(
+            """
+            listener = socket.create_server(("", 7103)); print("ready", flush=True)
+            s, _ = listener.accept(); s.sendall(b"x")
+            import select
+            select.select([], [], [s], 30); print("urgent", s.recv(1, socket.MSG_OOB))
+            data = b""
+            while more := s.recv(100): data += more
+            print("plain", data)
+            """
+        ),
+        ns=own_lab.out,
+        ready="^ready$",
+    )
+    run(
+        own_lab,
+        f"""
+        s = socket.create_connection(("{OUT4}", 7103), timeout=10); s.recv(1)
+        s.sendall(b"before"); s.send(b"!", socket.MSG_OOB); s.sendall(b"after"); s.close()
+        """,
+    )
+    assert server.wait_line("^urgent (.*)$")[1] == "b'!'"
+    assert server.wait_line("^plain (.*)$")[1] == "b'beforeafter'"
+
+
+def test_the_dscp_of_a_guest_is_seen_outside(own_lab: Lab) -> None:
+    """Of datagrams all of the field, of TCP what the guest sets once it is connected."""
+    seen = own_lab.start(
+        script(
+            """
+            raw = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x800)); raw.settimeout(40)
+            wanted = {(6, 0x48), (6, 0x20), (17, 0xb8), (17, 0x2)}
+            print("ready", flush=True)
+            while wanted: b = raw.recv(100); wanted.discard((b[9], b[1]))
+            print("all seen")
+            """
+        ),
+        ns=own_lab.out,
+        ready="^ready$",
+    )
+    run(
+        own_lab,
+        f"""
+        s = socket.socket(); s.settimeout(10); s.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, 0x48)
+        s.connect(("{OUT4}", 7)); s.sendall(b"a"); s.recv(1)
+        s.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, 0x20); s.sendall(b"b"); s.recv(1)
+        u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        for tos in (0xb8, 0x02):
+            u.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, tos); u.sendto(b"x", ("{OUT4}", 7))
+        """,
+    )
+    seen.wait_line("^all seen$", seconds=45)

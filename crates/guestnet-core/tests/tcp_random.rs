@@ -27,6 +27,7 @@ enum Op {
         ts: Option<i32>,
         mss: Option<u16>,
         ws: Option<u8>,
+        urgent: u16,
     },
     HostData(usize),
     HostEof,
@@ -41,6 +42,9 @@ enum Op {
     BatchEnd,
     Connected(Result<(), SockError>),
     Kick,
+    Recheck,
+    /// Segments of the peer, whether something waits for it, and whether that can be known at all.
+    Peer(u32, bool, bool),
     Pass(u64),
     Mtu(u16, u32),
 }
@@ -61,11 +65,12 @@ fn op() -> impl Strategy<Value = Op> {
     ];
     let len = prop_oneof![4 => Just(0usize), 4 => 1usize..3000, 1 => 1usize..66_000];
     let window = prop_oneof![2 => Just(0u16), 2 => 0u16..4000, 3 => any::<u16>(), 3 => Just(65535)];
+    let urgent = prop_oneof![3 => Just(0u16), 1 => 1u16..3000, 1 => any::<u16>()];
     let segment = (
-        (flag, near(), near(), window, len),
+        (flag, near(), near(), window, len, urgent),
         (proptest::option::of(near()), proptest::option::of(any::<u16>()), proptest::option::of(any::<u8>())),
     )
-        .prop_map(|((flags, seq, ack, window, len), (ts, mss, ws))| Op::Segment {
+        .prop_map(|((flags, seq, ack, window, len, urgent), (ts, mss, ws))| Op::Segment {
             flags,
             seq,
             ack,
@@ -74,6 +79,7 @@ fn op() -> impl Strategy<Value = Op> {
             ts,
             mss,
             ws,
+            urgent,
         });
     let error = prop_oneof![Just(SockError::Refused), Just(SockError::TimedOut), Just(SockError::Other(5))];
     prop_oneof![
@@ -90,6 +96,8 @@ fn op() -> impl Strategy<Value = Op> {
         3 => Just(Op::Connected(Ok(()))),
         1 => error.prop_map(|e| Op::Connected(Err(e))),
         1 => Just(Op::Kick),
+        1 => Just(Op::Recheck),
+        3 => (0u32..3, any::<bool>(), proptest::bool::weighted(0.1)).prop_map(|(n, b, u)| Op::Peer(n, b, u)),
         5 => prop_oneof![0u64..3000, 0u64..10_000_000].prop_map(Op::Pass),
         1 => (68u16..=65520, prop_oneof![Just(0u32), any::<u32>()]).prop_map(|(m, g)| Op::Mtu(m, g)),
     ]
@@ -157,7 +165,7 @@ impl World {
 
     fn run(&mut self, op: Op) {
         match op {
-            Op::Segment { flags, seq, ack, window, len, ts, mss, ws } => {
+            Op::Segment { flags, seq, ack, window, len, ts, mss, ws, urgent } => {
                 let seq = self.guest_nxt.wrapping_add(seq as u32);
                 let payload: Vec<u8> = (0..len as u32)
                     .map(|i| guest_byte(seq.wrapping_add(i).wrapping_add(u32::from(flags & flags::SYN != 0))))
@@ -168,6 +176,7 @@ impl World {
                     flags,
                     window,
                     header_len: 20,
+                    urgent,
                     ..Tcp::default()
                 };
                 self.ts = self.ts.wrapping_add(1);
@@ -205,6 +214,12 @@ impl World {
             Op::BatchEnd => self.call(|t, cx| t.batch_end(cx)),
             Op::Connected(r) => self.call(|t, cx| t.connected(cx, r)),
             Op::Kick => self.call(|t, cx| t.kick(cx)),
+            Op::Recheck => self.call(|t, cx| t.recheck(cx)),
+            Op::Peer(segments, busy, unknown) => {
+                let s = self.mock.sock(self.sock);
+                s.segments_in = s.segments_in.wrapping_add(segments);
+                (s.busy, s.peer_unknown) = (busy, unknown);
+            }
             Op::Mtu(mtu, gso_max) => (self.path.mtu, self.path.gso_max) = (mtu, gso_max),
             Op::Pass(ms) => {
                 let end = self.now.plus_ms(ms);
@@ -273,7 +288,7 @@ proptest! {
             if !inbound {
                 w.run(Op::Connected(Ok(())));
             }
-            w.run(Op::Segment { flags, seq, ack: 0, window: 65535, len: 0, ts: None, mss: Some(1000), ws: Some(4) });
+            w.run(Op::Segment { flags, seq, ack: 0, window: 65535, len: 0, ts: None, mss: Some(1000), ws: Some(4), urgent: 0 });
             w.run(Op::BatchEnd);
             prop_assert_eq!(w.tcb.state_name(), "established");
         }
