@@ -174,7 +174,7 @@ class DataPlane:
         """Leads a forward elsewhere; an address that no port has refuses every client."""
     def remove_forward(self, forward: int) -> int:
         """Takes a published port back; connections that run live on."""
-    def inject(self, port: int, frame: bytes) -> int:
+    def inject(self, port: int, frame: Buffer) -> int:
         """A frame from the guest of a memory attachment."""
     def name_port(self, port: int, name: str | None) -> None:
         """What captures call a port, None to forget it. Holds at once; not a command."""

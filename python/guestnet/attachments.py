@@ -18,6 +18,8 @@ from guestnet.config import path as checked_path
 from guestnet.errors import AttachError, BusyError, ConfigError, NotRunning
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
     from guestnet.control import Control
     from guestnet.network import NatNetwork
     from guestnet.session import Session
@@ -64,10 +66,11 @@ class MemoryAttachment(Attachment):
         self._ended = False
         self.lost = 0
 
-    def send(self, frame: bytes) -> None:
-        """A frame from the guest, Ethernet header first. From any thread; waits a little when the network is
-        behind, and loses the frame (`lost` counts it) when that lasts, as any network does. Raises NotRunning
-        when the network was stopped or the endpoint removed."""
+    def send(self, frame: Buffer) -> None:
+        """A frame from the guest, Ethernet header first: bytes, or any object that has some in one piece.
+        From any thread; waits a little when the network is behind, and loses the frame (`lost` counts it)
+        when that lasts, as any network does. Raises NotRunning when the network was stopped or the endpoint
+        removed."""
         control = self._control
         if control is None:
             raise self._over()

@@ -244,6 +244,32 @@ def test_a_list_of_any_writable_buffers() -> None:
         engine.translate_batch([array.array("H", [0] * 20)], OUT)
 
 
+def test_numbers_of_packets_come_in_any_array() -> None:
+    whole, pool = (
+        bytearray(b"".join(udp((GUEST[0], 50000 + i), OUTSIDE) for i in range(4))),
+        PacketPool(8, 64),
+    )
+    for make in (
+        list,
+        tuple,
+        lambda n: array.array("I", n),
+        lambda n: array.array("q", n),
+        lambda n: (ctypes.c_uint32 * len(n))(*n),
+        lambda n: memoryview(array.array("I", n)),
+    ):
+        indices = [index for _ in range(4) if (index := pool.put(udp(GUEST, OUTSIDE))) is not None]
+        engine, copy = NatEngine(config()), bytearray(whole)
+        results = engine.translate_batch(copy, OUT, offsets=make([0, 32, 64, 96]), lengths=make([32] * 4))
+        assert results.codes == bytes(4)
+        assert engine.translate_batch(pool, OUT, indices=make(indices)).codes == bytes(4)
+        for index in indices:
+            pool.free(index)
+    with pytest.raises(ConfigError, match="-1"):
+        engine.translate_batch(copy, OUT, offsets=[-1])
+    with pytest.raises(TypeError):
+        engine.translate_batch(copy, OUT, offsets=["one"])
+
+
 def test_spans_outside_the_buffer_are_empty_packets() -> None:
     engine = NatEngine(config())
     results = engine.translate_batch(

@@ -137,3 +137,17 @@ fn a_session_that_is_alive_when_ticks_begin_anew_keeps_its_deadline() {
         assert_eq!(lab.nat.connection_count(), 0);
     }
 }
+
+#[test]
+fn times_at_the_end_of_the_range_do_not_overflow() {
+    let mut lab = Lab { ns: u64::MAX - SECOND, ..Lab::default() };
+    let ext = lab.map(&udp(G, X)).to_string();
+    lab.inn(&tcp(X, "203.0.113.1:50001", SYN));
+    let parts = udp_packet(at(G), at(X), &[1; 2000]).fragments(1000);
+    assert_eq!((lab.out(&parts[1]), lab.out(&parts[0])), (Held, Translated));
+    assert_eq!(expire_all(&mut lab), 0);
+    lab.ns = u64::MAX;
+    lab.take(&udp(X, &ext));
+    assert_eq!(expire_all(&mut lab), 0);
+    assert_eq!((lab.nat.connection_count(), lab.nat.next_timer()), (1, None));
+}

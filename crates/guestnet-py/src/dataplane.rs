@@ -3,6 +3,7 @@
 //! error at once. Descriptors are duplicated: the caller's stay the caller's.
 
 use crate::addresses::{Pair, V4, mac, socket};
+use crate::buffers::with_bytes;
 use crate::config::{self, Named};
 use crate::errors::{config_error, descriptor_error, queue_full, start_error};
 use crate::{events, records};
@@ -370,7 +371,8 @@ impl DataPlane {
         self.submit(py, Command::RemoveForward { forward: ForwardId(forward) })
     }
 
-    fn inject(&self, py: Python<'_>, port: u32, frame: Vec<u8>) -> PyResult<u64> {
+    fn inject(&self, py: Python<'_>, port: u32, frame: &Bound<'_, PyAny>) -> PyResult<u64> {
+        let frame = with_bytes(frame, <[u8]>::to_vec)?;
         self.submit(py, Command::Inject { port: PortId(port), frame })
     }
 

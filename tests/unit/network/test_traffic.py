@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import socket
 import threading
+from array import array
 from collections.abc import Callable
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -45,6 +47,21 @@ def answer(text: bytes) -> Callable[[Connection], None]:
         connection.close()
 
     return handle
+
+
+def test_a_guest_in_memory_sends_any_bytes_in_one_piece(network: NatNetwork) -> None:
+    endpoint = network.create_endpoint("vm1")
+    guest = network.attach("vm1", "memory")
+    request = b"\0\1\x08\0\6\4\0\1" + parse_mac(endpoint.mac) + endpoint.ip.packed + bytes(6)
+    frame = b"\xff" * 6 + parse_mac(endpoint.mac) + b"\x08\x06" + request + network.gateway.packed
+    copy = (ctypes.c_char * len(frame)).from_buffer_copy(frame)
+    for given in (frame, bytearray(frame), memoryview(frame), array("B", frame), copy):
+        guest.send(given)
+        answer = guest.recv(PATIENCE)
+        assert answer is not None
+        assert answer[12:22] == b"\x08\x06\0\1\x08\0\6\4\0\2", "ARP, a reply"
+    with pytest.raises(TypeError):
+        guest.send("text")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("workers", [2, 5])

@@ -177,15 +177,16 @@ impl NatEngine {
     }
 
     pub(super) fn set_time(&mut self, now: Time) {
+        if now.0 <= self.now && self.base.is_some() {
+            return;
+        }
         let base = *self.base.get_or_insert(now.0);
-        if now.0 > self.now {
-            self.now = now.0;
-            let tick = now.0.saturating_sub(base) >> TICK_BITS;
-            if tick < TICKS_MOST {
-                self.tick = tick as u32;
-            } else {
-                self.move_base(base, tick);
-            }
+        self.now = now.0;
+        let tick = now.0.saturating_sub(base) >> TICK_BITS;
+        if tick < TICKS_MOST {
+            self.tick = tick as u32;
+        } else {
+            self.move_base(base, tick);
         }
     }
 
@@ -348,7 +349,8 @@ impl NatEngine {
     #[must_use]
     pub fn next_timer(&self) -> Option<Time> {
         let ticks = [self.table.wheel.next(), self.table.next_release()].into_iter().flatten().min();
-        let ticks = ticks.map(|t| self.base.unwrap_or(0).saturating_add(u64::from(t) << TICK_BITS));
+        // What lies past the end of time never comes.
+        let ticks = ticks.and_then(|t| self.base.unwrap_or(0).checked_add(u64::from(t) << TICK_BITS));
         let syn = self.unsolicited.front().map(|s| s.until);
         [ticks, syn, self.fragments.next_deadline()].into_iter().flatten().min().map(Time)
     }
@@ -396,7 +398,21 @@ impl NatEngine {
     }
 
     /// What stops a packet that came in one direction and leaves in another (`to`): TTL, then size.
+    #[inline]
     pub(super) fn blocked(
+        &mut self,
+        p: &[u8],
+        v: &View,
+        direction: NatDirection,
+        to: NatDirection,
+    ) -> Option<NatResult> {
+        if v.ttl > 1 && self.size(v) <= usize::from(self.mtu(to)) {
+            return None;
+        }
+        self.stopped(p, v, direction, to)
+    }
+
+    fn stopped(
         &mut self,
         p: &[u8],
         v: &View,
@@ -456,18 +472,20 @@ impl NatEngine {
 
     /// The last steps of a packet whose addresses are done: TTL, and fragments where it is too big. There is room for
     /// those: [`NatEngine::blocked`] has looked, and nothing was sent since.
+    #[inline]
     pub(super) fn finish(&mut self, p: &mut [u8], v: &View, to: NatDirection, done: NatResult) -> NatResult {
         if self.config.decrement_ttl {
             packet::decrement_ttl(p);
         }
-        let mtu = self.mtu(to);
-        if self.size(v) > usize::from(mtu) {
-            if !self.output.fragment(to, p, v, usize::from(mtu)) {
-                return NatResult::Dropped(Drop::BufferLimit);
-            }
-            return NatResult::Fragmented;
+        if self.size(v) > usize::from(self.mtu(to)) { self.cut(p, v, to) } else { done }
+    }
+
+    fn cut(&mut self, p: &[u8], v: &View, to: NatDirection) -> NatResult {
+        if self.output.fragment(to, p, v, usize::from(self.mtu(to))) {
+            NatResult::Fragmented
+        } else {
+            NatResult::Dropped(Drop::BufferLimit)
         }
-        done
     }
 
     // ---- published ports ----------------------------------------------------------------------------

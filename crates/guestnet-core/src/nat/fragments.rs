@@ -164,7 +164,7 @@ impl Fragments {
         self.serial += 1;
         self.order.push_back((self.serial, key));
         self.book(&key, |u| u.sets += 1);
-        let (serial, until) = (self.serial, now + self.timeout_ns);
+        let (serial, until) = (self.serial, now.saturating_add(self.timeout_ns));
         let (seen, held) = (Vec::new(), Vec::new());
         self.sets.insert(key, Set { serial, until, rule: None, dead: false, seen, held, cost: 0 });
     }

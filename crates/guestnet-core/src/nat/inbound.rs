@@ -112,7 +112,8 @@ impl NatEngine {
             && self.unsolicited.len() < MAX_UNSOLICITED
             && !self.unsolicited.iter().any(|u| u.key == *k)
         {
-            let until = self.now + u64::from(self.config.timeouts.unsolicited_syn) * 1_000_000_000;
+            let wait = u64::from(self.config.timeouts.unsolicited_syn) * 1_000_000_000;
+            let until = self.now.saturating_add(wait);
             let quote = p.get(..v.total.min(v.ihl + 40)).unwrap_or(&[]).to_vec();
             self.unsolicited.push_back(UnsolicitedSyn { until, key: *k, quote });
         }

@@ -48,12 +48,8 @@ impl NatEngine {
                 Err(why) => return self.refuse(p, why),
             },
         };
-        let (Some(source), Some(flags)) =
-            (self.external_end(id), self.table.sessions.get(id).map(|s| s.links.spare))
-        else {
-            return NatResult::Dropped(Drop::NoFlow);
-        };
-        let destination = if flags & HAIRPIN != 0 {
+        let Some(source) = self.external_end(id) else { return NatResult::Dropped(Drop::NoFlow) };
+        let destination = if turned {
             match self.turned(p, v, source) {
                 Ok(end) => Some(end),
                 Err(why) => return NatResult::Dropped(why),
