@@ -593,5 +593,9 @@ class Session:
 
     def _on_flow_closed(self, event: _native.FlowClosed) -> None:
         self.emit(
-            "flow_closed", None, flow=list(event.flow), bytes_out=event.bytes_out, bytes_in=event.bytes_in
+            "flow_closed",
+            self._ports.get(event.port),
+            flow=list(event.flow),
+            bytes_out=event.bytes_out,
+            bytes_in=event.bytes_in,
         )

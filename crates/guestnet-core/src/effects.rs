@@ -118,6 +118,8 @@ pub enum Event {
     FlowClosed {
         /// The flow.
         flow: FlowId,
+        /// The port of the guest.
+        port: PortId,
         /// Bytes of payload from the guest.
         bytes_out: u64,
         /// Bytes of payload to the guest.

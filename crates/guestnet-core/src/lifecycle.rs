@@ -9,7 +9,7 @@ use crate::effects::{Close, Effects, Event};
 use crate::flow::{Chain, Flow, Key, State};
 use crate::stats::Drop;
 use crate::tcp::Fate;
-use crate::types::{FlowId, Time};
+use crate::types::{FlowId, PortId, Time};
 use guestnet_wire::proto;
 
 /// Evictions that one new flow may cause; more only happens when many flows share one socket.
@@ -94,7 +94,9 @@ impl Core {
         self.wheel.cancel(index);
         let Some(mut f) = self.flows.remove(index) else { return };
         let (mut bytes_out, mut bytes_in) = (f.bytes_out, f.bytes_in);
+        let mut port_id = PortId(u32::MAX);
         if let Some(port) = self.ports.get_mut(slot) {
+            port_id = port.id;
             port.flows = port.flows.saturating_sub(1);
             port.counters.flows_closed += 1;
             if let State::Tcp(tcb) = &mut f.state {
@@ -107,7 +109,7 @@ impl Core {
         if let State::Forwarded { forward, client, .. } = f.state {
             self.clients.remove(&(forward.0, client));
         }
-        fx.event(Event::FlowClosed { flow: id, bytes_out, bytes_in });
+        fx.event(Event::FlowClosed { flow: id, port: port_id, bytes_out, bytes_in });
     }
 
     /// Takes a flow off its mapping; the last one takes the mapping along.

@@ -83,6 +83,7 @@ impl Core {
             Filtering::AddressAndPortDependent => Behaviour::AddressAndPortDependent,
         });
         config.decrement_ttl = true;
+        config.shares = true;
         config.secret = self.cfg.secret;
         let mut engine = NatEngine::new(config)?;
         engine.keep_news();
@@ -387,7 +388,7 @@ impl Core {
         port.translated = port.translated.saturating_sub(1);
         port.counters.flows_closed += 1;
         let flow = FlowId { index: TRANSLATED | id, generation: o.generation };
-        fx.event(Event::FlowClosed { flow, bytes_out: out, bytes_in: inn });
+        fx.event(Event::FlowClosed { flow, port: port.id, bytes_out: out, bytes_in: inn });
     }
 
     /// Ends the connections of a port that goes.

@@ -131,11 +131,9 @@ fn flows_are_told_listed_counted_and_end() {
     let flow = flows[0].flow;
     n.pass_ms(301_000);
     assert_eq!((opened(&n), closed(&n), n.core.flows().count()), (2, 2, 0));
-    assert!(
-        n.fx.events
-            .iter()
-            .any(|e| matches!(e, Event::FlowClosed { flow: f, bytes_out: 33, bytes_in: 0 } if *f == flow))
-    );
+    assert!(n.fx.events.iter().any(
+        |e| matches!(e, Event::FlowClosed { flow: f, port: A, bytes_out: 33, bytes_in: 0 } if *f == flow)
+    ));
     let c = n.core.counters();
     assert_eq!((c.flows_opened, c.flows_closed), (2, 2));
     n.core.audit().unwrap();
@@ -318,6 +316,29 @@ fn caps_are_the_guests_own_and_are_told() {
     assert_eq!(n.events(|e| matches!(e, Event::Denied { reason: Drop::FlowLimit, .. })), 1);
     n.udp(B, 4000, SERVER, b"x");
     assert_eq!(n.core.flows().count(), 4);
+}
+
+/// Neither ports nor connections are first come, first served.
+#[test]
+fn one_guest_leaves_ports_and_connections_to_others() {
+    for (config, why) in [
+        (NatEngineConfig { ports: (40000, 40999), ..uplink() }, Drop::PortLimit),
+        (NatEngineConfig { table_size: 1000, ..uplink() }, Drop::FlowLimit),
+    ] {
+        let mut n = tunnel_with(config);
+        let opened = |n: &mut Net, port: PortId| {
+            let before = n.fx.uplink.len();
+            (0..1000u16).for_each(|i| n.send(port, udp_frame(port, 2000 + i, addr(SERVER), b"x")));
+            n.fx.uplink.len() - before
+        };
+        let (first, second) = (opened(&mut n, A), opened(&mut n, B));
+        assert!((690..=710).contains(&first) && (130..=160).contains(&second), "{first} and {second}");
+        assert_eq!(n.drops(why), 2000 - (first + second) as u64);
+        let c = PortId(3);
+        n.core.add_port(c, port_config());
+        n.hello(c);
+        assert!(opened(&mut n, c) >= 16);
+    }
 }
 
 fn publish(n: &mut Net, external: u16, to: SocketAddr) -> Result<(), ForwardError> {

@@ -1,6 +1,7 @@
 //! Theory of operation: events go up to the control side through one ring per worker. The consumer waits on
 //! an eventfd and says so by the `armed` flag; the worker writes the eventfd only when that flag is set, once
-//! per batch. A ring that is full, or holds too many payload bytes, drops what may be dropped and counts it.
+//! per batch. A ring that is full, holds too many payload bytes or too many events of one guest drops what may be
+//! dropped and counts it.
 //! Acknowledgements and the coming and going of ports may not: they wait in the worker's own overflow, and
 //! while there is any, no more commands and guests are taken, so that it stays small.
 
@@ -9,7 +10,7 @@ use crate::commands::{CommandError, Value, Waker};
 use crate::sys;
 use guestnet_core::effects;
 use guestnet_core::types::PortId;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -104,6 +105,57 @@ impl Event {
     }
 }
 
+/// How many times what is left of the ring one guest's events may take: it alone has four fifths.
+const SHARE: usize = 4;
+
+/// The guest that an event which may be lost is about.
+fn guest(event: &Event) -> Option<PortId> {
+    use effects::Event::{AddressSeen, Datagram, Denied, FlowClosed, FlowOpened};
+    match event {
+        Event::Core(
+            Datagram { port, .. }
+            | AddressSeen { port, .. }
+            | FlowOpened { port, .. }
+            | FlowClosed { port, .. }
+            | Denied { port, .. },
+        ) => Some(*port),
+        _ => None,
+    }
+}
+
+/// Whose events are in the ring. The ring itself tells only how many there are, so that their order is kept here.
+#[derive(Default)]
+struct Owners {
+    order: VecDeque<Option<PortId>>,
+    counts: HashMap<PortId, usize>,
+}
+
+impl Owners {
+    /// Forgets those that the consumer has taken out.
+    fn settle(&mut self, in_ring: usize) {
+        while self.order.len() > in_ring {
+            let Some(Some(port)) = self.order.pop_front() else { continue };
+            if let Some(n) = self.counts.get_mut(&port) {
+                *n -= 1;
+                if *n == 0 {
+                    self.counts.remove(&port);
+                }
+            }
+        }
+    }
+
+    fn note(&mut self, owner: Option<PortId>) {
+        self.order.push_back(owner);
+        if let Some(port) = owner {
+            *self.counts.entry(port).or_default() += 1;
+        }
+    }
+
+    fn of(&self, port: PortId) -> usize {
+        self.counts.get(&port).copied().unwrap_or(0)
+    }
+}
+
 struct Shared {
     fd: OwnedFd,
     /// The consumer has seen the ring empty and waits for the eventfd.
@@ -120,6 +172,7 @@ pub(crate) struct EventSender {
     capacity: usize,
     shared: Arc<Shared>,
     overflow: VecDeque<Event>,
+    owners: Owners,
     dirty: bool,
     /// Events dropped for want of room.
     pub dropped: u64,
@@ -147,6 +200,7 @@ pub(crate) fn channel(capacity: usize, waker: Arc<Waker>) -> Result<(EventSender
         capacity,
         shared: Arc::clone(&shared),
         overflow: VecDeque::new(),
+        owners: Owners::default(),
         dirty: false,
         dropped: 0,
     };
@@ -185,14 +239,31 @@ impl EventSender {
 
     /// Sends what may be lost. False: it was.
     pub(crate) fn offer(&mut self, event: Event) -> bool {
-        let len = event.payload_len();
-        if !self.has_room(len, event.quarters_left()) {
+        let (len, quarters) = (event.payload_len(), event.quarters_left());
+        if !self.has_room(len, quarters) || !self.has_share(&event, quarters) {
             self.dropped += 1;
             return false;
         }
         self.shared.bytes.fetch_add(len, Ordering::Relaxed);
         self.dirty = true;
-        self.ring.push(event).is_ok()
+        self.push(event).is_ok()
+    }
+
+    /// Whether a guest has less of the ring than its share, so that what others have to tell is not lost for it.
+    fn has_share(&mut self, event: &Event, quarters: usize) -> bool {
+        let Some(port) = guest(event) else { return true };
+        let slots = self.ring.slots();
+        self.owners.settle(self.capacity - slots);
+        let left = slots.saturating_sub(RESERVED + self.capacity / 4 * quarters);
+        self.owners.of(port) < left * SHARE
+    }
+
+    fn push(&mut self, event: Event) -> Result<(), rtrb::PushError<Event>> {
+        let owner = guest(&event);
+        self.ring.push(event)?;
+        self.owners.settle(self.capacity - self.ring.slots() - 1);
+        self.owners.note(owner);
+        Ok(())
     }
 
     /// Sends what may not be lost.
@@ -200,7 +271,7 @@ impl EventSender {
         self.dirty = true;
         if !self.overflow.is_empty() {
             self.overflow.push_back(event);
-        } else if let Err(rtrb::PushError::Full(event)) = self.ring.push(event) {
+        } else if let Err(rtrb::PushError::Full(event)) = self.push(event) {
             self.overflow.push_back(event);
         }
     }
@@ -217,7 +288,7 @@ impl EventSender {
             self.want_room();
             fence(Ordering::SeqCst);
             while let Some(event) = self.overflow.pop_front() {
-                if let Err(rtrb::PushError::Full(event)) = self.ring.push(event) {
+                if let Err(rtrb::PushError::Full(event)) = self.push(event) {
                     self.overflow.push_front(event);
                     break;
                 }
@@ -349,17 +420,39 @@ mod tests {
     fn news_of_flows_and_frames_leave_room_for_services() {
         let (mut s, r) = pair(1024);
         let flow = FlowId { index: 1, generation: 2 };
-        let closed = || Event::Core(effects::Event::FlowClosed { flow, bytes_out: 0, bytes_in: 0 });
-        let flows = (0..2000).filter(|_| s.offer(closed())).count();
+        let closed = |port| {
+            Event::Core(effects::Event::FlowClosed { flow, port: PortId(port), bytes_out: 0, bytes_in: 0 })
+        };
+        let flows = (0..2000).filter(|i| s.offer(closed(i % 300))).count();
         let frame = || Event::Frame { port: PortId(1), frame: vec![0; 60].into() };
         let frames = (0..2000).filter(|_| s.offer(frame())).count();
-        let asked = (0..2000).filter(|_| s.offer(datagram(100))).count();
+        let asked = (0..2000).filter(|i| s.offer(datagram_of(i % 300, 100))).count();
         assert_eq!((flows, frames, asked), (512 - RESERVED, 256, 256));
         assert_eq!(r.drain(2000).len(), flows + frames + asked);
         // Neither do the bytes of frames.
         let large = || Event::Frame { port: PortId(1), frame: vec![0; 65536].into() };
         while s.offer(large()) {}
         assert!(s.offer(datagram(65_507)));
+    }
+
+    /// One guest's events leave room for those of the same kind of others, and what was taken out counts no more.
+    #[test]
+    fn one_guest_does_not_fill_the_ring() {
+        let (mut s, r) = pair(1024);
+        let flow = FlowId { index: 1, generation: 2 };
+        let closed = |port| {
+            Event::Core(effects::Event::FlowClosed { flow, port: PortId(port), bytes_out: 0, bytes_in: 0 })
+        };
+        let told = |s: &mut EventSender, port| (0..2000).filter(|_| s.offer(closed(port))).count();
+        for _ in 0..3 {
+            let shares = [1, 2, 3].map(|port| told(&mut s, port));
+            assert_eq!(shares, [359, 72, 14], "of {}", 512 - RESERVED);
+            let asked = [1, 4].map(|port| (0..2000).filter(|_| s.offer(datagram_of(port, 9))).count());
+            assert!(asked[0] > 0 && asked[1] > 0, "{asked:?}");
+            let all = shares.iter().chain(&asked).sum::<usize>();
+            assert_eq!(r.drain(all / 2).len() + r.drain(2000).len(), all);
+        }
+        assert_eq!(s.owners.counts.values().sum::<usize>(), s.owners.order.iter().flatten().count());
     }
 
     #[test]
@@ -375,10 +468,14 @@ mod tests {
     }
 
     fn datagram(len: usize) -> Event {
+        datagram_of(1, len)
+    }
+
+    fn datagram_of(port: u32, len: usize) -> Event {
         let at = "192.0.2.1:53".parse().unwrap();
         Event::Core(effects::Event::Datagram {
             service: ServiceId(1),
-            port: PortId(1),
+            port: PortId(port),
             mac: Mac([2; 6]),
             src: at,
             dst: at,

@@ -74,6 +74,7 @@ pub struct FlowOpened {
 #[pyclass(frozen, get_all, module = "guestnet._native")]
 pub struct FlowClosed {
     flow: (u32, u32),
+    port: u32,
     bytes_out: u64,
     bytes_in: u64,
 }
@@ -215,8 +216,8 @@ fn core_event(py: Python<'_>, event: effects::Event) -> PyResult<Bound<'_, PyAny
                 inbound,
             },
         ),
-        E::FlowClosed { flow, bytes_out, bytes_in } => {
-            object(py, FlowClosed { flow: (flow.index, flow.generation), bytes_out, bytes_in })
+        E::FlowClosed { flow, port, bytes_out, bytes_in } => {
+            object(py, FlowClosed { flow: (flow.index, flow.generation), port: port.0, bytes_out, bytes_in })
         }
         E::Denied { port, proto, guest, remote, reason } => object(
             py,

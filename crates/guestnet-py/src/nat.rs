@@ -279,6 +279,7 @@ impl NatEngine {
             mtu_inside,
             ports_per_endpoint,
             sessions_per_endpoint,
+            shares: false,
             no_nat: prefixes(no_nat)?,
             denied: prefixes(denied)?,
             refusal: match refusal {

@@ -2,6 +2,7 @@
 
 Events come in the thread that serves all guests, and guests can cause them, so a reader that does not read
 must keep nobody waiting: lines are written by a thread of their own, and those that find no room are counted.
+What one guest causes takes no more of the room than its share.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import json
 import os
 import queue
 import threading
+from collections import Counter
 from typing import Any
 
 from guestnet.cli import confined
+from guestnet.shares import fair_share
 
 STDOUT, STDERR = 1, 2
 WAITING = 1024
@@ -36,8 +39,10 @@ class Teller:
         self._json = options.json
         self._quiet = options.quiet
         self._verbose = options.verbose
-        self._lines: queue.Queue[tuple[int, str] | None] = queue.Queue(WAITING)
+        self._lines: queue.Queue[tuple[int, str, str | None] | None] = queue.Queue(WAITING)
         self._lost = 0
+        self._waiting: Counter[str] = Counter()
+        """Lines that wait, by the endpoint whose guest caused them."""
         self._counting = threading.Lock()
         self._thread = threading.Thread(target=self._write_all, name="guestnet-teller", daemon=True)
         self._thread.start()
@@ -45,9 +50,9 @@ class Teller:
     def tell(self, event: str, text: str, **details: Any) -> None:
         """One event. `text` is for people, `details` for programs."""
         if self._json:
-            self._put(STDOUT, json.dumps({"event": event, **details}))
+            self._put(STDOUT, json.dumps({"event": event, **details}), details.get("endpoint"))
         elif not self._quiet:
-            self._put(STDERR, f"guestnet: {text}")
+            self._put(STDERR, f"guestnet: {text}", details.get("endpoint"))
 
     def say(self, line: str) -> None:
         """A line for people, in any case."""
@@ -73,18 +78,29 @@ class Teller:
             return
         self._thread.join(_CLOSING_SECONDS)
 
-    def _put(self, fd: int, line: str) -> None:
-        try:
-            self._lines.put_nowait((fd, line))
-        except queue.Full:
-            with self._counting:
+    def _put(self, fd: int, line: str, who: str | None = None) -> None:
+        with self._counting:
+            if who is not None and self._waiting[who] >= fair_share(WAITING, self._lines.qsize()):
                 self._lost += 1
+                return
+            try:
+                self._lines.put_nowait((fd, line, who))
+            except queue.Full:
+                self._lost += 1
+                return
+            if who is not None:
+                self._waiting[who] += 1
 
     def _write_all(self) -> None:
         confined.settle_thread()
         while (item := self._lines.get()) is not None:
-            fd, line = item
+            fd, line, who = item
             _write(fd, line)
+            if who is not None:
+                with self._counting:
+                    self._waiting[who] -= 1
+                    if not self._waiting[who]:
+                        del self._waiting[who]
             if self._lost and self._lines.empty():
                 with self._counting:
                     lost, self._lost = self._lost, 0

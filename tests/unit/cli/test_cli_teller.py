@@ -79,3 +79,22 @@ def test_a_reader_that_does_not_read_keeps_nobody_waiting(pipe: tuple[int, int])
     assert numbers == sorted(set(numbers)), "in order, and none twice"
     teller.close()
     os.close(write)
+
+
+def test_lines_of_one_guest_leave_room_for_those_of_another(pipe: tuple[int, int]) -> None:
+    """Nobody reads: all that a guest causes by asking for its address again and again is not to cost the line
+    that another came."""
+    read, _write = pipe
+    teller = Teller(options(json=True))
+    for number in range(WAITING * 4):
+        teller.event(NetworkEvent("lease", "vm1", {"number": number, "more": "x" * 200}))
+    teller.event(NetworkEvent("guest_up", "vm2", {}))
+    teller.tell("ready", "ready")
+    seen = []
+    with os.fdopen(os.dup(read), encoding="utf-8") as file:
+        while "lines_lost" not in (line := file.readline()):
+            seen.append(json.loads(line))
+    assert json.loads(line)["count"] == WAITING * 4 - len(seen) + 2
+    assert [one["event"] for one in seen[-2:]] == ["guest_up", "ready"]
+    assert len(seen) > WAITING // 2, "a guest alone has most of the room"
+    teller.close()

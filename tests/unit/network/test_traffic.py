@@ -280,6 +280,7 @@ def test_events_of_flows(network: NatNetwork, add_guest: AddGuest, echo: int) ->
     connection.recv(5)
     connection.close()
     closed = events.next("flow_closed")
+    assert closed.endpoint == opened.endpoint
     assert closed.details["flow"] == opened.details["flow"]
     assert closed.details["bytes_out"] == 5
     kinds = {quiet.queue.get_nowait().kind for _ in range(quiet.queue.qsize())}

@@ -145,6 +145,10 @@ pub struct NatEngineConfig {
     pub ports_per_endpoint: u32,
     /// Connections per internal address (RFC 6888 REQ-5).
     pub sessions_per_endpoint: u32,
+    /// Within these caps an internal address has no more connections, and no more external ports of a protocol,
+    /// than four times what is left of seven eighths of them: one alone gets 70 %, and some are left for those
+    /// that have next to nothing.
+    pub shares: bool,
     /// Destinations that are not translated (RFC 6888 REQ-6).
     pub no_nat: Vec<Prefix>,
     /// Destinations that are refused.
@@ -226,6 +230,7 @@ impl NatEngineConfig {
             mtu_inside: 65535,
             ports_per_endpoint: 65536,
             sessions_per_endpoint: u32::MAX,
+            shares: false,
             no_nat: Vec::new(),
             denied: Vec::new(),
             refusal: Refusal::default(),

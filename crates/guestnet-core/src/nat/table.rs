@@ -47,6 +47,15 @@ fn port_set(
 }
 
 /// A port that rests: nobody but the address that had it last may have it before `until`.
+/// How many of `total` one host may have while `taken` are taken, see [`NatEngineConfig::shares`].
+fn share(total: u64, taken: u64) -> u32 {
+    let left = (total - total / 8).saturating_sub(taken);
+    u32::try_from(left.saturating_mul(4).max(SHARE_MIN)).unwrap_or(u32::MAX)
+}
+
+/// What a host may have whatever others have, as long as there are any.
+const SHARE_MIN: u64 = 16;
+
 struct Held {
     until: u32,
     external: u32,
@@ -87,6 +96,7 @@ pub(crate) struct Table {
     pub(super) parity: bool,
     ports_per_host: u32,
     sessions_per_host: u32,
+    shares: bool,
     mapping_udp: Behaviour,
     mapping_tcp: Behaviour,
     filtering_udp: Behaviour,
@@ -127,6 +137,7 @@ impl Table {
             parity: c.port_parity,
             ports_per_host: c.ports_per_endpoint,
             sessions_per_host: c.sessions_per_endpoint,
+            shares: c.shares,
             mapping_udp: c.mapping_udp,
             mapping_tcp: c.mapping_tcp,
             filtering_udp: c.filtering_udp,
@@ -403,7 +414,11 @@ impl Table {
         let ext_ip = self.externals.get(h.external as usize).map_or(0, |e| e.ip);
         let mut ext_port = 0;
         if let Some(class) = port_class(k.proto) {
-            if h.ports >= self.ports_per_host {
+            let shares = self.shares;
+            let set = self.port_set(h.external, class).filter(|_| shares);
+            let share =
+                set.map_or(u32::MAX, |s| share(u64::from(s.taken() + s.free()), u64::from(s.taken())));
+            if h.ports >= self.ports_per_host.min(share) {
                 self.drop_host_if_idle(host);
                 return Err(Drop::PortLimit);
             }
@@ -594,7 +609,11 @@ impl Table {
             }
             Err(why)
         };
-        if self.hosts.get(m.host).is_none_or(|h| h.sessions >= self.sessions_per_host) {
+        let share = match self.shares {
+            true => share(self.sessions.limit as u64, self.sessions.len as u64),
+            false => u32::MAX,
+        };
+        if self.hosts.get(m.host).is_none_or(|h| h.sessions >= self.sessions_per_host.min(share)) {
             return undo(self, Drop::FlowLimit);
         }
         let mut s = Session {
