@@ -54,9 +54,11 @@ pub(super) struct KeepAlive {
     probes: u8,
     /// The peer sends probes.
     peer_probes: bool,
-    /// The guest probes: when the peer's answer is looked for next, how often it was, and the count before.
+    /// The guest probes: when the peer's answer is looked for next, how often it was, whether one is still owed, and
+    /// the count of segments before.
     answer_at: Option<Time>,
     answer_looks: u8,
+    unanswered: bool,
     answer_from: u32,
     /// The guest has forgotten the flow, and something of it still waits for the socket.
     guest_gone: bool,
@@ -231,7 +233,8 @@ impl Tcb {
         k.probes = 0;
         match cx.fx.tcp_peer(self.sock) {
             Some(Peer { segments_in, busy: false }) => {
-                if k.answer_at.is_none() {
+                // An answer may take longer than the looks for it: it counts when the guest asks again.
+                if !std::mem::replace(&mut k.unanswered, true) {
                     k.answer_from = segments_in;
                 }
                 cx.fx.tcp_probe(self.sock);
@@ -249,6 +252,7 @@ impl Tcb {
         k.answer_at = None;
         let silent = peer.is_some_and(|Peer { segments_in, busy }| !busy && segments_in == k.answer_from);
         if !silent {
+            k.unanswered = false;
             self.challenge(cx);
         } else if k.answer_looks < ANSWER_LOOKS {
             k.answer_looks += 1;

@@ -242,6 +242,25 @@ fn a_late_answer_of_the_peer_counts() {
 }
 
 #[test]
+fn an_answer_that_takes_longer_than_it_is_looked_for_counts_for_the_next_probe() {
+    let mut s = Sim::open();
+    for _ in 0..3 {
+        s.pass(75_000);
+        s.send(". 0 ack 1");
+        s.pass(20_000);
+        s.silent();
+        s.host().segments_in += 1;
+        s.pass(55_000);
+        // It may look like a probe of the peer.
+        assert!(s.take().iter().all(|f| is_probe(f, 0)));
+        s.send(". 0 ack 1");
+        s.pass(10);
+        s.recv(". 1 ack 1");
+    }
+    s.live();
+}
+
+#[test]
 fn a_keep_alive_is_answered_at_once_where_the_truth_is_not_to_be_had() {
     // The kernel's own timers ask the peer; a service has no peer of that kind.
     for (busy, unknown) in [(true, false), (false, true)] {
