@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Runs every test suite of the project, in order, and closes with one summary.
 
-A suite that fails does not stop the ones after it, so one run shows all that is wrong. The last line is
-`N passed, N failed, N skipped`; the exit status is 1 when anything failed.
+A suite that fails does not stop the ones after it, so one run shows all that is wrong. The last line is `N
+passed, N failed, N skipped`; the exit status is 1 when anything failed. What a suite leaves behind is a
+failure too (`leftovers.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from leftovers import Leftovers
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
@@ -41,7 +44,7 @@ class Outcome:
     skipped: int = 0
 
 
-def suites() -> list[Suite]:
+def suites(basetemp: str) -> list[Suite]:
     python_dirs = [d for d in ("python", "tests", "bench", "scripts") if (ROOT / d).is_dir()]
     fuzz_seconds = os.environ.get("FUZZ_SECONDS", "20")
     return [
@@ -66,7 +69,7 @@ def suites() -> list[Suite]:
         Suite("stubtest", ("scripts/stubtest.sh", PYTHON)),
         Suite("cargo test", ("cargo", "test", "--workspace", "--locked", "--no-fail-fast"), counts=True),
         Suite("loom", ("scripts/loom.sh",), counts=True),
-        Suite("pytest", (PYTHON, "-m", "pytest", "-ra", "tests"), counts=True),
+        Suite("pytest", (PYTHON, "-m", "pytest", "-ra", f"--basetemp={basetemp}", "tests"), counts=True),
         Suite("instructions", (PYTHON, "scripts/instructions.py")),
         # The same inputs each time: a run that fails can be had again. `make fuzz` looks for new ones.
         Suite("fuzz", (PYTHON, "scripts/fuzz.py", "--seed", "1", "--seconds", fuzz_seconds)),
@@ -89,7 +92,7 @@ def count(line: str, outcome: Outcome) -> None:
                 outcome.failed += int(number)
 
 
-def run(suite: Suite) -> Outcome:
+def run(suite: Suite, leftovers: Leftovers) -> Outcome:
     print(f"\n==== {suite.name}: {' '.join(suite.command)}", flush=True)
     start = time.monotonic()
     outcome = Outcome(suite, 0, 0.0)
@@ -101,7 +104,9 @@ def run(suite: Suite) -> Outcome:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        env={**os.environ, **leftovers.environment},
     ) as process:
+        leftovers.pids.append(process.pid)
         assert process.stdout is not None
         for line in process.stdout:
             sys.stdout.write(line)
@@ -118,16 +123,37 @@ def run(suite: Suite) -> Outcome:
     return outcome
 
 
+def check(leftovers: Leftovers) -> Outcome:
+    """One more suite: whether the others left nothing."""
+    start = time.monotonic()
+    found = leftovers.find()
+    print("\n==== leftovers")
+    for line in found:
+        print(f"left behind: {line}")
+    leftovers.remove()
+    outcome = Outcome(Suite("leftovers", ()), 1 if found else 0, time.monotonic() - start)
+    outcome.passed, outcome.failed = (0, len(found)) if found else (1, 0)
+    return outcome
+
+
 def main() -> int:
     only = set(sys.argv[1:])
-    chosen = [s for s in suites() if not only or s.name in only]
+    leftovers = Leftovers()
+    known = suites(leftovers.pytest_directory)
+    chosen = [s for s in known if not only or s.name in only]
     if not chosen:
+        leftovers.remove()
         print(
-            f"no such suite: {', '.join(sorted(only))}; there are {', '.join(s.name for s in suites())}",
+            f"no such suite: {', '.join(sorted(only))}; there are {', '.join(s.name for s in known)}",
             file=sys.stderr,
         )
         return 2
-    outcomes = [run(s) for s in chosen]
+    try:
+        outcomes = [run(s, leftovers) for s in chosen]
+    except BaseException:
+        leftovers.remove()
+        raise
+    outcomes.append(check(leftovers))
     print("\n==== summary")
     for o in outcomes:
         word = "ok" if o.status == 0 else "FAILED"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def blob(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Blob]:
     need.root()
-    path = Path("/tmp") / f"gn-{os.getpid()}-blob"
+    path = Path(tempfile.gettempdir()) / f"gn-{os.getpid()}-blob"
     digest = hashlib.sha256()
     block = bytearray(os.urandom(1 << 22))
     try:

@@ -340,10 +340,10 @@ def test_without_the_privilege_it_says_what_is_missing(lab: Lab) -> None:
 
 def test_in_a_user_namespace_it_needs_no_root(lab: Lab) -> None:
     path = lab.dir / "user.sock"
-    script = f"{GUESTNET} up --uplink tun --json --stream {path} & pid=$!; sleep 0; wait $pid"
-    process = lab.start(["unshare", "-Urn", "sh", "-c", script], ordinary=True)
+    command = [GUESTNET, "up", "--uplink", "tun", "--json", "--stream", str(path)]
+    process = lab.start(["unshare", "-Urn", *command], ordinary=True)
     assert "100.64.0.2" in process.wait_line('(.*"event": "ready".*)')[1]
-    process.stop()
+    assert process.stop() == 0
 
 
 def test_an_address_of_the_hosts_own_is_refused(lab: Lab) -> None:

@@ -74,5 +74,6 @@ def become(command: list[str]) -> list[str]:
 def environment(home: str) -> dict[str, str]:
     """What an ordinary user's shell would have, and nothing of the test run's own."""
     path = f"{sys.prefix}/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
-    keep = {k: v for k, v in os.environ.items() if k in ("LANG", "TERM", "CI", "RUST_BACKTRACE")}
+    kept = ("LANG", "TERM", "CI", "RUST_BACKTRACE", "GUESTNET_TEST_RUN")
+    keep = {k: v for k, v in os.environ.items() if k in kept}
     return {**keep, "PATH": path, "HOME": home, "USER": NAME, "LOGNAME": NAME, "TMPDIR": home}
