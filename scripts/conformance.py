@@ -273,15 +273,16 @@ TABLE: dict[str, list[Requirement]] = {
         r(
             "6888-4",
             "cap of ports per guest",
-            note="in a network by the cap of flows (6888-5); in an engine of one's own `ports_per_endpoint`, "
-            "whose default, 65536, caps nothing",
+            note="in a network a share of those that are left, and the cap of 6888-5; in an engine of one's "
+            "own `ports_per_endpoint`, whose default, 65536, caps nothing",
             relay="met: 1024 UDP sockets by default, and the cap of 6888-5",
             by=("the_cap_evicts_one_shot_flows",),
         ),
         r(
             "6888-5",
             "cap of state per guest",
-            note="none by default in an engine of one's own; a network has one",
+            note="in a network 65536 flows by default, half of the table, and a share of what is left; none "
+            "by default in an engine of one's own",
             relay="met: 16384 flows by default, fewer where descriptors are scarce",
             by=("a_flood_of_flows_stays_within_the_caps",),
         ),

@@ -245,6 +245,27 @@ fn rfc6888_req8_ports_that_have_rested_are_free_without_expiry_work() {
 }
 
 #[test]
+fn rfc6888_req8_ports_that_have_rested_count_against_no_share() {
+    let mut lab = Lab::new(|c| {
+        c.filtering_udp = EndpointIndependent;
+        c.ports = (60000, 60199);
+        c.shares = true;
+    });
+    for i in 0..100 {
+        lab.map(&udp(&guest(2 + i % 50, 5000 + i), X));
+    }
+    lab.sleep(302);
+    for _ in 0..100 {
+        lab.map(&tcp(&guest(200, 5000), X, SYN));
+    }
+    lab.sleep(121);
+    // More than a guest may have of what was left while they rested.
+    for i in 0..130 {
+        lab.map(&udp(&guest(201, 5000 + i), X));
+    }
+}
+
+#[test]
 fn rfc6888_req8_the_next_timer_knows_of_resting_ports() {
     let mut lab = resting(49152, 65535);
     for i in 0..1000 {

@@ -46,7 +46,6 @@ fn port_set(
     Some(slot.get_or_insert_with(|| Box::new(PortSet::new(first, last))))
 }
 
-/// A port that rests: nobody but the address that had it last may have it before `until`.
 /// How many of `total` one host may have while `taken` are taken, see [`NatEngineConfig::shares`].
 fn share(total: u64, taken: u64) -> u32 {
     let left = (total - total / 8).saturating_sub(taken);
@@ -56,6 +55,7 @@ fn share(total: u64, taken: u64) -> u32 {
 /// What a host may have whatever others have, as long as there are any.
 const SHARE_MIN: u64 = 16;
 
+/// A port that rests: nobody but the address that had it last may have it before `until`.
 struct Held {
     until: u32,
     external: u32,
@@ -341,8 +341,7 @@ impl Table {
 
     /// Takes an external port for an internal end. Where none is free, a port that rests after this very address had
     /// it will do (RFC 6888 REQ-8 keeps it from others).
-    fn take_port(&mut self, external: u32, class: usize, (ip, wanted): (u32, u16), tick: u32) -> Option<u16> {
-        self.release_held(tick, RELEASES);
+    fn take_port(&mut self, external: u32, class: usize, (ip, wanted): (u32, u16)) -> Option<u16> {
         let parity = self.parity && class != 2;
         let got = port_set(&mut self.externals, self.range, external, class)?.allocate(
             wanted,
@@ -409,6 +408,8 @@ impl Table {
         if self.mappings.is_full() {
             return Err(Drop::TableFull);
         }
+        // First, since what has rested is no longer taken.
+        self.release_held(tick, RELEASES);
         let host = self.host(k.local)?;
         let Some(h) = self.hosts.get(host).copied() else { return Err(Drop::TableFull) };
         let ext_ip = self.externals.get(h.external as usize).map_or(0, |e| e.ip);
@@ -422,7 +423,7 @@ impl Table {
                 self.drop_host_if_idle(host);
                 return Err(Drop::PortLimit);
             }
-            match self.take_port(h.external, class, (k.local, k.local_port), tick) {
+            match self.take_port(h.external, class, (k.local, k.local_port)) {
                 Some(p) => ext_port = p,
                 None => {
                     self.drop_host_if_idle(host);
