@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import socket
+import stat
 from collections.abc import Callable
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,9 @@ _log = logging.getLogger("guestnet")
 
 FIRST_DYNAMIC = 0x8000_0000
 _CAPTURE_SECONDS = 3.0
+"""How long the rest of a capture may take to be written to a file."""
+_PIPE_SECONDS = 0.5
+"""To anything else: a reader of a pipe may have stopped reading."""
 _END_SECONDS = 5.0
 
 
@@ -109,6 +113,7 @@ class Session:
         self._next_port = 1
         self._next_listener = 1
         self._capturing = False
+        self._capture_seconds = _CAPTURE_SECONDS
         self.uplink: TunUplink | None = None
         """The device of the uplink 'tun'."""
         self._segment_port: int | None = None
@@ -448,6 +453,7 @@ class Session:
             raise ConfigError(
                 f"The capture file {path!r} cannot be written ({error.strerror}): {remedy}."
             ) from error
+        self._capture_seconds = _CAPTURE_SECONDS if stat.S_ISREG(os.fstat(fd).st_mode) else _PIPE_SECONDS
         self._capturing = True  # also when it is given up: one that does not run can be stopped too
         try:
             await self.control.do(self.control.plane.start_capture, fd)
@@ -459,7 +465,7 @@ class Session:
         # A pipe that nobody reads must not keep the network from ending.
         work = self.control.do(self.control.plane.stop_capture)
         try:
-            await asyncio.wait_for(work, _CAPTURE_SECONDS)
+            await asyncio.wait_for(work, self._capture_seconds)
         except TimeoutError:
             _log.warning("the capture could not be written to its end")
 

@@ -632,10 +632,12 @@ impl State {
         }
         self.io.flush();
         self.io.socks.end_lingering();
+        // Those that end already were waited for by who ended them.
+        let mut deadline = sys::now();
         if let Some(c) = self.io.capture.take() {
             self.end_capture(c, None);
+            deadline = deadline.plus_s(1);
         }
-        let deadline = sys::now().plus_s(1);
         while !self.closing.is_empty() && sys::now() < deadline {
             self.chores();
             std::thread::sleep(std::time::Duration::from_millis(1));

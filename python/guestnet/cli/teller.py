@@ -8,10 +8,12 @@ What one guest causes takes no more of the room than its share.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import queue
 import threading
+import time
 from collections import Counter
 from typing import Any
 
@@ -22,6 +24,9 @@ STDOUT, STDERR = 1, 2
 WAITING = 1024
 """Lines that wait for the reader at most."""
 _CLOSING_SECONDS = 1.0
+"""How long the last lines may take at most."""
+_STALLED_SECONDS = 0.5
+"""A reader that takes nothing for so long does not read."""
 
 # What people are told of without --verbose.
 _SAID = {
@@ -41,6 +46,8 @@ class Teller:
         self._verbose = options.verbose
         self._lines: queue.Queue[tuple[int, str, str | None] | None] = queue.Queue(WAITING)
         self._lost = 0
+        self._taken = 0
+        """Lines that the reader took, or that nobody is there to read."""
         self._waiting: Counter[str] = Counter()
         """Lines that wait, by the endpoint whose guest caused them."""
         self._counting = threading.Lock()
@@ -72,11 +79,17 @@ class Teller:
 
     def close(self) -> None:
         """Ends it when all is written, or the reader does not read."""
-        try:
-            self._lines.put(None, timeout=_CLOSING_SECONDS)
-        except queue.Full:
-            return
-        self._thread.join(_CLOSING_SECONDS)
+        deadline = time.monotonic() + _CLOSING_SECONDS
+        asked = False
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            taken = self._taken
+            if not asked:
+                with contextlib.suppress(queue.Full):
+                    self._lines.put_nowait(None)
+                    asked = True
+            self._thread.join(_STALLED_SECONDS)
+            if self._taken == taken:
+                return
 
     def _put(self, fd: int, line: str, who: str | None = None) -> None:
         with self._counting:
@@ -96,6 +109,7 @@ class Teller:
         while (item := self._lines.get()) is not None:
             fd, line, who = item
             _write(fd, line)
+            self._taken += 1
             if who is not None:
                 with self._counting:
                     self._waiting[who] -= 1

@@ -98,3 +98,36 @@ def test_lines_of_one_guest_leave_room_for_those_of_another(pipe: tuple[int, int
     assert [one["event"] for one in seen[-2:]] == ["guest_up", "ready"]
     assert len(seen) > WAITING // 2, "a guest alone has most of the room"
     teller.close()
+
+
+def test_the_end_does_not_wait_for_a_reader_that_does_not_read(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teller_module, "_CLOSING_SECONDS", 3600.0)
+    teller = Teller(options(json=True))
+    for number in range(WAITING * 2):
+        teller.tell("ready", "ready", number=number, more="x" * 200)
+    teller.close()
+
+
+def test_the_end_waits_for_a_reader_that_reads_slowly(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, write = pipe
+    monkeypatch.setattr(teller_module, "_CLOSING_SECONDS", 60.0)
+    monkeypatch.setattr(teller_module, "_STALLED_SECONDS", 20.0)
+    teller = Teller(options(json=True))
+    for number in range(WAITING // 2):
+        teller.tell("ready", "ready", number=number, more="x" * 1000)
+    seen: list[int] = []
+
+    def reader() -> None:
+        with os.fdopen(os.dup(read), encoding="utf-8") as file:
+            seen.extend(json.loads(line)["number"] for line in file)
+
+    thread = threading.Thread(target=reader)
+    thread.start()
+    teller.close()
+    os.close(write)
+    thread.join(20)
+    assert seen == list(range(WAITING // 2))

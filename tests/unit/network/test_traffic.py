@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import random
@@ -23,6 +24,7 @@ from guestnet import (
     NotRunning,
     PortInUse,
     UnsupportedError,
+    session,
 )
 from guestnet.ipam import parse_mac
 from guestnet.testing.guest import GuestError
@@ -369,6 +371,25 @@ def test_who_waits_for_frames_hears_of_the_end(
         attachment.send(bytes(60))
     with pytest.raises(NotRunning, match="vm1"):
         attachment.recv(timeout=0)
+
+
+def test_the_end_does_not_wait_long_for_the_reader_of_a_capture(
+    network: NatNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipe is full, and nobody reads it: it has less time than a file."""
+    monkeypatch.setattr(session, "_CAPTURE_SECONDS", 3600.0)
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(reader, bytes(4096))
+        network.start_capture(path)
+        network.stop()
+        assert not network.is_running
+    finally:
+        os.close(reader)
 
 
 def test_a_capture_to_a_pipe_that_nobody_reads(network: NatNetwork, tmp_path: Path) -> None:
