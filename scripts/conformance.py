@@ -139,8 +139,9 @@ TABLE: dict[str, list[Requirement]] = {
             "4787-13",
             "DF and too big: ICMP 3/4",
             note="within the rate of ICMP errors (5508-8)",
-            relay="met, as far as the host's socket tells, within the rate of ICMP errors",
-            by=("errors_at_once_are_told",),
+            relay="met, as far as the host's socket tells, within the rate of ICMP errors; what a guest "
+            "answers through a published port is cut by the host instead",
+            by=("errors_at_once_are_told", "an_echo_keeps_dont_fragment"),
         ),
         r(
             "4787-13a",

@@ -68,3 +68,16 @@ def test_path_mtu_is_learned(guest: GuestRunner) -> None:
     """DF and 1472 bytes to a host behind a 1400-byte link: the guest is told 1400."""
     _, output = ping(guest, FAR4, "-M", "do", "-s", "1472")
     assert "mtu=1400" in output or "mtu = 1400" in output, output
+
+
+def test_path_mtu_is_told_again_when_the_host_knows_it(guest: GuestRunner) -> None:
+    """The host has learned the path's MTU from the first echo: it does not cut the next one, which forbids it. One
+    that allows it is cut."""
+    echo = f"ping -n -c 2 -i 0.2 -W 3 -s 1472 {FAR4}"
+    script = f"{echo} -M do; ip route flush cache; echo AGAIN; {echo} -M do; echo PLAIN; {echo} -M dont"
+    done = guest(["sh", "-c", script])
+    _, _, rest = (done.stdout + done.stderr).partition("AGAIN")
+    again, _, plain = rest.partition("PLAIN")
+    assert "1400" in again, done.stdout
+    assert " 0 received" in again, done.stdout
+    assert " 2 received" in plain, done.stdout

@@ -118,7 +118,7 @@ impl Effects for World {
     fn ping_open(&mut self, _: FlowId, _: IpAddr) -> Result<SockId, SockError> {
         Err(SockError::Refused)
     }
-    fn ping_send(&mut self, _: SockId, _: IpAddr, _: u16, _: &[u8], _: u8) -> Result<(), SockError> {
+    fn ping_send(&mut self, _: SockId, _: IpAddr, _: u16, _: &[u8], _: u8, _: bool) -> Result<(), SockError> {
         Err(SockError::Refused)
     }
     fn close(&mut self, _: SockId, _: Close) {}

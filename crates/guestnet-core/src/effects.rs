@@ -250,7 +250,8 @@ pub trait Effects {
     /// Opens a ping socket (or raw, where only that is allowed) for one guest's echo identifier.
     fn ping_open(&mut self, flow: FlowId, like: IpAddr) -> Result<SockId, SockError>;
 
-    /// Sends an echo request with sequence number and body; the identifier is the socket's own.
+    /// Sends an echo request with sequence number and body; the identifier is the socket's own. With
+    /// `dont_fragment` one that is too big for the path is [`SockError::MessageTooBig`], else it is cut.
     fn ping_send(
         &mut self,
         sock: SockId,
@@ -258,6 +259,7 @@ pub trait Effects {
         seq: u16,
         body: &[u8],
         ttl: u8,
+        dont_fragment: bool,
     ) -> Result<(), SockError>;
 
     // ---- both ---------------------------------------------------------------------------------------

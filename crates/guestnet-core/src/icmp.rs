@@ -59,7 +59,8 @@ impl Core {
         let Some(State::Mapping { sock, .. }) = self.flows.at(mapping).map(|m| &m.state) else {
             return Err(Drop::NoFlow);
         };
-        let sent = fx.ping_send(*sock, target.ip(), be16(frame, p.l4 + 6), body, ttl);
+        let seq = be16(frame, p.l4 + 6);
+        let sent = fx.ping_send(*sock, target.ip(), seq, body, ttl, p.dont_fragment);
         self.touch(index);
         sent.map_err(|e| {
             self.icmp_error(slot, mac, frame, p, icmp_for(e, p.end - p.l3), fx);

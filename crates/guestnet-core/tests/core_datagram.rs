@@ -441,6 +441,24 @@ fn errors_of_the_network_quote_the_guests_own_packet() {
     assert_eq!(n.core.flows().count(), 0);
 }
 
+/// An echo that must not be cut is refused where it is too big, as a datagram is.
+#[test]
+fn an_echo_keeps_dont_fragment() {
+    let mut n = Net::new();
+    for (frag, df) in [(0, false), (0x4000, true), (0, false)] {
+        let mut frame = echo_frame(A, "203.0.113.1", 7, 1, 64, &[1; 1000]);
+        frame[20..22].copy_from_slice(&u16::to_be_bytes(frag));
+        guestnet_wire::ipv4::fill_checksum(&mut frame[14..]);
+        n.send(A, frame.clone());
+        assert_eq!(n.fx.pings.last().unwrap().dont_fragment, df);
+        n.fx.datagram_error = Some(SockError::MessageTooBig(600));
+        let mut out = Vec::new();
+        n.dropped(Drop::HostError, |n| out = n.ask(A, frame));
+        let got = read(&out[0]);
+        assert_eq!((got.icmp(), guestnet_wire::be16(got.l4(), 6)), ((3, 4), 600));
+    }
+}
+
 /// Whoever knows a guest's port can send the host an ICMP error, and the kernel passes on what it says.
 #[test]
 fn an_mtu_that_no_link_has_is_not_passed_on() {

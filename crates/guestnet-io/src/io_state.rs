@@ -279,8 +279,9 @@ impl Effects for IoState {
         seq: u16,
         body: &[u8],
         ttl: u8,
+        dont_fragment: bool,
     ) -> Result<(), SockError> {
-        self.socks.ping_send(sock, dst, seq, body, ttl)
+        self.socks.ping_send(sock, dst, seq, body, ttl, dont_fragment)
     }
 
     fn close(&mut self, sock: SockId, how: Close) {

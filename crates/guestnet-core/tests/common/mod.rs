@@ -99,6 +99,7 @@ pub struct SentPing {
     pub seq: u16,
     pub body: Vec<u8>,
     pub ttl: u8,
+    pub dont_fragment: bool,
 }
 
 /// The world.
@@ -396,12 +397,13 @@ impl Effects for Mock {
         seq: u16,
         body: &[u8],
         ttl: u8,
+        dont_fragment: bool,
     ) -> Result<(), SockError> {
         self.live(sock);
         if let Some(e) = self.datagram_error.take() {
             return Err(e);
         }
-        self.pings.push(SentPing { sock, dst, seq, body: body.to_vec(), ttl });
+        self.pings.push(SentPing { sock, dst, seq, body: body.to_vec(), ttl, dont_fragment });
         Ok(())
     }
 

@@ -7,7 +7,7 @@
 #![allow(unsafe_code)]
 
 use super::sockets::{Sock, SockKind, Socks};
-use super::udp;
+use super::{errors, udp};
 use crate::poller::Poller;
 use crate::stats::IoCounters;
 use crate::sys::{self, Control, RawAddr};
@@ -74,7 +74,7 @@ impl Socks {
             (libc::IPPROTO_IP, libc::IP_RECVTTL)
         };
         let _without = sys::set_opt(&fd, level, name, 1);
-        let kind = SockKind::Ping { raw, v6, ttl: 0 };
+        let kind = SockKind::Ping { raw, v6, ttl: 0, df: None };
         self.add(poller, counters, Sock { fd, flow: Some(flow), kind }, libc::EPOLLIN)
             .map_err(sys::sock_error)
     }
@@ -86,10 +86,15 @@ impl Socks {
         seq: u16,
         body: &[u8],
         ttl: u8,
+        dont_fragment: bool,
     ) -> Result<(), SockError> {
-        let Some(Sock { fd, kind: SockKind::Ping { raw, v6, ttl: now }, .. }) = self.get_mut(id) else {
+        let Some(Sock { fd, kind: SockKind::Ping { raw, v6, ttl: now, df }, .. }) = self.get_mut(id) else {
             return Err(SockError::Reset);
         };
+        if *df != Some(dont_fragment) {
+            udp::set_df(fd, *v6, dont_fragment);
+            *df = Some(dont_fragment);
+        }
         if *now != ttl {
             udp::set_ttl(fd, *v6, ttl);
             *now = ttl;
@@ -115,6 +120,13 @@ impl Socks {
             Ok(_) => Ok(()),
             // The host is busy; a ping may be lost.
             Err(e) if sys::would_block(e) => Ok(()),
+            Err(libc::EMSGSIZE) => {
+                // The queue names the MTU that it was too big for.
+                let mut errors = std::mem::take(&mut self.errors);
+                let mtu = self.get(id).map_or(0, |sock| errors::drain(sock, &mut errors));
+                self.errors = errors;
+                Err(SockError::MessageTooBig(mtu))
+            }
             Err(e) => Err(sys::sock_error(e)),
         }
     }
@@ -233,7 +245,7 @@ mod tests {
             Ok(id) => id,
             Err(e) => return assert_eq!(e, SockError::Prohibited),
         };
-        socks.ping_send(id, lo, 77, b"body", 9).unwrap();
+        socks.ping_send(id, lo, 77, b"body", 9, true).unwrap();
         let Some(Sock { fd, kind: SockKind::Ping { raw, .. }, .. }) = socks.get(id) else { panic!() };
         let mut buf = [0; 200];
         for _ in 0..100 {

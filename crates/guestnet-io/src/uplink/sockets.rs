@@ -25,6 +25,8 @@ pub(crate) enum SockKind {
         raw: Option<u16>,
         v6: bool,
         ttl: u8,
+        /// "Don't fragment" as it was last set.
+        df: Option<bool>,
     },
     /// A published UDP port.
     Forward {

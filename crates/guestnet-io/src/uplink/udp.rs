@@ -89,7 +89,8 @@ pub(crate) fn set_tos(fd: &OwnedFd, v6: bool, tos: u8) {
     let _kept = sys::set_opt(fd, level, name, i32::from(tos));
 }
 
-fn set_df(fd: &OwnedFd, v6: bool, df: bool) {
+/// Forbids fragments of what a socket sends, or sees to it that none is forbidden.
+pub(crate) fn set_df(fd: &OwnedFd, v6: bool, df: bool) {
     let (level, name) = if v6 {
         (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER)
     } else {
