@@ -195,7 +195,12 @@ impl World {
         let (SocketAddr::V4(from), SocketAddr::V4(to)) = (from, to) else { return };
         let payload = usize::from(len % 1461);
         // The upper bits of the length: whether there are options, and which.
-        let options = self.options(len >> 11);
+        let mut options = self.options(len >> 11);
+        if flags & 0x40 != 0 {
+            // A block somewhere in what was heard of the stream.
+            let left = tcp.seq.wrapping_add_signed(i32::from(ack_off) * 64);
+            options.sack.push(left, left.wrapping_add_signed(i32::from(seq_off) * 16));
+        }
         let segment = Tcp {
             src_port: from.port(),
             dst_port: to.port(),
@@ -215,8 +220,9 @@ impl World {
         Options {
             mss: (bits & 8 != 0).then_some(bits << 4),
             wscale: (bits & 4 != 0).then_some((bits & 15) as u8),
-            sack_permitted: false,
+            sack_permitted: bits & 2 != 0,
             timestamps: (bits & 1 != 0).then(|| (timestamp(), self.clock)),
+            ..Options::default()
         }
     }
 

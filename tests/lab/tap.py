@@ -7,15 +7,16 @@ import fcntl
 import os
 import socket
 import struct
+from pathlib import Path
 
 TUNSETIFF = 0x400454CA
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 CLONE_NEWNET = 0x40000000
 
 
-def open_tap(ns: str, device: str, *, headers: bool = True) -> int:
-    """Makes TAP `device` in the namespace named `ns` and gives its descriptor; `headers`: virtio's.
-    Needs root."""
+def open_tap(ns: str | Path, device: str, *, headers: bool = True) -> int:
+    """Makes TAP `device` in the namespace named `ns`, or in that of a file, and gives its descriptor;
+    `headers`: virtio's. Needs root."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         pid = os.fork()
@@ -24,7 +25,7 @@ def open_tap(ns: str, device: str, *, headers: bool = True) -> int:
             status = 1
             try:
                 libc = ctypes.CDLL(None, use_errno=True)
-                with open(f"/run/netns/{ns}", "rb") as target:
+                with open(Path("/run/netns") / ns, "rb") as target:
                     if libc.setns(target.fileno(), CLONE_NEWNET) != 0:
                         raise OSError(ctypes.get_errno(), "setns")
                 tap = os.open("/dev/net/tun", os.O_RDWR)

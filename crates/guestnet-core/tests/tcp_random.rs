@@ -12,7 +12,7 @@ use guestnet_core::effects::SockError;
 use guestnet_core::stats::Counters;
 use guestnet_core::tcp::{Budget, Ctx, Fate, Path, Tcb, Timeouts};
 use guestnet_core::types::{SockId, Time};
-use guestnet_wire::tcp::{Options, Tcp, flags};
+use guestnet_wire::tcp::{Options, SackBlocks, Tcp, flags};
 use proptest::prelude::*;
 use tcp_support::{FLOW, GUEST_ISN, OUR_ISN, PORT, dissect, path, stream};
 
@@ -28,6 +28,7 @@ enum Op {
         mss: Option<u16>,
         ws: Option<u8>,
         urgent: u16,
+        sack: Vec<(i32, i32)>,
     },
     HostData(usize),
     HostEof,
@@ -69,8 +70,9 @@ fn op() -> impl Strategy<Value = Op> {
     let segment = (
         (flag, near(), near(), window, len, urgent),
         (proptest::option::of(near()), proptest::option::of(any::<u16>()), proptest::option::of(any::<u8>())),
+        proptest::collection::vec((near(), -3000i32..3000), 0..5),
     )
-        .prop_map(|((flags, seq, ack, window, len, urgent), (ts, mss, ws))| Op::Segment {
+        .prop_map(|((flags, seq, ack, window, len, urgent), (ts, mss, ws), sack)| Op::Segment {
             flags,
             seq,
             ack,
@@ -80,6 +82,7 @@ fn op() -> impl Strategy<Value = Op> {
             mss,
             ws,
             urgent,
+            sack,
         });
     let error = prop_oneof![Just(SockError::Refused), Just(SockError::TimedOut), Just(SockError::Other(5))];
     prop_oneof![
@@ -165,7 +168,7 @@ impl World {
 
     fn run(&mut self, op: Op) {
         match op {
-            Op::Segment { flags, seq, ack, window, len, ts, mss, ws, urgent } => {
+            Op::Segment { flags, seq, ack, window, len, ts, mss, ws, urgent, sack } => {
                 let seq = self.guest_nxt.wrapping_add(seq as u32);
                 let payload: Vec<u8> = (0..len as u32)
                     .map(|i| guest_byte(seq.wrapping_add(i).wrapping_add(u32::from(flags & flags::SYN != 0))))
@@ -181,7 +184,13 @@ impl World {
                 };
                 self.ts = self.ts.wrapping_add(1);
                 let timestamps = ts.map(|t| (self.ts.wrapping_add(t as u32), 0));
-                let options = Options { mss, wscale: ws, sack_permitted: false, timestamps };
+                let mut blocks = SackBlocks::default();
+                for (at, len) in sack {
+                    let left = self.our_nxt.wrapping_add(at as u32);
+                    blocks.push(left, left.wrapping_add(len as u32));
+                }
+                let options =
+                    Options { mss, wscale: ws, sack_permitted: ack & 1 == 0, timestamps, sack: blocks };
                 self.call(|t, cx| t.segment(cx, &tcp, &options, &payload));
             }
             Op::HostData(n) => {
@@ -247,7 +256,7 @@ fn world(inbound: bool, limit: usize) -> World {
     let now = Time(0);
     let timeouts = Timeouts::default();
     let syn = Tcp { seq: GUEST_ISN, flags: flags::SYN, window: 65535, ..Tcp::default() };
-    let options = Options { mss: Some(1460), wscale: Some(7), ..Options::default() };
+    let options = Options { mss: Some(1460), wscale: Some(7), sack_permitted: true, ..Options::default() };
     let tcb = if inbound {
         Tcb::inbound(FLOW, sock, OUR_ISN, timeouts, now)
     } else {
@@ -288,7 +297,7 @@ proptest! {
             if !inbound {
                 w.run(Op::Connected(Ok(())));
             }
-            w.run(Op::Segment { flags, seq, ack: 0, window: 65535, len: 0, ts: None, mss: Some(1000), ws: Some(4), urgent: 0 });
+            w.run(Op::Segment { flags, seq, ack: 0, window: 65535, len: 0, ts: None, mss: Some(1000), ws: Some(4), urgent: 0, sack: vec![] });
             w.run(Op::BatchEnd);
             prop_assert_eq!(w.tcb.state_name(), "established");
         }

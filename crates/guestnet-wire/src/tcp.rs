@@ -91,6 +91,63 @@ impl Tcp {
     }
 }
 
+/// Blocks of a SACK option at most: with timestamps beside it a sender has room for three.
+const SACK_MAX: usize = 4;
+
+/// The blocks of a SACK option (RFC 2018 3): left edge, and right edge one past the last byte. The first block
+/// may report bytes that arrived twice instead (RFC 2883).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SackBlocks {
+    len: u8,
+    blocks: [(u32, u32); SACK_MAX],
+}
+
+impl SackBlocks {
+    /// The blocks in the order of the option.
+    #[must_use]
+    pub fn as_slice(&self) -> &[(u32, u32)] {
+        self.blocks.get(..usize::from(self.len)).unwrap_or(&[])
+    }
+
+    /// True without blocks.
+    #[must_use]
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    // Rare, and kept out of the way of segments without blocks.
+    #[cold]
+    fn parse(b: &[u8]) -> SackBlocks {
+        let mut blocks = SackBlocks::default();
+        for at in (0..b.len()).step_by(8) {
+            blocks.push(be32(b, at), be32(b, at + 4));
+        }
+        blocks
+    }
+
+    /// Writes the option at `at`; returns where it ends.
+    #[cold]
+    fn emit(&self, b: &mut [u8], at: usize) -> usize {
+        put(b, at, &[1, 1, 5, 2 + 8 * self.len]);
+        let mut end = at + 4;
+        for (left, right) in self.as_slice() {
+            put(b, end, &left.to_be_bytes());
+            put(b, end + 4, &right.to_be_bytes());
+            end += 8;
+        }
+        end
+    }
+
+    /// Adds a block at the end. False when there are four already.
+    pub fn push(&mut self, left: u32, right: u32) -> bool {
+        let Some(block) = self.blocks.get_mut(usize::from(self.len)) else { return false };
+        *block = (left, right);
+        self.len += 1;
+        true
+    }
+}
+
 /// The options that guestnet reads and writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Options {
@@ -102,6 +159,8 @@ pub struct Options {
     pub sack_permitted: bool,
     /// Timestamps: value, echo reply (RFC 7323 3).
     pub timestamps: Option<(u32, u32)>,
+    /// SACK blocks (RFC 2018).
+    pub sack: SackBlocks,
 }
 
 impl Options {
@@ -129,6 +188,7 @@ impl Options {
                 (3, 3) => o.wscale = Some(b[2].min(14)),
                 (4, 2) => o.sack_permitted = true,
                 (8, 10) => o.timestamps = Some((be32(b, 2), be32(b, 6))),
+                (5, 10 | 18 | 26 | 34) => o.sack = SackBlocks::parse(&b[2..len]),
                 _ => {}
             }
             b = &b[len..];
@@ -157,6 +217,9 @@ impl Options {
             add(b, &[1, 1, 8, 10]);
             add(b, &val.to_be_bytes());
             add(b, &ecr.to_be_bytes());
+        }
+        if !self.sack.is_empty() {
+            at = self.sack.emit(b, at);
         }
         at
     }

@@ -5,6 +5,7 @@
 
 use super::seq::Seq;
 use super::{Budget, FLOW_BUFFER};
+use guestnet_wire::tcp::SackBlocks;
 use std::collections::VecDeque;
 
 /// Bytes in order at most: the window, and a little for its rounding.
@@ -15,6 +16,8 @@ const PIECES_MAX: usize = 256;
 const PIECE_JOIN: usize = 65536;
 /// What a piece costs besides its bytes.
 const PIECE_COST: usize = 64;
+/// Runs of pieces that are remembered as the latest, for SACK blocks.
+const LATEST: usize = 4;
 /// The smallest allocation of the queue.
 const QUEUE_MIN: usize = 2048;
 
@@ -34,6 +37,8 @@ impl Piece {
 pub(super) struct Buffer {
     queue: VecDeque<u8>,
     pieces: Vec<Piece>,
+    /// Places in the runs of pieces that grew last, the latest first. Some may be in order by now.
+    latest: [Option<Seq>; LATEST],
     fin: Option<Seq>,
     charged: usize,
 }
@@ -86,6 +91,7 @@ impl Buffer {
 
     /// Keeps a piece that came ahead of order. False when any of it found no room.
     pub fn insert(&mut self, mut seq: Seq, mut data: &[u8], budget: &mut Budget) -> bool {
+        let first = seq;
         let mut i = 0;
         while !data.is_empty() {
             while self.pieces.get(i).is_some_and(|p| p.end().le(seq)) {
@@ -103,12 +109,59 @@ impl Buffer {
             };
             let (now, later) = data.split_at(n);
             if !self.store(i, seq, now, budget) {
+                self.remember(first);
                 return false;
             }
             seq = seq.plus(n as u32);
             data = later;
         }
+        self.remember(first);
         true
+    }
+
+    /// The run that holds `seq` is the latest.
+    fn remember(&mut self, seq: Seq) {
+        let Some((from, to)) = self.run_at(seq) else { return };
+        let other = |s: &Option<Seq>| s.is_some_and(|s| s.lt(from) || to.le(s));
+        let mut latest = [None; LATEST];
+        let others = self.latest.iter().filter(|s| other(s));
+        for (place, run) in latest.iter_mut().zip([&Some(from)].into_iter().chain(others)) {
+            *place = *run;
+        }
+        self.latest = latest;
+    }
+
+    /// The run of neighbouring pieces that holds the byte at `at`.
+    fn run_at(&self, at: Seq) -> Option<(Seq, Seq)> {
+        let i = self.pieces.partition_point(|p| p.end().le(at));
+        let p = self.pieces.get(i).filter(|p| p.seq.le(at))?;
+        let (mut from, mut to) = (p.seq, p.end());
+        for p in self.pieces.get(..i).unwrap_or(&[]).iter().rev() {
+            if p.end() != from {
+                break;
+            }
+            from = p.seq;
+        }
+        for p in self.pieces.get(i + 1..).unwrap_or(&[]) {
+            if p.seq != to {
+                break;
+            }
+            to = p.end();
+        }
+        Some((from, to))
+    }
+
+    /// The run that holds all of `from..to`, if there is one.
+    pub fn holds(&self, from: Seq, to: Seq) -> bool {
+        self.run_at(from).is_some_and(|run| to.le(run.1))
+    }
+
+    /// Adds the runs ahead of order to `blocks`, the latest first, until there are `most` blocks.
+    pub fn report(&self, blocks: &mut SackBlocks, most: usize) {
+        let runs = self.latest.iter().flatten().filter_map(|at| self.run_at(*at));
+        for (from, to) in runs.take(most.saturating_sub(blocks.as_slice().len())) {
+            blocks.push(from.0, to.0);
+        }
     }
 
     /// Stores a piece that overlaps no other before index `i`, joined to its neighbour where it can be.
@@ -158,6 +211,7 @@ impl Buffer {
     /// Forgets all that is ahead of order.
     pub fn clear_ahead(&mut self) {
         self.pieces = Vec::new();
+        self.latest = [None; LATEST];
         self.fin = None;
     }
 

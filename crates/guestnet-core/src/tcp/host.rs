@@ -2,6 +2,7 @@
 //! when both directions are closed and acknowledged the socket is closed in order. Here too is the one place
 //! where a flow gives back what it holds.
 
+use super::seq::Seq;
 use super::{Budget, Ctx, Fate, State, Tcb};
 use crate::effects::{Close, Effects, Peek};
 
@@ -100,6 +101,7 @@ impl Tcb {
             b.clear();
             b.settle(budget);
         }
+        self.drop_recovery(budget);
         if std::mem::take(&mut self.sock_open) {
             fx.close(self.sock, how);
         }
@@ -107,9 +109,14 @@ impl Tcb {
         self.readable = false;
     }
 
-    /// Peeks at the first byte not yet sent; a failed socket ends the flow.
-    pub(super) fn peek<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, max: u32) -> Result<Peek, Fate> {
-        let offset = self.snd_nxt.since(self.snd_una).saturating_add(self.undiscarded);
+    /// Peeks at the byte at `from`, which is not acknowledged; a failed socket ends the flow.
+    pub(super) fn peek<E: Effects>(
+        &mut self,
+        cx: &mut Ctx<'_, E>,
+        from: Seq,
+        max: u32,
+    ) -> Result<Peek, Fate> {
+        let offset = from.since(self.snd_una).saturating_add(self.undiscarded);
         match cx.fx.tcp_peek(self.sock, offset as usize, max as usize) {
             Ok(peek) => Ok(peek),
             Err(_) => {

@@ -4,14 +4,14 @@
 //! what cannot wait for the end of the batch: duplicate ACKs, challenges, resets, fast retransmissions.
 
 use super::buffer::Buffer;
+use super::recovery::Acknowledged;
 use super::seq::Seq;
-use super::{Ctx, Fate, MAX_FLIGHT, State, Tcb};
+use super::timers::PATIENT;
+use super::{Ctx, Fate, State, Tcb};
 use crate::effects::{Close, Effects};
 use crate::stats::Drop;
 use guestnet_wire::tcp::{Options, Tcp, flags};
 
-/// Duplicate ACKs that mean loss (RFC 5681 3.2).
-const DUP_ACKS: u8 = 3;
 /// After this silence an old timestamp proves nothing (RFC 7323 5.5: 24 days). Nanoseconds.
 const TS_VALID_NS: u64 = 24 * 86_400 * 1_000_000_000;
 
@@ -85,7 +85,7 @@ impl Tcb {
         self.last_seen = cx.now;
         self.end_backoff();
         if acks_syn {
-            self.snd_una = self.snd_nxt;
+            self.snd_una = self.snd_max;
             self.snd_wl2 = self.snd_una;
             self.state = State::Open;
             self.retry_at = None;
@@ -122,7 +122,7 @@ impl Tcb {
                     self.send_syn(cx);
                     return Ok(());
                 }
-                State::SynReceived if again && Seq(seg.ack) == self.snd_nxt => {
+                State::SynReceived if again && Seq(seg.ack) == self.snd_max => {
                     (syn, seq) = (false, self.rcv_nxt);
                 }
                 State::TimeWait if !acks && self.is_newer(seq, options) => return Err(Fate::Reopen),
@@ -130,7 +130,7 @@ impl Tcb {
             }
         }
         if self.is_stray(cx, options) && !rst {
-            return self.unacceptable(cx, payload.len() + usize::from(fin), fin);
+            return self.unacceptable(cx, seq, payload.len() + usize::from(fin), fin);
         }
         let len = payload.len() as u32 + u32::from(syn) + u32::from(fin);
         let at_edge = seq == self.rcv_nxt;
@@ -150,7 +150,6 @@ impl Tcb {
                 // outside sees an orderly end.
                 self.fin_acked = true;
                 self.snd_una = self.snd_max;
-                self.snd_nxt = self.snd_max;
                 self.retry_at = None;
                 return self.close_if_done(cx);
             }
@@ -169,7 +168,7 @@ impl Tcb {
             return Ok(());
         }
         if !acceptable {
-            return self.unacceptable(cx, len as usize, fin);
+            return self.unacceptable(cx, seq, len as usize, fin);
         }
         if syn {
             cx.counters.drop(Drop::OutOfWindow);
@@ -194,7 +193,7 @@ impl Tcb {
             }
             return Ok(());
         }
-        if !self.take_ack(cx, seg, len)? {
+        if !self.take_ack(cx, seg, options, len)? {
             return Ok(());
         }
         if len > 0 {
@@ -227,7 +226,13 @@ impl Tcb {
     /// A segment outside the window: answered with an ACK (keep-alive and window probes live by it, and a
     /// guest that missed our ACK). Without payload it counts against the limit of challenges, so that two
     /// confused stacks do not answer each other for ever.
-    fn unacceptable<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, len: usize, fin: bool) -> Result<(), Fate> {
+    fn unacceptable<E: Effects>(
+        &mut self,
+        cx: &mut Ctx<'_, E>,
+        seq: Seq,
+        len: usize,
+        fin: bool,
+    ) -> Result<(), Fate> {
         cx.counters.drop(Drop::OutOfWindow);
         if self.state == State::TimeWait {
             if fin {
@@ -237,6 +242,9 @@ impl Tcb {
             self.last_seen = cx.now;
         }
         if len > 0 {
+            if seq.plus(len as u32).le(self.rcv_nxt) {
+                self.repeated = Some((seq, seq.plus(len as u32)));
+            }
             self.ack_now = true;
             self.wants_batch = true;
         } else {
@@ -246,10 +254,16 @@ impl Tcb {
     }
 
     /// The ACK field. False: the rest of the segment is not to be looked at.
-    fn take_ack<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, seg: &Tcp, len: u32) -> Result<bool, Fate> {
+    fn take_ack<E: Effects>(
+        &mut self,
+        cx: &mut Ctx<'_, E>,
+        seg: &Tcp,
+        options: &Options,
+        len: u32,
+    ) -> Result<bool, Fate> {
         let (seq, ack) = (Seq(seg.seq), Seq(seg.ack));
         if self.state == State::SynReceived {
-            if ack != self.snd_nxt {
+            if ack != self.snd_max {
                 cx.counters.drop(Drop::OutOfWindow);
                 self.send_rst_at(cx, seg.ack);
                 return Ok(false);
@@ -267,15 +281,23 @@ impl Tcb {
             return Ok(false);
         }
         let window = u32::from(seg.window) << self.snd_shift;
+        let (mut bytes, mut duplicate) = (0, false);
         if self.snd_una.lt(ack) {
-            self.advance(cx, ack)?;
+            bytes = ack.since(self.snd_una);
+            self.advance(cx, ack);
         } else if ack == self.snd_una
             && len == 0
             && window == self.snd_wnd
             && window > 0
             && ack.lt(self.snd_max)
+            && !self.sack_on
         {
-            self.duplicate(cx)?;
+            duplicate = true;
+            self.dup_acks = self.dup_acks.saturating_add(1);
+        }
+        if self.minds_losses(&options.sack) && self.snd_una.le(ack) {
+            let echo = options.timestamps.filter(|_| self.ts_on).map(|(_, echo)| echo);
+            self.take_losses(cx, &Acknowledged { blocks: &options.sack, echo, bytes, duplicate });
         }
         if self.snd_una.le(ack) && (self.snd_wl1.lt(seq) || (self.snd_wl1 == seq && self.snd_wl2.le(ack))) {
             if (self.snd_una == self.snd_max || self.snd_wnd == 0) && self.retry_at.is_some() {
@@ -300,7 +322,7 @@ impl Tcb {
     }
 
     /// New bytes are acknowledged.
-    fn advance<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, ack: Seq) -> Result<(), Fate> {
+    fn advance<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, ack: Seq) {
         let mut bytes = ack.since(self.snd_una);
         if self.fin_sent && ack == self.snd_max {
             self.fin_acked = true;
@@ -309,45 +331,13 @@ impl Tcb {
         self.undiscarded = self.undiscarded.saturating_add(bytes);
         self.bytes_in += u64::from(bytes);
         self.snd_una = ack;
-        self.snd_nxt = self.snd_nxt.max(ack);
         self.measure(cx.now);
         self.dup_acks = 0;
         self.wants_batch = true;
-        if !self.in_recovery && self.recover.lt(ack) {
-            // It stays behind what is acknowledged, or after 2^31 bytes it would seem to be ahead again.
-            self.recover = ack.minus(1);
-        }
-        let mss = u32::from(self.segment_size(cx.path));
-        if self.in_recovery && ack.lt(self.recover) {
-            // RFC 6582: a partial ACK names the next hole.
-            self.resend_first(cx)?;
-        } else if self.in_recovery {
-            self.in_recovery = false;
-            self.cwnd = self.ssthresh;
-        } else if self.cwnd < MAX_FLIGHT {
-            let grow = if self.cwnd < self.ssthresh { bytes } else { mss * mss / self.cwnd.max(1) };
-            self.cwnd = self.cwnd.saturating_add(grow.max(1)).min(MAX_FLIGHT);
-        }
         self.retry_at = None;
         if self.snd_una != self.snd_max {
             self.arm(cx.now);
         }
-        Ok(())
-    }
-
-    /// The same ACK again, with nothing new in it.
-    fn duplicate<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Result<(), Fate> {
-        self.dup_acks = self.dup_acks.saturating_add(1);
-        if self.dup_acks == DUP_ACKS && !self.in_recovery && self.recover.lt(self.snd_una) {
-            let mss = u32::from(self.segment_size(cx.path));
-            self.ssthresh = (self.snd_max.since(self.snd_una) / 2).max(2 * mss);
-            self.cwnd = self.ssthresh;
-            self.recover = self.snd_max;
-            self.in_recovery = true;
-            self.resend_first(cx)?;
-            self.arm(cx.now);
-        }
-        Ok(())
     }
 
     /// Payload and FIN of a segment that touches the window.
@@ -368,6 +358,7 @@ impl Tcb {
         let fin_at = seq.plus(payload.len() as u32);
         let (mut seq, mut data) = (seq, payload);
         if seq.lt(self.rcv_nxt) {
+            self.repeated = Some((seq, self.rcv_nxt));
             let old = (self.rcv_nxt.since(seq) as usize).min(data.len());
             data = &data[old..];
             seq = self.rcv_nxt;
@@ -472,6 +463,12 @@ impl Tcb {
 
     fn keep_ahead<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, seq: Seq, data: &[u8], fin_at: Option<Seq>) {
         let buffer = self.buffer.get_or_insert_with(Box::<Buffer>::default);
+        let end = seq.plus(data.len() as u32);
+        if !data.is_empty() && buffer.holds(seq, end) {
+            self.repeated = Some((seq, end));
+        }
+        // On a path that loses, the sender needs each ACK.
+        (self.patience, self.ack_every) = (self.patience.min(PATIENT - 1), 0);
         if !buffer.insert(seq, data, cx.budget) {
             cx.counters.drop(Drop::BufferLimit);
         } else if let Some(at) = fin_at {

@@ -10,18 +10,23 @@
 //!
 //! Host to guest: bytes stay in the kernel's socket until the guest acknowledged them. [`output`] peeks at
 //! the offset of the first byte not yet sent and sends one large segment; an ACK discards from the front.
-//! So a retransmission is another peek, and there is no send buffer.
+//! So a retransmission is another peek, and there is no send buffer. What is lost is found and sent again as
+//! [`recovery`] says; before the first loss a flow has no state for it.
 //!
 //! Each entry point returns a [`Fate`]. Unless it is [`Fate::Live`], the socket was closed and the buffer's
 //! bytes were given back, and the record must go. Files: [`input`] (segments), [`output`] (frames),
-//! [`timers`] (retransmission, idle), [`keepalive`] (are both ends there), [`host`] (the socket's side), [`buffer`] (what waits for the socket),
-//! [`seq`], [`types`] (what callers hand in and get back).
+//! [`timers`] (retransmission, idle), [`keepalive`] (are both ends there), [`recovery`] with [`scoreboard`] and
+//! [`cubic`] (loss towards the guest), [`host`] (the socket's side), [`buffer`] (what waits for the socket), [`seq`],
+//! [`types`] (what callers hand in and get back).
 
 mod buffer;
+mod cubic;
 mod host;
 mod input;
 mod keepalive;
 mod output;
+mod recovery;
+mod scoreboard;
 mod seq;
 mod thin;
 mod timers;
@@ -35,6 +40,7 @@ use crate::types::{FlowId, SockId, Time};
 use buffer::Buffer;
 use guestnet_wire::tcp::{Options, Tcp};
 use keepalive::KeepAlive;
+use recovery::Recovery;
 use seq::Seq;
 
 /// Bytes that wait for one host socket at most, and so the largest window offered.
@@ -80,12 +86,12 @@ pub struct Tcb {
     /// `rcv_nxt` as of the last ACK that was sent.
     last_ack: Seq,
     buffer: Option<Box<Buffer>>,
+    /// Bytes that arrived twice, for the next ACK to say so (RFC 2883).
+    repeated: Option<(Seq, Seq)>,
     // ---- host to guest
     iss: Seq,
     /// First byte not acknowledged.
     snd_una: Seq,
-    /// Next byte to send; goes back to `snd_una` after a timeout.
-    snd_nxt: Seq,
     /// First byte never sent.
     snd_max: Seq,
     snd_wl1: Seq,
@@ -94,9 +100,10 @@ pub struct Tcb {
     /// Largest window seen.
     max_wnd: u32,
     cwnd: u32,
-    ssthresh: u32,
-    /// End of what was in flight when loss was noticed.
-    recover: Seq,
+    /// What is lost and how the window comes back; `None` while nothing was ever lost.
+    recovery: Option<Box<Recovery>>,
+    /// A tail loss probe is on its way: its end, and whether it was a retransmission.
+    tail_probe: Option<(Seq, bool)>,
     /// Acknowledged, but not yet discarded from the socket (done once per batch).
     undiscarded: u32,
     mss: u16,
@@ -117,6 +124,8 @@ pub struct Tcb {
     rtt_from: Option<Time>,
     rtt_seq: Seq,
     srtt_us: u32,
+    /// The least that was measured of late.
+    min_rtt_us: u32,
     rttvar_us: u32,
     rto_ms: u32,
     challenge_second: u32,
@@ -149,7 +158,12 @@ pub struct Tcb {
     keeps_time_wait: bool,
     ack_pending: bool,
     ack_now: bool,
-    in_recovery: bool,
+    /// Both sides speak SACK.
+    sack_on: bool,
+    /// Segments to the guest were seen to overtake each other.
+    reordered: bool,
+    /// `retry_at` is for a tail loss probe.
+    probing: bool,
     /// The guest said something since we last did.
     heard: bool,
     wants_batch: bool,
@@ -175,17 +189,17 @@ impl Tcb {
             rcv_adv: zero,
             last_ack: zero,
             buffer: None,
+            repeated: None,
             iss,
             snd_una: iss,
-            snd_nxt: iss,
             snd_max: iss,
             snd_wl1: zero,
             snd_wl2: iss,
             snd_wnd: 0,
             max_wnd: 0,
             cwnd: MAX_FLIGHT,
-            ssthresh: MAX_FLIGHT,
-            recover: iss,
+            recovery: None,
+            tail_probe: None,
             undiscarded: 0,
             mss: DEFAULT_MSS,
             ip_id: 0,
@@ -203,6 +217,7 @@ impl Tcb {
             rtt_from: None,
             rtt_seq: iss,
             srtt_us: 0,
+            min_rtt_us: 0,
             rttvar_us: 0,
             rto_ms: timers::RTO_INITIAL_MS,
             challenge_second: 0,
@@ -222,7 +237,9 @@ impl Tcb {
             keeps_time_wait: false,
             ack_pending: false,
             ack_now: false,
-            in_recovery: false,
+            sack_on: false,
+            reordered: false,
+            probing: false,
             heard: false,
             wants_batch: false,
             waits_port: false,
@@ -315,8 +332,7 @@ impl Tcb {
     /// call this but [`Tcb::hold`], and [`Tcb::kick`] once it is.
     pub fn start<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Fate {
         if self.state == State::SynSent {
-            self.snd_nxt = self.iss.plus(1);
-            self.snd_max = self.snd_nxt;
+            self.snd_max = self.iss.plus(1);
             self.send_syn(cx);
             self.arm(cx.now);
         }
@@ -326,8 +342,7 @@ impl Tcb {
     /// Starts the timer of an inbound flow without sending: its SYN goes out with the timer or [`Tcb::kick`].
     pub fn hold(&mut self, now: Time) {
         if self.state == State::SynSent {
-            self.snd_nxt = self.iss.plus(1);
-            self.snd_max = self.snd_nxt;
+            self.snd_max = self.iss.plus(1);
             self.arm(now);
         }
     }
@@ -351,8 +366,7 @@ impl Tcb {
             Ok(()) => {
                 self.state = State::SynReceived;
                 self.last_seen = cx.now;
-                self.snd_nxt = self.iss.plus(1);
-                self.snd_max = self.snd_nxt;
+                self.snd_max = self.iss.plus(1);
                 self.send_syn(cx);
                 self.arm(cx.now);
                 Fate::Live
@@ -462,8 +476,7 @@ impl Tcb {
             return Fate::Live;
         }
         self.mss = mss;
-        self.snd_nxt = self.snd_una;
-        self.rtt_from = None;
+        self.rewind();
         cx.counters.retransmits += 1;
         self.flush(cx)
     }
@@ -534,6 +547,7 @@ impl Tcb {
             Some(shift) => (shift.min(14), RCV_SHIFT),
             None => (0, 0),
         };
+        self.sack_on = options.sack_permitted;
         self.ts_on = options.timestamps.is_some();
         self.ts_recent = options.timestamps.map_or(0, |(value, _)| value);
         // The window of a SYN is never scaled (RFC 7323 2.2).

@@ -10,17 +10,20 @@ use super::{Ctx, FLOW_BUFFER, Fate, Path, RCV_SHIFT, State, Tcb};
 use crate::effects::{Effects, Peek, TxError};
 use crate::stats::Drop;
 use crate::types::{Csum, FrameMeta, Gso, Time};
-use guestnet_wire::tcp::{MIN_LEN, Options, Tcp, flags};
+use guestnet_wire::tcp::{MIN_LEN, Options, SackBlocks, Tcp, flags};
 use guestnet_wire::{checksum, ether, ipv4, proto, put};
 use std::net::IpAddr;
 
 const IPV6_LEN: usize = 40;
-/// Ethernet, IPv6 and TCP with all options that are ever sent (SYN: 4 + 4 + 12).
-const HEADER_MAX: usize = ether::HEADER_LEN + IPV6_LEN + MIN_LEN + 24;
+/// Ethernet, IPv6 and TCP with all options that fit; most are sent with SACK blocks.
+const HEADER_MAX: usize = ether::HEADER_LEN + IPV6_LEN + MIN_LEN + 40;
 /// TTL and hop limit of what the relay says for the other side (RFC 1122 3.2.1.7).
 const TTL: u8 = 64;
 /// Bytes of the timestamp option with its padding.
 const TS_LEN: u16 = 12;
+/// SACK blocks that fit beside the timestamps, and without them.
+const SACK_WITH_TS: usize = 3;
+const SACK_ALONE: usize = 4;
 /// Challenges per flow and second (RFC 5961 7 and 10).
 const CHALLENGES_MAX: u8 = 10;
 /// Window that a flow with nothing buffered may always offer: the socket, not the buffer, is to take it.
@@ -98,8 +101,13 @@ impl Tcb {
     }
 
     fn ts_clock(&self, now: Time) -> u32 {
+        Self::ts_clock_at(self.iss, now).0
+    }
+
+    /// The timestamp clock. Timestamps lie on a circle, as sequence numbers do.
+    pub(super) fn ts_clock_at(iss: Seq, at: Time) -> Seq {
         // Offset by the ISN, so that the machine's uptime is nobody's business.
-        (now.as_ms() as u32).wrapping_add(self.iss.0)
+        iss.plus(at.as_ms() as u32)
     }
 
     fn tcp(&self, path: &Path, seq: Seq, flags: u8, window: u16) -> Tcp {
@@ -156,6 +164,7 @@ impl Tcb {
         self.ack_now = false;
         self.ack_at = None;
         self.thinned = false;
+        self.repeated = None;
         self.last_ack = self.rcv_nxt;
     }
 
@@ -167,8 +176,9 @@ impl Tcb {
         let options = Options {
             mss: Some(cx.path.mtu.saturating_sub(ip_overhead(cx.path)).max(1)),
             wscale: (!answer || self.rcv_shift > 0).then_some(RCV_SHIFT),
-            sack_permitted: false,
+            sack_permitted: !answer || self.sack_on,
             timestamps: (!answer || self.ts_on).then_some((clock, if answer { self.ts_recent } else { 0 })),
+            ..Options::default()
         };
         let flags = if answer { flags::SYN | flags::ACK } else { flags::SYN };
         let tcp = self.tcp(cx.path, self.iss, flags, window);
@@ -193,11 +203,29 @@ impl Tcb {
     pub(super) fn send_ack<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) {
         let window = self.offer(cx, false);
         let tcp = self.tcp(cx.path, self.ack_seq(), flags::ACK, window);
-        let options = self.options(cx.now);
+        let mut options = self.options(cx.now);
+        if self.sack_on && (self.repeated.is_some() || self.buffer.is_some()) {
+            options.sack = self.sack_blocks();
+        }
         self.ack_now = true;
         if self.transmit(cx, &tcp, &options) {
             self.acked();
         }
+    }
+
+    /// What an ACK says of bytes beside those in order: first what arrived twice (RFC 2883), then what is ahead of
+    /// order, the latest first (RFC 2018 4). Data carries no blocks; what it answers had its ACK.
+    #[cold]
+    fn sack_blocks(&self) -> SackBlocks {
+        let mut blocks = SackBlocks::default();
+        if let Some((from, to)) = self.repeated {
+            blocks.push(from.0, to.0);
+        }
+        let most = if self.ts_on { SACK_WITH_TS } else { SACK_ALONE };
+        if let Some(b) = &self.buffer {
+            b.report(&mut blocks, most);
+        }
+        blocks
     }
 
     /// An ACK that says where we are, to one who may be guessing; limited per second.
@@ -291,7 +319,7 @@ impl Tcb {
         field
     }
 
-    /// Sends as much as socket, window, loss control and port allow.
+    /// Sends as much as socket, window, loss control and port allow: first what is lost, then what is new.
     pub(super) fn push<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Result<(), Fate> {
         let mss = u32::from(self.segment_size(cx.path));
         let limit = cx.path.gso_max.min(PAYLOAD_MAX).max(mss);
@@ -301,54 +329,57 @@ impl Tcb {
                 self.wants_batch = true;
                 return Ok(());
             }
-            let resend = self.snd_nxt != self.snd_max;
-            if self.fin_sent && (!resend || self.snd_nxt.plus(1) == self.snd_max) {
-                if resend {
-                    self.send_fin(cx);
-                }
+            let mut next = (self.snd_max, u32::MAX);
+            if self.recovery.is_some()
+                && let Some(lost) = self.first_lost()
+            {
+                next = lost;
+            } else if self.fin_sent || !self.readable {
                 return Ok(());
             }
-            if !resend && !self.readable {
-                return Ok(());
-            }
-            let flight = self.snd_nxt.since(self.snd_una);
-            let usable = self.snd_wnd.min(self.cwnd).saturating_sub(flight);
+            let (from, most) = next;
+            let flight = self.in_flight();
+            let window = self.snd_wnd.saturating_sub(from.since(self.snd_una));
+            let usable = window.min(self.cwnd.saturating_sub(flight));
             if usable == 0 {
                 return if self.snd_wnd == 0 && flight == 0 { self.window_closed(cx) } else { Ok(()) };
             }
-            if flight > 0 && usable < mss && usable < self.max_wnd / 2 {
+            if flight > 0 && usable < mss.min(most) && usable < self.max_wnd / 2 {
                 // Silly-window avoidance (RFC 9293 3.8.6.2.1): an ACK is to come, and more room with it.
                 return Ok(());
-            }
-            let mut want = usable.min(limit);
-            if resend && self.fin_sent {
-                want = want.min(self.snd_max.since(self.snd_nxt) - 1);
             }
             let room = cx.fx.port_room(cx.path.port);
             if room == 0 {
                 self.waits_port = true;
                 return Ok(());
             }
-            want = want.min(u32::try_from(room.saturating_sub(HEADER_MAX)).unwrap_or(u32::MAX).max(mss));
-            if want > mss {
+            let room = u32::try_from(room.saturating_sub(HEADER_MAX)).unwrap_or(u32::MAX).max(mss);
+            let mut want = usable.min(limit).min(room).min(most);
+            if want > mss && want < most {
                 want -= want % mss;
             }
-            let peek = self.peek(cx, want)?;
+            if most != u32::MAX {
+                if !self.resend(cx, from, want)? {
+                    return Ok(());
+                }
+                sent += want;
+                continue;
+            }
+            let peek = self.peek(cx, from, want)?;
             match peek {
                 Peek::Data(n) | Peek::Last(n) => {
                     let n = u32::try_from(n).unwrap_or(u32::MAX).min(want);
-                    if !resend && n < want && !self.hangup {
+                    if n < want && !self.hangup {
                         self.readable = false;
                     }
-                    let fin = !resend && matches!(peek, Peek::Last(_));
-                    let end = if fin {
+                    let end = if matches!(peek, Peek::Last(_)) {
                         flags::FIN | flags::PSH
                     } else if n < want {
                         flags::PSH
                     } else {
                         0
                     };
-                    if n == 0 || !self.send_data(cx, n, mss, end) {
+                    if n == 0 || !self.send_data(cx, from, n, mss, end) {
                         return Ok(());
                     }
                     sent += n;
@@ -358,9 +389,7 @@ impl Tcb {
                     return Ok(());
                 }
                 Peek::Eof => {
-                    if !resend {
-                        self.send_fin(cx);
-                    }
+                    self.send_fin(cx, from);
                     return Ok(());
                 }
             }
@@ -371,20 +400,30 @@ impl Tcb {
     /// The guest's window is closed and nothing is in flight: with data waiting the persist timer runs; an
     /// end of data needs no window.
     fn window_closed<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Result<(), Fate> {
-        match self.peek(cx, 1)? {
+        if self.snd_una != self.snd_max {
+            self.arm_if_off(cx.now);
+            return Ok(());
+        }
+        match self.peek(cx, self.snd_max, 1)? {
             Peek::Data(_) | Peek::Last(_) => self.arm_if_off(cx.now),
             Peek::Empty => self.readable = false,
-            Peek::Eof if self.snd_nxt == self.snd_max => self.send_fin(cx),
-            Peek::Eof => {}
+            Peek::Eof => self.send_fin(cx, self.snd_max),
         }
         Ok(())
     }
 
-    /// Sends the first `n` peeked bytes at `snd_nxt`, with the flags `end` on the last of them. False when the
-    /// port did not take them.
-    fn send_data<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, n: u32, mss: u32, end: u8) -> bool {
+    /// Sends the first `n` peeked bytes at `from`, with the flags `end` on the last of them. False when the port
+    /// did not take them.
+    pub(super) fn send_data<E: Effects>(
+        &mut self,
+        cx: &mut Ctx<'_, E>,
+        from: Seq,
+        n: u32,
+        mss: u32,
+        end: u8,
+    ) -> bool {
         let window = self.offer(cx, false);
-        let tcp = self.tcp(cx.path, self.snd_nxt, flags::ACK | end, window);
+        let tcp = self.tcp(cx.path, from, flags::ACK | end, window);
         let h = header(cx.path, &tcp, &self.options(cx.now), n as usize);
         let meta = FrameMeta {
             csum: Csum::Partial { start: h.l4 as u16, offset: 16 },
@@ -401,57 +440,68 @@ impl Tcb {
             self.patience = self.patience.saturating_add(1).min(PATIENT);
         }
         let fin = end & flags::FIN != 0;
-        let end = self.snd_nxt.plus(n + u32::from(fin));
         self.fin_sent |= fin;
-        if self.snd_nxt.lt(self.snd_max) {
-            cx.counters.retransmits += 1;
-        } else if self.rtt_from.is_none() {
-            (self.rtt_from, self.rtt_seq) = (Some(cx.now), end);
-        }
-        self.snd_nxt = end;
-        self.snd_max = self.snd_max.max(end);
         self.last_seen = cx.now;
-        self.arm_if_off(cx.now);
+        self.put_in_flight(cx, from, n + u32::from(fin));
         true
     }
 
-    /// Sends FIN at `snd_nxt`, for the first time or again.
-    fn send_fin<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) {
+    /// `len` sequence numbers from `from` on went out, for the first time or again.
+    #[inline]
+    fn put_in_flight<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, from: Seq, len: u32) {
+        if from != self.snd_max {
+            cx.counters.retransmits += 1;
+            return self.count_again(cx.now, from, len);
+        }
+        self.snd_max = from.plus(len);
+        if self.rtt_from.is_none() {
+            (self.rtt_from, self.rtt_seq) = (Some(cx.now), self.snd_max);
+        }
+        if self.recovery.is_some() {
+            self.count_new(len);
+        }
+        self.arm_if_off(cx.now);
+    }
+
+    /// Sends FIN at `from`, for the first time or again.
+    fn send_fin<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, from: Seq) {
         let window = self.offer(cx, false);
-        let tcp = self.tcp(cx.path, self.snd_nxt, flags::FIN | flags::ACK, window);
+        let tcp = self.tcp(cx.path, from, flags::FIN | flags::ACK, window);
         let options = self.options(cx.now);
         if !self.transmit(cx, &tcp, &options) {
             return;
         }
         self.acked();
-        if self.fin_sent {
-            cx.counters.retransmits += 1;
-        }
         self.fin_sent = true;
-        self.snd_nxt = self.snd_nxt.plus(1);
-        self.snd_max = self.snd_max.max(self.snd_nxt);
-        self.arm_if_off(cx.now);
+        self.put_in_flight(cx, from, 1);
     }
 
-    /// Sends the first unacknowledged segment again, whatever the windows say.
-    pub(super) fn resend_first<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Result<(), Fate> {
-        let fin = u32::from(self.fin_sent);
-        let left = self.snd_max.since(self.snd_una).saturating_sub(fin);
-        let mss = u32::from(self.segment_size(cx.path));
-        let next = self.snd_nxt;
-        self.rtt_from = None;
-        self.snd_nxt = self.snd_una;
-        if left == 0 {
-            if self.fin_sent {
-                self.send_fin(cx);
+    /// Sends `len` sequence numbers from `from` on again, the FIN where it is among them. False when they could
+    /// not all be sent.
+    #[cold]
+    pub(super) fn resend<E: Effects>(
+        &mut self,
+        cx: &mut Ctx<'_, E>,
+        from: Seq,
+        len: u32,
+    ) -> Result<bool, Fate> {
+        let fin = self.fin_sent && from.plus(len) == self.snd_max;
+        let data = len - u32::from(fin && len > 0);
+        let before = cx.counters.retransmits;
+        if data == 0 {
+            if fin {
+                self.send_fin(cx, from);
             }
-        } else if let Peek::Data(n) | Peek::Last(n) = self.peek(cx, left.min(mss))? {
-            let n = u32::try_from(n).unwrap_or(u32::MAX).min(left.min(mss));
-            if n > 0 {
-                self.send_data(cx, n, mss, 0);
-            }
+            return Ok(cx.counters.retransmits > before);
         }
-        self.snd_nxt = self.snd_nxt.max(next);
-        Ok(())
+        let mss = u32::from(self.segment_size(cx.path));
+        Ok(match self.peek(cx, from, data)? {
+            Peek::Data(n) | Peek::Last(n) => {
+                let n = u32::try_from(n).unwrap_or(u32::MAX).min(data);
+                let end = if fin && n == data { flags::FIN | flags::PSH } else { 0 };
+                n > 0 && self.send_data(cx, from, n, mss, end) && n == data
+            }
+            Peek::Empty | Peek::Eof => false,
+        })
     }
 }

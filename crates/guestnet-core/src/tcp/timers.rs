@@ -30,8 +30,14 @@ impl Tcb {
     /// When [`Tcb::timer`] is due. It only moves closer within a call of the Tcb, so ask after each.
     #[must_use]
     pub fn deadline(&self) -> Option<Time> {
-        let first = if self.state == State::Open { self.check_at() } else { self.idle_at() };
-        Some([self.retry_at, self.ack_at].into_iter().flatten().fold(first, Time::min))
+        let mut due = if self.state == State::Open { self.check_at() } else { self.idle_at() };
+        if let Some(at) = self.retry_at {
+            due = due.min(at);
+        }
+        if let Some(at) = self.ack_at {
+            due = due.min(at);
+        }
+        Some(if self.recovery.is_some() { self.detect_due(due) } else { due })
     }
 
     pub(super) fn idle_at(&self) -> Time {
@@ -69,6 +75,11 @@ impl Tcb {
                 self.send_ack(cx);
             }
         }
+        if self.detects(cx.now)
+            && let Err(fate) = self.detect_late(cx)
+        {
+            return fate;
+        }
         if self.retry_at.is_none_or(|at| cx.now < at) {
             return Fate::Live;
         }
@@ -102,6 +113,11 @@ impl Tcb {
             // The guest does not read; that is no loss. `port_writable` starts the timer again.
             return Ok(());
         }
+        if std::mem::take(&mut self.probing) && !syn && self.snd_una != self.snd_max && self.snd_wnd > 0 {
+            self.probe_tail(cx)?;
+            self.arm_timeout(cx.now);
+            return Ok(());
+        }
         self.retries = self.retries.saturating_add(1);
         if self.retries > limit {
             self.abort(cx);
@@ -117,16 +133,10 @@ impl Tcb {
             self.rewind();
             self.send_probe(cx);
         } else {
-            let mss = u32::from(self.segment_size(cx.path));
-            self.ssthresh = (self.snd_max.since(self.snd_una) / 2).max(2 * mss);
-            self.cwnd = mss;
-            self.recover = self.snd_max;
-            self.in_recovery = false;
-            self.dup_acks = 0;
-            self.rewind();
+            self.time_out(cx);
             self.push(cx)?;
         }
-        self.arm(cx.now);
+        self.arm_timeout(cx.now);
         Ok(())
     }
 
@@ -147,40 +157,72 @@ impl Tcb {
         may
     }
 
-    /// What is in flight is to be sent again, from its start.
-    fn rewind(&mut self) {
-        self.snd_nxt = self.snd_una;
-    }
-
-    /// Starts the retry timer anew.
+    /// Starts the retry timer anew, for a tail loss probe where one is due before the timeout.
     pub(super) fn arm(&mut self, now: Time) {
-        self.retry_at = Some(now.plus_ms(u64::from(self.rto_ms)));
-    }
-
-    /// Starts it where it does not run.
-    pub(super) fn arm_if_off(&mut self, now: Time) {
-        if self.retry_at.is_none() {
-            self.arm(now);
+        self.arm_timeout(now);
+        if self.sack_on {
+            self.arm_sooner(now);
         }
     }
 
-    /// Takes a measurement when the segment that was timed is acknowledged (RFC 6298 2, Karn's rule: a
-    /// retransmission clears `rtt_from`), and ends any backoff.
+    /// Starts the retry timer anew, for the timeout.
+    pub(super) fn arm_timeout(&mut self, now: Time) {
+        self.retry_at = Some(now.plus_ms(u64::from(self.rto_ms)));
+        self.probing = false;
+    }
+
+    /// Starts it where it does not run, or sooner where what was sent makes a tail that can be probed.
+    #[inline]
+    pub(super) fn arm_if_off(&mut self, now: Time) {
+        if self.retry_at.is_none() {
+            self.arm(now);
+        } else if self.sack_on && !self.probing {
+            self.arm_sooner(now);
+        }
+    }
+
+    fn arm_sooner(&mut self, now: Time) {
+        let probe = now.plus_ms(self.probe_after_ms());
+        if self.state == State::Open && self.retry_at.is_some_and(|at| probe < at) {
+            self.retry_at = Some(probe);
+            self.probing = true;
+        }
+    }
+
+    /// Takes a measurement when the segment that was timed is acknowledged (RFC 6298 2, Karn's rule: its
+    /// retransmission clears `rtt_from`), and ends any backoff. An ACK that had to wait for a hole before it
+    /// measures nothing; the SACK block did.
     pub(super) fn measure(&mut self, now: Time) {
         if let Some(from) = self.rtt_from
             && self.rtt_seq.le(self.snd_una)
         {
             self.rtt_from = None;
-            let r = u32::try_from(now.since(from) / 1000).unwrap_or(u32::MAX).min(60_000_000);
-            if self.srtt_us == 0 {
-                (self.srtt_us, self.rttvar_us) = (r.max(1), r / 2);
-            } else {
-                let delta = self.srtt_us.abs_diff(r);
-                self.rttvar_us = self.rttvar_us / 4 * 3 + delta / 4;
-                self.srtt_us = (self.srtt_us / 8 * 7 + r / 8).max(1);
+            if self.recovery.is_none() || !self.has_holes() {
+                self.take_rtt(now.since(from));
             }
         }
         self.end_backoff();
+    }
+
+    /// The segment that was timed has arrived.
+    pub(super) fn take_sample(&mut self, now: Time) {
+        if let Some(from) = self.rtt_from.take() {
+            self.take_rtt(now.since(from));
+        }
+    }
+
+    /// A measured round trip, in nanoseconds.
+    pub(super) fn take_rtt(&mut self, ns: u64) {
+        let r = (ns / 1000).clamp(1, 60_000_000) as u32;
+        if self.srtt_us == 0 {
+            (self.srtt_us, self.rttvar_us, self.min_rtt_us) = (r, r / 2, r);
+        } else {
+            let delta = self.srtt_us.abs_diff(r);
+            self.rttvar_us = self.rttvar_us / 4 * 3 + delta / 4;
+            self.srtt_us = (self.srtt_us / 8 * 7 + r / 8).max(1);
+            // An old minimum fades, or a path that became longer would never be believed.
+            self.min_rtt_us = (self.min_rtt_us + self.min_rtt_us / 64).min(r);
+        }
     }
 
     /// The retransmission timeout as the measurements give it.

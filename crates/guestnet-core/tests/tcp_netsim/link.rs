@@ -30,9 +30,10 @@ pub struct Wire {
     count: u64,
 }
 
-/// Per mille of frames that are lost, delayed past others, or arrive twice.
+/// Per mille of frames that are lost, delayed past others, or arrive twice; and the time that each takes.
 #[derive(Clone, Copy)]
 pub struct Faults {
+    pub delay_us: u64,
     pub loss: u32,
     pub reorder: u32,
     pub repeat: u32,
@@ -44,10 +45,10 @@ impl Wire {
             return;
         }
         if rng.permille(faults.repeat) {
-            self.put(now_us + 50 + rng.below(2000), frame.clone());
+            self.put(now_us + faults.delay_us + rng.below(2000), frame.clone());
         }
         let delay = if rng.permille(faults.reorder) { rng.below(3000) } else { 0 };
-        self.put(now_us + 50 + delay, frame);
+        self.put(now_us + faults.delay_us + delay, frame);
     }
 
     fn put(&mut self, at: u64, frame: Vec<u8>) {

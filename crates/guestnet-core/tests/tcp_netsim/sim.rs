@@ -23,6 +23,8 @@ pub struct Scenario {
     pub seed: u64,
     pub upload: usize,
     pub download: usize,
+    /// From end to end.
+    pub delay_us: u64,
     /// Per mille.
     pub loss: u32,
     pub reorder: u32,
@@ -35,6 +37,13 @@ pub struct Scenario {
     pub gso_max: u32,
     /// Short sends, dribbling input, a port that is often full, a guest that reads in bits.
     pub rough_host: bool,
+}
+
+impl Scenario {
+    pub fn faults(&self) -> Faults {
+        let (loss, reorder, repeat) = (self.loss, self.reorder, self.repeat);
+        Faults { delay_us: self.delay_us, loss, reorder, repeat }
+    }
 }
 
 #[derive(Debug)]
@@ -289,7 +298,7 @@ impl<'a> World<'a> {
 
     /// Cuts and completes what the relay sent, as an attachment would, and puts it on the wire.
     fn flush_to_guest(&mut self) {
-        let faults = Faults { loss: self.s.loss, reorder: self.s.reorder, repeat: self.s.repeat };
+        let faults = self.s.faults();
         for mut sent in self.mock.take() {
             let mut frames = Vec::new();
             if let Some(gso) = sent.meta.gso {
@@ -319,7 +328,7 @@ impl<'a> World<'a> {
             self.guest_app()?;
             self.answer_arp();
         }
-        let faults = Faults { loss: self.s.loss, reorder: self.s.reorder, repeat: self.s.repeat };
+        let faults = self.s.faults();
         for frame in std::mem::take(&mut self.nic.tx) {
             self.up.send(self.now_us, frame, faults, &mut self.rng);
         }

@@ -102,8 +102,7 @@ fn the_fin_is_sent_again() {
     s.host_closes();
     s.recv("F. 11");
     s.pass(200);
-    s.recv("P. 1:11");
-    s.recv("F. 11");
+    s.recv("FP. 1:11");
     s.send(". 1 ack 11");
     s.silent();
     s.pass(200);
@@ -321,12 +320,11 @@ fn the_last_bytes_carry_the_fin() {
     s.recv("FP. 1:2001 ack 1 gso 1460");
     s.silent();
     assert_eq!((s.tcb.state_name(), s.mock.peeks), ("fin_wait_1", before + 1));
-    // Both are lost; the data goes alone, then the FIN.
+    // Both segments are lost; the second carries the FIN again.
     s.pass(200);
     s.recv("P. 1:1461 ack 1");
     s.send(". 1 ack 1461");
-    s.recv("P. 1461:2001 ack 1");
-    s.recv("F. 2001 ack 1");
+    s.recv("FP. 1461:2001 ack 1");
     s.send(". 1 ack 2002");
     assert_eq!((s.tcb.state_name(), s.host().discarded), ("fin_wait_2", 2000));
 }

@@ -11,5 +11,6 @@ mod closing;
 mod download;
 mod hostile;
 mod keepalive;
+mod loss;
 mod opening;
 mod upload;

@@ -1,6 +1,7 @@
 //! Theory of operation: scenarios of the TCP relay that read like packet traces. [`Sim`] holds one flow, the
 //! mock world and a virtual clock. Segments are written as in tcpdump, with sequence numbers relative to each
 //! side's SYN: `"S 0 win 65535 mss 1460 ws 7"`, `". 1 ack 1"`, `"P. 1:101 ack 1"`, `"F. 101 ack 1"`, `"R 101"`.
+//! An ACK with SACK blocks is `". 1 ack 1 sack 1461:2921,4381:5841"`.
 //! Payload is a fixed pattern of the stream's offset, so that what arrives can be checked byte by byte.
 #![allow(dead_code, missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -11,7 +12,7 @@ use guestnet_core::tcp::{Budget, Ctx, Fate, Path, Tcb, Timeouts};
 use guestnet_core::types::{Csum, FlowId, Gso, PortId, SockId, Time};
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::segment::complete_checksum;
-use guestnet_wire::tcp::{MIN_LEN, Options, Tcp, flags};
+use guestnet_wire::tcp::{MIN_LEN, Options, SackBlocks, Tcp, flags};
 use guestnet_wire::{parse, proto};
 
 pub const GUEST_ISN: u32 = 0xffff_ff00;
@@ -85,6 +86,17 @@ impl Line {
                 "mss" => line.options.mss = Some(number() as u16),
                 "ws" => line.options.wscale = Some(number() as u8),
                 "ts" => line.options.timestamps = Some((number(), number())),
+                "sackok" => line.options.sack_permitted = true,
+                // `sack 1461:2921,4381:5841`: of the peer's numbers, as `ack` is.
+                "sack" => {
+                    for block in words.next().expect("SACK blocks").split(',') {
+                        let (left, right) = block.split_once(':').expect("a block");
+                        assert!(
+                            line.options.sack.push(left.parse().unwrap(), right.parse().unwrap()),
+                            "{text:?}"
+                        );
+                    }
+                }
                 "gso" => line.gso = Some(number() as u16),
                 "nows" => line.no_ws = true,
                 "nots" => line.no_ts = true,
@@ -93,6 +105,15 @@ impl Line {
         }
         line
     }
+}
+
+/// The blocks with their numbers counted from `isn`.
+fn shifted(blocks: &SackBlocks, isn: u32) -> SackBlocks {
+    let mut shifted = SackBlocks::default();
+    for (left, right) in blocks.as_slice() {
+        assert!(shifted.push(isn.wrapping_add(*left), isn.wrapping_add(*right)));
+    }
+    shifted
 }
 
 /// A frame of the relay, taken apart.
@@ -313,7 +334,8 @@ impl Sim {
         if line.flags & flags::SYN != 0 {
             self.guest_wscale = line.options.wscale.is_some();
         }
-        call!(self, segment, &tcp, &line.options, &payload);
+        let options = Options { sack: shifted(&line.options.sack, OUR_ISN), ..line.options };
+        call!(self, segment, &tcp, &options, &payload);
     }
 
     /// Bytes and perhaps the end come from the outside.
@@ -367,6 +389,12 @@ impl Sim {
         }
         assert!(!line.no_ws || seen.options.wscale.is_none(), "{shown} is not {text}");
         assert!(!line.no_ts || seen.options.timestamps.is_none(), "{shown} is not {text}");
+        if line.options.sack_permitted {
+            assert!(seen.options.sack_permitted, "{shown} is not {text}");
+        }
+        if !line.options.sack.is_empty() {
+            assert_eq!(seen.options.sack, shifted(&line.options.sack, GUEST_ISN), "{shown} is not {text}");
+        }
         if let Some(gso) = line.gso {
             assert_eq!(seen.gso, Some(gso), "{shown} is not {text}");
         }
