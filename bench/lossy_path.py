@@ -11,22 +11,17 @@ loss run at the same time, so that all have the same machine; a cell is the medi
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import signal
 import statistics
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from lab import Lab, need, tap
-from lab.lossy import forward
-from lab.namespaces import OUT4, ip
-from lab.process import Process
+from lab import Lab, need
+from lab.lossy import LossyGuest, add_lossy_guest, forward_in_kernel
+from lab.namespaces import OUT4
 
 PORT = 9300
 SIZES = {1: 40, 2: 20, 5: 10, 10: 3}
@@ -76,82 +71,7 @@ else:
     assert c.recv(1) == b"!"
 print(time.monotonic() - start)
 """
-RULES = """
-table ip guestnet_lossy {
-    chain post { type nat hook postrouting priority 100; oifname "up0" masquerade; }
-}
-"""
-_numbers = itertools.count(1)
-
-
-@dataclass
-class Guest:
-    """A guest behind a path of its own."""
-
-    contender: str
-    ns: str
-    path: Process
-
-
-def add_guest(lab: Lab, contender: str, loss: float, delay: float, seed: int) -> Guest:
-    number = next(_numbers)
-    ns = lab.add_namespace(f"{lab.host}-l{number}")
-    command = [sys.executable, __file__, "--path", contender, ns, str(number), str(loss), str(delay), str(seed)]
-    path = lab.start(command, ready="^ready$")
-    ip("-n", ns, "address", "add", f"10.77.{number}.2/24", "dev", "eth0")
-    ip("-n", ns, "link", "set", "eth0", "up")
-    ip("-n", ns, "route", "add", "default", "via", f"10.77.{number}.1")
-    if contender == "kernel":
-        ip("-n", lab.host, "address", "add", f"10.77.{number}.1/24", "dev", f"tap{number}")
-        ip("-n", lab.host, "link", "set", f"tap{number}", "up", "txqueuelen", "20000")
-    return Guest(contender, ns, path)
-
-
-def run_path(words: list[str]) -> None:
-    """One guest's path, in *host*, until it is ended."""
-    contender, ns, number, loss, delay, seed = words
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    stop = signal_descriptor()
-    guest = tap.open_tap(ns, "eth0", headers=False)
-    chances = {"loss": float(loss), "delay": float(delay), "seed": int(seed), "stop": stop}
-    if contender == "kernel":
-        here = tap.open_tap(Path("/proc/self/ns/net"), f"tap{number}", headers=False)
-        print("ready", flush=True)
-        ways = forward(guest, here, **chances)
-    else:
-        import socket
-
-        from guestnet import NatConfig, NatNetwork
-
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-        for end in (ours, theirs):
-            for option in (33, 32):  # SO_RCVBUFFORCE, SO_SNDBUFFORCE
-                end.setsockopt(socket.SOL_SOCKET, option, 16 << 20)
-        with NatNetwork(NatConfig(subnet=f"10.77.{number}.0/24")) as net:
-            net.create_endpoint("guest")
-            net.attach("guest", "dgram", sock=theirs)
-            print("ready", flush=True)
-            ways = forward(guest, ours.fileno(), **chances)
-            print("retransmits", net.stats().retransmits, flush=True)
-    for way in ways:
-        print("way", way.passed, way.lost, way.refused, flush=True)
-
-
-def signal_descriptor() -> int:
-    """A descriptor that is readable once SIGTERM came."""
-    import os
-
-    ours, theirs = os.pipe()
-
-    def wait() -> None:
-        signal.sigwait({signal.SIGTERM})
-        os.close(theirs)
-
-    threading.Thread(target=wait, daemon=True).start()
-    return ours
-
-
-def once(lab: Lab, guest: Guest, way: str, size: int) -> float:
+def once(lab: Lab, guest: LossyGuest, way: str, size: int) -> float:
     """Megabytes a second of one transfer."""
     command = [sys.executable, "-c", CLIENT, way, str(size)]
     took = float(lab.check(command, ns=guest.ns, seconds=900))
@@ -168,7 +88,7 @@ def measure(lab: Lab, loss: int, size: int, delay: float, rounds: int) -> dict[s
     """Both contenders, both ways, so many rounds, all at the same time."""
     cells = [(c, w, r) for r in range(rounds) for w in ("down", "up") for c in ("guestnet", "kernel")]
     found: dict[str, list[float]] = {}
-    guests = {cell: add_guest(lab, cell[0], loss / 100, delay, 100 * loss + cell[2]) for cell in cells}
+    guests = {cell: add_lossy_guest(lab, cell[0], loss / 100, delay, 100 * loss + cell[2]) for cell in cells}
     with ThreadPoolExecutor(len(cells)) as pool:
         runs = {cell: pool.submit(once, lab, guest, cell[1], size) for cell, guest in guests.items()}
         for (contender, way, _), run in runs.items():
@@ -183,16 +103,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--megabytes", type=float, help="of each transfer, instead of one that takes a minute")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--path", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.path:
-        run_path(options.path)
-        return
     need.root()
     table: dict[str, dict[str, list[float]]] = {}
     with Lab() as lab:
-        lab.sysctl(lab.host, "net.ipv4.ip_forward", "1")
-        assert lab.run(["nft", "-f", "-"], stdin=RULES).returncode == 0
+        forward_in_kernel(lab)
         lab.start([sys.executable, "-c", SERVER], ns=lab.out, ready="^ready$")
         for text in options.loss.split(","):
             loss = int(text)

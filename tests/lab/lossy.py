@@ -1,16 +1,26 @@
-"""A path that delays and loses frames, between a guest's TAP and whatever serves it: what netem does where the
-kernel has it. Each frame takes `delay` seconds, and each is lost with the same probability, by itself; the
-seed decides which."""
+"""A guest whose link delays and loses frames: what netem does where the kernel has it. Each frame takes so many
+seconds, and each is lost with the same probability, by itself; a seed decides which. A process of its own carries
+the frames between the guest's TAP and guestnet, or a TAP of *host* where the kernel forwards."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import select
+import signal
+import socket
+import sys
+import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from lab import tap
+from lab.namespaces import Lab, ip
+from lab.process import Process
 
 FRAME_MAX = 65536
 BURST = 64
@@ -76,3 +86,89 @@ def forward(a: int, b: int, *, loss: float, delay: float, seed: int, stop: int) 
             if way.source in ready:
                 way.take(now)
             way.give(now)
+
+
+RULES = """
+table ip guestnet_lossy {
+    chain post { type nat hook postrouting priority 100; oifname "up0" masquerade; }
+}
+"""
+SOCKET_BUFFER = 16 << 20
+SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
+_numbers = itertools.count(1)
+
+
+@dataclass
+class LossyGuest:
+    """A guest behind a path of its own, served by `contender`: "guestnet" or "kernel"."""
+
+    contender: str
+    ns: str
+    path: Process
+
+
+def forward_in_kernel(lab: Lab) -> None:
+    """Lets *host* forward and masquerade for guests of the contender "kernel"."""
+    lab.sysctl(lab.host, "net.ipv4.ip_forward", "1")
+    done = lab.run(["nft", "-f", "-"], stdin=RULES)
+    assert done.returncode == 0, done.stderr
+
+
+def add_lossy_guest(lab: Lab, contender: str, loss: float, delay: float, seed: int) -> LossyGuest:
+    """A guest with its path; `loss` from 0 to 1 and `delay` in seconds are of one way."""
+    number = next(_numbers)
+    ns = lab.add_namespace(f"{lab.host}-l{number}")
+    words = [contender, ns, str(number), str(loss), str(delay), str(seed)]
+    env = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    path = lab.start([sys.executable, "-m", "lab.lossy", *words], env=env, ready="^ready$")
+    ip("-n", ns, "address", "add", f"10.77.{number}.2/24", "dev", "eth0")
+    ip("-n", ns, "link", "set", "eth0", "up")
+    ip("-n", ns, "route", "add", "default", "via", f"10.77.{number}.1")
+    if contender == "kernel":
+        device = f"tap{number}"
+        ip("-n", lab.host, "address", "add", f"10.77.{number}.1/24", "dev", device)
+        ip("-n", lab.host, "link", "set", device, "up", "txqueuelen", "20000")
+    return LossyGuest(contender, ns, path)
+
+
+def _stop_descriptor() -> int:
+    """A descriptor that is readable once SIGTERM came."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    ours, theirs = os.pipe()
+
+    def wait() -> None:
+        signal.sigwait({signal.SIGTERM})
+        os.close(theirs)
+
+    threading.Thread(target=wait, daemon=True).start()
+    return ours
+
+
+def _serve(contender: str, ns: str, number: str, loss: float, delay: float, seed: int) -> None:
+    """One guest's path, in *host*, until it is ended; prints what passed and what was lost."""
+    stop = _stop_descriptor()
+    guest = tap.open_tap(ns, "eth0", headers=False)
+    if contender == "kernel":
+        here = tap.open_tap(Path("/proc/self/ns/net"), f"tap{number}", headers=False)
+        print("ready", flush=True)
+        ways = forward(guest, here, loss=loss, delay=delay, seed=seed, stop=stop)
+    else:
+        from guestnet import NatConfig, NatNetwork
+
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        for end in (ours, theirs):
+            for option in (SO_RCVBUFFORCE, SO_SNDBUFFORCE):
+                end.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER)
+        with NatNetwork(NatConfig(subnet=f"10.77.{number}.0/24")) as net:
+            net.create_endpoint("guest")
+            net.attach("guest", "dgram", sock=theirs)
+            print("ready", flush=True)
+            ways = forward(guest, ours.fileno(), loss=loss, delay=delay, seed=seed, stop=stop)
+        print("retransmits", net.stats().retransmits, flush=True)
+    for way in ways:
+        print("way", way.passed, way.lost, way.refused, flush=True)
+
+
+if __name__ == "__main__":
+    _contender, _ns, _number, _loss, _delay, _seed = sys.argv[1:]
+    _serve(_contender, _ns, _number, float(_loss), float(_delay), int(_seed))

@@ -243,7 +243,7 @@ impl Tcb {
         }
         if len > 0 {
             if seq.plus(len as u32).le(self.rcv_nxt) {
-                self.repeated = Some((seq, seq.plus(len as u32)));
+                self.repeated = (seq, len as u32);
             }
             self.ack_now = true;
             self.wants_batch = true;
@@ -358,8 +358,8 @@ impl Tcb {
         let fin_at = seq.plus(payload.len() as u32);
         let (mut seq, mut data) = (seq, payload);
         if seq.lt(self.rcv_nxt) {
-            self.repeated = Some((seq, self.rcv_nxt));
             let old = (self.rcv_nxt.since(seq) as usize).min(data.len());
+            self.repeated = (seq, old as u32);
             data = &data[old..];
             seq = self.rcv_nxt;
         }
@@ -465,7 +465,7 @@ impl Tcb {
         let buffer = self.buffer.get_or_insert_with(Box::<Buffer>::default);
         let end = seq.plus(data.len() as u32);
         if !data.is_empty() && buffer.holds(seq, end) {
-            self.repeated = Some((seq, end));
+            self.repeated = (seq, end.since(seq));
         }
         // On a path that loses, the sender needs each ACK.
         (self.patience, self.ack_every) = (self.patience.min(PATIENT - 1), 0);

@@ -86,8 +86,8 @@ pub struct Tcb {
     /// `rcv_nxt` as of the last ACK that was sent.
     last_ack: Seq,
     buffer: Option<Box<Buffer>>,
-    /// Bytes that arrived twice, for the next ACK to say so (RFC 2883).
-    repeated: Option<(Seq, Seq)>,
+    /// Bytes that arrived twice, for the next ACK to say so (RFC 2883): from where, and how many.
+    repeated: (Seq, u32),
     // ---- host to guest
     iss: Seq,
     /// First byte not acknowledged.
@@ -189,7 +189,7 @@ impl Tcb {
             rcv_adv: zero,
             last_ack: zero,
             buffer: None,
-            repeated: None,
+            repeated: (zero, 0),
             iss,
             snd_una: iss,
             snd_max: iss,

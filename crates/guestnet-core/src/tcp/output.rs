@@ -164,7 +164,7 @@ impl Tcb {
         self.ack_now = false;
         self.ack_at = None;
         self.thinned = false;
-        self.repeated = None;
+        self.repeated.1 = 0;
         self.last_ack = self.rcv_nxt;
     }
 
@@ -204,7 +204,7 @@ impl Tcb {
         let window = self.offer(cx, false);
         let tcp = self.tcp(cx.path, self.ack_seq(), flags::ACK, window);
         let mut options = self.options(cx.now);
-        if self.sack_on && (self.repeated.is_some() || self.buffer.is_some()) {
+        if self.sack_on && (self.repeated.1 > 0 || self.buffer.is_some()) {
             options.sack = self.sack_blocks();
         }
         self.ack_now = true;
@@ -218,8 +218,9 @@ impl Tcb {
     #[cold]
     fn sack_blocks(&self) -> SackBlocks {
         let mut blocks = SackBlocks::default();
-        if let Some((from, to)) = self.repeated {
-            blocks.push(from.0, to.0);
+        let (from, len) = self.repeated;
+        if len > 0 {
+            blocks.push(from.0, from.plus(len).0);
         }
         let most = if self.ts_on { SACK_WITH_TS } else { SACK_ALONE };
         if let Some(b) = &self.buffer {
