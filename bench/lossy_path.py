@@ -1,11 +1,12 @@
-"""TCP between a guest and the outside when the guest's link loses frames: through guestnet and through the kernel.
+"""TCP of a guest whose link loses frames: through guestnet, and through the kernel on the same path.
 
     sudo .venv/bin/python bench/lossy_path.py [--loss 1,5,10] [--rtt 50] [--rounds 5] [--json FILE]
 
-Each guest has a namespace and a TAP. Behind the TAP a forwarder (tests/lab/lossy.py) delays each frame and loses
-some, each way, by a seed. Behind that is guestnet, or a TAP of *host* where the kernel forwards and masquerades:
-the same path with the same seeds. All guests and servers use CUBIC, the kernel's own default. Transfers of one
-loss run at the same time, so that all have the same machine; a cell is the median of the rounds.
+Each guest has a namespace and a TAP. Behind the TAP a forwarder (tests/lab/lossy.py) delays each frame and
+loses some, each way, by a seed. Behind that is guestnet, or a TAP of *host* where the kernel forwards and
+masquerades: the same path with the same seeds. All guests and servers use CUBIC, Linux's own default.
+Transfers of one loss run at the same time, so that all have the same machine; a cell is the median of the
+rounds.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ else:
     assert c.recv(1) == b"!"
 print(time.monotonic() - start)
 """
+
+
 def once(lab: Lab, guest: LossyGuest, way: str, size: int) -> float:
     """Megabytes a second of one transfer."""
     command = [sys.executable, "-c", CLIENT, way, str(size)]
@@ -101,7 +104,9 @@ def main() -> None:
     parser.add_argument("--loss", default="1,5,10", help="percent each way")
     parser.add_argument("--rtt", type=float, default=50, help="milliseconds")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--megabytes", type=float, help="of each transfer, instead of one that takes a minute")
+    parser.add_argument(
+        "--megabytes", type=float, help="of each transfer, instead of one that takes a minute"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     need.root()

@@ -243,7 +243,7 @@ impl Tcb {
         }
         if len > 0 {
             if seq.plus(len as u32).le(self.rcv_nxt) {
-                self.repeated = (seq, len as u32);
+                self.note_repeated(seq, len);
             }
             self.ack_now = true;
             self.wants_batch = true;
@@ -359,7 +359,7 @@ impl Tcb {
         let (mut seq, mut data) = (seq, payload);
         if seq.lt(self.rcv_nxt) {
             let old = (self.rcv_nxt.since(seq) as usize).min(data.len());
-            self.repeated = (seq, old as u32);
+            self.note_repeated(seq, old);
             data = &data[old..];
             seq = self.rcv_nxt;
         }
@@ -461,12 +461,17 @@ impl Tcb {
         Ok(taken == data.len())
     }
 
+    /// `len` bytes from `from` on arrived again.
+    fn note_repeated(&mut self, from: Seq, len: usize) {
+        (self.repeated, self.repeated_len) = (from, u16::try_from(len).unwrap_or(u16::MAX));
+    }
+
     fn keep_ahead<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, seq: Seq, data: &[u8], fin_at: Option<Seq>) {
-        let buffer = self.buffer.get_or_insert_with(Box::<Buffer>::default);
         let end = seq.plus(data.len() as u32);
-        if !data.is_empty() && buffer.holds(seq, end) {
-            self.repeated = (seq, end.since(seq));
+        if !data.is_empty() && self.buffer.as_ref().is_some_and(|b| b.holds(seq, end)) {
+            self.note_repeated(seq, data.len());
         }
+        let buffer = self.buffer.get_or_insert_with(Box::<Buffer>::default);
         // On a path that loses, the sender needs each ACK.
         (self.patience, self.ack_every) = (self.patience.min(PATIENT - 1), 0);
         if !buffer.insert(seq, data, cx.budget) {

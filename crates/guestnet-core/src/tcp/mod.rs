@@ -87,7 +87,8 @@ pub struct Tcb {
     last_ack: Seq,
     buffer: Option<Box<Buffer>>,
     /// Bytes that arrived twice, for the next ACK to say so (RFC 2883): from where, and how many.
-    repeated: (Seq, u32),
+    repeated: Seq,
+    repeated_len: u16,
     // ---- host to guest
     iss: Seq,
     /// First byte not acknowledged.
@@ -102,8 +103,6 @@ pub struct Tcb {
     cwnd: u32,
     /// What is lost and how the window comes back; `None` while nothing was ever lost.
     recovery: Option<Box<Recovery>>,
-    /// A tail loss probe is on its way: its end, and whether it was a retransmission.
-    tail_probe: Option<(Seq, bool)>,
     /// Acknowledged, but not yet discarded from the socket (done once per batch).
     undiscarded: u32,
     mss: u16,
@@ -124,11 +123,9 @@ pub struct Tcb {
     rtt_from: Option<Time>,
     rtt_seq: Seq,
     srtt_us: u32,
-    /// The least that was measured of late.
-    min_rtt_us: u32,
     rttvar_us: u32,
     rto_ms: u32,
-    challenge_second: u32,
+    challenge_second: u16,
     /// When the ACK that waits for an answer goes out alone.
     ack_at: Option<Time>,
     /// Rises with each answer that follows a question; from [`timers::PATIENT`] on ACKs wait.
@@ -189,7 +186,8 @@ impl Tcb {
             rcv_adv: zero,
             last_ack: zero,
             buffer: None,
-            repeated: (zero, 0),
+            repeated: zero,
+            repeated_len: 0,
             iss,
             snd_una: iss,
             snd_max: iss,
@@ -199,7 +197,6 @@ impl Tcb {
             max_wnd: 0,
             cwnd: MAX_FLIGHT,
             recovery: None,
-            tail_probe: None,
             undiscarded: 0,
             mss: DEFAULT_MSS,
             ip_id: 0,
@@ -217,7 +214,6 @@ impl Tcb {
             rtt_from: None,
             rtt_seq: iss,
             srtt_us: 0,
-            min_rtt_us: 0,
             rttvar_us: 0,
             rto_ms: timers::RTO_INITIAL_MS,
             challenge_second: 0,

@@ -164,7 +164,7 @@ impl Tcb {
         self.ack_now = false;
         self.ack_at = None;
         self.thinned = false;
-        self.repeated.1 = 0;
+        self.repeated_len = 0;
         self.last_ack = self.rcv_nxt;
     }
 
@@ -204,7 +204,7 @@ impl Tcb {
         let window = self.offer(cx, false);
         let tcp = self.tcp(cx.path, self.ack_seq(), flags::ACK, window);
         let mut options = self.options(cx.now);
-        if self.sack_on && (self.repeated.1 > 0 || self.buffer.is_some()) {
+        if self.sack_on && (self.repeated_len > 0 || self.buffer.is_some()) {
             options.sack = self.sack_blocks();
         }
         self.ack_now = true;
@@ -218,9 +218,8 @@ impl Tcb {
     #[cold]
     fn sack_blocks(&self) -> SackBlocks {
         let mut blocks = SackBlocks::default();
-        let (from, len) = self.repeated;
-        if len > 0 {
-            blocks.push(from.0, from.plus(len).0);
+        if self.repeated_len > 0 {
+            blocks.push(self.repeated.0, self.repeated.plus(u32::from(self.repeated_len)).0);
         }
         let most = if self.ts_on { SACK_WITH_TS } else { SACK_ALONE };
         if let Some(b) = &self.buffer {
@@ -231,7 +230,7 @@ impl Tcb {
 
     /// An ACK that says where we are, to one who may be guessing; limited per second.
     pub(super) fn challenge<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) {
-        let second = (cx.now.as_ms() / 1000) as u32;
+        let second = (cx.now.as_ms() / 1000) as u16;
         if second != self.challenge_second {
             (self.challenge_second, self.challenges) = (second, 0);
         }

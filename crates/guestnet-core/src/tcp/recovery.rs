@@ -52,10 +52,14 @@ pub(super) struct Recovery {
     /// The latest resend that has arrived, and the round-trip time of what arrived last.
     newest: Time,
     rtt: u64,
+    /// The least round-trip time of late.
+    least: u64,
     /// Quarters of the least round-trip time that reordering may take.
     patience: u8,
     /// When the reordering window of something is over.
     detect_at: Option<Time>,
+    /// A tail loss probe is on its way: its end, and whether it was a retransmission.
+    probe: Option<(Seq, bool)>,
 }
 
 /// What an ACK said, as far as it concerns loss.
@@ -66,6 +70,13 @@ pub(super) struct Acknowledged<'a> {
     /// Bytes by which it moved on.
     pub bytes: u32,
     pub duplicate: bool,
+}
+
+impl Recovery {
+    /// A measured round trip. An old minimum fades, or a path that became longer would never be believed.
+    fn see_rtt(&mut self, ns: u64) {
+        self.least = (self.least + self.least / 64).min(ns);
+    }
 }
 
 impl Tcb {
@@ -97,20 +108,23 @@ impl Tcb {
     /// True when an ACK concerns loss: [`Tcb::take_losses`] is due.
     #[inline]
     pub(super) fn minds_losses(&self, blocks: &SackBlocks) -> bool {
-        self.recovery.is_some()
-            || self.tail_probe.is_some()
-            || (self.sack_on && !blocks.is_empty())
-            || self.dup_acks >= DUP_ACKS
+        self.recovery.is_some() || (self.sack_on && !blocks.is_empty()) || self.dup_acks >= DUP_ACKS
     }
 
-    /// True while some of what is in flight was passed over or is lost.
-    pub(super) fn has_holes(&self) -> bool {
-        self.recovery.as_ref().is_some_and(|r| !r.board.is_empty())
+    /// True when an ACK that took `ns` nanoseconds measures the path: it did not wait for a hole.
+    #[cold]
+    pub(super) fn may_measure(&mut self, ns: u64) -> bool {
+        let Some(r) = &mut self.recovery else { return true };
+        if r.board.is_empty() {
+            r.see_rtt(ns);
+        }
+        r.board.is_empty()
     }
 
     /// True while a recovery is under way or one may be near.
     fn is_recovering(&self) -> bool {
-        self.recovery.as_ref().is_some_and(|r| r.phase != Phase::Open || !r.board.is_empty())
+        let near = |r: &Recovery| r.phase != Phase::Open || r.probe.is_some() || !r.board.is_empty();
+        self.recovery.as_ref().is_some_and(|r| near(r))
     }
 
     /// Forgets all of it and gives back its memory.
@@ -134,8 +148,10 @@ impl Tcb {
                 duplicates: 0,
                 newest: Time(0),
                 rtt: u64::from(self.srtt_us) * 1000,
+                least: u64::from(self.srtt_us) * 1000,
                 patience: 1,
                 detect_at: None,
+                probe: None,
             })
         })
     }
@@ -144,7 +160,7 @@ impl Tcb {
     fn keep_recovery(&mut self, mut r: Box<Recovery>, budget: &mut Budget) {
         if r.board.is_empty() {
             r.board.release(budget);
-            if r.phase == Phase::Open && self.cwnd >= MAX_FLIGHT {
+            if r.phase == Phase::Open && self.cwnd >= MAX_FLIGHT && r.probe.is_none() {
                 return;
             }
         }
@@ -158,7 +174,7 @@ impl Tcb {
         let una = self.snd_una;
         let mut r = self.take_recovery();
         let mut d = Delivery::default();
-        let (iss, now, least) = (self.iss, cx.now, u64::from(self.min_rtt_us) * 1000);
+        let (iss, now, least) = (self.iss, cx.now, r.least);
         // The resend arrived if the echoed timestamp is not older; without one, if there was time for it.
         let genuine = |at: Time| match ack.echo {
             Some(echo) => Self::ts_clock_at(iss, at).le(Seq(echo)),
@@ -175,8 +191,13 @@ impl Tcb {
                     r.board.sack((left, right), now, genuine, cx.budget, &mut d);
                 }
             }
-            if self.rtt_from.is_some() && una.lt(self.rtt_seq) && r.board.has(self.rtt_seq.minus(1)) {
-                self.take_sample(now);
+            if let Some(from) = self.rtt_from
+                && una.lt(self.rtt_seq)
+                && r.board.has(self.rtt_seq.minus(1))
+            {
+                self.rtt_from = None;
+                self.take_rtt(now.since(from));
+                r.see_rtt(now.since(from));
             }
         } else if ack.bytes > 0 {
             r.duplicates = r.duplicates.saturating_sub(ack.bytes.saturating_sub(mss));
@@ -192,13 +213,14 @@ impl Tcb {
             if ack.echo.is_some() {
                 // Karn's rule allows it where the echo names the transmission (RFC 7323 4).
                 self.take_rtt(r.rtt);
+                r.see_rtt(r.rtt);
             }
         }
         self.reordered |= self.sack_on && d.reordered;
         if repeated {
             r.patience = (r.patience + 1).min(PATIENCE_MAX);
         }
-        let probe_arrived = self.end_probe(ack, repeated);
+        let probe_arrived = self.end_probe(&mut r, ack, repeated);
         let mut loss = false;
         if r.phase != Phase::Open && r.until.le(una) {
             if r.phase == Phase::Recovery {
@@ -248,10 +270,9 @@ impl Tcb {
 
     /// Marks what is lost by now, and notes when to look again.
     fn detect(&self, r: &mut Recovery, now: Time, mss: u32, hasty: bool) -> u32 {
-        let (least, srtt) = (u64::from(self.min_rtt_us) * 1000, u64::from(self.srtt_us) * 1000);
         let rule = Rule {
             mss,
-            window: (least / 4 * u64::from(r.patience)).min(srtt),
+            window: (r.least / 4 * u64::from(r.patience)).min(u64::from(self.srtt_us) * 1000),
             rtt: r.rtt,
             newest: r.newest,
             reordered: self.reordered,
@@ -268,7 +289,7 @@ impl Tcb {
         r.before = self.cwnd.min(self.snd_max.since(self.snd_una)).max(1);
         r.ssthresh = r.cubic.reduce(r.before, mss);
         (r.delivered, r.sent) = (0, 0);
-        self.tail_probe = None;
+        r.probe = None;
         if !self.sack_on {
             let dups = u32::from(DUP_ACKS) * mss;
             r.duplicates = dups.min(r.board.in_flight(self.snd_max));
@@ -333,10 +354,9 @@ impl Tcb {
         let distrust = self.retries > 1 || r.board.reneged();
         r.board.lose_all(self.snd_max, distrust);
         r.duplicates = 0;
-        r.detect_at = None;
+        (r.detect_at, r.probe) = (None, None);
         self.dup_acks = 0;
         self.rtt_from = None;
-        self.tail_probe = None;
     }
 
     /// The time has come to look again for what is lost.
@@ -388,8 +408,7 @@ impl Tcb {
     pub(super) fn probe_after_ms(&self) -> u64 {
         let flight = self.snd_max.since(self.snd_una);
         // A guest may wait long before it acknowledges one segment: the timeout is no later then.
-        let probes = flight > u32::from(self.mss) && self.tail_probe.is_none() && self.srtt_us > 0;
-        if !probes || self.is_recovering() {
+        if flight <= u32::from(self.mss) || self.srtt_us == 0 || self.is_recovering() {
             return u64::MAX;
         }
         (u64::from(self.srtt_us) * 2 / 1000).max(PROBE_MIN_MS)
@@ -404,7 +423,7 @@ impl Tcb {
             if let Peek::Data(n) | Peek::Last(n) = self.peek(cx, self.snd_max, want)? {
                 let n = u32::try_from(n).unwrap_or(u32::MAX).min(want);
                 if n > 0 && self.send_data(cx, self.snd_max, n, mss, flags::PSH) {
-                    self.tail_probe = Some((self.snd_max, false));
+                    self.note_probe(false);
                 }
                 return Ok(());
             }
@@ -412,21 +431,28 @@ impl Tcb {
         let fin = u32::from(self.fin_sent);
         let len = (self.snd_max.since(self.snd_una) - fin).min(mss);
         if self.resend(cx, self.snd_max.minus(len + fin), len + fin)? {
-            self.tail_probe = Some((self.snd_max, true));
+            self.note_probe(true);
         }
         Ok(())
     }
 
+    /// A probe went out that ends where all does.
+    fn note_probe(&mut self, again: bool) {
+        let mut r = self.take_recovery();
+        r.probe = Some((self.snd_max, again));
+        self.recovery = Some(r);
+    }
+
     /// Whether this ACK is the answer to a probe; true for one that filled a hole (RFC 8985 7.4.2).
-    fn end_probe(&mut self, ack: &Acknowledged<'_>, repeated: bool) -> Option<bool> {
-        let (end, again) = self.tail_probe?;
+    fn end_probe(&self, r: &mut Recovery, ack: &Acknowledged<'_>, repeated: bool) -> Option<bool> {
+        let (end, again) = r.probe?;
         let reported = ack.blocks.as_slice().iter().any(|(_, right)| end.le(Seq(*right)));
         let repaired = again && !repeated && end.lt(self.snd_una);
         let over = end.lt(self.snd_una) || reported || repeated || (!again && end.le(self.snd_una));
         if !over {
             return None;
         }
-        self.tail_probe = None;
+        r.probe = None;
         Some(repaired)
     }
 }

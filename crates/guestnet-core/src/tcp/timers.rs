@@ -197,31 +197,22 @@ impl Tcb {
             && self.rtt_seq.le(self.snd_una)
         {
             self.rtt_from = None;
-            if self.recovery.is_none() || !self.has_holes() {
+            if self.recovery.is_none() || self.may_measure(now.since(from)) {
                 self.take_rtt(now.since(from));
             }
         }
         self.end_backoff();
     }
 
-    /// The segment that was timed has arrived.
-    pub(super) fn take_sample(&mut self, now: Time) {
-        if let Some(from) = self.rtt_from.take() {
-            self.take_rtt(now.since(from));
-        }
-    }
-
     /// A measured round trip, in nanoseconds.
     pub(super) fn take_rtt(&mut self, ns: u64) {
         let r = (ns / 1000).clamp(1, 60_000_000) as u32;
         if self.srtt_us == 0 {
-            (self.srtt_us, self.rttvar_us, self.min_rtt_us) = (r, r / 2, r);
+            (self.srtt_us, self.rttvar_us) = (r, r / 2);
         } else {
             let delta = self.srtt_us.abs_diff(r);
             self.rttvar_us = self.rttvar_us / 4 * 3 + delta / 4;
             self.srtt_us = (self.srtt_us / 8 * 7 + r / 8).max(1);
-            // An old minimum fades, or a path that became longer would never be believed.
-            self.min_rtt_us = (self.min_rtt_us + self.min_rtt_us / 64).min(r);
         }
     }
 
