@@ -357,6 +357,26 @@ fn rfc4787_req13a_fragments_in_order() {
     assert_eq!(joined, whole[20..]);
 }
 
+/// Outside, the fragments of two guests come from one address: no two packets have one identification.
+#[test]
+fn rfc4787_req13a_packets_that_are_cut_have_identifications_of_their_own() {
+    let mut lab = Lab::new(|c| {
+        (c.mtu_outside, c.mtu_inside) = (1400, 1400);
+        c.filtering_udp = EndpointIndependent;
+    });
+    let b_ext = lab.map(&udp("192.168.64.3:2222", "198.51.100.1:9"));
+    for (to, direction) in [(at("198.51.100.1:1"), Outbound), (b_ext, Inbound)] {
+        let mut ids = std::collections::BTreeSet::new();
+        for guest in [A1000, "192.168.64.4:50000", "192.168.64.5:50000"] {
+            assert_eq!(lab.out(&udp_packet(at(guest), to, &[7; 3000]).id(77).bytes()), Fragmented);
+            let out = lab.output();
+            assert!(out.len() == 3 && out.iter().all(|(d, f)| *d == direction && f[4..6] == out[0].1[4..6]));
+            ids.insert(out[0].1[4..6].to_vec());
+        }
+        assert_eq!(ids.len(), 3);
+    }
+}
+
 #[test]
 fn rfc4787_req14_fragments_in_any_order() {
     let data: Vec<u8> = (0..4000).map(|i| (i / 8) as u8).collect();

@@ -480,7 +480,13 @@ impl NatEngine {
         if self.size(v) > usize::from(self.mtu(to)) { self.cut(p, v, to) } else { done }
     }
 
-    fn cut(&mut self, p: &[u8], v: &View, to: NatDirection) -> NatResult {
+    fn cut(&mut self, p: &mut [u8], v: &View, to: NatDirection) -> NatResult {
+        if v.fragment.is_none() && self.config.internal.has(v.src) {
+            // Guests share an external address: two with one identification would be put together as one packet
+            // (RFC 6864 5.3.1), by chance or because one of them wants it.
+            self.next_id = self.next_id.wrapping_add(1);
+            packet::set_id(p, self.next_id);
+        }
         if self.output.fragment(to, p, v, usize::from(self.mtu(to))) {
             NatResult::Fragmented
         } else {
