@@ -202,6 +202,33 @@ def test_an_urgent_byte_of_the_guest_is_urgent_outside(own_lab: Lab) -> None:
     assert server.wait_line("^plain (.*)$")[1] == "b'beforeafter'"
 
 
+def test_an_urgent_byte_of_the_outside_is_urgent_for_the_guest(own_lab: Lab) -> None:
+    own_lab.start(
+        script(
+            """
+            listener = socket.create_server(("", 7104)); print("ready", flush=True)
+            s, _ = listener.accept(); s.recv(1)
+            s.sendall(b"before"); s.send(b"!", socket.MSG_OOB); s.sendall(b"after"); s.close()
+            """
+        ),
+        ns=own_lab.out,
+        ready="^ready$",
+    )
+    guest = run(
+        own_lab,
+        f"""
+        import select
+        s = socket.create_connection(("{OUT4}", 7104), timeout=10); s.sendall(b"x")
+        select.select([], [], [s], 30); print("urgent", s.recv(1, socket.MSG_OOB))
+        data = b""
+        while more := s.recv(100): data += more
+        print("plain", data)
+        """,
+    )
+    assert guest.wait_line("^urgent (.*)$")[1] == "b'!'"
+    assert guest.wait_line("^plain (.*)$")[1] == "b'beforeafter'"
+
+
 def test_the_dscp_of_a_guest_is_seen_outside(own_lab: Lab) -> None:
     """Of datagrams all of the field, of TCP what the guest sets once it is connected."""
     seen = own_lab.start(

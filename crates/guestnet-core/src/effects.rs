@@ -48,6 +48,9 @@ pub enum Peek {
     Data(usize),
     /// As `Data`, and they are the last: the peer closed its side behind them.
     Last(usize),
+    /// One byte is in the scratch buffer, which the peer sent as urgent. More may follow. Asked for again, it is
+    /// `Data`.
+    Urgent,
     /// Nothing there now; `tcp_ready` will tell.
     Empty,
     /// The peer closed its side and all data before `offset` is all there is.

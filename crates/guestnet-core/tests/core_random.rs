@@ -120,6 +120,7 @@ fn network() -> Net {
         l.flows = 60;
         l.flows_per_port = 30;
         l.udp_sockets_per_port = 8;
+        l.socket_memory = 4 << 20;
         l.reassembly_bytes = 20_000;
         l.reassemblies_per_port = 5;
         l.neighbour_waiting = 6;
@@ -172,6 +173,7 @@ fn socket_event(n: &mut Net, which: u16, kind: u8, v: u16) {
             if n.fx.socks.get(&sock).is_some_and(|s| s.closed.is_none()) {
                 n.fx.sock(sock).inbox.extend(&payload);
                 n.fx.sock(sock).eof = kind == 7;
+                n.fx.sock(sock).held = usize::from(v) * 1000;
             }
             n.core.tcp_ready(now, flow, true, v.is_multiple_of(2), &mut n.fx);
         }

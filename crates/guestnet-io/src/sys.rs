@@ -678,6 +678,15 @@ pub(crate) fn has_data(fd: &OwnedFd, from: u64, to: u64) -> bool {
     }
 }
 
+/// True when the next byte of a TCP socket is one that the peer sent as urgent (sockatmark(3)).
+pub(crate) fn at_mark(fd: &OwnedFd) -> bool {
+    const SIOCATMARK: u32 = 0x8905;
+    let mut at: libc::c_int = 0;
+    // SAFETY: the pointer is to a live int.
+    let asked = unsafe { libc::ioctl(fd.as_raw_fd(), SIOCATMARK as _, &raw mut at) };
+    asked == 0 && at != 0
+}
+
 /// Sends with MSG_OOB: the last byte is urgent.
 pub(crate) fn send_urgent(fd: &OwnedFd, data: &[u8]) -> Result<usize, i32> {
     let flags = libc::MSG_OOB | libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;

@@ -384,6 +384,12 @@ impl Tcb {
                     }
                     sent += n;
                 }
+                Peek::Urgent => {
+                    if !self.send_data(cx, from, 1, mss, flags::URG | flags::PSH) {
+                        return Ok(());
+                    }
+                    sent += 1;
+                }
                 Peek::Empty => {
                     (self.readable, self.hangup) = (false, false);
                     return Ok(());
@@ -405,7 +411,7 @@ impl Tcb {
             return Ok(());
         }
         match self.peek(cx, self.snd_max, 1)? {
-            Peek::Data(_) | Peek::Last(_) => self.arm_if_off(cx.now),
+            Peek::Data(_) | Peek::Last(_) | Peek::Urgent => self.arm_if_off(cx.now),
             Peek::Empty => self.readable = false,
             Peek::Eof => self.send_fin(cx, self.snd_max),
         }
@@ -423,7 +429,9 @@ impl Tcb {
         end: u8,
     ) -> bool {
         let window = self.offer(cx, false);
-        let tcp = self.tcp(cx.path, from, flags::ACK | end, window);
+        let mut tcp = self.tcp(cx.path, from, flags::ACK | end, window);
+        // It points behind the urgent byte (RFC 6093 section 4: as all stacks do), which is the last.
+        tcp.urgent = if end & flags::URG != 0 { n as u16 } else { 0 };
         let h = header(cx.path, &tcp, &self.options(cx.now), n as usize);
         let meta = FrameMeta {
             csum: Csum::Partial { start: h.l4 as u16, offset: 16 },
@@ -501,6 +509,7 @@ impl Tcb {
                 let end = if fin && n == data { flags::FIN | flags::PSH } else { 0 };
                 n > 0 && self.send_data(cx, from, n, mss, end) && n == data
             }
+            Peek::Urgent => self.send_data(cx, from, 1, mss, flags::URG | flags::PSH) && data == 1,
             Peek::Empty | Peek::Eof => false,
         })
     }

@@ -57,6 +57,8 @@ pub struct MockSock {
     pub endless: bool,
     /// The peer closed after `inbox`.
     pub eof: bool,
+    /// Which bytes of all that ever came are urgent, as long as they were not peeked.
+    pub marks: Vec<u64>,
     /// A peek that reaches the end says so with the bytes.
     pub tells_last: bool,
     /// What `tcp_peek` fails with.
@@ -297,14 +299,23 @@ impl Effects for Mock {
             return Ok(Peek::Data(max));
         }
         assert!(offset <= s.inbox.len(), "peek at {offset} of {}", s.inbox.len());
-        let bytes: Vec<u8> = s.inbox.iter().skip(offset).take(max).copied().collect();
+        // A read ends before a mark, and at one it is a byte long.
+        let at = s.discarded + offset as u64;
+        let marked = s.marks.iter().position(|m| *m == at).map(|i| s.marks.swap_remove(i));
+        let before = s.marks.iter().filter(|m| **m > at).map(|m| (m - at) as usize).min();
+        let most = if marked.is_some() { 1 } else { max.min(before.unwrap_or(max)) };
+        let bytes: Vec<u8> = s.inbox.iter().skip(offset).take(most).copied().collect();
         if bytes.is_empty() {
             return Ok(if s.eof { Peek::Eof } else { Peek::Empty });
         }
         let n = bytes.len();
         let last = s.eof && s.tells_last && n < max;
         self.scratch = bytes;
-        Ok(if last { Peek::Last(n) } else { Peek::Data(n) })
+        Ok(match marked {
+            Some(_) => Peek::Urgent,
+            None if last => Peek::Last(n),
+            None => Peek::Data(n),
+        })
     }
 
     fn tcp_discard(&mut self, sock: SockId, len: usize) {

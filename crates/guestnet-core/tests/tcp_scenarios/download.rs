@@ -364,3 +364,24 @@ fn a_smaller_mtu_behind_the_guest_makes_smaller_segments() {
     s.send(". 1 ack 5641");
     s.live();
 }
+
+#[test]
+fn an_urgent_byte_of_the_peer_is_urgent_for_the_guest() {
+    let mut s = Sim::open();
+    s.host().marks = vec![5, 20];
+    s.host_writes(10);
+    s.ready(true, true);
+    assert_eq!(s.recv("P. 1:6 ack 1").tcp.urgent, 0);
+    assert_eq!(s.recv("PU. 6:7 ack 1").tcp.urgent, 1);
+    assert_eq!(s.recv("P. 7:11 ack 1").tcp.urgent, 0);
+    s.send(". 1 ack 11");
+    // Sent again it is an ordinary byte, and what comes behind it too.
+    s.host_writes(30);
+    s.ready(true, true);
+    s.recv("P. 11:21 ack 1");
+    s.recv("PU. 21:22 ack 1");
+    s.recv("P. 22:41 ack 1");
+    s.silent();
+    s.send(". 1 ack 41");
+    assert_eq!(s.host().discarded, 40);
+}

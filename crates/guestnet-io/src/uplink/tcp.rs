@@ -90,7 +90,7 @@ pub(crate) fn host_ttl() -> u8 {
 }
 
 /// What a listening socket of a published port is set to; its connections inherit it. Relayed segments were
-/// already gathered by the guest's stack; urgent data is plain data. Neither is worth refusing one for.
+/// already gathered by the guest's stack; urgent data stays among the rest, with a mark. Neither is worth refusing one for.
 pub(crate) fn prepare_listener(fd: &OwnedFd) {
     let _best_effort = sys::set_opt(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1);
     let _best_effort = sys::set_opt(fd, libc::SOL_SOCKET, libc::SO_OOBINLINE, 1);
@@ -287,7 +287,9 @@ impl Socks {
         }
         let mut got = have;
         if !tcp.bulk && may_keep && !tcp.unix && offset == tcp.kept.len() && offset < KEEP_MAX {
-            let room = scratch.get_mut(..max.min(SMALL)).unwrap_or(&mut []);
+            let urgent = tcp.urgent && have == 0 && sys::at_mark(fd);
+            let most = if urgent { 1 } else { max.min(SMALL) };
+            let room = scratch.get_mut(..most).unwrap_or(&mut []);
             got = match sys::recv(fd, room, 0) {
                 Ok(0) => return Ok((Peek::Eof, 0)),
                 Ok(n) => n,
@@ -298,6 +300,9 @@ impl Socks {
             self.kept_all += got;
             if let Some(o) = &mut tcp.offset {
                 *o = o.saturating_sub(got);
+            }
+            if urgent {
+                return Ok((Peek::Urgent, 0));
             }
             if got < max.min(SMALL) || got == max {
                 return Ok((tcp.data(got, max), 0));
@@ -480,6 +485,7 @@ mod tests {
         for _ in 0..200 {
             match s.tcp_peek(id, offset, max, &mut scratch).unwrap() {
                 (Peek::Data(n) | Peek::Last(n), at) => return Ok(scratch[at..at + n].to_vec()),
+                (Peek::Urgent, at) => return Ok(vec![scratch[at]]),
                 (Peek::Eof, _) => return Err(Peek::Eof),
                 (Peek::Empty, _) => std::thread::sleep(std::time::Duration::from_millis(1)),
             }
@@ -568,6 +574,37 @@ mod tests {
             got.extend(more);
         }
         assert_eq!(got, b"abcd");
+    }
+
+    #[test]
+    fn an_urgent_byte_of_the_peer_is_read_alone_and_told_as_such() {
+        let mut s = Socks::new();
+        let (id, other) = pair(&mut s);
+        other.set_nodelay(true).unwrap();
+        let raw = OwnedFd::from(other);
+        sys::send(&raw, b"ab").unwrap();
+        sys::send_urgent(&raw, b"c").unwrap();
+        sys::send(&raw, b"d").unwrap();
+        // As the poller would tell of it.
+        for _ in 0..1000 {
+            if sys::poll_now(&s.get(id).unwrap().fd, libc::POLLPRI) & libc::POLLPRI != 0 {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        tcp(&mut s, id).urgent = true;
+        let (mut scratch, mut seen) = (Vec::new(), Vec::new());
+        while seen.len() < 4 {
+            let at = seen.len();
+            match s.tcp_peek(id, at, 100, &mut scratch).unwrap() {
+                (Peek::Data(n), from) => seen.extend(scratch[from..from + n].iter().map(|b| (*b, false))),
+                (Peek::Urgent, from) => seen.push((scratch[from], true)),
+                _ => std::thread::sleep(std::time::Duration::from_millis(1)),
+            }
+        }
+        assert_eq!(seen, [(b'a', false), (b'b', false), (b'c', true), (b'd', false)]);
+        // Sent again, it is data like the rest.
+        assert_eq!(peek(&mut s, id, 1, 100).unwrap(), b"bcd");
     }
 
     #[test]
