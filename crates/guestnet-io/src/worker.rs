@@ -357,6 +357,8 @@ pub(crate) struct State {
     capture_flush: Option<Time>,
     /// When it was seen last whether front-ends made this thread wait.
     pub looked_at: Time,
+    /// It waited since the last round began.
+    may_have_slept: bool,
     /// Until when they are looked at more closely.
     pub suspicious_until: Option<Time>,
 }
@@ -410,6 +412,7 @@ impl State {
             closing: Vec::new(),
             capture_flush: None,
             looked_at: now,
+            may_have_slept: true,
             suspicious_until: None,
         }
     }
@@ -428,7 +431,7 @@ impl State {
         self.io.now = self.now;
         self.looked_at = self.now;
         if self.io.ports.had_front_ends {
-            vhost::begin_round();
+            vhost::begin_round(std::mem::take(&mut self.may_have_slept));
         }
         if self.waker.take_urgent() {
             self.urgent_commands();
@@ -562,6 +565,7 @@ impl State {
                 timeout = if self.io.has_news() { Some(0) } else { timeout };
             }
             let sleeps = timeout != Some(0);
+            self.may_have_slept |= sleeps;
             if let Some(p) = self.io.peers.as_ref().filter(|_| sleeps)
                 && !p.fall_asleep()
             {

@@ -150,6 +150,18 @@ impl Region {
         self.watched.as_ref().is_some_and(Watched::is_lost)
     }
 
+    /// True when all of `len` bytes from byte `inside` on lie in the region, on pages that may be touched.
+    #[inline]
+    fn is_known(&self, inside: u64, len: usize) -> bool {
+        if len as u64 > self.spec.size - inside {
+            return false;
+        }
+        let Some(pages) = &self.pages else { return true };
+        let first = inside + (self.spec.offset - self.from);
+        let last = (first + len as u64).saturating_sub(1) >> pages.shift;
+        (first >> pages.shift..=last).all(|page| pages.known.get(page))
+    }
+
     /// The first piece of `len` bytes from byte `inside` on, which must lie in the region. It ends where pages of
     /// another kind begin.
     fn piece(&mut self, inside: u64, len: usize, access: Access, checks: &mut u32) -> Result<Piece, Fault> {
@@ -403,7 +415,20 @@ impl Memory {
     }
 
     /// Copies `to.len()` bytes from a guest address.
+    #[inline]
     pub(super) fn read(&mut self, at: u64, to: &mut [u8]) -> Result<(), Fault> {
+        let (r, inside) = find(&mut self.regions, at)?;
+        if r.is_known(inside, to.len()) {
+            // SAFETY: `inside` and as many bytes behind it are in the region, which is mapped; `to` is ours alone.
+            unsafe { copy(r.base.add(inside as usize).cast_const(), to.as_mut_ptr(), to.len()) };
+            return Ok(());
+        }
+        self.read_pieces(at, to)
+    }
+
+    /// The same piece by piece, for stretches of several regions or with pages that are not known.
+    #[cold]
+    fn read_pieces(&mut self, at: u64, to: &mut [u8]) -> Result<(), Fault> {
         let mut done = 0;
         self.pieces(at, to.len(), Access::Read, |p| {
             if let Some(to) = to.get_mut(done..done + p.len()) {
@@ -436,6 +461,7 @@ impl Memory {
 }
 
 /// The region with a guest address, and where it is in it. Of one that is lost nothing more is touched.
+#[inline]
 fn find(regions: &mut [Region], at: u64) -> Result<(&mut Region, u64), Fault> {
     for r in regions {
         let inside = at.wrapping_sub(r.spec.guest);

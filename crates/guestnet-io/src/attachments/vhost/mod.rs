@@ -52,6 +52,8 @@ const CHECK_STEPS: u32 = 4;
 pub(crate) const LONG_ROUND: u64 = 10_000_000;
 /// After a round that took longer, in nanoseconds, no second one is waited for where only one can be the cause.
 const VERY_LONG_ROUND: u64 = 250_000_000;
+/// Rounds in a row without waiting after which it is looked how often the thread has slept.
+const ROUNDS: u64 = 32;
 /// What one front-end makes the worker wait at most, in nanoseconds.
 const STALL: u64 = 5_000_000;
 /// How long front-ends are looked at after a long round, in seconds; doubled each time.
@@ -101,10 +103,14 @@ thread_local! {
     static SLEPT: Cell<i64> = const { Cell::new(0) };
 }
 
-/// A round of a worker begins that has front-ends.
-pub(crate) fn begin_round() {
-    ROUND.set(ROUND.get() + 1);
-    SLEPT.set(sys::times_slept());
+/// A round of a worker begins that has front-ends. `slept`: it may have waited for something to do since the last one.
+pub(crate) fn begin_round(slept: bool) {
+    let round = ROUND.get() + 1;
+    ROUND.set(round);
+    // Now and then all the same: other calls sleep too.
+    if slept || round.is_multiple_of(ROUNDS) {
+        SLEPT.set(sys::times_slept());
+    }
 }
 
 /// A round took `took` nanoseconds until `now`, and the thread slept in it. `touched` are those whose memory was
@@ -739,7 +745,7 @@ mod tests {
             Vhost { listener: None, session, front_ends: FrontEnds::new(Quota::new(&pool)), touched: 0 }
         };
         let (mut honest, mut hostile) = (vhost(), vhost());
-        begin_round();
+        begin_round(true);
         honest.with(|_| ());
         hostile.with(|_| sleep());
         assert!(!hostile.is_stalled(), "nobody looks yet");
@@ -747,7 +753,7 @@ mod tests {
         let both = [&honest, &hostile].into_iter().filter_map(|v| v.touched());
         assert_eq!(after_long_round(now, u64::MAX, both), Some(now.plus_s(WATCH_S)));
         assert!(!honest.is_stalled() && !hostile.is_stalled(), "it may have been either");
-        begin_round();
+        begin_round(true);
         hostile.with(|_| sleep());
         assert!(hostile.is_stalled());
         // What the other one slept is not its doing.
@@ -765,10 +771,10 @@ mod tests {
         let session = Some(Box::new(Guest::new(&pool, memfd()).session));
         let front_ends = FrontEnds::new(Quota::new(&pool));
         let mut v = Vhost { listener: None, session, front_ends, touched: 0 };
-        begin_round();
+        begin_round(true);
         assert!(v.touched().is_none());
         v.with(|_| ());
-        begin_round();
+        begin_round(true);
         assert!(v.touched().is_none(), "that was another round");
         v.with(|_| ());
         after_long_round(sys::now(), LONG_ROUND, v.touched().into_iter());
