@@ -23,7 +23,6 @@ import contextlib
 import errno
 import json
 import os
-import secrets
 import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -165,7 +164,7 @@ def write_id_maps(pid: int, *, host_ids: bool = False) -> dict[str, bool]:
     """
     if os.geteuid() == 0:
         try:
-            first = secrets.choice(_IDS)
+            first = _IDS[int.from_bytes(os.urandom(4), "little") % len(_IDS)]
             maps = [_identity_map(name) if host_ids else _foreign_map(name, first) for name in _MAPS]
             if all(maps):
                 for name, text in zip(_MAPS, maps, strict=True):

@@ -16,7 +16,6 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import PurePath
 
 from guestnet._linux import libc
 
@@ -221,7 +220,7 @@ class NameFiles:
         """Where a change can mean that something was lost."""
         paths = [*self._single, *_NAME_SERVICE_SOCKETS]
         paths += [os.path.realpath(path) for path in self._single]
-        return {str(parent) for path in paths for parent in PurePath(path).parents if parent.name}
+        return {parent for path in paths for parent in _parents(path)}
 
     def _lay(self, place: int, found: list[tuple[int, str]], overlay: bool) -> bool:
         self._place = place
@@ -293,6 +292,12 @@ class NameFiles:
     @staticmethod
     def _source(path: str) -> str:
         return path.lstrip("/")
+
+
+def _parents(path: str) -> Iterator[str]:
+    """The directories on the way to a file, without the root."""
+    while (path := os.path.dirname(path)) != "/":
+        yield path
 
 
 def _write(path: str, text: str, directory: int) -> tuple[int, int]:

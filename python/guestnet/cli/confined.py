@@ -7,11 +7,10 @@ import os
 import socket
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from guestnet._linux.confinement import InForce
+    from guestnet._linux.in_force import InForce
     from guestnet.network import NatNetwork
 
 
@@ -44,10 +43,10 @@ def begin(
     c.begin(start, keep)
 
 
-def settle(network: NatNetwork) -> InForce | None:
-    """Everything is open: drops what only the start needed. Returns what is in force then."""
+def settle(network: NatNetwork) -> None:
+    """Everything is open: drops what only the start needed."""
     if not sys.platform.startswith("linux"):
-        return None
+        return
     from guestnet._linux import confinement
 
     async def there() -> None:
@@ -55,7 +54,15 @@ def settle(network: NatNetwork) -> InForce | None:
 
     confinement.settle_thread()
     network._run(there())
-    return confinement.in_force()
+
+
+def in_force() -> InForce | None:
+    """What confines this process now."""
+    if not sys.platform.startswith("linux"):
+        return None
+    from guestnet._linux import in_force
+
+    return in_force.in_force()
 
 
 def settle_thread() -> None:
@@ -86,9 +93,11 @@ def _are_others(paths: Iterable[str]) -> bool:
     """Whether files are in, or below, a directory of another user than ours and root."""
     us = (0, os.geteuid())
     for path in paths:
-        for parent in Path(os.path.realpath(path)).parents:
+        parent = os.path.realpath(path)
+        while parent != "/":
+            parent = os.path.dirname(parent)
             try:
-                if parent.stat().st_uid not in us:
+                if os.stat(parent).st_uid not in us:
                     return True
             except OSError:
                 return True

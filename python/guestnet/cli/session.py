@@ -100,8 +100,8 @@ def network_of_one(
             # A port that the kernel chose is of no use to who does not know it.
             if options.verbose or (not publication.host_ports[0] and not options.quiet):
                 say(f"guestnet: published {forward}")
-        in_force = confined.settle(network)
-        if options.verbose and in_force is not None:
+        confined.settle(network)
+        if options.verbose and (in_force := confined.in_force()) is not None:
             say(f"guestnet: {in_force}")
         yield network
     finally:

@@ -180,6 +180,17 @@ def end_descendants() -> None:
 
 def _children() -> list[int]:
     """The processes whose parent is this one."""
+    try:
+        found: list[int] = []
+        for thread in os.listdir("/proc/self/task"):
+            with open(f"/proc/self/task/{thread}/children", "rb") as file:
+                found += map(int, file.read().split())
+        return found
+    except OSError:  # a kernel without CONFIG_PROC_CHILDREN
+        return _children_of_all()
+
+
+def _children_of_all() -> list[int]:
     own = os.getpid()
     found = []
     for name in os.listdir("/proc"):

@@ -138,8 +138,8 @@ def main(argv: Sequence[str]) -> int:
             teller.tell("listening", f"guests can attach to {path} ({kind})", kind=kind, path=path)
         if options.pid_file is not None:
             stack.enter_context(_pid_file(options.pid_file))
-        in_force = confined.settle(network)
-        if options.verbose and in_force is not None:
+        confined.settle(network)
+        if options.verbose and (in_force := confined.in_force()) is not None:
             teller.tell("confined", str(in_force), **in_force.details())
         _announce(options.ready_fd)
         out = network.external

@@ -381,3 +381,19 @@ def test_a_root_that_may_not_map_ids_is_warned() -> None:
     )
     assert got.returncode == 0, got.stderr
     assert "root of this host's files" in got.stderr
+
+
+@_ROOT
+def test_a_system_that_forbids_a_proc_of_its_own_is_said() -> None:
+    """As in a container that hides parts of /proc. Processes outside stay out of reach, and names are
+    kept."""
+    code = _DRIVER.replace(
+        "assert namespace.notes == (), namespace.notes", "print(*namespace.notes, file=sys.stderr)"
+    )
+    hide = 'mount -t tmpfs none /proc/fs; mount -t tmpfs none /proc/irq; exec "$@"'
+    step = "kill -KILL -1 2>&-; head -1 /etc/resolv.conf"
+    words = ["unshare", "-m", "sh", "-ec", hide, "sh", sys.executable, "-c", code, "sh", "-c", step]
+    environment = {**os.environ, "OWN_IDS": "1"}
+    got = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False, env=environment)
+    assert (got.returncode, got.stdout) == (0, "nameserver 10.9.8.1\n"), got.stderr
+    assert "Cannot mount a /proc of the guest's own" in got.stderr
