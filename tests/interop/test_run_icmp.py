@@ -71,8 +71,8 @@ def test_path_mtu_is_learned(guest: GuestRunner) -> None:
 
 
 def test_path_mtu_is_told_again_when_the_host_knows_it(guest: GuestRunner) -> None:
-    """The host has learned the path's MTU from the first echo: it does not cut the next one, which forbids it. One
-    that allows it is cut."""
+    """The host has learned the path's MTU from the first echo: it does not cut the next one, which forbids
+    it. One that allows it is cut."""
     echo = f"ping -n -c 2 -i 0.2 -W 3 -s 1472 {FAR4}"
     script = f"{echo} -M do; ip route flush cache; echo AGAIN; {echo} -M do; echo PLAIN; {echo} -M dont"
     done = guest(["sh", "-c", script])
