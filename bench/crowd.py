@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,12 @@ from guests import OUTSIDE, Arena, Failed, Guest
 from lab.process import Timeout
 from results import Results
 from workloads import Row, Setting
+
+
+def _stop(guest: Guest) -> None:
+    """Ends a guest; one that does not end costs nobody else anything."""
+    with contextlib.suppress(Timeout, OSError):
+        guest.stop()
 
 
 @dataclass(frozen=True)
@@ -38,11 +45,13 @@ class Crowd:
         except (Failed, Timeout, OSError, RuntimeError, AssertionError) as error:
             results.fail(contender.name, self, str(error)[-300:])
             say(f"  {self.id}, {contender.name}: FAILED: {str(error)[-300:]}")
+            with contextlib.suppress(Timeout, OSError):
+                arena.renew_server()
             return
         finally:
             # One after another, a hundred that do not hear a SIGTERM would take minutes.
             with ThreadPoolExecutor(self.count) as pool:
-                list(pool.map(Guest.stop, guests))
+                list(pool.map(_stop, guests))
         for name, value in values.items():
             results.add(contender.name, name, value)
         shown = ", ".join(f"{values[r.id]:.{r.digits}f} {r.unit}" for r in self.rows if r.id in values)

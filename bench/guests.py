@@ -32,6 +32,15 @@ class Arena:
     made: int = 0
     router: str = ""
     """The namespace whose kernel translates; made when it is needed."""
+    server: Process | None = None
+    """The load's server in the namespace *out*, which all contenders share."""
+
+    def renew_server(self) -> None:
+        """Starts the server, in place of one that runs: connections of a workload that failed may hold its
+        threads."""
+        if self.server is not None:
+            self.server.stop(5)
+        self.server = self.lab.start([self.load, "serve", str(PORT)], ns=self.lab.out, ready="^ready$")
 
     def number(self) -> int:
         """A number that no guest had before."""

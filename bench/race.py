@@ -29,7 +29,7 @@ import machines  # noqa: E402
 import report  # noqa: E402
 from contenders import Contender  # noqa: E402
 from crowd import crowds  # noqa: E402
-from guests import PORT, Arena, Failed, Guest  # noqa: E402
+from guests import Arena, Failed, Guest  # noqa: E402
 from lab import Lab  # noqa: E402
 from lab.namespaces import sweep  # noqa: E402
 from lab.process import Timeout  # noqa: E402
@@ -74,12 +74,15 @@ class Race:
                 say(f"  {contender.name}: {error}")
 
     def once(self, workload: Workload, contender: Contender, label: str) -> None:
+        """One cell. Whatever fails costs this cell alone: the contender and the server start anew."""
         try:
             values = workload.measure(self.arena, self.guest(contender), self.setting)
-        except Failed as error:
-            self.results.fail(contender.name, workload, str(error))
-            say(f"  {label}{workload.id}, {contender.name}: FAILED: {error}")
+        except (Failed, Timeout, OSError, RuntimeError, AssertionError, LookupError, ValueError) as error:
+            why = str(error)[-300:] or type(error).__name__
+            self.results.fail(contender.name, workload, why)
+            say(f"  {label}{workload.id}, {contender.name}: FAILED: {why}")
             self.end(contender)
+            self.renew_server()
             return
         for row in workload.rows:
             if row.id in values:
@@ -87,21 +90,35 @@ class Race:
         shown = ", ".join(f"{values[r.id]:.{r.digits}f} {r.unit}" for r in workload.rows if r.id in values)
         say(f"  {label}{workload.id}, {contender.name}: {shown}")
 
+    def renew_server(self) -> None:
+        try:
+            self.arena.renew_server()
+        except (Timeout, OSError) as error:
+            # The next cell fails too, and tries again.
+            say(f"  the server outside does not start: {str(error)[-300:]}")
+
     def run(
-        self, racers: Sequence[Contender], workloads: Sequence[Workload], rounds: int, until: float
+        self,
+        racers: Sequence[Contender],
+        workloads: Sequence[Workload],
+        rounds: int,
+        until: float,
+        least: int = 0,
     ) -> None:
-        """`until`: by the monotonic clock. Nothing begins after it, and no round that would end after it."""
+        """`until`: by the monotonic clock. Nothing begins after it, and no round that would end after it, but
+        for the first `least` rounds. What is measured once comes after those."""
         took = 0.0
+        once = [w for w in workloads if w.once]
         try:
             for number in range(rounds):
                 start = time.monotonic()
-                if start + took > until:
+                if number >= least and start + took > until:
                     say(f"  no time for round {number + 1}: {number} of {rounds} were run")
                     break
                 for workload in workloads:
-                    if workload.once and number:
+                    if workload.once:
                         continue
-                    if time.monotonic() > until:
+                    if number >= least and time.monotonic() > until:
                         say(f"  no time for {workload.id}")
                         continue
                     # Who is first changes, so that nobody always follows the same neighbour.
@@ -109,6 +126,9 @@ class Race:
                     for contender in [*racers[turn:], *racers[:turn]]:
                         self.once(workload, contender, f"{number + 1}/{rounds} ")
                 took = time.monotonic() - start
+                if number + 1 == max(least, 1) or (number + 1 == rounds < least):
+                    for workload, contender in [(w, c) for w in once for c in racers]:
+                        self.once(workload, contender, "once ")
         finally:
             for contender in racers:
                 self.end(contender)
@@ -156,6 +176,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 NAMESPACES, CROWDS, MACHINES = 320.0, 420.0, 550.0
 """Seconds from the start after which the quick run begins nothing more of each: it is done in ten minutes."""
+QUICK_LEAST = 2
+"""Rounds of the quick run that are run in any case: one value is no median."""
 
 
 def race(args: argparse.Namespace, results: Results) -> None:
@@ -174,7 +196,7 @@ def race(args: argparse.Namespace, results: Results) -> None:
         shutil.copyfile(load, target)
         target.chmod(0o755)
         arena = Arena(lab, str(target), args.accel)
-        lab.start([arena.load, "serve", str(PORT)], ns=lab.out, ready="^ready$")
+        arena.renew_server()
         newer = contenders.newer_pasta(args.pasta, lab.dir) if args.pasta else None
         gv = contenders.go_copies(arena, args.install_gvproxy)
         if gv is None:
@@ -182,13 +204,14 @@ def race(args: argparse.Namespace, results: Results) -> None:
         spaces = [] if args.no_namespaces else contenders.namespaces(newer, gv)
         racers = [c for c in spaces if chosen(c.name, args.contenders)]
         every = [w for w in all_workloads(full) if chosen(w.id, args.only)]
-        results.know(racers, [w for w in every if w.namespace])
+        results.want(racers, [w for w in every if w.namespace])
         if racers and every:
             first = [w for w in every if w.namespace]
-            Race(arena, results, setting).run(racers, first, rounds, until(NAMESPACES))
+            least = 0 if full else min(QUICK_LEAST, rounds)
+            Race(arena, results, setting).run(racers, first, rounds, until(NAMESPACES), least)
         crowd = [w for w in crowds(full) if chosen(w.id, args.only)]
         if racers and crowd:
-            results.know(racers, crowd)
+            results.want(racers, crowd)
             for workload in crowd:
                 for contender in racers:
                     if time.monotonic() > until(CROWDS):
@@ -198,7 +221,7 @@ def race(args: argparse.Namespace, results: Results) -> None:
         virtual = [w for w in every if w.machine]
         if not args.no_machines and virtual:
             boxes = [c for c in machines.machines(newer, gv) if chosen(c.name, args.contenders)]
-            results.know(boxes, virtual)
+            results.want(boxes, virtual)
             turns = args.rounds or (5 if full else 1)
             if boxes:
                 Race(arena, results, setting).run(boxes, virtual, turns, until(MACHINES))
@@ -263,6 +286,10 @@ def main() -> int:
         shutil.copyfile(args.output / "race.json", ROOT / "docs" / "performance" / "race.json")
     print(report.markdown(results))
     say("written: " + ", ".join(str(path) for path in written))
+    missing = results.missing()
+    if missing:
+        say(f"{len(missing)} rows are missing: " + "; ".join(missing))
+        return status or 1
     return status
 
 

@@ -87,6 +87,8 @@ class Results:
     rows: dict[str, RowLike] = field(default_factory=dict)
     values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     failures: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    wanted: list[tuple[str, list[str]]] = field(default_factory=list)
+    """Contender and rows of a workload."""
 
     def know(self, contenders: Iterable[ContenderLike], workloads: Iterable[WorkloadLike]) -> None:
         """Who runs, and what, for the order of the table."""
@@ -95,6 +97,20 @@ class Results:
         for workload in workloads:
             for row in workload.rows:
                 self.rows.setdefault(row.id, row)
+
+    def want(self, contenders: Iterable[ContenderLike], workloads: Iterable[WorkloadLike]) -> None:
+        """As `know`, and each of these is to have a value of each of those."""
+        contenders, workloads = list(contenders), list(workloads)
+        self.know(contenders, workloads)
+        self.wanted += [(c.name, [row.id for row in w.rows]) for w in workloads for c in contenders]
+
+    def missing(self) -> list[str]:
+        """What was wanted and has no value: the row, the contender, and why."""
+        return [
+            f"{rows[0]} of {name} ({(self.failures.get(name, {}).get(rows[0]) or ['no time'])[-1]})"
+            for name, rows in self.wanted
+            if not any(self.values.get(name, {}).get(row) for row in rows)
+        ]
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Results:

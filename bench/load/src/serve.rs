@@ -17,6 +17,9 @@ pub(crate) const THREADS: usize = 320;
 pub(crate) const AGENT_THREADS: usize = 48;
 const STACK: usize = 256 * 1024;
 const IDLE_PATIENCE: Duration = Duration::from_secs(30);
+/// For the first line. A contender that opens thousands of connections and then stands still must not hold all
+/// threads for long.
+const FIRST_PATIENCE: Duration = Duration::from_secs(3);
 
 /// What connections and the datagram thread share.
 pub(crate) struct Shared {
@@ -36,10 +39,11 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 fn connection(mut stream: TcpStream, shared: &Shared) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(IDLE_PATIENCE))?;
+    stream.set_read_timeout(Some(FIRST_PATIENCE))?;
     let mut reader = BufReader::with_capacity(4096, stream.try_clone()?);
     let mut line = String::new();
     reader.read_line(&mut line)?;
+    stream.set_read_timeout(Some(IDLE_PATIENCE))?;
     let words: Vec<&str> = line.split_whitespace().collect();
     let number = |at: usize| words.get(at).and_then(|w| w.parse::<u64>().ok()).ok_or_else(|| bad(&line));
     match words.first().copied() {
@@ -69,7 +73,8 @@ fn connection(mut stream: TcpStream, shared: &Shared) -> io::Result<()> {
             Ok(())
         }
         Some("forget") => {
-            lock(&shared.idle).clear();
+            // Closed without the lock, which those that still come need.
+            drop(std::mem::take(&mut *lock(&shared.idle)));
             stream.write_all(b"k")
         }
         Some("udpup") => datagrams::count(number(1)?, shared, &mut reader, &mut stream),
@@ -168,9 +173,11 @@ pub(crate) fn start(port: u16, threads: usize) -> io::Result<()> {
         let (listener, shared) = (Arc::clone(&listener), Arc::clone(&shared));
         thread::Builder::new().stack_size(STACK).spawn(move || {
             loop {
-                if let Ok((stream, _)) = listener.accept() {
+                match listener.accept() {
                     // A client that went away is counted by the client.
-                    let _ = connection(stream, &shared);
+                    Ok((stream, _)) => drop(connection(stream, &shared)),
+                    // No more descriptors: all threads would spin, and take the processor from what is measured.
+                    Err(_) => thread::sleep(Duration::from_millis(10)),
                 }
             }
         })?;
