@@ -321,9 +321,7 @@ fn a_guest_that_does_not_read_is_bounded_and_alone() {
     }
     tcp_works(&mut other, tcp, 500_000);
     udp_works(&mut other, udp);
-    let full = |s: guestnet_io::StatsSnapshot| s.core.drops[guestnet_core::stats::Drop::PortFull as usize];
-    std::thread::sleep(Duration::from_millis(50));
-    assert!(full(net.worker.stats()) > 0, "{:?}", net.worker.stats());
+    net.until("a port was full", |s| s.core.drops[guestnet_core::stats::Drop::PortFull as usize] > 0);
     // When it reads again, it is served again.
     while deaf.link.receive(Duration::from_millis(200)).is_some() {}
     udp_works(&mut deaf, udp);
@@ -383,9 +381,8 @@ fn garbage_is_counted_and_harms_nobody() {
     }
     udp_works(&mut good, udp_echo());
     tcp_works(&mut good, tcp_echo(), 100_000);
-    std::thread::sleep(Duration::from_millis(30));
-    let s = net.worker.stats();
-    assert!(s.core.drops.iter().sum::<u64>() > 1000 && net.worker.is_healthy());
+    net.until("most of the noise dropped", |s| s.core.drops.iter().sum::<u64>() > 1000);
+    assert!(net.worker.is_healthy());
 }
 
 #[test]

@@ -24,6 +24,19 @@ fn sleeps(name: &str) -> u64 {
     panic!("no thread {name}");
 }
 
+/// Waits until the thread has slept for a while.
+fn wait_for_rest(name: &str) {
+    let (end, mut last) = (Instant::now() + common::PATIENCE, (sleeps(name), Instant::now()));
+    while last.1.elapsed() < Duration::from_millis(100) {
+        assert!(Instant::now() < end, "{name} never rests");
+        std::thread::sleep(Duration::from_millis(5));
+        let now = sleeps(name);
+        if now != last.0 {
+            last = (now, Instant::now());
+        }
+    }
+}
+
 #[test]
 fn nothing_wakes_an_idle_worker() {
     for (strategy, name) in
@@ -37,9 +50,11 @@ fn nothing_wakes_an_idle_worker() {
         let echo = udp_echo();
         g.udp_send(5000, echo, b"x");
         g.udp_receive(5000);
-        // The counters are published a moment after the last work.
-        std::thread::sleep(Duration::from_millis(200));
+        // The counters are published once the last work is done, before the thread sleeps.
+        net.until("both datagrams counted", |s| s.core.rx_frames >= 2 && s.core.tx_frames >= 2);
+        wait_for_rest(name);
         let (before, stats) = (sleeps(name), net.worker.stats());
+        // Nothing is waited for here: that nothing happens can only be seen over a time.
         std::thread::sleep(Duration::from_millis(800));
         // One for the expiry wheel of the one flow, if it falls in this second.
         assert!(sleeps(name) - before <= 1, "{} wake-ups", sleeps(name) - before);
@@ -57,7 +72,7 @@ fn stopping_is_quick_and_may_be_repeated() {
     let start = Instant::now();
     net.worker.stop();
     net.worker.stop();
-    assert!(start.elapsed() < Duration::from_millis(500));
+    assert!(start.elapsed() < common::PATIENCE);
     assert!(!net.worker.is_healthy());
     assert!(net.worker.submit(Command::ListFlows).is_err());
 }
@@ -216,12 +231,11 @@ fn a_capture_that_nobody_reads_stops_nothing() {
     let mut c = g.connect(4000, tcp_echo()).unwrap();
     let data = common::pattern(8_000_000);
     assert!(g.exchange(&mut c, &data, data.len()) == data);
-    std::thread::sleep(Duration::from_millis(30));
-    assert!(net.worker.stats().io.capture_dropped > 0);
+    net.until("the capture has lost frames", |s| s.io.capture_dropped > 0);
     drop(b);
     let start = Instant::now();
     net.worker.stop();
-    assert!(start.elapsed() < Duration::from_secs(2));
+    assert!(start.elapsed() < common::PATIENCE);
 }
 
 #[test]
@@ -236,8 +250,7 @@ fn many_connections_at_once() {
     for c in &mut all {
         g.close(c);
     }
-    std::thread::sleep(Duration::from_millis(50));
-    assert_eq!(net.worker.stats().io.sockets_open, 0);
+    net.until("all sockets closed", |s| s.io.sockets_open == 0);
 }
 
 #[test]

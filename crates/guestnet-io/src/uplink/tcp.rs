@@ -493,6 +493,18 @@ mod tests {
         Err(Peek::Empty)
     }
 
+    /// Waits until the kernel reports `events` of a socket.
+    fn wait_for(s: &Socks, id: SockId, events: i16) {
+        let fd = &s.slab.get(id.0).unwrap().fd;
+        for _ in 0..10_000 {
+            if sys::poll_now(fd, events) & events != 0 {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        panic!("{events:#x} never came");
+    }
+
     fn pair(s: &mut Socks) -> (SockId, TcpStream) {
         let (poller, mut c) = (Poller::new(4).unwrap(), IoCounters::default());
         let l = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -520,7 +532,7 @@ mod tests {
             other.write_all(b"ab").unwrap();
             assert_eq!(peek(&mut s, id, 7, 100).unwrap(), b"ab");
             other.shutdown(Shutdown::Write).unwrap();
-            std::thread::sleep(std::time::Duration::from_millis(5));
+            wait_for(&s, id, libc::POLLRDHUP);
             assert_eq!(peek(&mut s, id, 9, 100), Err(Peek::Eof));
             assert_eq!(peek(&mut s, id, 5, 2).unwrap(), b"89");
             s.tcp_discard(id, 9);
@@ -567,7 +579,7 @@ mod tests {
         sys::send(&raw, b"ab").unwrap();
         sys::send_urgent(&raw, b"c").unwrap();
         sys::send(&raw, b"d").unwrap();
-        std::thread::sleep(std::time::Duration::from_millis(5));
+        wait_for(&s, id, libc::POLLPRI);
         let mut got = Vec::new();
         while got.len() < 4 {
             let more = peek(&mut s, id, got.len(), 100).unwrap();
@@ -772,7 +784,7 @@ mod tests {
             let (id, mut other) = pair(&mut s);
             other.write_all(b"0123456789").unwrap();
             other.shutdown(Shutdown::Write).unwrap();
-            std::thread::sleep(std::time::Duration::from_millis(5));
+            wait_for(&s, id, libc::POLLRDHUP);
             let t = tcp(&mut s, id);
             (t.ended, t.urgent) = (true, urgent);
             let mut scratch = Vec::new();

@@ -8,7 +8,7 @@ pub mod vhost;
 
 use guestnet_core::config::CoreConfig;
 use guestnet_core::types::{PortConfig, PortId};
-use guestnet_io::{Command, CommandError, Event, Value, Worker, WorkerConfig, spawn};
+use guestnet_io::{Command, CommandError, Event, StatsSnapshot, Value, Worker, WorkerConfig, spawn};
 use guestnet_wire::arp::{self, Arp};
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::ipv4::{self, Ipv4};
@@ -72,6 +72,19 @@ impl Net {
                 return value;
             }
             assert!(Instant::now() < end, "no {what}; there is {:?}", self.events.borrow());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Waits until the counters, which are published a moment later, say so.
+    pub fn until(&self, what: &str, done: impl Fn(&StatsSnapshot) -> bool) -> StatsSnapshot {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let stats = self.worker.stats();
+            if done(&stats) {
+                return stats;
+            }
+            assert!(Instant::now() < end, "not {what}: {stats:?}");
             std::thread::sleep(Duration::from_millis(1));
         }
     }
@@ -260,6 +273,8 @@ pub struct Conn {
     pub rcv: u32,
     pub window: u32,
     pub shift: u8,
+    /// The peer's FIN has come.
+    pub ended: bool,
 }
 
 impl<L: Link> Guest<L> {
@@ -414,7 +429,7 @@ impl<L: Link> Guest<L> {
 
     /// A TCP segment of no connection, with a whole checksum.
     pub fn tcp_to(&self, to: Mac, from: u16, dst: SocketAddrV4, payload: &[u8]) -> Vec<u8> {
-        let c = Conn { local: from, remote: dst, snd: 1, una: 1, rcv: 1, window: 0, shift: 0 };
+        let c = Conn { local: from, remote: dst, snd: 1, una: 1, rcv: 1, window: 0, shift: 0, ended: false };
         let b = self.tcp_bytes(&c, flags::ACK, &Options::default(), payload);
         self.ipv4_to(to, proto::TCP, *dst.ip(), &b)
     }
@@ -456,7 +471,7 @@ impl<L: Link> Guest<L> {
     /// Opens a connection; `Err` is the segment that came instead of a SYN-ACK.
     pub fn connect(&mut self, local: u16, remote: SocketAddrV4) -> Result<Conn, Box<Got>> {
         let isn = 0xffff_f000;
-        let mut c = Conn { local, remote, snd: isn, una: isn, rcv: 0, window: 0, shift: 0 };
+        let mut c = Conn { local, remote, snd: isn, una: isn, rcv: 0, window: 0, shift: 0, ended: false };
         self.segment(&c, flags::SYN, &Self::wscale(), &[]);
         let got = self.receive(proto::TCP, local, PATIENCE).expect("an answer to the SYN");
         let t = got.tcp.unwrap();
@@ -487,6 +502,7 @@ impl<L: Link> Guest<L> {
             rcv: t.seq.wrapping_add(1),
             window: u32::from(t.window),
             shift: got.options.wscale.unwrap_or(0),
+            ended: false,
         };
         self.segment(&c, flags::SYN | flags::ACK, &Self::wscale(), &[]);
         let ack = self.receive(proto::TCP, local, PATIENCE).expect("the last ACK");
@@ -534,6 +550,7 @@ impl<L: Link> Guest<L> {
                 got.extend_from_slice(&g.payload);
                 c.rcv = c.rcv.wrapping_add(g.payload.len() as u32);
                 if t.flags & flags::FIN != 0 {
+                    c.ended = true;
                     c.rcv = c.rcv.wrapping_add(1);
                     self.segment(c, flags::ACK, &Options::default(), &[]);
                     return got;
@@ -545,12 +562,12 @@ impl<L: Link> Guest<L> {
         }
     }
 
-    /// Sends a FIN and receives until the peer's.
+    /// Sends a FIN and receives until the peer's, which may have come with its last bytes before.
     pub fn close(&mut self, c: &mut Conn) -> Vec<u8> {
         self.segment(c, flags::FIN | flags::ACK, &Options::default(), &[]);
         c.snd = c.snd.wrapping_add(1);
         c.una = c.snd;
-        self.exchange(c, &[], usize::MAX)
+        if c.ended { Vec::new() } else { self.exchange(c, &[], usize::MAX) }
     }
 }
 
