@@ -15,7 +15,7 @@ PYTHON_DIRS := $(wildcard python tests bench scripts)
 # throwing away the ordinary build.
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
-.PHONY: help build check test demo bench instructions instructions-renew bench-forwarding conformance bench-engine fuzz loom lock format clean
+.PHONY: help build dist check test demo bench instructions instructions-renew bench-forwarding conformance bench-engine fuzz loom lock format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -30,6 +30,11 @@ $(VENV)/.deps: requirements.lock scripts/make-venv.sh
 $(VENV)/.built: $(VENV)/.deps $(RUST_SOURCES) Cargo.toml Cargo.lock pyproject.toml
 	PIP_QUIET=1 VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/maturin develop --release --locked --quiet
 	touch $@
+
+dist: build ## Build a wheel and a source distribution into dist/, and try both in fresh environments
+	rm -rf dist
+	PIP_QUIET=1 $(BIN)/maturin build --release --locked --sdist --out dist --quiet
+	CARGO_TARGET_DIR=$(abspath $(TARGET)) $(BIN)/python scripts/check_dist.py dist
 
 check: build ## Format, lint, types and unit tests: under two minutes once built
 	cargo fmt --all --check
@@ -92,6 +97,6 @@ format: ## Format all sources
 	$(BIN)/ruff check --fix $(PYTHON_DIRS)
 
 clean: ## Remove everything that was built
-	rm -rf $(VENV) .build target fuzz/target .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .build dist target fuzz/target .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find python -name '*.so' -delete
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -163,7 +163,7 @@ def publish(results: Results, root: Path) -> list[Path]:
     text = readme.read_text(encoding="utf-8")
     begin, end = MARKS
     if begin in text and end in text:
-        block = f"{begin}\n![The race](docs/performance/race.svg)\n\n{short(results)}\n{end}"
+        block = f"{begin}\n{short(results)}\n{end}"
         text = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: block, text, flags=re.S)
         readme.write_text(text, encoding="utf-8")
         written.append(readme)

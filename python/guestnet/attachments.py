@@ -209,6 +209,8 @@ def listening_socket(kind: str, path: str | os.PathLike[str]) -> socket.socket:
     except OSError as error:
         made.close()
         remedy = {errno.ENOENT: "make its directory first", errno.EADDRINUSE: "remove what is there"}
+        if os.path.isdir(os.path.dirname(name) or "."):
+            remedy[errno.ENOENT] = "its file system has no sockets"
         raise AttachError(
             f"Guests cannot attach to {name!r} ({error.strerror}): "
             f"{remedy.get(error.errno or 0, 'look at its directory')}, or choose another path."

@@ -32,6 +32,7 @@ LIMITS = (
 )
 TIMEOUTS = ("udp", "udp_dns", "icmp", "tcp_established", "tcp_transitory", "reassembly")
 """What the data plane knows by these names; its defaults are in `guestnet-core/src/config.rs`."""
+_OWN = ("`gateway`", "`dhcp_start`", "`dhcp_end`")
 _LINK_LOCAL = IPv4Network("169.254.0.0/16")
 _DEFAULT_SUBNET = "192.168.64.0/24"
 
@@ -241,7 +242,7 @@ def check_port_range(
         raise ConfigError(f"{what} {value!r} is not a first and a last port: write {example}.")
     first, last = (whole_number(what, one, 1, 65535) for one in given)
     if first > last:
-        raise ConfigError(f"{what} {first} to {last} is upside down: give the lower one first.")
+        raise ConfigError(f"{what} {first} to {last} starts after its end: give the lower one first.")
     return first, last
 
 
@@ -382,7 +383,7 @@ class NatConfig:
         put(self, "filtering", choice(Filtering, "filtering", filtering))
         put(self, "limits", _named_numbers("limits", {} if limits is None else limits, LIMITS))
         put(self, "timeouts", _named_numbers("timeouts", {} if timeouts is None else timeouts, TIMEOUTS))
-        put(self, "gateway", self.host_address("gateway", self.subnet[1] if gateway is None else gateway))
+        put(self, "gateway", self.host_address("`gateway`", self.subnet[1] if gateway is None else gateway))
         self._check_loopback()
         own = parse_mac(b"\x02gn" + self.gateway.packed[1:] if gateway_mac is None else gateway_mac)
         put(self, "gateway_mac", format_mac(own))
@@ -390,10 +391,12 @@ class NatConfig:
         put(
             self,
             "dhcp_start",
-            self.host_address("dhcp_start", self.subnet[1] if dhcp_start is None else dhcp_start),
+            self.host_address("`dhcp_start`", self.subnet[1] if dhcp_start is None else dhcp_start),
         )
         put(
-            self, "dhcp_end", self.host_address("dhcp_end", self.subnet[-2] if dhcp_end is None else dhcp_end)
+            self,
+            "dhcp_end",
+            self.host_address("`dhcp_end`", self.subnet[-2] if dhcp_end is None else dhcp_end),
         )
         if self.dhcp_start > self.dhcp_end:
             raise ConfigError(
@@ -401,12 +404,12 @@ class NatConfig:
             )
         put(self, "uplink", choice(Uplink, "uplink", uplink))
         if self.mode is NetMode.BRIDGED and self.uplink is Uplink.TUN:
-            raise ConfigError("In the mode 'bridged' nothing is translated: leave uplink 'tun' out.")
+            raise ConfigError("With `mode='bridged'` nothing is translated: leave `uplink='tun'` out.")
         shared = self.uplink is Uplink.SOCKETS and self.mode is not NetMode.BRIDGED
         if self.workers > 1 and not shared:
-            what = "mode 'bridged'" if self.mode is NetMode.BRIDGED else "uplink 'tun'"
+            what = "`mode='bridged'`" if self.mode is NetMode.BRIDGED else "`uplink='tun'`"
             raise ConfigError(
-                f"workers {self.workers} cannot share the {what}, which has one device: write 1."
+                f"{self.workers} `workers` cannot share the one device of {what}: leave `workers` out."
             )
         put(self, "port_range", check_port_range(port_range))
         put(self, "forwarding", _yes_or_no("forwarding", forwarding))
@@ -434,14 +437,26 @@ class NatConfig:
                 kept.pop(name)
         return NatConfig(**{**kept, **changes})
 
+    @property
+    def guest_range(self) -> str:
+        """The addresses that guests can have, as text; the gateway's is not the first or last of them."""
+        first, last = self.subnet[1], self.subnet[-2]
+        taken = {self.gateway, self.loopback_address}
+        while first in taken:
+            first += 1
+        while last in taken:
+            last -= 1
+        return str(first) if first == last else f"{first} to {last}"
+
     def host_address(self, what: str, value: object) -> IPv4Address:
         """An address that a host of the subnet can have."""
         address = _address(what, value)
         ends = (self.subnet.network_address, self.subnet.broadcast_address)
         if address not in self.subnet or address in ends:
+            # The gateway's own address is none for a guest.
+            choice = f"{self.subnet[1]} to {self.subnet[-2]}" if what in _OWN else self.guest_range
             raise ConfigError(
-                f"{what} {address} is not the address of a host in {self.subnet}: "
-                f"choose one from {self.subnet[1]} to {self.subnet[-2]}."
+                f"{what} {address} is not the address of a host in {self.subnet}: choose one from {choice}."
             )
         return address
 
@@ -449,44 +464,50 @@ class NatConfig:
         given = [value] if isinstance(value, str | IPv4Address) else _several("external", value)
         found = tuple(_address("external", one) for one in given)
         if self.uplink is not Uplink.TUN and (found or self.forwarding or self.masquerade):
-            raise ConfigError(
-                "external, forwarding and masquerade are of the uplink 'tun': choose that one too."
-            )
+            settings = {"external": found, "forwarding": self.forwarding, "masquerade": self.masquerade}
+            names = " and ".join(f"`{name}`" for name, value in settings.items() if value)
+            raise ConfigError(f"Only `uplink='tun'` has {names}: set it too, or leave {names} out.")
         for address in found:
             if address in self.subnet or address.packed[0] in (0, 127) or address.packed[0] >= 224:
                 raise ConfigError(
-                    f"external {address} cannot be an address outside {self.subnet}: choose another."
+                    f"`external` {address} cannot be an address outside {self.subnet}: choose another."
                 )
         if len(set(found)) != len(found):
-            raise ConfigError("external names an address twice: give each once.")
+            raise ConfigError("`external` names an address twice: give each once.")
         return found
 
     def _pcp_address(self, value: object) -> IPv4Address | None:
         if self.pcp_ports is not None and self.mode is not NetMode.NAT:
-            raise ConfigError("pcp_ports is of the mode 'nat': choose that one, or leave pcp_ports out.")
+            raise ConfigError(
+                "Only with `mode='nat'` guests open ports: choose it, or leave `pcp_ports` out."
+            )
         if value is None:
             return None
         address = _address("pcp_address", value)
         if self.pcp_ports is None:
-            raise ConfigError(f"pcp_address {address} goes with pcp_ports: say which ports guests may open.")
+            raise ConfigError(f"`pcp_address` {address} needs `pcp_ports`: say which ports guests may open.")
         if address in self.subnet or address.is_unspecified or address.packed[0] >= 224:
-            raise ConfigError(f"pcp_address {address} cannot be an address of the host: choose another.")
+            raise ConfigError(f"`pcp_address` {address} cannot be an address of the host: choose another.")
         return address
 
     def _segment(self, bridge: object) -> str | None:
         if self.mode is not NetMode.BRIDGED:
             if bridge is not None:
-                raise ConfigError(f"bridge {bridge!r} is of the mode 'bridged': choose that one too.")
+                raise ConfigError(
+                    f"Only `mode='bridged'` has a `bridge`: choose it, or leave {bridge!r} out."
+                )
             return None
         if bridge is None:
             raise ConfigError(
-                "The mode 'bridged' needs a bridge or interface of the host to join: write bridge='br0'."
+                "`mode='bridged'` needs a bridge or interface of the host to join: write `bridge='br0'`."
             )
         if not isinstance(bridge, str) or not 0 < len(bridge) <= 15 or set(bridge) & set("/ \t\n\0"):
-            raise ConfigError(f"bridge {bridge!r} is not the name of an interface: write one such as 'br0'.")
+            raise ConfigError(
+                f"`bridge` {bridge!r} is not the name of an interface: write one such as 'br0'."
+            )
         if self.host_loopback:
             raise ConfigError(
-                "In the mode 'bridged' no gateway leads to the host's loopback: leave host_loopback out."
+                "With `mode='bridged'` no gateway leads to the host's loopback: leave `host_loopback` out."
             )
         return bridge
 
@@ -495,17 +516,17 @@ class NatConfig:
             return
         if self.mode is NetMode.HOST_ONLY:
             raise ConfigError(
-                "In the mode 'host_only' guests reach nothing of the host: leave host_loopback out, "
-                "or choose the mode 'nat'."
+                "With `mode='host_only'` guests reach nothing of the host: leave `host_loopback` out, "
+                "or choose `mode='nat'`."
             )
         if self.subnet.prefixlen == PREFIX_LONGEST:
             raise ConfigError(
-                f"subnet {self.subnet} has no room for host_loopback besides the gateway and a guest: "
+                f"`subnet` {self.subnet} has no room for `host_loopback` besides the gateway and a guest: "
                 "choose a larger one, such as a /29."
             )
         if self.gateway == self.loopback_address:
             raise ConfigError(
-                f"gateway {self.gateway} is the address that host_loopback takes: choose another gateway."
+                f"`gateway` {self.gateway} is the address that `host_loopback` takes: choose another gateway."
             )
 
     def _leases(self, values: tuple[object, ...]) -> tuple[StaticLease, ...]:
@@ -515,7 +536,7 @@ class NatConfig:
             lease = self._lease(value)
             for one in (lease.mac, lease.ip, lease.name):
                 if one is not None and one in seen:
-                    raise ConfigError(f"static_leases names {one} twice: give each guest its own.")
+                    raise ConfigError(f"`static_leases` names {one} twice: give each guest its own.")
                 seen.add(one)
             leases.append(lease)
         return tuple(leases)
@@ -525,9 +546,11 @@ class NatConfig:
             value = {"mac": value.mac, "ip": value.ip, "name": value.name}
         if not isinstance(value, Mapping) or not {"mac", "ip"} <= set(value) <= {"mac", "ip", "name"}:
             _refuse_lease(value)
-        ip = self.host_address("static_leases", value["ip"])
+        ip = self.host_address("`static_leases` address", value["ip"])
         if ip in (self.gateway, self.loopback_address):
-            raise ConfigError(f"static_leases {ip} is an address of the gateway's own: choose another.")
+            raise ConfigError(
+                f"`static_leases` address {ip} is the gateway's own: choose one from {self.guest_range}."
+            )
         name = value.get("name")
         mac = format_mac(parse_mac(value["mac"]))
         return StaticLease(mac, ip, None if name is None else domain("static_leases", name, one_label=True))

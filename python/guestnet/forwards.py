@@ -1,6 +1,10 @@
 """Forwards: published ports, their grammar (Docker's, and a guest's name) and the host's sockets for them.
 
     [HOST_IP:]HOST_PORT[-END]:[GUEST:]GUEST_PORT[-END][/tcp|/udp]
+    [[HOST_IP:]:]GUEST_PORT[/tcp|/udp]
+
+Without HOST_PORT the kernel chooses a free one; without HOST_IP the port is opened on every address of the
+host, IPv4 and IPv6.
 
 The sockets are opened here, all of a range or none, so that "port taken" is said before any guest starts.
 Imported before `guestnet run` forks: light, and no thread.
@@ -21,6 +25,8 @@ PORT_HIGHEST = 65535
 BACKLOG = 4096
 _EVERYWHERE = IPv4Address("0.0.0.0")
 _GRAMMAR = "[HOST_IP:]PORT[-END]:[GUEST:]PORT[-END][/tcp|/udp], such as 8080:80 or 127.0.0.1:53:vm1:53/udp"
+_NO_PORT = ""
+"""Stands for port 0, which the kernel replaces by a free one."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +82,13 @@ class ForwardSpec:
         if not slash:
             body, protocol = protocol, "tcp"
         parts = _split(text, body)
-        if len(parts) < 2 or len(parts) > 4:
-            raise _wrong(text, f"write {_GRAMMAR}")
+        if len(parts) > 4:
+            remedy = (
+                "an IPv6 address needs brackets, as in [::1]:8080:80" if body.count(":") > 3 else _GRAMMAR
+            )
+            raise _wrong(text, remedy)
+        if len(parts) == 1:
+            parts.insert(0, _NO_PORT)
         guest_ports = _range(text, parts.pop(), lowest=1)
         guest, host_ip = None, None
         # Two parts may stand before the guest's port or between: the host's port is the one that is a port.
@@ -85,10 +96,15 @@ class ForwardSpec:
             host_ip, host, guest = parts
         elif len(parts) == 1:
             (host,) = parts
-        elif _looks_like_ports(parts[0]):
+        elif _looks_like_ports(parts[0]) or (parts[0] == "" and not _looks_like_ports(parts[1] or "0")):
             host, guest = parts
         else:
             host_ip, host = parts
+        if host == _NO_PORT and len(guest_ports) > 1:
+            raise _wrong(
+                text,
+                f"a range needs ports of the host too, write {_ports(guest_ports)}:{_ports(guest_ports)}",
+            )
         try:
             return cls(
                 _range(text, host, lowest=0),
@@ -126,13 +142,19 @@ class ForwardSpec:
         return address
 
 
-def show(spec: ForwardSpec, host_ports: Sequence[int]) -> str:
-    """What leads where, with the host's ports as they are."""
-    where = _EVERYWHERE if spec.host_ip is None else spec.host_ip
-    shown = f"[{where}]" if where.version == 6 else str(where)
-    guest = "guest" if spec.guest is None else spec.guest
+def show(
+    spec: ForwardSpec,
+    host_ports: Sequence[int],
+    addresses: Sequence[IPv4Address | IPv6Address] = (),
+    guest: str | None = None,
+) -> str:
+    """What leads where, with the ports and addresses that are open and the guest that was found."""
+    ports = _ports(host_ports)
+    opened = addresses or (_EVERYWHERE if spec.host_ip is None else spec.host_ip,)
+    where = " and ".join(f"[{one}]:{ports}" if one.version == 6 else f"{one}:{ports}" for one in opened)
+    guest = spec.guest or guest or "guest"
     guest = f"[{guest}]" if ":" in guest else guest
-    return f"{shown}:{_ports(host_ports)}/{spec.protocol} -> {guest}:{_ports(spec.guest_ports)}"
+    return f"{where}/{spec.protocol} -> {guest}:{_ports(spec.guest_ports)}"
 
 
 def _wrong(text: str, what: str) -> ConfigError:
@@ -146,7 +168,9 @@ def _split(text: str, body: str) -> list[str]:
         if body[at] == "[" and parts[-1] == "":
             end = body.find("]", at)
             if end < 0 or body[end + 1 : end + 2] != ":":
-                raise _wrong(text, "an IPv6 address stands in brackets, with a colon behind")
+                raise _wrong(
+                    text, "write an IPv6 address in brackets with a colon after them, as in [::1]:8080:80"
+                )
             parts[-1] = body[at + 1 : end]
             if ":" not in parts[-1]:
                 raise _wrong(text, f"{parts[-1]!r} in brackets is not an IPv6 address")
@@ -165,15 +189,17 @@ def _looks_like_ports(part: str) -> bool:
 
 
 def _range(text: str, part: str, lowest: int) -> range:
-    first, dash, last = part.partition("-")
+    first, dash, last = (part or "0").partition("-")
     numbers = [first, last] if dash else [first]
     if not all(number.isascii() and number.isdigit() and len(number) <= 5 for number in numbers):
         raise _wrong(text, f"{part!r} is not a port or a range of ports; write {_GRAMMAR}")
     start, end = int(numbers[0]), int(numbers[-1])
+    if part == "" and lowest:
+        raise _wrong(text, f"the guest's port is missing; write {_GRAMMAR}")
     if not lowest <= start <= PORT_HIGHEST or end > PORT_HIGHEST:
         raise _wrong(text, f"{part!r} is not between {lowest or 1} and {PORT_HIGHEST}")
     if end < start or (start == 0 and dash):
-        raise _wrong(text, f"the range {part!r} is upside down or begins with 0")
+        raise _wrong(text, f"the range {part!r} starts after its end or at 0")
     return range(start, end + 1)
 
 
@@ -191,6 +217,8 @@ def _host_ip(text: str, part: str) -> IPv4Address | IPv6Address | None:
 def _guest(text: str, part: str) -> str | None:
     if any(c in part for c in " \t/[]"):
         raise _wrong(text, f"{part!r} is not the name or address of a guest")
+    if part.lower() == "localhost":
+        raise _wrong(text, f"{part!r} is no guest; leave it out where there is one guest, or write its name")
     return part or None
 
 

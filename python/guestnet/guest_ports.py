@@ -6,6 +6,7 @@ import socket
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING
 
+from guestnet.errors import GuestnetError, PortInUse
 from guestnet.forwards import ForwardSpec, close_sockets, open_sockets
 
 if TYPE_CHECKING:
@@ -23,6 +24,23 @@ class GuestPorts:
     def __init__(self, session: Session) -> None:
         self._session = session
 
+    def check(self) -> None:
+        """Tries the first port, so that a range that this process may not open is refused at once.
+
+        Raises GuestnetError. A port that is in use is no fault: guests get another one.
+        """
+        config = self._session.config
+        assert config.pcp_ports is not None
+        spec = self._spec("tcp", config.pcp_ports[0], config.subnet[2], 1)
+        if not self._session.needs_sockets(spec):
+            return
+        try:
+            close_sockets(open_sockets(spec))
+        except PortInUse:
+            pass
+        except GuestnetError as error:
+            raise GuestnetError(f"Guests cannot open the ports of `pcp_ports`. {error}") from error
+
     def external(self) -> IPv4Address | None:
         """The address that the outside reaches the ports by; None while the host has no way out."""
         config, uplink = self._session.config, self._session.uplink
@@ -39,11 +57,7 @@ class GuestPorts:
     ) -> Forward:
         """Leads a port to a guest's. Raises PortInUse, or another GuestnetError where no other would do."""
         session, publishing = self._session, self._session.publishing
-        (address, guest_port), host_ip = guest, session.config.pcp_address
-        if host_ip is None and session.uplink is None:
-            host_ip = _EVERYWHERE  # of IPv4: that is what the guest asked for
-        ports = range(port, port + 1), range(guest_port, guest_port + 1)
-        spec = ForwardSpec(*ports, protocol, host_ip, str(address))
+        spec = self._spec(protocol, port, *guest)
         if not session.needs_sockets(spec):
             forward = await publishing.add_external(spec, session.outside(spec))
         else:
@@ -54,6 +68,13 @@ class GuestPorts:
                 close_sockets(sockets)
         forward.asked_by = endpoint_id
         return forward
+
+    def _spec(self, protocol: str, port: int, address: IPv4Address, guest_port: int) -> ForwardSpec:
+        host_ip = self._session.config.pcp_address
+        if host_ip is None and self._session.uplink is None:
+            host_ip = _EVERYWHERE  # of IPv4: that is what the guest asked for
+        ports = range(port, port + 1), range(guest_port, guest_port + 1)
+        return ForwardSpec(*ports, protocol, host_ip, str(address))
 
     async def close(self, handle: Forward) -> None:
         """Takes it back; nobody gets in by it any more when this is done."""

@@ -28,7 +28,7 @@ class IpAllocator(Generic[Address]):
             raise ConfigError(f"{self._start} and {self._end} are not of one family: give two alike.")
         if int(self._start) > int(self._end):
             raise ConfigError(
-                f"The range {self._start} to {self._end} is upside down: give the lower one first."
+                f"The range {self._start} to {self._end} starts after its end: give the lower one first."
             )
         self._type: type[Address] = type(self._start)
         self._taken: set[int] = set()

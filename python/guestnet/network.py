@@ -28,7 +28,7 @@ from guestnet.attachments import (
     release_descriptor,
     taken_descriptor,
 )
-from guestnet.config import NatConfig
+from guestnet.config import NatConfig, whole_number
 from guestnet.config import path as checked_path
 from guestnet.endpoint import Endpoint
 from guestnet.errors import (
@@ -560,13 +560,17 @@ class NatNetwork:
         if self._datapath is not None:
             self._datapath.maintenance()
 
-    def start_capture(self, path: str | os.PathLike[str]) -> None:
-        """Writes every frame to a file (pcapng), in place of one that is being written."""
-        self._run(self._live().start_capture(checked_path("The capture file", path)))
+    def start_capture(self, file: str | os.PathLike[str] | int) -> None:
+        """Writes every frame to a file (pcapng), in place of one that is being written.
 
-    async def astart_capture(self, path: str | os.PathLike[str]) -> None:
+        `file` is a path, or a descriptor, which stays yours. An earlier capture at that path is replaced; a
+        file with other content is not: it raises ConfigError.
+        """
+        self._run(self._live().start_capture(_capture_target(file)))
+
+    async def astart_capture(self, file: str | os.PathLike[str] | int) -> None:
         """As `start_capture`."""
-        await self._arun(self._live().start_capture(checked_path("The capture file", path)))
+        await self._arun(self._live().start_capture(_capture_target(file)))
 
     def stop_capture(self) -> None:
         """Ends the capture; its file is complete then."""
@@ -675,6 +679,12 @@ class NatNetwork:
             if task is not None and task.cancelling():
                 raise
             raise NotRunning("The network was stopped meanwhile: start it again.") from None
+
+
+def _capture_target(value: object) -> str | int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return whole_number("The capture descriptor", value, 0, 0x7FFFFFFF)
+    return checked_path("The capture file", value)
 
 
 def _checked_forward(value: object) -> Forward:

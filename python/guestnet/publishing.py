@@ -12,13 +12,14 @@ import random
 import socket
 from collections.abc import Callable
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TYPE_CHECKING
 
 from guestnet.errors import ConfigError, ForwardNotFound, PortInUse
 from guestnet.forwards import ForwardSpec, close_sockets, show
 
 if TYPE_CHECKING:
+    from guestnet.config import NatConfig
     from guestnet.control import Control
     from guestnet.endpoint import Endpoint
     from guestnet.network import NatNetwork
@@ -44,6 +45,8 @@ class Forward:
         self.spec = spec
         self.host_ports = host_ports
         """The ports of the host; where the kernel was to choose one, the one it chose."""
+        self.addresses: tuple[IPv4Address | IPv6Address, ...] = ()
+        """The addresses of the host that they are open on; 0.0.0.0 and :: stand for all of a family."""
         self.numbers = numbers
         self.endpoint_id: str | None = None
         """The guest that a forward without a name found."""
@@ -79,7 +82,7 @@ class Forward:
 
     def __str__(self) -> str:
         by = "" if self.asked_by is None else f" (opened by {self.asked_by})"
-        return show(self.spec, self.host_ports) + by
+        return show(self.spec, self.host_ports, self.addresses, self.endpoint_id) + by
 
     def __repr__(self) -> str:
         return f"<Forward {self}>"
@@ -101,15 +104,15 @@ class Publishing:
         """All forwards, oldest first."""
         return list(self._forwards.values())
 
-    def check(self, spec: ForwardSpec, subnet: IPv4Network) -> None:
+    def check(self, spec: ForwardSpec, config: NatConfig) -> None:
         """Refuses what could lead to several guests, or to none ever."""
-        address = spec.guest_address
+        address, subnet = spec.guest_address, config.subnet
         if address is not None and (
             address not in subnet or address in (subnet.network_address, subnet.broadcast_address)
         ):
             raise ConfigError(
                 f"The published port {spec} leads to {address}, which no guest of {subnet} can have: "
-                f"choose an address from {subnet[2]} to {subnet[-2]}, or a guest's name."
+                f"choose one from {config.guest_range}, or a guest's name."
             )
         if spec.guest is None and len(self._registry) > 1:
             names = ", ".join(endpoint.id for endpoint in self._registry.all()[:4])
@@ -125,6 +128,7 @@ class Publishing:
         self._next += len(sockets)
         ports = tuple(int(group[0].getsockname()[1]) for group in sockets)
         forward = Forward(spec, ports, numbers, self._owner)
+        forward.addresses = tuple(ip_address(one.getsockname()[0]) for one in sockets[0])
         forward.target = self._target(forward)
         plane = self._control.plane
         try:

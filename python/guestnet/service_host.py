@@ -184,7 +184,9 @@ class ServiceHost:
 
             pcp = self._pcp = self._services.pcp
             pcp.on_open, pcp.on_close = self._opened, self._closed
-            pcp.start(GuestPorts(self._session))
+            ports = GuestPorts(self._session)
+            ports.check()
+            pcp.start(ports)
             await control.do(plane.add_service, _PCP, "udp", gateway, PCP_PORT)
 
     async def close(self) -> None:

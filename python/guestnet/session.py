@@ -54,12 +54,73 @@ _PIPE_SECONDS = 0.5
 _END_SECONDS = 5.0
 
 
+_PCAPNG = b"\x0a\x0d\x0d\x0a"
+
+
 def _capture_file(path: str) -> int:
+    """Opens the file for a capture. One that has other content than a capture is not overwritten."""
+    directory, name = os.path.split(path)
     # Not to wait for who reads a named pipe: nothing could interrupt that.
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK
-    fd = os.open(path, flags, 0o600)
-    os.set_blocking(fd, True)
-    return fd
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+    if not name:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    parent = os.open(directory or ".", os.O_DIRECTORY | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY))
+    try:
+        nofollow = os.O_NOFOLLOW if _is_shared(os.fstat(parent)) else 0
+        try:
+            fd = os.open(name, flags | nofollow, 0o600, dir_fd=parent)
+        except OSError as error:
+            if not nofollow or error.errno != errno.ELOOP:
+                raise
+            raise ConfigError(
+                f"The capture file {path!r} is a symbolic link in a directory that other users can write: "
+                "name the file that it leads to, or choose another."
+            ) from None
+        try:
+            about = os.fstat(fd)
+            if stat.S_ISREG(about.st_mode):
+                if about.st_size and not _begins_as_capture(name, parent, about, nofollow):
+                    raise ConfigError(
+                        f"The capture file {path!r} exists and is not a pcapng capture: remove it, "
+                        "or choose another."
+                    )
+                os.ftruncate(fd, 0)
+            os.set_blocking(fd, True)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+    finally:
+        os.close(parent)
+
+
+def _is_shared(directory: os.stat_result) -> bool:
+    """Whether other users than ourselves and root can put files there."""
+    return bool(directory.st_mode & (stat.S_IWGRP | stat.S_IWOTH)) or directory.st_uid not in (
+        0,
+        os.geteuid(),
+    )
+
+
+def _begins_as_capture(name: str, parent: int, about: os.stat_result, nofollow: int) -> bool:
+    """Whether the file `about` begins as a capture; `name` may lead to another one by now."""
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | nofollow, dir_fd=parent)
+    except OSError:
+        return False
+    try:
+        return os.path.samestat(os.fstat(fd), about) and os.read(fd, len(_PCAPNG)) == _PCAPNG
+    finally:
+        os.close(fd)
+
+
+def is_capture(path: str) -> bool:
+    """Whether a file begins as a pcapng capture does."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(_PCAPNG)) == _PCAPNG
+    except PermissionError:
+        return False
 
 
 def _make_plane(config: NatConfig) -> _native.DataPlane:
@@ -368,9 +429,9 @@ class Session:
     async def publish(self, spec: ForwardSpec, sockets: list[list[socket.socket]]) -> Forward:
         if self.config.mode is NetMode.BRIDGED:
             raise UnsupportedError(
-                "In the mode 'bridged' guests have addresses of their own: there is nothing to publish."
+                "With `mode='bridged'` guests have addresses of their own: there is nothing to publish."
             )
-        self.publishing.check(spec, self.config.subnet)
+        self.publishing.check(spec, self.config)
         if not sockets:
             return await self.publishing.add_external(spec, self.outside(spec))
         return await self.publishing.add(spec, sockets)
@@ -445,9 +506,9 @@ class Session:
     async def tell_flows(self, on: bool) -> None:
         await self.control.do(self.control.plane.tell_flows, on)
 
-    async def start_capture(self, path: str) -> None:
+    async def start_capture(self, path: str | int) -> None:
         try:
-            fd = _capture_file(path)
+            fd = os.dup(path) if isinstance(path, int) else _capture_file(path)
         except OSError as error:
             remedy = "choose another one" if error.errno != errno.ENXIO else "start who reads the pipe first"
             raise ConfigError(

@@ -42,7 +42,8 @@ def end(session: Session) -> None:
     try:
         session.control.wait(session.close())
     except Exception as error:
-        _log.warning("the network did not end in order: %s", error)
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        _log.warning("the network did not end in order: %s", why)
     finally:
         session.control.stop()
         session.closed()

@@ -33,6 +33,14 @@ from hypothesis import strategies as st
         ("0:80", None, range(1), None, range(80, 81), "tcp"),
         ("80:[fd00::2]:80", None, range(80, 81), "fd00::2", range(80, 81), "tcp"),
         (":80:8080", None, range(80, 81), None, range(8080, 8081), "tcp"),
+        # Without a port of the host, as Docker: any that is free.
+        ("80", None, range(1), None, range(80, 81), "tcp"),
+        ("53/udp", None, range(1), None, range(53, 54), "udp"),
+        (":80", None, range(1), None, range(80, 81), "tcp"),
+        ("127.0.0.1::80", "127.0.0.1", range(1), None, range(80, 81), "tcp"),
+        ("[::1]::80", "::1", range(1), None, range(80, 81), "tcp"),
+        ("127.0.0.1::vm1:80", "127.0.0.1", range(1), "vm1", range(80, 81), "tcp"),
+        (":vm1:80", None, range(1), "vm1", range(80, 81), "tcp"),
     ],
 )
 def test_grammar(
@@ -48,8 +56,11 @@ def test_grammar(
     "text",
     [
         "",
-        "80",
         ":",
+        "80-81",
+        "127.0.0.1::80-81",
+        "127.0.0.1:80",
+        "80-/tcp",
         "80:",
         "a:b",
         "80:0",

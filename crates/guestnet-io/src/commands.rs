@@ -330,7 +330,7 @@ pub enum CommandError {
     #[error("{0} is too long for the path of a unix socket")]
     BadPath(PathBuf),
     /// The system refused something.
-    #[error("{what}: {}", std::io::Error::from_raw_os_error(*.errno))]
+    #[error("{what}: {}", crate::sys::errno_text(*.errno))]
     System {
         /// What was tried.
         what: &'static str,

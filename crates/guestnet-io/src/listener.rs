@@ -171,7 +171,7 @@ impl State {
                 Ok(c) => c,
                 Err(e) if sys::exhausted(e) => {
                     self.io.counters.listener_pauses += 1;
-                    self.warn(format!("no guest can be taken: {}", std::io::Error::from_raw_os_error(e)));
+                    self.warn(format!("no guest can be taken: {}", sys::errno_text(e)));
                     return self.rest_listener(token);
                 }
                 // Nobody there, or somebody who left again; a listener that is broken says so by nothing.

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from guestnet.cli.terminal import OutputError, answer, complain
+from guestnet.cli.terminal import OutputError, answer, complain, say
 
 EXIT_OK = 0
 EXIT_PROBLEM = 1
@@ -35,6 +36,7 @@ COMMANDS = {
 }
 
 _HELP = """usage: guestnet COMMAND [OPTIONS]
+       guestnet run [OPTIONS] -- PROGRAM [ARGS...]
 
 The network for guests that nobody trusts: address, names, NAT and published ports for programs and virtual
 machines. No root.
@@ -43,8 +45,8 @@ commands:
 {commands}
 
 options:
-  -h, --help     show this help; `guestnet COMMAND --help` shows a command's own
-  --version      show the version
+  -h, --help     show this help; `guestnet help COMMAND` shows a command's own
+  -V, --version  show the version
 
 example:
   guestnet run -p 8080:80 -- python3 -m http.server 80
@@ -107,19 +109,26 @@ def _hold_standard_descriptors() -> None:
 
 def _dispatch(arguments: list[str]) -> int:
     if not arguments:
-        raise UsageError("Say what to do: `guestnet --help` lists the commands.")
+        say(_help_text().rstrip())
+        return EXIT_USAGE
     name, rest = arguments[0], arguments[1:]
+    if name == "help" and rest:
+        name, rest = rest[0], ["--help"]
     if name in ("-h", "--help", "help"):
-        lines = "\n".join(f"  {command:<14} {about}" for command, about in COMMANDS.items())
-        answer(_HELP.format(commands=lines))
+        answer(_help_text())
         return EXIT_OK
-    if name in ("--version", "version"):
+    if name in ("-V", "--version", "version"):
         answer(f"guestnet {version()}\n")
         return EXIT_OK
     if name not in COMMANDS:
-        kind = "option" if name.startswith("-") else "command"
-        raise UsageError(f"There is no {kind} {name!r}: `guestnet --help` lists the commands.")
+        from guestnet.cli.hints import unknown_command
+
+        raise unknown_command(name, rest)
     return int(import_module(f"guestnet.cli.{name}").main(rest))
+
+
+def _help_text() -> str:
+    return _HELP.format(commands="\n".join(f"  {command:<14} {about}" for command, about in COMMANDS.items()))
 
 
 def failure(error: Exception) -> int:
@@ -130,23 +139,48 @@ def failure(error: Exception) -> int:
         import traceback
 
         traceback.print_exception(error)
-    if isinstance(error, ConfigError):
-        complain(str(error))
-        return EXIT_USAGE
-    if isinstance(error, GuestnetError):
-        complain(str(error))
-        return int(getattr(error, "exit_status", EXIT_FAILED))
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        complain("Too many files are open: raise the limit (`ulimit -n`).")
-        return EXIT_FAILED
-    if (isinstance(error, OSError) and error.errno == errno.EAGAIN) or _no_thread(error):
-        complain("No more processes or threads can be started: end some, or raise the limit (`ulimit -u`).")
-        return EXIT_FAILED
+    status = EXIT_USAGE if isinstance(error, ConfigError) else getattr(error, "exit_status", EXIT_FAILED)
+    complain(_as_options(str(error)) if isinstance(error, GuestnetError) else _system_failure(error))
+    return int(status)
+
+
+def _system_failure(error: Exception) -> str:
+    """What an error that is not guestnet's own means, where that is known."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.EMFILE, errno.ENFILE):
+        return "Too many files are open: raise the limit (`ulimit -n`)."
+    if number == errno.EAGAIN or _no_thread(error):
+        return "No more processes or threads can be started: end some, or raise the limit (`ulimit -u`)."
+    if isinstance(error, MemoryError) or number == errno.ENOMEM:
+        return "There is not enough memory: free some, or raise the limit (`ulimit -v`)."
+    if isinstance(error, OSError) and error.strerror:
+        where = f" at {error.filename!r}" if error.filename else ""
+        return f"The system refused something{where} ({error.strerror}): set GUESTNET_DEBUG=1 to see what."
     text = str(error) or type(error).__name__
-    complain(
-        f"Unexpected {type(error).__name__}: {text}; set GUESTNET_DEBUG=1 and run it again to see where."
-    )
-    return EXIT_FAILED
+    return f"Unexpected {type(error).__name__}: {text}; set GUESTNET_DEBUG=1 and run it again to see where."
+
+
+_SAME = ("mode", "uplink", "external", "forwarding", "masquerade", "bridge", "workers", "subnet", "search")
+_OPTIONS = {name: f"--{name}" for name in _SAME} | {
+    "host_loopback": "--host-loopback",
+    "pcp_ports": "--pcp",
+    "pcp_address": "--pcp address",
+    "capture": "--pcap",
+    "resolvers": "--dns",
+    "dns_records": "--dns-record",
+    "static_leases": "--lease",
+}
+"""Settings of NatConfig that the command line has too."""
+
+
+def _as_options(text: str) -> str:
+    """Settings of the configuration, which its messages name in backquotes, as command-line options."""
+
+    def option(match: re.Match[str]) -> str:
+        name = _OPTIONS.get(match[1])
+        return match[0] if name is None else name + (f" {match[2]}" if match[2] else "")
+
+    return re.sub(r"`([a-z_]+)(?:='?(\w+)'?)?`", option, text)
 
 
 def _no_thread(error: Exception) -> bool:

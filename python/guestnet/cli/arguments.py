@@ -10,11 +10,14 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, ip_address
-from typing import Any, NoReturn, TypeVar
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from guestnet.cli import UsageError
 from guestnet.cli.terminal import answer
+
+if TYPE_CHECKING:
+    from guestnet.forwards import ForwardSpec
 
 ZONE = "guestnet.internal"
 DEFAULT_SUBNET = "192.168.64.0/24"
@@ -27,9 +30,15 @@ _T = TypeVar("_T")
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that says what is wrong in one sentence and leaves the exit to `main`."""
+    """An ArgumentParser that says what is wrong in one sentence and leaves the exit to `main`.
+
+    None of argparse's own sentences reaches the user: values are read by functions that raise UsageError, and
+    what is left (an option that is unknown, lacks its value or takes none) is said here.
+    """
 
     def __init__(self, command: str, usage: str, about: str, example: str) -> None:
+        self._names: list[str] = []
+        self._command = command
         super().__init__(
             prog=f"guestnet {command}",
             usage=f"guestnet {command} {usage}",
@@ -37,10 +46,51 @@ class Parser(argparse.ArgumentParser):
             epilog=f"example:\n{example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
+            exit_on_error=False,
         )
+
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        """As argparse's, and remembers the options' names."""
+        self._names += [name for name in names if name.startswith("-")]
+        return super().add_argument(*names, **settings)
+
+    def option_names(self) -> list[str]:
+        """Every option of the command, long and short."""
+        return list(self._names)
 
     def print_help(self, file: Any = None) -> None:
         answer(self.format_help())
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        try:
+            options, extra = self.parse_known_args(args, namespace)
+        except argparse.ArgumentError as error:
+            raise self._value_error(error) from None
+        if extra:
+            raise self.unknown(extra[0])
+        return options
+
+    def unknown(self, word: str) -> UsageError:
+        """The error for a word that is no option of this command."""
+        from guestnet.cli import hints
+
+        if word.startswith("-") and word != "-":
+            return hints.unknown_option(word, self._command, self._names)
+        if "--stream" in self._names:
+            return UsageError(
+                f"`{self.prog}` takes options only: for a socket write --stream {word}, or see "
+                f"`{self.prog} --help`."
+            )
+        return UsageError(f"`{self.prog}` has no use for {word!r}: see `{self.prog} --help`.")
+
+    def _value_error(self, error: argparse.ArgumentError) -> UsageError:
+        for action in self._actions:
+            if error.argument_name == "/".join(action.option_strings):
+                name = action.option_strings[-1]
+                if action.nargs == 0:
+                    return UsageError(f"{name} takes no value: write {name} alone.")
+                return UsageError(f"{name} needs a value: write {name} {action.metavar or 'VALUE'}.")
+        return UsageError(f"{error}: see `{self.prog} --help`.")
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message[:1].upper()}{message[1:]}: see `{self.prog} --help`.")
@@ -63,10 +113,12 @@ def parse_with_command(
     left, right = split_command(argv)
     options = parser.parse_args(left)
     command = list(options.command)
+    if command and command[0].startswith("-"):
+        raise parser.unknown(command[0])  # argparse takes `-6` for a number
     if command and right:
         command += ["--", *right]  # that `--` belongs to the command: `guestnet run sh -c '...' -- x`
     command = command or right
-    if not command:
+    if not command or not command[0]:
         raise UsageError(f"Say what to run: `{parser.prog} [OPTIONS] -- {what}`.")
     return options, command
 
@@ -108,11 +160,41 @@ def subnet(text: str) -> IPv4Network:
     return network
 
 
+def number(option: str, text: str, lowest: int, highest: int, example: object) -> int:
+    """A whole number of a range."""
+    digits = text.isascii() and text.isdigit() and len(text) <= 20
+    if not digits or not lowest <= int(text) <= highest:
+        raise UsageError(f"{option} {text!r} is not between {lowest} and {highest}: write {example}.")
+    return int(text)
+
+
+def choice(option: str, known: Sequence[str]) -> Callable[[str], str]:
+    """A reader for one of several words."""
+
+    def reader(text: str) -> str:
+        if text in known:
+            return text
+        from guestnet.cli import hints
+
+        raise UsageError(f"{option} {text!r} is not known{hints.closest(text, known)}")
+
+    return reader
+
+
+def file_path(option: str, example: str = "guests.pcapng") -> Callable[[str], str]:
+    """A reader for a file's name; what is wrong with the file itself shows when it is opened."""
+
+    def reader(text: str) -> str:
+        if not text or "\0" in text:
+            raise UsageError(f"{option} {text!r} is not a file name: write one such as {example}.")
+        return text
+
+    return reader
+
+
 def mtu(text: str) -> int:
     """An IP MTU in bytes."""
-    if not text.isascii() or not text.isdigit() or not MTU_LOWEST <= int(text) <= MTU_HIGHEST:
-        raise UsageError(f"--mtu {text!r} is not between {MTU_LOWEST} and {MTU_HIGHEST}: write 1500.")
-    return int(text)
+    return number("--mtu", text, MTU_LOWEST, MTU_HIGHEST, 1500)
 
 
 def dns_record(text: str) -> tuple[str, str]:
@@ -141,7 +223,7 @@ def _is_name(name: str) -> bool:
     )
 
 
-def mac(text: str) -> bytes:
+def mac(text: str, option: str = "--mac") -> bytes:
     """A hardware address of one station, `02:00:5e:10:00:01`."""
     parts = text.replace("-", ":").split(":")
     try:
@@ -149,10 +231,12 @@ def mac(text: str) -> bytes:
             raise ValueError
         address = bytes(int(part, 16) for part in parts)
     except ValueError:
-        raise UsageError(f"{text!r} is not a MAC address: write one such as 02:00:5e:10:00:01.") from None
+        raise UsageError(
+            f"{option} {text!r} is not a MAC address: write one such as 02:00:5e:10:00:01."
+        ) from None
     if address[0] & 1 or not any(address):
         raise UsageError(
-            f"The MAC address {text!r} is not one station's: write one such as 02:00:5e:10:00:01."
+            f"{option} {text!r} is a group address or zero: write one such as 02:00:5e:10:00:01."
         )
     return address
 
@@ -162,11 +246,11 @@ def random_mac() -> bytes:
     return bytes((0x02, *os.urandom(5)))
 
 
-def hostname(text: str) -> str:
+def hostname(text: str, option: str = "--hostname") -> str:
     """A host name: one label of letters, digits and hyphens."""
     if not text.isascii() or not 0 < len(text) <= 63 or text[0] == "-" or not text.replace("-", "").isalnum():
         raise UsageError(
-            f"--hostname {text!r} is not a host name: write letters, digits and hyphens, such as web1."
+            f"{option} {text!r} is not a host name: write letters, digits and hyphens, such as web1."
         )
     return text
 
@@ -178,9 +262,27 @@ def format_mac(address: bytes) -> str:
 
 def publication(text: str) -> Any:
     """A published port in Docker's grammar."""
+    from guestnet.errors import ConfigError
     from guestnet.forwards import ForwardSpec
 
-    return ForwardSpec.parse(text)
+    try:
+        return ForwardSpec.parse(text)
+    except ConfigError:
+        from guestnet.cli import hints
+
+        if (hint := hints.publication(text)) is not None:
+            raise UsageError(f"The published port {text!r} is not right: {hint}.") from None
+        raise
+
+
+def host_address(text: str) -> IPv4Address | IPv6Address:
+    """The address of the host that ports are published on."""
+    try:
+        return ip_address({"localhost": "127.0.0.1", "*": "0.0.0.0"}.get(text, text.strip("[]")))
+    except ValueError:
+        raise UsageError(
+            f"--publish-address {text!r} is not an address of the host: write one such as 127.0.0.1."
+        ) from None
 
 
 def add_network_options(parser: Parser) -> None:
@@ -193,18 +295,27 @@ def add_network_options(parser: Parser) -> None:
         default=[],
         type=checked(publication),
         metavar="SPEC",
-        help="publish a guest's port: [HOST_IP:]PORT[-END]:[GUEST:]PORT[-END][/tcp|/udp] (repeatable)",
+        help="publish a guest's port: [[HOST_IP:]PORT[-END]:][GUEST:]PORT[-END][/tcp|/udp]. Without HOST_IP "
+        "on every address of the host, without the first PORT on a free one (repeatable)",
+    )
+    add(
+        "--publish-address",
+        type=checked(host_address),
+        metavar="HOST_IP",
+        help="the host's address for published ports (and --pcp) that name none, such as 127.0.0.1",
     )
     add(
         "--subnet",
         type=checked(subnet),
         default=IPv4Network(DEFAULT_SUBNET),
+        metavar="SUBNET",
         help=f"default {DEFAULT_SUBNET}",
     )
     add("--mtu", type=checked(mtu), default=1500, metavar="BYTES", help="default 1500")
     add(
         "--mode",
-        choices=("nat", "host_only"),
+        type=checked(choice("--mode", ("nat", "host_only"))),
+        metavar="MODE",
         default="nat",
         help="nat (default), or host_only: guests and the gateway's services, nothing outside",
     )
@@ -239,13 +350,18 @@ def add_network_options(parser: Parser) -> None:
     )
     add(
         "--filtering",
-        choices=("endpoint_independent", "address_dependent", "address_and_port_dependent"),
+        type=checked(
+            choice("--filtering", ("endpoint_independent", "address_dependent", "address_and_port_dependent"))
+        ),
+        metavar="HOW",
         default="address_dependent",
-        help="who may send to a UDP port that a guest uses (RFC 4787 section 5; default address_dependent)",
+        help="who may send to a UDP port that a guest uses: endpoint_independent, address_dependent "
+        "(default) or address_and_port_dependent (RFC 4787 section 5)",
     )
     add(
         "--uplink",
-        choices=("sockets", "tun"),
+        type=checked(choice("--uplink", ("sockets", "tun"))),
+        metavar="HOW",
         default="sockets",
         help="sockets (default), or tun: packets leave through a device (needs CAP_NET_ADMIN)",
     )
@@ -290,15 +406,23 @@ def add_network_options(parser: Parser) -> None:
     )
     add(
         "--polling",
-        choices=("adaptive", "busy", "event_driven"),
+        type=checked(choice("--polling", ("adaptive", "busy", "event_driven"))),
+        metavar="HOW",
         default="adaptive",
         help="adaptive (default): poll a moment after work, then sleep; busy: one processor for the "
         "shortest delay; event_driven: sleep at once",
     )
-    add("--pcap", metavar="FILE", help="write every frame to FILE (pcapng, for Wireshark)")
+    add(
+        "--pcap",
+        type=checked(file_path("--pcap")),
+        metavar="FILE",
+        help="write every frame to FILE (pcapng, for Wireshark), - for stdout",
+    )
     add("--stats", action="store_true", help="print the counters at the end, on stderr")
     add("-q", "--quiet", action="store_true", help="say nothing but errors")
-    add("-v", "--verbose", action="store_true", help="say what happens")
+    add(
+        "-v", "--verbose", action="store_true", help="say what happens: refusals, drops, name servers, guests"
+    )
 
 
 def resolver(text: str) -> str:
@@ -319,9 +443,7 @@ def search(text: str) -> str:
 
 def workers(text: str) -> int:
     """A number of packet threads."""
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= WORKERS_MOST:
-        raise UsageError(f"--workers {text!r} is not between 1 and {WORKERS_MOST}: write 1.")
-    return int(text)
+    return number("--workers", text, 1, WORKERS_MOST, 1)
 
 
 def guest_ports(text: str) -> tuple[IPv4Address | None, int, int]:
@@ -330,16 +452,18 @@ def guest_ports(text: str) -> tuple[IPv4Address | None, int, int]:
     try:
         address = IPv4Address(host) if colon else None
     except ValueError:
-        raise UsageError(f"--pcp {text!r}: {host!r} is not an IPv4 address of the host.") from None
+        raise UsageError(
+            f"--pcp {text!r}: {host!r} is not an IPv4 address, write one of the host's or leave it out."
+        ) from None
     first, dash, last = ports.partition("-")
     numbers = [first, last] if dash else [first]
     if not all(number.isascii() and number.isdigit() and len(number) <= 5 for number in numbers):
         raise UsageError(f"--pcp {text!r} is not a range of ports: write one such as 40000-40999.")
     lowest, highest = int(numbers[0]), int(numbers[-1])
+    if lowest > highest:
+        raise UsageError(f"--pcp {text!r} starts after its end: write {highest}-{lowest}.")
     if not 1 <= lowest <= highest <= 65535:
-        raise UsageError(
-            f"--pcp {text!r} is upside down or not between 1 and 65535: write a range such as 40000-40999."
-        )
+        raise UsageError(f"--pcp {text!r} is not between 1 and 65535: write a range such as 40000-40999.")
     return address, lowest, highest
 
 
@@ -367,6 +491,60 @@ def plan(network: IPv4Network) -> Plan:
     return Plan(network, network[1], network[2])
 
 
+def settle(options: argparse.Namespace, *, command: bool) -> None:
+    """Applies options that change others, and refuses those that contradict each other. Raises UsageError.
+
+    `command`: whether a command is going to run with the same stdout. With `--pcap -` it gets stderr instead.
+    """
+    if options.quiet and options.verbose:
+        raise UsageError("--quiet and --verbose contradict each other: leave one out.")
+    if options.publish_address is not None:
+        from dataclasses import replace
+
+        options.publish = [
+            spec if spec.host_ip is not None else replace(spec, host_ip=options.publish_address)
+            for spec in options.publish
+        ]
+        if options.pcp is not None and options.pcp[0] is None:
+            if options.publish_address.version == 6:
+                raise UsageError(
+                    "--pcp opens ports on IPv4 addresses only: write --pcp 127.0.0.1:FIRST-LAST, "
+                    "with the address of the host that you mean."
+                )
+            options.pcp = (options.publish_address, *options.pcp[1:])
+    if len(options.publish) > 1:
+        _check_published_once(options.publish)
+    if options.pcap == "-":
+        if os.isatty(1):
+            raise UsageError(
+                "--pcap - writes binary data to stdout, which is a terminal: redirect it, or name a file."
+            )
+        options.capture_fd = os.dup(1)
+        if command:
+            os.dup2(2, 1)
+
+
+def _check_published_once(published: Sequence[ForwardSpec]) -> None:
+    """Two options for one port: the kernel would call the second one "in use"."""
+    taken: dict[tuple[str, int], list[ForwardSpec]] = {}
+    for spec in published:
+        for port in spec.host_ports:
+            others = taken.setdefault((spec.protocol, port), [])
+            if port and (other := next((one for one in others if _share_address(one, spec)), None)):
+                raise UsageError(
+                    f"-p publishes {spec.protocol.upper()} port {port} of the host twice, as {other} and as "
+                    f"{spec}: choose another port of the host for one of them."
+                )
+            others.append(spec)
+
+
+def _share_address(one: ForwardSpec, other: ForwardSpec) -> bool:
+    a, b = one.host_ip, other.host_ip
+    if a is None or b is None:
+        return True
+    return a.version == b.version and (a == b or a.is_unspecified or b.is_unspecified)
+
+
 def search_list(options: argparse.Namespace) -> tuple[str, ...]:
     """The domains that guests try for short names."""
     return tuple(dict.fromkeys((*options.search, ZONE)))
@@ -392,7 +570,7 @@ def network_settings(options: argparse.Namespace) -> dict[str, Any]:
         "workers": options.workers,
         "io_uring": options.io_uring,
         "polling": options.polling,
-        "capture": options.pcap,
+        "capture": None if options.pcap == "-" else options.pcap,
         "uplink": options.uplink,
         "external": options.external,
         "forwarding": options.forwarding,

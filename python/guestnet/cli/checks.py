@@ -321,10 +321,20 @@ def check_qemu() -> Check:
     match = re.search(r"version (\d+)\.(\d+)(\.\d+)?", answer)
     if match is None:
         return Check(name, LIMITED, f"{path} does not tell its version", "Install QEMU 7.2 or newer.")
-    found = f"{match[0].removeprefix('version ')} at {path}"
-    if (int(match[1]), int(match[2])) < _OLDEST_QEMU:
+    number = int(match[1]), int(match[2])
+    found = f"{match[0].removeprefix('version ')} at {path}; {_reconnects(number)}"
+    if number < _OLDEST_QEMU:
         return Check(name, MISSING, found, "Install QEMU 7.2 or newer: older ones have no `-netdev stream`.")
     return Check(name, OK, found)
+
+
+def _reconnects(version: tuple[int, int]) -> str:
+    """How a machine on `guestnet up --stream` outlives a restart of guestnet."""
+    if version >= (9, 2):
+        return "-netdev stream connects again with reconnect-ms=1000"
+    if version >= (8, 0):
+        return "-netdev stream connects again with reconnect=1"
+    return "-netdev stream does not connect again (QEMU 8.0 does)"
 
 
 def check_kvm(device: str = "/dev/kvm") -> Check:

@@ -38,7 +38,7 @@ def begin(
         start.add(c.CAP_NET_RAW)  # the packet threads' own, which they keep
     if by_path or _are_others(paths):
         keep.add(c.CAP_DAC_OVERRIDE)
-    elif options.pcap is not None and _are_others([options.pcap]):
+    elif options.pcap not in (None, "-") and _are_others([options.pcap]):
         start.add(c.CAP_DAC_OVERRIDE)
     c.begin(start, keep)
 

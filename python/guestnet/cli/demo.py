@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from guestnet.cli import EXIT_OK, EXIT_PROBLEM, arguments
+from guestnet.cli import EXIT_OK, EXIT_PROBLEM, UsageError, arguments
 from guestnet.cli.report import stats_rows
+from guestnet.cli.session import ENDPOINT
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,11 +33,27 @@ HOST_PORT = 8080
 def parser() -> arguments.Parser:
     """The options of `guestnet demo`."""
     made = arguments.Parser("demo", "[OPTIONS]", _ABOUT, _EXAMPLE)
-    made.add_argument("--seconds", type=float, default=2.0, help="how long to measure each way (default 2)")
+    made.add_argument(
+        "--seconds",
+        type=arguments.checked(_seconds),
+        default=2.0,
+        metavar="SECONDS",
+        help="how long to measure each way (0.1 to 60, default 2)",
+    )
     made.add_argument(
         "--no-namespace", action="store_true", help="an in-memory guest even where namespaces can be made"
     )
     return made
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 60:
+        raise UsageError(f"--seconds {text!r} is not between 0.1 and 60: write 2.")
+    return seconds
 
 
 class Steps:
@@ -74,8 +91,6 @@ class Steps:
 def main(argv: Sequence[str]) -> int:
     """Runs the command line after `guestnet demo`; returns the exit status."""
     options = parser().parse_args(argv)
-    if not 0.1 <= options.seconds <= 60:
-        parser().error("--seconds must be between 0.1 and 60")
     from guestnet.cli import demo_guests
 
     # The guest comes first: it forks, and nothing may have started a thread by then.
@@ -118,7 +133,7 @@ def _show(guest: DemoGuest, seconds: float) -> int:
 
 def _steps(steps: Steps, network: NatNetwork, guest: DemoGuest, seconds: float) -> None:
     def attach() -> str:
-        endpoint = network.create_endpoint("guest", mac=guest.mac, hostname="guest")
+        endpoint = network.create_endpoint(ENDPOINT, mac=guest.mac)
         guest.attach(network)
         return f"{endpoint.id} with MAC {guest.mac}, gateway {network.gateway}"
 
@@ -138,7 +153,7 @@ def _steps(steps: Steps, network: NatNetwork, guest: DemoGuest, seconds: float) 
     if not steps.run("lease by DHCP", guest.lease):
         return  # without an address nothing else can work
     steps.run("name resolved", lambda: guest.resolve(NAME))
-    steps.run("own name resolved", lambda: guest.resolve("guest.guestnet.internal"))
+    steps.run("own name resolved", lambda: guest.resolve(f"{ENDPOINT}.guestnet.internal"))
     steps.run("page through NAT", lambda: guest.fetch(NAME))
     steps.run("published port", publish)
     steps.run("throughput up", lambda: guest.transfer("up", seconds))

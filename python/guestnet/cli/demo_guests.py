@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from guestnet.cli import arguments, demo_world
+from guestnet.cli.session import ENDPOINT
 
 if TYPE_CHECKING:
     from guestnet.network import NatNetwork
@@ -80,7 +81,7 @@ class NamespaceGuest:
         outside.ask("serve_transfers", port=TRANSFER_PORT)
 
     def attach(self, network: NatNetwork) -> None:
-        network.attach("guest", "tap", fd=self._world.namespace.take_tap())
+        network.attach(ENDPOINT, "tap", fd=self._world.namespace.take_tap())
         self._world.namespace.go()
 
     def lease(self) -> str:

@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from guestnet.cli import arguments, demo_actions
+from guestnet.cli.session import ENDPOINT
 from guestnet.testing.guest import Guest
 from guestnet.testing.tcp import Connection
 
@@ -58,7 +59,7 @@ class MemoryGuest:
 
     def attach(self, network: NatNetwork) -> None:
         guest = Guest(self._hardware, lambda frame: attachment.send(frame))  # noqa: PLW0108 - not there yet
-        attachment = network.attach("guest", "memory", on_frame=guest.receive)
+        attachment = network.attach(ENDPOINT, "memory", on_frame=guest.receive)
         self._guest = guest
 
     def lease(self) -> str:

@@ -17,6 +17,7 @@ from ipaddress import IPv4Interface
 from guestnet._linux import libc, links, mounts
 from guestnet._linux.held import Held, fork_held
 from guestnet.cli import demo_actions, demo_peer
+from guestnet.cli.session import ENDPOINT
 from guestnet.namespace import Guest, Namespace, launch
 
 # Addresses for documentation (RFC 5737): they cannot be anyone's.
@@ -65,7 +66,9 @@ def build(interface: links.Interface, nameserver: str, search: tuple[str, ...]) 
         return demo_peer.serve(theirs, demo_actions.ACTIONS)
 
     try:
-        namespace = launch(Guest(interface, nameserver=nameserver, search=search, hostname="guest"), be_guest)
+        namespace = launch(
+            Guest(interface, nameserver=nameserver, search=search, hostname=ENDPOINT), be_guest
+        )
     except BaseException:
         process.kill()
         raise

@@ -20,6 +20,7 @@ from guestnet.config import Filtering
 from guestnet.errors import ConfigError, GuestnetError
 
 if TYPE_CHECKING:
+    from guestnet.forwards import ForwardSpec
     from guestnet.nat import NatEngine, NatEngineConfig
     from guestnet.offline import Report
 
@@ -34,6 +35,9 @@ inside that opens the connections which IN has the other side of; the same --see
 _EXAMPLE = """\
   guestnet nat --external 203.0.113.1 --internal 192.168.64.0/24 inside.pcap outside.pcap
   guestnet nat --external 203.0.113.1 --reverse --inside inside.pcap replies.pcap back.pcap"""
+TABLE_LARGEST = 0xFFFFFE
+_MAGICS = ("0a0d0d0a", "d4c3b2a1", "a1b2c3d4", "4d3cb2a1", "a1b23c4d")
+"""The first four bytes of a capture: pcapng, and pcap in both byte orders and resolutions."""
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
@@ -48,14 +52,26 @@ def _network(text: str) -> IPv4Network:
     try:
         return IPv4Network(text)
     except ValueError:
+        pass
+    try:
+        inside = IPv4Network(text, strict=False)
+    except ValueError:
         raise UsageError(f"--internal {text!r} is not an IPv4 network: write 192.168.64.0/24.") from None
+    raise UsageError(f"--internal {text!r} is an address within a network: write {inside}.")
 
 
 def _ports(text: str) -> tuple[int, int]:
     first, dash, last = text.partition("-")
-    if not dash or not (first.isdecimal() and last.isdecimal()):
+    if not dash:
         raise UsageError(f"--ports {text!r} is not FIRST-LAST: write 49152-65535.")
-    return int(first), int(last)
+    low, high = (arguments.number("--ports", one, 1, 65535, "49152-65535") for one in (first, last))
+    if low > high:
+        raise UsageError(f"--ports {text!r} starts after its end: write {high}-{low}.")
+    return low, high
+
+
+def _table_size(text: str) -> int:
+    return arguments.number("--table-size", text, 1, TABLE_LARGEST, 1 << 20)
 
 
 def parser() -> arguments.Parser:
@@ -63,13 +79,13 @@ def parser() -> arguments.Parser:
     made = arguments.Parser("nat", "--external IP [OPTIONS] IN OUT", _ABOUT, _EXAMPLE)
     add = made.add_argument
     checked = arguments.checked
-    add("source", metavar="IN", help="the capture to read")
-    add("target", metavar="OUT", help="the capture to write, in the same format")
+    add("source", nargs="?", metavar="IN", help="the capture to read")
+    add("target", nargs="?", metavar="OUT", help="the capture to write, in the same format")
     add(
         "--external",
         type=checked(_address),
         action="append",
-        required=True,
+        default=[],
         metavar="IP",
         help="external address (repeatable)",
     )
@@ -81,7 +97,12 @@ def parser() -> arguments.Parser:
         help=f"the inside (default {arguments.DEFAULT_SUBNET})",
     )
     add("--reverse", action="store_true", help="IN was captured outside: translate inbound")
-    add("--inside", metavar="FILE", help="with --reverse: a capture of the inside that opens connections")
+    add(
+        "--inside",
+        type=checked(arguments.file_path("--inside", "inside.pcap")),
+        metavar="FILE",
+        help="with --reverse: a capture of the inside that opens connections",
+    )
     add(
         "-p",
         "--publish",
@@ -101,15 +122,26 @@ def parser() -> arguments.Parser:
     behaviours = [str(one) for one in Filtering]
     add(
         "--mapping",
-        choices=behaviours,
+        type=checked(arguments.choice("--mapping", behaviours)),
         default=str(Filtering.ENDPOINT_INDEPENDENT),
-        help="RFC 4787 section 4.1",
+        metavar="HOW",
+        help=f"{', '.join(behaviours)} (RFC 4787 section 4.1; default {behaviours[0]})",
     )
     add(
-        "--filtering", choices=behaviours, default=str(Filtering.ADDRESS_DEPENDENT), help="RFC 4787 section 5"
+        "--filtering",
+        type=checked(arguments.choice("--filtering", behaviours)),
+        default=str(Filtering.ADDRESS_DEPENDENT),
+        metavar="HOW",
+        help=f"the same words (RFC 4787 section 5; default {behaviours[1]})",
     )
     add("--mtu", type=checked(arguments.mtu), metavar="BYTES", help="MTU outside (default: no limit)")
-    add("--table-size", type=int, default=1 << 20, metavar="N", help="connections at once (default 1048576)")
+    add(
+        "--table-size",
+        type=checked(_table_size),
+        default=1 << 20,
+        metavar="N",
+        help="connections at once (default 1048576)",
+    )
     add("--seed", default="guestnet", metavar="TEXT", help="what random ports follow from")
     add("--only-translated", action="store_true", help="leave out what the NAT has no business with")
     add("--json", action="store_true", help="print the report as JSON, on stderr")
@@ -120,6 +152,16 @@ def parser() -> arguments.Parser:
 def main(argv: Sequence[str]) -> int:
     """Runs the command line after `guestnet nat`; returns the exit status."""
     options = parser().parse_args(argv)
+    if options.source is None or options.target is None:
+        raise UsageError("Say what to read and what to write: `guestnet nat --external IP IN OUT`.")
+    if not options.external:
+        raise UsageError("Say the address that packets leave with: --external 203.0.113.1.")
+    for spec in options.publish:
+        _check_publication(spec)
+    if options.source == options.inside == "-":
+        raise UsageError("IN and --inside cannot both be stdin: name a file for one of them.")
+    if options.target == "-" and os.isatty(1):
+        raise UsageError("OUT is binary data and stdout is a terminal: redirect it, or name a file.")
     if options.inside is not None and not options.reverse:
         raise UsageError("--inside goes with --reverse: without it, IN itself is the capture of the inside.")
     from guestnet.capture_file import CaptureFile
@@ -162,13 +204,21 @@ def _config(options: argparse.Namespace) -> NatEngineConfig:
     )
 
 
+def _check_publication(spec: ForwardSpec) -> None:
+    if spec.guest_address is None:
+        raise UsageError("A port that --publish gives needs the guest's address: write 80:192.168.64.2:80.")
+    if not spec.host_ports[0]:
+        raise UsageError(
+            f"{spec} does not say which external port: write 80:{spec.guest}:{spec.guest_ports[0]}."
+        )
+
+
 def _publish(engine: NatEngine, spec: object, external: IPv4Address) -> None:
     from guestnet.forwards import ForwardSpec
 
     assert isinstance(spec, ForwardSpec)
     host = external if spec.host_ip is None or IPv4Address(0) == spec.host_ip else spec.host_ip
-    if spec.guest_address is None:
-        raise UsageError("A port that --publish gives needs the guest's address: write 80:192.168.64.2:80.")
+    assert spec.guest_address is not None
     for port, inner in zip(spec.host_ports, spec.guest_ports, strict=True):
         engine.add_forward(spec.protocol, (str(host), port), (spec.guest_address, inner))
 
@@ -181,12 +231,12 @@ def _reading(path: str) -> Iterator[BinaryIO]:
     try:
         file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed below
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+        raise ConfigError(f"{path!r} cannot be read ({error.strerror}): name a capture that can.") from error
     with file:
         try:
             yield file
         except IsADirectoryError:
-            raise ConfigError(f"{path} is a directory: give a capture.") from None
+            raise ConfigError(f"{path} is a directory: name a capture in it.") from None
 
 
 @contextlib.contextmanager
@@ -202,22 +252,59 @@ def _writing(path: str, source: str) -> Iterator[BinaryIO]:
                 yield file
             return
         if source != "-" and os.path.exists(path) and os.path.samefile(path, source):
-            raise ConfigError(f"{path} is the capture that is read: give another name to write to.")
+            raise ConfigError(f"{path!r} is the capture that is read: choose another file to write to.")
+        if _has_other_content(path):
+            raise ConfigError(f"{path!r} exists and is not a capture: remove it, or choose another file.")
         folder, name = os.path.split(os.path.abspath(path))
-        number, unfinished = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+        number, unfinished = _unfinished(folder, name)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error
+        raise ConfigError(f"{path!r} cannot be written ({error.strerror}): choose another file.") from error
     try:
         with open(number, "wb", buffering=1 << 20) as file:
             yield file
-        os.chmod(unfinished, 0o666 & ~_umask())
-        os.replace(unfinished, path)
+            file.flush()
+            os.fchmod(number, 0o666 & ~_umask())
+            if unfinished is None:
+                unfinished = _give_name(number, folder, name)
+            os.replace(unfinished, path)
     except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(unfinished)
+        if unfinished is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(unfinished)
         if isinstance(error, OSError):
-            raise GuestnetError(f"{path} cannot be written: {error.strerror}.") from error
+            raise GuestnetError(
+                f"{path!r} cannot be written ({error.strerror}): make room, or choose another file."
+            ) from error
         raise
+
+
+def _has_other_content(path: str) -> bool:
+    """Whether a file is there that is neither empty nor a capture: it is not overwritten."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4)
+    except FileNotFoundError:
+        return False
+    return bool(head) and head.hex() not in _MAGICS
+
+
+def _unfinished(folder: str, name: str) -> tuple[int, str | None]:
+    """A file in `folder` without a name, so that nothing is left however the process ends.
+
+    Where the file system has no such files, it is one with a name of its own.
+    """
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600), None
+    except (OSError, AttributeError):
+        return tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+
+
+def _give_name(number: int, folder: str, name: str) -> str:
+    """Gives the file without a name one that nobody has."""
+    path = os.path.join(folder, f".{name}.{os.urandom(8).hex()}")
+    # With a directory, though no path here needs one, this is linkat(), which follows the link in /proc.
+    os.link(f"/proc/self/fd/{number}", path, src_dir_fd=number, follow_symlinks=True)
+    return path
 
 
 def _umask() -> int:

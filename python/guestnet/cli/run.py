@@ -39,6 +39,7 @@ def parser() -> arguments.Parser:
 def main(argv: Sequence[str]) -> int:
     """Runs the command line after `guestnet run`; returns the exit status."""
     options, command = arguments.parse_with_command(parser(), argv, "CMD")
+    arguments.settle(options, command=True)
     if options.host_ids and os.geteuid() != 0:
         raise UsageError("--host-ids is for root: CMD has the rights of an ordinary user without it.")
     where = arguments.plan(options.subnet)

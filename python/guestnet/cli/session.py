@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from guestnet.cli import UsageError, arguments, confined, supervise
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from guestnet.forwards import ForwardSpec
     from guestnet.network import NatNetwork
 
-ENDPOINT = "guest"
+ENDPOINT = "vm1"
+"""The guest's id, as that of the first guest of `guestnet up`."""
 
 
 def check_guest(publication: ForwardSpec, options: argparse.Namespace) -> None:
@@ -73,7 +75,7 @@ def network_of_one(
     attach: Callable[[NatNetwork], None],
     kept: Iterable[int] = (),
 ) -> Iterator[NatNetwork]:
-    """A running network with the endpoint `guest`, attached by `attach`, its ports published.
+    """A running network with the endpoint `vm1`, attached by `attach`, its ports published.
 
     From here on the process is confined, but for the capabilities `kept`: the command was forked before.
     On leaving, what the command left running is ended first, so that it does not see its network fail.
@@ -83,45 +85,73 @@ def network_of_one(
 
     tell_log(quiet=options.quiet, verbose=options.verbose)
     note_overlap(options)
+    note_replaced(options)
     confined.begin(options, kept=kept)
     network = NatNetwork(NatConfig(**arguments.network_settings(options)))
-    try:
-        network.start()
-        network.create_endpoint(
-            ENDPOINT,
-            mac=arguments.format_mac(mac),
-            ip=None if options.bridge else str(arguments.plan(options.subnet).guest),
-            hostname=options.hostname,
-        )
-        attach(network)
-        for publication in options.publish:
-            check_guest(publication, options)
-            forward = network.publish(publication)
-            # A port that the kernel chose is of no use to who does not know it.
-            if options.verbose or (not publication.host_ports[0] and not options.quiet):
-                say(f"guestnet: published {forward}")
-        confined.settle(network)
-        if options.verbose and (in_force := confined.in_force()) is not None:
-            say(f"guestnet: {in_force}")
-        yield network
-    finally:
-        supervise.restore_terminal()
+    started = False
+    with ExitStack() as monitoring:
         try:
-            if network.is_running:
-                with suppress(GuestnetError):
-                    let_connections_end(network)
+            network.start()
+            started = True
+            start_capture(network, options)
+            network.create_endpoint(
+                ENDPOINT,
+                mac=arguments.format_mac(mac),
+                ip=None if options.bridge else str(arguments.plan(options.subnet).guest),
+                hostname=options.hostname,
+            )
+            attach(network)
+            for publication in options.publish:
+                check_guest(publication, options)
+                forward = network.publish(publication)
+                # A port that the kernel chose is of no use to who does not know it.
+                if options.verbose or (not publication.host_ports[0] and not options.quiet):
+                    say(f"guestnet: published {forward}")
+            confined.settle(network)
+            if options.verbose:
+                if (in_force := confined.in_force()) is not None:
+                    say(f"guestnet: {in_force}")
+                from guestnet.cli.monitor import Monitor
+
+                monitoring.enter_context(Monitor(network, say))
+            yield network
         finally:
-            _end(network, options)
+            supervise.restore_terminal()
+            try:
+                if network.is_running:
+                    with suppress(GuestnetError):
+                        let_connections_end(network)
+            finally:
+                try:
+                    supervise.end_descendants()
+                    supervise.restore_terminal()  # from what was left in the command's process group
+                    monitoring.close()
+                finally:
+                    network.stop()
+        if options.stats and started:
+            say_stats(network)
 
 
-def _end(network: NatNetwork, options: argparse.Namespace) -> None:
-    try:
-        supervise.end_descendants()
-        supervise.restore_terminal()  # from what was left in the command's process group
-        if options.stats and network.is_running:
-            from guestnet.cli.report import stats_lines
+def note_replaced(options: argparse.Namespace) -> None:
+    """Says that an earlier capture is about to be replaced. What is no capture is refused later."""
+    if options.quiet or options.pcap in (None, "-"):
+        return
+    from guestnet.session import is_capture
 
-            for line in stats_lines(network.stats()):
-                say(line)
-    finally:
-        network.stop()
+    with suppress(OSError):
+        if os.path.isfile(options.pcap) and is_capture(options.pcap):
+            complain(f"Note: the capture {options.pcap!r} exists and is replaced.")
+
+
+def start_capture(network: NatNetwork, options: argparse.Namespace) -> None:
+    """Starts the capture of `--pcap -`; that to a file belongs to the configuration."""
+    if options.pcap == "-":
+        network.start_capture(options.capture_fd)
+
+
+def say_stats(network: NatNetwork) -> None:
+    """The counters of a network that has stopped: nothing is added to them any more."""
+    from guestnet.cli.report import stats_lines
+
+    for line in stats_lines(network.stats()) or ["guestnet: no frame was carried"]:
+        say(line)

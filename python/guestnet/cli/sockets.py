@@ -16,12 +16,28 @@ LONGEST_PATH = 107
 
 def check_path(path: str) -> str:
     """A path that a unix socket can have."""
-    if not path or len(os.fsencode(path)) > LONGEST_PATH:
+    if not path or path == "-" or "\0" in path:
+        raise UsageError(f"{path!r} is not the path of a socket: write one such as /tmp/net.sock.")
+    from guestnet.cli import hints
+
+    if (hint := hints.socket_path(path)) is not None:
+        raise UsageError(f"{path!r} is not the path of a socket: {hint}.")
+    if len(os.fsencode(path)) > LONGEST_PATH:
         raise UsageError(
-            f"The socket path {path!r} must have 1 to {LONGEST_PATH} bytes: choose a shorter one."
+            f"The socket path {path!r} has more than {LONGEST_PATH} bytes, the most that a unix socket can "
+            "have: choose a shorter one."
         )
-    if not os.path.isdir(os.path.dirname(path) or "."):
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
         raise UsageError(f"The directory of the socket {path!r} does not exist: make it first.")
+    if os.path.isdir(path):
+        raise UsageError(
+            f"{path!r} is a directory: write the path of a socket in it, such as {path.rstrip('/')}/net.sock."
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"No socket can be made in {folder!r}, which this user may not write to: choose another path."
+        )
     return path
 
 

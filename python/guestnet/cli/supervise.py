@@ -40,7 +40,7 @@ _WAITED = FORWARDED | {signal.SIGCHLD}
 
 # si_code of a signal that the kernel made itself: a key on the terminal, a window that changed its size. The
 # whole foreground process group got it, the command too.
-_SI_KERNEL = 0x80
+SI_KERNEL = 0x80
 # But these two go to the session's leader alone, when its terminal is gone.
 _HANGUP = frozenset({signal.SIGHUP, signal.SIGCONT})
 
@@ -66,7 +66,7 @@ def wait(pid: int) -> int:
         info = signal.sigwaitinfo(_WAITED)
         if info.si_signo == signal.SIGCONT:
             _lend_terminal(pid)
-        if info.si_signo != signal.SIGCHLD and (info.si_code != _SI_KERNEL or _is_hangup(info.si_signo)):
+        if info.si_signo != signal.SIGCHLD and (info.si_code != SI_KERNEL or _is_hangup(info.si_signo)):
             with contextlib.suppress(OSError):  # a set-uid command of another user, or one that just ended
                 os.kill(pid, info.si_signo)
 

@@ -21,9 +21,15 @@ def answer(text: str) -> None:
         raise OutputError(f"Cannot write to stdout ({error.strerror}): lead it elsewhere.") from error
 
 
+_LONGEST = 1000
+
+
 def complain(text: str) -> None:
-    """One sentence on stderr, on one line."""
-    _write(f"guestnet: {' '.join(text.split())}\n")
+    """One sentence on stderr, on one line; of a very long one, which quotes a very long value, both ends."""
+    line = " ".join(text.split())
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    _write(f"guestnet: {line}\n")
 
 
 def say(text: str) -> None:

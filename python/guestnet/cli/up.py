@@ -6,14 +6,15 @@ import argparse
 import contextlib
 import os
 import signal
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING
 
-from guestnet.cli import EXIT_OK, UsageError, arguments, confined
-from guestnet.cli.session import note_overlap
+from guestnet.cli import EXIT_OK, UsageError, arguments, confined, supervise
+from guestnet.cli.session import note_overlap, note_replaced, say_stats, start_capture
 from guestnet.cli.sockets import check_path, remove_stale
 from guestnet.cli.teller import Teller
 from guestnet.cli.terminal import tell_log
@@ -22,15 +23,21 @@ if TYPE_CHECKING:
     from guestnet.config import NatConfig
     from guestnet.network import NatNetwork
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STOPPING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGQUIT})
+
+_TAKEN = (supervise.FORWARDED | _STOPPING | {signal.SIGHUP}) - {signal.SIGWINCH, signal.SIGCONT}
+"""Every signal that would end the process and leave its sockets behind."""
 
 _ABOUT = """\
 Runs a network until SIGINT or SIGTERM. Each guest that attaches to one of its sockets is an endpoint of its
-own: vm1, vm2, ... or as its lease names it. Guests reach each other by name."""
+own: vm1, vm2, ... or as its lease names it. Guests reach each other by name. SIGUSR1 prints the counters."""
 _EXAMPLE = """\
   guestnet up --stream /tmp/net.sock --lease 52:54:00:12:34:56=192.168.64.10,web -p 2222:web:22
   qemu-system-x86_64 ... -netdev stream,id=n,server=off,addr.type=unix,addr.path=/tmp/net.sock \\
-      -device virtio-net-pci,netdev=n,mac=52:54:00:12:34:56"""
+      -device virtio-net-pci,netdev=n,mac=52:54:00:12:34:56
+
+  From QEMU 9.2 on, reconnect-ms=1000 in -netdev (8.0 to 9.1: reconnect=1) lets a machine outlive a restart
+  of guestnet."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,22 @@ def lease(text: str) -> StaticLease:
     try:
         parsed = IPv4Address(address)
     except ValueError:
-        raise UsageError(f"--lease {text!r}: {address!r} is not an IPv4 address.") from None
-    return StaticLease(arguments.mac(mac), parsed, arguments.hostname(name) if name else None)
+        raise UsageError(
+            f"--lease {text!r}: {address!r} is not an IPv4 address, write one such as 192.168.64.10."
+        ) from None
+    return StaticLease(
+        arguments.mac(mac, "--lease"), parsed, arguments.hostname(name, "--lease name") if name else None
+    )
+
+
+def _descriptor(text: str) -> int:
+    return arguments.number("--ready-fd", text, 0, 0x7FFFFFFF, "3, and redirect it, as in 3>ready")
+
+
+def _pid_path(text: str) -> str:
+    if text == "-":
+        raise UsageError("--pid-file '-' is not a file name: write one such as /run/guestnet.pid.")
+    return arguments.file_path("--pid-file", "/run/guestnet.pid")(text)
 
 
 def parser() -> arguments.Parser:
@@ -99,24 +120,36 @@ def parser() -> arguments.Parser:
         help="the address, and the name, of the guest with this MAC (repeatable)",
     )
     add("--json", action="store_true", help="say what happens as JSON lines on stdout")
-    add("--ready-fd", type=int, metavar="FD", help="write a line to this descriptor when guests can attach")
-    add("--pid-file", metavar="FILE", help="write the process id to FILE when guests can attach")
+    add(
+        "--ready-fd",
+        type=arguments.checked(_descriptor),
+        metavar="FD",
+        help="write a line to this descriptor when guests can attach",
+    )
+    add(
+        "--pid-file",
+        type=arguments.checked(_pid_path),
+        metavar="FILE",
+        help="write the process id to FILE when guests can attach",
+    )
     return made
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line after `guestnet up`; returns the exit status."""
     options = parser().parse_args(argv)
+    arguments.settle(options, command=False)
     kinds = ("stream", "dgram", "unixgram", "vhost-user")
     listeners = [(kind, path) for kind in kinds for path in getattr(options, kind.replace("-", "_"))]
     _check(options, listeners)
     # Blocked before any thread starts, and taken by this one alone.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _TAKEN)
     paths = [path for _, path in listeners] + ([options.pid_file] if options.pid_file is not None else [])
     confined.begin(options, paths=paths, by_path=bool(options.dgram or options.unixgram))
     teller = Teller(options)
     tell_log(quiet=options.quiet, verbose=options.verbose)
     note_overlap(options)
+    note_replaced(options)
 
     from guestnet.network import NatNetwork
 
@@ -126,6 +159,11 @@ def main(argv: Sequence[str]) -> int:
         network.on_event(teller.event)
         _pin_guests(options, network, listeners[0][1], teller, stack)
         stack.enter_context(network)
+        start_capture(network, options)
+        if options.verbose:
+            from guestnet.cli.monitor import Monitor
+
+            stack.enter_context(Monitor(network, teller.say))
         # First the ports, then the sockets: no guest comes to a network that cannot start.
         for publication in options.publish:
             forward = network.publish(publication)
@@ -151,14 +189,46 @@ def main(argv: Sequence[str]) -> int:
             subnet=str(options.subnet),
             **details,
         )
-        number = signal.sigwait(_STOPPING)
+        number = _wait_for_end(lambda: _tell_stats(teller, network, options), teller)
         teller.tell("stopping", f"stopping on {signal.Signals(number).name}")
-        if options.stats:
-            from guestnet.cli.report import stats_lines
-
-            for line in stats_lines(network.stats()):
-                teller.say(line)
+    if options.stats:
+        say_stats(network)
     return EXIT_OK
+
+
+def _wait_for_end(usr1: Callable[[], None], teller: Teller) -> int:
+    """Takes signals until one says to stop; returns that one."""
+    while True:
+        number, from_kernel = _next_signal()
+        # A hangup by the kernel means that the terminal is gone; one that somebody sent is for a reload.
+        if number in _STOPPING or (number == signal.SIGHUP and from_kernel):
+            return number
+        if number == signal.SIGUSR1:
+            usr1()
+        elif number == signal.SIGHUP:
+            teller.tell("signal_ignored", "SIGHUP is ignored: nothing can be reloaded yet", signal="SIGHUP")
+        else:
+            name = signal.strsignal(number) if number >= signal.SIGRTMIN else signal.Signals(number).name
+            teller.tell("signal_ignored", f"{name} is ignored: SIGTERM stops guestnet", signal=name)
+
+
+def _next_signal() -> tuple[int, bool]:
+    """A signal, and whether the kernel itself sent it, as far as the system tells."""
+    if sys.platform == "linux":
+        info = signal.sigwaitinfo(_TAKEN)
+        return info.si_signo, info.si_code == supervise.SI_KERNEL
+    return int(signal.sigwait(_TAKEN)), False
+
+
+def _tell_stats(teller: Teller, network: NatNetwork, options: argparse.Namespace) -> None:
+    stats = network.stats()
+    if options.json:
+        teller.tell("stats", "", **stats.as_dict())
+        return
+    from guestnet.cli.report import stats_lines
+
+    for line in stats_lines(stats) or ["guestnet: no frame was carried yet"]:
+        teller.say(line)
 
 
 def _check(options: argparse.Namespace, listeners: list[tuple[str, str]]) -> None:
@@ -167,12 +237,15 @@ def _check(options: argparse.Namespace, listeners: list[tuple[str, str]]) -> Non
     paths = [os.path.abspath(path) for _, path in listeners]
     if len(set(paths)) != len(paths):
         raise UsageError("A socket path is given twice: give each listener its own.")
+    if options.pcap == "-" and options.json:
+        raise UsageError("--pcap - and --json both write to stdout: name a file for the capture.")
     where = arguments.plan(options.subnet)
     seen: set[object] = set()
     for entry in options.lease:
         if entry.address not in where.subnet or entry.address in (where.gateway, *_ends(where)):
             raise UsageError(
-                f"--lease address {entry.address} is not one for a guest of {where.subnet}: choose another."
+                f"--lease address {entry.address} is not one for a guest of {where.subnet}: "
+                f"choose one from {where.guest} to {where.subnet[-2]}."
             )
         for value in (entry.mac, entry.address, entry.name):
             if value is not None and value in seen:

@@ -52,6 +52,7 @@ def parser() -> arguments.Parser:
 def main(argv: Sequence[str]) -> int:
     """Runs the command line after `guestnet vm`; returns the exit status."""
     options, command = arguments.parse_with_command(parser(), argv, "qemu-system-x86_64 ARGS...")
+    arguments.settle(options, command=True)
     if any(option == "daemonize" for option, _ in _options(command)):
         raise UsageError(
             "With -daemonize the command ends at once, and its network with it: leave that out, "
@@ -61,6 +62,11 @@ def main(argv: Sequence[str]) -> int:
     mac = options.mac or own_mac(command) or arguments.random_mac()
     if not options.quiet and (other := other_network(command)):
         complain(f"Note: the command has another network ({other}), and the guest can leave by that one too.")
+    if not options.quiet and not _looks_like_qemu(command[0]):
+        complain(
+            f"Note: {command[0]!r} does not look like QEMU, whose options -netdev and -device are added to "
+            "it: use `guestnet run` for other programs."
+        )
     if options.vhost_user:
         ours, theirs = _nameless_listener()
         attached, added = "vhost-user", vhost_user_options(command, f"/proc/self/fd/{theirs}")
@@ -71,6 +77,11 @@ def main(argv: Sequence[str]) -> int:
     added += card_options(command, mac, vhost_user=options.vhost_user)
     with ours:
         return _run(options, mac, attached, ours, theirs, [*command, *added])
+
+
+def _looks_like_qemu(program: str) -> bool:
+    name = os.path.basename(program).lower()
+    return "qemu" in name or "kvm" in name
 
 
 def _run(
@@ -187,7 +198,7 @@ def own_mac(command: Sequence[str]) -> bytes | None:
     for part in (_own_device(command) or "").split(","):
         key, _, value = part.partition("=")
         if key == "mac":
-            return arguments.mac(value)
+            return arguments.mac(value, "The device's mac")
     return None
 
 

@@ -174,7 +174,7 @@ def test_publishing_writes_between_the_marks_alone(
     (tmp_path / "README.md").write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     bench["report"].publish(results, tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert text.startswith(f"before\n{begin}\n![")
+    assert text.startswith(f"before\n{begin}\n| namespace")
     assert text.endswith(f"{end}\nafter\n")
     assert "old" not in text
     assert "8.0 (pasta 65520)" in text

@@ -9,7 +9,7 @@ import sys
 from ipaddress import IPv4Address
 
 import pytest
-from guestnet import NatConfig, cli
+from guestnet import ConfigError, NatConfig, cli
 from guestnet._linux import links
 from guestnet.cli import UsageError, arguments, demo, doctor, run, session, up, vm
 
@@ -21,14 +21,13 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     lines = captured.err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("guestnet: ")
-    assert lines[0].endswith((".", "."))
+    assert lines[0].endswith(".")
     return lines[0]
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "guestnet --help"),
         (["walk"], "'walk'"),
         (["--walk"], "'--walk'"),
         (["run"], "Say what to run"),
@@ -54,13 +53,21 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["run", "--pcp", "x", "--", "true"], "'x'"),
         (["run", "--pcp", "40000-", "--", "true"], "'40000-'"),
         (["run", "--pcp", "0-9", "--", "true"], "'0-9'"),
-        (["run", "--pcp", "9-8", "--", "true"], "upside down"),
+        (["run", "--pcp", "9-8", "--", "true"], "write 8-9"),
         (["run", "--pcp", "8-65536", "--", "true"], "65535"),
+        (["run", "-q", "-v", "--", "true"], "leave one out"),
+        (["run", "--publish-address", "x", "--", "true"], "'x'"),
+        (["run", "--publish-address", "::1", "--pcp", "8-9", "--", "true"], "IPv4"),
+        (["run", "-p", "80:1", "-p", "80:2", "--", "true"], "TCP port 80 of the host twice"),
+        (["run", "-p", "80:1", "-p", "127.0.0.1:79-81:1-3", "--", "true"], "TCP port 80 of the host twice"),
+        (["run", "-p", "[::]:80:1", "-p", "[::1]:80:1", "--", "true"], "TCP port 80 of the host twice"),
+        (["run", "--pcap", "", "--", "true"], "guests.pcapng"),
+        (["run", "-6", "--", "true"], "'-6'"),
+        (["run", "--", ""], "Say what to run"),
         (["run", "--pcp", "nowhere:8-9", "--", "true"], "'nowhere'"),
         (["run", "--pcp", ":8-9", "--", "true"], "''"),
         (["run", "--dns", "dns.example", "--", "true"], "'dns.example'"),
         (["run", "--search", "a..b", "--", "true"], "'a..b'"),
-        (["run", "--sub", "10.0.0.0/24", "--", "true"], "--sub"),
         (["vm"], "qemu-system-x86_64"),
         (["vm", "--mac", "01:00:00:00:00:01", "--", "q"], "01:00:00:00:00:01"),
         (["vm", "--mac", "zz", "--", "q"], "'zz'"),
@@ -71,7 +78,12 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["up", "--stream", "/tmp/a", "--dgram", "/tmp/a"], "twice"),
         (["up", "--stream", "/tmp/a", "--lease", "x"], "'x'"),
         (["up", "--stream", "/tmp/a", "--lease", "02:00:00:00:00:01=x"], "'x'"),
-        (["up", "--stream", "/tmp/a", "--lease", "02:00:00:00:00:01=10.0.0.1"], "10.0.0.1"),
+        (["up", "--stream", "/tmp/a", "--lease", "02:00:00:00:00:01=10.0.0.1"], "from 192.168.64.2 to"),
+        (["up", "--stream", "/tmp/a", "--lease", "02:00:00:00:00:01=192.168.64.9,a b"], "--lease name 'a b'"),
+        (["up", "--stream", "/tmp/a", "--lease", "zz=192.168.64.9"], "--lease 'zz'"),
+        (["up", "--stream", "/tmp/a", "--json", "--pcap", "-"], "stdout"),
+        (["up", "--stream", "/tmp/a", "--pid-file", "-"], "--pid-file '-'"),
+        (["up", "--stream", "/tmp/a", "--ready-fd", "x"], "3>ready"),
         (["up", "--stream", "/tmp/a", "--lease", "02:00:00:00:00:01=192.168.64.1"], "192.168.64.1"),
         (["up", "--stream", "/tmp/a", "--ready-fd", "987"], "987"),
         (["demo", "--seconds", "0"], "--seconds"),
@@ -181,6 +193,47 @@ def test_a_subnet_of_the_hosts_own_is_noted(
     assert len(err.splitlines()) == said
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"forwarding": True}, "--uplink tun has --forwarding"),
+        ({"external": ["192.0.2.1"], "masquerade": True}, "--external and --masquerade"),
+        ({"mode": "host_only", "pcp_ports": (8, 9)}, "leave --pcp out"),
+        ({"mode": "host_only", "host_loopback": True}, "leave --host-loopback out"),
+        ({"workers": 2, "uplink": "tun"}, "2 --workers cannot share the one device of --uplink tun"),
+        ({"mode": "bridged", "bridge": "b", "uplink": "tun"}, "--mode bridged"),
+        ({"pcp_ports": (8, 9), "pcp_address": "0.0.0.0"}, "--pcp address"),
+        ({"static_leases": [{"mac": "02:00:00:00:00:01", "ip": "192.168.64.1"}]}, "--lease address"),
+    ],
+)
+def test_a_setting_is_named_as_the_option_that_it_is_here(
+    settings: dict[str, object], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        NatConfig(**settings)  # type: ignore[arg-type]
+    assert cli.failure(caught.value) == cli.EXIT_USAGE
+    line = capsys.readouterr().err
+    assert words in line
+    assert "`" not in line
+    assert not any(f"{name}" in line.replace("host_only", "") for name in ("_ports", "_leases", "_loopback"))
+
+
+def test_publish_address_is_that_of_ports_that_name_none() -> None:
+    words = ["--publish-address", "localhost", "-p", "1:2", "-p", "0.0.0.0:3:4", "--pcp", "8-9", "true"]
+    options, _ = arguments.parse_with_command(run.parser(), words, "CMD")
+    arguments.settle(options, command=False)
+    assert [str(spec.host_ip) for spec in options.publish] == ["127.0.0.1", "0.0.0.0"]
+    assert options.pcp == (IPv4Address("127.0.0.1"), 8, 9)
+
+
+@pytest.mark.parametrize(
+    "specs", [("80:1", "80:1/udp"), ("127.0.0.1:80:1", "127.0.0.2:80:1"), ("0:1", "0:1"), ("80", "80")]
+)
+def test_ports_that_do_not_collide(specs: tuple[str, str]) -> None:
+    options, _ = arguments.parse_with_command(run.parser(), ["-p", specs[0], "-p", specs[1], "true"], "CMD")
+    arguments.settle(options, command=False)
+
+
 def test_plan_of_a_small_subnet() -> None:
     where = arguments.plan(arguments.subnet("10.9.8.4/30"))
     assert (str(where.gateway), str(where.guest)) == ("10.9.8.5", "10.9.8.6")
@@ -225,6 +278,8 @@ def test_stdout_that_cannot_be_written_is_said_once(words: list[str], unbuffered
         (BlockingIOError(errno.EAGAIN, "x"), "ulimit -u"),
         (RuntimeError("can't start new thread"), "ulimit -u"),
         (RuntimeError("other"), "Unexpected RuntimeError"),
+        (MemoryError(), "ulimit -v"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x"), "at '/x' (No space left on device)"),
     ],
 )
 def test_what_the_system_has_no_more_of(

@@ -91,6 +91,29 @@ def test_qemu_version(version: str, state: str, tmp_path: Path, monkeypatch: pyt
     assert checks.check_qemu().state == state
 
 
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        ("7.2.22", "does not connect again"),
+        ("8.0.0", "reconnect=1"),
+        ("9.1.3", "reconnect=1"),
+        ("9.2.0", "reconnect-ms=1000"),
+        ("10.1.0", "reconnect-ms=1000"),
+    ],
+)
+def test_how_a_machine_connects_again(
+    version: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import platform
+
+    program = tmp_path / f"qemu-system-{platform.machine()}"
+    program.write_text(f"#!/bin/sh\necho QEMU emulator version {version}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(platform, "machine", lambda: program.name.removeprefix("qemu-system-"))
+    assert words in checks.check_qemu().found
+
+
 def test_no_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     check = checks.check_qemu()

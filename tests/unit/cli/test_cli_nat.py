@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import struct
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -139,9 +145,6 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_standard_streams(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     data = pcap([(START, ethernet(udp(GUEST, OUTSIDE)))])
     out = run(tmp_path, data)
     argv = [sys.executable, "-m", "guestnet", "nat", "-q", "--external", EXTERNAL, "-", "-"]
@@ -156,7 +159,18 @@ def test_standard_streams(tmp_path: Path) -> None:
         (["nat", "--external", "x", "a", "b"], "'x'"),
         (["nat", "--external", EXTERNAL, "--internal", "y", "a", "b"], "'y'"),
         (["nat", "--external", EXTERNAL, "--ports", "9", "a", "b"], "'9'"),
-        (["nat", "--external", EXTERNAL, "--ports", "9-3", "a", "b"], "9 to 3"),
+        (["nat", "--external", EXTERNAL, "--ports", "9-3", "a", "b"], "write 3-9"),
+        (["nat", "--external", EXTERNAL, "--ports", "0-3", "a", "b"], "65535"),
+        (["nat", "--external", EXTERNAL, "--ports", "x-3", "a", "b"], "'x'"),
+        (["nat", "--external", EXTERNAL, "--table-size", "0", "a", "b"], "16777214"),
+        (["nat", "--external", EXTERNAL, "--table-size", "many", "a", "b"], "'many'"),
+        (["nat", "--external", EXTERNAL, "--internal", "192.168.64.9/24", "a", "b"], "write 192.168.64.0/24"),
+        (["nat", "--external", EXTERNAL, "a"], "guestnet nat --external IP IN OUT"),
+        (["nat"], "guestnet nat --external IP IN OUT"),
+        (["nat", "--external", EXTERNAL, "-p", "192.168.64.2:80", "a", "b"], "192.168.64.2"),
+        (["nat", "--external", EXTERNAL, "-p", ":192.168.64.2:80", "a", "b"], "which external port"),
+        (["nat", "--external", EXTERNAL, "--reverse", "--inside", "-", "-", "b"], "cannot both be stdin"),
+        (["nat", "--external", EXTERNAL, "--reverse", "--inside", "", "a", "b"], "inside.pcap"),
         (["nat", "--external", "192.168.64.9", "a", "b"], "192.168.64.9"),
         (["nat", "--external", EXTERNAL, "--inside", "c", "a", "b"], "--reverse"),
         (["nat", "--external", EXTERNAL, "-p", "80:80", "a", "b"], "guest's address"),
@@ -179,11 +193,45 @@ def test_a_bad_capture_leaves_the_target_as_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in").write_bytes(pcap([(START, ethernet(udp(GUEST, OUTSIDE)))])[:-3])
-    (tmp_path / "out").write_text("before")
+    before = pcapng([])
+    (tmp_path / "out").write_bytes(before)
     argv = ["nat", "--external", EXTERNAL, str(tmp_path / "in"), str(tmp_path / "out")]
     assert cli.main(argv) == 2
     assert "ends in the middle" in capsys.readouterr().err
-    assert (tmp_path / "out").read_text() == "before"
+    assert (tmp_path / "out").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
-    # Nor is a capture written over itself.
+    # Nor is a capture written over itself, nor over what is no capture.
     assert cli.main(["nat", "--external", EXTERNAL, str(tmp_path / "in"), str(tmp_path / "in")]) == 2
+    (tmp_path / "letter").write_text("Dear reader")
+    assert cli.main(["nat", "--external", EXTERNAL, str(tmp_path / "in"), str(tmp_path / "letter")]) == 2
+    assert "is not a capture" in capsys.readouterr().err
+    assert (tmp_path / "letter").read_text() == "Dear reader"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL, signal.SIGUSR1])
+def test_a_signal_leaves_no_unfinished_file(tmp_path: Path, number: signal.Signals) -> None:
+    try:
+        os.close(os.open(tmp_path, os.O_TMPFILE | os.O_WRONLY))
+    except OSError:
+        pytest.skip("this file system has no files without names")
+    argv = [sys.executable, "-m", "guestnet", "nat", "--external", EXTERNAL, "-", str(tmp_path / "out")]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdin is not None
+        # Enough to be read as its beginning, and not all that is waited for.
+        process.stdin.write(pcapng([(START, ethernet(udp(GUEST, OUTSIDE, bytes(1000))))] * 200))
+        process.stdin.flush()
+        deadline = time.monotonic() + 20
+        while not any(str(tmp_path) in target for target in descriptors(process.pid)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.wait(20) == -number
+    assert not list(tmp_path.iterdir())
+
+
+def descriptors(pid: int) -> list[str]:
+    found = []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return found

@@ -236,7 +236,7 @@ def test_closed_streams_stay_closed() -> None:
             assert set(file.read().split()) == {*left.split(), lowest}
 
 
-@pytest.mark.parametrize("guest", ["guest", "192.168.64.2", "web", "WEB"])
+@pytest.mark.parametrize("guest", ["vm1", "192.168.64.2", "web", "WEB"])
 def test_a_port_of_the_guest_by_any_of_its_names(guest: str) -> None:
     assert run("--hostname", "Web", "-p", f"8080:{guest}:80", "--", "true").returncode == 0
 

@@ -10,7 +10,7 @@ from guestnet import ConfigError, NatConfig, NatNetwork, NetMode, UnsupportedErr
     ("values", "words"),
     [
         ({"mode": "bridged"}, "bridge='br0'"),
-        ({"bridge": "br0"}, "mode 'bridged'"),
+        ({"bridge": "br0"}, "mode='bridged'"),
         ({"mode": "bridged", "bridge": ""}, "not the name"),
         ({"mode": "bridged", "bridge": "a/b"}, "not the name"),
         ({"mode": "bridged", "bridge": "x" * 16}, "not the name"),

@@ -133,7 +133,7 @@ def test_echo(network: NatNetwork, add_guest: AddGuest) -> None:
 def test_published(network: NatNetwork, add_guest: AddGuest) -> None:
     add_guest("vm1").serve(80, answer(b"hello "))
     forward = network.publish("127.0.0.1:0:80")
-    assert str(forward) == f"127.0.0.1:{forward.host_port}/tcp -> guest:80"
+    assert str(forward) == f"127.0.0.1:{forward.host_port}/tcp -> vm1:80"
     assert network.forwards == [forward]
     assert fetch(forward.host_port, b"you") == b"hello you"
     network.unpublish(forward)

@@ -47,5 +47,5 @@ pub(crate) enum Got<T> {
 
 /// "what: errno as text".
 pub(crate) fn reason(what: &str, errno: i32) -> String {
-    format!("{what}: {}", std::io::Error::from_raw_os_error(errno))
+    format!("{what}: {}", crate::sys::errno_text(errno))
 }

@@ -74,7 +74,11 @@ def parse_record(name: str, value: str | IPv4Address | IPv6Address) -> OwnRecord
         example = _EXAMPLES.get(kind, "")
         raise ConfigError(
             f"The DNS record {name}={value} is not right ({error}): "
-            + (f"write {name}={kind}:{example}." if example else "see the type's RFC, or leave it out.")
+            + (
+                f"write {name}={kind}:{example}."
+                if example
+                else "write it as in a zone file, or leave it out."
+            )
         ) from None
 
 
@@ -159,11 +163,13 @@ def _other(name: bytes, kind: str, text: str) -> OwnRecord:
     try:
         type_ = dns.rdatatype.from_text(kind)
         if dns.rdatatype.is_metatype(type_):
-            raise ValueError("that type is no data")
+            raise dns.rdatatype.UnknownRdatatype
         rdata = dns.rdata.from_text(dns.rdataclass.IN, type_, text, relativize=False)
         data = rdata.to_wire()
-    except (dns.exception.DNSException, dns.rdatatype.UnknownRdatatype) as error:
-        raise ValueError(str(error) or type(error).__name__) from None
+    except dns.rdatatype.UnknownRdatatype:
+        raise ValueError(f"there is no record type {kind}") from None
+    except (dns.exception.DNSException, ValueError):
+        raise ValueError(f"its value is not written as records of the type {kind} are") from None
     if data is None or len(data) > 4096:
         raise ValueError("over 4096 bytes")
     return OwnRecord(name, int(type_), data)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import os
 import struct
 import time
@@ -32,6 +33,8 @@ from guestnet.services.dns.wire import (
     Type,
     read_answer,
 )
+
+_log = logging.getLogger("guestnet")
 
 PATIENCE = 12.0
 """Seconds for one question, with all servers and tries."""
@@ -76,10 +79,12 @@ class Upstream:
                     try:
                         async with asyncio.timeout(resolvers.timeout):
                             heard = await self._ask(server, query, resolvers, tcp)
-                    except (OSError, EOFError, Malformed, TimeoutError):
+                    except (OSError, EOFError, Malformed, TimeoutError) as error:
+                        self._report_silence(server, error)
                         self._remember(self._slow, server, _SLOW_SECONDS)
                         continue
-                    self._slow.pop(server, None)
+                    if self._slow.pop(server, None) is not None:
+                        _log.info("the name server %s answers again", server.host)
                     if heard.answer.rcode not in TRY_NEXT:
                         return heard
                     answered.add(server)
@@ -87,6 +92,15 @@ class Upstream:
         except TimeoutError:
             pass
         return poor
+
+    def _report_silence(self, server: Resolver, error: Exception) -> None:
+        """Once while it lasts: guests decide how often a server is asked."""
+        if self._slow.get(server, 0.0) > self._clock():
+            return
+        reason = "no answer in time" if isinstance(error, TimeoutError) else str(error) or "it hung up"
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror.lower()
+        _log.info("the name server %s does not answer: %s", server.host, reason)
 
     def first(self, resolvers: Resolvers) -> Resolver | None:
         """The server that is asked first, when nothing but a datagram is to be said about it."""
