@@ -102,7 +102,7 @@ pub(crate) fn confine() -> Result<(), String> {
     let ping = sys::socket(libc::AF_INET, libc::SOCK_DGRAM, libc::IPPROTO_ICMP).is_ok();
     let raw = if ping { 0 } else { 1 << CAP_NET_RAW };
     let dropped = sys::limit_capabilities(raw | 1 << CAP_DAC_OVERRIDE)
-        .map_err(|e| format!("capabilities stay ({})", std::io::Error::from_raw_os_error(e)));
+        .map_err(|e| format!("capabilities stay ({})", sys::errno_text(e)));
     dropped.and(filter())
 }
 
@@ -149,7 +149,7 @@ fn abi() -> BpfProgram {
 /// What the kernel does not let a thread give up.
 pub fn confinement_works() -> Result<(), String> {
     let thread = std::thread::Builder::new().name("guestnet-doctor".into()).spawn(confine);
-    let ended = thread.map_err(|e| format!("no thread ({e})"))?.join();
+    let ended = thread.map_err(|e| format!("no thread ({})", sys::error_text(&e)))?.join();
     ended.unwrap_or_else(|_| Err("the attempt failed".into()))
 }
 

@@ -23,7 +23,8 @@ impl PeerEventfd {
     /// Takes a descriptor that a peer has sent.
     pub(crate) fn new(fd: OwnedFd) -> Result<PeerEventfd, String> {
         let name = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).map_err(|e| {
-            format!("the kind of a descriptor cannot be seen, for which /proc is needed: {e}")
+            let why = sys::error_text(&e);
+            format!("the kind of a descriptor cannot be seen, for which /proc is needed: {why}")
         })?;
         if name.as_os_str() != "anon_inode:[eventfd]" {
             return Err(format!("a descriptor for notifications is no eventfd but {}", name.display()));

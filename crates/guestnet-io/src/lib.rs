@@ -42,5 +42,5 @@ pub use front::{Worker, spawn};
 pub use port_names::PortNames;
 pub use stats::{IoCounters, StatsSnapshot};
 pub use submit::io_uring_works;
-pub use sys::{duplicate, errno_text};
+pub use sys::{duplicate, error_text};
 pub use worker::{IoError, PollingStrategy, WorkerConfig};

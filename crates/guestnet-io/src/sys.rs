@@ -27,13 +27,18 @@ pub(crate) fn errno() -> i32 {
 }
 
 /// What `errno` means, in the system's words alone: `io::Error` adds its number.
-#[must_use]
-pub fn errno_text(errno: i32) -> String {
+pub(crate) fn errno_text(errno: i32) -> String {
     let text = io::Error::from_raw_os_error(errno).to_string();
     match text.rfind(" (os error ") {
         Some(end) => text[..end].to_string(),
         None => text,
     }
+}
+
+/// What `error` says, without the number that a system's error has.
+#[must_use]
+pub fn error_text(error: &io::Error) -> String {
+    error.raw_os_error().map_or_else(|| error.to_string(), errno_text)
 }
 
 /// True for "not now".
@@ -702,4 +707,16 @@ pub(crate) fn send_urgent(fd: &OwnedFd, data: &[u8]) -> Result<usize, i32> {
     let flags = libc::MSG_OOB | libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
     // SAFETY: the slice is readable.
     check_len(unsafe { libc::send(fd.as_raw_fd(), data.as_ptr().cast(), data.len(), flags) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_of_errors_have_no_numbers() {
+        assert_eq!(errno_text(libc::ECONNRESET), "Connection reset by peer");
+        assert_eq!(error_text(&io::Error::from_raw_os_error(libc::EMFILE)), "Too many open files");
+        assert_eq!(error_text(&io::Error::other("it (os error 5) is quoted")), "it (os error 5) is quoted");
+    }
 }

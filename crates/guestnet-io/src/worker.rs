@@ -111,7 +111,7 @@ impl WorkerConfig {
 
 /// A worker could not start.
 #[derive(Debug, thiserror::Error)]
-#[error("the worker cannot start: {what}: {}", crate::sys::errno_text(source.raw_os_error().unwrap_or(0)))]
+#[error("the worker cannot start: {what}: {}", crate::sys::error_text(source))]
 pub struct IoError {
     what: &'static str,
     source: std::io::Error,

@@ -37,7 +37,7 @@ pub fn descriptor_error(py: Python<'_>, fd: i32, e: &io::Error) -> PyErr {
         let message = "Too many files are open: publish fewer ports, or raise the limit (`ulimit -n`).";
         return error(py, "TooManyFiles", message.into());
     }
-    let why = e.raw_os_error().map_or_else(|| e.to_string(), guestnet_io::errno_text);
+    let why = guestnet_io::error_text(e);
     error(py, "AttachError", format!("descriptor {fd} cannot be taken over: {why}"))
 }
 

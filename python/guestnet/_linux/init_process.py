@@ -13,6 +13,7 @@ the command open, and lets nobody look through it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import select
@@ -81,14 +82,18 @@ def _set_up(resolv_conf: str | None, root: bool) -> tuple[list[str], int | None,
     if resolv_conf is None:
         return notes, place, None
     names = mounts.NameFiles(resolv_conf)
-    done = False
-    with contextlib.suppress(OSError):
+    try:
+        why, remedy = "", "make that file exist"
         done = names.lay(place, overlay=not root)
+    except OSError as error:
+        done, why, remedy = False, f" ({error.strerror})", "remove what forbids it"
+        if error.errno == errno.EFBIG:
+            remedy = "raise the limit on the size of files (`ulimit -f`)"
     if not done:
         server = resolv_conf.split()[1]
         notes.append(
-            "Cannot lay a private /etc/resolv.conf over the host's: "
-            f"make that file exist, or have the guest's programs ask {server}."
+            f"Cannot lay a private /etc/resolv.conf over the host's{why}: {remedy}, "
+            f"or have the guest's programs ask {server}."
         )
     return notes, place, names
 

@@ -169,7 +169,8 @@ def _nft(text: str) -> None:
             ["nft", "-f", "-"], input=text, capture_output=True, text=True, timeout=_SECONDS, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UnsupportedError(f"nft did not do its work ({error}): is nftables installed right?") from error
+        why = error.strerror if isinstance(error, OSError) else f"no end within {_SECONDS} s"
+        raise UnsupportedError(f"nft did not do its work ({why}): is nftables installed right?") from error
     if done.returncode != 0:
         said = " ".join(done.stderr.split())[:300]
         raise UnsupportedError(

@@ -39,7 +39,7 @@ class Peer:
         except TimeoutError:
             raise PeerError(f"no answer within {_ANSWER_SECONDS:.0f} s") from None
         except OSError as error:
-            raise PeerError(f"the process is gone ({error})") from error
+            raise PeerError(f"the process is gone ({error.strerror or error})") from error
         if not line:
             raise PeerError("the process ended")
         answer = json.loads(line)

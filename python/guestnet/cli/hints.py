@@ -180,6 +180,8 @@ def _closest(word: str, known: Iterable[str], cutoff: float = 0.7) -> str | None
     """The one that is spelled most like `word`, if any is close."""
     names = list(known)
     stem = word.lstrip("-")
+    if word in names:
+        return word
     begins = [name for name in names if len(stem) >= 3 and name.lstrip("-").startswith(stem)]
     if len(begins) == 1:
         return begins[0]

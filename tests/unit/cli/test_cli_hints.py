@@ -27,6 +27,7 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     [
         (["rnu"], "did you mean `guestnet run`?"),
         (["RUN"], "did you mean `guestnet run`?"),
+        (["VM"], "did you mean `guestnet vm`?"),
         (["dcotor"], "did you mean `guestnet doctor`?"),
         (["help", "dem"], "did you mean `guestnet demo`?"),
         (["sh", "-c", "true"], "write `guestnet run -- sh ...`"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import resource
 import select
 import shlex
 import signal
@@ -104,6 +105,16 @@ def test_a_taken_port_is_said_before_the_command_starts() -> None:
 def test_streams_pass_through() -> None:
     got = run("--", "sh", "-c", "cat; echo oops >&2", input="one\ntwo\n")
     assert (got.stdout, got.stderr) == ("one\ntwo\n", "oops\n")
+
+
+def test_a_limit_on_file_sizes_that_prevents_name_resolution_is_named() -> None:
+    def no_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+    got = run("--", "true", preexec_fn=no_files)
+    assert got.returncode == 0
+    (line,) = got.stderr.splitlines()
+    assert "(File too large): raise the limit on the size of files (`ulimit -f`)" in line
 
 
 def test_stats_are_printed_when_asked_for() -> None:
