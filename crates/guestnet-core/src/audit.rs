@@ -35,6 +35,10 @@ impl Core {
             }
             let tcp = |f: &Flow| matches!(f.state, State::Tcp(_));
             self.walk(&p.lru, Chain::Lru, |f| f.key.slot == slot && !f.is_mapping() && tcp(f) == f.parked)?;
+            self.walk(&p.records, Chain::Port, |f| f.key.slot == slot && !f.is_mapping())?;
+            if p.records.len != p.flows {
+                return Err(format!("slot {slot} lists {} of {} flows", p.records.len, p.flows));
+            }
             self.walk(&p.waiting, Chain::Lru, |f| f.key.slot == slot && tcp(f) && !f.parked)?;
         }
         if self.flows.iter().filter_map(|(_, f)| held_by(f)).sum::<usize>() != self.socket_memory {
@@ -55,7 +59,7 @@ impl Core {
                 let ours =
                     |f: &Flow| matches!(f.state, State::Datagram { mapping, .. } if mapping == id.index);
                 self.walk(flows, Chain::Siblings, ours)?;
-                if flows.len == 0 || f.links[Chain::Lru as usize].linked {
+                if flows.len == 0 || f.links[Chain::Lru as usize].is_linked() {
                     return Err(format!("the mapping {id:?} has no flow, or may be evicted by itself"));
                 }
             }
@@ -70,7 +74,7 @@ impl Core {
                 return Err(format!("a list leads to the empty record {at}"));
             };
             let l = &f.links[chain as usize];
-            if !l.linked || l.prev != before || !fits(f) {
+            if !l.is_linked() || l.prev != before || !fits(f) {
                 return Err(format!("record {at} is in a list that it does not belong to: {:?}", f.key));
             }
             (before, at, len) = (at, l.next, len + 1);

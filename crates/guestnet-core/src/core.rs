@@ -6,7 +6,7 @@
 use crate::config::{AddressInUse, CoreConfig, DatagramError, FlowInfo, ForwardSpec, PortInfo};
 use crate::dns::Names;
 use crate::effects::{Effects, SockError};
-use crate::flow::List;
+use crate::flow::{List, NONE};
 use crate::neighbour::{Binding, Neighbours};
 use crate::policy::Policy;
 use crate::port::{Port, Ports};
@@ -18,6 +18,7 @@ use crate::stats::Counters;
 use crate::switch::Macs;
 use crate::table::FlowTable;
 use crate::tun::Tun;
+use crate::turns::{NO_FLOW, Turns};
 use crate::types::{FlowId, ForwardId, FrameMeta, PortConfig, PortId, ServiceId, SockId, Time};
 use crate::wheel::Wheel;
 use guestnet_wire::ether::Mac;
@@ -26,6 +27,9 @@ use std::net::{IpAddr, SocketAddr};
 
 /// Room for one frame of the largest size: Ethernet header and 65535 bytes of IP.
 pub(crate) const FRAME_MAX: usize = 14 + 65535;
+
+/// Flows whose timers are worked off before other work has its turn; many end in the same second.
+const TIMERS: usize = 256;
 
 /// The logic of one Network. See the module head.
 pub struct Core {
@@ -41,15 +45,16 @@ pub struct Core {
     pub(crate) clients: BTreeMap<(u32, SocketAddr), u32>,
     pub(crate) flows: FlowTable,
     pub(crate) wheel: Wheel,
-    /// TCP flows that asked for [`Core::batch_end`].
+    /// TCP flows that asked for [`Core::batch_end`]: those with little to send, then bulk flows in turn.
     pub(crate) batch: List,
+    pub(crate) turns: Turns,
     /// Keys the ISNs of RFC 6528.
     pub(crate) isn_key: SipKey,
     /// The frame that is being made.
     pub(crate) scratch: Vec<u8>,
     /// A fragment of it.
     pub(crate) piece: Vec<u8>,
-    /// Timers that fired, while they are worked off.
+    /// Flows whose timers fired and that have not had their turn yet.
     due: Vec<u32>,
     /// What belongs to no port, and what ports that are gone had counted.
     pub(crate) base: Counters,
@@ -91,6 +96,7 @@ impl Core {
             flows: FlowTable::new(limits.flows, key),
             wheel: Wheel::new(now.as_ms()),
             batch: List::default(),
+            turns: Turns::new(),
             isn_key: SipKey::from_secret(&config.secret, 16),
             names: Names::new(SipKey::from_secret(&config.secret, 16).derive(u64::from(u32::MAX)), limits),
             scratch: vec![0; FRAME_MAX],
@@ -125,6 +131,24 @@ impl Core {
         }
     }
 
+    /// Closes up to `most` flows of a port that is to be removed. True when it has more: a port with many is
+    /// removed in steps, so that others do not wait for all of them.
+    pub fn close_flows_of<E: Effects>(&mut self, now: Time, port: PortId, most: usize, fx: &mut E) -> bool {
+        self.now = now;
+        let Some(slot) = self.ports.slot(port) else { return false };
+        self.close_flows(slot, most, fx);
+        self.ports.get(slot).is_some_and(|p| p.records.len > 0)
+    }
+
+    fn close_flows<E: Effects>(&mut self, slot: u32, most: usize, fx: &mut E) {
+        for _ in 0..most {
+            let Some(index) = self.ports.get(slot).map(|p| p.records.head).filter(|i| *i != NONE) else {
+                return;
+            };
+            self.close_flow(index, fx);
+        }
+    }
+
     /// Removes a port: closes all its flows and frees its addresses.
     pub fn remove_port<E: Effects>(&mut self, now: Time, port: PortId, fx: &mut E) {
         self.now = now;
@@ -133,13 +157,7 @@ impl Core {
             Some(worker) => self.count_remote(worker, false),
             None => self.tell(News::PortDown { port }),
         }
-        let of_port = |(id, f): (FlowId, &crate::flow::Flow)| {
-            (f.key.slot == slot && !f.is_mapping()).then_some(id.index)
-        };
-        let gone: Vec<u32> = self.flows.iter().filter_map(of_port).collect();
-        for index in gone {
-            self.close_flow(index, fx);
-        }
+        self.close_flows(slot, usize::MAX, fx);
         self.tunnel_remove_port(slot, fx);
         while self.neighbours.give_up_port(slot).is_some() {}
         self.neighbours.remove_port(slot);
@@ -304,6 +322,7 @@ impl Core {
         fx: &mut E,
     ) {
         self.now = now;
+        self.turns.active(now, NO_FLOW);
         if Names::is_flow(flow) {
             return self.names_in(flow, from, payload, segment, fx);
         }
@@ -324,6 +343,7 @@ impl Core {
         fx: &mut E,
     ) {
         self.now = now;
+        self.turns.active(now, NO_FLOW);
         if let Err(why) = self.forward_in(forward, sock, from, payload, segment, fx) {
             self.base.drop(why);
         }
@@ -342,6 +362,7 @@ impl Core {
         fx: &mut E,
     ) {
         self.now = now;
+        self.turns.active(now, NO_FLOW);
         self.echo_in(flow, from, seq, ttl, body, fx);
     }
 
@@ -379,6 +400,9 @@ impl Core {
     /// When [`Core::timers`] is to be called next. `None`: not until something else happens.
     #[must_use]
     pub fn next_timer(&self) -> Option<Time> {
+        if !self.due.is_empty() {
+            return Some(self.now);
+        }
         let wheel = self.wheel.next().map(|ms| Time(ms.saturating_mul(1_000_000)));
         let tunnel = self.tunnel_next_timer();
         let names = self.names.next_timer();
@@ -391,11 +415,12 @@ impl Core {
     /// Does what is due.
     pub fn timers<E: Effects>(&mut self, now: Time, fx: &mut E) {
         self.now = now;
+        if self.due.is_empty() {
+            self.wheel.expire(now.as_ms(), &mut self.due);
+        }
         let mut due = std::mem::take(&mut self.due);
-        due.clear();
-        self.wheel.expire(now.as_ms(), &mut due);
-        for index in &due {
-            self.flow_timer(*index, fx);
+        for index in due.drain(..due.len().min(TIMERS)) {
+            self.flow_timer(index, fx);
         }
         self.due = due;
         self.neighbour_timers(fx);

@@ -34,6 +34,9 @@ impl Key {
     }
 }
 
+/// As the neighbour of a record: the record is in no list.
+const FREE: u32 = u32::MAX - 1;
+
 /// Neighbours in a list of records.
 #[derive(Debug, Clone, Copy)]
 pub struct Links {
@@ -41,8 +44,17 @@ pub struct Links {
     pub next: u32,
     /// The one before.
     pub prev: u32,
-    /// Whether it is in a list at all.
-    pub linked: bool,
+}
+
+impl Links {
+    /// In no list.
+    pub const UNLINKED: Links = Links { next: FREE, prev: FREE };
+
+    /// Whether the record is in a list.
+    #[must_use]
+    pub fn is_linked(self) -> bool {
+        self.prev != FREE
+    }
 }
 
 /// A list of records.
@@ -69,6 +81,8 @@ pub enum Chain {
     Lru = 0,
     /// Flows of a mapping.
     Siblings = 1,
+    /// All flows of a port, oldest first.
+    Port = 2,
 }
 
 /// What a record is.
@@ -129,14 +143,13 @@ pub struct Flow {
     /// What it is.
     pub state: State,
     /// Its places in lists, see [`Chain`].
-    pub links: [Links; 2],
+    pub links: [Links; 3],
 }
 
 impl Flow {
     /// A record in no list.
     #[must_use]
     pub fn new(key: Key, mac: Mac, inbound: bool, now: Time, state: State) -> Flow {
-        let free = Links { next: NONE, prev: NONE, linked: false };
         Flow {
             key,
             mac,
@@ -150,7 +163,7 @@ impl Flow {
             packets_out: 0,
             packets_in: 0,
             state,
-            links: [free; 2],
+            links: [Links::UNLINKED; 3],
         }
     }
 
@@ -158,6 +171,12 @@ impl Flow {
     #[must_use]
     pub fn is_mapping(&self) -> bool {
         matches!(self.state, State::Mapping { .. })
+    }
+
+    /// A TCP flow that moves much.
+    #[must_use]
+    pub fn is_bulk(&self, now: Time) -> bool {
+        matches!(&self.state, State::Tcp(tcb) if tcb.is_bulk(now))
     }
 
     /// Both sides talk: no longer a one-shot exchange that may be evicted.

@@ -9,6 +9,7 @@ use crate::emit::{Envelope, TTL};
 use crate::reassembly::Outcome;
 use crate::stats::Drop;
 use crate::switch::{largest, wire_drop};
+use crate::turns::NO_FLOW;
 use crate::types::{Csum, FrameMeta};
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::parse::{self, Packet};
@@ -74,6 +75,9 @@ impl Core {
             return self.routed(slot, mac, &mut whole, &p, FrameMeta::default(), fx);
         }
         self.verify(slot, frame, p, meta)?;
+        if p.proto != proto::TCP {
+            self.turns.active(self.now, NO_FLOW);
+        }
         match p.proto {
             proto::TCP => self.tcp_out(slot, mac, frame, p, meta, fx),
             proto::UDP => self.udp_out(slot, mac, frame, p, meta, fx),

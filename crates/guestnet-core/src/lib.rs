@@ -39,6 +39,7 @@ mod switch;
 mod table;
 pub mod tcp;
 mod tun;
+mod turns;
 pub mod types;
 mod udp;
 mod wheel;

@@ -66,6 +66,7 @@ impl Core {
             }
             p.flows += 1;
             p.counters.flows_opened += 1;
+            self.flows.push(&mut p.records, Chain::Port, id.index);
             fx.event(Event::FlowOpened { flow: id, port: p.id, proto, guest, remote, inbound });
         }
         id
@@ -83,6 +84,7 @@ impl Core {
         if let Some(port) = self.ports.get_mut(slot) {
             let list = if tcp && !parked { &mut port.waiting } else { &mut port.lru };
             self.flows.unlink(list, Chain::Lru, index);
+            self.flows.unlink(&mut port.records, Chain::Port, index);
         }
         if tcp {
             self.flows.unlink(&mut self.batch, Chain::Siblings, index);

@@ -39,6 +39,8 @@ pub struct Port {
     pub translated: u32,
     /// Mappings, each with one socket.
     pub sockets: u32,
+    /// All its flows, mappings not counted.
+    pub records: List,
     /// One-shot flows, and TCP flows that are being opened or in TIME-WAIT: what makes room for another flow,
     /// least recently used first.
     pub lru: List,
@@ -155,6 +157,7 @@ impl Port {
             translated: 0,
             sockets: 0,
             asking: 0,
+            records: List::default(),
             lru: List::default(),
             waiting: List::default(),
             socket_memory: 0,

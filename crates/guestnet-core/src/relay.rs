@@ -10,10 +10,12 @@ use crate::emit::{Envelope, TTL};
 use crate::flow::{Chain, Flow, Key, State};
 use crate::gateway::IcmpError;
 use crate::icmp::error_to_tell;
+use crate::port::Port;
 use crate::socket_memory::FEW_FLOWS;
 use crate::stats::Drop;
 use crate::switch::wire_drop;
 use crate::tcp::{Ctx, Fate, Path, Tcb, Timeouts};
+use crate::turns::TURN_SHORT;
 use crate::types::{FlowId, FrameMeta, IpFields, PortId, Target};
 use crate::udp::{icmp_for, v4};
 use guestnet_wire::ether::Mac;
@@ -50,6 +52,11 @@ impl Core {
             if let Some(f) = self.flows.at_mut(index) {
                 f.mac = mac;
                 f.last = self.now;
+                if p.end - p.payload >= TURN_SHORT as usize / 2
+                    && let State::Tcp(tcb) = &mut f.state
+                {
+                    tcb.moves_bulk(self.now);
+                }
                 if f.parked
                     && let Some(port) = self.ports.get_mut(slot)
                 {
@@ -179,16 +186,27 @@ impl Core {
             gso_max: port.config.gso_max,
         };
         let State::Tcp(tcb) = &mut flow.state else { return None };
-        let mut cx = Ctx { now, fx, counters: &mut port.counters, path: &path, budget: &mut port.budget };
+        let before = port.counters.tx_bytes;
+        let turn = if tcb.is_bulk(now) { self.turns.left(now, index) } else { TURN_SHORT };
+        let Port { counters, budget, .. } = &mut *port;
+        let mut cx = Ctx { now, fx, counters, path: &path, budget, turn };
         let fate = f(tcb, &mut cx);
+        let bulk = tcb.is_bulk(now);
+        if bulk {
+            self.turns.sent(port.counters.tx_bytes - before);
+        } else {
+            self.turns.active(now, index);
+        }
         if fate == Fate::Live {
             let (batch, waits) = (tcb.wants_batch_end(), tcb.waits_for_port() && !tcb.is_over());
             // A flow that waits for the port is in that list alone, since it is in one at a time.
             let park = tcb.may_be_evicted() && !waits;
             let parked = std::mem::replace(&mut flow.parked, park);
             let (measure, due) = (tcb.wants_measure(port.flows > FEW_FLOWS), tcb.deadline());
-            if batch {
+            if batch && bulk {
                 self.flows.push(&mut self.batch, Chain::Siblings, index);
+            } else if batch {
+                self.flows.push_front(&mut self.batch, Chain::Siblings, index);
             }
             if parked != park {
                 let (from, to) = match park {
@@ -309,13 +327,18 @@ impl Core {
         Err(why)
     }
 
-    /// Lets all flows that asked for it send what the batch called for.
+    /// Lets the flows that asked for it send what the batch called for, bulk flows until the round is full.
     pub(crate) fn flush_batch<E: Effects>(&mut self, fx: &mut E) {
         for _ in 0..self.batch.len {
             let index = self.batch.head;
+            let full = self.turns.left(self.now, index) == 0;
+            if full && self.flows.at(index).is_some_and(|f| f.is_bulk(self.now)) {
+                break;
+            }
             self.flows.unlink(&mut self.batch, Chain::Siblings, index);
             self.with_index(index, fx, |tcb, cx| tcb.batch_end(cx));
         }
+        self.turns.round_ended();
     }
 
     /// A port takes frames again: the flows that waited for it go on, in turn, until it is full.

@@ -11,6 +11,7 @@ use crate::remote::News;
 use crate::service::{DHCP_CLIENT, DHCP_SERVER};
 use crate::siphash::SipKey;
 use crate::stats::Drop;
+use crate::turns::NO_FLOW;
 use crate::types::{Csum, FrameMeta, Gso, PortId};
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::parse::{self, Packet};
@@ -23,6 +24,8 @@ const FLOOD_BYTES: usize = 1514;
 const FLOOD_PORTS: usize = 64;
 /// Bytes of a frame in front of its payload, about.
 const HEADERS: usize = 54;
+/// A frame between guests that is no part of a bulk transfer.
+const SMALL_FRAME: usize = 1024;
 
 /// Which port a MAC belongs to.
 pub struct Macs {
@@ -279,6 +282,9 @@ impl Core {
         match if dst.is_multicast() { None } else { self.macs.get(dst) } {
             Some(to) if to == slot => Err(Drop::NoEndpoint),
             Some(to) => {
+                if frame.len() <= SMALL_FRAME {
+                    self.turns.active(self.now, NO_FLOW);
+                }
                 self.deliver(to, frame, meta, fx);
                 Ok(())
             }

@@ -3,7 +3,7 @@
 //! Lists (one-shot flows of a port, flows of a mapping) run through the records, so no operation on the way
 //! of a packet allocates.
 
-use crate::flow::{Chain, Flow, Key, List, NONE};
+use crate::flow::{Chain, Flow, Key, Links, List, NONE};
 use crate::siphash::SipKey;
 use crate::types::FlowId;
 use hashbrown::HashTable;
@@ -181,10 +181,10 @@ impl FlowTable {
         let tail = list.tail;
         let Some(f) = self.at_mut(index) else { return };
         let l = &mut f.links[chain as usize];
-        if l.linked {
+        if l.is_linked() {
             return;
         }
-        (l.prev, l.next, l.linked) = (tail, NONE, true);
+        *l = Links { prev: tail, next: NONE };
         match self.at_mut(tail) {
             Some(t) => t.links[chain as usize].next = index,
             None => list.head = index,
@@ -193,15 +193,32 @@ impl FlowTable {
         list.len += 1;
     }
 
+    /// Puts a record at the front of a list, unless it is in one already.
+    pub fn push_front(&mut self, list: &mut List, chain: Chain, index: u32) {
+        let head = list.head;
+        let Some(f) = self.at_mut(index) else { return };
+        let l = &mut f.links[chain as usize];
+        if l.is_linked() {
+            return;
+        }
+        *l = Links { prev: NONE, next: head };
+        match self.at_mut(head) {
+            Some(h) => h.links[chain as usize].prev = index,
+            None => list.tail = index,
+        }
+        list.head = index;
+        list.len += 1;
+    }
+
     /// Takes a record out of a list that it is in.
     pub fn unlink(&mut self, list: &mut List, chain: Chain, index: u32) {
         let Some(f) = self.at_mut(index) else { return };
         let l = &mut f.links[chain as usize];
-        if !l.linked {
+        if !l.is_linked() {
             return;
         }
         let (prev, next) = (l.prev, l.next);
-        l.linked = false;
+        *l = Links::UNLINKED;
         match self.at_mut(prev) {
             Some(p) => p.links[chain as usize].next = next,
             None => list.head = next,

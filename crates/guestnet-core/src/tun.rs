@@ -393,6 +393,9 @@ impl Core {
 
     /// Ends the connections of a port that goes.
     pub(crate) fn tunnel_remove_port<E: Effects>(&mut self, slot: u32, fx: &mut E) {
+        if self.ports.get(slot).is_none_or(|p| p.translated == 0) {
+            return;
+        }
         let Some(tun) = self.tun.as_mut() else { return };
         let mut addresses: Vec<Ipv4Addr> = tun
             .opened

@@ -134,6 +134,7 @@ impl World {
             return;
         }
         let mut cx = Ctx {
+            turn: 32 << 10,
             now: self.now,
             fx: &mut self.mock,
             counters: &mut self.counters,

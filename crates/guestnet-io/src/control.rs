@@ -2,7 +2,7 @@
 //! changes nothing and says why; either way it is acknowledged.
 
 use crate::attachments::dgram::Dgram;
-use crate::attachments::ports::Attachment;
+use crate::attachments::ports::{Attachment, Leaving};
 use crate::attachments::reason;
 use crate::attachments::stream::Stream;
 use crate::attachments::tap::Tap;
@@ -10,7 +10,7 @@ use crate::attachments::vhost::{FrontEnds, Vhost};
 use crate::capture::{Capture, Capturing};
 use crate::commands::{Command, CommandError, Value};
 use crate::events::Event;
-use crate::listener::{FIRST_DYNAMIC, PORTS_MAX};
+use crate::listener::{FIRST_DYNAMIC, FLOWS_AT_ONCE, PORTS_MAX};
 use crate::poller::{Kind, Token};
 use crate::quota::{Pool, Quota};
 use crate::sys::{self, RawAddr};
@@ -46,6 +46,11 @@ impl State {
             };
             self.io.counters.commands += 1;
             if matches!(command, Command::StopCapture) && self.stop_capture(sequence) {
+                continue;
+            }
+            if let Command::RemovePort { port } = command
+                && self.remove_in_steps(sequence, port)
+            {
                 continue;
             }
             let result = self.command(command);
@@ -179,6 +184,17 @@ impl State {
             Command::Stop => self.stopping = true,
         }
         Ok(Value::None)
+    }
+
+    /// Begins to remove a port that has many flows; acknowledged when it is done. False: it has few.
+    fn remove_in_steps(&mut self, sequence: u64, port: PortId) -> bool {
+        let Some(slot) = self.io.ports.slot(port) else { return false };
+        if !self.core.close_flows_of(self.now, port, FLOWS_AT_ONCE, &mut self.io) {
+            return false;
+        }
+        self.io.ports.begin_leaving(slot);
+        self.io.ports.down.push_back((port, Leaving::Removed(sequence)));
+        true
     }
 
     /// Ends the capture; acknowledged when all is written. False: there is none.

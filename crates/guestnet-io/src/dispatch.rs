@@ -7,6 +7,7 @@ use crate::attachments::stream::{self, Filled};
 use crate::poller::{Kind, Ready, Token};
 use crate::stats::IoCounters;
 use crate::sys;
+use crate::turn::Turn;
 use crate::uplink::errors;
 use crate::uplink::forward::Listening;
 use crate::uplink::ping;
@@ -25,16 +26,6 @@ use std::os::fd::OwnedFd;
 const ACCEPTS: usize = 64;
 /// Calls that receive datagrams before others have their turn.
 const RECEIVES: usize = 4;
-/// Bytes of one guest before others have their turn, and before it hears of what it sent: half a window, so
-/// that it goes on sending while we do.
-const BATCH_BYTES: usize = 512 << 10;
-/// Nanoseconds of one guest before others have their turn, where it moves little: frames that open flows take a
-/// hundred times as long as others, and a guest that floods is not to have the time of one that works.
-const BATCH_TIME: u64 = 100_000;
-/// A guest that has moved so many bytes in a batch is bounded by [`BATCH_BYTES`] alone.
-const BATCH_LITTLE: usize = BATCH_BYTES / 8;
-/// Frames between two looks at the clock.
-const CLOCK_FRAMES: usize = 4;
 const HUNG_UP: i32 = libc::EPOLLHUP | libc::EPOLLERR;
 
 impl State {
@@ -76,11 +67,11 @@ impl State {
             return;
         }
         let id = match self.io.ports.get_mut(slot) {
-            Some(p) => p.id,
-            None => return,
+            Some(p) if !p.is_leaving() => p.id,
+            _ => return,
         };
         let (frames, down) = match self.io.ports.get_mut(slot).map(|p| &p.attachment) {
-            Some(Attachment::Stream(_)) => self.read_stream(slot, id),
+            Some(Attachment::Stream(_)) => return self.stream_ready(slot, id),
             Some(Attachment::Vhost(_)) => return self.on_front_end(ready, id),
             Some(Attachment::Tap(_) | Attachment::Dgram(_)) => {
                 let (frames, down) = self.read_frames(slot, id);
@@ -92,20 +83,32 @@ impl State {
         };
         self.count_batch(frames);
         if let Some(why) = down {
-            self.io.ports.down.push((id, why));
+            self.io.ports.leave(id, why);
+        }
+    }
+
+    /// A turn of a guest on a stream, which may have frames that were read before.
+    pub(crate) fn stream_ready(&mut self, slot: u32, id: PortId) {
+        let mut turn = self.io.ports.begin_turn(slot, self.now);
+        let before = turn.frames;
+        let down = self.read_stream(slot, id, &mut turn);
+        turn.pause();
+        self.count_batch(turn.frames - before);
+        let ports = &mut self.io.ports;
+        ports.end_turn(slot, turn);
+        if let Some(why) = down {
+            ports.leave(id, why);
+        } else if let Some(Port { attachment: Attachment::Stream(s), .. }) = ports.get_mut(slot)
+            && s.has_frame()
+        {
+            // Nothing else tells of it.
+            ports.look_again(ports.port_token(slot), false);
         }
     }
 
     fn read_frames(&mut self, slot: u32, id: PortId) -> (usize, Option<String>) {
-        let (mut frames, mut bytes) = (0, 0);
-        let mut began = None;
-        while frames < self.batch_size && bytes < BATCH_BYTES {
-            if frames % CLOCK_FRAMES == 0 && bytes < BATCH_LITTLE {
-                let now = sys::now();
-                if now.since(*began.get_or_insert(now)) >= BATCH_TIME {
-                    break;
-                }
-            }
+        let mut turn = Turn::new(self.now);
+        while turn.goes_on(self.batch_size) {
             let Some(Port { attachment, .. }) = self.io.ports.get_mut(slot) else { break };
             let got = match attachment {
                 Attachment::Tap(t) => t.read(&mut self.frame),
@@ -120,15 +123,17 @@ impl State {
             match got {
                 Got::Frame((from, to, meta)) => {
                     self.frame_in(id, from..to, meta);
-                    bytes += to - from;
+                    turn.frame(to - from);
                 }
-                Got::Bad => self.io.counters.bad_frames += 1,
+                Got::Bad => {
+                    self.io.counters.bad_frames += 1;
+                    turn.frame(0);
+                }
                 Got::Empty => break,
-                Got::Down(why) => return (frames, Some(why)),
+                Got::Down(why) => return (turn.frames, Some(why)),
             }
-            frames += 1;
         }
-        (frames, None)
+        (turn.frames, None)
     }
 
     /// A frame in `buf`, or several that became one.
@@ -139,11 +144,10 @@ impl State {
         }
     }
 
-    fn read_stream(&mut self, slot: u32, id: PortId) -> (usize, Option<String>) {
+    fn read_stream(&mut self, slot: u32, id: PortId, turn: &mut Turn) -> Option<String> {
         let mut buf = std::mem::take(&mut self.stream_buffer);
-        let mut frames = 0;
         let mut down = None;
-        while frames < self.batch_size {
+        while turn.goes_on(self.batch_size) {
             let Some(Port { attachment: Attachment::Stream(s), .. }) = self.io.ports.get_mut(slot) else {
                 break;
             };
@@ -155,9 +159,10 @@ impl State {
                 }
                 Got::Empty | Got::Bad => break,
             };
-            let (mut at, before) = (0, frames);
+            let (mut at, before) = (0, turn.frames);
             let mut run: Option<Run> = None;
-            loop {
+            // Of frames that a read brought together only the time is bounded: those that become one cost little.
+            while turn.has_time() {
                 match stream::next_frame(buf.get(at..len).unwrap_or(&[])) {
                     Got::Frame((from, to)) => {
                         let frame = at + from..at + to;
@@ -169,7 +174,7 @@ impl State {
                         {
                             self.run_in(id, whole, &mut buf);
                         }
-                        frames += 1;
+                        turn.frame(to - from);
                         at += to;
                     }
                     Got::Down(why) => {
@@ -186,28 +191,32 @@ impl State {
                 break;
             }
             if let Some(Port { attachment: Attachment::Stream(s), .. }) = self.io.ports.get_mut(slot) {
-                s.keep(buf.get(at..len).unwrap_or(&[]), frames - before, at, more);
+                s.keep(buf.get(at..len).unwrap_or(&[]), turn.frames - before, at, more);
             }
             if !more {
                 break;
             }
         }
         self.stream_buffer = buf;
-        (frames, down)
+        down
     }
 
     // ---- uplink of packets --------------------------------------------------------------------------
 
     fn on_tun(&mut self) {
-        let mut packets = 0;
-        while packets < self.batch_size {
+        let mut turn = Turn::new(self.now);
+        while turn.goes_on(self.batch_size) {
             let Some(tun) = &self.io.tun else { break };
             match tun.read(&mut self.frame) {
                 Got::Frame((end, meta)) => {
                     let Some(frame) = self.frame.get_mut(..end) else { break };
                     self.core.uplink_packet(self.now, frame, meta, &mut self.io);
+                    turn.frame(end);
                 }
-                Got::Bad => self.io.counters.bad_frames += 1,
+                Got::Bad => {
+                    self.io.counters.bad_frames += 1;
+                    turn.frame(0);
+                }
                 Got::Empty => break,
                 Got::Down(why) => {
                     self.io.tun = None;
@@ -215,9 +224,8 @@ impl State {
                     break;
                 }
             }
-            packets += 1;
         }
-        self.count_batch(packets);
+        self.count_batch(turn.frames);
     }
 
     // ---- uplink -------------------------------------------------------------------------------------
@@ -297,7 +305,9 @@ impl State {
         if !ready.has(libc::EPOLLIN) {
             return;
         }
-        for _ in 0..RECEIVES {
+        let mut turn = Turn::new(self.now);
+        while turn.goes_on(RECEIVES) {
+            turn.frame(0);
             let Some(sock) = self.io.socks.current(ready.token) else { return };
             self.io.counters.datagram_receives += 1;
             let n = match self.inbox.receive(&sock.fd) {
@@ -362,7 +372,9 @@ impl State {
         if ready.has(HUNG_UP) {
             self.drain_errors(ready.token);
         }
-        for _ in 0..self.batch_size {
+        let mut turn = Turn::new(self.now);
+        while turn.goes_on(self.batch_size) {
+            turn.frame(0);
             let Some(Sock { fd, flow: Some(flow), kind: SockKind::Ping { raw, v6, .. } }) =
                 self.io.socks.get(id)
             else {
@@ -384,7 +396,9 @@ impl State {
     }
 
     fn on_forward(&mut self, token: Token) {
-        for _ in 0..ACCEPTS {
+        let mut turn = Turn::new(self.now);
+        while turn.goes_on(ACCEPTS) {
+            turn.frame(0);
             if self.listening.generation(token.index) != token.generation {
                 return;
             }

@@ -135,6 +135,7 @@ impl IoState {
             || !self.socks.errors.is_empty()
             || !self.ports.writable.is_empty()
             || !self.ports.down.is_empty()
+            || !self.ports.stalled.is_empty()
     }
 }
 

@@ -31,6 +31,7 @@ pub mod stats;
 mod submit;
 mod sync;
 mod sys;
+mod turn;
 mod uplink;
 mod vhost_events;
 pub mod worker;

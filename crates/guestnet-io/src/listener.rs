@@ -3,26 +3,41 @@
 //! its peer goes, its port goes too. While the control side does not take events, no more guests are taken.
 
 use crate::attachments::dgram::Dgram;
-use crate::attachments::ports::Attachment;
+use crate::attachments::ports::{Attachment, Leaving, Port};
 use crate::attachments::stream::Stream;
-use crate::attachments::unixgram::{From, PEERS_MAX, Unixgram};
+use crate::attachments::unixgram::{PEERS_MAX, Sender, Unixgram};
 use crate::attachments::vhost::{FrontEnds, Vhost};
-use crate::commands::{Command, CommandError, ListenKind, Newcomer};
+use crate::commands::{Command, CommandError, ListenKind, Newcomer, Value};
 use crate::events::{Event, Level};
 use crate::poller::{Kind, Token};
 use crate::quota::{Charge, Pool, Quota, Resource};
 use crate::sys;
+use crate::turn::Turn;
 use crate::worker::State;
-use guestnet_core::types::{FrameMeta, PortConfig, PortId};
+use guestnet_core::types::{FrameMeta, PortConfig, PortId, Time};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+/// Descriptors of a guest on a datagram listener at most: its own socket, and its place in the file system.
+const DESCRIPTORS_OF_PEER: u64 = 2;
 /// The first number of a port that was not asked for.
 pub(crate) const FIRST_DYNAMIC: u32 = 0x8000_0000;
 /// Ports of one worker, all together.
 pub(crate) const PORTS_MAX: usize = 4096;
 /// Connections taken before others have their turn.
 const ACCEPTS: usize = 16;
+/// Guests of a listener that may come in a second, and at once after a pause. Each is a port that comes and one
+/// that goes, which the control side has to hear of.
+const ARRIVALS_PER_SECOND: u64 = 500;
+const ARRIVALS_AT_ONCE: u64 = 256;
+/// How often it is looked for guests of a datagram listener that are gone, in nanoseconds, and up to how many guests
+/// each time that one comes.
+const LOOK_FOR_GONE: u64 = 100_000_000;
+const FEW: usize = 16;
+/// Flows of a port that are closed at once. A port that has more goes in steps, so that others do not wait.
+pub(crate) const FLOWS_AT_ONCE: usize = 1024;
+/// Flows of one step.
+const STEP: usize = 16;
 
 /// Where guests arrive.
 pub(crate) struct Listener {
@@ -31,6 +46,36 @@ pub(crate) struct Listener {
     pub kind: Arrivals,
     /// Its guests, all together, and what they hold.
     front_ends: Arc<FrontEnds>,
+    pace: Pace,
+}
+
+/// How many guests may come.
+#[derive(Debug, Clone, Copy)]
+struct Pace {
+    /// When the allowance was last counted, and how much of it there was, in guests times a thousand.
+    at: Time,
+    left: u64,
+    looked_for_gone: Time,
+}
+
+impl Pace {
+    fn new(now: Time) -> Pace {
+        Pace { at: now, left: ARRIVALS_AT_ONCE * 1000, looked_for_gone: Time(0) }
+    }
+
+    /// Whether one more may come now.
+    fn allows(&mut self, now: Time) -> bool {
+        let more = now.since(self.at) / 1_000_000 * ARRIVALS_PER_SECOND;
+        if more > 0 {
+            self.left = (self.left + more).min(ARRIVALS_AT_ONCE * 1000);
+            self.at = now;
+        }
+        let allowed = self.left >= 1000;
+        if allowed {
+            self.left -= 1000;
+        }
+        allowed
+    }
 }
 
 /// How they arrive.
@@ -102,7 +147,8 @@ impl State {
             ListenKind::Unixgram => Arrivals::Datagrams(Unixgram::new(fd, true)),
         };
         let front_ends = FrontEnds::new(Quota::new(Pool::of_process()));
-        let slot = self.listeners.insert(Listener { number, template, kind, front_ends });
+        let pace = Pace::new(self.now);
+        let slot = self.listeners.insert(Listener { number, template, kind, front_ends, pace });
         self.watch_listener(slot).map_err(|errno| {
             self.listeners.remove(slot);
             CommandError::System { what: "the listener cannot be watched", errno }
@@ -121,8 +167,8 @@ impl State {
         }
         for slot in slots {
             if let Some(Listener { kind: Arrivals::Datagrams(u), .. }) = self.listeners.remove(slot) {
-                for port in u.peers.into_values() {
-                    self.port_gone(port, "its listener was closed".into());
+                for peer in u.peers.into_values() {
+                    self.io.ports.leave(peer.port, "its listener was closed".into());
                 }
             }
         }
@@ -161,12 +207,20 @@ impl State {
     }
 
     fn accept_guests(&mut self, token: Token) {
-        for _ in 0..ACCEPTS {
-            let Some(Listener { kind: Arrivals::Connections { fd, speak }, .. }) =
-                self.listeners.get(token.index)
+        let mut turn = Turn::new(self.now);
+        while turn.goes_on(ACCEPTS) {
+            turn.frame(0);
+            let now = self.now;
+            let Some(Listener { kind: Arrivals::Connections { fd, speak }, pace, .. }) =
+                self.listeners.get_mut(token.index)
             else {
                 return;
             };
+            if !pace.allows(now) {
+                // They wait in the listener's queue.
+                self.io.counters.listener_pauses += 1;
+                return self.rest_listener(token);
+            }
             let (conn, from) = match sys::accept(fd) {
                 Ok(c) => c,
                 Err(e) if sys::exhausted(e) => {
@@ -213,7 +267,7 @@ impl State {
             Speak::VhostUser => Vhost::new(new.conn, new.front_ends).map(|v| Attachment::Vhost(Box::new(v))),
         };
         let port = match attachment {
-            Ok(a) => self.welcome(new.listener, new.template, a, Some(new.held), new.peer),
+            Ok(a) => self.welcome(new.listener, new.template, a, true, Some(new.held), new.peer),
             Err(why) => {
                 self.io.counters.guests_refused += 1;
                 self.warn(format!("a guest was refused: {why}"));
@@ -233,12 +287,14 @@ impl State {
         }
     }
 
-    /// Makes a port of a guest that has come. `held`: it has a connection of its own.
+    /// Makes a port of a guest that has come. `watch`: it has a descriptor of its own that tells when there is
+    /// something to do; `held`: what it holds of its listener's share.
     fn welcome(
         &mut self,
         number: u32,
         config: PortConfig,
         a: Attachment,
+        watch: bool,
         held: Option<Charge>,
         peer: String,
     ) -> Option<PortId> {
@@ -250,7 +306,6 @@ impl State {
         let (first, last) = self.port_range;
         self.next_port = if port.0 < last { port.0 + 1 } else { first };
         let at = self.io.ports.add(port, Some(number));
-        let watch = held.is_some();
         if let Some(p) = self.io.ports.get_mut(at) {
             p.held = held;
         }
@@ -266,21 +321,31 @@ impl State {
     }
 
     fn datagrams_of_guests(&mut self, token: Token) {
-        let mut frames = 0;
-        while frames < self.batch_size {
-            let Some(Listener { number, kind: Arrivals::Datagrams(u), .. }) = self.listeners.get(token.index)
+        let mut turn = Turn::new(self.now);
+        while turn.goes_on(self.batch_size) {
+            let now = self.now;
+            let Some(Listener { number, kind: Arrivals::Datagrams(u), pace, .. }) =
+                self.listeners.get_mut(token.index)
             else {
                 return;
             };
             let number = *number;
-            frames += 1;
-            match u.read(&mut self.frame) {
-                From::Known(port, n) => self.frame_in(port, 0..n, FrameMeta::default()),
-                From::New { path, frame, old } => {
+            match u.read(now, &mut self.frame) {
+                Sender::Known(port, n) => {
+                    self.frame_in(port, 0..n, FrameMeta::default());
+                    turn.frame(n);
+                }
+                Sender::New { .. } if !pace.allows(now) => {
+                    self.io.counters.guests_refused += 1;
+                    turn.frame(0);
+                }
+                Sender::New { path, user, frame, old } => {
+                    turn.frame(frame.unwrap_or(0));
                     // The guest may have come to a socket that was here before.
+                    let again = old.is_some();
                     let old = old.or_else(|| self.peer_elsewhere(number, &path));
                     let port = match (old, frame) {
-                        (Some(port), Some(_)) => Some(port),
+                        (Some(port), Some(_)) if !again => Some(port),
                         (Some(_), None) if !self.may_restart(token.index) => {
                             self.io.counters.guests_refused += 1;
                             None
@@ -289,9 +354,9 @@ impl State {
                             // The socket may have been left to the old one, and is the new one's now.
                             self.listener_in_use = Some(token.index);
                             if let Some(old) = old {
-                                self.port_gone(old, "the guest started again".into());
+                                self.end_port(old, "the guest started again".into());
                             }
-                            let new = self.welcome_peer(token.index, &path);
+                            let new = self.welcome_peer(token.index, &path, user);
                             self.listener_in_use = None;
                             new
                         }
@@ -300,18 +365,18 @@ impl State {
                         self.frame_in(port, 0..n, FrameMeta::default());
                     }
                 }
-                From::Refused => self.io.counters.guests_refused += 1,
-                From::Empty => {
-                    frames -= 1;
-                    break;
+                Sender::Refused => {
+                    self.io.counters.guests_refused += 1;
+                    turn.frame(0);
                 }
-                From::Broken(e) => {
+                Sender::Empty => break,
+                Sender::Broken(e) => {
                     self.warn(crate::attachments::reason("a listener broke", e));
                     return self.rest_listener(token);
                 }
             }
         }
-        self.count_batch(frames);
+        self.count_batch(turn.frames);
     }
 
     fn may_restart(&mut self, slot: u32) -> bool {
@@ -324,61 +389,89 @@ impl State {
 
     fn peer_elsewhere(&self, number: u32, path: &[u8]) -> Option<PortId> {
         self.slots(number).into_iter().find_map(|slot| match &self.listeners.get(slot)?.kind {
-            Arrivals::Datagrams(u) => u.peers.get(path).copied(),
+            Arrivals::Datagrams(u) => u.peers.get(path).map(|p| p.port),
             Arrivals::Connections { .. } => None,
         })
     }
 
-    fn welcome_peer(&mut self, slot: u32, path: &[u8]) -> Option<PortId> {
+    fn welcome_peer(&mut self, slot: u32, path: &[u8], user: Option<u32>) -> Option<PortId> {
+        let now = self.now;
         let number = self.listeners.get(slot)?.number;
-        // Nothing else tells that a guest to which nothing is sent has gone.
-        let (mut count, mut gone) = (0, Vec::new());
-        for other in self.slots(number) {
-            if let Some(Listener { kind: Arrivals::Datagrams(u), .. }) = self.listeners.get(other) {
-                count += u.peers.len();
-                gone.extend(u.gone());
-            }
+        let sockets: Vec<u32> = self.slots(number);
+        let of = |at: &u32| match &self.listeners.get(*at)?.kind {
+            Arrivals::Datagrams(u) => Some(u),
+            Arrivals::Connections { .. } => None,
+        };
+        let count: usize = sockets.iter().filter_map(of).map(|u| u.peers.len()).sum();
+        // Nothing else tells that a guest to which nothing is sent has gone. With many guests it costs time.
+        let looked = self.listeners.get(slot)?.pace.looked_for_gone;
+        let mut gone = Vec::new();
+        if count <= FEW || now.since(looked) >= LOOK_FOR_GONE {
+            gone.extend(sockets.iter().filter_map(of).flat_map(Unixgram::gone));
+            self.listeners.get_mut(slot)?.pace.looked_for_gone = now;
         }
         let left = count - gone.len();
-        for (_, port) in gone {
-            self.port_gone(port, "the guest's socket is gone".into());
+        for port in gone {
+            self.end_port(port, "the guest's socket is gone".into());
         }
         if left >= PEERS_MAX {
             self.io.counters.guests_refused += 1;
             return None;
         }
-        let dgram = match &self.listeners.get(slot)?.kind {
-            Arrivals::Datagrams(u) => u.attach(path)?,
+        let l = self.listeners.get(slot)?;
+        let mut held = Charge::new(&l.front_ends.quota, Resource::Descriptors);
+        if let Err(e) = held.set(DESCRIPTORS_OF_PEER) {
+            self.io.counters.guests_refused += 1;
+            self.warn(format!("a guest was refused: {e}"));
+            return None;
+        }
+        let arrival = match &l.kind {
+            Arrivals::Datagrams(u) => u.attach(path, user),
             Arrivals::Connections { .. } => return None,
         };
+        let arrival = match arrival {
+            Ok(arrival) => arrival,
+            Err(why) => {
+                self.io.counters.guests_refused += 1;
+                self.warn(format!("a guest was refused: {why}"));
+                return None;
+            }
+        };
+        let how = arrival.how;
         let name = String::from_utf8_lossy(path).into_owned();
         let template = self.listeners.get(slot)?.template.clone();
-        let port = self.welcome(number, template, Attachment::Dgram(dgram), None, name)?;
+        // A socket of its own tells when it takes more.
+        let attachment = Attachment::Dgram(arrival.dgram);
+        let port = self.welcome(number, template, attachment, !how.connected, Some(held), name)?;
         if let Some(p) = &self.io.peers {
             p.load(p.me());
         }
         if let Some(Listener { kind: Arrivals::Datagrams(u), .. }) = self.listeners.get_mut(slot) {
-            u.peers.insert(path.to_vec(), port);
+            u.arrived(now, path, port, how);
         }
-        self.replace_socket(slot);
+        if how.connected {
+            self.replace_socket(slot, port);
+        }
         Some(port)
     }
 
     /// Leaves the socket to the guest that came to it, where a new one can take its place.
-    fn replace_socket(&mut self, slot: u32) {
-        let Some(Listener { number, template, kind: Arrivals::Datagrams(u), front_ends }) =
+    fn replace_socket(&mut self, slot: u32, port: PortId) {
+        let Some(Listener { number, template, kind: Arrivals::Datagrams(u), front_ends, pace }) =
             self.listeners.get_mut(slot)
         else {
             return;
         };
-        let Some(next) = u.replace() else { return };
-        u.replaced = true;
+        let Some(mut next) = u.replace() else { return };
+        u.owner = Some(port);
+        u.hand_on(&mut next);
         let kind = Arrivals::Datagrams(next);
         let next = Listener {
             number: *number,
             template: template.clone(),
             kind,
             front_ends: Arc::clone(front_ends),
+            pace: *pace,
         };
         let next = self.listeners.insert(next);
         if let Err(e) = self.watch_listener(next) {
@@ -386,31 +479,94 @@ impl State {
         }
     }
 
-    /// The peer of a port is gone. Ports of listeners go with it, others are left without attachment.
-    pub(crate) fn port_gone(&mut self, port: PortId, reason: String) {
+    /// A socket that several guests share takes nothing for long: one of them does not read, and it cannot be
+    /// said which. It is left to the one that came first.
+    pub(crate) fn socket_stalled(&mut self, port: PortId) {
         let Some(slot) = self.io.ports.slot(port) else { return };
-        let reason = self.io.ports.end_isolation(&mut self.io.counters, slot).unwrap_or(reason);
-        if self.wait_for_front_end(slot, &reason) {
-            return;
-        }
-        match self.io.ports.get_mut(slot).and_then(|p| p.listener) {
-            Some(number) => {
-                self.core.remove_port(self.now, port, &mut self.io);
-                self.io.ports.remove(port);
-                self.forget_peer(number, port);
-                self.guest_left();
+        let Some(number) = self.io.ports.get_mut(slot).and_then(|p| p.listener) else { return };
+        let left = self.slots(number).into_iter().find_map(|at| match self.listeners.get_mut(at) {
+            Some(Listener { kind: Arrivals::Datagrams(u), .. })
+                if u.peers.values().any(|p| p.port == port) =>
+            {
+                u.leave_to()
             }
-            None => self.io.ports.detach(slot),
+            _ => None,
+        });
+        let Some((owner, others)) = left else { return };
+        for other in others {
+            self.forget_peer(number, other);
+            let why = "it shares its socket with a guest that came in the same moment, and one of them does not read: \
+                       start it again";
+            self.io.ports.leave(other, why.into());
         }
-        self.io.events.must(Event::PortDown { port, reason });
+        if let Some(slot) = self.io.ports.slot(owner)
+            && let Some(Port { attachment: Attachment::Dgram(d), .. }) = self.io.ports.get_mut(slot)
+        {
+            d.take_socket();
+        }
+    }
+
+    /// Ends a port before another one takes its place, at once unless it has many flows.
+    fn end_port(&mut self, port: PortId, reason: String) {
+        let Some(slot) = self.io.ports.slot(port) else { return };
+        if let Some(number) = self.io.ports.get_mut(slot).and_then(|p| p.listener) {
+            self.forget_peer(number, port);
+        }
+        if self.core.close_flows_of(self.now, port, FLOWS_AT_ONCE, &mut self.io) {
+            self.io.ports.leave(port, reason);
+        } else if self.io.ports.begin_leaving(slot) {
+            self.remove_gone(port, Leaving::PeerGone(reason));
+        }
+    }
+
+    /// A port goes. Ports of listeners, and those that the control side removes, go with all that they have, a
+    /// step at a time; others whose peer is gone are left without attachment.
+    pub(crate) fn remove_gone(&mut self, port: PortId, mut why: Leaving) {
+        let Some(slot) = self.io.ports.slot(port) else {
+            if let Leaving::Removed(sequence) = why {
+                let result = Err(CommandError::NoSuchPort(port));
+                self.io.events.must(Event::Done { sequence, result });
+            }
+            return;
+        };
+        if let Leaving::PeerGone(reason) = &mut why {
+            if let Some(known) = self.io.ports.end_isolation(&mut self.io.counters, slot) {
+                *reason = known;
+            }
+            if self.wait_for_front_end(slot, reason) {
+                return self.io.ports.stays(slot);
+            }
+        }
+        let listener = self.io.ports.get_mut(slot).and_then(|p| p.listener);
+        if listener.is_some() || matches!(why, Leaving::Removed(_)) {
+            if self.core.close_flows_of(self.now, port, STEP, &mut self.io) {
+                return self.io.ports.down.push_back((port, why));
+            }
+            self.core.remove_port(self.now, port, &mut self.io);
+            self.io.ports.remove(port);
+            if let Some(number) = listener {
+                self.forget_peer(number, port);
+            }
+            self.guest_left();
+        } else {
+            // Another attachment may be there by now.
+            self.io.ports.unplug_front_end(slot);
+            self.io.ports.stays(slot);
+        }
+        match why {
+            Leaving::PeerGone(reason) => self.io.events.must(Event::PortDown { port, reason }),
+            Leaving::Removed(sequence) => {
+                self.io.events.must(Event::Done { sequence, result: Ok(Value::None) });
+            }
+        }
     }
 
     /// A port of a listener is gone, and a socket that was left to it with it.
     pub(crate) fn forget_peer(&mut self, number: u32, port: PortId) {
         for slot in self.slots(number) {
             if let Some(Listener { kind: Arrivals::Datagrams(u), .. }) = self.listeners.get_mut(slot) {
-                u.peers.retain(|_, p| *p != port);
-                if u.replaced && u.peers.is_empty() && self.listener_in_use != Some(slot) {
+                u.peers.retain(|_, p| p.port != port);
+                if u.owner.is_some() && u.peers.is_empty() && self.listener_in_use != Some(slot) {
                     self.listeners.remove(slot);
                 }
             }

@@ -447,21 +447,76 @@ pub(crate) fn local_addr(fd: &OwnedFd) -> Option<RawAddr> {
     Some(a)
 }
 
-/// recvfrom(2).
-pub(crate) fn recv_from(fd: &OwnedFd, buf: &mut [u8], flags: i32) -> Result<(usize, RawAddr), i32> {
+/// recvmsg(2) of one datagram: its length, where it is from, and the user who sent it, which the kernel says of
+/// a socket with SO_PASSCRED.
+pub(crate) fn recv_from_user(
+    fd: &OwnedFd,
+    buf: &mut [u8],
+    flags: i32,
+) -> Result<(usize, RawAddr, Option<u32>), i32> {
+    // Room for the user and nothing else, so that descriptors that come along are closed by the kernel.
+    #[repr(C, align(8))]
+    struct Room([u8; CREDENTIALS]);
+    // SAFETY: CMSG_SPACE is arithmetic.
+    const CREDENTIALS: usize = unsafe { libc::CMSG_SPACE(size_of::<libc::ucred>() as u32) } as usize;
+    let mut control = Room([0; CREDENTIALS]);
     let mut from = RawAddr::default();
-    // SAFETY: slice and address are writable and their lengths are given.
+    let mut iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
+    let mut msg = msghdr();
+    msg.msg_name = from.as_mut_ptr().cast();
+    msg.msg_namelen = from.len;
+    msg.msg_iov = &raw mut iov;
+    msg.msg_iovlen = 1;
+    msg.msg_control = control.0.as_mut_ptr().cast();
+    msg.msg_controllen = control.0.len() as _;
+    // SAFETY: buffer, address and control buffer are writable, live until it returns, and their lengths are given.
     let n = check_len(unsafe {
-        libc::recvfrom(
-            fd.as_raw_fd(),
-            buf.as_mut_ptr().cast(),
-            buf.len(),
-            flags | libc::MSG_DONTWAIT,
-            from.as_mut_ptr(),
-            &mut from.len,
-        )
+        libc::recvmsg(fd.as_raw_fd(), &mut msg, flags | libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC)
     })?;
-    Ok((n, from))
+    from.len = msg.msg_namelen;
+    let mut uid = None;
+    each_cmsg(&msg, |level, kind, data| {
+        if (level, kind) == (libc::SOL_SOCKET, libc::SCM_CREDENTIALS) {
+            // struct ucred { pid, uid, gid }.
+            uid = data.get(4..).and_then(cmsg_i32).map(|uid| uid as u32);
+        }
+    });
+    Ok((n, from, uid))
+}
+
+/// The file that a path names, without following a link in its last part, and what it is. The descriptor stands
+/// for it even when the path leads elsewhere later.
+pub(crate) fn open_path(path: &[u8]) -> Result<(OwnedFd, libc::stat), i32> {
+    let path = std::ffi::CString::new(path).map_err(|_| libc::EINVAL)?;
+    // SAFETY: the path lives and ends with NUL.
+    let fd = check(unsafe { libc::open(path.as_ptr(), libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC) })
+        .map(owned)?;
+    // SAFETY: a stat is plain numbers.
+    let mut stat: libc::stat = unsafe { zeroed() };
+    // SAFETY: the struct lives.
+    check(unsafe { libc::fstat(fd.as_raw_fd(), &mut stat) })?;
+    Ok((fd, stat))
+}
+
+/// A path that leads to what `fd` stands for.
+pub(crate) fn path_of(fd: &OwnedFd) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
+}
+
+/// What a path names now, as stat(2) says it without following a link in its last part.
+pub(crate) fn stat(path: &[u8]) -> Result<libc::stat, i32> {
+    let path = std::ffi::CString::new(path).map_err(|_| libc::EINVAL)?;
+    // SAFETY: a stat is plain numbers.
+    let mut stat: libc::stat = unsafe { zeroed() };
+    // SAFETY: the path lives and ends with NUL, and the struct lives.
+    check(unsafe { libc::lstat(path.as_ptr(), &mut stat) })?;
+    Ok(stat)
+}
+
+/// The user whose rights the process has.
+pub(crate) fn own_user() -> u32 {
+    // SAFETY: no pointers; it does not fail.
+    unsafe { libc::geteuid() }
 }
 
 /// sendto(2).

@@ -38,16 +38,14 @@ impl State {
                 }
                 for queue in changes.started {
                     let token = self.io.ports.queue_token(slot, queue);
-                    if !self.io.ports.again.contains(&token) {
-                        self.io.ports.again.push(token);
-                    }
+                    self.io.ports.look_again(token, false);
                 }
                 if let Some(why) = changes.refused {
                     self.warn(format!("a request of a vhost-user front-end was refused: {why}"));
                 }
                 self.complain(slot, id);
             }
-            Err(why) => self.io.ports.down.push((id, why)),
+            Err(why) => self.io.ports.leave(id, why),
         }
     }
 
@@ -66,7 +64,7 @@ impl State {
         };
         if let Err(e) = watched {
             let why = crate::attachments::reason("the front-end cannot be watched", e);
-            self.io.ports.down.push((id, why));
+            self.io.ports.leave(id, why);
         }
         self.isolate_if_stalled(id);
     }
@@ -89,7 +87,7 @@ impl State {
                         .into(),
                 );
             }
-            Err(why) => self.io.ports.down.push((port, why)),
+            Err(why) => self.io.ports.leave(port, why),
         }
     }
 
@@ -145,36 +143,65 @@ impl State {
         true
     }
 
+    /// A queue or a stream has more than its turn.
+    pub(crate) fn on_again(&mut self, token: Token) {
+        match token.kind {
+            Kind::Kick => self.on_kick(token),
+            Kind::Port if self.io.ports.is_current(token) => {
+                if let Some(Port { id, attachment: Attachment::Stream(_), .. }) =
+                    self.io.ports.get_mut(token.index)
+                {
+                    let id = *id;
+                    self.stream_ready(token.index, id);
+                }
+            }
+            _ => {}
+        }
+    }
+
     /// A queue was kicked, or has more than a batch.
     pub(crate) fn on_kick(&mut self, token: Token) {
         let Some((slot, queue)) = self.io.ports.queue(token) else { return };
-        let Some(Port { id, attachment: Attachment::Vhost(v), .. }) = self.io.ports.get_mut(slot) else {
-            return;
-        };
-        let id = *id;
+        let Some(port) = self.io.ports.get_mut(slot).filter(|p| !p.is_leaving()) else { return };
+        let id = port.id;
+        let Attachment::Vhost(v) = &mut port.attachment else { return };
         if queue.is_multiple_of(2) {
             v.spare_kicks(queue);
             return self.io.ports.room_again(slot);
         }
-        let mut frames = 0;
-        while frames < self.batch_size {
+        let mut turn = self.io.ports.begin_turn(slot, self.now);
+        let before = turn.frames;
+        if !turn.goes_on(self.batch_size) {
+            // Other queues of the guest have had its turn.
+            self.io.ports.end_turn(slot, turn);
+            return self.io.ports.look_again(token, true);
+        }
+        while turn.goes_on(self.batch_size) {
             let Some(Port { attachment: Attachment::Vhost(v), .. }) = self.io.ports.get_mut(slot) else {
                 return;
             };
             match v.read(queue, &mut self.frame) {
-                Got::Frame((from, to, meta)) => self.frame_in(id, from..to, meta),
-                Got::Bad => self.io.counters.bad_frames += 1,
+                Got::Frame((from, to, meta)) => {
+                    self.frame_in(id, from..to, meta);
+                    turn.frame(to - from);
+                }
+                Got::Bad => {
+                    self.io.counters.bad_frames += 1;
+                    turn.frame(0);
+                }
                 Got::Empty => break,
-                Got::Down(why) => return self.io.ports.down.push((id, why)),
+                Got::Down(why) => return self.io.ports.leave(id, why),
             }
-            frames += 1;
         }
-        self.count_batch(frames);
+        turn.pause();
+        self.count_batch(turn.frames - before);
         let more = self.vhost(slot).is_some_and(|v| v.end_batch(queue));
         let ports = &mut self.io.ports;
-        let list = if more { &mut ports.again } else { &mut ports.lingering };
-        if !list.contains(&token) {
-            list.push(token);
+        ports.end_turn(slot, turn);
+        if more {
+            ports.look_again(token, false);
+        } else if !ports.lingering.contains(&token) {
+            ports.lingering.push(token);
         }
         self.complain(slot, id);
     }
@@ -209,20 +236,20 @@ impl State {
                 }
                 return false;
             }
-            if due && !self.io.ports.again.contains(token) {
-                self.io.ports.again.push(*token);
+            if due {
+                self.io.ports.look_again(*token, false);
             }
             !due && stay
         });
         self.io.ports.lingering = lingering;
-        told || !self.io.ports.again.is_empty()
+        told || self.io.ports.has_again()
     }
 
     /// Tells of what a guest has broken.
     fn complain(&mut self, slot: u32, id: PortId) {
         match self.vhost(slot).and_then(Vhost::complaint) {
             Some(Ok(warning)) => self.warn(warning),
-            Some(Err(why)) => self.io.ports.down.push((id, why)),
+            Some(Err(why)) => self.io.ports.leave(id, why),
             None => {}
         }
     }

@@ -19,6 +19,7 @@ use crate::quota::Pool;
 use crate::slab::Slab;
 use crate::stats::{IoCounters, Published, StatsSnapshot};
 use crate::sys;
+use crate::turn::Turn;
 use crate::uplink::forward::{ForwardParts, Listening, Resting};
 use crate::uplink::udp::Inbox;
 use guestnet_core::config::{CoreConfig, Limits};
@@ -436,8 +437,8 @@ impl State {
         if self.waker.take_urgent() {
             self.urgent_commands();
         }
-        for token in std::mem::take(&mut self.io.ports.again) {
-            self.on_kick(token);
+        for token in self.io.ports.take_again() {
+            self.on_again(token);
         }
         for i in 0..n {
             if let Some(ready) = self.io.poller.ready(i) {
@@ -463,6 +464,7 @@ impl State {
 
     /// Tells the core what came up and sends what was put off, until there is nothing left of both.
     fn settle(&mut self) {
+        let mut turn = Turn::new(self.now);
         for _ in 0..SETTLE_ROUNDS {
             let (now, io) = (self.now, &mut self.io);
             for (flow, result) in std::mem::take(&mut io.socks.outcomes) {
@@ -474,15 +476,21 @@ impl State {
             for port in std::mem::take(&mut io.ports.writable) {
                 self.core.port_writable(now, port, io);
             }
-            for (port, why) in std::mem::take(&mut self.io.ports.down) {
-                self.port_gone(port, why);
+            for port in std::mem::take(&mut self.io.ports.stalled) {
+                self.socket_stalled(port);
+            }
+            while turn.has_time()
+                && let Some((port, why)) = self.io.ports.down.pop_front()
+            {
+                self.remove_gone(port, why);
+                turn.frame(0);
             }
             self.core.batch_end(self.now, &mut self.io);
             if let Some(p) = &mut self.io.peers {
                 p.tell(|room, out| self.core.take_news(room, out));
             }
             self.io.flush();
-            if !self.io.has_news() {
+            if !self.io.has_news() || !turn.has_time() {
                 return;
             }
         }
@@ -525,7 +533,7 @@ impl State {
     fn timeout(&self) -> Option<u64> {
         let busy = self.io.has_news()
             || self.core.has_more()
-            || !self.io.ports.again.is_empty()
+            || self.io.ports.has_again()
             || self.commands_waiting && !self.io.is_behind()
             || self.io.peers.as_ref().is_some_and(|p| p.has_items());
         if busy || self.strategy == PollingStrategy::Busy {
@@ -552,7 +560,7 @@ impl State {
         }
         if n == 0 {
             // What spinning found in a queue, or of one, is not slept over.
-            let found = self.io.has_news() || !self.io.ports.again.is_empty();
+            let found = self.io.has_news() || self.io.ports.has_again();
             let lingering = !self.io.ports.lingering.is_empty();
             if lingering {
                 self.looked_at = sys::now();

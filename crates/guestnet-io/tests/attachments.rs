@@ -4,11 +4,14 @@
 
 mod common;
 
-use common::{Got, Guest, HOST, Link, Net, PATIENCE, StreamLink, pattern, port_config, tcp_echo, udp_echo};
+use common::{
+    GATEWAY, Got, Guest, HOST, Link, Net, PATIENCE, StreamLink, pattern, port_config, tcp_echo, udp_echo,
+};
 use guestnet_core::effects;
 use guestnet_core::types::{ForwardId, PortId, ServiceId};
 use guestnet_io::{Command, CommandError, Event, ListenKind, Value};
-use guestnet_wire::{proto, tcp};
+use guestnet_wire::ether::Mac;
+use guestnet_wire::{arp, proto, tcp};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
@@ -215,7 +218,7 @@ fn a_guest_does_not_start_again_without_end() {
     let s = UnixDatagram::bind(dir.join("a")).unwrap();
     s.connect(dir.join("s")).unwrap();
     let mut a = Guest::new(s, 1);
-    let begin = std::time::Instant::now();
+    let begin = Instant::now();
     for _ in 0..300 {
         Link::send(&mut a.link, b"VFKT");
     }
@@ -326,6 +329,219 @@ fn a_guest_that_does_not_read_is_bounded_and_alone() {
     while deaf.link.receive(Duration::from_millis(200)).is_some() {}
     udp_works(&mut deaf, udp);
     tcp_works(&mut deaf, tcp, 200_000);
+}
+
+/// A guest of a datagram listener, whose socket is connected or not.
+struct Arrived {
+    socket: UnixDatagram,
+    to: Option<PathBuf>,
+}
+
+impl Arrived {
+    fn new(dir: &std::path::Path, name: &str, connects: bool) -> Arrived {
+        let socket = UnixDatagram::bind(dir.join(name)).unwrap();
+        if connects {
+            socket.connect(dir.join("s")).unwrap();
+        }
+        Arrived { socket, to: (!connects).then(|| dir.join("s")) }
+    }
+}
+
+impl Link for Arrived {
+    fn send(&mut self, frame: &[u8]) {
+        match &self.to {
+            Some(path) => self.socket.send_to(frame, path).unwrap(),
+            None => self.socket.send(frame).unwrap(),
+        };
+    }
+    fn receive(&mut self, wait: Duration) -> Option<Vec<u8>> {
+        self.socket.receive(wait)
+    }
+}
+
+/// Sends more to a guest than may wait for it.
+fn fill(from: &mut Guest<Arrived>, to: &Guest<Arrived>) {
+    let mut datagram = [0; 1400];
+    guestnet_wire::udp::emit(&mut datagram, from.ip.into(), to.ip.into(), 7, 7);
+    let mut frame = from.ipv4(proto::UDP, to.ip, &datagram);
+    frame[..6].copy_from_slice(&to.mac.0);
+    for _ in 0..3000 {
+        from.link.send(&frame);
+    }
+}
+
+#[test]
+fn a_guest_of_a_datagram_listener_that_does_not_read_silences_nobody() {
+    for (kind, connects) in
+        [(ListenKind::Dgram, false), (ListenKind::Dgram, true), (ListenKind::Unixgram, true)]
+    {
+        let net = Net::new();
+        let dir = directory(&format!("deaf-{kind:?}-{connects}"));
+        let fd = UnixDatagram::bind(dir.join("s")).unwrap().into();
+        net.command(Command::Listen { listener: 1, kind, fd, template: port_config() });
+        let mut other = Guest::new(Arrived::new(&dir, "other", connects), 9);
+        other.gateway();
+        let mut deaf = Vec::new();
+        for n in 1..4 {
+            let mut d = Guest::new(Arrived::new(&dir, &format!("deaf{n}"), connects), n);
+            d.gateway();
+            fill(&mut other, &d);
+            udp_works(&mut other, udp_echo());
+            tcp_works(&mut other, tcp_echo(), 100_000);
+            deaf.push(d);
+        }
+        // Those that read again are served again.
+        for d in &mut deaf {
+            while d.link.receive(Duration::from_millis(100)).is_some() {}
+            udp_works(d, udp_echo());
+        }
+        std::fs::remove_dir_all(dir).unwrap();
+    }
+}
+
+/// Two that connected before either had sent anything share a socket. It becomes the first one's when the other does
+/// not read, and the other is told to come again, which it can.
+#[test]
+fn guests_that_came_in_the_same_moment_are_parted_when_one_does_not_read() {
+    let net = Net::new();
+    let dir = directory("same-moment");
+    let fd = UnixDatagram::bind(dir.join("s")).unwrap().into();
+    net.command(Command::Listen { listener: 1, kind: ListenKind::Dgram, fd, template: port_config() });
+    let mut first = Guest::new(Arrived::new(&dir, "first", true), 1);
+    let mut second = Guest::new(Arrived::new(&dir, "second", true), 2);
+    first.gateway();
+    let (owner, _) = net.port_up();
+    second.gateway();
+    let (other, _) = net.port_up();
+    udp_works(&mut first, udp_echo());
+    udp_works(&mut second, udp_echo());
+    fill(&mut first, &second);
+    let (gone, why) = net.port_down();
+    assert!(gone == other && why.contains("start it again"), "{why}");
+    udp_works(&mut first, udp_echo());
+    tcp_works(&mut first, tcp_echo(), 100_000);
+    drop(second);
+    std::fs::remove_file(dir.join("second")).unwrap();
+    let mut second = Guest::new(Arrived::new(&dir, "second", true), 2);
+    udp_works(&mut second, udp_echo());
+    assert_ne!(net.port_up().0, owner);
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+/// QEMU binds its path anew when it starts again, and does not say `VFKT`.
+#[test]
+fn a_datagram_guest_that_starts_again_is_answered_at_its_new_socket() {
+    let net = Net::new();
+    let dir = directory("anew");
+    let fd = UnixDatagram::bind(dir.join("s")).unwrap().into();
+    net.command(Command::Listen { listener: 1, kind: ListenKind::Dgram, fd, template: port_config() });
+    let mut first = Guest::new(Arrived::new(&dir, "guest", false), 1);
+    udp_works(&mut first, udp_echo());
+    let (port, _) = net.port_up();
+    drop(first);
+    std::fs::remove_file(dir.join("guest")).unwrap();
+    let mut second = Guest::new(Arrived::new(&dir, "guest", false), 1);
+    // Its first frames may still be answered to the old socket, which shows that it is gone.
+    let end = Instant::now() + PATIENCE;
+    while net.count(|e| matches!(e, Event::PortDown { .. })) == 0 {
+        assert!(Instant::now() < end);
+        second.arp(arp::REQUEST, Mac::default(), GATEWAY);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(net.port_down().0, port);
+    udp_works(&mut second, udp_echo());
+    assert_ne!(net.port_up().0, port);
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+/// The clock of a turn is one for all attachments: frames that open flows are slow, and a guest on a stream may bring
+/// hundreds of them in one read.
+#[test]
+fn a_turn_of_a_stream_guest_that_opens_flows_ends_by_time() {
+    let net = Net::new();
+    let mut g = net.stream_guest(1);
+    let to = udp_echo();
+    udp_works(&mut g, to);
+    let frames: Vec<u8> = (0..2000u16)
+        .flat_map(|i| {
+            let mut datagram = [0; 10];
+            guestnet_wire::udp::emit(&mut datagram, g.ip.into(), (*to.ip()).into(), 10_000 + i, to.port());
+            let frame = g.ipv4(proto::UDP, *to.ip(), &datagram);
+            [&(frame.len() as u32).to_be_bytes()[..], &frame].concat()
+        })
+        .collect();
+    g.link.stream.write_all(&frames).unwrap();
+    // All are taken, and nothing waits for another frame to come.
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let stats = net.worker.stats();
+        if stats.core.flows_opened > 2000 {
+            // 64 sockets are not opened in 100 us.
+            assert_eq!(stats.io.batch_histogram[7], 0, "{:?}", stats.io.batch_histogram);
+            break;
+        }
+        assert!(Instant::now() < end, "{} flows", stats.core.flows_opened);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    udp_works(&mut g, to);
+}
+
+#[test]
+fn guests_that_come_all_at_once_are_let_in_at_a_pace() {
+    let net = Net::new();
+    let dir = directory("storm");
+    let fd = UnixListener::bind(dir.join("s")).unwrap().into();
+    net.command(Command::Listen { listener: 1, kind: ListenKind::Stream, fd, template: port_config() });
+    let begin = Instant::now();
+    let mut guests = Vec::new();
+    while guests.len() < 400 {
+        guests.push(UnixStream::connect(dir.join("s")).unwrap());
+    }
+    let ups = |net: &Net| net.count(|e| matches!(e, Event::PortUp { .. }));
+    let end = begin + PATIENCE;
+    while ups(&net) < 400 {
+        let let_in = ups(&net);
+        // Counted before the clock is read, so that a slow test is no fault.
+        let most = 256 + begin.elapsed().as_millis() as usize * 500 / 1000 + 1;
+        assert!(let_in <= most, "{let_in} guests, {most} allowed");
+        assert!(Instant::now() < end, "{let_in} guests");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(net.worker.stats().io.listener_pauses > 0);
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+/// A port with more flows than are closed at once goes in steps, and is acknowledged when it is gone.
+#[test]
+fn a_port_with_many_flows_is_removed_whole() {
+    let net = Net::new();
+    let mut g = net.stream_guest(1);
+    let to = udp_echo();
+    udp_works(&mut g, to);
+    for i in 0..3000u16 {
+        let mut datagram = [0; 8];
+        guestnet_wire::udp::emit(&mut datagram, g.ip.into(), (*to.ip()).into(), 5000, 10_000 + i);
+        let frame = g.ipv4(proto::UDP, *to.ip(), &datagram);
+        g.link.send(&frame);
+    }
+    let flows = |net: &Net| match net.command(Command::ListFlows) {
+        Value::Flows(f) => f.len(),
+        other => panic!("{other:?}"),
+    };
+    let end = Instant::now() + PATIENCE;
+    while flows(&net) < 3000 {
+        assert!(Instant::now() < end, "{} flows", flows(&net));
+    }
+    net.command(Command::RemovePort { port: PortId(1) });
+    assert_eq!(flows(&net), 0);
+    assert!(matches!(net.command(Command::PortStats), Value::Ports(p) if p.is_empty()));
+    assert_eq!(
+        net.try_command(Command::RemovePort { port: PortId(1) }),
+        Err(CommandError::NoSuchPort(PortId(1)))
+    );
+    // The number is free again.
+    let mut again = net.stream_guest(1);
+    udp_works(&mut again, to);
 }
 
 #[test]

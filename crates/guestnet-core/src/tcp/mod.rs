@@ -36,6 +36,7 @@ pub use types::{Budget, Ctx, Fate, Path, Timeouts};
 
 use crate::effects::{Close, Effects, SockError};
 use crate::socket_memory::SocketMemory;
+use crate::turns::BULK;
 use crate::types::{FlowId, SockId, Time};
 use buffer::Buffer;
 use guestnet_wire::tcp::{Options, Tcp};
@@ -167,6 +168,10 @@ pub struct Tcb {
     waits_port: bool,
     // ---- both ends
     keep: Option<Box<KeepAlive>>,
+    // ---- turns
+    /// It counts as a bulk flow until then (in milliseconds, wraps around), and while it waits for its turn.
+    bulk_until: u32,
+    waits_turn: bool,
     // ---- totals
     bytes_out: u64,
     bytes_in: u64,
@@ -240,6 +245,8 @@ impl Tcb {
             wants_batch: false,
             waits_port: false,
             keep: None,
+            bulk_until: now.as_ms() as u32,
+            waits_turn: false,
             bytes_out: 0,
             bytes_in: 0,
             memory: SocketMemory::default(),
@@ -415,6 +422,11 @@ impl Tcb {
                 if writable && let Err(fate) = self.drain(cx) {
                     return fate;
                 }
+                if self.is_bulk(cx.now) {
+                    // It waits for its turn behind the bulk flows that asked before.
+                    (self.wants_batch, self.waits_turn) = (true, true);
+                    return Fate::Live;
+                }
                 self.flush(cx)
             }
         }
@@ -450,6 +462,18 @@ impl Tcb {
     #[must_use]
     pub fn wants_batch_end(&self) -> bool {
         self.wants_batch
+    }
+
+    /// True while the flow moves so much that others are not to wait for all of it.
+    #[inline]
+    pub(crate) fn is_bulk(&self, now: Time) -> bool {
+        self.waits_turn || (self.bulk_until.wrapping_sub(now.as_ms() as u32) as i32) > 0
+    }
+
+    /// A bulk transfer goes on, either way.
+    #[inline]
+    pub(crate) fn moves_bulk(&mut self, now: Time) {
+        self.bulk_until = (now.as_ms() as u32).wrapping_add(BULK);
     }
 
     /// True when something could not be sent because the port was full: [`Tcb::port_writable`] is due when

@@ -9,6 +9,7 @@ use super::timers::PATIENT;
 use super::{Ctx, FLOW_BUFFER, Fate, Path, RCV_SHIFT, State, Tcb};
 use crate::effects::{Effects, Peek, TxError};
 use crate::stats::Drop;
+use crate::turns::TURN_SHORT;
 use crate::types::{Csum, FrameMeta, Gso, Time};
 use guestnet_wire::tcp::{MIN_LEN, Options, SackBlocks, Tcp, flags};
 use guestnet_wire::{checksum, ether, ipv4, proto, put};
@@ -28,8 +29,6 @@ const SACK_ALONE: usize = 4;
 const CHALLENGES_MAX: u8 = 10;
 /// Window that a flow with nothing buffered may always offer: the socket, not the buffer, is to take it.
 const WINDOW_MIN: u32 = 16384;
-/// Bytes that a flow sends before others have their turn; at 10 Gbit/s some 200 microseconds.
-const TURN: u32 = 256 << 10;
 /// The largest payload that fits an IP packet with all headers.
 const PAYLOAD_MAX: u32 = 65535 - (IPV6_LEN + MIN_LEN + 24) as u32;
 
@@ -323,10 +322,12 @@ impl Tcb {
     pub(super) fn push<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Result<(), Fate> {
         let mss = u32::from(self.segment_size(cx.path));
         let limit = cx.path.gso_max.min(PAYLOAD_MAX).max(mss);
+        let turn = if self.is_bulk(cx.now) { cx.turn } else { TURN_SHORT };
+        self.waits_turn = false;
         let mut sent = 0;
         while !self.waits_port {
-            if sent >= TURN {
-                self.wants_batch = true;
+            if sent >= turn {
+                (self.wants_batch, self.waits_turn) = (true, true);
                 return Ok(());
             }
             let mut next = (self.snd_max, u32::MAX);
@@ -383,6 +384,9 @@ impl Tcb {
                         return Ok(());
                     }
                     sent += n;
+                    if sent >= TURN_SHORT {
+                        self.moves_bulk(cx.now);
+                    }
                 }
                 Peek::Urgent => {
                     if !self.send_data(cx, from, 1, mss, flags::URG | flags::PSH) {

@@ -75,6 +75,8 @@ pub struct Ctx<'a, E: Effects> {
     pub path: &'a Path,
     /// The endpoint's buffered bytes.
     pub budget: &'a mut Budget,
+    /// Bytes that a bulk flow may send in this call.
+    pub turn: u32,
 }
 
 /// What is to become of a flow's record.

@@ -46,6 +46,7 @@ impl End {
     fn call(&mut self, now: Time, f: impl FnOnce(&mut Tcb, &mut Ctx<'_, Mock>) -> Fate) {
         let Some(tcb) = self.tcb.as_mut().filter(|_| self.fate == Fate::Live) else { return };
         let mut cx = Ctx {
+            turn: 32 << 10,
             now,
             fx: &mut self.mock,
             counters: &mut self.counters,

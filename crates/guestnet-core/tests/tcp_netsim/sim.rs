@@ -178,6 +178,7 @@ impl<'a> World<'a> {
         let now = self.time();
         let Some(tcb) = self.tcb.as_mut().filter(|_| self.fate == Fate::Live) else { return };
         let mut cx = Ctx {
+            turn: 32 << 10,
             now,
             fx: &mut self.mock,
             counters: &mut self.counters,

@@ -171,7 +171,7 @@ pub struct Sim {
 
 macro_rules! call {
     ($s:ident, $method:ident $(, $arg:expr)*) => {{
-        let mut cx = Ctx { now: $s.now, fx: &mut $s.mock, counters: &mut $s.counters, path: &$s.path, budget: &mut $s.budget };
+        let mut cx = Ctx { turn: 32 << 10, now: $s.now, fx: &mut $s.mock, counters: &mut $s.counters, path: &$s.path, budget: &mut $s.budget };
         let fate = $s.tcb.$method(&mut cx $(, $arg)*);
         $s.note(fate)
     }};
@@ -299,6 +299,7 @@ impl Sim {
     }
     pub fn abort(&mut self) {
         let mut cx = Ctx {
+            turn: 32 << 10,
             now: self.now,
             fx: &mut self.mock,
             counters: &mut self.counters,

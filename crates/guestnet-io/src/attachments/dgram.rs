@@ -1,5 +1,5 @@
 //! Theory of operation: one bare frame per packet, over a connected SOCK_DGRAM or SOCK_SEQPACKET socket, or
-//! to one peer of a socket that many guests share. Frames that wait are sent many per call. A receiver that
+//! to one peer of a socket where guests arrive ([`super::unixgram`]). Frames that wait are sent many per call. A receiver that
 //! is full shows as EAGAIN, where EPOLLOUT tells of room for a connected socket only, or as ENOBUFS, where
 //! nothing tells; then it is tried again after a moment.
 
@@ -15,12 +15,18 @@ use std::sync::Arc;
 
 /// Frames per call.
 const BATCH: usize = 64;
+/// Flushes in a row, a millisecond apart, after which a shared socket counts as stalled.
+const STALLED: u32 = 100;
 
 /// A packet socket, or one peer of it.
 pub(crate) struct Dgram {
     pub fd: Arc<OwnedFd>,
     /// The peer, where the socket is not connected.
-    to: Option<RawAddr>,
+    to: Option<Peer>,
+    /// Others use the socket too: then nothing tells when it takes more.
+    shared: bool,
+    /// Flushes in a row that sent nothing.
+    stalled: u32,
     /// A length of zero is the end of a connection, not an empty packet.
     seqpacket: bool,
     out: Queue,
@@ -29,6 +35,14 @@ pub(crate) struct Dgram {
     pub blocked: bool,
     /// Frames that the kernel did not take at all.
     pub refused: u64,
+}
+
+/// One peer of a socket that others use too: an address that leads to the socket that was found when it arrived,
+/// whatever its path leads to later.
+struct Peer {
+    to: RawAddr,
+    /// What the address stands for; an abstract name needs nothing.
+    _found: Option<OwnedFd>,
 }
 
 impl Dgram {
@@ -41,16 +55,27 @@ impl Dgram {
             return Err("the socket is neither SOCK_DGRAM nor SOCK_SEQPACKET".into());
         }
         set_buffers(&fd);
-        let mut d = Dgram::peer(Arc::new(fd), None);
+        let mut d = Dgram::connected(fd);
         d.seqpacket = kind == libc::SOCK_SEQPACKET;
         Ok(d)
     }
 
-    /// To one peer of a socket that others use too.
-    pub(crate) fn peer(fd: Arc<OwnedFd>, to: Option<RawAddr>) -> Dgram {
+    /// Over a socket that is connected and set up.
+    pub(crate) fn connected(fd: OwnedFd) -> Dgram {
+        Dgram::over(Arc::new(fd), None)
+    }
+
+    /// To one peer of a socket that others use too. `found` is what the address stands for.
+    pub(crate) fn peer(fd: Arc<OwnedFd>, to: RawAddr, found: Option<OwnedFd>) -> Dgram {
+        Dgram::over(fd, Some(Peer { to, _found: found }))
+    }
+
+    fn over(fd: Arc<OwnedFd>, to: Option<Peer>) -> Dgram {
         Dgram {
             fd,
+            shared: to.is_some(),
             to,
+            stalled: 0,
             seqpacket: false,
             out: Queue::default(),
             lens: VecDeque::new(),
@@ -91,18 +116,39 @@ impl Dgram {
         !self.blocked && self.lens.len() >= BATCH
     }
 
+    /// True once when nothing could be sent for [`STALLED`] flushes: somebody on the socket does not read.
+    pub(crate) fn has_stalled(&mut self) -> bool {
+        let stalled = self.stalled == STALLED;
+        // Not again before something was sent.
+        self.stalled += u32::from(stalled);
+        stalled
+    }
+
+    /// The socket is this peer's alone from now on, as far as the kernel agrees: nobody else can send to it.
+    pub(crate) fn take_socket(&mut self) {
+        if let Some(p) = &self.to
+            && sys::connect(&self.fd, &p.to).is_ok()
+        {
+            self.to = None;
+        }
+    }
+
     /// Sends what the kernel takes.
     pub(crate) fn flush(&mut self) -> Flushed {
         while !self.lens.is_empty() {
             match self.send_batch() {
                 Ok(n) => {
+                    self.stalled = 0;
                     for _ in 0..n {
                         self.consume();
                     }
                 }
                 Err(libc::EINTR) => {}
                 // A socket that others use too is always writable by what epoll says.
-                Err(libc::EAGAIN) if self.to.is_some() => return Flushed::Retry,
+                Err(libc::EAGAIN) if self.shared => {
+                    self.stalled += u32::from(self.stalled < STALLED);
+                    return Flushed::Retry;
+                }
                 Err(libc::EAGAIN) => return Flushed::Blocked,
                 Err(libc::ENOBUFS | libc::ENOMEM) => return Flushed::Retry,
                 // Longer than the socket takes: this frame alone is lost.
@@ -134,9 +180,9 @@ impl Dgram {
             *v = libc::iovec { iov_base: frame.as_ptr().cast_mut().cast(), iov_len: frame.len() };
             m.msg_hdr.msg_iov = v;
             m.msg_hdr.msg_iovlen = 1;
-            if let Some(to) = &mut self.to {
-                m.msg_hdr.msg_name = to.as_mut_ptr().cast();
-                m.msg_hdr.msg_namelen = to.len;
+            if let Some(peer) = &mut self.to {
+                m.msg_hdr.msg_name = peer.to.as_mut_ptr().cast();
+                m.msg_hdr.msg_namelen = peer.to.len;
             }
             n += 1;
         }

@@ -14,10 +14,11 @@ use crate::quota::Charge;
 use crate::slab::Slab;
 use crate::stats::IoCounters;
 use crate::submit::{Batch, Submitter};
+use crate::turn::Turn;
 use guestnet_core::effects::TxError;
 use guestnet_core::types::{Csum, FrameMeta, PortId, Time};
 use guestnet_wire::segment;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -72,6 +73,25 @@ pub(crate) struct Port {
     dirty: bool,
     /// EPOLLOUT is watched.
     out_watched: bool,
+    /// What it had of the worker in this round.
+    turn: Turn,
+    /// Its peer is gone, and it is in the list of ports that are to be removed.
+    leaving: bool,
+}
+
+impl Port {
+    pub(crate) fn is_leaving(&self) -> bool {
+        self.leaving
+    }
+}
+
+/// Why a port goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Leaving {
+    /// Its peer is gone: why.
+    PeerGone(String),
+    /// The control side removes it, by the command of this number.
+    Removed(u64),
 }
 
 /// What sending needs besides the ports.
@@ -100,12 +120,17 @@ pub(crate) struct Ports {
     pub events_full: bool,
     /// Ports that the core is to be told of.
     pub writable: Vec<PortId>,
-    /// Queues of vhost-user that have more than their batch, and nobody kicks for.
-    pub again: Vec<Token>,
+    /// Queues of vhost-user and streams that have more frames, of which nothing else tells; first those that had
+    /// no turn in the last round.
+    again: Vec<Token>,
+    /// How many those are.
+    deferred: usize,
     /// Queues of vhost-user that are looked at while the worker is awake, and do not kick meanwhile.
     pub lingering: Vec<Token>,
-    /// Ports whose peer is gone.
-    pub down: Vec<(PortId, String)>,
+    /// Ports on a shared datagram socket that takes nothing for long.
+    pub stalled: Vec<PortId>,
+    /// Ports that go.
+    pub down: VecDeque<(PortId, Leaving)>,
     /// A large frame in one piece.
     linear: Vec<u8>,
     /// A port has, or had, a vhost-user attachment.
@@ -162,6 +187,8 @@ impl Ports {
             owed: false,
             dirty: false,
             out_watched: false,
+            turn: Turn::default(),
+            leaving: false,
         };
         let slot = self.slab.insert(port);
         self.by_id.insert(id, slot);
@@ -527,11 +554,88 @@ impl Ports {
     }
 
     fn lost(&mut self, slot: u32, why: String) {
-        if let Some(p) = self.slab.get(slot)
-            && !self.down.iter().any(|(id, _)| *id == p.id)
-        {
-            self.down.push((p.id, why));
+        if let Some(id) = self.slab.get(slot).map(|p| p.id) {
+            self.leave(id, why);
         }
+    }
+
+    /// The peer of a port is gone. What is attached is closed at once, the rest of the port follows in its time.
+    pub(crate) fn leave(&mut self, id: PortId, why: String) {
+        let Some(slot) = self.slot(id) else { return };
+        if self.begin_leaving(slot) {
+            self.down.push_back((id, Leaving::PeerGone(why)));
+        }
+    }
+
+    /// Closes what is attached to a port that goes. False when it is going already. A front-end of vhost-user may
+    /// come again, so that what belongs to it stays until that is known.
+    pub(crate) fn begin_leaving(&mut self, slot: u32) -> bool {
+        let Some(p) = self.slab.get_mut(slot) else { return false };
+        if std::mem::replace(&mut p.leaving, true) {
+            return false;
+        }
+        if p.isolated.is_none() && !matches!(p.attachment, Attachment::Vhost(_)) {
+            self.detach(slot);
+        }
+        true
+    }
+
+    /// Takes a front-end of vhost-user away that is gone.
+    pub(crate) fn unplug_front_end(&mut self, slot: u32) {
+        if matches!(self.slab.get(slot), Some(Port { attachment: Attachment::Vhost(_), .. })) {
+            self.detach(slot);
+        }
+    }
+
+    /// The port stays after all.
+    pub(crate) fn stays(&mut self, slot: u32) {
+        if let Some(p) = self.slab.get_mut(slot) {
+            p.leaving = false;
+        }
+    }
+
+    // ---- turns --------------------------------------------------------------------------------------
+
+    /// The turn of a port in round `round`, begun or gone on with; to be given back by [`Ports::end_turn`] where
+    /// the port may have several pieces of it.
+    pub(crate) fn begin_turn(&mut self, slot: u32, round: Time) -> Turn {
+        let mut turn = self.slab.get_mut(slot).map(|p| std::mem::take(&mut p.turn)).unwrap_or_default();
+        turn.begin(round);
+        turn
+    }
+
+    pub(crate) fn end_turn(&mut self, slot: u32, turn: Turn) {
+        if let Some(p) = self.slab.get_mut(slot) {
+            p.turn = turn;
+        }
+    }
+
+    /// Has a queue or a stream looked at in the next round; before others where it had no turn in this one.
+    pub(crate) fn look_again(&mut self, token: Token, deferred: bool) {
+        if self.again.contains(&token) {
+            return;
+        }
+        if deferred {
+            self.again.insert(self.deferred, token);
+            self.deferred += 1;
+        } else {
+            self.again.push(token);
+        }
+    }
+
+    pub(crate) fn take_again(&mut self) -> Vec<Token> {
+        self.deferred = 0;
+        std::mem::take(&mut self.again)
+    }
+
+    /// True when there is something to be looked at again.
+    pub(crate) fn has_again(&self) -> bool {
+        !self.again.is_empty()
+    }
+
+    /// The token of a port.
+    pub(crate) fn port_token(&self, slot: u32) -> Token {
+        Token { kind: Kind::Port, index: slot, generation: self.slab.generation(slot) }
     }
 
     fn watch_out(&mut self, poller: &Poller, slot: u32, on: bool) {
@@ -580,6 +684,9 @@ impl Ports {
             Attachment::Dgram(d) => {
                 let flushed = d.flush();
                 out.counters.refused_frames += std::mem::take(&mut d.refused);
+                if d.has_stalled() {
+                    self.stalled.push(p.id);
+                }
                 (flushed, &mut d.blocked)
             }
             _ => return,
@@ -673,4 +780,31 @@ fn put(port: &mut Port, events: &mut EventSender, front: &[u8], rest: &[u8], csu
         return Sent::Refused;
     }
     Sent::Yes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn queues_that_had_no_turn_are_first_in_the_next_round() {
+        let mut ports = Ports::default();
+        let q = |index| Token { kind: Kind::Kick, index, generation: 0 };
+        // In each round one queue has the guest's whole turn, and has more.
+        let mut turns = [0; 4];
+        for index in 0..4 {
+            ports.look_again(q(index), false);
+        }
+        for _ in 0..40 {
+            let mut had_turn = false;
+            for token in ports.take_again() {
+                ports.look_again(token, had_turn);
+                ports.look_again(token, had_turn);
+                if !std::mem::replace(&mut had_turn, true) {
+                    turns[token.index as usize] += 1;
+                }
+            }
+        }
+        assert_eq!(turns, [10; 4]);
+    }
 }

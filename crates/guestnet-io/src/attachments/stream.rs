@@ -1,6 +1,6 @@
 //! Theory of operation: a connected stream socket with QEMU's framing: four bytes of length, big-endian,
 //! then the frame. A read takes as many frames as there are; the beginning of one that is not complete is
-//! kept for the next read. Frames to the guest are gathered and written many at a time.
+//! kept for the next read, and whole ones where the guest's turn is over. Frames to the guest are gathered and written many at a time.
 
 use super::queue::Queue;
 use super::{FRAME_MAX, Flushed, Got, reason};
@@ -61,6 +61,10 @@ impl Stream {
             return Got::Down("a frame is longer than the read buffer".into());
         };
         front.copy_from_slice(&self.partial);
+        if self.has_frame() {
+            self.partial.clear();
+            return Got::Frame(Filled { len: kept, more: true });
+        }
         let most = free.len().min(self.limit);
         let free = free.get_mut(..most).unwrap_or(&mut []);
         match sys::recv(&self.fd, free, 0) {
@@ -75,10 +79,17 @@ impl Stream {
         }
     }
 
-    /// Keeps the bytes of a frame that is not complete, after `frames` in `bytes` that were. `full`: the read
-    /// brought as much as it asked for.
+    /// True when there is a frame, or nonsense, that was read and not taken.
+    pub(crate) fn has_frame(&self) -> bool {
+        !matches!(next_frame(&self.partial), Got::Empty)
+    }
+
+    /// Keeps what is left, the bytes of a frame that is not complete or of whole ones, after `frames` in `bytes`
+    /// that were taken. `full`: the read brought as much as it asked for.
     pub(crate) fn keep(&mut self, rest: &[u8], frames: usize, bytes: usize, full: bool) {
         let wish = match bytes.checked_div(frames) {
+            // The turn had time for no more.
+            _ if !matches!(next_frame(rest), Got::Empty) => bytes,
             Some(size) => size * READ_FRAMES,
             None if full => READ_BUFFER,
             None => self.limit,
@@ -87,8 +98,8 @@ impl Stream {
         self.limit = wish.min(self.limit * 2).clamp(READ_MIN, READ_BUFFER);
         self.partial.clear();
         self.partial.extend_from_slice(rest);
-        if self.partial.capacity() > 4096 && rest.len() <= 4096 {
-            self.partial.shrink_to(4096);
+        if self.partial.capacity() > READ_MIN && rest.len() <= READ_MIN {
+            self.partial.shrink_to(READ_MIN);
         }
     }
 
@@ -170,6 +181,40 @@ mod tests {
         s.keep(&buf[..f.len], 0, 0, f.more);
         drop(a);
         assert!(matches!(s.fill(&mut buf), Got::Down(why) if why.contains("middle")));
+    }
+
+    #[test]
+    fn frames_that_a_turn_leaves_are_taken_before_more_is_read() {
+        let (mut a, b) = UnixStream::pair().unwrap();
+        let mut s = Stream::new(b.into()).unwrap();
+        let mut buf = vec![0; READ_BUFFER];
+        let mut wire = Vec::new();
+        for n in 0..200u8 {
+            wire.extend_from_slice(&[0, 0, 0, 2, n, n]);
+        }
+        a.write_all(&wire).unwrap();
+        assert!(!s.has_frame());
+        let mut next = 0;
+        while next < 200 {
+            let Got::Frame(f) = s.fill(&mut buf) else { panic!() };
+            // Three frames a turn.
+            let mut at = 0;
+            for _ in 0..3 {
+                let Got::Frame((from, to)) = next_frame(&buf[at..f.len]) else { break };
+                assert_eq!(buf[at + from..at + to], [next, next]);
+                at += to;
+                next += 1;
+            }
+            s.keep(&buf[at..f.len], 3, at, f.more);
+            assert_eq!(s.has_frame(), next < 200);
+        }
+        assert!(matches!(s.fill(&mut buf), Got::Empty));
+        assert_eq!(s.limit, READ_MIN);
+        // Nonsense is found too, without another read.
+        a.write_all(&[0, 0, 0, 1, 7, 0xff, 0, 0, 0]).unwrap();
+        let Got::Frame(f) = s.fill(&mut buf) else { panic!() };
+        s.keep(&buf[5..f.len], 1, 5, f.more);
+        assert!(s.has_frame());
     }
 
     /// Frames of one read after another, of `size` bytes each, from a socket that is always full.

@@ -295,7 +295,7 @@ impl<L: Link> Guest<L> {
         f
     }
 
-    fn arp(&mut self, op: u16, tha: Mac, tpa: Ipv4Addr) {
+    pub fn arp(&mut self, op: u16, tha: Mac, tpa: Ipv4Addr) {
         let mut b = [0; arp::LEN];
         Arp { op, sha: self.mac, spa: self.ip, tha, tpa }.emit(&mut b);
         let dst = if op == arp::REQUEST { Mac::BROADCAST } else { tha };
