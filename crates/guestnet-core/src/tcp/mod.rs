@@ -43,6 +43,7 @@ use guestnet_wire::tcp::{Options, Tcp};
 use keepalive::KeepAlive;
 use recovery::Recovery;
 use seq::Seq;
+use std::num::NonZeroU64;
 
 /// Bytes that wait for one host socket at most, and so the largest window offered.
 pub const FLOW_BUFFER: u32 = 1 << 20;
@@ -121,7 +122,8 @@ pub struct Tcb {
     timeouts: Timeouts,
     last_seen: Time,
     retry_at: Option<Time>,
-    rtt_from: Option<Time>,
+    /// When the segment that is measured left, in nanoseconds.
+    rtt_from: Option<NonZeroU64>,
     rtt_seq: Seq,
     srtt_us: u32,
     rttvar_us: u32,
@@ -169,9 +171,9 @@ pub struct Tcb {
     // ---- both ends
     keep: Option<Box<KeepAlive>>,
     // ---- turns
-    /// It counts as a bulk flow until then (in milliseconds, wraps around), and while it waits for its turn.
-    bulk_until: u32,
-    waits_turn: bool,
+    /// It counts as a bulk flow until then, in milliseconds (31 bits, wraps around), and while it waits for its
+    /// turn: the lowest bit.
+    bulk: u32,
     // ---- totals
     bytes_out: u64,
     bytes_in: u64,
@@ -245,8 +247,7 @@ impl Tcb {
             wants_batch: false,
             waits_port: false,
             keep: None,
-            bulk_until: now.as_ms() as u32,
-            waits_turn: false,
+            bulk: (now.as_ms() as u32) << 1,
             bytes_out: 0,
             bytes_in: 0,
             memory: SocketMemory::default(),
@@ -424,7 +425,7 @@ impl Tcb {
                 }
                 if self.is_bulk(cx.now) {
                     // It waits for its turn behind the bulk flows that asked before.
-                    (self.wants_batch, self.waits_turn) = (true, true);
+                    self.wait_for_turn();
                     return Fate::Live;
                 }
                 self.flush(cx)
@@ -467,13 +468,19 @@ impl Tcb {
     /// True while the flow moves so much that others are not to wait for all of it.
     #[inline]
     pub(crate) fn is_bulk(&self, now: Time) -> bool {
-        self.waits_turn || (self.bulk_until.wrapping_sub(now.as_ms() as u32) as i32) > 0
+        self.bulk & 1 != 0 || (self.bulk.wrapping_sub((now.as_ms() as u32) << 1) as i32) > 0
     }
 
     /// A bulk transfer goes on, either way.
     #[inline]
     pub(crate) fn moves_bulk(&mut self, now: Time) {
-        self.bulk_until = (now.as_ms() as u32).wrapping_add(BULK);
+        self.bulk = (now.as_ms() as u32).wrapping_add(BULK) << 1 | self.bulk & 1;
+    }
+
+    /// Has [`Tcb::batch_end`] called when the bulk flows that asked before have had their turns.
+    fn wait_for_turn(&mut self) {
+        self.wants_batch = true;
+        self.bulk |= 1;
     }
 
     /// True when something could not be sent because the port was full: [`Tcb::port_writable`] is due when

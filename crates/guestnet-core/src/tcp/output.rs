@@ -14,6 +14,7 @@ use crate::types::{Csum, FrameMeta, Gso, Time};
 use guestnet_wire::tcp::{MIN_LEN, Options, SackBlocks, Tcp, flags};
 use guestnet_wire::{checksum, ether, ipv4, proto, put};
 use std::net::IpAddr;
+use std::num::NonZeroU64;
 
 const IPV6_LEN: usize = 40;
 /// Ethernet, IPv6 and TCP with all options that fit; most are sent with SACK blocks.
@@ -181,7 +182,8 @@ impl Tcb {
         };
         let flags = if answer { flags::SYN | flags::ACK } else { flags::SYN };
         let tcp = self.tcp(cx.path, self.iss, flags, window);
-        self.rtt_from = (self.retries == 0 && self.rtt_from.is_none()).then_some(cx.now);
+        let measured = self.retries == 0 && self.rtt_from.is_none();
+        self.rtt_from = NonZeroU64::new(cx.now.0).filter(|_| measured);
         self.rtt_seq = self.iss.plus(1);
         if self.transmit(cx, &tcp, &options) && answer {
             self.acked();
@@ -323,11 +325,11 @@ impl Tcb {
         let mss = u32::from(self.segment_size(cx.path));
         let limit = cx.path.gso_max.min(PAYLOAD_MAX).max(mss);
         let turn = if self.is_bulk(cx.now) { cx.turn } else { TURN_SHORT };
-        self.waits_turn = false;
+        self.bulk &= !1;
         let mut sent = 0;
         while !self.waits_port {
             if sent >= turn {
-                (self.wants_batch, self.waits_turn) = (true, true);
+                self.wait_for_turn();
                 return Ok(());
             }
             let mut next = (self.snd_max, u32::MAX);
@@ -467,7 +469,7 @@ impl Tcb {
         }
         self.snd_max = from.plus(len);
         if self.rtt_from.is_none() {
-            (self.rtt_from, self.rtt_seq) = (Some(cx.now), self.snd_max);
+            (self.rtt_from, self.rtt_seq) = (NonZeroU64::new(cx.now.0), self.snd_max);
         }
         if self.recovery.is_some() {
             self.count_new(len);

@@ -191,7 +191,7 @@ impl Tcb {
                     r.board.sack((left, right), now, genuine, cx.budget, &mut d);
                 }
             }
-            if let Some(from) = self.rtt_from
+            if let Some(from) = self.rtt_from.map(|ns| Time(ns.get()))
                 && una.lt(self.rtt_seq)
                 && r.board.has(self.rtt_seq.minus(1))
             {

@@ -193,7 +193,7 @@ impl Tcb {
     /// retransmission clears `rtt_from`), and ends any backoff. An ACK that had to wait for a hole before it
     /// measures nothing; the SACK block did.
     pub(super) fn measure(&mut self, now: Time) {
-        if let Some(from) = self.rtt_from
+        if let Some(from) = self.rtt_from.map(|ns| Time(ns.get()))
             && self.rtt_seq.le(self.snd_una)
         {
             self.rtt_from = None;
