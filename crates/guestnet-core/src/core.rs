@@ -254,6 +254,11 @@ impl Core {
         self.flush_batch(fx);
     }
 
+    /// Before [`Core::batch_end`]: frames and socket events took so many nanoseconds since the last one.
+    pub fn others_took(&mut self, ns: u64) {
+        self.turns.others_took(ns);
+    }
+
     /// True when flows have more to send, and only let others have their turn: [`Core::batch_end`] is due again.
     #[must_use]
     pub fn has_more(&self) -> bool {

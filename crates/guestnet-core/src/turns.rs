@@ -5,6 +5,8 @@
 //! - While anything else was active in the last [`QUIET`] (a request, an answer, a datagram, a connect), a round is
 //!   one short turn: what arrives meanwhile waits for one frame and not for many.
 //! - A flow's own small segments do not shorten its own turns.
+//! - Bulk flows have as much time as others had in the same round: a round that others made long (a guest that
+//!   floods) sends more than one short turn, or they would take the time of one that downloads.
 //!
 //! Bulk flows have their turns in the order in which they asked; flows with little to send go before them.
 
@@ -18,6 +20,8 @@ pub(crate) const TURN_SHORT: u32 = 32 << 10;
 const ROUND: u32 = 4 * TURN;
 /// Others count as active for this long after they last were, in nanoseconds.
 const QUIET: u64 = 10_000_000;
+/// Bytes that bulk flows send in the time that others had, for two nanoseconds: some 16 Gbit/s.
+const BYTES_IN_2_NS: u64 = 4;
 /// A flow is a bulk flow for so many milliseconds after it had a short turn's worth to send at once.
 pub(crate) const BULK: u32 = 5;
 
@@ -33,12 +37,14 @@ pub(crate) struct Turns {
     /// When another source than that one was.
     other: Time,
     sent: u32,
+    /// Bytes of all turns of this round while others are active.
+    short: u32,
 }
 
 impl Turns {
     /// Nobody has been active.
     pub(crate) fn new() -> Turns {
-        Turns { source: NO_FLOW, last: Time(0), other: Time(0), sent: 0 }
+        Turns { source: NO_FLOW, last: Time(0), other: Time(0), sent: 0, short: TURN_SHORT }
     }
 
     /// `source`, a flow that is not a bulk flow or [`NO_FLOW`], was active.
@@ -55,7 +61,7 @@ impl Turns {
     #[inline]
     pub(crate) fn left(&self, now: Time, flow: u32) -> u32 {
         let other = if self.source == flow { self.other } else { self.last };
-        let round = if now.since(other) < QUIET { TURN_SHORT } else { ROUND };
+        let round = if now.since(other) < QUIET { self.short } else { ROUND };
         round.saturating_sub(self.sent).min(TURN)
     }
 
@@ -64,9 +70,17 @@ impl Turns {
         self.sent = self.sent.saturating_add(u32::try_from(bytes).unwrap_or(u32::MAX));
     }
 
+    /// Others had the worker for so many nanoseconds of this round.
+    #[inline]
+    pub(crate) fn others_took(&mut self, ns: u64) {
+        let bytes = u32::try_from(ns * BYTES_IN_2_NS / 2).unwrap_or(u32::MAX);
+        self.short = bytes.clamp(TURN_SHORT, ROUND);
+    }
+
     #[inline]
     pub(crate) fn round_ended(&mut self) {
         self.sent = 0;
+        self.short = TURN_SHORT;
     }
 }
 
@@ -87,6 +101,20 @@ mod tests {
         assert_eq!(t.left(at(4 + QUIET), 1), TURN_SHORT);
         assert_eq!((t.left(at(5 + QUIET), 1), t.left(at(5 + QUIET), 2)), (TURN, TURN_SHORT));
         assert_eq!(t.left(at(7 + QUIET), 2), TURN);
+    }
+
+    #[test]
+    fn bulk_flows_have_as_much_time_as_others_in_the_same_round() {
+        let (now, mut t) = (Time(1_000_000_000), Turns::new());
+        t.active(now, NO_FLOW);
+        t.others_took(5_000);
+        assert_eq!(t.left(now, 1), TURN_SHORT);
+        t.others_took(100_000);
+        assert_eq!(t.left(now, 1), 200_000);
+        t.others_took(u64::MAX / 8);
+        assert_eq!(t.left(now, 1), TURN);
+        t.round_ended();
+        assert_eq!(t.left(now, 1), TURN_SHORT);
     }
 
     #[test]

@@ -454,6 +454,9 @@ impl State {
             self.commands();
         }
         self.stopping |= self.stop.load(Ordering::Relaxed);
+        if self.core.has_more() {
+            self.core.others_took(sys::now().since(self.now));
+        }
         self.settle();
         self.io.events.flush();
         self.unpublished |= n > 0 || news;

@@ -305,7 +305,9 @@ def test_the_socket_of_a_name_service_stays_closed_when_the_service_starts_again
 @_ROOT
 def test_the_socket_of_a_name_service_is_closed_when_the_service_starts_later() -> None:
     path = "/run/nscd/socket"
-    with Running(":", f"test -S {path} && echo open || echo closed", own_ids=True) as guest:
+    step = f"test -S {path} && echo open || echo closed"
+    with Running(":", step, own_ids=True) as guest:
+        assert guest.step() == "closed"  # it runs, so its /run is the copy
         guest.change(f"{_SOCKET} {path}")
         guest.until("closed")
 
