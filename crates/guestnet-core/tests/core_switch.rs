@@ -795,7 +795,7 @@ fn a_packet_for_a_guest_with_a_smaller_mtu_is_cut_or_refused() {
     told(&n.fx.take());
     n.send_meta(A, big(&h), meta(1200));
     assert_eq!((n.fx.take().len(), n.drops(Drop::Oversized)), (1, 2));
-    // On the segment nobody cuts, and nobody is told.
+    // Nothing on the segment fragments a packet, and nothing sends an error.
     let direct = Ip4 { to_mac: mac(C), ..h };
     n.dropped(Drop::Oversized, |n| n.send(A, udp_from(&direct, 5, 6, &data)));
     n.dropped(Drop::Oversized, |n| n.send_meta(A, big(&direct), meta(1400)));

@@ -323,7 +323,7 @@ fn rfc4787_req13_hairpinned_packets_have_the_mtu_of_the_way_they_go() {
     }
 }
 
-/// An error is as long as its sender likes; one that must not be cut is not, and nobody is told.
+/// An ICMP error may be of any length. One with DF set is not fragmented, and causes no further error.
 #[test]
 fn rfc4787_req13_errors_too_big_for_the_next_link_keep_dont_fragment() {
     let mut lab = Lab::new(|c| (c.mtu_outside, c.mtu_inside) = (1500, 600));

@@ -78,7 +78,7 @@ impl NatEngine {
         })
     }
 
-    /// Ends all connections of an internal address: who has it next is somebody else. Published ports that lead to it
+    /// Ends all connections of an internal address, before another guest gets it. Published ports that lead to it
     /// stay.
     pub fn end_endpoint(&mut self, internal: Ipv4Addr) -> usize {
         let ip = u32::from(internal);

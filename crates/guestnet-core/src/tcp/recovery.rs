@@ -52,7 +52,7 @@ pub(super) struct Recovery {
     /// The latest resend that has arrived, and the round-trip time of what arrived last.
     newest: Time,
     rtt: u64,
-    /// The least round-trip time of late.
+    /// The least round-trip time of recent samples.
     least: u64,
     /// Quarters of the least round-trip time that reordering may take.
     patience: u8,
