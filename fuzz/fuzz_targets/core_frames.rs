@@ -11,7 +11,7 @@ mod common;
 
 use common::{Mock, Sent, SentDatagram};
 use guestnet_core::config::{CoreConfig, DatagramError, ForwardSpec, Limits};
-use guestnet_core::core::Core;
+use guestnet_core::Core;
 use guestnet_core::effects::SockError;
 use guestnet_core::types::{Csum, ForwardId, FrameMeta, Gso, PortConfig, PortId, ServiceId, SockId, Time};
 use guestnet_wire::ether::{self, Ether, Mac};

@@ -10,7 +10,7 @@ mod common;
 
 use common::Mock;
 use guestnet_core::config::CoreConfig;
-use guestnet_core::core::Core;
+use guestnet_core::Core;
 use guestnet_core::nat::NatEngineConfig;
 use guestnet_core::types::{Csum, ForwardId, FrameMeta, Gso, PortConfig, PortId, Time};
 use guestnet_wire::ether::{self, Ether, Mac};

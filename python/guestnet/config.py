@@ -31,7 +31,7 @@ LIMITS = (
     *("floods_per_second", "service_datagrams_per_second", "neighbour_waiting"),
 )
 TIMEOUTS = ("udp", "udp_dns", "icmp", "tcp_established", "tcp_transitory", "reassembly")
-"""What the data plane knows by these names; its defaults are in `guestnet-core/src/config.rs`."""
+"""What the data plane knows by these names; its defaults are in `guestnet-core/src/interface/config.rs`."""
 _OWN = ("`gateway`", "`dhcp_start`", "`dhcp_end`")
 _LINK_LOCAL = IPv4Network("169.254.0.0/16")
 _DEFAULT_SUBNET = "192.168.64.0/24"

@@ -4,8 +4,8 @@
 //! ends with a failure, so that it cannot look fast.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use guestnet_core::Core;
 use guestnet_core::CoreConfig;
-use guestnet_core::core::Core;
 use guestnet_core::effects::{Close, Effects, Event, Peek, Peer, SockError, TxError};
 use guestnet_core::nat::{NatDirection, NatEngine, NatEngineConfig, NatResult, Prefix};
 use guestnet_core::types::{Csum, FlowId, FrameMeta, IpFields, PortConfig, PortId, SockId, Target, Time};

@@ -2,8 +2,8 @@
 //! table, counts that say how long they are, sockets that hang on mappings. A wrong link would let one guest
 //! reach the flows of another, and no frame would show it. Only tests and the fuzzer ask.
 
-use crate::core::Core;
-use crate::flow::{Chain, Flow, List, NONE, State};
+use crate::network::Core;
+use crate::tables::flow::{Chain, Flow, List, NONE, State};
 
 impl Core {
     /// Looks through everything that is kept twice.

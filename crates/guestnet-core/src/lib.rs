@@ -1,48 +1,33 @@
-//! Theory of operation: the logic of a Network with nothing of the machine in it. A worker hands in frames,
-//! socket events and the time; what is to happen comes out as calls on [`effects::Effects`], whose answers
-//! (a short send, a refused connect) the core needs at once. It opens nothing, sleeps never, reads no clock.
+//! Theory of operation: the logic of a network, without I/O. A worker passes in frames, socket events and the time; the
+//! network calls [`effects::Effects`] with what is to be done, because it needs some answers at once (a short write, a
+//! refused connect). It opens nothing, never sleeps and reads no clock.
 //!
-//! The way of a frame through these files: `core` (the API) -> `switch` (which port?) -> `arp`, `ndp`,
-//! `gateway` (echo, ICMP errors, `service`s and `dns`, `reassembly`) or another port, or outside: `policy` ->
-//! `table` of `flow`s (hit, or new by `lifecycle`) -> `udp`, `icmp`, `relay` with `tcp`.
-//! With an uplink of packets what is for outside goes to `tun` instead and is translated by `nat`.
-//! From outside: `forward` and `neighbour`, or `tun`. `wheel` keeps time, `emit` makes frames.
+//! The folders follow the path of a frame:
+//! - [`network`] is the API. It routes each call to the component that handles it.
+//! - [`l2`] decides which port a frame goes to and checks who may use which address.
+//! - [`l3`] is the gateway: echo, ICMP errors, services, fragments.
+//! - [`policy`] decides whether a new flow is allowed.
+//! - [`relay`] carries flows over host sockets; [`nat`] translates packets for an uplink that takes packets.
+//! - [`dns`] answers and forwards DNS queries.
+//! - [`tables`] holds what these components look up, [`util`] their small parts.
+//! - [`shard`] keeps the networks of several workers alike.
+//! - [`interface`] is the contract with the callers.
 #![forbid(unsafe_code)]
 
-mod arp;
 mod audit;
-pub mod config;
-pub mod core;
 mod dns;
-pub mod effects;
-mod emit;
-mod flow;
-mod forward;
-mod gateway;
-mod icmp;
-mod lifecycle;
-mod limiter;
+pub mod interface;
+mod l2;
+mod l3;
 pub mod nat;
-mod ndp;
-mod neighbour;
+pub mod network;
 mod policy;
-mod port;
-mod reassembly;
 mod relay;
-pub mod remote;
-mod segment;
-mod service;
-mod siphash;
-mod socket_memory;
-pub mod stats;
-mod switch;
-mod table;
-pub mod tcp;
-mod tun;
-mod turns;
-pub mod types;
-mod udp;
-mod wheel;
+pub mod shard;
+mod tables;
+mod util;
 
-pub use config::{CoreConfig, Filtering, Limits, Timeouts};
-pub use core::Core;
+pub use interface::config::{CoreConfig, Filtering, Limits, Timeouts};
+pub use interface::{config, effects, stats, types};
+pub use network::Core;
+pub use relay::tcp;

@@ -7,8 +7,8 @@ mod common;
 mod net;
 
 use common::Mock;
-use guestnet_core::core::Core;
-use guestnet_core::remote::News;
+use guestnet_core::Core;
+use guestnet_core::shard::News;
 use guestnet_core::types::{FrameMeta, PortConfig, PortId, Time};
 use guestnet_wire::arp;
 use guestnet_wire::ether::Mac;

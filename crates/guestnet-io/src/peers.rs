@@ -11,7 +11,7 @@ use crate::pool::PacketPool;
 use crate::ring::{Consumer, Producer, Ring};
 use crate::worker::State;
 use guestnet_core::effects::TxError;
-use guestnet_core::remote::News;
+use guestnet_core::shard::News;
 use guestnet_core::types::{FrameMeta, PortId};
 use std::collections::VecDeque;
 use std::sync::Arc;

@@ -3,8 +3,8 @@
 //! that has the most gives way: a guest that asks for ever new names pushes out its own answers, oldest first, but those
 //! that were given again meanwhile have a second chance. Whoever asked, an answer is the same for all, so a hit does not look at the port.
 
-use crate::siphash::SipKey;
-use crate::types::{PortId, Time};
+use crate::interface::types::{PortId, Time};
+use crate::util::siphash::SipKey;
 use guestnet_wire::dns::{Answer, NAME_MAX, Query, flags};
 use hashbrown::HashTable;
 use std::collections::{BTreeMap, VecDeque};

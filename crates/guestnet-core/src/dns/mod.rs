@@ -1,26 +1,26 @@
 //! Theory of operation: names that the core resolves by itself, within what the control side's DNS service, which
 //! stays the authority, allows. A query with nothing odd about it is answered from [`cache`], or asked of the name
-//! server in the service's place by [`asking`]; all others go up. So does whatever does not end well: no answer in
+//! server in the service's place by [`pending_queries`]; all others go up. So does whatever does not end well: no answer in
 //! time, a truncated one, one that says more about the server than about the name. The service says which names may
 //! be the network's own (those go up, until it has sent an answer and allows to give it again), and which server is
 //! to be asked. That permission is for a while: each second one query goes up, and the service looks whether it
 //! still stands; without word from it, all go up. Each change of its records has a number, so nothing that was
 //! learned before a change is kept after it.
 
-mod asking;
 mod cache;
+mod pending_queries;
 
-use crate::config::Limits;
-use crate::core::Core;
-use crate::effects::Effects;
-use crate::siphash::SipKey;
-use crate::stats::Drop;
-use crate::types::{FlowId, IpFields, PortId, ServiceId, Time};
-use asking::{Asked, Asking, QUESTIONS_PER_PORT, Waiter};
+use crate::interface::config::Limits;
+use crate::interface::effects::Effects;
+use crate::interface::stats::Drop;
+use crate::interface::types::{FlowId, IpFields, PortId, ServiceId, Time};
+use crate::network::Core;
+use crate::util::siphash::SipKey;
 use cache::{Cache, Key};
 use guestnet_wire::be16;
 use guestnet_wire::dns::{Answer, HEADER, NOERROR, NXDOMAIN, Query, flags};
 use guestnet_wire::ether::Mac;
+use pending_queries::{Asked, Asking, QUESTIONS_PER_PORT, Waiter};
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
@@ -78,7 +78,7 @@ impl Names {
 
     /// Whether a flow is a socket of questions.
     pub(crate) fn is_flow(flow: FlowId) -> bool {
-        flow.index == asking::FLOW
+        flow.index == pending_queries::FLOW
     }
 
     /// Whether the next query is to go up, for the permission to be looked at.

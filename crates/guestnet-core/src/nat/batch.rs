@@ -4,16 +4,16 @@
 //! (options, fragments, ICMP, TTL, a new connection, a change of state) goes the long way in its turn, and
 //! the result is the same as packet by packet.
 
-use super::config::unicast;
-use super::engine::NatEngine;
-use super::foresight::GROUP;
-use super::index::Index;
-use super::packet::adjust;
-use super::records::Key;
-use super::state::ConnState;
-use super::{NatDirection, NatResult};
-use crate::stats::Drop;
-use crate::types::Time;
+use crate::interface::stats::Drop;
+use crate::interface::types::Time;
+use crate::nat::config::unicast;
+use crate::nat::engine::NatEngine;
+use crate::nat::packet::adjust;
+use crate::nat::table::index::Index;
+use crate::nat::table::prefetch::GROUP;
+use crate::nat::table::records::Key;
+use crate::nat::table::state::ConnState;
+use crate::nat::{NatDirection, NatResult};
 use guestnet_wire::proto;
 use guestnet_wire::tcp::flags::{FIN, RST, SYN};
 
@@ -255,21 +255,22 @@ impl NatEngine {
         &mut self,
         p: &mut [u8],
         g: &Plain,
-        refresh: &[u32; super::state::COUNT],
+        refresh: &[u32; crate::nat::table::state::COUNT],
         ttl_step: u8,
     ) -> Option<()> {
         if g.total == 0 || g.flags != 0 {
             return None;
         }
         let mut id = Index::record(g.slot)?;
-        let same = |s: &super::records::Session| if OUT { s.is_out(&g.key) } else { s.is_in(&g.key) };
+        let same =
+            |s: &crate::nat::table::records::Session| if OUT { s.is_out(&g.key) } else { s.is_in(&g.key) };
         if !self.table.sessions.get(id).is_some_and(same) {
             let index = if OUT { &self.table.out } else { &self.table.inn };
             id = index.find(g.hash, |r| self.table.sessions.get(r).is_some_and(same))?;
         }
         let tick = self.tick;
         let s = self.table.sessions.get_mut(id)?;
-        let ticks = refresh[s.state as usize % super::state::COUNT];
+        let ticks = refresh[s.state as usize % crate::nat::table::state::COUNT];
         if ticks == 0 || s.expires <= tick || s.links.spare != 0 {
             return None;
         }

@@ -1,4 +1,4 @@
-//! Theory of operation: everything that can be chosen about a [`super::NatEngine`], with the defaults that the
+//! Theory of operation: everything that can be chosen about a [`crate::nat::NatEngine`], with the defaults that the
 //! RFCs ask for, checked once when the engine is made, so that the packet path trusts it.
 
 use std::net::Ipv4Addr;
@@ -102,7 +102,7 @@ impl Default for NatTimeouts {
     }
 }
 
-/// Configuration of a [`super::NatEngine`].
+/// Configuration of a [`crate::nat::NatEngine`].
 #[derive(Debug, Clone)]
 pub struct NatEngineConfig {
     /// External addresses, 1 to 1024. An internal address keeps one of them (RFC 4787 REQ-2).
@@ -166,7 +166,7 @@ pub struct NatEngineConfig {
     /// Bytes of fragments kept until the first of their packet comes, half of them in each direction. A source
     /// has no more than it leaves to others.
     pub fragment_bytes: usize,
-    /// Bytes of packets that wait to be fetched with [`super::NatEngine::poll_output`]. A sender has no more than
+    /// Bytes of packets that wait to be fetched with [`crate::nat::NatEngine::poll_output`]. A sender has no more than
     /// it leaves to others.
     pub output_bytes: usize,
     /// Seeds hash keys and ports. From the system's random source; a fixed one makes tests repeatable.
@@ -284,7 +284,7 @@ impl NatEngineConfig {
         if self.ports.0 == 0 || self.ports.0 > self.ports.1 {
             return Err(E::PortRange(self.ports.0, self.ports.1));
         }
-        if self.table_size == 0 || self.table_size > super::index::MAX_RECORDS {
+        if self.table_size == 0 || self.table_size > crate::nat::table::index::MAX_RECORDS {
             return Err(E::TableSize(self.table_size));
         }
         let t = &self.timeouts;

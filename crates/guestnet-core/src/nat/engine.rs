@@ -1,17 +1,17 @@
 //! Theory of operation: the engine ties the parts together: reads the packet, sends it down the way of its
 //! direction, counts what came of it, and does a little of the expiry work on each call, never all at once.
 
-use super::config::{NatConfigError, NatEngineConfig, Refusal};
-use super::fragments::Fragments;
-use super::output::Output;
-use super::packet::{self, End, Kind, View};
-use super::records::{HAIRPIN, Key, Session};
-use super::state::{ConnState, TICK_BITS, TICKS_MOST, Timers};
-use super::stats::{ConnTrackStats, Connection, NatStats};
-use super::table::Table;
-use super::{NatDirection, NatResult};
-use crate::stats::Drop;
-use crate::types::Time;
+use crate::interface::stats::Drop;
+use crate::interface::types::Time;
+use crate::nat::config::{NatConfigError, NatEngineConfig, Refusal};
+use crate::nat::packet::fragments::Fragments;
+use crate::nat::packet::output::Output;
+use crate::nat::packet::{self, End, Kind, View};
+use crate::nat::stats::{ConnTrackStats, Connection, NatStats};
+use crate::nat::table::Table;
+use crate::nat::table::records::{HAIRPIN, Key, Session};
+use crate::nat::table::state::{ConnState, TICK_BITS, TICKS_MOST, Timers};
+use crate::nat::{NatDirection, NatResult};
 use guestnet_wire::{icmp, proto, tcp};
 use std::collections::VecDeque;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -263,7 +263,7 @@ impl NatEngine {
                 outbound || self.timers.plain[1][before as usize] != 0
             }
             _ => {
-                let step = super::state::tcp(before, v.flags, outbound);
+                let step = crate::nat::table::state::tcp(before, v.flags, outbound);
                 s.state = step.state;
                 step.refresh
             }
@@ -462,7 +462,7 @@ impl NatEngine {
     /// Which way a packet to `dst` that travels in a direction leaves.
     pub(super) fn way(&self, direction: NatDirection, dst: u32) -> NatDirection {
         let turned = direction == NatDirection::Outbound && self.table.is_external(dst);
-        super::outbound::way(direction, turned)
+        crate::nat::outbound::way(direction, turned)
     }
 
     /// What the next link must carry in one piece.

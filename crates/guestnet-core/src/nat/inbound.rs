@@ -3,12 +3,12 @@
 //! nobody outside can fill the table. TCP has state from its SYN on, counted against the guest's cap, and so
 //! has UDP to a published port, whose answers must leave from that very port.
 
-use super::engine::{MAX_UNSOLICITED, NatEngine, UnsolicitedSyn};
-use super::fragments::Rule;
-use super::packet::{self, End, Kind, View};
-use super::records::{Key, deltas};
-use super::{NatDirection, NatResult};
-use crate::stats::Drop;
+use crate::interface::stats::Drop;
+use crate::nat::engine::{MAX_UNSOLICITED, NatEngine, UnsolicitedSyn};
+use crate::nat::packet::fragments::Rule;
+use crate::nat::packet::{self, End, Kind, View};
+use crate::nat::table::records::{Key, deltas};
+use crate::nat::{NatDirection, NatResult};
 use guestnet_wire::{proto, tcp};
 
 impl NatEngine {

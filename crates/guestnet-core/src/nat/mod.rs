@@ -1,38 +1,34 @@
-//! Theory of operation: a NAPT for IPv4 (RFC 3022) that rewrites packets in place, without I/O and without a
-//! clock: [`NatEngine::translate`] takes an IP packet, the direction it travels and the time. [`table`] holds
-//! who talks to whom, [`state`] what TCP is about, [`ports`] which external ports are free, [`wheel`] when
-//! things end; [`outbound`], [`inbound`], [`icmp`] and [`fragments`] are the ways that a packet can go, and
-//! [`batch`] the short way for most of them, with [`foresight`] of what new ones need. Packets that the engine itself sends (ICMP errors, fragments)
-//! wait in [`output`]. IPv6 needs no NAT: it passes.
+//! Theory of operation: a NAPT for IPv4 (RFC 3022) that rewrites packets in place, without I/O and without a clock.
+//! [`NatEngine::translate`] takes an IP packet, the direction it travels and the time.
+//!
+//! - [`table`] holds the sessions, the free external ports, the expiry wheel and the TCP states.
+//! - [`outbound`] and [`inbound`] translate one packet; [`batch`] is the fast path for groups of packets.
+//! - [`packet`] reads and rewrites headers, ICMP errors and fragments, and queues the packets that the engine sends
+//!   itself (ICMP errors and fragments).
+//! - [`l3_uplink`] joins an engine to a network whose uplink is a TUN device.
+//!
+//! IPv6 packets pass unchanged.
 
 mod batch;
 mod config;
 mod engine;
-mod foresight;
-mod fragments;
-pub mod hash;
-mod icmp;
+mod events;
 mod inbound;
-pub mod index;
+pub(crate) mod l3_uplink;
 mod outbound;
-mod output;
 mod packet;
-pub mod ports;
-mod records;
-mod state;
 mod stats;
-mod table;
-mod watch;
-pub mod wheel;
+pub mod table;
 
 pub use batch::{Contiguous, PacketBatch};
 pub use config::{Behaviour, NatConfigError, NatEngineConfig, NatTimeouts, Prefix, Refusal};
 pub use engine::{ForwardError, NatEngine};
-pub use state::ConnState;
+pub use events::NatNews;
 pub use stats::{ConnTrackStats, Connection, NatStats};
-pub use watch::NatNews;
+pub use table::state::ConnState;
+pub use table::{hash, index, ports, wheel};
 
-use crate::stats::Drop;
+use crate::interface::stats::Drop;
 
 /// Which way a packet travels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -2,13 +2,13 @@
 //! before anything is kept. A packet for one of our own external addresses is turned round (RFC 4787 REQ-9):
 //! the other guest sees the first one's external end.
 
-use super::config::unicast;
-use super::engine::NatEngine;
-use super::fragments::{Fate, Rule, SetKey};
-use super::packet::{self, End, Kind, View};
-use super::records::{HAIRPIN, Key, deltas};
-use super::{NatDirection, NatResult};
-use crate::stats::Drop;
+use crate::interface::stats::Drop;
+use crate::nat::config::unicast;
+use crate::nat::engine::NatEngine;
+use crate::nat::packet::fragments::{Fate, Rule, SetKey};
+use crate::nat::packet::{self, End, Kind, View};
+use crate::nat::table::records::{HAIRPIN, Key, deltas};
+use crate::nat::{NatDirection, NatResult};
 use guestnet_wire::{icmp, proto, tcp};
 
 impl NatEngine {

@@ -1,9 +1,9 @@
 //! Theory of operation: counters that the engine owns and increments; a snapshot is a copy, and two snapshots
 //! can be subtracted.
 
-use crate::stats::Drop;
+use crate::interface::stats::Drop;
 
-/// Counters of a [`super::NatEngine`].
+/// Counters of a [`crate::nat::NatEngine`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NatStats {
     /// Packets translated on the way out.
@@ -75,7 +75,7 @@ impl NatStats {
     }
 }
 
-/// What a [`super::NatEngine`] holds at the moment.
+/// What a [`crate::nat::NatEngine`] holds at the moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ConnTrackStats {
     /// Connections.
@@ -104,7 +104,7 @@ pub struct Connection {
     /// IP protocol.
     pub proto: u8,
     /// State.
-    pub state: super::ConnState,
+    pub state: crate::nat::ConnState,
     /// Internal end.
     pub internal: std::net::SocketAddrV4,
     /// External end that stands for it.

@@ -3,7 +3,7 @@
 #![allow(dead_code, missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::{Mock, Sent};
-use guestnet_core::core::Core;
+use guestnet_core::Core;
 use guestnet_core::effects::Event;
 use guestnet_core::stats::Drop;
 use guestnet_core::types::{Csum, FlowId, FrameMeta, PortConfig, PortId, SockId, Time};

@@ -1,0 +1,274 @@
+//! Theory of operation: everything that the core can make happen. The I/O side implements [`Effects`] over
+//! real sockets and attachments, the tests over vectors. Calls answer at once and never block; a call that
+//! cannot be done says why and changes nothing. Events go up to the control side through [`Effects::event`].
+
+use crate::interface::stats::Drop;
+use crate::interface::types::{FlowId, FrameMeta, IpFields, PortId, ServiceId, SockId, Target};
+use guestnet_wire::ether::Mac;
+use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
+
+/// Why a frame was not taken by a port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TxError {
+    /// The port's queue is full; `Core::port_writable` will be called when it has drained.
+    Full,
+    /// There is no such port any more.
+    Gone,
+}
+
+/// Why a socket call failed, as far as guests can be told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum SockError {
+    /// ECONNREFUSED.
+    Refused,
+    /// ECONNRESET, EPIPE, ECONNABORTED.
+    Reset,
+    /// ENETUNREACH, ENETDOWN, EADDRNOTAVAIL.
+    NetUnreachable,
+    /// EHOSTUNREACH, EHOSTDOWN.
+    HostUnreachable,
+    /// ETIMEDOUT.
+    TimedOut,
+    /// EACCES, EPERM: the host forbids it.
+    Prohibited,
+    /// EMSGSIZE, with the path MTU where the kernel told it (0: unknown).
+    MessageTooBig(u16),
+    /// EMFILE, ENFILE, ENOMEM, ENOBUFS: the host has no more of it.
+    Exhausted,
+    /// Anything else, an errno.
+    Other(i32),
+}
+
+/// What [`Effects::tcp_peek`] found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Peek {
+    /// This many bytes (at least 1) are in the scratch buffer. When it is fewer than asked for, the socket
+    /// has no more now and `tcp_ready` will tell of more.
+    Data(usize),
+    /// As `Data`, and they are the last: the peer closed its side behind them.
+    Last(usize),
+    /// One byte is in the scratch buffer, which the peer sent as urgent. More may follow. Asked for again, it is
+    /// `Data`.
+    Urgent,
+    /// Nothing there now; `tcp_ready` will tell.
+    Empty,
+    /// The peer closed its side and all data before `offset` is all there is.
+    Eof,
+}
+
+/// How a host TCP socket is closed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Close {
+    /// Ordinary close: what was sent is still delivered.
+    Graceful,
+    /// Abort: the other side sees a reset.
+    Reset,
+}
+
+/// What the host's kernel knows of the other end of a TCP socket, see [`Effects::tcp_peer`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Peer {
+    /// Segments that the peer sent on this connection, whatever was in them; wraps around.
+    pub segments_in: u32,
+    /// Bytes wait to be sent or acknowledged: the kernel's own timers find out whether the peer is there.
+    pub busy: bool,
+}
+
+/// What goes up to the control side. Plain data; bounded by the ring it travels in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// A datagram for a UDP service of the gateway.
+    Datagram {
+        /// Which service.
+        service: ServiceId,
+        /// The port it came from.
+        port: PortId,
+        /// The guest's MAC.
+        mac: Mac,
+        /// The guest's address and port.
+        src: SocketAddr,
+        /// The address and port it was sent to.
+        dst: SocketAddr,
+        /// The payload.
+        payload: Box<[u8]>,
+    },
+    /// A guest was seen to use an address.
+    AddressSeen {
+        /// The port.
+        port: PortId,
+        /// Its MAC.
+        mac: Mac,
+        /// The address.
+        address: IpAddr,
+    },
+    /// A flow began.
+    FlowOpened {
+        /// The flow.
+        flow: FlowId,
+        /// The port of the guest.
+        port: PortId,
+        /// IP protocol.
+        proto: u8,
+        /// The guest's side.
+        guest: SocketAddr,
+        /// The other side, as the guest names it.
+        remote: SocketAddr,
+        /// True when the outside opened it, through a Forward.
+        inbound: bool,
+    },
+    /// A flow ended.
+    FlowClosed {
+        /// The flow.
+        flow: FlowId,
+        /// The port of the guest.
+        port: PortId,
+        /// Bytes of payload from the guest.
+        bytes_out: u64,
+        /// Bytes of payload to the guest.
+        bytes_in: u64,
+    },
+    /// A new flow was refused.
+    Denied {
+        /// The port of the guest.
+        port: PortId,
+        /// IP protocol.
+        proto: u8,
+        /// The guest's side.
+        guest: SocketAddr,
+        /// The other side.
+        remote: SocketAddr,
+        /// Why.
+        reason: Drop,
+    },
+}
+
+/// What the core asks of the world. See the module head for the rules all calls keep.
+pub trait Effects {
+    // ---- frames -------------------------------------------------------------------------------------
+    /// Sends one frame (Ethernet header first) to a port. The I/O side completes checksums and segments
+    /// where `meta` asks for it and the attachment cannot.
+    fn transmit(&mut self, port: PortId, frame: &[u8], meta: FrameMeta) -> Result<(), TxError>;
+
+    /// Sends one frame to a port of another worker, or (`None`) to all its ports. [`TxError::Full`] is final:
+    /// nothing tells when there is room again. Only called after `Core::share`.
+    fn forward_remote(
+        &mut self,
+        _worker: u16,
+        _port: Option<PortId>,
+        _frame: &[u8],
+        _meta: FrameMeta,
+    ) -> Result<(), TxError> {
+        Err(TxError::Gone)
+    }
+
+    /// Sends one frame whose header is `header` and whose payload is that range of the bytes of the last
+    /// [`Effects::tcp_peek`].
+    fn transmit_peeked(
+        &mut self,
+        port: PortId,
+        header: &[u8],
+        payload: Range<usize>,
+        meta: FrameMeta,
+    ) -> Result<(), TxError>;
+
+    /// How many more bytes of frames the port takes now without [`TxError::Full`]; 0 for full, and then
+    /// `Core::port_writable` will be called.
+    fn port_room(&mut self, port: PortId) -> usize;
+
+    /// Sends a packet out through the uplink of packets. In `frame` it follows the 14 bytes of an Ethernet
+    /// header that means nothing; offsets in `meta` count from there.
+    ///
+    /// # Errors
+    /// [`TxError::Full`] when the uplink takes no more now (the packet is lost), [`TxError::Gone`] when there
+    /// is no such uplink, or it refused the packet.
+    fn uplink(&mut self, frame: &[u8], meta: FrameMeta) -> Result<(), TxError>;
+
+    // ---- TCP sockets --------------------------------------------------------------------------------
+    /// Starts a non-blocking connect for `flow`; `Core::tcp_connected` tells the outcome, also when it is
+    /// known at once. `tight` is as in [`Effects::tcp_tighten`], from the first byte on.
+    fn tcp_connect(
+        &mut self,
+        flow: FlowId,
+        target: Target,
+        ip: IpFields,
+        tight: bool,
+    ) -> Result<SockId, SockError>;
+
+    /// Bytes of the kernel's memory that the socket holds, with what it takes to keep them.
+    fn tcp_held(&mut self, sock: SockId) -> usize;
+
+    /// Has the kernel take only a few kilobytes, or again as much as it likes.
+    fn tcp_tighten(&mut self, sock: SockId, tight: bool);
+
+    /// Changes the DSCP of what the socket sends; `tos` is as in [`IpFields`].
+    fn tcp_tos(&mut self, sock: SockId, tos: u8);
+
+    /// Sends; `Ok(n)` with `n < data.len()` (0 included) when the kernel takes no more now, and then
+    /// `tcp_ready(writable)` will be called.
+    fn tcp_send(&mut self, sock: SockId, data: &[u8]) -> Result<usize, SockError>;
+
+    /// Sends one byte as urgent (MSG_OOB); `Ok(false)` when the kernel takes no more now, and then it goes with
+    /// the others.
+    fn tcp_send_urgent(&mut self, sock: SockId, byte: u8) -> Result<bool, SockError>;
+
+    /// Copies up to `max` (at most 65536) bytes of the socket's unread data, starting `offset` bytes after
+    /// the first byte not yet discarded, to the scratch buffer, without consuming them.
+    fn tcp_peek(&mut self, sock: SockId, offset: usize, max: usize) -> Result<Peek, SockError>;
+
+    /// Consumes the first `len` bytes of unread data: the guest acknowledged them.
+    fn tcp_discard(&mut self, sock: SockId, len: usize);
+
+    /// Sends FIN to the host side (SHUT_WR).
+    fn tcp_shutdown(&mut self, sock: SockId);
+
+    /// What is known of the peer; `None` where the host's system does not tell, and for services.
+    fn tcp_peer(&mut self, sock: SockId) -> Option<Peer>;
+
+    /// Sends one keep-alive probe to the peer (RFC 9293 3.8.4). An answer shows in [`Effects::tcp_peer`]; that
+    /// there is none has no other effect.
+    fn tcp_probe(&mut self, sock: SockId);
+
+    // ---- datagram sockets ---------------------------------------------------------------------------
+    /// Opens a socket for one guest source port (endpoint-independent mapping, RFC 4787 REQ-1), for
+    /// destinations of the family of `like`. Datagrams come in as `Core::udp_received(flow, ...)`.
+    fn udp_open(&mut self, flow: FlowId, like: SocketAddr) -> Result<SockId, SockError>;
+
+    /// Sends one datagram, or several of `segment` bytes each (the last may be shorter) when it is not 0.
+    /// May be deferred to the end of the batch; a late error comes as `Core::sock_error`. `payload` must be
+    /// part of the frame that is being handled, or it is copied.
+    fn udp_send(
+        &mut self,
+        sock: SockId,
+        dst: SocketAddr,
+        payload: &[u8],
+        segment: u16,
+        ip: IpFields,
+        dont_fragment: bool,
+    ) -> Result<(), SockError>;
+
+    /// Sends one datagram from a Forward's listening socket back to its client.
+    fn udp_send_forward(&mut self, sock: SockId, dst: SocketAddr, payload: &[u8]) -> Result<(), SockError>;
+
+    /// Opens a ping socket (or raw, where only that is allowed) for one guest's echo identifier.
+    fn ping_open(&mut self, flow: FlowId, like: IpAddr) -> Result<SockId, SockError>;
+
+    /// Sends an echo request with sequence number and body; the identifier is the socket's own. With
+    /// `dont_fragment` one that is too big for the path is [`SockError::MessageTooBig`], else it is cut.
+    fn ping_send(
+        &mut self,
+        sock: SockId,
+        dst: IpAddr,
+        seq: u16,
+        body: &[u8],
+        ttl: u8,
+        dont_fragment: bool,
+    ) -> Result<(), SockError>;
+
+    // ---- both ---------------------------------------------------------------------------------------
+    /// Closes any socket that was opened or accepted; its number may be used again afterwards.
+    fn close(&mut self, sock: SockId, how: Close);
+
+    /// Tells the control side; a full ring drops and counts.
+    fn event(&mut self, event: Event);
+}

@@ -1,0 +1,7 @@
+//! The contract between a network's logic and its callers: what is configured ([`config`]), what the logic asks of
+//! the outside ([`effects`]), what it counts ([`stats`]), and the plain types of both sides ([`types`]).
+
+pub mod config;
+pub mod effects;
+pub mod stats;
+pub mod types;

@@ -1,0 +1,116 @@
+//! Theory of operation: IPv6 between guests. The gateway does not speak it yet, but guests do among themselves,
+//! so what [`crate::l2::arp`] is to IPv4 neighbour discovery (RFC 4861) gets here: an address belongs to the port
+//! that used it or looked for it first, nobody answers for another's, and a link-layer address that is told
+//! is the teller's own. Router advertisements and redirects are the gateway's alone (RFC 6105), also when they
+//! are hidden behind headers or in fragments (RFC 7113, RFC 6980).
+
+use crate::interface::effects::Effects;
+use crate::interface::stats::Drop;
+use crate::l2::switch::udp_destination;
+use crate::network::Core;
+use crate::tables::service::DHCP6_CLIENT;
+use guestnet_wire::ether::Mac;
+use guestnet_wire::parse::{FRAGMENT_HEADER, Packet, is_extension};
+use guestnet_wire::{icmp, proto, tcp, udp};
+use std::net::{IpAddr, Ipv6Addr};
+
+const ROUTER_SOLICITATION: u8 = 133;
+const ROUTER_ADVERTISEMENT: u8 = 134;
+const SOLICITATION: u8 = 135;
+const ADVERTISEMENT: u8 = 136;
+const REDIRECT: u8 = 137;
+/// Options with a link-layer address: the sender's, the target's.
+const SOURCE: u8 = 1;
+const TARGET: u8 = 2;
+
+impl Core {
+    /// Checks that a guest may say to others what an IPv6 packet says.
+    pub(crate) fn check_v6<E: Effects>(
+        &mut self,
+        slot: u32,
+        mac: Mac,
+        frame: &[u8],
+        p: &Packet,
+        fx: &mut E,
+    ) -> Result<(), Drop> {
+        if p.src.is_multicast() {
+            return Err(Drop::SpoofedSource);
+        }
+        if !p.src.is_unspecified() {
+            self.check_source(slot, mac, p.src, fx)?;
+        }
+        let message = frame.get(p.l4..p.end).unwrap_or(&[]);
+        let kind = message.first().copied().unwrap_or(0);
+        if let Some(f) = p.fragment {
+            // Headers that go on behind the fragment's own could hide anything from us. The transport header
+            // is in the first fragment as a whole (RFC 7112), or what is hidden in the next is not looked at.
+            let hidden = p.proto == FRAGMENT_HEADER || is_extension(p.proto);
+            let discovery = p.proto == proto::ICMPV6 && (ROUTER_SOLICITATION..=REDIRECT).contains(&kind);
+            if hidden || f.offset == 0 && (discovery || message.len() < header_len(p.proto)) {
+                return Err(Drop::Policy);
+            }
+        }
+        if udp_destination(frame, p) == Some(DHCP6_CLIENT)
+            && (self.is_bridged() || self.services.dhcp().is_some())
+        {
+            return Err(Drop::Policy);
+        }
+        if p.proto == proto::ICMPV6 {
+            self.check_error(slot, frame, p)?;
+        }
+        if p.fragment.is_some() {
+            return Ok(());
+        }
+        if p.proto == proto::ICMPV6 { self.check_ndp(slot, mac, kind, p.src, message, fx) } else { Ok(()) }
+    }
+
+    fn check_ndp<E: Effects>(
+        &mut self,
+        slot: u32,
+        mac: Mac,
+        kind: u8,
+        src: IpAddr,
+        message: &[u8],
+        fx: &mut E,
+    ) -> Result<(), Drop> {
+        let (options, lladdr) = match kind {
+            ROUTER_ADVERTISEMENT | REDIRECT => return Err(Drop::Policy),
+            ROUTER_SOLICITATION => (message.get(8..), SOURCE),
+            SOLICITATION => (message.get(24..), SOURCE),
+            ADVERTISEMENT => (message.get(24..), TARGET),
+            _ => return Ok(()),
+        };
+        let mut options = options.ok_or(Drop::Malformed)?;
+        while let Some((&kind, rest)) = options.split_first() {
+            let len = usize::from(rest.first().copied().unwrap_or(0)) * 8;
+            let (option, more) = options.split_at_checked(len).filter(|_| len > 0).ok_or(Drop::Malformed)?;
+            if kind == lladdr && option.get(2..8) != Some(&mac.0) {
+                return Err(Drop::SpoofedMac);
+            }
+            options = more;
+        }
+        let Some(target) = message.get(8..24).and_then(|t| <[u8; 16]>::try_from(t).ok()) else {
+            return Ok(());
+        };
+        let target = IpAddr::V6(Ipv6Addr::from(target));
+        match kind {
+            ADVERTISEMENT => self.check_source(slot, mac, target, fx),
+            SOLICITATION if src.is_unspecified() => {
+                // RFC 4862 5.4: it is about to be its own. Who has it already is to hear of this.
+                let _owner_answers = self.check_source(slot, mac, target, fx);
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Bytes of a transport header that a filter may have to look at; 0 for protocols that it does not know.
+fn header_len(protocol: u8) -> usize {
+    match protocol {
+        proto::TCP => tcp::MIN_LEN,
+        proto::UDP => udp::LEN,
+        proto::ICMPV6 => icmp::LEN,
+        _ => 0,
+    }
+}

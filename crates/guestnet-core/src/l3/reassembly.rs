@@ -1,0 +1,262 @@
+//! Theory of operation: IPv4 fragments of guests (RFC 791 3.2, RFC 815 in spirit) are kept as they came, in
+//! order of offset, until they cover the datagram. Memory is counted by what is held, not by what a header
+//! promises; each port has a bound on datagrams, all ports together one on bytes, and the oldest of the
+//! greediest port goes first. Any overlap poisons the datagram (RFC 5722's rule, which is right for IPv4
+//! too): overlaps come from attacks, and a duplicate is sent again by whoever cares.
+
+use crate::interface::types::Time;
+use guestnet_wire::parse::{Fragment, Packet};
+use guestnet_wire::{ether, ipv4, proto, put, tcp};
+use std::collections::VecDeque;
+use std::net::IpAddr;
+
+/// What a piece costs beyond its bytes.
+const OVERHEAD: usize = 64;
+/// Pieces of one datagram: 64 KiB over the smallest MTU that we allow (68) gives 1365.
+const MAX_PIECES: usize = 1400;
+
+#[derive(PartialEq, Eq, Clone, Copy)]
+struct Id {
+    src: IpAddr,
+    dst: IpAddr,
+    proto: u8,
+    id: u32,
+}
+
+struct Datagram {
+    id: Id,
+    since: Time,
+    /// Ethernet and IP header of the first fragment.
+    header: Vec<u8>,
+    pieces: Vec<(u32, Box<[u8]>)>,
+    total: Option<u32>,
+    held: u32,
+    cost: usize,
+    poisoned: bool,
+}
+
+/// What became of a fragment.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It waits for the others.
+    Held,
+    /// The datagram is complete: a frame with an IP header that says so.
+    Complete(Vec<u8>),
+    /// It was refused, and its datagram with it.
+    Refused,
+}
+
+/// What a datagram that ran out of time leaves: its first fragment, if that came (for the ICMP error).
+pub struct Expired {
+    /// Slot of the port.
+    pub slot: u32,
+    /// The first fragment as a frame.
+    pub first: Option<Vec<u8>>,
+}
+
+/// All datagrams that wait for fragments.
+pub struct Reassembly {
+    ports: Vec<Queue>,
+    bytes: usize,
+    max_bytes: usize,
+    per_port: usize,
+    timeout_s: u64,
+    /// Ports whose datagrams were given up to make room, one entry each, not yet counted.
+    pub evicted: Vec<u32>,
+}
+
+/// What one port holds.
+#[derive(Default)]
+struct Queue {
+    list: VecDeque<Datagram>,
+    bytes: usize,
+}
+
+impl Reassembly {
+    /// Nothing held.
+    #[must_use]
+    pub fn new(max_bytes: usize, per_port: u32, timeout_s: u32) -> Reassembly {
+        Reassembly {
+            ports: Vec::new(),
+            bytes: 0,
+            max_bytes,
+            per_port: per_port as usize,
+            timeout_s: u64::from(timeout_s),
+            evicted: Vec::new(),
+        }
+    }
+
+    /// Bytes held, overhead included.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Takes the fragment `f` of packet `p` in `frame`, which came from the port in `slot`.
+    pub fn add(&mut self, now: Time, slot: u32, frame: &[u8], p: &Packet, f: Fragment) -> Outcome {
+        let Some(data) = frame.get(p.l4..p.end) else { return Outcome::Refused };
+        let id = Id { src: p.src, dst: p.dst, proto: p.proto, id: f.id };
+        if self.ports.len() <= slot as usize {
+            self.ports.resize_with(slot as usize + 1, Queue::default);
+        }
+        let Some(Queue { list, bytes }) = self.ports.get_mut(slot as usize) else { return Outcome::Refused };
+        let before = *bytes;
+        let at = match list.iter().position(|d| d.id == id) {
+            Some(at) => at,
+            None => {
+                if self.per_port == 0 {
+                    return Outcome::Refused;
+                }
+                if list.len() >= self.per_port {
+                    self.evicted.push(slot);
+                    *bytes -= list.pop_front().map_or(0, |d| d.cost);
+                }
+                *bytes += OVERHEAD;
+                list.push_back(Datagram {
+                    id,
+                    since: now,
+                    header: Vec::new(),
+                    pieces: Vec::new(),
+                    total: None,
+                    held: 0,
+                    cost: OVERHEAD,
+                    poisoned: false,
+                });
+                list.len() - 1
+            }
+        };
+        let Some(d) = list.get_mut(at) else { return Outcome::Refused };
+        let cost = d.cost;
+        let fits = d.take(frame, p, f, data);
+        *bytes = *bytes + d.cost - cost;
+        let is_done = fits && d.total == Some(d.held) && !d.header.is_empty();
+        let done = if is_done { list.remove(at) } else { None };
+        *bytes -= done.as_ref().map_or(0, |d| d.cost);
+        self.bytes = self.bytes + *bytes - before;
+        if !fits {
+            return Outcome::Refused;
+        }
+        if is_done {
+            return done.and_then(Datagram::assemble).map_or(Outcome::Refused, Outcome::Complete);
+        }
+        while self.bytes > self.max_bytes {
+            if !self.evict() {
+                break;
+            }
+        }
+        Outcome::Held
+    }
+
+    /// Gives up the oldest datagram of the port that holds most.
+    fn evict(&mut self) -> bool {
+        let Some((slot, q)) = self.ports.iter_mut().enumerate().max_by_key(|(_, q)| q.bytes) else {
+            return false;
+        };
+        let Some(d) = q.list.pop_front() else { return false };
+        q.bytes -= d.cost;
+        self.bytes -= d.cost;
+        self.evicted.push(slot as u32);
+        true
+    }
+
+    /// When the oldest datagram runs out of time.
+    #[must_use]
+    pub fn next_timer(&self) -> Option<Time> {
+        if self.bytes == 0 {
+            return None;
+        }
+        self.ports
+            .iter()
+            .filter_map(|q| q.list.front())
+            .map(|d| d.since)
+            .min()
+            .map(|t| t.plus_s(self.timeout_s))
+    }
+
+    /// Takes out one datagram that ran out of time.
+    pub fn expire(&mut self, now: Time) -> Option<Expired> {
+        let timeout = self.timeout_s;
+        if self.bytes == 0 {
+            return None;
+        }
+        let old = |q: &Queue| q.list.front().is_some_and(|d| d.since.plus_s(timeout) <= now);
+        let slot = self.ports.iter().position(old)?;
+        let q = self.ports.get_mut(slot)?;
+        let d = q.list.pop_front()?;
+        q.bytes -= d.cost;
+        self.bytes -= d.cost;
+        let first = match d.pieces.into_iter().next() {
+            Some((0, data)) if !d.header.is_empty() => {
+                let mut frame = d.header;
+                frame.extend_from_slice(&data);
+                Some(frame)
+            }
+            _ => None,
+        };
+        Some(Expired { slot: slot as u32, first })
+    }
+
+    /// Forgets everything of a port.
+    pub fn remove_port(&mut self, slot: u32) {
+        if let Some(q) = self.ports.get_mut(slot as usize) {
+            self.bytes -= std::mem::take(&mut q.bytes);
+            q.list.clear();
+        }
+    }
+}
+
+impl Datagram {
+    /// Puts a piece in; false when it was refused.
+    fn take(&mut self, frame: &[u8], p: &Packet, f: Fragment, data: &[u8]) -> bool {
+        if self.poisoned {
+            return false;
+        }
+        let end = f.offset + data.len() as u32;
+        let at = self.pieces.partition_point(|(o, _)| *o < f.offset);
+        let overlaps = |i: Option<usize>, with: &dyn Fn(u32, u32) -> bool| {
+            i.and_then(|i| self.pieces.get(i)).is_some_and(|(o, d)| with(*o, *o + d.len() as u32))
+        };
+        // Fragments that leave the ports or the TCP flags to another one evade filters (RFC 1858).
+        let tiny = f.offset == 0 && data.len() < if p.proto == proto::TCP { tcp::MIN_LEN } else { 8 }
+            || p.proto == proto::TCP && f.offset > 0 && (f.offset as usize) < tcp::MIN_LEN;
+        let bad = tiny
+            || data.is_empty()
+            || self.pieces.len() >= MAX_PIECES
+            || overlaps(at.checked_sub(1), &|_, e| e > f.offset)
+            || overlaps(Some(at), &|o, _| o < end)
+            || self.total.is_some_and(|t| end > t || !f.more && end != t)
+            || (!f.more && self.pieces.last().is_some_and(|(o, d)| o + d.len() as u32 > end));
+        if bad {
+            self.poisoned = true;
+            self.pieces = Vec::new();
+            self.header = Vec::new();
+            self.cost = OVERHEAD;
+            return false;
+        }
+        if !f.more {
+            self.total = Some(end);
+        }
+        if f.offset == 0 {
+            self.header = frame.get(..p.l4).unwrap_or(&[]).to_vec();
+            self.cost += self.header.len();
+        }
+        self.pieces.insert(at, (f.offset, data.into()));
+        self.held += data.len() as u32;
+        self.cost += data.len() + OVERHEAD;
+        true
+    }
+
+    /// The whole datagram as a frame. `None` when header and data exceed 65535 bytes ("ping of death").
+    fn assemble(self) -> Option<Vec<u8>> {
+        let mut frame = self.header;
+        for (_, data) in &self.pieces {
+            frame.extend_from_slice(data);
+        }
+        let l3 = ether::HEADER_LEN;
+        let total = u16::try_from(frame.len().checked_sub(l3)?).ok()?;
+        put(&mut frame, l3 + 2, &total.to_be_bytes());
+        put(&mut frame, l3 + 6, &[0, 0]);
+        ipv4::fill_checksum(frame.get_mut(l3..)?);
+        Some(frame)
+    }
+}

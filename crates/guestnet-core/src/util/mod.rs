@@ -1,0 +1,5 @@
+//! Small parts that every layer uses: a keyed hash, a token bucket and a timer wheel.
+
+pub(crate) mod rate_limiter;
+pub(crate) mod siphash;
+pub(crate) mod timer_wheel;
