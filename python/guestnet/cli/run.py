@@ -21,6 +21,11 @@ CMD's status."""
 _EXAMPLE = """\
   guestnet run -- curl https://example.org
   guestnet run -p 8080:80 -- python3 -m http.server 80"""
+HOST_IDS_NOTE = (
+    "Note: with --host-ids the command is root of this host's files and can change anything on it: leave "
+    "--host-ids out unless you trust the command."
+)
+"""Printed before the command starts, unless --quiet is given."""
 
 
 def parser() -> arguments.Parser:
@@ -70,6 +75,8 @@ def main(argv: Sequence[str]) -> int:
 
     def attach(network: NatNetwork) -> None:
         network.attach(ENDPOINT, "tap", fd=namespace.take_tap())
+        if options.host_ids and not options.quiet:
+            complain(HOST_IDS_NOTE)
         for note in namespace.notes:
             complain(note)
 

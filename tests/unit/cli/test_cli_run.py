@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 from guestnet.cli import checks
+from lab.runner import without_host_ids_note
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux")
@@ -69,7 +70,8 @@ def command(*arguments: str) -> list[str]:
 
 
 def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    """Runs it to its end; stderr is without the note about --host-ids, which has a test of its own."""
+    done: subprocess.CompletedProcess[str] = subprocess.run(
         command(*arguments),
         capture_output=True,
         text=True,
@@ -77,6 +79,9 @@ def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
         check=False,
         **options,  # type: ignore[call-overload]
     )
+    if _OPTIONS:
+        done.stderr = without_host_ids_note(done.stderr)
+    return done
 
 
 @pytest.mark.parametrize(
@@ -100,6 +105,31 @@ def test_a_taken_port_is_said_before_the_command_starts() -> None:
     got = run("-p", "80:80", "--", "echo", "started")
     assert (got.returncode, got.stdout) == (125, "")
     assert got.stderr == "guestnet: Port 80 is taken: choose another.\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="--host-ids is for root")
+def test_a_command_with_the_ids_of_the_host_is_warned_of_before_it_starts() -> None:
+    words = [sys.executable, "-c", _DRIVER, "--host-ids", "--", "sh", "-c", "echo started >&2"]
+    got = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+    note, started = got.stderr.splitlines()
+    assert note.startswith("guestnet: Note: ")
+    assert "root of this host's files" in note
+    assert "leave --host-ids out" in note
+    assert started == "started"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="--host-ids is for root")
+def test_quiet_leaves_out_the_warning_of_the_ids_of_the_host() -> None:
+    words = [sys.executable, "-c", _DRIVER, "--host-ids", "--quiet", "--", "true"]
+    got = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+    assert (got.returncode, got.stderr) == (0, "")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user has no --host-ids")
+def test_a_command_of_root_with_ids_of_its_own_needs_no_warning() -> None:
+    words = [sys.executable, "-c", _DRIVER, "--", "true"]
+    got = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+    assert (got.returncode, got.stderr) == (0, "")
 
 
 def test_streams_pass_through() -> None:
