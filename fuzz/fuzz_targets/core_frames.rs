@@ -10,8 +10,8 @@
 mod common;
 
 use common::{Mock, Sent, SentDatagram};
-use guestnet_core::config::{CoreConfig, DatagramError, ForwardSpec, Limits};
-use guestnet_core::Core;
+use guestnet_core::config::{NetworkConfig, DatagramError, ForwardSpec, Limits};
+use guestnet_core::Network;
 use guestnet_core::effects::SockError;
 use guestnet_core::types::{Csum, ForwardId, FrameMeta, Gso, PortConfig, PortId, ServiceId, SockId, Time};
 use guestnet_wire::ether::{self, Ether, Mac};
@@ -83,7 +83,7 @@ fn error(choice: u8) -> SockError {
 }
 
 struct World {
-    core: Core,
+    core: Network,
     fx: Mock,
     now: Time,
     /// Bytes of a long payload, so that lengths can grow without long inputs.
@@ -96,7 +96,7 @@ struct World {
 
 impl World {
     fn new() -> World {
-        let mut config = CoreConfig::new(GATEWAY_MAC, GATEWAY, (Ipv4Addr::new(192, 168, 64, 0), 24), [7; 32]);
+        let mut config = NetworkConfig::new(GATEWAY_MAC, GATEWAY, (Ipv4Addr::new(192, 168, 64, 0), 24), [7; 32]);
         config.host_loopback = Some(IpAddr::from([192, 168, 64, 254]));
         config.limits = Limits {
             flows: FLOWS,
@@ -108,7 +108,7 @@ impl World {
             ..Limits::default()
         };
         let mut world = World {
-            core: Core::new(config, Time(1)),
+            core: Network::new(config, Time(1)),
             fx: Mock::new(),
             now: Time(1),
             filler: (0..70_000u32).map(|i| i as u8).collect(),

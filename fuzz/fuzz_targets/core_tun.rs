@@ -9,8 +9,8 @@
 mod common;
 
 use common::Mock;
-use guestnet_core::config::CoreConfig;
-use guestnet_core::Core;
+use guestnet_core::config::NetworkConfig;
+use guestnet_core::Network;
 use guestnet_core::nat::NatEngineConfig;
 use guestnet_core::types::{Csum, ForwardId, FrameMeta, Gso, PortConfig, PortId, Time};
 use guestnet_wire::ether::{self, Ether, Mac};
@@ -53,7 +53,7 @@ impl<'a> Input<'a> {
 }
 
 struct World {
-    core: Core,
+    core: Network,
     fx: Mock,
     now: Time,
     /// Packets that left, the last few: what the outside answers.
@@ -98,9 +98,9 @@ fn packet(input: &mut Input<'_>, src: Ipv4Addr, dst: Ipv4Addr) -> (Vec<u8>, Fram
 
 impl World {
     fn new() -> World {
-        let mut config = CoreConfig::new(GATEWAY_MAC, GATEWAY, (Ipv4Addr::new(192, 168, 64, 0), 24), [7; 32]);
+        let mut config = NetworkConfig::new(GATEWAY_MAC, GATEWAY, (Ipv4Addr::new(192, 168, 64, 0), 24), [7; 32]);
         config.limits.reassembly_bytes = 64 << 10;
-        let mut core = Core::new(config, Time(1));
+        let mut core = Network::new(config, Time(1));
         let uplink = NatEngineConfig {
             ports: (40000, 40063),
             table_size: FLOWS,

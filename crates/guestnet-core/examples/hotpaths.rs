@@ -4,8 +4,8 @@
 //! ends with a failure, so that it cannot look fast.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use guestnet_core::Core;
-use guestnet_core::CoreConfig;
+use guestnet_core::Network;
+use guestnet_core::NetworkConfig;
 use guestnet_core::effects::{Close, Effects, Event, Peek, Peer, SockError, TxError};
 use guestnet_core::nat::{NatDirection, NatEngine, NatEngineConfig, NatResult, Prefix};
 use guestnet_core::types::{Csum, FlowId, FrameMeta, IpFields, PortConfig, PortId, SockId, Target, Time};
@@ -165,7 +165,7 @@ fn tcp_frame(seq: u32, ack: u32, bits: u8, payload: usize) -> Vec<u8> {
 type Path = (&'static str, fn(usize) -> usize);
 
 struct Net {
-    core: Core,
+    core: Network,
     fx: World,
     now: Time,
 }
@@ -173,8 +173,8 @@ struct Net {
 impl Net {
     fn new() -> Net {
         let now = Time(1_000_000_000);
-        let config = CoreConfig::new(GATEWAY_MAC, GATEWAY, (Ipv4Addr::new(192, 168, 64, 0), 24), [7; 32]);
-        let mut net = Net { core: Core::new(config, now), fx: World::default(), now };
+        let config = NetworkConfig::new(GATEWAY_MAC, GATEWAY, (Ipv4Addr::new(192, 168, 64, 0), 24), [7; 32]);
+        let mut net = Net { core: Network::new(config, now), fx: World::default(), now };
         for port in [A, B] {
             let port_config = PortConfig {
                 mac: None,

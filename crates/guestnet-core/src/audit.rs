@@ -2,10 +2,10 @@
 //! table, counts that say how long they are, sockets that hang on mappings. A wrong link would let one guest
 //! reach the flows of another, and no frame would show it. Only tests and the fuzzer ask.
 
-use crate::network::Core;
+use crate::network::Network;
 use crate::tables::flow::{Chain, Flow, List, NONE, State};
 
-impl Core {
+impl Network {
     /// Looks through everything that is kept twice.
     ///
     /// # Errors

@@ -27,7 +27,7 @@ pub mod shard;
 mod tables;
 mod util;
 
-pub use interface::config::{CoreConfig, Filtering, Limits, Timeouts};
+pub use interface::config::{Filtering, Limits, NetworkConfig, Timeouts};
 pub use interface::{config, effects, stats, types};
-pub use network::Core;
+pub use network::Network;
 pub use relay::tcp;

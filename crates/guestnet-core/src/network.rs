@@ -1,10 +1,10 @@
-//! Theory of operation: [`Core`] holds a Network together and is all that a worker calls. Each call does its
+//! Theory of operation: [`Network`] holds a Network together and is all that a worker calls. Each call does its
 //! work to the end and says what is to happen through [`Effects`]; nothing is left for later but what a
-//! timer or [`Core::batch_end`] is asked for. The work itself is in the modules that the crate's head names,
-//! each an `impl Core` over the fields below.
+//! timer or [`Network::batch_end`] is asked for. The work itself is in the modules that the crate's head names,
+//! each an `impl Network` over the fields below.
 
-use crate::dns::Names;
-use crate::interface::config::{AddressInUse, CoreConfig, DatagramError, FlowInfo, ForwardSpec, PortInfo};
+use crate::dns::DnsForwarder;
+use crate::interface::config::{AddressInUse, DatagramError, FlowInfo, ForwardSpec, NetworkConfig, PortInfo};
 use crate::interface::effects::{Effects, SockError};
 use crate::interface::stats::Counters;
 use crate::interface::types::{FlowId, ForwardId, FrameMeta, PortConfig, PortId, ServiceId, SockId, Time};
@@ -12,7 +12,7 @@ use crate::l3::reassembly::Reassembly;
 use crate::nat::l3_uplink::Tun;
 use crate::policy::Policy;
 use crate::relay::turns::{NO_FLOW, Turns};
-use crate::shard::{News, Sharing};
+use crate::shard::{PeerUpdate, Sharing};
 use crate::tables::flow::{List, NONE};
 use crate::tables::flow_table::FlowTable;
 use crate::tables::mac::Macs;
@@ -32,8 +32,8 @@ pub(crate) const FRAME_MAX: usize = 14 + 65535;
 const TIMERS: usize = 256;
 
 /// The logic of one Network. See the module head.
-pub struct Core {
-    pub(crate) cfg: CoreConfig,
+pub struct Network {
+    pub(crate) cfg: NetworkConfig,
     pub(crate) policy: Policy,
     pub(crate) ports: Ports,
     pub(crate) macs: Macs,
@@ -45,7 +45,7 @@ pub struct Core {
     pub(crate) clients: BTreeMap<(u32, SocketAddr), u32>,
     pub(crate) flows: FlowTable,
     pub(crate) wheel: Wheel,
-    /// TCP flows that asked for [`Core::batch_end`]: those with little to send, then bulk flows in turn.
+    /// TCP flows that asked for [`Network::batch_end`]: those with little to send, then bulk flows in turn.
     pub(crate) batch: List,
     pub(crate) turns: Turns,
     /// Keys the ISNs of RFC 6528.
@@ -68,18 +68,18 @@ pub struct Core {
     /// MACs that an address is reserved for.
     pub(crate) reserved_macs: BTreeSet<Mac>,
     /// What is known of names.
-    pub(crate) names: Names,
+    pub(crate) names: DnsForwarder,
     /// The uplink of packets, where there is one.
     pub(crate) tun: Option<Box<Tun>>,
 }
 
-impl Core {
+impl Network {
     /// A Network without ports.
     #[must_use]
-    pub fn new(config: CoreConfig, now: Time) -> Core {
+    pub fn new(config: NetworkConfig, now: Time) -> Network {
         let key = SipKey::from_secret(&config.secret, 0);
         let limits = &config.limits;
-        Core {
+        Network {
             reserved_macs: config.reserved.values().copied().collect(),
             policy: Policy::new(&config),
             ports: Ports::default(),
@@ -98,7 +98,10 @@ impl Core {
             batch: List::default(),
             turns: Turns::new(),
             isn_key: SipKey::from_secret(&config.secret, 16),
-            names: Names::new(SipKey::from_secret(&config.secret, 16).derive(u64::from(u32::MAX)), limits),
+            names: DnsForwarder::new(
+                SipKey::from_secret(&config.secret, 16).derive(u64::from(u32::MAX)),
+                limits,
+            ),
             scratch: vec![0; FRAME_MAX],
             piece: Vec::with_capacity(2048),
             due: Vec::new(),
@@ -121,7 +124,7 @@ impl Core {
         new.mac = None;
         new.ip_id = (self.isn_key.hash(&[self.now.0, u64::from(port.0)]) & 0xffff) as u16;
         let Some(slot) = self.ports.insert(new) else { return };
-        self.tell(News::PortUp { port, mac, mtu });
+        self.tell(PeerUpdate::PortUp { port, mac, mtu });
         if let Some(mac) = mac {
             self.claim_mac(slot, mac);
         }
@@ -155,7 +158,7 @@ impl Core {
         let Some(slot) = self.ports.slot(port) else { return };
         match self.ports.get(slot).and_then(|p| p.remote) {
             Some(worker) => self.count_remote(worker, false),
-            None => self.tell(News::PortDown { port }),
+            None => self.tell(PeerUpdate::PortDown { port }),
         }
         self.close_flows(slot, usize::MAX, fx);
         self.tunnel_remove_port(slot, fx);
@@ -206,7 +209,7 @@ impl Core {
             self.forget_learned(b.slot, ip);
             self.tunnel_left(ip);
             if !self.is_remote(b.slot) {
-                self.tell(News::AddressGone { ip });
+                self.tell(PeerUpdate::AddressGone { ip });
             }
         }
         if let Some(w) = self.neighbours.resolved(ip) {
@@ -254,12 +257,12 @@ impl Core {
         self.flush_batch(fx);
     }
 
-    /// Before [`Core::batch_end`]: frames and socket events took so many nanoseconds since the last one.
+    /// Before [`Network::batch_end`]: frames and socket events took so many nanoseconds since the last one.
     pub fn others_took(&mut self, ns: u64) {
         self.turns.others_took(ns);
     }
 
-    /// True when flows have more to send, and only let others have their turn: [`Core::batch_end`] is due again.
+    /// True when flows have more to send, and only let others have their turn: [`Network::batch_end`] is due again.
     #[must_use]
     pub fn has_more(&self) -> bool {
         self.batch.len > 0
@@ -328,7 +331,7 @@ impl Core {
     ) {
         self.now = now;
         self.turns.active(now, NO_FLOW);
-        if Names::is_flow(flow) {
+        if DnsForwarder::is_flow(flow) {
             return self.names_in(flow, from, payload, segment, fx);
         }
         self.udp_in(flow, from, payload, segment, fx);
@@ -374,7 +377,7 @@ impl Core {
     /// The kernel reported an error for a datagram, echo request or connect of `flow`.
     pub fn sock_error<E: Effects>(&mut self, now: Time, flow: FlowId, error: DatagramError<'_>, fx: &mut E) {
         self.now = now;
-        if Names::is_flow(flow) {
+        if DnsForwarder::is_flow(flow) {
             return self.names_error(flow, error.dst, error.payload, fx);
         }
         self.relay_error(flow, &error, fx);
@@ -394,7 +397,7 @@ impl Core {
     ) {
         self.now = now;
         let Some(slot) = self.ports.slot(port) else {
-            self.base.drop(crate::interface::stats::Drop::NoEndpoint);
+            self.base.drop(crate::interface::stats::DropReason::NoEndpoint);
             return;
         };
         if let Err(why) = self.send_udp(slot, dst_mac, src, dst, payload, 0, fx) {
@@ -402,7 +405,7 @@ impl Core {
         }
     }
 
-    /// When [`Core::timers`] is to be called next. `None`: not until something else happens.
+    /// When [`Network::timers`] is to be called next. `None`: not until something else happens.
     #[must_use]
     pub fn next_timer(&self) -> Option<Time> {
         if !self.due.is_empty() {

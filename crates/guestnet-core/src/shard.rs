@@ -2,15 +2,15 @@
 //! own worker, and a stand-in for every port of the others: a port that is `remote`, with its MAC and addresses
 //! and nothing else. So the switch, the gateway and the checks of source addresses see the whole Network and need
 //! to know of nothing but one branch where a frame leaves ([`crate::interface::effects::Effects::forward_remote`]). What a
-//! core learns of its own ports it tells the others as [`News`], which the I/O side carries. What guests make it
+//! core learns of its own ports it tells the others as [`PeerUpdate`], which the I/O side carries. What guests make it
 //! learn is bounded by their rate and by the room there is for news; a frame that would teach more is dropped.
 //! Where two cores have learned the same, both decide alike: what the control side said goes first, then the
 //! port's own MAC, then the lower port number.
 
 use crate::interface::effects::{Effects, TxError};
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 use crate::interface::types::{FrameMeta, PortConfig, PortId, Time};
-use crate::network::Core;
+use crate::network::Network;
 use crate::tables::neighbour::{Binding, STALE_S};
 use crate::tables::port::Port;
 use guestnet_wire::ether::Mac;
@@ -21,7 +21,7 @@ const AGAIN_S: u64 = 60;
 
 /// What a core tells the others of its own ports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum News {
+pub enum PeerUpdate {
     /// There is a port.
     PortUp {
         /// Its number.
@@ -69,40 +69,40 @@ pub enum News {
 
 /// What a core of several knows of that.
 pub(crate) struct Sharing {
-    news: Vec<News>,
-    /// News that guests may cause until they are next taken.
+    news: Vec<PeerUpdate>,
+    /// PeerUpdate that guests may cause until they are next taken.
     room: usize,
     /// Ports by worker.
     ports: Vec<u32>,
 }
 
-impl Core {
+impl Network {
     /// Makes this core one of several; `workers` is how many there are. To be called before anything else.
     pub fn share(&mut self, workers: u16) {
         self.sharing = Some(Sharing { news: Vec::new(), room: 0, ports: vec![0; usize::from(workers)] });
     }
 
     /// What is to be told to the other cores, oldest first. Guests may cause `room` more until the next call.
-    pub fn take_news(&mut self, room: usize, out: &mut Vec<News>) {
+    pub fn take_peer_updates(&mut self, room: usize, out: &mut Vec<PeerUpdate>) {
         if let Some(s) = &mut self.sharing {
             out.append(&mut s.news);
             s.room = room;
         }
     }
 
-    pub(crate) fn tell(&mut self, news: News) {
+    pub(crate) fn tell(&mut self, news: PeerUpdate) {
         if let Some(s) = &mut self.sharing {
             s.news.push(news);
         }
     }
 
     /// Whether a guest may teach the Network something, which all cores have to hear of.
-    pub(crate) fn may_learn(&mut self, slot: u32) -> Result<(), Drop> {
+    pub(crate) fn may_learn(&mut self, slot: u32) -> Result<(), DropReason> {
         let Some(s) = &self.sharing else { return Ok(()) };
         let room = s.news.len() < s.room;
         let now = self.now;
-        let port = self.ports.get_mut(slot).filter(|_| room).ok_or(Drop::RateLimit)?;
-        if port.learn.allow(now) { Ok(()) } else { Err(Drop::RateLimit) }
+        let port = self.ports.get_mut(slot).filter(|_| room).ok_or(DropReason::RateLimit)?;
+        if port.learn.allow(now) { Ok(()) } else { Err(DropReason::RateLimit) }
     }
 
     /// Tells of a binding that was used, once a while.
@@ -116,7 +116,7 @@ impl Core {
         if self.sharing.is_some()
             && let Some(port) = self.ports.get(b.slot).filter(|p| p.remote.is_none()).map(|p| p.id)
         {
-            self.tell(News::Address { port, ip: b.ip, mac: b.mac, assigned: b.assigned, instead });
+            self.tell(PeerUpdate::Address { port, ip: b.ip, mac: b.mac, assigned: b.assigned, instead });
         }
     }
 
@@ -124,24 +124,24 @@ impl Core {
         self.ports.get(slot).is_some_and(|p| p.remote.is_some())
     }
 
-    /// What worker `from` told. News of ports that are not its own are not believed.
-    pub fn peer_news<E: Effects>(&mut self, now: Time, from: u16, news: News, fx: &mut E) {
+    /// What worker `from` told. PeerUpdate of ports that are not its own are not believed.
+    pub fn peer_update<E: Effects>(&mut self, now: Time, from: u16, news: PeerUpdate, fx: &mut E) {
         self.now = now;
         match news {
-            News::PortUp { port, mac, mtu } => self.peer_port(from, port, mac, mtu),
-            News::PortDown { port } => {
+            PeerUpdate::PortUp { port, mac, mtu } => self.peer_port(from, port, mac, mtu),
+            PeerUpdate::PortDown { port } => {
                 if self.slot_at(from, port).is_some() {
                     self.remove_port(now, port, fx);
                 }
             }
-            News::Mac { port, mac, own, instead } => {
+            PeerUpdate::Mac { port, mac, own, instead } => {
                 let Some(slot) = self.slot_at(from, port) else { return };
                 if let Some(old) = instead.filter(|m| self.macs.get(*m) == Some(slot)) {
                     self.macs.remove(old);
                 }
                 self.peer_mac(slot, port, mac, own);
             }
-            News::Address { port, ip, mac, assigned, instead } => {
+            PeerUpdate::Address { port, ip, mac, assigned, instead } => {
                 let Some(slot) = self.slot_at(from, port) else { return };
                 if let Some(old) =
                     instead.filter(|ip| self.neighbours.get(*ip).is_some_and(|b| b.slot == slot))
@@ -150,7 +150,7 @@ impl Core {
                 }
                 self.peer_address(port, Binding { ip, slot, mac, assigned, seen: now }, fx);
             }
-            News::AddressGone { ip } => {
+            PeerUpdate::AddressGone { ip } => {
                 if self.neighbours.get(ip).is_some_and(|b| self.is_at(from, b.slot)) {
                     self.neighbours.remove(ip);
                 }
@@ -180,7 +180,7 @@ impl Core {
         match self.ports.slot(port).filter(|s| !self.is_remote(*s)) {
             Some(slot) => self.deliver(slot, frame, meta, fx),
             // It left while the frame was under way.
-            None => self.base.drop(Drop::NoEndpoint),
+            None => self.base.drop(DropReason::NoEndpoint),
         }
     }
 
@@ -190,7 +190,7 @@ impl Core {
         for worker in 0..workers {
             let some = self.sharing.as_ref().and_then(|s| s.ports.get(worker)).is_some_and(|n| *n > 0);
             if some && fx.forward_remote(worker as u16, None, frame, meta) == Err(TxError::Full) {
-                self.drop_at(slot, Drop::WorkerFull);
+                self.drop_at(slot, DropReason::WorkerFull);
             }
         }
     }
@@ -227,7 +227,7 @@ impl Core {
             let rank = if o.config.mac == Some(mac) { 2 } else { u8::from(o.mac == Some(mac)) };
             if rank > u8::from(own) || rank == u8::from(own) && o.id < port {
                 // The other core has not heard of it yet, or decides as we do.
-                let told = News::Mac { port: o.id, mac, own: rank > 0, instead: None };
+                let told = PeerUpdate::Mac { port: o.id, mac, own: rank > 0, instead: None };
                 return self.tell(told);
             }
         }

@@ -244,7 +244,7 @@ proptest! {
                     *end <= now
                         && (filtering != Behaviour::EndpointIndependent || guest == inside.ip() || end + 120 <= now)
                 };
-                if !known && r == Dropped(guestnet_core::stats::Drop::PortsExhausted) {
+                if !known && r == Dropped(guestnet_core::stats::DropReason::PortsExhausted) {
                     // Under endpoint-independent filtering ports rest, and a guest has only its own of those.
                     prop_assert_eq!(last.values().filter(|l| !free(l)).count(), 40);
                     while lab.nat.poll_output().is_some() {}
@@ -303,12 +303,12 @@ fn a_packet_without_room_for_its_fragments_is_unchanged() {
         (udp_packet(x, ext, &[7; 1200]), Inbound),
         (udp_packet(a, ext, &[7; 1200]), Outbound),
     ] {
-        let before = lab.nat.stats().drops_for(guestnet_core::stats::Drop::BufferLimit);
+        let before = lab.nat.stats().drops_for(guestnet_core::stats::DropReason::BufferLimit);
         let packet = packet.options(&[1; 40]);
         let (r, bytes) = lab.send(&packet.bytes(), way);
-        assert_eq!(r, Dropped(guestnet_core::stats::Drop::BufferLimit));
+        assert_eq!(r, Dropped(guestnet_core::stats::DropReason::BufferLimit));
         assert_eq!(bytes, packet.bytes());
-        assert_eq!(lab.nat.stats().drops_for(guestnet_core::stats::Drop::BufferLimit), before + 1);
+        assert_eq!(lab.nat.stats().drops_for(guestnet_core::stats::DropReason::BufferLimit), before + 1);
         // A fragment of a packet, too, and the rest of the engine is as it was.
         assert_eq!(lab.nat.output_len(), 0);
     }

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod nat_common;
-use guestnet_core::stats::Drop;
+use guestnet_core::stats::DropReason;
 use guestnet_wire::tcp::flags::{ACK, SYN};
 use guestnet_wire::{be16, checksum, proto, put};
 use nat_common::*;
@@ -80,12 +80,12 @@ fn rfc3022_protocols_without_ports_only_where_unambiguous() {
         let (r, q) = lab.send(&packet(A, X1), Outbound);
         assert_eq!((r, *src(&q).ip(), &q[20..]), (Translated, ip(EXT), &[7; 40][..]));
         assert_eq!(*dst(&lab.take(&packet(X1, EXT))).ip(), ip(A));
-        assert_eq!(lab.out(&packet(B, X1)), Dropped(Drop::Filtered), "whose would the answer be?");
+        assert_eq!(lab.out(&packet(B, X1)), Dropped(DropReason::Filtered), "whose would the answer be?");
         assert_eq!(lab.out(&packet(B, X2)), Translated);
-        assert_eq!(lab.inn(&packet("192.0.2.1", EXT)), Dropped(Drop::NoFlow));
+        assert_eq!(lab.inn(&packet("192.0.2.1", EXT)), Dropped(DropReason::NoFlow));
     }
     let ah = IpPacket::new(ip(A), ip(X1), 51, vec![0; 40]).bytes();
-    assert_eq!(lab.out(&ah), Dropped(Drop::UnsupportedProtocol));
+    assert_eq!(lab.out(&ah), Dropped(DropReason::UnsupportedProtocol));
 }
 
 #[test]
@@ -95,7 +95,7 @@ fn rfc3022_what_is_not_ours_passes() {
     assert_eq!(lab.out(&udp(G, "192.168.64.3:1")), PassThrough);
     assert_eq!(lab.inn(&udp(X, "203.0.113.77:1")), PassThrough);
     for bad in ["0.1.2.3:5", "127.0.0.1:5", "224.0.0.1:5", "255.255.255.255:5", "198.51.100.1:0"] {
-        assert_eq!(lab.out(&udp(G, bad)), Dropped(Drop::BadDestination), "{bad}");
+        assert_eq!(lab.out(&udp(G, bad)), Dropped(DropReason::BadDestination), "{bad}");
     }
     let mut v6 = vec![0; 48];
     v6[0] = 0x60;

@@ -1,7 +1,7 @@
 //! Theory of operation: RFC 4787 (UDP), requirement by requirement, on the packet engine with a simulated outside.
 mod nat_common;
 use guestnet_core::nat::Behaviour::{AddressAndPortDependent, AddressDependent, EndpointIndependent};
-use guestnet_core::stats::Drop;
+use guestnet_core::stats::DropReason;
 use guestnet_wire::ipv4;
 use nat_common::*;
 
@@ -134,7 +134,7 @@ fn rfc4787_req5a_shorter_for_answered_dns() {
     lab.wait(9);
     lab.take(&reply);
     lab.wait(2);
-    assert_eq!(lab.inn(&reply), Dropped(Drop::NoFlow));
+    assert_eq!(lab.inn(&reply), Dropped(DropReason::NoFlow));
     assert_eq!(lab.nat.connection_count(), 0);
 }
 
@@ -182,7 +182,7 @@ fn rfc4787_req8_filtering() {
         assert_eq!(lab.inn(&udp("198.51.100.1:2", &ext)) == Translated, other_port, "{b:?}");
         assert_eq!(lab.inn(&udp("198.51.100.2:1", &ext)) == Translated, other_host, "{b:?}");
         if !other_host {
-            assert_eq!(lab.inn(&udp("198.51.100.2:1", &ext)), Dropped(Drop::Filtered));
+            assert_eq!(lab.inn(&udp("198.51.100.2:1", &ext)), Dropped(DropReason::Filtered));
         }
         // Nobody outside makes state.
         assert_eq!(lab.nat.connection_count(), 1);
@@ -195,7 +195,11 @@ fn rfc4787_req9_hairpin_source_is_the_external_end() {
     // B has opened a port towards A's external address.
     let b_ext = lab.map(&udp("192.168.64.3:50001", "198.51.100.1:1"));
     let a_ext = lab.map(&udp(A1000, "198.51.100.1:1"));
-    assert_eq!(lab.out(&udp(A1000, &b_ext.to_string())), Dropped(Drop::Filtered), "filtered as from outside");
+    assert_eq!(
+        lab.out(&udp(A1000, &b_ext.to_string())),
+        Dropped(DropReason::Filtered),
+        "filtered as from outside"
+    );
     // B's packet is filtered at A's end too, but opens B's.
     assert_eq!(
         lab.out(&udp("192.168.64.3:50001", &a_ext.to_string())),
@@ -220,7 +224,7 @@ fn rfc4787_req9a_hairpin_with_independent_filtering() {
     assert_eq!(*src(&p).ip(), ip(EXT));
     assert_eq!(dst(&p), at("192.168.64.3:50001"));
     let mut off = Lab::new(|c| c.hairpin = false);
-    assert_eq!(off.out(&udp(A1000, "203.0.113.1:50001")), Dropped(Drop::Policy));
+    assert_eq!(off.out(&udp(A1000, "203.0.113.1:50001")), Dropped(DropReason::Policy));
 }
 
 #[test]
@@ -251,7 +255,7 @@ fn rfc4787_req11_deterministic_when_the_port_is_taken() {
     assert_eq!(lab.map(&udp(A1000, "198.51.100.2:2")), first);
     let ext = first.to_string();
     assert_eq!(lab.inn(&udp("198.51.100.1:7", &ext)), Translated);
-    assert_eq!(lab.inn(&udp("198.51.100.9:7", &ext)), Dropped(Drop::Filtered));
+    assert_eq!(lab.inn(&udp("198.51.100.9:7", &ext)), Dropped(DropReason::Filtered));
 }
 
 #[test]
@@ -432,8 +436,8 @@ fn rfc4787_req14_any_number_of_fragments() {
             overlap.payload.truncate(16);
             overlap.frag = (64 / 8) | ipv4::MF;
             if size != 16 {
-                assert_eq!(lab.out(&overlap.bytes()), Dropped(Drop::Reassembly));
-                assert_eq!(lab.out(&parts[went / 2]), Dropped(Drop::Reassembly));
+                assert_eq!(lab.out(&overlap.bytes()), Dropped(DropReason::Reassembly));
+                assert_eq!(lab.out(&parts[went / 2]), Dropped(DropReason::Reassembly));
                 assert_eq!(lab.nat.fragment_usage(), (1, 0));
             }
         }
@@ -517,6 +521,6 @@ fn rfc4787_req14a_overlapping_fragments_are_refused() {
     overlap.frag = 992 / 8;
     overlap.payload.truncate(1000);
     assert_eq!(lab.out(&f[0]), Translated);
-    assert_eq!(lab.out(&overlap.bytes()), Dropped(Drop::Reassembly));
-    assert_eq!(lab.out(&f[1]), Dropped(Drop::Reassembly), "the packet can never be whole now");
+    assert_eq!(lab.out(&overlap.bytes()), Dropped(DropReason::Reassembly));
+    assert_eq!(lab.out(&f[1]), Dropped(DropReason::Reassembly), "the packet can never be whole now");
 }

@@ -4,7 +4,7 @@
 mod nat_common;
 use guestnet_core::nat::Behaviour::{AddressAndPortDependent, AddressDependent, EndpointIndependent};
 use guestnet_core::nat::ConnState;
-use guestnet_core::stats::Drop;
+use guestnet_core::stats::DropReason;
 use guestnet_wire::tcp::flags::{ACK, FIN, PSH, RST, SYN, URG};
 use nat_common::*;
 
@@ -87,8 +87,8 @@ fn rfc5382_req3_filtering() {
         assert_eq!(lab.inn(&tcp("198.51.100.1:81", &ext, SYN)) == Translated, other_port, "{b:?}");
         assert_eq!(lab.inn(&tcp("198.51.100.2:80", &ext, SYN)) == Translated, other_host, "{b:?}");
         // Nothing but a SYN opens.
-        assert_eq!(lab.inn(&tcp("198.51.100.1:82", &ext, ACK)), Dropped(Drop::NoFlow));
-        assert_eq!(lab.inn(&tcp("198.51.100.1:82", &ext, SYN | ACK)), Dropped(Drop::NoFlow));
+        assert_eq!(lab.inn(&tcp("198.51.100.1:82", &ext, ACK)), Dropped(DropReason::NoFlow));
+        assert_eq!(lab.inn(&tcp("198.51.100.1:82", &ext, SYN | ACK)), Dropped(DropReason::NoFlow));
     }
 }
 
@@ -96,7 +96,7 @@ fn rfc5382_req3_filtering() {
 fn rfc5382_req4_unsolicited_syn_waits_for_ours() {
     let mut lab = Lab::new(|c| c.filtering_tcp = AddressAndPortDependent);
     let ext = lab.map(&tcp(G, "198.51.100.9:9", SYN)).to_string();
-    assert_eq!(lab.inn(&tcp(X, &ext, SYN)), Dropped(Drop::Filtered));
+    assert_eq!(lab.inn(&tcp(X, &ext, SYN)), Dropped(DropReason::Filtered));
     lab.wait(3);
     assert_eq!(lab.output(), [], "silent at first");
     // The guest opens the same connection: the SYN was no stranger's.
@@ -111,7 +111,7 @@ fn rfc5382_req4_unsolicited_syn_waits_for_ours() {
 fn rfc5382_req4_unsolicited_syn_is_refused_after_six_seconds() {
     let mut lab = Lab::default();
     let syn = tcp(X, "203.0.113.1:50000", SYN);
-    assert_eq!(lab.inn(&syn), Dropped(Drop::NoFlow));
+    assert_eq!(lab.inn(&syn), Dropped(DropReason::NoFlow));
     lab.wait(5);
     assert_eq!(lab.output(), []);
     lab.wait(2);

@@ -4,7 +4,7 @@
 mod nat_common;
 use guestnet_core::nat::Behaviour::EndpointIndependent;
 use guestnet_core::nat::{Prefix, Refusal};
-use guestnet_core::stats::Drop;
+use guestnet_core::stats::DropReason;
 use guestnet_wire::tcp::flags::SYN;
 use guestnet_wire::{checksum, ipv4, put};
 use nat_common::*;
@@ -50,7 +50,7 @@ fn rfc5508_req3_bad_outer_checksum_is_dropped() {
     let (_, sent) = lab.send(&udp(G, X), Outbound);
     let mut e = error(X1, EXT, 3, 3, [0; 4], &sent);
     e[22] ^= 1;
-    assert_eq!(lab.inn(&e), Dropped(Drop::BadL4Checksum));
+    assert_eq!(lab.inn(&e), Dropped(DropReason::BadL4Checksum));
 }
 
 #[test]
@@ -58,7 +58,7 @@ fn rfc5508_req3a_bad_inner_ip_checksum_is_dropped() {
     let mut lab = Lab::default();
     let (_, mut sent) = lab.send(&udp(G, X), Outbound);
     sent[10] ^= 1;
-    assert_eq!(lab.inn(&error(X1, EXT, 3, 3, [0; 4], &sent)), Dropped(Drop::BadIpChecksum));
+    assert_eq!(lab.inn(&error(X1, EXT, 3, 3, [0; 4], &sent)), Dropped(DropReason::BadIpChecksum));
 }
 
 #[test]
@@ -110,7 +110,7 @@ fn rfc5508_req4_error_from_outside_is_reverted() {
         }
     }
     let (_, sent) = Lab::default().send(&udp("192.168.64.9:51000", X), Outbound);
-    assert_eq!(lab.inn(&error(X1, EXT, 3, 3, [0; 4], &sent)), Dropped(Drop::NoFlow), "no mapping");
+    assert_eq!(lab.inn(&error(X1, EXT, 3, 3, [0; 4], &sent)), Dropped(DropReason::NoFlow), "no mapping");
 }
 
 #[test]
@@ -138,14 +138,14 @@ fn rfc5508_req5_error_about_another_guests_packet_is_dropped() {
         lab.map(&guest);
         for (kind, code) in [(3, 1), (3, 3), (3, 4), (11, 0), (12, 0)] {
             let forged = error(B, X1, kind, code, [0, 0, 4, 0], &remote);
-            assert_eq!(lab.out(&forged), Dropped(Drop::SpoofedSource), "{kind}/{code}");
+            assert_eq!(lab.out(&forged), Dropped(DropReason::SpoofedSource), "{kind}/{code}");
             assert_eq!(lab.out(&error(A, X1, kind, code, [0, 0, 4, 0], &remote)), Translated);
         }
     }
     // Nor to a third guest by way of the external address.
     let ext = lab.map(&udp(G, X)).to_string();
     let (_, seen) = lab.send(&udp("192.168.64.4:1", &ext), Outbound);
-    assert_eq!(lab.out(&error(B, EXT, 3, 3, [0; 4], &seen)), Dropped(Drop::SpoofedSource));
+    assert_eq!(lab.out(&error(B, EXT, 3, 3, [0; 4], &seen)), Dropped(DropReason::SpoofedSource));
 }
 
 /// No link has an MTU under 68 (RFC 791), so nobody is told of one; 0 is what routers of old say.
@@ -157,7 +157,7 @@ fn rfc5508_req4_an_mtu_that_no_link_has_is_not_passed_on() {
     let from_guest = udp_packet(at(X), at(G), &[3; 900]).bytes();
     for (mtu, believed) in [(0, true), (1, false), (20, false), (67, false), (68, true), (552, true)] {
         let [a, b] = u16::to_be_bytes(mtu);
-        let want = if believed { Translated } else { Dropped(Drop::Malformed) };
+        let want = if believed { Translated } else { Dropped(DropReason::Malformed) };
         assert_eq!(lab.inn(&error(X2, EXT, 3, 4, [0, 0, a, b], &sent)), want, "MTU {mtu}");
         assert_eq!(lab.out(&error(A, X1, 3, 4, [0, 0, a, b], &from_guest)), want, "MTU {mtu}");
     }
@@ -178,7 +178,7 @@ fn rfc5508_req6_errors_refresh_nothing() {
     }
     lab.wait(12);
     assert_eq!(lab.nat.connection_count(), 0);
-    assert_eq!(lab.inn(&udp(X, &ext)), Dropped(Drop::NoFlow));
+    assert_eq!(lab.inn(&udp(X, &ext)), Dropped(DropReason::NoFlow));
 }
 
 /// A query goes to the guest whose identifier it names, and the answer to whoever asked, among several.
@@ -206,13 +206,13 @@ fn rfc5508_req7_hairpinned_query() {
 #[test]
 fn rfc5508_req7_hairpinned_query_never_returns_to_its_sender() {
     let mut lab = Lab::new(|c| c.filtering_udp = EndpointIndependent);
-    assert_eq!(lab.out(&echo(A, EXT, 8, 7)), Dropped(Drop::NoFlow));
+    assert_eq!(lab.out(&echo(A, EXT, 8, 7)), Dropped(DropReason::NoFlow));
     let own = lab.map(&echo(A, X1, 8, 9));
-    assert_eq!(lab.out(&echo(A, EXT, 8, own.port())), Dropped(Drop::NoFlow));
+    assert_eq!(lab.out(&echo(A, EXT, 8, own.port())), Dropped(DropReason::NoFlow));
     // Filtering holds inside too.
     let mut lab = Lab::default();
     let b_ext = lab.map(&echo(B, X1, 8, 77));
-    assert_eq!(lab.out(&echo(A, EXT, 8, b_ext.port())), Dropped(Drop::Filtered));
+    assert_eq!(lab.out(&echo(A, EXT, 8, b_ext.port())), Dropped(DropReason::Filtered));
 }
 
 #[test]
@@ -233,7 +233,7 @@ fn rfc5508_req7a_hairpinned_error() {
     assert_eq!(quote, sent);
     // An error about nothing known changes no byte (checked by `send`).
     let stranger = udp("203.0.113.1:1000", "192.168.64.3:2");
-    assert!(matches!(lab.out(&error(B, EXT, 3, 3, [0; 4], &stranger)), Dropped(Drop::NoFlow)));
+    assert!(matches!(lab.out(&error(B, EXT, 3, 3, [0; 4], &stranger)), Dropped(DropReason::NoFlow)));
 }
 
 #[test]
@@ -245,14 +245,14 @@ fn rfc5508_req8_refusal_is_told() {
             c.sessions_per_endpoint = 3;
             c.icmp_errors_per_second = 10;
         });
-        assert_eq!(lab.out(&udp(G, "192.0.2.1:1")), Dropped(Drop::Policy));
+        assert_eq!(lab.out(&udp(G, "192.0.2.1:1")), Dropped(DropReason::Policy));
         let (d, p, t, c) = lab.the_error();
         assert_eq!((d, t, c), (Inbound, 3, code));
         assert_eq!((*src(&p).ip(), *dst(&p).ip()), (ip("192.168.64.1"), ip(A)));
         for port in 1..=3 {
             lab.map(&udp(G, &format!("198.51.100.1:{port}")));
         }
-        assert_eq!(lab.out(&udp(G, "198.51.100.1:4")), Dropped(Drop::FlowLimit));
+        assert_eq!(lab.out(&udp(G, "198.51.100.1:4")), Dropped(DropReason::FlowLimit));
         assert_eq!(lab.the_error().3, code);
         for _ in 0..1000 {
             lab.out(&udp(G, "192.0.2.1:1"));
@@ -274,7 +274,7 @@ fn rfc5508_req8_errors_of_one_guest_leave_those_of_another() {
     }
     assert_eq!(lab.output().len(), 10);
     for guest in 3..100 {
-        assert_eq!(lab.out(&dying(&format!("192.168.64.{guest}:5"))), Dropped(Drop::TtlExpired));
+        assert_eq!(lab.out(&dying(&format!("192.168.64.{guest}:5"))), Dropped(DropReason::TtlExpired));
     }
     let told = lab.output();
     assert_eq!(told.len(), 97);
@@ -293,7 +293,7 @@ fn rfc5508_req8_errors_of_one_guest_leave_those_of_another() {
         lab.inn(&packet);
     }
     assert_eq!(lab.output().iter().filter(|(d, _)| *d == Outbound).count(), 10);
-    assert_eq!((lab.out(&dying(G)), lab.output().len()), (Dropped(Drop::TtlExpired), 1));
+    assert_eq!((lab.out(&dying(G)), lab.output().len()), (Dropped(DropReason::TtlExpired), 1));
 }
 
 #[test]
@@ -303,7 +303,7 @@ fn rfc5508_req10_unreachable_time_exceeded_and_echo() {
         let packet = udp_packet(at(G), at(X), b"x").ttl(ttl).bytes();
         let (r, p) = lab.send(&packet, Outbound);
         if expires {
-            assert_eq!(r, Dropped(Drop::TtlExpired));
+            assert_eq!(r, Dropped(DropReason::TtlExpired));
             let (d, e, t, c) = lab.the_error();
             assert_eq!((d, t, c), (Inbound, 11, 0));
             assert_eq!((*src(&e).ip(), *dst(&e).ip()), (ip("192.168.64.1"), ip(A)));
@@ -315,7 +315,7 @@ fn rfc5508_req10_unreachable_time_exceeded_and_echo() {
     // The same from outside, towards the outside.
     let ext = lab.map(&udp(G, X));
     let packet = udp_packet(at(X), ext, b"x").ttl(1).bytes();
-    assert_eq!(lab.inn(&packet), Dropped(Drop::TtlExpired));
+    assert_eq!(lab.inn(&packet), Dropped(DropReason::TtlExpired));
     let (d, e, t, _) = lab.the_error();
     assert_eq!((d, t, *src(&e).ip()), (Outbound, 11, ip(EXT)));
     // No error about an error.
@@ -323,7 +323,7 @@ fn rfc5508_req10_unreachable_time_exceeded_and_echo() {
     let mut e = error(X1, EXT, 3, 3, [0; 4], &sent);
     put(&mut e, 8, &[1]);
     ipv4::fill_checksum(&mut e);
-    assert_eq!(lab.inn(&e), Dropped(Drop::TtlExpired));
+    assert_eq!(lab.inn(&e), Dropped(DropReason::TtlExpired));
     assert_eq!(lab.output(), []);
     assert_eq!(checksum::checksum(&e[..20]), 0);
 }
@@ -334,6 +334,6 @@ fn rfc5508_other_icmp_is_refused() {
     let (_, sent) = lab.send(&udp(G, X), Outbound);
     for kind in [4, 5, 9, 10, 30, 40, 255] {
         let r = lab.inn(&error(X1, EXT, kind, 0, [0; 4], &sent));
-        assert_eq!(r, Dropped(Drop::UnsupportedProtocol), "type {kind}");
+        assert_eq!(r, Dropped(DropReason::UnsupportedProtocol), "type {kind}");
     }
 }

@@ -4,7 +4,7 @@
 mod nat_common;
 use guestnet_core::nat::Behaviour::{AddressAndPortDependent, EndpointIndependent};
 use guestnet_core::nat::Prefix;
-use guestnet_core::stats::Drop;
+use guestnet_core::stats::DropReason;
 use guestnet_wire::tcp::flags::{ACK, SYN};
 use nat_common::*;
 
@@ -21,8 +21,12 @@ fn rfc6888_req4_cap_of_ports_per_guest() {
     for port in 0..10 {
         lab.map(&udp(&guest(2, 50000 + port), X));
     }
-    assert_eq!(lab.out(&udp(&guest(2, 50010), X)), Dropped(Drop::PortLimit));
-    assert_eq!(lab.out(&tcp(&guest(2, 50010), X, SYN)), Dropped(Drop::PortLimit), "all protocols count");
+    assert_eq!(lab.out(&udp(&guest(2, 50010), X)), Dropped(DropReason::PortLimit));
+    assert_eq!(
+        lab.out(&tcp(&guest(2, 50010), X, SYN)),
+        Dropped(DropReason::PortLimit),
+        "all protocols count"
+    );
     // Ports that it has still serve, and others are unaffected.
     lab.map(&udp(&guest(2, 50009), "198.51.100.2:2"));
     lab.map(&udp(&guest(3, 50010), X));
@@ -40,8 +44,12 @@ fn rfc6888_req5_cap_of_state_per_guest() {
     for port in 1..10 {
         lab.map(&tcp(G, &format!("198.51.100.1:{port}"), SYN));
     }
-    assert_eq!(lab.out(&tcp(G, "198.51.100.1:10", SYN)), Dropped(Drop::FlowLimit));
-    assert_eq!(lab.inn(&tcp("198.51.100.7:1", &ext, SYN)), Dropped(Drop::FlowLimit), "inbound counts too");
+    assert_eq!(lab.out(&tcp(G, "198.51.100.1:10", SYN)), Dropped(DropReason::FlowLimit));
+    assert_eq!(
+        lab.inn(&tcp("198.51.100.7:1", &ext, SYN)),
+        Dropped(DropReason::FlowLimit),
+        "inbound counts too"
+    );
     lab.map(&tcp(&guest(3, 50000), X, SYN));
     assert_eq!(lab.nat.connection_count(), 11);
 }
@@ -72,7 +80,7 @@ fn rfc6888_req4_cap_of_ports_does_not_count_expired_flows() {
         let mut lab = capped(|c| c.ports_per_endpoint = 50);
         dead_flows(&mut lab, 50, others);
         lab.map(&tcp(&guest(2, 9999), X, SYN));
-        assert_eq!(lab.nat.stats().drops_for(Drop::PortLimit), 0, "after {others} of others");
+        assert_eq!(lab.nat.stats().drops_for(DropReason::PortLimit), 0, "after {others} of others");
     }
 }
 
@@ -82,7 +90,7 @@ fn rfc6888_req5_cap_of_state_does_not_count_expired_flows() {
         let mut lab = capped(|c| c.sessions_per_endpoint = 50);
         dead_flows(&mut lab, 50, others);
         lab.map(&tcp(&guest(2, 9999), X, SYN));
-        assert_eq!(lab.nat.stats().drops_for(Drop::FlowLimit), 0, "after {others} of others");
+        assert_eq!(lab.nat.stats().drops_for(DropReason::FlowLimit), 0, "after {others} of others");
     }
 }
 
@@ -126,7 +134,7 @@ fn rfc6888_req5_a_refused_flow_takes_no_port() {
     });
     lab.map(&udp(&guest(2, 50000), X));
     for port in 0..1000 {
-        assert_eq!(lab.out(&udp(&guest(2, 1000 + port), X)), Dropped(Drop::FlowLimit));
+        assert_eq!(lab.out(&udp(&guest(2, 1000 + port), X)), Dropped(DropReason::FlowLimit));
     }
     assert_eq!(lab.nat.conntrack_stats().ports, 1, "none is taken, and none rests");
     lab.map(&udp(&guest(3, 50000), X));
@@ -204,12 +212,12 @@ fn rfc6888_req8_a_resting_port_goes_to_nobody_else_when_the_range_is_full() {
     }
     lab.wait(302);
     assert_eq!(lab.nat.connection_count(), 0);
-    assert_eq!(lab.out(&udp(&guest(3, 5000), X)), Dropped(Drop::PortsExhausted));
+    assert_eq!(lab.out(&udp(&guest(3, 5000), X)), Dropped(DropReason::PortsExhausted));
     assert_eq!(lab.the_error().2, 3);
     // The guest that had them may have one again, of the parity that it asks for.
     let again = lab.map(&udp(&guest(2, 7001), X)).port();
     assert_eq!(again % 2, 1);
-    assert_eq!(lab.out(&udp(&guest(3, 5000), X)), Dropped(Drop::PortsExhausted));
+    assert_eq!(lab.out(&udp(&guest(3, 5000), X)), Dropped(DropReason::PortsExhausted));
     lab.wait(120);
     lab.map(&udp(&guest(3, 5000), X));
 }
@@ -221,7 +229,7 @@ fn rfc6888_req8_resting_ports_are_not_inherited_with_an_address() {
         lab.map(&udp(&guest(2, 5000 + i), X));
     }
     assert_eq!(lab.nat.end_endpoint(ip(A)), 10);
-    assert_eq!(lab.out(&udp(&guest(2, 5000), X)), Dropped(Drop::PortsExhausted));
+    assert_eq!(lab.out(&udp(&guest(2, 5000), X)), Dropped(DropReason::PortsExhausted));
     lab.wait(121);
     lab.map(&udp(&guest(2, 5000), X));
 }
@@ -237,7 +245,7 @@ fn rfc6888_req8_ports_that_have_rested_are_free_without_expiry_work() {
     for i in 0..200 {
         lab.map(&tcp(&guest(200, 5000 + i % 20), X, SYN));
     }
-    assert_eq!(lab.out(&udp(&guest(201, 5000), X)), Dropped(Drop::PortsExhausted));
+    assert_eq!(lab.out(&udp(&guest(201, 5000), X)), Dropped(DropReason::PortsExhausted));
     lab.sleep(121);
     for i in 0..100 {
         lab.map(&udp(&guest(201, 5000 + i), X));
@@ -298,8 +306,8 @@ fn rfc6888_req11_never_evict_to_make_room() {
     let all: Vec<_> = (0..100).map(|i| lab.map(&udp(&guest(2 + i, 5000), X))).collect();
     let ports: std::collections::HashSet<u16> = all.iter().map(|a| a.port()).collect();
     assert_eq!(ports.len(), 100, "the range is used to the last port");
-    assert_eq!(lab.out(&udp(&guest(200, 5000), X)), Dropped(Drop::PortsExhausted));
-    assert_eq!((lab.the_error().2, lab.nat.stats().drops_for(Drop::PortsExhausted)), (3, 1));
+    assert_eq!(lab.out(&udp(&guest(200, 5000), X)), Dropped(DropReason::PortsExhausted));
+    assert_eq!((lab.the_error().2, lab.nat.stats().drops_for(DropReason::PortsExhausted)), (3, 1));
     for (i, ext) in all.iter().enumerate() {
         let p = lab.take(&udp(X, &ext.to_string()));
         assert_eq!(dst(&p), at(&guest(2 + i as u32, 5000)));
@@ -316,7 +324,7 @@ fn rfc6888_req11_full_table() {
     for i in 0..50 {
         lab.map(&udp(&guest(2 + i, 5000), X));
     }
-    assert_eq!(lab.out(&udp(&guest(100, 5000), X)), Dropped(Drop::TableFull));
+    assert_eq!(lab.out(&udp(&guest(100, 5000), X)), Dropped(DropReason::TableFull));
     lab.map(&udp(&guest(2, 5000), X));
     lab.sleep(301);
     lab.map(&udp(&guest(100, 5000), X));

@@ -4,7 +4,7 @@
 mod nat_common;
 use guestnet_core::nat::Behaviour::{AddressAndPortDependent, EndpointIndependent};
 use guestnet_core::nat::ConnState;
-use guestnet_core::stats::Drop;
+use guestnet_core::stats::DropReason;
 use guestnet_wire::be16;
 use guestnet_wire::tcp::flags::{ACK, FIN, RST, SYN};
 use nat_common::*;
@@ -103,7 +103,7 @@ fn rfc7857_5_behaviour_per_protocol() {
     let u = lab.map(&udp(G, X)).to_string();
     let t = lab.map(&tcp(G, X, SYN)).to_string();
     lab.take(&udp("192.0.2.5:5", &u));
-    assert_eq!(lab.inn(&tcp("192.0.2.5:5", &t, SYN)), Dropped(Drop::Filtered));
+    assert_eq!(lab.inn(&tcp("192.0.2.5:5", &t, SYN)), Dropped(DropReason::Filtered));
 }
 
 #[test]

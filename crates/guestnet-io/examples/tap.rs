@@ -7,7 +7,7 @@
 //! socket of one frame per datagram.
 #![allow(unsafe_code)]
 
-use guestnet_core::config::CoreConfig;
+use guestnet_core::config::NetworkConfig;
 use guestnet_core::types::{ForwardId, PortConfig, PortId};
 use guestnet_io::{Command, WorkerConfig, spawn};
 use guestnet_wire::ether::Mac;
@@ -48,7 +48,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let tap = inherited(&args.next().ok_or("tap FD [dgram:FD] [FORWARD]...")?)?;
     let gateway = Ipv4Addr::new(192, 168, 64, 1);
     let mac = Mac([0x52, 0x94, 0xef, 0, 0, 1]);
-    let core = CoreConfig::new(mac, gateway, (Ipv4Addr::new(192, 168, 64, 0), 24), [7; 32]);
+    let core = NetworkConfig::new(mac, gateway, (Ipv4Addr::new(192, 168, 64, 0), 24), [7; 32]);
     let mut worker = WorkerConfig::new(core);
     worker.max_spins = std::env::var("SPINS").map_or(Ok(worker.max_spins), |n| n.parse())?;
     worker.batch_size = std::env::var("BATCH").map_or(Ok(worker.batch_size), |n| n.parse())?;

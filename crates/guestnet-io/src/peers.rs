@@ -11,7 +11,7 @@ use crate::pool::PacketPool;
 use crate::ring::{Consumer, Producer, Ring};
 use crate::worker::State;
 use guestnet_core::effects::TxError;
-use guestnet_core::shard::News;
+use guestnet_core::shard::PeerUpdate;
 use guestnet_core::types::{FrameMeta, PortId};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -34,12 +34,12 @@ pub(crate) enum Item {
     /// A frame for a port, or for all, in a buffer of the sender's pool.
     Frame { port: Option<PortId>, buffer: u32, meta: FrameMeta },
     /// What the other core learned.
-    News(News),
+    PeerUpdate(PeerUpdate),
 }
 
 struct Out {
     ring: Producer<Item>,
-    late: VecDeque<News>,
+    late: VecDeque<PeerUpdate>,
     bell: Arc<Bell>,
     waker: Arc<Waker>,
     commands: Arc<CommandSender>,
@@ -62,7 +62,7 @@ pub(crate) struct Peers {
     frames: usize,
     bell: Arc<Bell>,
     loads: Arc<[AtomicU32]>,
-    news: Vec<News>,
+    news: Vec<PeerUpdate>,
 }
 
 /// What each worker brings.
@@ -154,13 +154,13 @@ impl Peers {
     }
 
     /// Tells all others, in order.
-    pub(crate) fn tell(&mut self, take: impl FnOnce(usize, &mut Vec<News>)) {
+    pub(crate) fn tell(&mut self, take: impl FnOnce(usize, &mut Vec<PeerUpdate>)) {
         let mut news = std::mem::take(&mut self.news);
         take(self.room(), &mut news);
         for out in self.out.iter_mut().flatten() {
             out.late.extend(&news);
             while let Some(next) = out.late.front() {
-                if out.ring.enqueue(Item::News(*next)).is_err() {
+                if out.ring.enqueue(Item::PeerUpdate(*next)).is_err() {
                     break;
                 }
                 out.late.pop_front();
@@ -171,7 +171,7 @@ impl Peers {
         self.news = news;
     }
 
-    /// News wait because a ring was full.
+    /// PeerUpdate wait because a ring was full.
     pub(crate) fn is_behind(&self) -> bool {
         self.out.iter().flatten().any(|o| !o.late.is_empty())
     }
@@ -245,7 +245,7 @@ impl State {
     /// Does what other workers sent; false when there was nothing.
     pub(crate) fn hear_peers(&mut self) -> bool {
         let mut any = false;
-        let mut items = [Item::News(News::PortDown { port: PortId(0) }); BATCH];
+        let mut items = [Item::PeerUpdate(PeerUpdate::PortDown { port: PortId(0) }); BATCH];
         for from in 0..self.io.peers.as_ref().map_or(0, |p| p.count()) {
             let mut bytes = 0;
             while bytes < BATCH_BYTES {
@@ -255,8 +255,8 @@ impl State {
                 any = true;
                 for item in items.iter().take(n) {
                     match *item {
-                        Item::News(news) => {
-                            self.core.peer_news(self.now, from as u16, news, &mut self.io);
+                        Item::PeerUpdate(news) => {
+                            self.core.peer_update(self.now, from as u16, news, &mut self.io);
                         }
                         Item::Frame { port, buffer, meta } => {
                             if let Ok(frame) = pool.borrow(buffer) {
@@ -305,7 +305,7 @@ mod tests {
     }
 
     fn take_all(p: &mut Peers, from: usize) -> Vec<Item> {
-        let mut items = [Item::News(News::PortDown { port: PortId(0) }); 100];
+        let mut items = [Item::PeerUpdate(PeerUpdate::PortDown { port: PortId(0) }); 100];
         let mut all = Vec::new();
         loop {
             let n = p.take(from, &mut items);
@@ -352,7 +352,7 @@ mod tests {
         while all[0].send(1, None, b"x", FrameMeta::default()).is_ok() {}
         let room = all[0].room();
         assert!(room > 100);
-        let news = |n: u32| News::PortDown { port: PortId(n) };
+        let news = |n: u32| PeerUpdate::PortDown { port: PortId(n) };
         let total = RING as u32 * 2;
         all[0].tell(|r, out| {
             assert_eq!(r, room);
@@ -363,7 +363,7 @@ mod tests {
         while got.iter().any(|g| g.len() < total as usize) {
             for (i, got) in got.iter_mut().enumerate() {
                 got.extend(take_all(&mut all[i + 1], 0).iter().filter_map(|item| match item {
-                    Item::News(n) => Some(*n),
+                    Item::PeerUpdate(n) => Some(*n),
                     Item::Frame { .. } => None,
                 }));
             }

@@ -3,12 +3,12 @@
 //! and never makes the worker wait.
 
 use crate::attachments::vhost::Counts;
-use guestnet_core::stats::{Counters, Drop};
+use guestnet_core::stats::{Counters, DropReason};
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 /// Buckets of the histogram of batch sizes: 0, 1, 2-3, 4-7, 8-15, 16-31, 32-63, 64 and more.
 pub const BUCKETS: usize = 8;
-const DROPS: usize = Drop::ALL.len();
+const DROPS: usize = DropReason::ALL.len();
 
 macro_rules! io_counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
@@ -241,7 +241,7 @@ mod tests {
         a.core.rx_frames = 1;
         a.core.icmp_errors = 8;
         a.core.dns_asked = 11;
-        a.core.drop(Drop::PortsExhausted);
+        a.core.drop(DropReason::PortsExhausted);
         a.io.polls = 5;
         a.io.sockets_open = 6;
         a.io.poll_histogram[7] = 9;

@@ -22,8 +22,8 @@ use crate::sys;
 use crate::turn::Turn;
 use crate::uplink::forward::{ForwardParts, Listening, Resting};
 use crate::uplink::udp::Inbox;
-use guestnet_core::Core;
-use guestnet_core::config::{CoreConfig, Limits};
+use guestnet_core::Network;
+use guestnet_core::config::{Limits, NetworkConfig};
 use guestnet_core::types::Time;
 use std::collections::HashMap;
 use std::os::fd::RawFd;
@@ -70,7 +70,7 @@ pub enum PollingStrategy {
 #[derive(Clone)]
 pub struct WorkerConfig {
     /// The Network.
-    pub core: CoreConfig,
+    pub core: NetworkConfig,
     /// What to do when nothing is ready.
     pub strategy: PollingStrategy,
     /// Frames of one guest before others have their turn, 1 to 1024.
@@ -94,7 +94,7 @@ pub struct WorkerConfig {
 impl WorkerConfig {
     /// With the usual sizes.
     #[must_use]
-    pub fn new(core: CoreConfig) -> WorkerConfig {
+    pub fn new(core: NetworkConfig) -> WorkerConfig {
         WorkerConfig {
             core,
             strategy: PollingStrategy::default(),
@@ -320,7 +320,7 @@ impl Drop for Thread {
 
 /// Everything of a worker.
 pub(crate) struct State {
-    pub core: Core,
+    pub core: Network,
     pub io: IoState,
     pub queue: rtrb::Consumer<(u64, Command)>,
     pub waker: Arc<Waker>,
@@ -374,11 +374,11 @@ impl State {
         stop: Arc<AtomicBool>,
     ) -> State {
         let now = sys::now();
-        let mut core = Core::new(config.core, now);
+        let mut core = Network::new(config.core, now);
         let (mut first, mut last) = (FIRST_DYNAMIC, u32::MAX);
         if let Some(p) = &io.peers {
             core.share(p.count() as u16);
-            core.take_news(p.room(), &mut Vec::new());
+            core.take_peer_updates(p.room(), &mut Vec::new());
             first += p.me() as u32 * front::DYNAMIC_PORTS;
             last = first + (front::DYNAMIC_PORTS - 1);
         }
@@ -490,7 +490,7 @@ impl State {
             }
             self.core.batch_end(self.now, &mut self.io);
             if let Some(p) = &mut self.io.peers {
-                p.tell(|room, out| self.core.take_news(room, out));
+                p.tell(|room, out| self.core.take_peer_updates(room, out));
             }
             self.io.flush();
             if !self.io.has_news() || !turn.has_time() {

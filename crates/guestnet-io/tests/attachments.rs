@@ -324,7 +324,7 @@ fn a_guest_that_does_not_read_is_bounded_and_alone() {
     }
     tcp_works(&mut other, tcp, 500_000);
     udp_works(&mut other, udp);
-    net.until("a port was full", |s| s.core.drops[guestnet_core::stats::Drop::PortFull as usize] > 0);
+    net.until("a port was full", |s| s.core.drops[guestnet_core::stats::DropReason::PortFull as usize] > 0);
     // When it reads again, it is served again.
     while deaf.link.receive(Duration::from_millis(200)).is_some() {}
     udp_works(&mut deaf, udp);

@@ -5,7 +5,7 @@
 mod common;
 
 use common::{Guest, Link, Net, PATIENCE, StreamLink, port_config, tcp_echo, udp_echo};
-use guestnet_core::stats::Drop;
+use guestnet_core::stats::DropReason;
 use guestnet_core::types::{ForwardId, PortId};
 use guestnet_io::{Command, CommandError, ListenKind, PollingStrategy, Value};
 use guestnet_wire::ether::Mac;
@@ -29,7 +29,7 @@ fn until(net: &Net, what: &str, done: impl Fn(&Net) -> bool) {
     }
 }
 
-fn drops(net: &Net, why: Drop) -> u64 {
+fn drops(net: &Net, why: DropReason) -> u64 {
     net.worker.stats().core.drops[why as usize]
 }
 
@@ -129,16 +129,16 @@ fn nobody_is_another_workers_guest() {
     let mine = b.mac;
     b.mac = a.mac;
     b.udp_send_to(a.mac, 1, at(&a, 2), b"with its MAC");
-    until(&net, "its MAC refused", |n| drops(n, Drop::SpoofedMac) == 1);
+    until(&net, "its MAC refused", |n| drops(n, DropReason::SpoofedMac) == 1);
     (b.mac, b.ip) = (mine, a.ip);
     b.udp_send_to(a.mac, 1, at(&a, 2), b"with its address");
-    until(&net, "its address refused", |n| drops(n, Drop::SpoofedSource) == 1);
+    until(&net, "its address refused", |n| drops(n, DropReason::SpoofedSource) == 1);
     // What the control side has assigned is known everywhere as well.
     let ip = "192.168.64.77".parse().unwrap();
     net.command(Command::BindAddress { port: PortId(1), ip, mac: None });
     b.ip = "192.168.64.77".parse().unwrap();
     let end = Instant::now() + PATIENCE;
-    while drops(&net, Drop::SpoofedSource) < 2 {
+    while drops(&net, DropReason::SpoofedSource) < 2 {
         b.udp_send_to(a.mac, 1, at(&a, 2), b"with an assigned one");
         std::thread::sleep(Duration::from_millis(15));
         assert!(Instant::now() < end);

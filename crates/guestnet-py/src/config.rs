@@ -3,7 +3,7 @@
 
 use crate::addresses;
 use crate::errors::config_error;
-use guestnet_core::config::{CoreConfig, Filtering, Limits, Timeouts};
+use guestnet_core::config::{Filtering, Limits, NetworkConfig, Timeouts};
 use guestnet_core::types::NetMode;
 use guestnet_io::{ListenKind, PollingStrategy};
 use pyo3::prelude::*;
@@ -108,7 +108,7 @@ pub fn core(
     filtering_name: &str,
     limit_values: &Named,
     timeout_values: &Named,
-) -> PyResult<CoreConfig> {
+) -> PyResult<NetworkConfig> {
     if !(8..=30).contains(&prefix) {
         return Err(config_error(py, format!("the prefix length {prefix} is not 8 to 30")));
     }
@@ -122,7 +122,7 @@ pub fn core(
         return Err(config_error(py, format!("the gateway {gateway} is not an IPv4 address")));
     };
     let subnet = Ipv4Addr::from_bits(gateway.to_bits() & (u32::MAX << (32 - prefix)));
-    let mut config = CoreConfig::new(mac, gateway, (subnet, prefix), secret);
+    let mut config = NetworkConfig::new(mac, gateway, (subnet, prefix), secret);
     config.mode = mode(py, mode_name)?;
     config.host_loopback = host_loopback;
     for (address, owner) in reserved {

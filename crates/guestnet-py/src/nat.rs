@@ -11,7 +11,7 @@ use crate::pool::{PacketPool, lock};
 use guestnet_core::nat::{
     self, Behaviour, NatDirection, NatEngineConfig, NatResult, NatTimeouts, PacketBatch, Prefix, Refusal,
 };
-use guestnet_core::stats::Drop;
+use guestnet_core::stats::DropReason;
 use guestnet_core::types::Time;
 use guestnet_wire::{ether, proto};
 use pyo3::buffer::PyBuffer;
@@ -79,7 +79,7 @@ fn timeouts(py: Python<'_>, values: &HashMap<String, u32>) -> PyResult<NatTimeou
 /// The names of the reasons for drops, by number.
 #[pyfunction]
 pub fn drop_reasons() -> Vec<&'static str> {
-    Drop::ALL.iter().map(|d| d.name()).collect()
+    DropReason::ALL.iter().map(|d| d.name()).collect()
 }
 
 /// Work on engines that is done detached now.
@@ -501,7 +501,7 @@ pub fn stats<'py>(py: Python<'py>, s: &nat::NatStats) -> PyResult<Bound<'py, PyD
         d.set_item(name, value)?;
     }
     let drops = PyDict::new(py);
-    for (why, count) in Drop::ALL.iter().zip(s.drops) {
+    for (why, count) in DropReason::ALL.iter().zip(s.drops) {
         drops.set_item(why.name(), count)?;
     }
     d.set_item("drops", drops)?;

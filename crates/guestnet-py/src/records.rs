@@ -3,7 +3,7 @@
 
 use crate::addresses::{Pair, pair};
 use guestnet_core::config;
-use guestnet_core::stats::{Counters, Drop};
+use guestnet_core::stats::{Counters, DropReason};
 use guestnet_io::{IoCounters, StatsSnapshot};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
@@ -115,7 +115,7 @@ pub fn counters<'py>(py: Python<'py>, c: &Counters) -> PyResult<Bound<'py, PyDic
         out.set_item(name, value)?;
     }
     let drops = PyDict::new(py);
-    for (reason, value) in Drop::ALL.iter().zip(c.drops) {
+    for (reason, value) in DropReason::ALL.iter().zip(c.drops) {
         drops.set_item(reason.name(), value)?;
     }
     out.set_item("drops", drops)?;

@@ -1,4 +1,4 @@
-//! Theory of operation: answers that may be given again, by question. Names come from guests, so the hash is keyed.
+//! Theory of operation: answers that may be given again, by question. DnsForwarder come from guests, so the hash is keyed.
 //! Bounded in bytes, what keeps them included. What a port's own questions brought is counted, and when all is full the port
 //! that has the most gives way: a guest that asks for ever new names pushes out its own answers, oldest first, but those
 //! that were given again meanwhile have a second chance. Whoever asked, an answer is the same for all, so a hit does not look at the port.

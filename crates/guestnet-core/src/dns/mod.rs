@@ -12,15 +12,15 @@ mod pending_queries;
 
 use crate::interface::config::Limits;
 use crate::interface::effects::Effects;
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, IpFields, PortId, ServiceId, Time};
-use crate::network::Core;
+use crate::network::Network;
 use crate::util::siphash::SipKey;
 use cache::{Cache, Key};
 use guestnet_wire::be16;
 use guestnet_wire::dns::{Answer, HEADER, NOERROR, NXDOMAIN, Query, flags};
 use guestnet_wire::ether::Mac;
-use pending_queries::{Asked, Asking, QUESTIONS_PER_PORT, Waiter};
+use pending_queries::{Asked, PendingQueries, QUESTIONS_PER_PORT, Waiter};
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
@@ -42,23 +42,23 @@ struct Grant {
 }
 
 /// What is known of names.
-pub(crate) struct Names {
+pub(crate) struct DnsForwarder {
     sip: SipKey,
     service: Option<ServiceId>,
     generation: u64,
     epoch: u64,
-    /// Names that, with all below them, may be the network's own.
+    /// DnsForwarder that, with all below them, may be the network's own.
     own: BTreeSet<Box<[u8]>>,
     grant: Option<Grant>,
     failures: u32,
     cache: Cache,
-    asking: Asking,
+    asking: PendingQueries,
     out: Vec<u8>,
 }
 
-impl Names {
-    pub(crate) fn new(sip: SipKey, limits: &Limits) -> Names {
-        Names {
+impl DnsForwarder {
+    pub(crate) fn new(sip: SipKey, limits: &Limits) -> DnsForwarder {
+        DnsForwarder {
             sip,
             service: None,
             generation: 0,
@@ -67,7 +67,7 @@ impl Names {
             grant: None,
             failures: 0,
             cache: Cache::new(limits.name_bytes),
-            asking: Asking::default(),
+            asking: PendingQueries::default(),
             out: Vec::new(),
         }
     }
@@ -147,7 +147,7 @@ impl Names {
     }
 }
 
-impl Core {
+impl Network {
     /// What the control side says of the network's own names: `own` are names as labels in lower case; these and
     /// those below them may be its own. All that is known is forgotten. `generation` counts the changes of the
     /// service's records; what is older than what was said already is not taken.
@@ -310,7 +310,7 @@ impl Core {
             (question, _) => asking.answered(socket, from, be16(message, 0), question, fx),
         };
         let Some(asked) = asked else {
-            self.base.drop(Drop::Filtered);
+            self.base.drop(DropReason::Filtered);
             for asked in self.names.asking.give_up(socket, fx) {
                 self.pass_on(asked, fx);
             }
@@ -347,7 +347,7 @@ impl Core {
         let slot = self.ports.slot(port);
         match slot.and_then(|s| self.ports.get_mut(s)) {
             Some(p) => p.asking = p.asking.saturating_sub(1),
-            None => self.base.drop(Drop::NoEndpoint),
+            None => self.base.drop(DropReason::NoEndpoint),
         }
         slot
     }

@@ -68,7 +68,7 @@ struct Socket {
 
 /// See the module head.
 #[derive(Default)]
-pub(crate) struct Asking {
+pub(crate) struct PendingQueries {
     asked: BTreeMap<u16, Asked>,
     questions: HashTable<u16>,
     order: VecDeque<(Time, u16, u64)>,
@@ -83,7 +83,7 @@ fn same(a: SocketAddr, b: SocketAddr) -> bool {
     (a.ip().to_canonical(), a.port()) == (b.ip().to_canonical(), b.port())
 }
 
-impl Asking {
+impl PendingQueries {
     pub(crate) fn len(&self) -> usize {
         self.asked.len()
     }

@@ -139,7 +139,7 @@ impl Default for Timeouts {
 
 /// What a Network is.
 #[derive(Clone)]
-pub struct CoreConfig {
+pub struct NetworkConfig {
     /// Whether anything leaves.
     pub mode: NetMode,
     /// The gateway's MAC.
@@ -165,7 +165,7 @@ pub struct CoreConfig {
     pub secret: [u8; 32],
 }
 
-impl CoreConfig {
+impl NetworkConfig {
     /// A `nat` network with default limits.
     #[must_use]
     pub fn new(
@@ -173,8 +173,8 @@ impl CoreConfig {
         gateway4: Ipv4Addr,
         subnet4: (Ipv4Addr, u8),
         secret: [u8; 32],
-    ) -> CoreConfig {
-        CoreConfig {
+    ) -> NetworkConfig {
+        NetworkConfig {
             mode: NetMode::Nat,
             gateway_mac,
             gateway4,

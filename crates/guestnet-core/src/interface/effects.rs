@@ -2,7 +2,7 @@
 //! real sockets and attachments, the tests over vectors. Calls answer at once and never block; a call that
 //! cannot be done says why and changes nothing. Events go up to the control side through [`Effects::event`].
 
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, FrameMeta, IpFields, PortId, ServiceId, SockId, Target};
 use guestnet_wire::ether::Mac;
 use std::net::{IpAddr, SocketAddr};
@@ -11,7 +11,7 @@ use std::ops::Range;
 /// Why a frame was not taken by a port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TxError {
-    /// The port's queue is full; `Core::port_writable` will be called when it has drained.
+    /// The port's queue is full; `Network::port_writable` will be called when it has drained.
     Full,
     /// There is no such port any more.
     Gone,
@@ -139,7 +139,7 @@ pub enum Event {
         /// The other side.
         remote: SocketAddr,
         /// Why.
-        reason: Drop,
+        reason: DropReason,
     },
 }
 
@@ -151,7 +151,7 @@ pub trait Effects {
     fn transmit(&mut self, port: PortId, frame: &[u8], meta: FrameMeta) -> Result<(), TxError>;
 
     /// Sends one frame to a port of another worker, or (`None`) to all its ports. [`TxError::Full`] is final:
-    /// nothing tells when there is room again. Only called after `Core::share`.
+    /// nothing tells when there is room again. Only called after `Network::share`.
     fn forward_remote(
         &mut self,
         _worker: u16,
@@ -173,7 +173,7 @@ pub trait Effects {
     ) -> Result<(), TxError>;
 
     /// How many more bytes of frames the port takes now without [`TxError::Full`]; 0 for full, and then
-    /// `Core::port_writable` will be called.
+    /// `Network::port_writable` will be called.
     fn port_room(&mut self, port: PortId) -> usize;
 
     /// Sends a packet out through the uplink of packets. In `frame` it follows the 14 bytes of an Ethernet
@@ -185,7 +185,7 @@ pub trait Effects {
     fn uplink(&mut self, frame: &[u8], meta: FrameMeta) -> Result<(), TxError>;
 
     // ---- TCP sockets --------------------------------------------------------------------------------
-    /// Starts a non-blocking connect for `flow`; `Core::tcp_connected` tells the outcome, also when it is
+    /// Starts a non-blocking connect for `flow`; `Network::tcp_connected` tells the outcome, also when it is
     /// known at once. `tight` is as in [`Effects::tcp_tighten`], from the first byte on.
     fn tcp_connect(
         &mut self,
@@ -231,11 +231,11 @@ pub trait Effects {
 
     // ---- datagram sockets ---------------------------------------------------------------------------
     /// Opens a socket for one guest source port (endpoint-independent mapping, RFC 4787 REQ-1), for
-    /// destinations of the family of `like`. Datagrams come in as `Core::udp_received(flow, ...)`.
+    /// destinations of the family of `like`. Datagrams come in as `Network::udp_received(flow, ...)`.
     fn udp_open(&mut self, flow: FlowId, like: SocketAddr) -> Result<SockId, SockError>;
 
     /// Sends one datagram, or several of `segment` bytes each (the last may be shorter) when it is not 0.
-    /// May be deferred to the end of the batch; a late error comes as `Core::sock_error`. `payload` must be
+    /// May be deferred to the end of the batch; a late error comes as `Network::sock_error`. `payload` must be
     /// part of the frame that is being handled, or it is copied.
     fn udp_send(
         &mut self,

@@ -6,14 +6,14 @@ macro_rules! reasons {
         /// Why something was dropped or refused.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         #[repr(u8)]
-        pub enum Drop { $($(#[$doc])* $name,)* }
-        impl Drop {
+        pub enum DropReason { $($(#[$doc])* $name,)* }
+        impl DropReason {
             /// All reasons, in the order of their numbers.
-            pub const ALL: &'static [Drop] = &[$(Drop::$name,)*];
+            pub const ALL: &'static [DropReason] = &[$(DropReason::$name,)*];
             /// The stable name of the reason, in snake case.
             #[must_use]
             pub fn name(self) -> &'static str {
-                match self { $(Drop::$name => $text,)* }
+                match self { $(DropReason::$name => $text,)* }
             }
         }
     };
@@ -99,8 +99,8 @@ pub struct Counters {
     pub dns_misses: u64,
     /// Those of them that were asked of the name server from here; the rest went up to the service.
     pub dns_asked: u64,
-    /// Drops by reason, indexed by `Drop as usize`.
-    pub drops: [u64; Drop::ALL.len()],
+    /// Drops by reason, indexed by `DropReason as usize`.
+    pub drops: [u64; DropReason::ALL.len()],
 }
 
 impl Default for Counters {
@@ -117,7 +117,7 @@ impl Default for Counters {
             dns_hits: 0,
             dns_misses: 0,
             dns_asked: 0,
-            drops: [0; Drop::ALL.len()],
+            drops: [0; DropReason::ALL.len()],
         }
     }
 }
@@ -125,7 +125,7 @@ impl Default for Counters {
 impl Counters {
     /// Counts one drop.
     #[inline]
-    pub fn drop(&mut self, why: Drop) {
+    pub fn drop(&mut self, why: DropReason) {
         if let Some(c) = self.drops.get_mut(why as usize) {
             *c += 1;
         }

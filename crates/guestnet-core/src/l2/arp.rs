@@ -4,10 +4,10 @@
 //! guards IPv4 packets.
 
 use crate::interface::effects::{Effects, Event};
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 use crate::interface::types::FrameMeta;
 use crate::l2::switch::{transmit, wire_drop};
-use crate::network::Core;
+use crate::network::Network;
 use crate::tables::neighbour::{Binding, STALE_S, Waiting};
 use guestnet_wire::arp::{self, Arp};
 use guestnet_wire::ether::{self, Ether, Mac};
@@ -16,7 +16,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 const FRAME: usize = ether::HEADER_LEN + arp::LEN;
 
-impl Core {
+impl Network {
     /// An ARP message of a guest.
     pub(crate) fn arp_in<E: Effects>(
         &mut self,
@@ -24,13 +24,13 @@ impl Core {
         eth: Ether,
         frame: &[u8],
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         let a = Arp::parse(frame.get(ether::HEADER_LEN..).unwrap_or(&[])).map_err(wire_drop)?;
         if !matches!(a.op, arp::REQUEST | arp::REPLY) {
-            return Err(Drop::Malformed);
+            return Err(DropReason::Malformed);
         }
         if a.sha != eth.src {
-            return Err(Drop::SpoofedMac);
+            return Err(DropReason::SpoofedMac);
         }
         // A probe (RFC 5227 1.1) claims nothing yet.
         if !(a.spa.is_unspecified() && a.op == arp::REQUEST) {
@@ -53,7 +53,7 @@ impl Core {
             return Ok(());
         }
         if !self.policy.is_host(target) {
-            return Err(Drop::BadDestination);
+            return Err(DropReason::BadDestination);
         }
         match self.neighbours.get(target).map(|b| b.slot) {
             Some(to) if to == slot => {
@@ -80,7 +80,7 @@ impl Core {
         mac: Mac,
         ip: IpAddr,
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         let now = self.now;
         let known = match self.neighbours.get_mut(ip) {
             Some(b) if b.slot == slot && b.mac == Some(mac) => {
@@ -90,7 +90,7 @@ impl Core {
                 return Ok(());
             }
             Some(b) if b.slot == slot => true,
-            Some(b) if b.assigned || b.seen.plus_s(STALE_S) > now => return Err(Drop::SpoofedSource),
+            Some(b) if b.assigned || b.seen.plus_s(STALE_S) > now => return Err(DropReason::SpoofedSource),
             _ => false,
         };
         if known {
@@ -104,7 +104,7 @@ impl Core {
             let reserved = self.cfg.reserved.get(&ip).is_some_and(|owner| *owner != mac);
             if reserved || !self.is_bridged() && (ip.is_ipv4() && !self.policy.is_host(ip) || self.is_own(ip))
             {
-                return Err(Drop::SpoofedSource);
+                return Err(DropReason::SpoofedSource);
             }
             self.may_learn(slot)?;
             if let Some(old) = self.neighbours.remove(ip) {
@@ -125,11 +125,11 @@ impl Core {
         Ok(())
     }
 
-    fn learn_address(&mut self, slot: u32, mac: Mac, ip: IpAddr) -> Result<(), Drop> {
+    fn learn_address(&mut self, slot: u32, mac: Mac, ip: IpAddr) -> Result<(), DropReason> {
         let cap = self.cfg.limits.addresses_per_port as usize;
-        let port = self.ports.get_mut(slot).ok_or(Drop::NoEndpoint)?;
+        let port = self.ports.get_mut(slot).ok_or(DropReason::NoEndpoint)?;
         if cap == 0 {
-            return Err(Drop::SpoofedSource);
+            return Err(DropReason::SpoofedSource);
         }
         let learned = if ip.is_ipv4() { &mut port.learned } else { &mut port.learned6 };
         let oldest = if learned.len() >= cap { learned.pop_front() } else { None };
@@ -156,7 +156,7 @@ impl Core {
         let IpAddr::V4(target) = ip else { return };
         let now = self.now;
         if !self.ports.get_mut(slot).is_some_and(|p| p.asks.allow(now)) {
-            self.drop_at(slot, Drop::RateLimit);
+            self.drop_at(slot, DropReason::RateLimit);
             return;
         }
         let from = self.cfg.gateway4;
@@ -202,12 +202,12 @@ impl Core {
     pub(crate) fn give_up<E: Effects>(&mut self, w: Waiting, fx: &mut E) {
         for id in w.flows {
             if self.flows.get_mut(id).is_some() {
-                self.drop_at(w.slot, Drop::NoEndpoint);
+                self.drop_at(w.slot, DropReason::NoEndpoint);
                 self.close_flow(id.index, fx);
             }
         }
         for _ in w.frames {
-            self.drop_at(w.slot, Drop::NoEndpoint);
+            self.drop_at(w.slot, DropReason::NoEndpoint);
         }
     }
 

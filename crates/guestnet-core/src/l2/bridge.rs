@@ -6,10 +6,10 @@
 //! segment's business; the control side is told which ones a guest uses.
 
 use crate::interface::effects::{Effects, Event};
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 use crate::interface::types::{Csum, FrameMeta, NetMode};
 use crate::l2::switch::{check_offload, check_size, is_router_message, udp_destination, wire_drop};
-use crate::network::Core;
+use crate::network::Network;
 use crate::tables::port::Port;
 use crate::tables::service::DHCP_CLIENT;
 use guestnet_wire::arp::Arp;
@@ -29,7 +29,7 @@ fn is_of_bridges(mac: Mac) -> bool {
     matches!(mac.0, [1, 0x80, 0xc2, 0, 0, n] if n < 0x10)
 }
 
-impl Core {
+impl Network {
     pub(crate) fn is_bridged(&self) -> bool {
         self.cfg.mode == NetMode::Bridged
     }
@@ -42,16 +42,16 @@ impl Core {
         frame: &mut [u8],
         meta: FrameMeta,
         fx: &mut E,
-    ) -> Result<(), Drop> {
-        let outside = self.ports.get(slot).ok_or(Drop::NoEndpoint)?.config.uplink;
+    ) -> Result<(), DropReason> {
+        let outside = self.ports.get(slot).ok_or(DropReason::NoEndpoint)?.config.uplink;
         if is_of_bridges(eth.dst) {
-            return Err(Drop::Policy);
+            return Err(DropReason::Policy);
         }
         if outside {
             self.seen_outside(slot, eth.src)?;
         } else {
             if eth.ethertype < LOWEST_TYPE || TAGGED.contains(&eth.ethertype) {
-                return Err(Drop::UnsupportedProtocol);
+                return Err(DropReason::UnsupportedProtocol);
             }
             let is_new = self.macs.get(eth.src) != Some(slot);
             self.check_mac(slot, eth.src)?;
@@ -59,29 +59,29 @@ impl Core {
         }
         let meta = self.check_frame(slot, eth, outside, frame, meta, fx)?;
         match if eth.dst.is_multicast() { None } else { self.macs.get(eth.dst) } {
-            Some(to) if to == slot => Err(Drop::NoEndpoint),
+            Some(to) if to == slot => Err(DropReason::NoEndpoint),
             Some(to) => {
                 self.deliver(to, frame, meta, fx);
                 Ok(())
             }
-            None if outside && !eth.dst.is_multicast() => Err(Drop::NoEndpoint),
+            None if outside && !eth.dst.is_multicast() => Err(DropReason::NoEndpoint),
             None => self.spread(slot, outside, !eth.dst.is_multicast(), frame, meta, fx),
         }
     }
 
     /// Remembers a station of the segment, whose MAC no guest gets then. A guest's own is not the segment's;
     /// one that it used besides is, from the moment that it shows there.
-    fn seen_outside(&mut self, slot: u32, src: Mac) -> Result<(), Drop> {
+    fn seen_outside(&mut self, slot: u32, src: Mac) -> Result<(), DropReason> {
         let owner = self.macs.get(src);
         if owner == Some(slot) {
             return Ok(());
         }
         if !src.is_unicast() {
-            return Err(Drop::SpoofedMac);
+            return Err(DropReason::SpoofedMac);
         }
         if let Some(guest) = owner.and_then(|o| self.ports.get_mut(o)) {
             if guest.mac == Some(src) {
-                return Err(Drop::SpoofedMac);
+                return Err(DropReason::SpoofedMac);
             }
             guest.macs.retain(|m| *m != src);
         }
@@ -113,8 +113,8 @@ impl Core {
         frame: &mut [u8],
         meta: FrameMeta,
         fx: &mut E,
-    ) -> Result<FrameMeta, Drop> {
-        let port = self.ports.get(slot).ok_or(Drop::NoEndpoint)?;
+    ) -> Result<FrameMeta, DropReason> {
+        let port = self.ports.get(slot).ok_or(DropReason::NoEndpoint)?;
         if !matches!(eth.ethertype, ether::IPV4 | ether::IPV6) {
             let meta = check_other(port, frame, meta)?;
             if eth.ethertype == ether::ARP && !outside {
@@ -126,7 +126,7 @@ impl Core {
         check_size(port, &p, meta)?;
         check_offload(frame, &p, meta)?;
         if p.src.is_ipv4() != (eth.ethertype == ether::IPV4) {
-            return Err(Drop::Malformed);
+            return Err(DropReason::Malformed);
         }
         if outside {
             return Ok(meta);
@@ -134,9 +134,9 @@ impl Core {
         if p.src.is_ipv6() {
             self.check_v6(slot, eth.src, frame, &p, fx)?;
         } else if udp_destination(frame, &p) == Some(DHCP_CLIENT) || is_router_message(frame, &p) {
-            return Err(Drop::Policy);
+            return Err(DropReason::Policy);
         } else if p.src.is_multicast() || p.src == IpAddr::V4(Ipv4Addr::BROADCAST) {
-            return Err(Drop::SpoofedSource);
+            return Err(DropReason::SpoofedSource);
         } else if !p.src.is_unspecified() {
             self.check_source(slot, eth.src, p.src, fx)?;
         }
@@ -146,10 +146,16 @@ impl Core {
         Ok(self.passable(slot, frame, &p, meta))
     }
 
-    fn check_arp<E: Effects>(&mut self, slot: u32, mac: Mac, frame: &[u8], fx: &mut E) -> Result<(), Drop> {
+    fn check_arp<E: Effects>(
+        &mut self,
+        slot: u32,
+        mac: Mac,
+        frame: &[u8],
+        fx: &mut E,
+    ) -> Result<(), DropReason> {
         let a = Arp::parse(frame.get(ether::HEADER_LEN..).unwrap_or(&[])).map_err(wire_drop)?;
         if a.sha != mac {
-            return Err(Drop::SpoofedMac);
+            return Err(DropReason::SpoofedMac);
         }
         // A probe (RFC 5227 1.1) claims nothing yet.
         if a.spa.is_unspecified() { Ok(()) } else { self.check_source(slot, mac, IpAddr::V4(a.spa), fx) }
@@ -164,7 +170,7 @@ impl Core {
         frame: &[u8],
         meta: FrameMeta,
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         if !outside && !unknown {
             self.allow_flood(slot, frame.len(), meta)?;
         }
@@ -176,17 +182,17 @@ impl Core {
                 sent = true;
             }
         }
-        if sent || !unknown { Ok(()) } else { Err(Drop::NoEndpoint) }
+        if sent || !unknown { Ok(()) } else { Err(DropReason::NoEndpoint) }
     }
 }
 
 /// A frame that is not IP is carried as it is, if it is whole and asks for nothing.
-fn check_other(port: &Port, frame: &[u8], meta: FrameMeta) -> Result<FrameMeta, Drop> {
+fn check_other(port: &Port, frame: &[u8], meta: FrameMeta) -> Result<FrameMeta, DropReason> {
     if frame.len() > ether::HEADER_LEN + usize::from(port.config.mtu) {
-        return Err(Drop::Oversized);
+        return Err(DropReason::Oversized);
     }
     if meta.gso.is_some() || matches!(meta.csum, Csum::Partial { .. }) {
-        return Err(Drop::Malformed);
+        return Err(DropReason::Malformed);
     }
     Ok(meta)
 }

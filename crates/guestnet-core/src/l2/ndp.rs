@@ -5,9 +5,9 @@
 //! are hidden behind headers or in fragments (RFC 7113, RFC 6980).
 
 use crate::interface::effects::Effects;
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 use crate::l2::switch::udp_destination;
-use crate::network::Core;
+use crate::network::Network;
 use crate::tables::service::DHCP6_CLIENT;
 use guestnet_wire::ether::Mac;
 use guestnet_wire::parse::{FRAGMENT_HEADER, Packet, is_extension};
@@ -23,7 +23,7 @@ const REDIRECT: u8 = 137;
 const SOURCE: u8 = 1;
 const TARGET: u8 = 2;
 
-impl Core {
+impl Network {
     /// Checks that a guest may say to others what an IPv6 packet says.
     pub(crate) fn check_v6<E: Effects>(
         &mut self,
@@ -32,9 +32,9 @@ impl Core {
         frame: &[u8],
         p: &Packet,
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         if p.src.is_multicast() {
-            return Err(Drop::SpoofedSource);
+            return Err(DropReason::SpoofedSource);
         }
         if !p.src.is_unspecified() {
             self.check_source(slot, mac, p.src, fx)?;
@@ -47,13 +47,13 @@ impl Core {
             let hidden = p.proto == FRAGMENT_HEADER || is_extension(p.proto);
             let discovery = p.proto == proto::ICMPV6 && (ROUTER_SOLICITATION..=REDIRECT).contains(&kind);
             if hidden || f.offset == 0 && (discovery || message.len() < header_len(p.proto)) {
-                return Err(Drop::Policy);
+                return Err(DropReason::Policy);
             }
         }
         if udp_destination(frame, p) == Some(DHCP6_CLIENT)
             && (self.is_bridged() || self.services.dhcp().is_some())
         {
-            return Err(Drop::Policy);
+            return Err(DropReason::Policy);
         }
         if p.proto == proto::ICMPV6 {
             self.check_error(slot, frame, p)?;
@@ -72,20 +72,21 @@ impl Core {
         src: IpAddr,
         message: &[u8],
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         let (options, lladdr) = match kind {
-            ROUTER_ADVERTISEMENT | REDIRECT => return Err(Drop::Policy),
+            ROUTER_ADVERTISEMENT | REDIRECT => return Err(DropReason::Policy),
             ROUTER_SOLICITATION => (message.get(8..), SOURCE),
             SOLICITATION => (message.get(24..), SOURCE),
             ADVERTISEMENT => (message.get(24..), TARGET),
             _ => return Ok(()),
         };
-        let mut options = options.ok_or(Drop::Malformed)?;
+        let mut options = options.ok_or(DropReason::Malformed)?;
         while let Some((&kind, rest)) = options.split_first() {
             let len = usize::from(rest.first().copied().unwrap_or(0)) * 8;
-            let (option, more) = options.split_at_checked(len).filter(|_| len > 0).ok_or(Drop::Malformed)?;
+            let (option, more) =
+                options.split_at_checked(len).filter(|_| len > 0).ok_or(DropReason::Malformed)?;
             if kind == lladdr && option.get(2..8) != Some(&mac.0) {
-                return Err(Drop::SpoofedMac);
+                return Err(DropReason::SpoofedMac);
             }
             options = more;
         }

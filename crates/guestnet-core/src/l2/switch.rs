@@ -5,11 +5,11 @@
 //! is for the gateway's MAC goes on in [`crate::l3::gateway`].
 
 use crate::interface::effects::{Effects, TxError};
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 use crate::interface::types::{Csum, FrameMeta, Gso, PortId};
-use crate::network::Core;
+use crate::network::Network;
 use crate::relay::turns::NO_FLOW;
-use crate::shard::News;
+use crate::shard::PeerUpdate;
 use crate::tables::port::Port;
 use crate::tables::service::{DHCP_CLIENT, DHCP_SERVER};
 use guestnet_wire::ether::{self, Ether, Mac};
@@ -26,20 +26,20 @@ const HEADERS: usize = 54;
 const SMALL_FRAME: usize = 1024;
 
 /// The drop reason for bytes that are not the header that they claim to be.
-pub(crate) fn wire_drop(e: WireError) -> Drop {
+pub(crate) fn wire_drop(e: WireError) -> DropReason {
     match e {
-        WireError::Truncated => Drop::Truncated,
-        WireError::Malformed => Drop::Malformed,
-        WireError::BadChecksum => Drop::BadL4Checksum,
-        WireError::Unsupported => Drop::UnsupportedProtocol,
+        WireError::Truncated => DropReason::Truncated,
+        WireError::Malformed => DropReason::Malformed,
+        WireError::BadChecksum => DropReason::BadL4Checksum,
+        WireError::Unsupported => DropReason::UnsupportedProtocol,
     }
 }
 
-impl Core {
+impl Network {
     /// A frame from a guest: every one is counted, and every one that goes nowhere is counted with why.
     pub(crate) fn ingress<E: Effects>(&mut self, id: PortId, frame: &mut [u8], meta: FrameMeta, fx: &mut E) {
         let Some(slot) = self.ports.slot(id) else {
-            self.base.drop(Drop::NoEndpoint);
+            self.base.drop(DropReason::NoEndpoint);
             return;
         };
         if let Some(p) = self.ports.get_mut(slot) {
@@ -57,10 +57,10 @@ impl Core {
         frame: &mut [u8],
         meta: FrameMeta,
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         let eth = Ether::parse(frame).map_err(wire_drop)?;
         if frame.len() > crate::network::FRAME_MAX {
-            return Err(Drop::Oversized);
+            return Err(DropReason::Oversized);
         }
         if self.is_bridged() {
             return self.bridged(slot, eth, frame, meta, fx);
@@ -70,18 +70,18 @@ impl Core {
             ether::IPV4 => self.switch_v4(slot, eth, frame, meta, fx),
             ether::ARP => self.arp_in(slot, eth, frame, fx),
             ether::IPV6 => self.switch_v6(slot, eth, frame, meta, fx),
-            _ => Err(Drop::UnsupportedProtocol),
+            _ => Err(DropReason::UnsupportedProtocol),
         }
     }
 
     /// Nobody sends with another's MAC; new ones are learned.
-    pub(crate) fn check_mac(&mut self, slot: u32, src: Mac) -> Result<(), Drop> {
-        let port = self.ports.get(slot).ok_or(Drop::NoEndpoint)?;
+    pub(crate) fn check_mac(&mut self, slot: u32, src: Mac) -> Result<(), DropReason> {
+        let port = self.ports.get(slot).ok_or(DropReason::NoEndpoint)?;
         if port.mac == Some(src) {
             return Ok(());
         }
         if !src.is_unicast() || src == self.cfg.gateway_mac {
-            return Err(Drop::SpoofedMac);
+            return Err(DropReason::SpoofedMac);
         }
         match self.macs.get(src) {
             Some(owner) if owner == slot => Ok(()),
@@ -92,18 +92,18 @@ impl Core {
             {
                 self.first_mac(slot, src)
             }
-            Some(_) => Err(Drop::SpoofedMac),
+            Some(_) => Err(DropReason::SpoofedMac),
             None if port.mac.is_none() => self.first_mac(slot, src),
             None => self.learn_mac(slot, src),
         }
     }
 
     /// A port begins to use a MAC.
-    fn first_mac(&mut self, slot: u32, mac: Mac) -> Result<(), Drop> {
+    fn first_mac(&mut self, slot: u32, mac: Mac) -> Result<(), DropReason> {
         self.may_learn(slot)?;
         self.claim_mac(slot, mac);
         if let Some(port) = self.ports.get(slot).map(|p| p.id) {
-            self.tell(News::Mac { port, mac, own: true, instead: None });
+            self.tell(PeerUpdate::Mac { port, mac, own: true, instead: None });
         }
         Ok(())
     }
@@ -130,13 +130,13 @@ impl Core {
     }
 
     /// Remembers a further MAC of a port; the oldest makes room.
-    fn learn_mac(&mut self, slot: u32, mac: Mac) -> Result<(), Drop> {
+    fn learn_mac(&mut self, slot: u32, mac: Mac) -> Result<(), DropReason> {
         let cap = self.cfg.limits.macs_per_port as usize;
         if cap <= 1 || self.reserved_macs.contains(&mac) {
-            return Err(Drop::SpoofedMac);
+            return Err(DropReason::SpoofedMac);
         }
         self.may_learn(slot)?;
-        let port = self.ports.get_mut(slot).ok_or(Drop::NoEndpoint)?;
+        let port = self.ports.get_mut(slot).ok_or(DropReason::NoEndpoint)?;
         let id = port.id;
         let oldest = if port.macs.len() + 1 >= cap { port.macs.pop_front() } else { None };
         port.macs.push_back(mac);
@@ -144,7 +144,7 @@ impl Core {
             self.macs.remove(old);
         }
         self.macs.set(mac, slot);
-        self.tell(News::Mac { port: id, mac, own: false, instead: oldest });
+        self.tell(PeerUpdate::Mac { port: id, mac, own: false, instead: oldest });
         Ok(())
     }
 
@@ -155,15 +155,15 @@ impl Core {
         frame: &mut [u8],
         meta: FrameMeta,
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         let p = parse::parse_ip(frame, ether::HEADER_LEN).map_err(wire_drop)?;
         if !p.src.is_ipv4() {
-            return Err(Drop::Malformed);
+            return Err(DropReason::Malformed);
         }
         if !parse::verify_ipv4_header(frame, &p) {
-            return Err(Drop::BadIpChecksum);
+            return Err(DropReason::BadIpChecksum);
         }
-        let port = self.ports.get(slot).ok_or(Drop::NoEndpoint)?;
+        let port = self.ports.get(slot).ok_or(DropReason::NoEndpoint)?;
         check_size(port, &p, meta)?;
         check_offload(frame, &p, meta)?;
         let server = SocketAddr::new(p.dst, DHCP_SERVER);
@@ -178,7 +178,7 @@ impl Core {
         if udp_destination(frame, &p) == Some(DHCP_CLIENT) && self.services.dhcp().is_some()
             || is_router_message(frame, &p)
         {
-            return Err(Drop::Policy);
+            return Err(DropReason::Policy);
         }
         if p.proto == proto::ICMP {
             self.check_error(slot, frame, &p)?;
@@ -207,17 +207,17 @@ impl Core {
         frame: &mut [u8],
         meta: FrameMeta,
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         let p = parse::parse_ip(frame, ether::HEADER_LEN).map_err(wire_drop)?;
         if !p.src.is_ipv6() {
-            return Err(Drop::Malformed);
+            return Err(DropReason::Malformed);
         }
-        let port = self.ports.get(slot).ok_or(Drop::NoEndpoint)?;
+        let port = self.ports.get(slot).ok_or(DropReason::NoEndpoint)?;
         check_size(port, &p, meta)?;
         check_offload(frame, &p, meta)?;
         self.check_v6(slot, eth.src, frame, &p, fx)?;
         if eth.dst == self.cfg.gateway_mac {
-            return Err(Drop::UnsupportedProtocol);
+            return Err(DropReason::UnsupportedProtocol);
         }
         let meta = self.passable(slot, frame, &p, meta);
         self.bridge(slot, eth.dst, frame, meta, fx)
@@ -231,9 +231,9 @@ impl Core {
         frame: &[u8],
         meta: FrameMeta,
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         match if dst.is_multicast() { None } else { self.macs.get(dst) } {
-            Some(to) if to == slot => Err(Drop::NoEndpoint),
+            Some(to) if to == slot => Err(DropReason::NoEndpoint),
             Some(to) => {
                 if frame.len() <= SMALL_FRAME {
                     self.turns.active(self.now, NO_FLOW);
@@ -258,15 +258,15 @@ impl Core {
 
     /// A frame of a guest that goes to all ports counts by what it costs: its bytes, or the frames that it is
     /// cut into where a port cannot take it whole.
-    pub(crate) fn allow_flood(&mut self, slot: u32, len: usize, meta: FrameMeta) -> Result<(), Drop> {
+    pub(crate) fn allow_flood(&mut self, slot: u32, len: usize, meta: FrameMeta) -> Result<(), DropReason> {
         let pieces = match meta.gso {
             Some(Gso::Tcp(n) | Gso::Udp(n)) => len.saturating_sub(HEADERS).div_ceil(usize::from(n).max(1)),
             None => 1,
         };
         let frames = len.div_ceil(FLOOD_BYTES).max(pieces);
         let cost = frames * (self.ports.end() as usize).div_ceil(FLOOD_PORTS);
-        let port = self.ports.get_mut(slot).ok_or(Drop::NoEndpoint)?;
-        if port.flood.allow_n(self.now, cost) { Ok(()) } else { Err(Drop::RateLimit) }
+        let port = self.ports.get_mut(slot).ok_or(DropReason::NoEndpoint)?;
+        if port.flood.allow_n(self.now, cost) { Ok(()) } else { Err(DropReason::RateLimit) }
     }
 
     /// Puts a frame of another port on a port, if its MTU takes it.
@@ -279,7 +279,7 @@ impl Core {
             Some(_) => parse::parse_ip(frame, ether::HEADER_LEN).is_ok_and(|p| largest(&p, meta) <= mtu),
         };
         if !fits {
-            port.counters.drop(Drop::Oversized);
+            port.counters.drop(DropReason::Oversized);
             return;
         }
         transmit(port, frame, meta, fx);
@@ -307,16 +307,22 @@ impl Core {
     }
 
     /// Verifies the transport checksum where nobody vouches for it.
-    pub(crate) fn verify(&self, slot: u32, frame: &[u8], p: &Packet, meta: FrameMeta) -> Result<(), Drop> {
+    pub(crate) fn verify(
+        &self,
+        slot: u32,
+        frame: &[u8],
+        p: &Packet,
+        meta: FrameMeta,
+    ) -> Result<(), DropReason> {
         let lax = self.ports.get(slot).is_some_and(|p| p.config.lax_offload);
         if meta.csum == Csum::Full && !lax && !parse::verify_l4(frame, p) {
-            return Err(Drop::BadL4Checksum);
+            return Err(DropReason::BadL4Checksum);
         }
         Ok(())
     }
 
     /// Counts a drop at a port.
-    pub(crate) fn drop_at(&mut self, slot: u32, why: Drop) {
+    pub(crate) fn drop_at(&mut self, slot: u32, why: DropReason) {
         match self.ports.get_mut(slot) {
             Some(p) => p.counters.drop(why),
             None => self.base.drop(why),
@@ -330,8 +336,8 @@ pub(crate) fn transmit<E: Effects>(port: &mut Port, frame: &[u8], meta: FrameMet
         // Counted as sent by the worker that does it.
         match fx.forward_remote(worker, Some(port.id), frame, meta) {
             Ok(()) => {}
-            Err(TxError::Full) => port.counters.drop(Drop::WorkerFull),
-            Err(TxError::Gone) => port.counters.drop(Drop::NoEndpoint),
+            Err(TxError::Full) => port.counters.drop(DropReason::WorkerFull),
+            Err(TxError::Gone) => port.counters.drop(DropReason::NoEndpoint),
         }
         return;
     }
@@ -340,29 +346,29 @@ pub(crate) fn transmit<E: Effects>(port: &mut Port, frame: &[u8], meta: FrameMet
             port.counters.tx_frames += 1;
             port.counters.tx_bytes += frame.len() as u64;
         }
-        Err(TxError::Full) => port.counters.drop(Drop::PortFull),
-        Err(TxError::Gone) => port.counters.drop(Drop::NoEndpoint),
+        Err(TxError::Full) => port.counters.drop(DropReason::PortFull),
+        Err(TxError::Gone) => port.counters.drop(DropReason::NoEndpoint),
     }
 }
 
 /// The packet fits the MTU, or asks to be cut into pieces that do.
-pub(crate) fn check_size(port: &Port, p: &Packet, meta: FrameMeta) -> Result<(), Drop> {
+pub(crate) fn check_size(port: &Port, p: &Packet, meta: FrameMeta) -> Result<(), DropReason> {
     let mtu = usize::from(port.config.mtu);
     if port.config.lax_offload && meta.gso.is_none() {
         return Ok(());
     }
     let (want, size) = match meta.gso {
-        None if p.end - p.l3 > mtu => return Err(Drop::Oversized),
+        None if p.end - p.l3 > mtu => return Err(DropReason::Oversized),
         None => return Ok(()),
         Some(Gso::Tcp(n)) => (proto::TCP, n),
         Some(Gso::Udp(n)) => (proto::UDP, n),
     };
     if p.proto != want || size == 0 || p.fragment.is_some() || too_many(p.end - p.payload, size, want) {
-        return Err(Drop::Malformed);
+        return Err(DropReason::Malformed);
     }
     // virtio counts bytes of payload per piece.
     if p.payload - p.l3 + usize::from(size) > mtu && p.end - p.l3 > mtu {
-        return Err(Drop::Oversized);
+        return Err(DropReason::Oversized);
     }
     Ok(())
 }
@@ -383,7 +389,7 @@ fn too_many(len: usize, size: u16, proto: u8) -> bool {
 }
 
 /// A checksum that is left to us is where the protocol has it.
-pub(crate) fn check_offload(frame: &[u8], p: &Packet, meta: FrameMeta) -> Result<(), Drop> {
+pub(crate) fn check_offload(frame: &[u8], p: &Packet, meta: FrameMeta) -> Result<(), DropReason> {
     let Csum::Partial { start, offset } = meta.csum else { return Ok(()) };
     let good = match p.proto {
         _ if p.fragment.is_some() => false,
@@ -391,7 +397,7 @@ pub(crate) fn check_offload(frame: &[u8], p: &Packet, meta: FrameMeta) -> Result
         proto::UDP => offset == 6,
         _ => usize::from(start) + usize::from(offset) + 2 <= frame.len(),
     };
-    if good && usize::from(start) == p.l4 { Ok(()) } else { Err(Drop::Malformed) }
+    if good && usize::from(start) == p.l4 { Ok(()) } else { Err(DropReason::Malformed) }
 }
 
 /// The destination port of a UDP datagram; `None` for other protocols and for later fragments, which have no

@@ -3,10 +3,10 @@
 //! several datagrams of one size as one large frame where the port takes those.
 
 use crate::interface::effects::Effects;
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 use crate::interface::types::{Csum, FrameMeta, Gso};
 use crate::l2::switch::transmit;
-use crate::network::{Core, FRAME_MAX};
+use crate::network::{FRAME_MAX, Network};
 use crate::tables::port::Port;
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::ipv4::{self, Ipv4};
@@ -32,10 +32,10 @@ pub(crate) struct Envelope {
 /// TTL of packets that arise here, and of relayed ones whose own is not known (RFC 1122 3.2.1.7).
 pub(crate) const TTL: u8 = 64;
 
-impl Core {
+impl Network {
     /// Room for `len` transport bytes in the scratch buffer.
-    pub(crate) fn l4_buffer(&mut self, len: usize) -> Result<&mut [u8], Drop> {
-        self.scratch.get_mut(L4..L4 + len).ok_or(Drop::Oversized)
+    pub(crate) fn l4_buffer(&mut self, len: usize) -> Result<&mut [u8], DropReason> {
+        self.scratch.get_mut(L4..L4 + len).ok_or(DropReason::Oversized)
     }
 
     fn headers(&mut self, e: &Envelope, len: usize, id: u16, frag: u16) {
@@ -64,21 +64,21 @@ impl Core {
         len: usize,
         meta: FrameMeta,
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         if L4 + len > FRAME_MAX {
-            return Err(Drop::Oversized);
+            return Err(DropReason::Oversized);
         }
-        let mtu = usize::from(self.ports.get(slot).ok_or(Drop::NoEndpoint)?.config.mtu);
+        let mtu = usize::from(self.ports.get(slot).ok_or(DropReason::NoEndpoint)?.config.mtu);
         let id = self.ports.get_mut(slot).map_or(0, Port::next_ip_id);
         if meta.gso.is_some() || ipv4::MIN_LEN + len <= mtu {
             self.headers(e, len, id, 0);
-            let port = self.ports.get_mut(slot).ok_or(Drop::NoEndpoint)?;
+            let port = self.ports.get_mut(slot).ok_or(DropReason::NoEndpoint)?;
             transmit(port, self.scratch.get(..L4 + len).unwrap_or(&[]), meta, fx);
             return Ok(());
         }
         let step = mtu.saturating_sub(ipv4::MIN_LEN) & !7;
         if step == 0 {
-            return Err(Drop::Oversized);
+            return Err(DropReason::Oversized);
         }
         let mut at = 0;
         while at < len {
@@ -88,7 +88,7 @@ impl Core {
             self.piece.clear();
             self.piece.extend_from_slice(self.scratch.get(..L4).unwrap_or(&[]));
             self.piece.extend_from_slice(self.scratch.get(L4 + at..L4 + at + n).unwrap_or(&[]));
-            let port = self.ports.get_mut(slot).ok_or(Drop::NoEndpoint)?;
+            let port = self.ports.get_mut(slot).ok_or(DropReason::NoEndpoint)?;
             transmit(port, &self.piece, FrameMeta::default(), fx);
             at += n;
         }
@@ -106,8 +106,8 @@ impl Core {
         payload: &[u8],
         segment: u16,
         fx: &mut E,
-    ) -> Result<(), Drop> {
-        let port = self.ports.get(slot).ok_or(Drop::NoEndpoint)?;
+    ) -> Result<(), DropReason> {
+        let port = self.ports.get(slot).ok_or(DropReason::NoEndpoint)?;
         let (gso_max, mtu) = (port.config.gso_max as usize, usize::from(port.config.mtu));
         let size = usize::from(segment);
         if size == 0 || payload.len() <= size {
@@ -135,11 +135,11 @@ impl Core {
         payload: &[u8],
         gso: Option<Gso>,
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         let (IpAddr::V4(src4), IpAddr::V4(dst4)) = (src.ip(), dst.ip()) else {
-            return Err(Drop::UnsupportedProtocol);
+            return Err(DropReason::UnsupportedProtocol);
         };
-        let port = self.ports.get(slot).ok_or(Drop::NoEndpoint)?;
+        let port = self.ports.get(slot).ok_or(DropReason::NoEndpoint)?;
         let len = udp::LEN + payload.len();
         let fits = ipv4::MIN_LEN + len <= usize::from(port.config.mtu);
         let offload = gso.is_some() || port.config.gso_max > 0 && fits;

@@ -4,12 +4,12 @@
 //! never answer an error, a later fragment, or anything that went to or came from a group.
 
 use crate::interface::effects::{Effects, Event};
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 use crate::interface::types::{Csum, FrameMeta};
 use crate::l2::switch::{largest, wire_drop};
 use crate::l3::frame_builder::{Envelope, TTL};
 use crate::l3::reassembly::Outcome;
-use crate::network::Core;
+use crate::network::Network;
 use crate::relay::turns::NO_FLOW;
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::parse::{self, Packet};
@@ -34,7 +34,7 @@ impl IcmpError {
     }
 }
 
-impl Core {
+impl Network {
     /// Whether the gateway itself answers for an address.
     #[must_use]
     pub(crate) fn is_own(&self, ip: IpAddr) -> bool {
@@ -53,7 +53,7 @@ impl Core {
         p: &Packet,
         meta: FrameMeta,
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         if self.is_tunneled(slot, frame, p, fx) {
             return self.tunnel_out(slot, mac, frame, p, meta, fx);
         }
@@ -63,14 +63,14 @@ impl Core {
             }
             let outcome = self.reassembly.add(self.now, slot, frame, p, f);
             while let Some(loser) = self.reassembly.evicted.pop() {
-                self.drop_at(loser, Drop::Reassembly);
+                self.drop_at(loser, DropReason::Reassembly);
             }
             let Outcome::Complete(mut whole) = outcome else {
-                return if outcome == Outcome::Held { Ok(()) } else { Err(Drop::Reassembly) };
+                return if outcome == Outcome::Held { Ok(()) } else { Err(DropReason::Reassembly) };
             };
             let p = parse::parse_ip(&whole, ether::HEADER_LEN).map_err(wire_drop)?;
             if p.fragment.is_some() {
-                return Err(Drop::Malformed);
+                return Err(DropReason::Malformed);
             }
             return self.routed(slot, mac, &mut whole, &p, FrameMeta::default(), fx);
         }
@@ -85,12 +85,12 @@ impl Core {
             _ => {
                 self.transit(slot, mac, frame, p, meta, fx)?;
                 let e = IcmpError::unreachable(icmp::unreachable::PROTOCOL);
-                self.refuse(slot, mac, frame, p, Drop::UnsupportedProtocol, e, fx)
+                self.refuse(slot, mac, frame, p, DropReason::UnsupportedProtocol, e, fx)
             }
         }
     }
 
-    /// Routes a packet on to another guest of the subnet; `Err` with [`Drop::NoEndpoint`] tells that there is
+    /// Routes a packet on to another guest of the subnet; `Err` with [`DropReason::NoEndpoint`] tells that there is
     /// none, `Ok(true)` that it went, `Ok(false)` that it is not for a guest.
     pub(crate) fn route_to_guest<E: Effects>(
         &mut self,
@@ -100,21 +100,21 @@ impl Core {
         p: &Packet,
         meta: FrameMeta,
         fx: &mut E,
-    ) -> Result<bool, Drop> {
+    ) -> Result<bool, DropReason> {
         if !self.policy.is_host(p.dst) || self.is_own(p.dst) {
             return Ok(false);
         }
         self.check_ttl(slot, mac, frame, p, fx)?;
         let Some((to, dst)) = self.neighbours.get(p.dst).and_then(|b| Some((b.slot, b.mac?))) else {
             let e = IcmpError::unreachable(icmp::unreachable::HOST);
-            self.refuse(slot, mac, frame, p, Drop::NoEndpoint, e, fx)?;
+            self.refuse(slot, mac, frame, p, DropReason::NoEndpoint, e, fx)?;
             return Ok(true);
         };
-        let Some(mtu) = self.ports.get(to).map(|t| t.config.mtu) else { return Err(Drop::NoEndpoint) };
+        let Some(mtu) = self.ports.get(to).map(|t| t.config.mtu) else { return Err(DropReason::NoEndpoint) };
         let meta = self.passable(slot, frame, p, meta);
         let too_big = largest(p, meta) > usize::from(mtu);
         if too_big && (p.dont_fragment || meta.gso.is_some()) {
-            self.refuse(slot, mac, frame, p, Drop::Oversized, IcmpError::too_big(mtu), fx)?;
+            self.refuse(slot, mac, frame, p, DropReason::Oversized, IcmpError::too_big(mtu), fx)?;
             return Ok(true);
         }
         Ether { dst, src: self.cfg.gateway_mac, ethertype: ether::IPV4 }.emit(frame);
@@ -138,7 +138,7 @@ impl Core {
         meta: FrameMeta,
         mtu: usize,
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         if let Csum::Partial { start, offset } = meta.csum {
             segment::complete_checksum(frame, start, offset).map_err(wire_drop)?;
         }
@@ -152,7 +152,7 @@ impl Core {
             self.deliver(to, &piece, FrameMeta::default(), fx);
         });
         self.piece = piece;
-        if done { Ok(()) } else { Err(Drop::Oversized) }
+        if done { Ok(()) } else { Err(DropReason::Oversized) }
     }
 
     /// What neither flow nor service takes: another guest, or the reason why it goes nowhere.
@@ -164,7 +164,7 @@ impl Core {
         p: &Packet,
         meta: FrameMeta,
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         if !self.is_own(p.dst) && !self.route_to_guest(slot, mac, frame, p, meta, fx)? {
             self.policy.outbound(p.proto, SocketAddr::new(p.dst, 0))?;
         }
@@ -179,10 +179,10 @@ impl Core {
         frame: &[u8],
         p: &Packet,
         fx: &mut E,
-    ) -> Result<u8, Drop> {
+    ) -> Result<u8, DropReason> {
         if p.ttl <= 1 && !self.is_own(p.dst) {
             self.icmp_error(slot, mac, frame, p, IcmpError(icmp::TIME_EXCEEDED, 0, [0; 4]), fx);
-            return Err(Drop::TtlExpired);
+            return Err(DropReason::TtlExpired);
         }
         Ok(p.ttl.saturating_sub(1).max(1))
     }
@@ -196,10 +196,10 @@ impl Core {
         mac: Mac,
         frame: &[u8],
         p: &Packet,
-        why: Drop,
+        why: DropReason,
         error: IcmpError,
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         if self.icmp_error(slot, mac, frame, p, error, fx) {
             let guest = SocketAddr::new(p.src, p.src_port);
             self.denied(slot, p.proto, guest, SocketAddr::new(p.dst, p.dst_port), why, fx);
@@ -214,7 +214,7 @@ impl Core {
         proto: u8,
         guest: SocketAddr,
         remote: SocketAddr,
-        reason: Drop,
+        reason: DropReason,
         fx: &mut E,
     ) {
         if let Some(port) = self.ports.get(slot).map(|p| p.id) {
@@ -258,7 +258,7 @@ impl Core {
         let now = self.now;
         let Some(port) = self.ports.get_mut(slot) else { return false };
         if !port.icmp.allow(now) {
-            port.counters.drop(Drop::RateLimit);
+            port.counters.drop(DropReason::RateLimit);
             return false;
         }
         port.counters.icmp_errors += 1;
@@ -282,10 +282,10 @@ impl Core {
         p: &Packet,
         meta: FrameMeta,
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         let (kind, code) = match frame.get(p.l4..p.l4 + 2) {
             Some(&[kind, code]) => (kind, code),
-            _ => return Err(Drop::Truncated),
+            _ => return Err(DropReason::Truncated),
         };
         if icmp::is_error(kind) && (self.is_own(p.dst) || !self.policy.in_subnet(p.dst)) {
             return self.guest_error(slot, frame, p, fx);
@@ -294,16 +294,16 @@ impl Core {
             return Ok(());
         }
         if kind != icmp::ECHO || code != 0 {
-            return Err(Drop::UnsupportedProtocol);
+            return Err(DropReason::UnsupportedProtocol);
         }
         if p.dst != IpAddr::V4(self.cfg.gateway4) {
             return self.echo_out(slot, mac, frame, p, fx);
         }
-        let IpAddr::V4(guest) = p.src else { return Err(Drop::UnsupportedProtocol) };
+        let IpAddr::V4(guest) = p.src else { return Err(DropReason::UnsupportedProtocol) };
         let body = frame.get(p.payload..p.end).unwrap_or(&[]);
         let rest = match frame.get(p.l4 + 4..p.l4 + 8) {
             Some(&[a, b, c, d]) => [a, b, c, d],
-            _ => return Err(Drop::Truncated),
+            _ => return Err(DropReason::Truncated),
         };
         let src = self.cfg.gateway4;
         let n = icmp::emit(self.l4_buffer(icmp::LEN + body.len())?, icmp::ECHO_REPLY, 0, rest, body);
@@ -314,7 +314,7 @@ impl Core {
     /// Tells guests whose datagrams ran out of time in reassembly (RFC 1122 3.3.2).
     pub(crate) fn reassembly_timers<E: Effects>(&mut self, fx: &mut E) {
         while let Some(old) = self.reassembly.expire(self.now) {
-            self.drop_at(old.slot, Drop::Reassembly);
+            self.drop_at(old.slot, DropReason::Reassembly);
             let Some(first) = old.first else { continue };
             if let (Ok(p), Ok(eth)) = (parse::parse_ip(&first, ether::HEADER_LEN), Ether::parse(&first)) {
                 let e = IcmpError(icmp::TIME_EXCEEDED, 1, [0; 4]);

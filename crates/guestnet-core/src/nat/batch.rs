@@ -4,7 +4,7 @@
 //! (options, fragments, ICMP, TTL, a new connection, a change of state) goes the long way in its turn, and
 //! the result is the same as packet by packet.
 
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 use crate::interface::types::Time;
 use crate::nat::config::unicast;
 use crate::nat::engine::NatEngine;
@@ -316,4 +316,4 @@ impl NatEngine {
     }
 }
 
-const _: () = assert!(size_of::<NatResult>() <= 4 && size_of::<Drop>() == 1);
+const _: () = assert!(size_of::<NatResult>() <= 4 && size_of::<DropReason>() == 1);

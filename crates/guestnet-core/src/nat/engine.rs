@@ -1,7 +1,7 @@
 //! Theory of operation: the engine ties the parts together: reads the packet, sends it down the way of its
 //! direction, counts what came of it, and does a little of the expiry work on each call, never all at once.
 
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 use crate::interface::types::Time;
 use crate::nat::config::{NatConfigError, NatEngineConfig, Refusal};
 use crate::nat::packet::fragments::Fragments;
@@ -222,7 +222,12 @@ impl NatEngine {
         None
     }
 
-    pub(super) fn new_session(&mut self, k: &Key, via: Option<u32>, state: ConnState) -> Result<u32, Drop> {
+    pub(super) fn new_session(
+        &mut self,
+        k: &Key,
+        via: Option<u32>,
+        state: ConnState,
+    ) -> Result<u32, DropReason> {
         let expires = self.tick.saturating_add(self.timers.ticks[state as usize]);
         let flags = if self.table.is_external(k.remote) { HAIRPIN } else { 0 };
         let mut made = self.table.new_session(k, via, state, expires, flags, self.tick);
@@ -230,7 +235,10 @@ impl NatEngine {
         for _ in 0..ROOM_SLICES {
             let full = matches!(
                 made,
-                Err(Drop::TableFull | Drop::PortsExhausted | Drop::PortLimit | Drop::FlowLimit)
+                Err(DropReason::TableFull
+                    | DropReason::PortsExhausted
+                    | DropReason::PortLimit
+                    | DropReason::FlowLimit)
             );
             if !full || self.settled() {
                 break;
@@ -387,7 +395,7 @@ impl NatEngine {
     }
 
     /// Refuses a guest's packet by policy or for want of resources, and says so (RFC 5508 REQ-8).
-    pub(super) fn refuse(&mut self, p: &[u8], why: Drop) -> NatResult {
+    pub(super) fn refuse(&mut self, p: &[u8], why: DropReason) -> NatResult {
         let code = match self.config.refusal {
             Refusal::Prohibited => icmp::unreachable::ADMIN_PROHIBITED,
             Refusal::HostUnreachable => icmp::unreachable::HOST,
@@ -427,7 +435,7 @@ impl NatEngine {
         let mtu = self.mtu(to);
         if self.config.decrement_ttl && v.ttl <= 1 {
             self.icmp_error(back, src, p, icmp::TIME_EXCEEDED, 0, [0; 4]);
-            return Some(NatResult::Dropped(Drop::TtlExpired));
+            return Some(NatResult::Dropped(DropReason::TtlExpired));
         }
         if self.size(v) > usize::from(mtu) {
             if v.dont_fragment || self.large.is_some() {
@@ -438,7 +446,7 @@ impl NatEngine {
             }
             // Now, while the packet can still be left as it is.
             if !self.output.has_room(v.src, Output::cut_bytes(v, usize::from(mtu))) {
-                return Some(NatResult::Dropped(Drop::BufferLimit));
+                return Some(NatResult::Dropped(DropReason::BufferLimit));
             }
         }
         None
@@ -490,7 +498,7 @@ impl NatEngine {
         if self.output.fragment(to, p, v, usize::from(self.mtu(to))) {
             NatResult::Fragmented
         } else {
-            NatResult::Dropped(Drop::BufferLimit)
+            NatResult::Dropped(DropReason::BufferLimit)
         }
     }
 

@@ -12,7 +12,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 
 /// Something that happened to a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NatNews {
+pub enum NatEvent {
     /// It began.
     Began {
         /// Its number, which another may have after its end.
@@ -47,7 +47,7 @@ impl Connection {
 }
 
 impl NatEngine {
-    /// Keeps a list of what begins and ends from now on. It grows until [`NatEngine::take_news`]: call that
+    /// Keeps a list of what begins and ends from now on. It grows until [`NatEngine::take_peer_updates`]: call that
     /// after every call that translates or expires.
     pub fn keep_news(&mut self) {
         self.table.news.get_or_insert_with(|| Vec::with_capacity(64));
@@ -55,7 +55,7 @@ impl NatEngine {
 
     /// Swaps the list, oldest first, with `into`, which should be empty.
     #[inline]
-    pub fn take_news(&mut self, into: &mut Vec<NatNews>) {
+    pub fn take_peer_updates(&mut self, into: &mut Vec<NatEvent>) {
         if let Some(news) = self.table.news.as_mut().filter(|n| !n.is_empty()) {
             std::mem::swap(news, into);
         }

@@ -3,7 +3,7 @@
 //! nobody outside can fill the table. TCP has state from its SYN on, counted against the guest's cap, and so
 //! has UDP to a published port, whose answers must leave from that very port.
 
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 use crate::nat::engine::{MAX_UNSOLICITED, NatEngine, UnsolicitedSyn};
 use crate::nat::packet::fragments::Rule;
 use crate::nat::packet::{self, End, Kind, View};
@@ -26,7 +26,7 @@ impl NatEngine {
         }
         if known.is_none() && self.may_enter(&k, v).is_err() {
             // Looked at before TTL and size, so that a port that is closed answers nothing.
-            let why = self.may_enter(&k, v).err().unwrap_or(Drop::NoFlow);
+            let why = self.may_enter(&k, v).err().unwrap_or(DropReason::NoFlow);
             self.note_unsolicited(p, v, &k);
             self.stats.misses += 1;
             return NatResult::Dropped(why);
@@ -35,7 +35,7 @@ impl NatEngine {
             return result;
         }
         if v.fragment.is_some() && !self.admit_first(v, NatDirection::Inbound) {
-            return NatResult::Dropped(Drop::Reassembly);
+            return NatResult::Dropped(DropReason::Reassembly);
         }
         let (end, session) = match self.inbound_end(&k, v) {
             Ok(got) => got,
@@ -53,26 +53,26 @@ impl NatEngine {
     }
 
     /// The mapping through which a packet without connection may enter.
-    fn may_enter(&mut self, k: &Key, v: &View) -> Result<u32, Drop> {
+    fn may_enter(&mut self, k: &Key, v: &View) -> Result<u32, DropReason> {
         // What is over but not yet collected must not keep a mapping open.
         let settled = self.settle();
-        let m = self.table.mapping_in(k.local, k.local_port, k.proto).ok_or(Drop::NoFlow)?;
+        let m = self.table.mapping_in(k.local, k.local_port, k.proto).ok_or(DropReason::NoFlow)?;
         if k.proto == proto::TCP && self.opening(v, false).is_none() {
-            return Err(Drop::NoFlow);
+            return Err(DropReason::NoFlow);
         }
         let published = self.table.mappings.get(m).is_some_and(|m| m.published);
         if !published && !settled || !self.table.lets_in(m, k.remote) {
-            return Err(Drop::Filtered);
+            return Err(DropReason::Filtered);
         }
         Ok(m)
     }
 
     /// The internal end of an inbound packet, and its session where it has one.
-    pub(super) fn inbound_end(&mut self, k: &Key, v: &View) -> Result<(End, Option<u32>), Drop> {
+    pub(super) fn inbound_end(&mut self, k: &Key, v: &View) -> Result<(End, Option<u32>), DropReason> {
         let found = self.table.find_in(k);
         if let Some(id) = self.alive(found) {
             self.stats.hits += 1;
-            let s = self.table.sessions.get(id).ok_or(Drop::NoFlow)?;
+            let s = self.table.sessions.get(id).ok_or(DropReason::NoFlow)?;
             let end = End {
                 ip: s.int_ip,
                 port: s.int_port,
@@ -84,19 +84,19 @@ impl NatEngine {
         }
         self.stats.misses += 1;
         let m = self.may_enter(k, v)?;
-        let mapping = self.table.mappings.get(m).copied().ok_or(Drop::NoFlow)?;
+        let mapping = self.table.mappings.get(m).copied().ok_or(DropReason::NoFlow)?;
         let (delta_ip, delta_l4) =
             deltas(k.proto, (k.local, k.local_port), (mapping.int_ip, mapping.int_port));
         let end = End { ip: mapping.int_ip, port: mapping.int_port, delta_ip, delta_l4 };
         if k.proto != proto::TCP && !mapping.published {
             return Ok((end, None));
         }
-        let state = self.opening(v, false).ok_or(Drop::NoFlow)?;
+        let state = self.opening(v, false).ok_or(DropReason::NoFlow)?;
         let inside = Key { local: mapping.int_ip, local_port: mapping.int_port, ..*k };
         // The guest may have this very five-tuple already, under another external port.
         let taken = self.table.find_out(&inside);
         if self.alive(taken).is_some() {
-            return Err(Drop::Filtered);
+            return Err(DropReason::Filtered);
         }
         let id = self.new_session(&inside, Some(m), state)?;
         Ok((end, Some(id)))

@@ -8,15 +8,15 @@
 
 use crate::interface::config::{Filtering, FlowInfo};
 use crate::interface::effects::{Effects, Event, TxError};
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 use crate::interface::types::{Csum, FlowId, ForwardId, FrameMeta, Time};
 use crate::l2::switch::{check_offload, largest, wire_drop};
 use crate::l3::gateway::IcmpError;
 use crate::nat::{
     Behaviour, ConnTrackStats, ForwardError, NatConfigError, NatDirection, NatEngine, NatEngineConfig,
-    NatNews, NatResult, NatStats, Prefix, Refusal,
+    NatEvent, NatResult, NatStats, Prefix, Refusal,
 };
-use crate::network::Core;
+use crate::network::Network;
 use crate::policy::never_a_destination;
 use crate::tables::flow::Key;
 use guestnet_wire::ether::{self, Ether, Mac};
@@ -52,13 +52,13 @@ pub(crate) struct Tun {
     engine: NatEngine,
     opened: Vec<Opened>,
     generation: u32,
-    news: Vec<NatNews>,
+    news: Vec<NatEvent>,
     published: BTreeMap<u32, Published>,
     /// Addresses that have another owner, or none: their connections are to end.
     left: Vec<Ipv4Addr>,
 }
 
-impl Core {
+impl Network {
     /// Gives the Network an uplink of packets. Of `config` the network decides what it knows itself: what is
     /// inside, its gateway, timeouts and filtering, keys, and that refusals are its own to tell. Limits are those
     /// of `config`: what is translated holds no descriptor.
@@ -115,7 +115,7 @@ impl Core {
     }
 
     /// Publishes a guest's port on an external address of the uplink. A `guest` that no endpoint can have
-    /// (0.0.0.0) keeps the port until [`Core::retarget_uplink_forward`].
+    /// (0.0.0.0) keeps the port until [`Network::retarget_uplink_forward`].
     ///
     /// # Errors
     /// What the engine says; nothing has changed then.
@@ -197,7 +197,7 @@ impl Core {
         p: &Packet,
         meta: FrameMeta,
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         let done = self.tunnel_guest(slot, mac, frame, p, meta, fx);
         self.tunnel_after(fx);
         done
@@ -211,12 +211,12 @@ impl Core {
         p: &Packet,
         meta: FrameMeta,
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         self.outbound(slot, mac, frame, p, SocketAddr::new(p.dst, p.dst_port), fx)?;
         let mut meta = self.passable(slot, frame, p, meta);
         let large = large(p, meta);
         let now = self.now;
-        let Some(tun) = self.tun.as_mut() else { return Err(Drop::NoFlow) };
+        let Some(tun) = self.tun.as_mut() else { return Err(DropReason::NoFlow) };
         let mtu = match p.dst {
             IpAddr::V4(dst) => tun.engine.mtu_to(dst),
             IpAddr::V6(_) => tun.engine.config().mtu_outside,
@@ -224,20 +224,23 @@ impl Core {
         let too_big = large.map_or(p.end - p.l3, usize::from) > usize::from(mtu);
         if too_big && (p.dont_fragment || large.is_some()) {
             self.icmp_error(slot, mac, frame, p, IcmpError::too_big(mtu), fx);
-            return Err(Drop::Oversized);
+            return Err(DropReason::Oversized);
         }
-        let frame = frame.get_mut(..p.end).ok_or(Drop::Truncated)?;
+        let frame = frame.get_mut(..p.end).ok_or(DropReason::Truncated)?;
         match tun.translate(now, frame, p, &mut meta, too_big, large, NatDirection::Outbound) {
             NatResult::Translated => fx.uplink(frame, meta).map_err(|e| match e {
-                TxError::Full => Drop::PortFull,
-                TxError::Gone => Drop::HostError,
+                TxError::Full => DropReason::PortFull,
+                TxError::Gone => DropReason::HostError,
             }),
             NatResult::Hairpinned => self.tunnel_to_guest(frame, meta, fx),
             NatResult::Held | NatResult::Fragmented => Ok(()),
-            NatResult::PassThrough => Err(Drop::SpoofedSource),
-            NatResult::TooBig(_) => Err(Drop::Oversized),
+            NatResult::PassThrough => Err(DropReason::SpoofedSource),
+            NatResult::TooBig(_) => Err(DropReason::Oversized),
             NatResult::Dropped(
-                why @ (Drop::FlowLimit | Drop::TableFull | Drop::PortLimit | Drop::PortsExhausted),
+                why @ (DropReason::FlowLimit
+                | DropReason::TableFull
+                | DropReason::PortLimit
+                | DropReason::PortsExhausted),
             ) => {
                 let e = IcmpError::unreachable(icmp::unreachable::ADMIN_PROHIBITED);
                 self.refuse(slot, mac, frame, p, why, e, fx)
@@ -253,27 +256,27 @@ impl Core {
         frame: &mut [u8],
         mut meta: FrameMeta,
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         let p = parse::parse_ip(frame, L3).map_err(wire_drop)?;
         if !p.src.is_ipv4() {
-            return Err(Drop::UnsupportedProtocol);
+            return Err(DropReason::UnsupportedProtocol);
         }
         // Nobody outside speaks for a guest, for the gateway or for the host's loopback.
         if never_a_destination(p.src) || self.policy.in_subnet(p.src) {
-            return Err(Drop::SpoofedSource);
+            return Err(DropReason::SpoofedSource);
         }
         check_offload(frame, &p, meta)?;
         let large = large(&p, meta);
         let now = self.now;
-        let Some(tun) = self.tun.as_mut() else { return Err(Drop::NoFlow) };
+        let Some(tun) = self.tun.as_mut() else { return Err(DropReason::NoFlow) };
         let mtu = usize::from(tun.engine.config().mtu_inside);
         let too_big = large.is_none() && p.end - p.l3 > mtu;
-        let frame = frame.get_mut(..p.end).ok_or(Drop::Truncated)?;
+        let frame = frame.get_mut(..p.end).ok_or(DropReason::Truncated)?;
         match tun.translate(now, frame, &p, &mut meta, too_big, large, NatDirection::Inbound) {
             NatResult::Translated | NatResult::Hairpinned => self.tunnel_to_guest(frame, meta, fx),
             NatResult::Held | NatResult::Fragmented => Ok(()),
-            NatResult::PassThrough => Err(Drop::BadDestination),
-            NatResult::TooBig(_) => Err(Drop::Oversized),
+            NatResult::PassThrough => Err(DropReason::BadDestination),
+            NatResult::TooBig(_) => Err(DropReason::Oversized),
             NatResult::Dropped(why) => Err(why),
         }
     }
@@ -284,9 +287,9 @@ impl Core {
         frame: &mut [u8],
         meta: FrameMeta,
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         let ip = IpAddr::V4(Ipv4Addr::from(be32(frame, L3 + 16)));
-        let b = self.neighbours.get(ip).ok_or(Drop::NoEndpoint)?;
+        let b = self.neighbours.get(ip).ok_or(DropReason::NoEndpoint)?;
         let (slot, mac) = (b.slot, b.mac);
         let dst = mac.unwrap_or(Mac::BROADCAST);
         Ether { dst, src: self.cfg.gateway_mac, ethertype: ether::IPV4 }.emit(frame);
@@ -296,13 +299,13 @@ impl Core {
         }
         // The guest is asked for its MAC, and the packet waits; the sender sends a large one again.
         if meta.gso.is_some() {
-            return Err(Drop::NoEndpoint);
+            return Err(DropReason::NoEndpoint);
         }
         if let Csum::Partial { start, offset } = meta.csum {
             segment::complete_checksum(frame, start, offset).map_err(wire_drop)?;
         }
         let waits = self.neighbours.wait_frame(self.now, slot, ip, frame);
-        if waits.map_err(|()| Drop::RateLimit)? {
+        if waits.map_err(|()| DropReason::RateLimit)? {
             self.ask(slot, ip, fx);
         }
         Ok(())
@@ -320,11 +323,11 @@ impl Core {
             self.tunnel_output(&mut tun, fx);
         }
         let mut news = std::mem::take(&mut tun.news);
-        tun.engine.take_news(&mut news);
+        tun.engine.take_peer_updates(&mut news);
         for n in news.drain(..) {
             match n {
-                NatNews::Began { id, inbound } => self.tunnel_began(&mut tun, id, inbound, fx),
-                NatNews::Ended { id, bytes_out, bytes_in } => {
+                NatEvent::Began { id, inbound } => self.tunnel_began(&mut tun, id, inbound, fx),
+                NatEvent::Ended { id, bytes_out, bytes_in } => {
                     self.tunnel_ended(&mut tun, id, bytes_out, bytes_in, fx);
                 }
             }
@@ -341,7 +344,7 @@ impl Core {
             frame.extend_from_slice(&packet);
             let done = match direction {
                 NatDirection::Outbound => {
-                    fx.uplink(&frame, FrameMeta::default()).map_err(|_| Drop::HostError)
+                    fx.uplink(&frame, FrameMeta::default()).map_err(|_| DropReason::HostError)
                 }
                 NatDirection::Inbound => self.tunnel_to_guest(&mut frame, FrameMeta::default(), fx),
             };
@@ -430,7 +433,7 @@ impl Core {
         }
     }
 
-    /// When [`Core::tunnel_timers`] has something to do.
+    /// When [`Network::tunnel_timers`] has something to do.
     pub(crate) fn tunnel_next_timer(&self) -> Option<Time> {
         let tun = self.tun.as_ref()?;
         if tun.left.is_empty() { tun.engine.next_timer() } else { Some(self.now) }
@@ -479,10 +482,10 @@ impl Tun {
             } else if segment::complete_checksum(frame, start, offset).is_ok() {
                 meta.csum = Csum::Full;
             } else {
-                return NatResult::Dropped(Drop::Malformed);
+                return NatResult::Dropped(DropReason::Malformed);
             }
         }
-        let Some(packet) = frame.get_mut(L3..) else { return NatResult::Dropped(Drop::Truncated) };
+        let Some(packet) = frame.get_mut(L3..) else { return NatResult::Dropped(DropReason::Truncated) };
         let result = match large {
             None => self.engine.translate(packet, direction, now),
             Some(largest) => self.engine.translate_large(packet, largest, direction, now),

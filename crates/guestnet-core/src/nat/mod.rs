@@ -23,12 +23,12 @@ pub mod table;
 pub use batch::{Contiguous, PacketBatch};
 pub use config::{Behaviour, NatConfigError, NatEngineConfig, NatTimeouts, Prefix, Refusal};
 pub use engine::{ForwardError, NatEngine};
-pub use events::NatNews;
+pub use events::NatEvent;
 pub use stats::{ConnTrackStats, Connection, NatStats};
 pub use table::state::ConnState;
 pub use table::{hash, index, ports, wheel};
 
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 
 /// Which way a packet travels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -58,5 +58,5 @@ pub enum NatResult {
     /// Bigger than this MTU and must not be cut; unchanged. Its sender is told by ICMP. Do not send it.
     TooBig(u16),
     /// Refused for this reason; unchanged. Do not send it.
-    Dropped(Drop),
+    Dropped(DropReason),
 }

@@ -2,7 +2,7 @@
 //! before anything is kept. A packet for one of our own external addresses is turned round (RFC 4787 REQ-9):
 //! the other guest sees the first one's external end.
 
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 use crate::nat::config::unicast;
 use crate::nat::engine::NatEngine;
 use crate::nat::packet::fragments::{Fate, Rule, SetKey};
@@ -35,7 +35,7 @@ impl NatEngine {
             return result;
         }
         if v.fragment.is_some() && !self.admit_first(v, NatDirection::Outbound) {
-            return NatResult::Dropped(Drop::Reassembly);
+            return NatResult::Dropped(DropReason::Reassembly);
         }
         let id = match known {
             Some(id) => {
@@ -44,11 +44,11 @@ impl NatEngine {
             }
             None => match self.begin(&k, v) {
                 Ok(id) => id,
-                Err(Drop::NoFlow) => return NatResult::Dropped(Drop::NoFlow),
+                Err(DropReason::NoFlow) => return NatResult::Dropped(DropReason::NoFlow),
                 Err(why) => return self.refuse(p, why),
             },
         };
-        let Some(source) = self.external_end(id) else { return NatResult::Dropped(Drop::NoFlow) };
+        let Some(source) = self.external_end(id) else { return NatResult::Dropped(DropReason::NoFlow) };
         let destination = if turned {
             match self.turned(p, v, source) {
                 Ok(end) => Some(end),
@@ -82,25 +82,25 @@ impl NatEngine {
             return Some(NatResult::PassThrough);
         }
         if matches!(v.proto, proto::TCP | proto::UDP) && (v.sport == 0 || v.dport == 0) || !unicast(v.dst) {
-            return Some(NatResult::Dropped(Drop::BadDestination));
+            return Some(NatResult::Dropped(DropReason::BadDestination));
         }
         let known =
             matches!(v.proto, proto::TCP | proto::UDP | proto::ICMP | proto::GRE | proto::ESP | proto::SCTP);
         if !known {
-            return Some(NatResult::Dropped(Drop::UnsupportedProtocol));
+            return Some(NatResult::Dropped(DropReason::UnsupportedProtocol));
         }
         if c.denied.iter().any(|n| n.has(v.dst)) {
-            return Some(self.refuse(p, Drop::Policy));
+            return Some(self.refuse(p, DropReason::Policy));
         }
         if !c.hairpin && self.table.is_external(v.dst) {
-            return Some(NatResult::Dropped(Drop::Policy));
+            return Some(NatResult::Dropped(DropReason::Policy));
         }
         None
     }
 
-    fn begin(&mut self, k: &Key, v: &View) -> Result<u32, Drop> {
+    fn begin(&mut self, k: &Key, v: &View) -> Result<u32, DropReason> {
         self.stats.misses += 1;
-        let state = self.opening(v, true).ok_or(Drop::NoFlow)?;
+        let state = self.opening(v, true).ok_or(DropReason::NoFlow)?;
         let id = self.new_session(k, None, state)?;
         if v.proto == proto::TCP
             && v.flags & tcp::flags::SYN != 0
@@ -125,7 +125,7 @@ impl NatEngine {
     /// An ICMP query names its destination by the one identifier that it has (RFC 5508 REQ-7): it goes to the
     /// guest whose mapping that is outside, with the sender's external identifier, by which the answer finds
     /// the way back. It never comes back to its sender.
-    fn turned(&mut self, p: &[u8], v: &View, source: End) -> Result<End, Drop> {
+    fn turned(&mut self, p: &[u8], v: &View, source: End) -> Result<End, DropReason> {
         let query = v.kind == Kind::Query;
         let key = Key {
             local: v.dst,
@@ -138,7 +138,7 @@ impl NatEngine {
         as_inbound.src = source.ip;
         let (mut end, session) = self.inbound_end(&key, &as_inbound)?;
         if query && end.ip == v.src {
-            return Err(Drop::NoFlow);
+            return Err(DropReason::NoFlow);
         }
         if let Some(id) = session {
             self.advance(id, v, false);
@@ -187,7 +187,10 @@ impl NatEngine {
             match self.follow(&mut held, &hv, direction, rule) {
                 NatResult::Translated | NatResult::Hairpinned => {
                     let fits = self.output.push(to, v.src, held);
-                    self.count(if fits { done } else { NatResult::Dropped(Drop::BufferLimit) }, direction);
+                    self.count(
+                        if fits { done } else { NatResult::Dropped(DropReason::BufferLimit) },
+                        direction,
+                    );
                 }
                 other => self.count(other, direction),
             }
@@ -213,7 +216,7 @@ impl NatEngine {
         match self.fragments.tail(SetKey::new(v, direction), range, whole, self.now) {
             Fate::Known(rule) => self.follow(p, v, direction, rule),
             Fate::Held => NatResult::Held,
-            Fate::Refused => NatResult::Dropped(Drop::Reassembly),
+            Fate::Refused => NatResult::Dropped(DropReason::Reassembly),
         }
     }
 

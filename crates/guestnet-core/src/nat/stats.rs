@@ -1,7 +1,7 @@
 //! Theory of operation: counters that the engine owns and increments; a snapshot is a copy, and two snapshots
 //! can be subtracted.
 
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 
 /// Counters of a [`crate::nat::NatEngine`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,8 +30,8 @@ pub struct NatStats {
     pub hits: u64,
     /// Packets that did not.
     pub misses: u64,
-    /// Drops by reason, indexed by `Drop as usize`.
-    pub drops: [u64; Drop::ALL.len()],
+    /// Drops by reason, indexed by `DropReason as usize`.
+    pub drops: [u64; DropReason::ALL.len()],
 }
 
 impl Default for NatStats {
@@ -49,14 +49,14 @@ impl Default for NatStats {
             expired: 0,
             hits: 0,
             misses: 0,
-            drops: [0; Drop::ALL.len()],
+            drops: [0; DropReason::ALL.len()],
         }
     }
 }
 
 impl NatStats {
     /// Counts a drop.
-    pub(crate) fn drop(&mut self, why: Drop) {
+    pub(crate) fn drop(&mut self, why: DropReason) {
         if let Some(c) = self.drops.get_mut(why as usize) {
             *c += 1;
         }
@@ -70,7 +70,7 @@ impl NatStats {
 
     /// Drops for one reason.
     #[must_use]
-    pub fn drops_for(&self, why: Drop) -> u64 {
+    pub fn drops_for(&self, why: DropReason) -> u64 {
         self.drops.get(why as usize).copied().unwrap_or(0)
     }
 }

@@ -3,8 +3,8 @@
 //! mode. Ordered CIDR rules will slot in after the mode: [`Policy::outbound`] already sees protocol, address
 //! and port, and answers with the address that is dialled in truth, which is what rules must judge.
 
-use crate::interface::config::CoreConfig;
-use crate::interface::stats::Drop;
+use crate::interface::config::NetworkConfig;
+use crate::interface::stats::DropReason;
 use crate::interface::types::NetMode;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -20,7 +20,7 @@ pub struct Policy {
 impl Policy {
     /// Takes them from the configuration.
     #[must_use]
-    pub fn new(c: &CoreConfig) -> Policy {
+    pub fn new(c: &NetworkConfig) -> Policy {
         let mask4 = u32::MAX.checked_shl(32 - u32::from(c.subnet4.1.min(32))).unwrap_or(0);
         Policy {
             mode: c.mode,
@@ -61,19 +61,19 @@ impl Policy {
     /// Where a new flow to `remote` goes in truth.
     ///
     /// # Errors
-    /// The reason why it goes nowhere: [`Drop::BadDestination`], [`Drop::NoEndpoint`] for an address of the
-    /// subnet that is not to be reached through the gateway, [`Drop::Policy`].
-    pub fn outbound(&self, _proto: u8, remote: SocketAddr) -> Result<SocketAddr, Drop> {
+    /// The reason why it goes nowhere: [`DropReason::BadDestination`], [`DropReason::NoEndpoint`] for an address of the
+    /// subnet that is not to be reached through the gateway, [`DropReason::Policy`].
+    pub fn outbound(&self, _proto: u8, remote: SocketAddr) -> Result<SocketAddr, DropReason> {
         let ip = remote.ip();
         if never_a_destination(ip) || self.is_broadcast(ip) {
-            return Err(Drop::BadDestination);
+            return Err(DropReason::BadDestination);
         }
         let mapped = self.host_loopback == Some(ip);
         if !mapped && self.in_subnet(ip) {
-            return Err(Drop::NoEndpoint);
+            return Err(DropReason::NoEndpoint);
         }
         if self.mode == NetMode::HostOnly {
-            return Err(Drop::Policy);
+            return Err(DropReason::Policy);
         }
         if mapped {
             return Ok(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), remote.port()));
@@ -156,7 +156,7 @@ mod tests {
     use guestnet_wire::ether::Mac;
 
     fn policy(mode: NetMode, host_loopback: Option<&str>) -> Policy {
-        let mut c = CoreConfig::new(
+        let mut c = NetworkConfig::new(
             Mac([2, 0, 0, 0, 0, 1]),
             Ipv4Addr::new(192, 168, 64, 1),
             (Ipv4Addr::new(192, 168, 64, 0), 24),
@@ -167,7 +167,7 @@ mod tests {
         Policy::new(&c)
     }
 
-    fn out(p: &Policy, to: &str) -> Result<SocketAddr, Drop> {
+    fn out(p: &Policy, to: &str) -> Result<SocketAddr, DropReason> {
         p.outbound(6, to.parse().unwrap())
     }
 
@@ -188,9 +188,9 @@ mod tests {
             "[::ffff:127.0.0.1]:80",
             "[fe80::1]:80",
         ] {
-            assert_eq!(out(&p, to), Err(Drop::BadDestination), "{to}");
+            assert_eq!(out(&p, to), Err(DropReason::BadDestination), "{to}");
         }
-        assert_eq!(out(&p, "192.168.64.254:80"), Err(Drop::NoEndpoint));
+        assert_eq!(out(&p, "192.168.64.254:80"), Err(DropReason::NoEndpoint));
         assert_eq!(out(&p, "10.1.1.1:80"), Ok("10.1.1.1:80".parse().unwrap()));
     }
 
@@ -219,7 +219,7 @@ mod tests {
             ] {
                 let to: SocketAddr = to.parse().unwrap();
                 for proto in [1, 6, 17, 47] {
-                    assert_eq!(p.outbound(proto, to), Err(Drop::BadDestination), "{to}");
+                    assert_eq!(p.outbound(proto, to), Err(DropReason::BadDestination), "{to}");
                 }
                 assert_eq!(p.name_of(to.ip()), None, "{to}");
             }
@@ -237,8 +237,8 @@ mod tests {
         assert_eq!(p.name_of("127.0.0.1".parse().unwrap()), Some("192.168.64.254".parse().unwrap()));
         assert_eq!(policy(NetMode::Nat, None).name_of("127.0.0.1".parse().unwrap()), None);
         let p = policy(NetMode::HostOnly, Some("192.168.64.254"));
-        assert_eq!(out(&p, "192.168.64.254:80"), Err(Drop::Policy));
-        assert_eq!(out(&p, "10.1.1.1:80"), Err(Drop::Policy));
+        assert_eq!(out(&p, "192.168.64.254:80"), Err(DropReason::Policy));
+        assert_eq!(out(&p, "10.1.1.1:80"), Err(DropReason::Policy));
     }
 
     #[test]

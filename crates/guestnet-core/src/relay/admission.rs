@@ -5,9 +5,9 @@
 //! the flow again.) Timers are lazy: a flow that is used only notes its new end, and the wheel finds out when the old one comes.
 
 use crate::interface::effects::{Close, Effects, Event};
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, PortId, Time};
-use crate::network::Core;
+use crate::network::Network;
 use crate::relay::tcp::Fate;
 use crate::tables::flow::{Chain, Flow, Key, State};
 use guestnet_wire::proto;
@@ -26,21 +26,26 @@ fn coarse(now: u64, deadline: u64) -> u64 {
     }
 }
 
-impl Core {
+impl Network {
     /// Makes room for a new flow of a port, and a new socket where `socket`.
     ///
     /// # Errors
-    /// [`Drop::FlowLimit`] or [`Drop::TableFull`] when nothing can be evicted.
-    pub(crate) fn admit<E: Effects>(&mut self, slot: u32, socket: bool, fx: &mut E) -> Result<(), Drop> {
+    /// [`DropReason::FlowLimit`] or [`DropReason::TableFull`] when nothing can be evicted.
+    pub(crate) fn admit<E: Effects>(
+        &mut self,
+        slot: u32,
+        socket: bool,
+        fx: &mut E,
+    ) -> Result<(), DropReason> {
         let limits = self.cfg.limits.clone();
         let records = 1 + usize::from(socket);
         for _ in 0..=EVICTIONS {
             let most = limits.of_one_port(u32::try_from(self.flows.count()).unwrap_or(u32::MAX));
-            let port = self.ports.get(slot).ok_or(Drop::NoEndpoint)?;
+            let port = self.ports.get(slot).ok_or(DropReason::NoEndpoint)?;
             let over = if !self.flows.has_room(records) {
-                Drop::TableFull
+                DropReason::TableFull
             } else if port.flows >= most || socket && port.sockets >= limits.udp_sockets_per_port {
-                Drop::FlowLimit
+                DropReason::FlowLimit
             } else {
                 return Ok(());
             };
@@ -50,7 +55,7 @@ impl Core {
             }
             self.close_flow(oldest, fx);
         }
-        Err(Drop::FlowLimit)
+        Err(DropReason::FlowLimit)
     }
 
     /// Puts an admitted flow in the table, counts it and tells of it.
@@ -183,7 +188,7 @@ impl Core {
         }
     }
 
-    /// As [`Core::wake_at`], for the exact times of TCP.
+    /// As [`Network::wake_at`], for the exact times of TCP.
     pub(crate) fn wake_tcp(&mut self, index: u32) {
         let Some(State::Tcp(tcb)) = self.flows.at(index).map(|f| &f.state) else { return };
         let due = tcb.deadline();

@@ -7,11 +7,11 @@
 
 use crate::interface::config::DatagramError;
 use crate::interface::effects::Effects;
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, FrameMeta};
 use crate::l3::frame_builder::{Envelope, TTL};
 use crate::l3::gateway::IcmpError;
-use crate::network::Core;
+use crate::network::Network;
 use crate::relay::udp::{Refused, Way, icmp_for, plateau, v4};
 use crate::tables::flow::{Key, State};
 use guestnet_wire::ether::Mac;
@@ -23,7 +23,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 /// Payload that an error quotes at most: 576 bytes less both pairs of headers.
 const QUOTED: usize = 576 - 28 - 28;
 
-impl Core {
+impl Network {
     /// An echo request of a guest to somewhere else than the gateway.
     pub(crate) fn echo_out<E: Effects>(
         &mut self,
@@ -32,10 +32,10 @@ impl Core {
         frame: &[u8],
         p: &Packet,
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         // Before the table is asked: all zeros is how it files a mapping.
         if p.dst.is_unspecified() {
-            return Err(Drop::BadDestination);
+            return Err(DropReason::BadDestination);
         }
         let remote = SocketAddr::new(p.dst, 0);
         let key = Key { slot, proto: proto::ICMP, guest: SocketAddr::new(p.src, p.src_port), remote };
@@ -54,17 +54,17 @@ impl Core {
         let Some(Way::Mapping(mapping, target)) =
             self.note_out(index, mac, be16(frame, p.l3 + 4), body.len())
         else {
-            return Err(Drop::NoFlow);
+            return Err(DropReason::NoFlow);
         };
         let Some(State::Mapping { sock, .. }) = self.flows.at(mapping).map(|m| &m.state) else {
-            return Err(Drop::NoFlow);
+            return Err(DropReason::NoFlow);
         };
         let seq = be16(frame, p.l4 + 6);
         let sent = fx.ping_send(*sock, target.ip(), seq, body, ttl, p.dont_fragment);
         self.touch(index);
         sent.map_err(|e| {
             self.icmp_error(slot, mac, frame, p, icmp_for(e, p.end - p.l3), fx);
-            Drop::HostError
+            DropReason::HostError
         })
     }
 
@@ -96,15 +96,15 @@ impl Core {
         ttl: u8,
         body: &[u8],
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         let (index, remote) = self.admit_inbound(id, SocketAddr::new(from, 0))?;
-        let f = self.flows.at_mut(index).ok_or(Drop::NoFlow)?;
+        let f = self.flows.at_mut(index).ok_or(DropReason::NoFlow)?;
         f.bytes_in += body.len() as u64;
         f.packets_in = f.packets_in.saturating_add(1);
         let (slot, mac, guest) = (f.key.slot, f.mac, f.key.guest);
         self.touch(index);
         let (Some(src), Some(dst)) = (v4(remote.ip()), v4(guest.ip())) else {
-            return Err(Drop::UnsupportedProtocol);
+            return Err(DropReason::UnsupportedProtocol);
         };
         let (i, s) = (guest.port().to_be_bytes(), seq.to_be_bytes());
         let b = self.l4_buffer(icmp::LEN + body.len())?;
@@ -117,7 +117,7 @@ impl Core {
     /// An error of the kernel about something that a guest sent: an ICMP error to the guest.
     pub(crate) fn relay_error<E: Effects>(&mut self, id: FlowId, err: &DatagramError<'_>, fx: &mut E) {
         let Some(key) = self.flows.get_mut(id).map(|f| f.key) else {
-            self.base.drop(Drop::NoFlow);
+            self.base.drop(DropReason::NoFlow);
             return;
         };
         if key.proto == proto::TCP {
@@ -127,7 +127,7 @@ impl Core {
         let port = if key.proto == proto::UDP { err.dst.port() } else { 0 };
         let flow = name.and_then(|ip| self.flows.find(&Key { remote: SocketAddr::new(ip, port), ..key }));
         let Some(f) = flow.and_then(|i| self.flows.at(i)) else {
-            self.drop_at(key.slot, Drop::NoFlow);
+            self.drop_at(key.slot, DropReason::NoFlow);
             return;
         };
         let State::Datagram { ip_id, .. } = f.state else { return };
@@ -152,18 +152,18 @@ impl Core {
         frame: &[u8],
         p: &Packet,
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         let quote = frame.get(p.payload..p.end).unwrap_or(&[]);
         let ihl = usize::from(quote.first().copied().unwrap_or(0) & 0xf) * 4;
         if quote.first().is_none_or(|b| b >> 4 != 4) || ihl < ipv4::MIN_LEN {
-            return Err(Drop::Malformed);
+            return Err(DropReason::Malformed);
         }
         let Some(header) = quote.get(..ihl).filter(|_| quote.len() >= ihl + 8) else {
-            return Err(Drop::Truncated);
+            return Err(DropReason::Truncated);
         };
         // RFC 5508 REQ-3a; 3c: the transport checksum is not looked at.
         if checksum::fold(checksum::sum(header, 0)) != 0xffff {
-            return Err(Drop::BadIpChecksum);
+            return Err(DropReason::BadIpChecksum);
         }
         let ip = |at: usize| {
             let a = guestnet_wire::be32(header, at);
@@ -181,10 +181,10 @@ impl Core {
             guest: SocketAddr::new(ip(16), guest),
             remote: SocketAddr::new(ip(12), remote),
         };
-        let index = self.flows.find(&key).ok_or(Drop::NoFlow)?;
+        let index = self.flows.find(&key).ok_or(DropReason::NoFlow)?;
         let too_big = frame.get(p.l4..p.l4 + 2) == Some(&[icmp::UNREACHABLE, icmp::unreachable::FRAG_NEEDED]);
         if too_big && !icmp::is_path_mtu(be16(frame, p.l4 + 6)) {
-            return Err(Drop::Malformed);
+            return Err(DropReason::Malformed);
         }
         if proto == proto::TCP && too_big {
             let mtu = match be16(frame, p.l4 + 6) {
@@ -202,9 +202,9 @@ impl Core {
 /// for what is no error.
 ///
 /// # Errors
-/// [`Drop::Policy`] for an error in fragments, which cannot be checked (none is over 1280 bytes), and
-/// [`Drop::Malformed`] for one without a quote or with an MTU that no link has.
-pub(crate) fn quoted_destination(frame: &[u8], p: &Packet) -> Result<Option<IpAddr>, Drop> {
+/// [`DropReason::Policy`] for an error in fragments, which cannot be checked (none is over 1280 bytes), and
+/// [`DropReason::Malformed`] for one without a quote or with an MTU that no link has.
+pub(crate) fn quoted_destination(frame: &[u8], p: &Packet) -> Result<Option<IpAddr>, DropReason> {
     let (kind, code) = match frame.get(p.l4..p.l4 + 2) {
         Some(&[kind, code]) => (kind, code),
         _ => return Ok(None),
@@ -217,33 +217,34 @@ pub(crate) fn quoted_destination(frame: &[u8], p: &Packet) -> Result<Option<IpAd
     };
     match p.fragment {
         _ if !is_error => return Ok(None),
-        Some(f) if f.offset == 0 => return Err(Drop::Policy),
+        Some(f) if f.offset == 0 => return Err(DropReason::Policy),
         Some(_) => return Ok(None),
         None => {}
     }
     let quote = frame.get(p.payload..p.end).unwrap_or(&[]);
     if p.src.is_ipv6() {
-        let to = quote.get(24..40).and_then(|to| <[u8; 16]>::try_from(to).ok()).ok_or(Drop::Malformed)?;
+        let to =
+            quote.get(24..40).and_then(|to| <[u8; 16]>::try_from(to).ok()).ok_or(DropReason::Malformed)?;
         return Ok(Some(IpAddr::V6(Ipv6Addr::from(to))));
     }
     let too_big = (kind, code) == (icmp::UNREACHABLE, icmp::unreachable::FRAG_NEEDED);
     if quote.len() < ipv4::MIN_LEN || too_big && !icmp::is_path_mtu(be16(frame, p.l4 + 6)) {
-        return Err(Drop::Malformed);
+        return Err(DropReason::Malformed);
     }
     Ok(Some(IpAddr::V4(Ipv4Addr::from(guestnet_wire::be32(quote, 16)))))
 }
 
-impl Core {
+impl Network {
     /// A guest tells others only of packets that it got itself: what it says of others' connections would end or
     /// slow them.
-    pub(crate) fn check_error(&self, slot: u32, frame: &[u8], p: &Packet) -> Result<(), Drop> {
+    pub(crate) fn check_error(&self, slot: u32, frame: &[u8], p: &Packet) -> Result<(), DropReason> {
         match quoted_destination(frame, p)? {
             None => Ok(()),
             Some(about) if about == p.src => Ok(()),
             // RFC 4443 2.4 (e): one may also be about a packet to a group.
             Some(about @ IpAddr::V6(_)) if about.is_multicast() => Ok(()),
             Some(about) if self.neighbours.get(about).is_some_and(|b| b.slot == slot) => Ok(()),
-            Some(_) => Err(Drop::SpoofedSource),
+            Some(_) => Err(DropReason::SpoofedSource),
         }
     }
 }
@@ -269,7 +270,7 @@ fn requote(b: &mut [u8], key: &Key, id: u16, err: &DatagramError<'_>, payload: &
 
 /// The error as it came from the network, or what the kernel's own word for it means. The kernel passes on what
 /// a message says without a look at it, and anybody may have sent that.
-pub(crate) fn error_to_tell(err: &DatagramError<'_>, quoted: usize) -> Result<IcmpError, Drop> {
+pub(crate) fn error_to_tell(err: &DatagramError<'_>, quoted: usize) -> Result<IcmpError, DropReason> {
     match (err.icmp_type, err.icmp_code) {
         (0, _) => Ok(icmp_for(err.kind, quoted.max(28 + err.payload.len()))),
         (icmp::UNREACHABLE, icmp::unreachable::FRAG_NEEDED) => {
@@ -280,13 +281,13 @@ pub(crate) fn error_to_tell(err: &DatagramError<'_>, quoted: usize) -> Result<Ic
             match told {
                 0 => Ok(IcmpError::too_big(plateau(28 + err.payload.len()))),
                 told if icmp::is_path_mtu(told) => Ok(IcmpError::too_big(told)),
-                _ => Err(Drop::Malformed),
+                _ => Err(DropReason::Malformed),
             }
         }
         (kind @ (icmp::UNREACHABLE | icmp::TIME_EXCEEDED | icmp::PARAMETER_PROBLEM), code) => {
             Ok(IcmpError(kind, code, [0; 4]))
         }
         // Source quench and redirects are not for guests (RFC 6633, RFC 1122 3.2.2.2).
-        _ => Err(Drop::UnsupportedProtocol),
+        _ => Err(DropReason::UnsupportedProtocol),
     }
 }

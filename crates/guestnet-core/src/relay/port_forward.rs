@@ -4,9 +4,9 @@
 //! MAC is not known yet is asked by ARP while the flow (or a few datagrams) waits.
 
 use crate::interface::effects::{Effects, Event};
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, ForwardId, SockId};
-use crate::network::Core;
+use crate::network::Network;
 use crate::relay::tcp::Tcb;
 use crate::tables::flow::{Flow, Key, State};
 use crate::tables::neighbour::Binding;
@@ -21,7 +21,7 @@ const TRIES: u64 = 64;
 /// The MAC of flows whose guest has not been found; never sent to.
 const UNKNOWN: Mac = Mac::BROADCAST;
 
-impl Core {
+impl Network {
     /// A client connected to a Forward's listening socket.
     pub(crate) fn accept_tcp<E: Effects>(
         &mut self,
@@ -29,7 +29,7 @@ impl Core {
         sock: SockId,
         peer: SocketAddr,
         fx: &mut E,
-    ) -> Result<FlowId, Drop> {
+    ) -> Result<FlowId, DropReason> {
         let (key, binding) = self.inbound(forward, proto::TCP, peer, fx)?;
         self.admit_memory(key.slot)?;
         let id = self.flows.next_id();
@@ -43,7 +43,7 @@ impl Core {
             let new = self
                 .neighbours
                 .wait_flow(self.now, key.slot, key.guest.ip(), id)
-                .map_err(|()| Drop::RateLimit)?;
+                .map_err(|()| DropReason::RateLimit)?;
             if new {
                 self.ask(key.slot, key.guest.ip(), fx);
             }
@@ -68,7 +68,7 @@ impl Core {
         payload: &[u8],
         segment: u16,
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         let index = match self.clients.get(&(forward.0, from)) {
             Some(&index) => index,
             None => {
@@ -80,7 +80,7 @@ impl Core {
                 id.index
             }
         };
-        let f = self.flows.at_mut(index).ok_or(Drop::NoFlow)?;
+        let f = self.flows.at_mut(index).ok_or(DropReason::NoFlow)?;
         if let State::Forwarded { sock: s, .. } = &mut f.state {
             *s = sock;
         }
@@ -105,21 +105,21 @@ impl Core {
         proto: u8,
         client: SocketAddr,
         fx: &mut E,
-    ) -> Result<(Key, Binding), Drop> {
-        let spec = self.forwards.get(&forward.0).filter(|s| s.proto == proto).ok_or(Drop::NoFlow)?;
+    ) -> Result<(Key, Binding), DropReason> {
+        let spec = self.forwards.get(&forward.0).filter(|s| s.proto == proto).ok_or(DropReason::NoFlow)?;
         let guest = spec.guest;
         if !guest.is_ipv4() {
-            return Err(Drop::UnsupportedProtocol);
+            return Err(DropReason::UnsupportedProtocol);
         }
-        let binding = *self.neighbours.get(guest.ip()).ok_or(Drop::NoEndpoint)?;
+        let binding = *self.neighbours.get(guest.ip()).ok_or(DropReason::NoEndpoint)?;
         if self.is_remote(binding.slot) {
             self.lives_elsewhere(&binding, fx);
-            return Err(Drop::NoEndpoint);
+            return Err(DropReason::NoEndpoint);
         }
         self.admit(binding.slot, false, fx)?;
         let name = self.policy.client_name(client.ip());
         let key = Key { slot: binding.slot, proto, guest, remote: SocketAddr::new(name, client.port()) };
-        Ok((self.free_key(key).ok_or(Drop::FlowLimit)?, binding))
+        Ok((self.free_key(key).ok_or(DropReason::FlowLimit)?, binding))
     }
 
     /// The control side is to lead a Forward to the worker that has its guest.
@@ -157,14 +157,14 @@ impl Core {
         payload: &[u8],
         segment: u16,
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         let (IpAddr::V4(src4), IpAddr::V4(dst4)) = (src.ip(), dst.ip()) else {
-            return Err(Drop::UnsupportedProtocol);
+            return Err(DropReason::UnsupportedProtocol);
         };
         let len = udp::LEN + payload.len();
-        let mtu = self.ports.get(slot).ok_or(Drop::NoEndpoint)?.config.mtu;
+        let mtu = self.ports.get(slot).ok_or(DropReason::NoEndpoint)?.config.mtu;
         if segment != 0 && payload.len() > usize::from(segment) || 20 + len > usize::from(mtu) {
-            return Err(Drop::NoEndpoint);
+            return Err(DropReason::NoEndpoint);
         }
         let mut frame = vec![0u8; ether::HEADER_LEN + 20 + len];
         put(&mut frame, 6, &self.cfg.gateway_mac.0);
@@ -185,7 +185,7 @@ impl Core {
         put(datagram, udp::LEN, payload);
         udp::emit(datagram, src.ip(), dst.ip(), src.port(), dst.port());
         let waits = self.neighbours.wait_frame(self.now, slot, dst.ip(), &frame);
-        if waits.map_err(|()| Drop::RateLimit)? {
+        if waits.map_err(|()| DropReason::RateLimit)? {
             self.ask(slot, dst.ip(), fx);
         }
         Ok(())

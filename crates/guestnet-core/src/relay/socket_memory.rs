@@ -14,9 +14,9 @@
 //! - A flow is no longer tight when it is measured and the port is within its share.
 
 use crate::interface::effects::Effects;
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, SockId};
-use crate::network::Core;
+use crate::network::Network;
 use crate::tables::flow::State;
 
 /// Ports with no more flows are not measured.
@@ -48,7 +48,7 @@ impl Default for SocketMemory {
     }
 }
 
-impl Core {
+impl Network {
     /// True when a port's flows hold more of the kernel's memory than their share.
     pub(crate) fn holds_too_much(&self, slot: u32) -> bool {
         let left = self.cfg.limits.socket_memory.saturating_sub(self.socket_memory);
@@ -58,10 +58,10 @@ impl Core {
     /// Refuses a new flow to a port that has far too many that are stuck.
     ///
     /// # Errors
-    /// [`Drop::BufferLimit`].
-    pub(crate) fn admit_memory(&self, slot: u32) -> Result<(), Drop> {
+    /// [`DropReason::BufferLimit`].
+    pub(crate) fn admit_memory(&self, slot: u32) -> Result<(), DropReason> {
         let many = self.ports.get(slot).is_some_and(|p| p.stuck >= STUCK_MANY);
-        if many && self.holds_too_much(slot) { Err(Drop::BufferLimit) } else { Ok(()) }
+        if many && self.holds_too_much(slot) { Err(DropReason::BufferLimit) } else { Ok(()) }
     }
 
     /// Books what a flow of a port holds now and held before.

@@ -1,16 +1,16 @@
 //! Theory of operation: what stands between the flow table and the TCP state machine of [`crate::relay::tcp`]. A
-//! segment finds its flow or opens one; every call into a [`Tcb`] goes through [`Core::with_index`], which
+//! segment finds its flow or opens one; every call into a [`Tcb`] goes through [`Network::with_index`], which
 //! lends it the port's counters and budget and then does what its [`Fate`] and its wishes (a timer, the end
 //! of the batch, the port taking frames again) ask for.
 
 use crate::interface::config::DatagramError;
 use crate::interface::effects::{Effects, SockError};
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, FrameMeta, IpFields, PortId, Target};
 use crate::l2::switch::wire_drop;
 use crate::l3::frame_builder::{Envelope, TTL};
 use crate::l3::gateway::IcmpError;
-use crate::network::Core;
+use crate::network::Network;
 use crate::relay::icmp::error_to_tell;
 use crate::relay::socket_memory::FEW_FLOWS;
 use crate::relay::tcp::{Ctx, Fate, Path, Tcb, Timeouts};
@@ -30,7 +30,7 @@ use std::net::{IpAddr, SocketAddr};
 const RECHECK_MS: u64 = 10_000;
 const RECHECK_MOST: usize = 1024;
 
-impl Core {
+impl Network {
     /// A TCP segment of a guest to the gateway's MAC.
     pub(crate) fn tcp_out<E: Effects>(
         &mut self,
@@ -40,7 +40,7 @@ impl Core {
         p: &Packet,
         meta: FrameMeta,
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         let bytes = frame.get(p.l4..p.end).unwrap_or(&[]);
         let seg = Tcp::parse(bytes).map_err(wire_drop)?;
         let options = Options::parse(bytes.get(20..usize::from(seg.header_len)).unwrap_or(&[]));
@@ -78,7 +78,7 @@ impl Core {
             if !self.is_own(p.dst) && self.route_to_guest(slot, mac, frame, p, meta, fx)? {
                 return Ok(());
             }
-            let why = if syn { Drop::BadDestination } else { Drop::NoFlow };
+            let why = if syn { DropReason::BadDestination } else { DropReason::NoFlow };
             return self.reset(slot, mac, p, &seg, why, fx);
         }
         let target = match self.services.find(proto::TCP, remote) {
@@ -87,7 +87,7 @@ impl Core {
                 Target::Service(service, port.id)
             }
             None if self.is_own(p.dst) && self.cfg.host_loopback != Some(p.dst) => {
-                return self.reset(slot, mac, p, &seg, Drop::BadDestination, fx);
+                return self.reset(slot, mac, p, &seg, DropReason::BadDestination, fx);
             }
             None => {
                 if self.route_to_guest(slot, mac, frame, p, meta, fx)? {
@@ -108,9 +108,9 @@ impl Core {
         let sock = match fx.tcp_connect(id, target, ip, tight) {
             Ok(sock) => sock,
             Err(SockError::Refused | SockError::Reset | SockError::Exhausted) => {
-                return self.reset(slot, mac, p, &seg, Drop::HostError, fx);
+                return self.reset(slot, mac, p, &seg, DropReason::HostError, fx);
             }
-            Err(e) => return self.refuse(slot, mac, frame, p, Drop::HostError, icmp_for(e, 0), fx),
+            Err(e) => return self.refuse(slot, mac, frame, p, DropReason::HostError, icmp_for(e, 0), fx),
         };
         let mut tcb = Tcb::outbound(id, sock, &seg, &options, self.isn(&key), self.tcp_timeouts(), self.now)
             .with_ip(be16(frame, p.l3 + 4), p.tos);
@@ -157,7 +157,7 @@ impl Core {
         (hash as u32).wrapping_add((self.now.0 >> 12) as u32)
     }
 
-    /// As [`Core::with_index`], unless the identifier is stale.
+    /// As [`Network::with_index`], unless the identifier is stale.
     pub(crate) fn with_flow<E: Effects>(
         &mut self,
         id: FlowId,
@@ -251,7 +251,7 @@ impl Core {
         let error = match error_to_tell(err, 40) {
             Ok(error) => error,
             // Nobody ends a connect by an MTU that cannot be.
-            Err(why @ Drop::Malformed) => return self.drop_at(key.slot, why),
+            Err(why @ DropReason::Malformed) => return self.drop_at(key.slot, why),
             Err(_) => {
                 self.with_flow(id, fx, |tcb, cx| tcb.connected(cx, Err(err.kind)));
                 return;
@@ -302,12 +302,12 @@ impl Core {
         mac: Mac,
         p: &Packet,
         seg: &Tcp,
-        why: Drop,
+        why: DropReason,
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         let martian = crate::policy::never_a_destination(p.dst) || self.policy.is_broadcast(p.dst);
         if seg.flags & flags::RST != 0 || martian || p.src_port == 0 {
-            return Err(if martian { Drop::BadDestination } else { why });
+            return Err(if martian { DropReason::BadDestination } else { why });
         }
         let (IpAddr::V4(guest), IpAddr::V4(remote)) = (p.src, p.dst) else { return Err(why) };
         let len = (p.end - p.payload) as u32

@@ -1,5 +1,5 @@
 //! Theory of operation: how much bulk TCP flows send before the worker looks at anything else. A flow that has
-//! much to send sends it in turns; all turns between two calls of [`crate::network::Core::batch_end`] are a round.
+//! much to send sends it in turns; all turns between two calls of [`crate::network::Network::batch_end`] are a round.
 //!
 //! - While only bulk flows are active, a turn and a round are long: fewer turns cost less.
 //! - While anything else was active in the last [`QUIET`] (a request, an answer, a datagram, a connect), a round is

@@ -6,10 +6,10 @@
 
 use crate::interface::config::Filtering;
 use crate::interface::effects::{Effects, SockError};
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, FrameMeta, Gso, IpFields};
 use crate::l3::gateway::IcmpError;
-use crate::network::Core;
+use crate::network::Network;
 use crate::tables::flow::{Flow, Key, State};
 use guestnet_wire::ether::Mac;
 use guestnet_wire::parse::Packet;
@@ -17,7 +17,7 @@ use guestnet_wire::{be16, icmp, proto};
 use std::net::{IpAddr, SocketAddr};
 
 /// Why a flow was not opened, and how the guest is told.
-pub(crate) struct Refused(pub Drop, pub IcmpError);
+pub(crate) struct Refused(pub DropReason, pub IcmpError);
 
 /// How an error of the host is told to a guest.
 pub(crate) fn icmp_for(e: SockError, packet_len: usize) -> IcmpError {
@@ -40,7 +40,7 @@ pub(crate) fn plateau(packet_len: usize) -> u16 {
         .unwrap_or(68)
 }
 
-impl Core {
+impl Network {
     /// A datagram of a guest to the gateway's MAC.
     pub(crate) fn udp_out<E: Effects>(
         &mut self,
@@ -50,7 +50,7 @@ impl Core {
         p: &Packet,
         meta: FrameMeta,
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         let segment = match meta.gso {
             Some(Gso::Udp(n)) if p.end - p.payload > usize::from(n) => n,
             _ => 0,
@@ -60,7 +60,7 @@ impl Core {
         let key = Key { slot, proto: proto::UDP, guest, remote };
         // Before the table is asked: all zeros is how it files a mapping.
         if p.src_port == 0 || p.dst_port == 0 {
-            return Err(Drop::BadDestination);
+            return Err(DropReason::BadDestination);
         }
         if let Some(index) = self.flows.find(&key) {
             return self.send_datagram(index, slot, mac, frame, p, segment, fx);
@@ -74,7 +74,7 @@ impl Core {
         }
         if self.is_own(p.dst) && self.cfg.host_loopback != Some(p.dst) {
             let e = IcmpError::unreachable(icmp::unreachable::PORT);
-            return self.refuse(slot, mac, frame, p, Drop::BadDestination, e, fx);
+            return self.refuse(slot, mac, frame, p, DropReason::BadDestination, e, fx);
         }
         if self.route_to_guest(slot, mac, frame, p, meta, fx)? {
             return Ok(());
@@ -95,7 +95,7 @@ impl Core {
         p: &Packet,
         remote: SocketAddr,
         fx: &mut E,
-    ) -> Result<SocketAddr, Drop> {
+    ) -> Result<SocketAddr, DropReason> {
         let why = match self.policy.outbound(p.proto, remote) {
             Ok(target) => {
                 self.check_ttl(slot, mac, frame, p, fx)?;
@@ -104,7 +104,7 @@ impl Core {
             Err(why) => why,
         };
         let code = match why {
-            Drop::Policy => icmp::unreachable::ADMIN_PROHIBITED,
+            DropReason::Policy => icmp::unreachable::ADMIN_PROHIBITED,
             _ => icmp::unreachable::HOST,
         };
         self.refuse(slot, mac, frame, p, why, IcmpError::unreachable(code), fx)?;
@@ -133,7 +133,7 @@ impl Core {
                 } else {
                     fx.ping_open(id, target.ip())
                 };
-                let sock = sock.map_err(|e| Refused(Drop::HostError, icmp_for(e, 0)))?;
+                let sock = sock.map_err(|e| Refused(DropReason::HostError, icmp_for(e, 0)))?;
                 let state = State::Mapping { sock, flows: Default::default() };
                 if let Some(port) = self.ports.get_mut(key.slot) {
                     port.sockets += 1;
@@ -158,13 +158,13 @@ impl Core {
         p: &Packet,
         segment: u16,
         fx: &mut E,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         let ttl = self.check_ttl(slot, mac, frame, p, fx)?;
         let payload = frame.get(p.payload..p.end).unwrap_or(&[]);
         let sent = match self.note_out(index, mac, be16(frame, p.l3 + 4), payload.len()) {
             Some(Way::Mapping(mapping, target)) => {
                 let Some(State::Mapping { sock, .. }) = self.flows.at(mapping).map(|m| &m.state) else {
-                    return Err(Drop::NoFlow);
+                    return Err(DropReason::NoFlow);
                 };
                 fx.udp_send(*sock, target, payload, segment, IpFields { ttl, tos: p.tos }, p.dont_fragment)
             }
@@ -177,7 +177,7 @@ impl Core {
         self.touch(index);
         sent.map_err(|e| {
             self.icmp_error(slot, mac, frame, p, icmp_for(e, p.end - p.l3), fx);
-            Drop::HostError
+            DropReason::HostError
         })
     }
 
@@ -203,10 +203,14 @@ impl Core {
 
     /// The flow of a mapping that something from outside belongs to, or the mapping itself where the
     /// filtering rule lets it in without one; with the name that the guest knows the sender by.
-    pub(crate) fn admit_inbound(&self, id: FlowId, from: SocketAddr) -> Result<(u32, SocketAddr), Drop> {
+    pub(crate) fn admit_inbound(
+        &self,
+        id: FlowId,
+        from: SocketAddr,
+    ) -> Result<(u32, SocketAddr), DropReason> {
         let m = self.flows.at(id.index).filter(|f| f.is_mapping() && self.flows.id(id.index) == id);
-        let key = m.ok_or(Drop::NoFlow)?.key;
-        let name = self.policy.name_of(from.ip().to_canonical()).ok_or(Drop::Filtered)?;
+        let key = m.ok_or(DropReason::NoFlow)?.key;
+        let name = self.policy.name_of(from.ip().to_canonical()).ok_or(DropReason::Filtered)?;
         let remote = SocketAddr::new(name, from.port());
         if let Some(index) = self.flows.find(&Key { remote, ..key }) {
             return Ok((index, remote));
@@ -217,7 +221,7 @@ impl Core {
             Filtering::AddressDependent => self.flows.has_peer(id.index, name),
             Filtering::AddressAndPortDependent => false,
         };
-        if open { Ok((id.index, remote)) } else { Err(Drop::Filtered) }
+        if open { Ok((id.index, remote)) } else { Err(DropReason::Filtered) }
     }
 
     /// Datagrams for a guest on one of its sockets.

@@ -5,7 +5,7 @@ use crate::interface::stats::Counters;
 use crate::interface::types::{PortConfig, PortId, Time};
 use crate::relay::tcp::Budget;
 use crate::tables::flow::List;
-use crate::util::rate_limiter::Limiter;
+use crate::util::rate_limiter::RateLimiter;
 use guestnet_wire::ether::Mac;
 use std::collections::VecDeque;
 use std::net::IpAddr;
@@ -53,24 +53,24 @@ pub struct Port {
     /// Buffered bytes of its TCP flows.
     pub budget: Budget,
     /// ICMP errors (and refusals told) to it.
-    pub icmp: Limiter,
+    pub icmp: RateLimiter,
     /// Datagrams of it to UDP services.
-    pub service: Limiter,
+    pub service: RateLimiter,
     /// ARP requests of the gateway to it.
-    pub asks: Limiter,
+    pub asks: RateLimiter,
     /// Questions about names that it waits for.
     pub asking: u32,
     /// When the guest was last asked about all its idle TCP connections.
     pub rechecked: Time,
-    /// News of its addresses to the control side.
-    pub news: Limiter,
+    /// PeerUpdate of its addresses to the control side.
+    pub news: RateLimiter,
     /// Frames of it that go to several ports.
-    pub flood: Limiter,
+    pub flood: RateLimiter,
     /// Identification of the last IPv4 packet that was made for it. Its own: a counter that all share would
     /// tell each guest how much the others get (RFC 7739 5).
     pub ip_id: u16,
     /// MACs and addresses of it that other workers hear of.
-    pub learn: Limiter,
+    pub learn: RateLimiter,
     /// The worker that has the port, where that is another one.
     pub remote: Option<u16>,
 }
@@ -163,14 +163,14 @@ impl Port {
             socket_memory: 0,
             stuck: 0,
             budget: Budget { used: 0, limit: limits.buffer_per_port },
-            icmp: Limiter::new(limits.icmp_errors_per_second, now),
-            service: Limiter::new(limits.service_datagrams_per_second, now),
+            icmp: RateLimiter::new(limits.icmp_errors_per_second, now),
+            service: RateLimiter::new(limits.service_datagrams_per_second, now),
             rechecked: now,
-            asks: Limiter::new(ASKS_PER_SECOND, now),
-            news: Limiter::new(NEWS_PER_SECOND, now),
-            flood: Limiter::new(limits.floods_per_second, now),
+            asks: RateLimiter::new(ASKS_PER_SECOND, now),
+            news: RateLimiter::new(NEWS_PER_SECOND, now),
+            flood: RateLimiter::new(limits.floods_per_second, now),
             ip_id: 0,
-            learn: Limiter::new(NEWS_PER_SECOND, now),
+            learn: RateLimiter::new(NEWS_PER_SECOND, now),
             remote: None,
         }
     }

@@ -3,9 +3,9 @@
 //! services in the subnet are the gateway's own: it answers ARP for them and no endpoint may have them.
 
 use crate::interface::effects::{Effects, Event};
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 use crate::interface::types::ServiceId;
-use crate::network::Core;
+use crate::network::Network;
 use crate::tables::port::Port;
 use guestnet_wire::ether::Mac;
 use guestnet_wire::proto;
@@ -61,7 +61,7 @@ impl Services {
     }
 }
 
-impl Core {
+impl Network {
     /// Hands a datagram, or several of `segment` bytes each, to a UDP service.
     #[allow(clippy::too_many_arguments)] // The fields of the event.
     pub(crate) fn punt<E: Effects>(
@@ -135,7 +135,7 @@ impl Core {
         let Some(p) = self.ports.get_mut(slot) else { return false };
         // All guests share the queue, and its room is bytes as well as places.
         if !p.service.allow_n(now, cost(payload)) {
-            p.counters.drop(Drop::RateLimit);
+            p.counters.drop(DropReason::RateLimit);
             return false;
         }
         fx.event(Event::Datagram { service, port: p.id, mac, src, dst, payload: payload.into() });

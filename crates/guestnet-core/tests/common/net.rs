@@ -3,11 +3,11 @@
 #![allow(dead_code, missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::{Mock, Sent};
-use guestnet_core::Core;
+use guestnet_core::Network;
 use guestnet_core::effects::Event;
-use guestnet_core::stats::Drop;
+use guestnet_core::stats::DropReason;
 use guestnet_core::types::{Csum, FlowId, FrameMeta, PortConfig, PortId, SockId, Time};
-use guestnet_core::{CoreConfig, Limits};
+use guestnet_core::{Limits, NetworkConfig};
 use guestnet_wire::arp::{self, Arp};
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::ipv4::Ipv4;
@@ -43,8 +43,8 @@ pub fn guest_addr(port: PortId, n: u16) -> SocketAddr {
     SocketAddr::new(IpAddr::V4(guest_ip(port)), n)
 }
 
-pub fn config() -> CoreConfig {
-    CoreConfig::new(GATEWAY_MAC, ip(GATEWAY), (ip("192.168.64.0"), 24), [7; 32])
+pub fn config() -> NetworkConfig {
+    NetworkConfig::new(GATEWAY_MAC, ip(GATEWAY), (ip("192.168.64.0"), 24), [7; 32])
 }
 
 pub fn port_config() -> PortConfig {
@@ -52,7 +52,7 @@ pub fn port_config() -> PortConfig {
 }
 
 pub struct Net {
-    pub core: Core,
+    pub core: Network,
     pub fx: Mock,
     pub now: Time,
     /// Our initial sequence number of the connection opened last.
@@ -71,9 +71,9 @@ impl Net {
         Net::with(c)
     }
 
-    pub fn with(c: CoreConfig) -> Net {
+    pub fn with(c: NetworkConfig) -> Net {
         let now = Time(1_000_000_000);
-        let mut n = Net { core: Core::new(c, now), fx: Mock::new(), now, isn: 0 };
+        let mut n = Net { core: Network::new(c, now), fx: Mock::new(), now, isn: 0 };
         for port in [A, B] {
             n.core.add_port(port, port_config());
             n.hello(port);
@@ -156,7 +156,7 @@ impl Net {
         self.core.flows().map(|f| (f.guest.port(), f.state)).collect()
     }
 
-    pub fn drops(&self, why: Drop) -> u64 {
+    pub fn drops(&self, why: DropReason) -> u64 {
         self.core.counters().drops[why as usize]
     }
 
@@ -165,7 +165,7 @@ impl Net {
     }
 
     #[track_caller]
-    pub fn dropped(&mut self, why: Drop, f: impl FnOnce(&mut Net)) {
+    pub fn dropped(&mut self, why: DropReason, f: impl FnOnce(&mut Net)) {
         let (one, all) = (self.drops(why), self.all_drops());
         f(self);
         let new = self.core.counters().drops;

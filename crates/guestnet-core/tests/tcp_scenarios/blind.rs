@@ -1,7 +1,7 @@
 //! Segments of an attacker that guesses, and nonsense (RFC 5961, RFC 9293 3.10.7.4).
 
 use crate::tcp_support::Sim;
-use guestnet_core::stats::Drop;
+use guestnet_core::stats::DropReason;
 
 #[test]
 fn a_reset_in_the_window_is_challenged_beside_it_ignored() {
@@ -13,7 +13,7 @@ fn a_reset_in_the_window_is_challenged_beside_it_ignored() {
     s.send("R 0");
     s.silent();
     s.live();
-    assert_eq!(s.dropped(Drop::OutOfWindow), 3);
+    assert_eq!(s.dropped(DropReason::OutOfWindow), 3);
     s.host_writes(5);
     s.recv("P. 1:6");
 }
@@ -49,7 +49,7 @@ fn challenges_are_limited() {
         s.send("R 500");
     }
     assert_eq!(s.take().len(), 10);
-    assert_eq!(s.dropped(Drop::RateLimit), 990);
+    assert_eq!(s.dropped(DropReason::RateLimit), 990);
     s.pass(1000);
     s.send("R 500");
     assert_eq!(s.take().len(), 1);
@@ -63,7 +63,7 @@ fn without_ack_nothing_is_taken() {
     s.send("F 1:11");
     s.silent();
     s.host_has(0);
-    assert_eq!(s.dropped(Drop::Malformed), 3);
+    assert_eq!(s.dropped(DropReason::Malformed), 3);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use crate::tcp_support::Sim;
 use guestnet_core::effects::Close;
-use guestnet_core::stats::Drop;
+use guestnet_core::stats::DropReason;
 use guestnet_core::tcp::Fate;
 
 /// A flow whose guest has closed its side.
@@ -209,7 +209,7 @@ fn a_guests_keep_alive_goes_out_and_is_answered_when_the_peer_answers() {
     s.host().segments_in += 1;
     s.pass(10);
     s.recv(". 1 ack 11");
-    assert_eq!(s.dropped(Drop::OutOfWindow), 0);
+    assert_eq!(s.dropped(DropReason::OutOfWindow), 0);
 }
 
 #[test]

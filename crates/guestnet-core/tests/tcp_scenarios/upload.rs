@@ -2,7 +2,7 @@
 
 use crate::tcp_support::{GUEST_ISN, Sim};
 use guestnet_core::effects::{Close, SockError};
-use guestnet_core::stats::Drop;
+use guestnet_core::stats::DropReason;
 use guestnet_core::tcp::FLOW_BUFFER;
 
 #[test]
@@ -101,7 +101,7 @@ fn a_trickle_into_a_full_buffer_closes_the_window_and_loses_nothing() {
         }
         assert!(at < FLOW_BUFFER + 8192, "the window never closes");
     }
-    assert_eq!(s.dropped(Drop::BufferLimit), 0);
+    assert_eq!(s.dropped(DropReason::BufferLimit), 0);
     s.host().send_room = None;
     s.ready(false, true);
     s.host_has(at as usize - 1);
@@ -234,7 +234,7 @@ fn a_spent_budget_takes_no_more_and_recovers() {
     s.host().send_room = Some(0);
     s.send("P. 1:5001 ack 1");
     assert!(s.budget.used <= 3000);
-    assert_eq!(s.dropped(Drop::BufferLimit), 1);
+    assert_eq!(s.dropped(DropReason::BufferLimit), 1);
     s.recv(". 1 ack 3001");
     s.send("P. 6001:7001 ack 1");
     s.recv(". 1 ack 3001");
@@ -272,7 +272,7 @@ fn many_tiny_pieces_ahead_of_order_are_bounded() {
     s.end();
     s.take();
     assert!(s.budget.used < 256 * 100, "{}", s.budget.used);
-    assert!(s.dropped(Drop::BufferLimit) > 4000);
+    assert!(s.dropped(DropReason::BufferLimit) > 4000);
     s.abort();
     assert_eq!(s.budget.used, 0);
 }

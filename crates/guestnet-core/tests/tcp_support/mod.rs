@@ -7,7 +7,7 @@
 
 use crate::common::{Mock, MockSock, Sent};
 use guestnet_core::effects::{Close, SockError};
-use guestnet_core::stats::{Counters, Drop};
+use guestnet_core::stats::{Counters, DropReason};
 use guestnet_core::tcp::{Budget, Ctx, Fate, Path, Tcb, Timeouts};
 use guestnet_core::types::{Csum, FlowId, Gso, PortId, SockId, Time};
 use guestnet_wire::ether::{self, Ether, Mac};
@@ -475,7 +475,7 @@ impl Sim {
         assert_eq!(self.fate, Fate::Live);
     }
 
-    pub fn dropped(&self, why: Drop) -> u64 {
+    pub fn dropped(&self, why: DropReason) -> u64 {
         self.counters.drops[why as usize]
     }
 }

@@ -6,7 +6,7 @@
 
 pub mod vhost;
 
-use guestnet_core::config::CoreConfig;
+use guestnet_core::config::NetworkConfig;
 use guestnet_core::types::{PortConfig, PortId};
 use guestnet_io::{Command, CommandError, Event, StatsSnapshot, Value, Worker, WorkerConfig, spawn};
 use guestnet_wire::arp::{self, Arp};
@@ -43,8 +43,12 @@ impl Net {
     }
 
     pub fn with(change: impl FnOnce(&mut WorkerConfig)) -> Net {
-        let mut core =
-            CoreConfig::new(Mac([2, 0, 0, 0, 0, 1]), GATEWAY, (Ipv4Addr::new(192, 168, 64, 0), 24), [9; 32]);
+        let mut core = NetworkConfig::new(
+            Mac([2, 0, 0, 0, 0, 1]),
+            GATEWAY,
+            (Ipv4Addr::new(192, 168, 64, 0), 24),
+            [9; 32],
+        );
         core.host_loopback = Some(HOST.into());
         let mut config = WorkerConfig::new(core);
         change(&mut config);

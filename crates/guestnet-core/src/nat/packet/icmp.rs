@@ -4,7 +4,7 @@
 //! verified first: the outer ICMP checksum and the inner IP checksum, never the inner transport one, of
 //! which mostly only a part was quoted; that a guest speaks of its own packets; that an MTU can be one.
 
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 use crate::nat::engine::NatEngine;
 use crate::nat::outbound::way;
 use crate::nat::packet::{self, End, View};
@@ -26,34 +26,34 @@ struct Quote {
     proto: u8,
 }
 
-fn quote(p: &[u8], v: &View) -> Result<Quote, Drop> {
-    let message = p.get(v.ihl..v.total).ok_or(Drop::Truncated)?;
+fn quote(p: &[u8], v: &View) -> Result<Quote, DropReason> {
+    let message = p.get(v.ihl..v.total).ok_or(DropReason::Truncated)?;
     if fold(sum(message, 0)) != 0xffff {
-        return Err(Drop::BadL4Checksum);
+        return Err(DropReason::BadL4Checksum);
     }
     let too_big = (message.first(), message.get(1)) == (Some(&icmp::UNREACHABLE), Some(&FRAG_NEEDED));
     if too_big && !icmp::is_path_mtu(be16(message, 6)) {
-        return Err(Drop::Malformed);
+        return Err(DropReason::Malformed);
     }
     let at = v.ihl + 8;
     let q = message.get(8..).unwrap_or(&[]);
     let ihl = usize::from(q.first().copied().unwrap_or(0) & 15) * 4;
     if q.first().is_none_or(|b| b >> 4 != 4) || ihl < 20 {
-        return Err(Drop::Malformed);
+        return Err(DropReason::Malformed);
     }
-    let header = q.get(..ihl).ok_or(Drop::Truncated)?;
+    let header = q.get(..ihl).ok_or(DropReason::Truncated)?;
     if fold(sum(header, 0)) != 0xffff {
-        return Err(Drop::BadIpChecksum);
+        return Err(DropReason::BadIpChecksum);
     }
-    let l4 = q.get(ihl..ihl + 8).ok_or(Drop::Truncated)?;
+    let l4 = q.get(ihl..ihl + 8).ok_or(DropReason::Truncated)?;
     let proto_ = header[9];
     let (sport, dport) = match proto_ {
         // A quoted later fragment names no ports.
-        _ if be16(header, 6) & 0x1fff != 0 => return Err(Drop::NoFlow),
+        _ if be16(header, 6) & 0x1fff != 0 => return Err(DropReason::NoFlow),
         proto::TCP | proto::UDP => (be16(l4, 0), be16(l4, 2)),
         proto::ICMP => match l4[0] {
             0 | 8 | 13..=18 => (be16(l4, 4), be16(l4, 4)),
-            _ => return Err(Drop::Malformed),
+            _ => return Err(DropReason::Malformed),
         },
         _ => (0, 0),
     };
@@ -86,7 +86,7 @@ impl NatEngine {
         }
     }
 
-    fn enter_error(&mut self, p: &mut [u8], v: &View) -> Result<(), Drop> {
+    fn enter_error(&mut self, p: &mut [u8], v: &View) -> Result<(), DropReason> {
         let q = quote(p, v)?;
         let key = Key {
             local: q.src,
@@ -99,8 +99,9 @@ impl NatEngine {
         let inner = match self.alive(found).and_then(|id| self.table.sessions.get(id)) {
             Some(s) => (s.int_ip, s.int_port),
             None => {
-                let m = self.table.mapping_in(key.local, key.local_port, key.proto).ok_or(Drop::NoFlow)?;
-                self.table.mappings.get(m).map(|m| (m.int_ip, m.int_port)).ok_or(Drop::NoFlow)?
+                let m =
+                    self.table.mapping_in(key.local, key.local_port, key.proto).ok_or(DropReason::NoFlow)?;
+                self.table.mappings.get(m).map(|m| (m.int_ip, m.int_port)).ok_or(DropReason::NoFlow)?
             }
         };
         self.stats.hits += 1;
@@ -138,11 +139,11 @@ impl NatEngine {
         self.finish(p, v, NatDirection::Outbound, NatResult::Translated)
     }
 
-    fn leave_error(&mut self, p: &mut [u8], v: &View) -> Result<(), Drop> {
+    fn leave_error(&mut self, p: &mut [u8], v: &View) -> Result<(), DropReason> {
         let q = quote(p, v)?;
         // Guests trust each other with nothing, and none is a router: it speaks of packets that it got itself.
         if q.dst != v.src {
-            return Err(Drop::SpoofedSource);
+            return Err(DropReason::SpoofedSource);
         }
         let key = Key {
             local: q.dst,
@@ -155,8 +156,8 @@ impl NatEngine {
         let outer = match self.alive(found).and_then(|id| self.table.sessions.get(id)) {
             Some(s) => (s.ext_ip, s.ext_port),
             None => {
-                let m = self.table.mapping_out(&key).ok_or(Drop::NoFlow)?;
-                self.table.mappings.get(m).map(|m| (m.ext_ip, m.ext_port)).ok_or(Drop::NoFlow)?
+                let m = self.table.mapping_out(&key).ok_or(DropReason::NoFlow)?;
+                self.table.mappings.get(m).map(|m| (m.ext_ip, m.ext_port)).ok_or(DropReason::NoFlow)?
             }
         };
         self.stats.hits += 1;

@@ -6,7 +6,7 @@ pub(crate) mod fragments;
 pub(crate) mod icmp;
 pub(crate) mod output;
 
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 use crate::nat::table::records::Key;
 use guestnet_wire::checksum::fold;
 use guestnet_wire::{be16, be32, ipv4, proto, put};
@@ -77,22 +77,22 @@ impl View {
 ///
 /// # Errors
 /// `Truncated`, `Malformed`, or `UnsupportedProtocol` for ICMP that no NAT should carry.
-pub(crate) fn read(p: &[u8]) -> Result<View, Drop> {
-    let Some(h) = p.first_chunk::<20>() else { return Err(Drop::Truncated) };
+pub(crate) fn read(p: &[u8]) -> Result<View, DropReason> {
+    let Some(h) = p.first_chunk::<20>() else { return Err(DropReason::Truncated) };
     let ihl = usize::from(h[0] & 15) * 4;
     let total = usize::from(be16(h, 2));
     if h[0] >> 4 != 4 || ihl < ipv4::MIN_LEN || total < ihl {
-        return Err(Drop::Malformed);
+        return Err(DropReason::Malformed);
     }
     if total > p.len() {
-        return Err(Drop::Truncated);
+        return Err(DropReason::Truncated);
     }
     let word = be16(h, 6);
     let (offset, more) = (u32::from(word & 0x1fff) * 8, word & ipv4::MF != 0);
     let data = (total - ihl) as u32;
     // RFC 791 3.2: a fragment past 65535 can only be an attack; all but the last carry whole units of 8.
     if offset + data > 0xffff || (more && (data == 0 || !data.is_multiple_of(8))) {
-        return Err(Drop::Malformed);
+        return Err(DropReason::Malformed);
     }
     let mut v = View {
         kind: Kind::Flow,
@@ -112,7 +112,7 @@ pub(crate) fn read(p: &[u8]) -> Result<View, Drop> {
     if offset != 0 {
         // RFC 1858: a second fragment that overwrites the TCP flags of the first.
         if v.proto == proto::TCP && offset < 20 {
-            return Err(Drop::Malformed);
+            return Err(DropReason::Malformed);
         }
         v.kind = Kind::Tail;
         return Ok(v);
@@ -121,30 +121,30 @@ pub(crate) fn read(p: &[u8]) -> Result<View, Drop> {
     Ok(v)
 }
 
-fn transport(b: &[u8], v: &mut View) -> Result<(), Drop> {
+fn transport(b: &[u8], v: &mut View) -> Result<(), DropReason> {
     match v.proto {
         proto::TCP => {
             if b.len() < 20 {
-                return Err(Drop::Truncated);
+                return Err(DropReason::Truncated);
             }
             let len = usize::from(b[12] >> 4) * 4;
             if len < 20 || (len > b.len() && v.fragment.is_none()) {
-                return Err(Drop::Malformed);
+                return Err(DropReason::Malformed);
             }
             v.flags = b[13];
         }
         proto::UDP => {
             if b.len() < 8 {
-                return Err(Drop::Truncated);
+                return Err(DropReason::Truncated);
             }
             let len = usize::from(be16(b, 4));
             if len < 8 || (len > b.len() && v.fragment.is_none()) {
-                return Err(Drop::Malformed);
+                return Err(DropReason::Malformed);
             }
         }
         proto::ICMP => {
             if b.len() < 8 {
-                return Err(Drop::Truncated);
+                return Err(DropReason::Truncated);
             }
             match b[0] {
                 0 | 8 | 13..=18 => {
@@ -154,7 +154,7 @@ fn transport(b: &[u8], v: &mut View) -> Result<(), Drop> {
                 }
                 // An error in fragments cannot be checked, and none is over 1280 bytes.
                 3 | 11 | 12 if v.fragment.is_none() => v.kind = Kind::Error,
-                _ => return Err(Drop::UnsupportedProtocol),
+                _ => return Err(DropReason::UnsupportedProtocol),
             }
             return Ok(());
         }

@@ -13,9 +13,9 @@ pub(crate) mod records;
 pub(crate) mod state;
 pub mod wheel;
 
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 use crate::nat::config::{Behaviour, NatEngineConfig};
-use crate::nat::events::NatNews;
+use crate::nat::events::NatEvent;
 use crate::nat::table::hash::{Keys, Random};
 use crate::nat::table::index::Index;
 use crate::nat::table::ports::PortSet;
@@ -111,7 +111,7 @@ pub(crate) struct Table {
     filtering_tcp: Behaviour,
     hold_ticks: u32,
     /// What began and ended, for who asked to be told.
-    pub news: Option<Vec<NatNews>>,
+    pub news: Option<Vec<NatEvent>>,
 }
 
 impl Table {
@@ -307,12 +307,12 @@ impl Table {
         self.host_index.find(self.host_hash(ip), |r| self.hosts.get(r).is_some_and(|h| h.ip == ip))
     }
 
-    fn host(&mut self, ip: u32) -> Result<u32, Drop> {
+    fn host(&mut self, ip: u32) -> Result<u32, DropReason> {
         if let Some(h) = self.find_host(ip) {
             return Ok(h);
         }
         if self.hosts.is_full() {
-            return Err(Drop::TableFull);
+            return Err(DropReason::TableFull);
         }
         // The external address with the fewest hosts; the first from a random start where several have.
         let n = self.externals.len();
@@ -412,14 +412,14 @@ impl Table {
     }
 
     /// Makes a mapping for the internal end of `k`, without references.
-    fn new_mapping(&mut self, k: &Key, tick: u32) -> Result<u32, Drop> {
+    fn new_mapping(&mut self, k: &Key, tick: u32) -> Result<u32, DropReason> {
         if self.mappings.is_full() {
-            return Err(Drop::TableFull);
+            return Err(DropReason::TableFull);
         }
         // First, since what has rested is no longer taken.
         self.release_held(tick, RELEASES);
         let host = self.host(k.local)?;
-        let Some(h) = self.hosts.get(host).copied() else { return Err(Drop::TableFull) };
+        let Some(h) = self.hosts.get(host).copied() else { return Err(DropReason::TableFull) };
         let ext_ip = self.externals.get(h.external as usize).map_or(0, |e| e.ip);
         let mut ext_port = 0;
         if let Some(class) = port_class(k.proto) {
@@ -429,13 +429,13 @@ impl Table {
                 set.map_or(u32::MAX, |s| share(u64::from(s.taken() + s.free()), u64::from(s.taken())));
             if h.ports >= self.ports_per_host.min(share) {
                 self.drop_host_if_idle(host);
-                return Err(Drop::PortLimit);
+                return Err(DropReason::PortLimit);
             }
             match self.take_port(h.external, class, (k.local, k.local_port)) {
                 Some(p) => ext_port = p,
                 None => {
                     self.drop_host_if_idle(host);
-                    return Err(Drop::PortsExhausted);
+                    return Err(DropReason::PortsExhausted);
                 }
             }
         }
@@ -600,15 +600,15 @@ impl Table {
         expires: u32,
         flags: u16,
         tick: u32,
-    ) -> Result<u32, Drop> {
+    ) -> Result<u32, DropReason> {
         if self.sessions.is_full() {
-            return Err(Drop::TableFull);
+            return Err(DropReason::TableFull);
         }
         let (mapping, fresh) = match via.or_else(|| self.mapping_out(k)) {
             Some(m) => (m, false),
             None => (self.new_mapping(k, tick)?, true),
         };
-        let Some(m) = self.mappings.get(mapping).copied() else { return Err(Drop::TableFull) };
+        let Some(m) = self.mappings.get(mapping).copied() else { return Err(DropReason::TableFull) };
         let undo = |table: &mut Table, why| {
             if fresh {
                 if let Some(m) = table.mappings.get_mut(mapping) {
@@ -623,7 +623,7 @@ impl Table {
             false => u32::MAX,
         };
         if self.hosts.get(m.host).is_none_or(|h| h.sessions >= self.sessions_per_host.min(share)) {
-            return undo(self, Drop::FlowLimit);
+            return undo(self, DropReason::FlowLimit);
         }
         let mut s = Session {
             int_ip: k.local,
@@ -642,7 +642,7 @@ impl Table {
         (s.delta_ip, s.delta_l4) = deltas(s.proto, (s.int_ip, s.int_port), (s.ext_ip, s.ext_port));
         let in_key = s.in_key();
         if port_class(k.proto).is_none() && self.find_in(&in_key).is_some() {
-            return undo(self, Drop::Filtered);
+            return undo(self, DropReason::Filtered);
         }
         if !m.published
             && self.filtering(k.proto) == Behaviour::AddressDependent
@@ -658,7 +658,7 @@ impl Table {
         }
         let id = self.sessions.add(s);
         if let Some(news) = &mut self.news {
-            news.push(NatNews::Began { id, inbound: via.is_some() });
+            news.push(NatEvent::Began { id, inbound: via.is_some() });
         }
         self.out.insert(k.hash(&self.keys), id);
         self.inn.insert(in_key.hash(&self.keys), id);
@@ -680,7 +680,7 @@ impl Table {
         self.inn.remove(s.in_key().hash(keys), id, |x| sessions.get(x).map_or(0, |y| y.in_key().hash(keys)));
         self.sessions.remove(id, DEAD);
         if let Some(news) = &mut self.news {
-            news.push(NatNews::Ended { id, bytes_out: s.bytes_out, bytes_in: s.bytes_in });
+            news.push(NatEvent::Ended { id, bytes_out: s.bytes_out, bytes_in: s.bytes_in });
         }
         self.drop_peer(s.mapping, s.peer);
         let host = self.mappings.get(s.mapping).map_or(NONE, |m| m.host);

@@ -4,7 +4,7 @@
 //! what cannot wait for the end of the batch: duplicate ACKs, challenges, resets, fast retransmissions.
 
 use crate::interface::effects::{Close, Effects};
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 use crate::relay::tcp::buffer::Buffer;
 use crate::relay::tcp::recovery::Acknowledged;
 use crate::relay::tcp::seq::Seq;
@@ -49,7 +49,7 @@ impl Tcb {
                 self.finish(cx, Close::Reset);
                 return Err(Fate::Closed);
             }
-            _ => cx.counters.drop(Drop::OutOfWindow),
+            _ => cx.counters.drop(DropReason::OutOfWindow),
         }
         Ok(())
     }
@@ -63,7 +63,7 @@ impl Tcb {
         let acks = seg.flags & flags::ACK != 0;
         let acks_syn = acks && Seq(seg.ack) == self.iss.plus(1);
         if acks && !acks_syn {
-            cx.counters.drop(Drop::OutOfWindow);
+            cx.counters.drop(DropReason::OutOfWindow);
             if seg.flags & flags::RST == 0 {
                 self.send_rst_at(cx, seg.ack);
             }
@@ -74,11 +74,11 @@ impl Tcb {
                 self.finish(cx, Close::Reset);
                 return Err(Fate::Closed);
             }
-            cx.counters.drop(Drop::OutOfWindow);
+            cx.counters.drop(DropReason::OutOfWindow);
             return Ok(());
         }
         if seg.flags & flags::SYN == 0 {
-            cx.counters.drop(Drop::OutOfWindow);
+            cx.counters.drop(DropReason::OutOfWindow);
             return Ok(());
         }
         self.take_syn(seg, options);
@@ -157,7 +157,7 @@ impl Tcb {
                 self.finish(cx, Close::Reset);
                 return Err(Fate::Closed);
             }
-            cx.counters.drop(Drop::OutOfWindow);
+            cx.counters.drop(DropReason::OutOfWindow);
             if acceptable {
                 self.challenge(cx);
             }
@@ -171,12 +171,12 @@ impl Tcb {
             return self.unacceptable(cx, seq, len as usize, fin);
         }
         if syn {
-            cx.counters.drop(Drop::OutOfWindow);
+            cx.counters.drop(DropReason::OutOfWindow);
             self.challenge(cx);
             return Ok(());
         }
         if !acks {
-            cx.counters.drop(Drop::Malformed);
+            cx.counters.drop(DropReason::Malformed);
             return Ok(());
         }
         self.note_heard(cx.now, len);
@@ -233,7 +233,7 @@ impl Tcb {
         len: usize,
         fin: bool,
     ) -> Result<(), Fate> {
-        cx.counters.drop(Drop::OutOfWindow);
+        cx.counters.drop(DropReason::OutOfWindow);
         if self.state == State::TimeWait {
             if fin {
                 self.last_seen = cx.now;
@@ -264,7 +264,7 @@ impl Tcb {
         let (seq, ack) = (Seq(seg.seq), Seq(seg.ack));
         if self.state == State::SynReceived {
             if ack != self.snd_max {
-                cx.counters.drop(Drop::OutOfWindow);
+                cx.counters.drop(DropReason::OutOfWindow);
                 self.send_rst_at(cx, seg.ack);
                 return Ok(false);
             }
@@ -276,7 +276,7 @@ impl Tcb {
         }
         // RFC 5961 5.2
         if self.snd_max.lt(ack) || ack.lt(self.snd_una.minus(self.max_wnd)) {
-            cx.counters.drop(Drop::OutOfWindow);
+            cx.counters.drop(DropReason::OutOfWindow);
             self.challenge(cx);
             return Ok(false);
         }
@@ -352,7 +352,7 @@ impl Tcb {
         self.wants_batch = true;
         self.ack_pending = true;
         if self.guest_fin {
-            cx.counters.drop(Drop::OutOfWindow);
+            cx.counters.drop(DropReason::OutOfWindow);
             return Ok(());
         }
         let fin_at = seq.plus(payload.len() as u32);
@@ -365,7 +365,7 @@ impl Tcb {
         }
         let room = if seq.lt(self.rcv_adv) { self.rcv_adv.since(seq) as usize } else { 0 };
         if data.len() > room {
-            cx.counters.drop(Drop::OutOfWindow);
+            cx.counters.drop(DropReason::OutOfWindow);
             data = &data[..room];
             fin = false;
         }
@@ -456,7 +456,7 @@ impl Tcb {
         }
         self.took(taken);
         if taken < data.len() {
-            cx.counters.drop(Drop::BufferLimit);
+            cx.counters.drop(DropReason::BufferLimit);
         }
         Ok(taken == data.len())
     }
@@ -475,7 +475,7 @@ impl Tcb {
         // On a path that loses, the sender needs each ACK.
         (self.patience, self.ack_every) = (self.patience.min(PATIENT - 1), 0);
         if !buffer.insert(seq, data, cx.budget) {
-            cx.counters.drop(Drop::BufferLimit);
+            cx.counters.drop(DropReason::BufferLimit);
         } else if let Some(at) = fin_at {
             buffer.set_fin(at);
         }

@@ -5,7 +5,7 @@
 //! segment (RFC 9293 3.8.6.2.2).
 
 use crate::interface::effects::{Effects, Peek, TxError};
-use crate::interface::stats::Drop;
+use crate::interface::stats::DropReason;
 use crate::interface::types::{Csum, FrameMeta, Gso, Time};
 use crate::relay::tcp::seq::Seq;
 use crate::relay::tcp::timers::PATIENT;
@@ -152,7 +152,7 @@ impl Tcb {
             }
             // The port goes, and core ends its flows.
             Err(TxError::Gone) => {
-                cx.counters.drop(Drop::NoEndpoint);
+                cx.counters.drop(DropReason::NoEndpoint);
                 false
             }
         }
@@ -239,7 +239,7 @@ impl Tcb {
             self.challenges += 1;
             self.send_ack(cx);
         } else {
-            cx.counters.drop(Drop::RateLimit);
+            cx.counters.drop(DropReason::RateLimit);
         }
     }
 

@@ -10,7 +10,7 @@ mod net;
 use guestnet_core::config::ForwardSpec;
 use guestnet_core::effects::Event;
 use guestnet_core::nat::{ForwardError, NatEngineConfig};
-use guestnet_core::stats::Drop;
+use guestnet_core::stats::DropReason;
 use guestnet_core::types::{Csum, ForwardId, FrameMeta, Gso, NetMode, PortConfig, PortId};
 use guestnet_wire::tcp::{Tcp, flags};
 use guestnet_wire::{icmp, parse, proto, segment};
@@ -161,7 +161,7 @@ fn a_guest_that_leaves_takes_its_flows_along() {
     n.core.audit().unwrap();
     assert_eq!((closed(&n), n.core.flows().count()), (2, 1));
     n.fx.frames.clear();
-    n.dropped(Drop::NoFlow, |n| arrive(n, udp(addr(SERVER), addr("198.51.100.9:4000"), b"late")));
+    n.dropped(DropReason::NoFlow, |n| arrive(n, udp(addr(SERVER), addr("198.51.100.9:4000"), b"late")));
     assert!(n.fx.frames.is_empty());
 }
 
@@ -245,7 +245,7 @@ fn too_big_and_not_to_be_cut_is_told_by_the_gateway() {
     let mut frame = udp_frame(A, 4000, addr(SERVER), &[9; 1400]);
     frame[20] |= 0x40;
     guestnet_wire::ipv4::fill_checksum(&mut frame[14..]);
-    n.dropped(Drop::Oversized, |n| n.send(A, frame));
+    n.dropped(DropReason::Oversized, |n| n.send(A, frame));
     let got = read(&one(n.fx.take()));
     assert_eq!((got.icmp(), got.p.src), ((3, 4), IpAddr::V4(ip(GATEWAY))));
     assert_eq!(guestnet_wire::be16(got.l4(), 6), 1000);
@@ -255,7 +255,7 @@ fn too_big_and_not_to_be_cut_is_told_by_the_gateway() {
 #[test]
 fn ttl_runs_out_at_the_gateway_and_errors_from_outside_find_their_guest() {
     let mut n = tunnel();
-    n.dropped(Drop::TtlExpired, |n| n.send(A, echo_frame(A, "203.0.113.1", 5, 1, 1, b"x")));
+    n.dropped(DropReason::TtlExpired, |n| n.send(A, echo_frame(A, "203.0.113.1", 5, 1, 1, b"x")));
     let got = read(&one(n.fx.take()));
     assert_eq!((got.icmp(), got.p.src), ((icmp::TIME_EXCEEDED, 0), IpAddr::V4(ip(GATEWAY))));
     n.send(A, echo_frame(A, "203.0.113.1", 5, 2, 2, b"x"));
@@ -277,14 +277,14 @@ fn ttl_runs_out_at_the_gateway_and_errors_from_outside_find_their_guest() {
 fn policy_and_modes_hold() {
     let mut n = tunnel();
     for bad in ["169.254.169.254:80", "240.0.0.1:1", "0.1.2.3:9", "168.63.129.16:80", "100.100.100.200:80"] {
-        n.dropped(Drop::BadDestination, |n| n.udp(A, 4000, bad, b"x"));
+        n.dropped(DropReason::BadDestination, |n| n.udp(A, 4000, bad, b"x"));
     }
     let mut c = config();
     c.mode = NetMode::HostOnly;
     let mut closed = Net::with(c);
     closed.core.set_uplink(uplink()).unwrap();
-    closed.dropped(Drop::Policy, |n| n.udp(A, 4000, SERVER, b"x"));
-    assert_eq!(closed.events(|e| matches!(e, Event::Denied { reason: Drop::Policy, .. })), 1);
+    closed.dropped(DropReason::Policy, |n| n.udp(A, 4000, SERVER, b"x"));
+    assert_eq!(closed.events(|e| matches!(e, Event::Denied { reason: DropReason::Policy, .. })), 1);
     assert!(n.fx.uplink.is_empty() && closed.fx.uplink.is_empty());
     // The gateway and guests answer as ever.
     let got = read(&one(n.ask(A, echo_frame(A, GATEWAY, 1, 1, 1, b"x"))));
@@ -297,11 +297,11 @@ fn nobody_outside_speaks_for_a_guest_or_reaches_one_unasked() {
     n.udp(A, 4000, SERVER, b"x");
     let mapped = one(left(&mut n)).0.src();
     for from in [guest_addr(B, 7), addr("192.168.64.1:7"), addr("127.0.0.1:7"), addr("224.0.0.1:7")] {
-        n.dropped(Drop::SpoofedSource, |n| arrive(n, udp(from, mapped, b"x")));
+        n.dropped(DropReason::SpoofedSource, |n| arrive(n, udp(from, mapped, b"x")));
     }
-    n.dropped(Drop::Filtered, |n| arrive(n, udp(addr("203.0.113.99:7"), mapped, b"x")));
-    n.dropped(Drop::NoFlow, |n| arrive(n, udp(addr(SERVER), addr("198.51.100.9:4999"), b"x")));
-    n.dropped(Drop::BadDestination, |n| arrive(n, udp(addr(SERVER), guest_addr(A, 4000), b"x")));
+    n.dropped(DropReason::Filtered, |n| arrive(n, udp(addr("203.0.113.99:7"), mapped, b"x")));
+    n.dropped(DropReason::NoFlow, |n| arrive(n, udp(addr(SERVER), addr("198.51.100.9:4999"), b"x")));
+    n.dropped(DropReason::BadDestination, |n| arrive(n, udp(addr(SERVER), guest_addr(A, 4000), b"x")));
     assert!(n.fx.frames.is_empty());
 }
 
@@ -311,9 +311,9 @@ fn caps_are_the_guests_own_and_are_told() {
     for port in 4000..4003 {
         n.udp(A, port, SERVER, b"x");
     }
-    n.dropped(Drop::FlowLimit, |n| n.udp(A, 4003, SERVER, b"x"));
+    n.dropped(DropReason::FlowLimit, |n| n.udp(A, 4003, SERVER, b"x"));
     assert_eq!(read(&one(n.fx.take())).icmp(), (3, 13));
-    assert_eq!(n.events(|e| matches!(e, Event::Denied { reason: Drop::FlowLimit, .. })), 1);
+    assert_eq!(n.events(|e| matches!(e, Event::Denied { reason: DropReason::FlowLimit, .. })), 1);
     n.udp(B, 4000, SERVER, b"x");
     assert_eq!(n.core.flows().count(), 4);
 }
@@ -322,8 +322,8 @@ fn caps_are_the_guests_own_and_are_told() {
 #[test]
 fn one_guest_leaves_ports_and_connections_to_others() {
     for (config, why) in [
-        (NatEngineConfig { ports: (40000, 40999), ..uplink() }, Drop::PortLimit),
-        (NatEngineConfig { table_size: 1000, ..uplink() }, Drop::FlowLimit),
+        (NatEngineConfig { ports: (40000, 40999), ..uplink() }, DropReason::PortLimit),
+        (NatEngineConfig { table_size: 1000, ..uplink() }, DropReason::FlowLimit),
     ] {
         let mut n = tunnel_with(config);
         let opened = |n: &mut Net, port: PortId| {
@@ -375,7 +375,7 @@ fn a_published_port_leads_to_its_guest_also_from_inside() {
     assert!(n.fx.uplink.is_empty());
     // Taken back: nobody new.
     assert!(n.core.remove_uplink_forward(ForwardId(1)) && !n.core.remove_uplink_forward(ForwardId(1)));
-    n.dropped(Drop::Filtered, |n| {
+    n.dropped(DropReason::Filtered, |n| {
         arrive(n, tcp(addr("203.0.113.6:1"), addr("198.51.100.9:8080"), flags::SYN, b""));
     });
 }
@@ -410,7 +410,7 @@ fn a_hairpinned_packet_has_the_mtu_inside() {
 fn a_published_port_waits_for_its_guest() {
     let mut n = tunnel();
     publish(&mut n, 8080, addr("0.0.0.0:80")).unwrap();
-    n.dropped(Drop::NoEndpoint, |n| {
+    n.dropped(DropReason::NoEndpoint, |n| {
         arrive(n, tcp(addr("203.0.113.6:1"), addr("198.51.100.9:8080"), flags::SYN, b""));
     });
     assert!(n.core.retarget_uplink_forward(ForwardId(1), guest_addr(B, 81)));
@@ -478,7 +478,7 @@ fn fragments_of_guests_leave_and_come_as_they_are() {
 fn a_full_uplink_loses_the_packet_and_says_so() {
     let mut n = tunnel();
     n.fx.uplink_full = true;
-    n.dropped(Drop::PortFull, |n| n.udp(A, 4000, SERVER, b"x"));
+    n.dropped(DropReason::PortFull, |n| n.udp(A, 4000, SERVER, b"x"));
 }
 
 #[test]

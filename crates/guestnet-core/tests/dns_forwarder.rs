@@ -8,7 +8,7 @@ mod net;
 
 use guestnet_core::config::DatagramError;
 use guestnet_core::effects::{Event, SockError};
-use guestnet_core::stats::Drop;
+use guestnet_core::stats::DropReason;
 use guestnet_core::types::{FlowId, PortId, ServiceId};
 use guestnet_wire::proto;
 use net::*;
@@ -200,7 +200,7 @@ fn what_was_known_before_a_change_is_not_said_after_it() {
     w.change();
     assert!(w.goes_up(A, &own) && w.goes_up(A, &other));
     assert_eq!(w.n.core.names_held(), (0, 0, 0));
-    // News that were overtaken.
+    // PeerUpdate that were overtaken.
     w.n.core.set_names(DNS, 1, Vec::new());
     w.n.core.allow_names(w.n.now, 1, Some(addr(SERVER)));
     w.n.core.keep_name(w.n.now, A, 1, true, &own, &answer(&own, 1, 60, 7));
@@ -256,9 +256,9 @@ fn others_are_asked_from_here_and_the_networks_own_are_not() {
     assert_eq!(w.ask(B, &q).unwrap(), answer(&q, 1, 60, 7));
     assert_eq!(w.counts(), (1, 9, 2));
     // A second answer is one to nothing.
-    let before = w.n.drops(Drop::Filtered);
+    let before = w.n.drops(DropReason::Filtered);
     assert_eq!(w.hear(flow, SERVER, &answer(&sent, 1, 60, 9)), []);
-    assert_eq!(w.n.drops(Drop::Filtered), before + 1);
+    assert_eq!(w.n.drops(DropReason::Filtered), before + 1);
     // Sockets are not kept for nothing.
     w.n.pass_ms(11_000);
     assert_eq!(w.n.fx.closed.len(), w.n.fx.opened.len());
@@ -410,7 +410,7 @@ fn a_guest_that_asks_too_much_does_not_keep_others_from_it() {
     assert_eq!(w.n.fx.opened.len(), 2);
     // The service's own limit is that of what goes up.
     (0..2000).for_each(|n| _ = ask(&mut w, A, n));
-    assert!(w.n.drops(Drop::RateLimit) > 0);
+    assert!(w.n.drops(DropReason::RateLimit) > 0);
     // A permission is looked at by those who may still go up.
     w.n.pass_ms(1000);
     (0..2000).for_each(|n| _ = ask(&mut w, A, n));

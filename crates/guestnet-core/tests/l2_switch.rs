@@ -7,7 +7,7 @@ mod net;
 
 use guestnet_core::config::ForwardSpec;
 use guestnet_core::effects::Event;
-use guestnet_core::stats::Drop;
+use guestnet_core::stats::DropReason;
 use guestnet_core::types::{Csum, ForwardId, FrameMeta, Gso, NetMode, PortConfig, PortId, ServiceId, Time};
 use guestnet_wire::arp::{self, Arp};
 use guestnet_wire::ether::{self, Mac};
@@ -76,7 +76,7 @@ fn floods_reach_everyone_else_and_are_limited() {
     for _ in 0..20 {
         n.send(A, udp_from(&h, 9, 9, b"x"));
     }
-    assert_eq!(n.drops(Drop::RateLimit), 12);
+    assert_eq!(n.drops(DropReason::RateLimit), 12);
     // It counts what a flood costs: large frames more, and with more ports.
     n.pass_ms(2000);
     let meta = FrameMeta { csum: Csum::Valid, gso: Some(Gso::Udp(1400)) };
@@ -105,23 +105,23 @@ fn nobody_sends_with_anothers_mac_or_address() {
     let mut n = Net::new();
     for bad in [mac(B), GATEWAY_MAC, Mac::BROADCAST, Mac([1, 0, 0, 0, 0, 9]), Mac::default()] {
         let h = Ip4 { mac: bad, ..Ip4::new(A, "10.0.0.9".parse().unwrap(), proto::UDP) };
-        n.dropped(Drop::SpoofedMac, |n| n.send(A, udp_from(&h, 1, 2, b"")));
+        n.dropped(DropReason::SpoofedMac, |n| n.send(A, udp_from(&h, 1, 2, b"")));
     }
     for bad in ["192.168.64.12", GATEWAY, "10.0.0.1", "0.0.0.0", "192.168.64.255", "127.0.0.1"] {
         let h = Ip4 { src: ip(bad), ..Ip4::new(A, "10.0.0.9".parse().unwrap(), proto::UDP) };
-        n.dropped(Drop::SpoofedSource, |n| n.send(A, udp_from(&h, 1, 2, b"")));
+        n.dropped(DropReason::SpoofedSource, |n| n.send(A, udp_from(&h, 1, 2, b"")));
         let h = Ip4 { to_mac: mac(B), ..h };
-        n.dropped(Drop::SpoofedSource, |n| n.send(A, udp_from(&h, 1, 2, b"")));
+        n.dropped(DropReason::SpoofedSource, |n| n.send(A, udp_from(&h, 1, 2, b"")));
     }
     assert!(n.fx.frames.is_empty() && n.fx.datagrams.is_empty());
     // ARP that claims another's address, or says another sent it.
     for (spa, to) in [(guest_ip(B), mac(B)), (ip(GATEWAY), Mac::BROADCAST)] {
         let f = arp_frame(arp::REPLY, mac(A), spa, to, guest_ip(B));
-        n.dropped(Drop::SpoofedSource, |n| n.send(A, f));
+        n.dropped(DropReason::SpoofedSource, |n| n.send(A, f));
     }
     let mut f = arp_frame(arp::REPLY, mac(A), guest_ip(A), mac(B), guest_ip(B));
     f[22..28].copy_from_slice(&mac(B).0);
-    n.dropped(Drop::SpoofedMac, |n| n.send(A, f));
+    n.dropped(DropReason::SpoofedMac, |n| n.send(A, f));
     assert!(n.fx.frames.is_empty());
 }
 
@@ -144,9 +144,9 @@ fn a_guest_has_a_bounded_number_of_macs_and_addresses() {
     // Its first MAC stays its own, and what it no longer uses is free for others.
     n.core.add_port(C, port_config());
     let h = Ip4 { mac: Mac([2, 7, 7, 7, 7, 1]), ..Ip4::new(C, "10.0.0.9".parse().unwrap(), proto::UDP) };
-    let before = n.drops(Drop::SpoofedMac);
+    let before = n.drops(DropReason::SpoofedMac);
     n.send(C, udp_from(&h, 1, 2, b""));
-    assert_eq!(n.drops(Drop::SpoofedMac), before);
+    assert_eq!(n.drops(DropReason::SpoofedMac), before);
 }
 
 #[test]
@@ -156,7 +156,7 @@ fn a_configured_mac_cannot_be_taken_beforehand() {
     let h = Ip4 { mac: mac(C), ..Ip4::new(A, "10.0.0.9".parse().unwrap(), proto::UDP) };
     n.send(A, udp_from(&h, 1, 2, b""));
     n.core.add_port(C, PortConfig { mac: Some(mac(C)), ..port_config() });
-    n.dropped(Drop::SpoofedMac, |n| n.send(A, udp_from(&h, 1, 2, b"")));
+    n.dropped(DropReason::SpoofedMac, |n| n.send(A, udp_from(&h, 1, 2, b"")));
     n.hello(C);
     let d = PortId(4);
     n.core.add_port(d, port_config());
@@ -164,13 +164,13 @@ fn a_configured_mac_cannot_be_taken_beforehand() {
         Ip4 { mac: mac(PortId(5)), src: guest_ip(d), ..Ip4::new(d, "10.0.0.9".parse().unwrap(), proto::UDP) };
     n.send(d, udp_from(&h, 1, 2, b""));
     n.core.add_port(PortId(5), PortConfig { mac: Some(mac(PortId(5))), ..port_config() });
-    n.dropped(Drop::SpoofedMac, |n| n.send(d, udp_from(&h, 1, 2, b"")));
+    n.dropped(DropReason::SpoofedMac, |n| n.send(d, udp_from(&h, 1, 2, b"")));
     n.udp(PortId(5), 1, "10.0.0.9:2", b"");
     assert_eq!(n.core.port_counters(PortId(5)).unwrap().drops.iter().sum::<u64>(), 0);
     // Two ports configured alike: the first has it.
     n.core.add_port(PortId(6), PortConfig { mac: Some(mac(C)), ..port_config() });
     let h = Ip4 { mac: mac(C), ..Ip4::new(PortId(6), "10.0.0.9".parse().unwrap(), proto::UDP) };
-    n.dropped(Drop::SpoofedMac, |n| n.send(PortId(6), udp_from(&h, 1, 2, b"")));
+    n.dropped(DropReason::SpoofedMac, |n| n.send(PortId(6), udp_from(&h, 1, 2, b"")));
 }
 
 /// A guest that leaves and comes back finds its MAC free, whoever used it meanwhile besides his own.
@@ -184,16 +184,16 @@ fn a_mac_that_another_only_borrowed_goes_to_the_port_that_begins_with_it() {
     n.core.add_port(B, port_config());
     n.udp(B, 1, "10.0.0.9:2", b"");
     assert_eq!(n.core.port_counters(B).unwrap().drops.iter().sum::<u64>(), 0);
-    n.dropped(Drop::SpoofedMac, |n| n.send(A, udp_from(&borrowed, 1, 2, b"")));
+    n.dropped(DropReason::SpoofedMac, |n| n.send(A, udp_from(&borrowed, 1, 2, b"")));
     // Once it has one, it takes no other's.
     let h = Ip4 { mac: mac(C), ..Ip4::new(A, "10.0.0.9".parse().unwrap(), proto::UDP) };
     n.send(A, udp_from(&h, 1, 2, b""));
     let h = Ip4 { mac: mac(C), ..Ip4::new(B, "10.0.0.9".parse().unwrap(), proto::UDP) };
-    n.dropped(Drop::SpoofedMac, |n| n.send(B, udp_from(&h, 1, 2, b"")));
+    n.dropped(DropReason::SpoofedMac, |n| n.send(B, udp_from(&h, 1, 2, b"")));
     // Nor one that is another's first.
     n.core.add_port(PortId(7), port_config());
     let h = Ip4 { mac: mac(A), ..Ip4::new(PortId(7), "10.0.0.9".parse().unwrap(), proto::UDP) };
-    n.dropped(Drop::SpoofedMac, |n| n.send(PortId(7), udp_from(&h, 1, 2, b"")));
+    n.dropped(DropReason::SpoofedMac, |n| n.send(PortId(7), udp_from(&h, 1, 2, b"")));
 }
 
 #[test]
@@ -204,7 +204,7 @@ fn one_guest_cannot_crowd_the_services() {
         n.udp(A, 4000, "192.168.64.1:53", b"query");
     }
     n.udp(B, 4000, "192.168.64.1:53", b"query");
-    assert_eq!(n.drops(Drop::RateLimit), 30);
+    assert_eq!(n.drops(DropReason::RateLimit), 30);
     assert_eq!(n.events(|e| matches!(e, Event::Datagram { port: B, .. })), 1);
     // A large one counts as what it takes in the queue that all share.
     n.pass_ms(2000);
@@ -223,7 +223,7 @@ fn a_request_for_a_lease_is_no_way_out_for_a_false_source() {
     let mut n = Net::new();
     n.core.add_service(ServiceId(4), proto::UDP, GATEWAY.parse().unwrap(), 67);
     let h = Ip4 { src: ip("1.2.3.4"), ..Ip4::new(A, "10.0.0.9".parse().unwrap(), proto::UDP) };
-    n.dropped(Drop::SpoofedSource, |n| n.send(A, udp_from(&h, 68, 67, b"")));
+    n.dropped(DropReason::SpoofedSource, |n| n.send(A, udp_from(&h, 68, 67, b"")));
     assert!(n.fx.opened.is_empty());
     // The gateway has addresses at which there is no such service.
     let mut c = config();
@@ -231,7 +231,7 @@ fn a_request_for_a_lease_is_no_way_out_for_a_false_source() {
     let mut n = Net::with(c);
     n.core.add_service(ServiceId(4), proto::UDP, GATEWAY.parse().unwrap(), 67);
     let h = Ip4 { dst: ip("192.168.64.254"), ..h };
-    n.dropped(Drop::SpoofedSource, |n| n.send(A, udp_from(&h, 68, 67, b"")));
+    n.dropped(DropReason::SpoofedSource, |n| n.send(A, udp_from(&h, 68, 67, b"")));
     assert!(n.fx.opened.is_empty());
 }
 
@@ -242,10 +242,10 @@ fn assigned_addresses_are_kept_and_learned_ones_give_way() {
     n.core.bind_address(A, free, None).unwrap();
     assert!(n.core.bind_address(B, free, None).is_err());
     let h = Ip4 { src: ip("192.168.64.77"), ..Ip4::new(B, "10.0.0.9".parse().unwrap(), proto::UDP) };
-    n.dropped(Drop::SpoofedSource, |n| n.send(B, udp_from(&h, 1, 2, b"")));
+    n.dropped(DropReason::SpoofedSource, |n| n.send(B, udp_from(&h, 1, 2, b"")));
     // The learned address of A goes to B when the control side says so.
     n.core.bind_address(B, IpAddr::V4(guest_ip(A)), None).unwrap();
-    n.dropped(Drop::SpoofedSource, |n| n.udp(A, 1, "10.0.0.9:2", b""));
+    n.dropped(DropReason::SpoofedSource, |n| n.udp(A, 1, "10.0.0.9:2", b""));
     for own in [GATEWAY, "192.168.64.5"] {
         n.core.add_service(ServiceId(1), proto::UDP, "192.168.64.5".parse().unwrap(), 53);
         assert!(n.core.bind_address(A, own.parse().unwrap(), None).is_err(), "{own} is the gateway's");
@@ -263,14 +263,14 @@ fn a_reserved_address_is_taken_by_its_mac_alone() {
     let mut n = Net::with(c);
     // By its address, as a second address of a guest that has another MAC.
     let claim = arp_frame(arp::REQUEST, mac(A), promised, Mac::BROADCAST, promised);
-    n.dropped(Drop::SpoofedSource, |n| n.send(A, claim));
+    n.dropped(DropReason::SpoofedSource, |n| n.send(A, claim));
     let h = Ip4 { src: promised, ..Ip4::new(A, "10.0.0.9".parse().unwrap(), proto::UDP) };
-    n.dropped(Drop::SpoofedSource, |n| n.send(A, udp_from(&h, 1, 2, b"")));
+    n.dropped(DropReason::SpoofedSource, |n| n.send(A, udp_from(&h, 1, 2, b"")));
     // By its MAC, as a second one.
     let h = Ip4 { mac: mac(C), ..h };
-    n.dropped(Drop::SpoofedMac, |n| n.send(A, udp_from(&h, 1, 2, b"")));
+    n.dropped(DropReason::SpoofedMac, |n| n.send(A, udp_from(&h, 1, 2, b"")));
     n.core.add_forward(ForwardId(1), ForwardSpec { proto: proto::TCP, guest: addr("192.168.64.77:80") });
-    n.dropped(Drop::NoEndpoint, |n| {
+    n.dropped(DropReason::NoEndpoint, |n| {
         let sock = n.fx.new_sock();
         let peer = addr("203.0.113.9:6000");
         assert_eq!(n.core.tcp_accepted(n.now, ForwardId(1), sock, peer, &mut n.fx), None);
@@ -333,7 +333,7 @@ fn ttl_runs_out_here() {
     let mut n = Net::new();
     let h = Ip4 { ttl: 1, ..Ip4::new(A, "10.0.0.9".parse().unwrap(), proto::UDP) };
     let mut out = Vec::new();
-    n.dropped(Drop::TtlExpired, |n| out = n.ask(A, udp_from(&h, 1, 33434, b"probe")));
+    n.dropped(DropReason::TtlExpired, |n| out = n.ask(A, udp_from(&h, 1, 33434, b"probe")));
     let got = read(&out[0]);
     assert_eq!((got.icmp(), got.p.src), ((icmp::TIME_EXCEEDED, 0), IpAddr::V4(ip(GATEWAY))));
     // It quotes the guest's own packet.
@@ -376,11 +376,11 @@ fn tags_and_unknown_types_are_refused_not_misread() {
     let mut n = Net::new();
     for ethertype in [ether::VLAN, ether::QINQ, 0x88cc, 0x0064] {
         let f = eth(mac(A), mac(B), ethertype, &[0; 60]);
-        n.dropped(Drop::UnsupportedProtocol, |n| n.send(A, f));
+        n.dropped(DropReason::UnsupportedProtocol, |n| n.send(A, f));
     }
-    n.dropped(Drop::Truncated, |n| n.send(A, vec![0; 13]));
-    n.dropped(Drop::Truncated, |n| n.send(A, Vec::new()));
-    n.dropped(Drop::NoEndpoint, |n| n.send(PortId(99), to_b(b"")));
+    n.dropped(DropReason::Truncated, |n| n.send(A, vec![0; 13]));
+    n.dropped(DropReason::Truncated, |n| n.send(A, Vec::new()));
+    n.dropped(DropReason::NoEndpoint, |n| n.send(PortId(99), to_b(b"")));
     assert!(n.fx.frames.is_empty());
 }
 
@@ -392,11 +392,11 @@ fn ipv6_is_switched_but_not_routed() {
     packet.extend_from_slice(&[0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2]);
     packet.extend_from_slice(&[0; 8]);
     assert_eq!(n.ask(A, eth(mac(A), mac(B), ether::IPV6, &packet)).len(), 1);
-    n.dropped(Drop::UnsupportedProtocol, |n| n.send(A, eth(mac(A), GATEWAY_MAC, ether::IPV6, &packet)));
+    n.dropped(DropReason::UnsupportedProtocol, |n| n.send(A, eth(mac(A), GATEWAY_MAC, ether::IPV6, &packet)));
     // A router advertisement is nobody's but the gateway's.
     packet[6] = proto::ICMPV6;
     packet[40] = 134;
-    n.dropped(Drop::Policy, |n| n.send(A, eth(mac(A), mac(B), ether::IPV6, &packet)));
+    n.dropped(DropReason::Policy, |n| n.send(A, eth(mac(A), mac(B), ether::IPV6, &packet)));
 }
 
 fn lladdr(n: u8) -> [u8; 16] {
@@ -433,8 +433,10 @@ fn a_router_advertisement_cannot_hide() {
     }
     // In a fragment, and in one that leaves the rest of the headers to the next.
     let fragment = |next: u8, rest: &[u8]| [&[next, 0, 0, 1, 0, 0, 0, 9], rest].concat();
-    n.dropped(Drop::Policy, |n| n.send(A, six(A, src, dst, 44, &fragment(proto::ICMPV6, &ra))));
-    n.dropped(Drop::Policy, |n| n.send(A, six(A, src, dst, 44, &fragment(60, &[58, 0, 1, 4, 0, 0, 0, 0]))));
+    n.dropped(DropReason::Policy, |n| n.send(A, six(A, src, dst, 44, &fragment(proto::ICMPV6, &ra))));
+    n.dropped(DropReason::Policy, |n| {
+        n.send(A, six(A, src, dst, 44, &fragment(60, &[58, 0, 1, 4, 0, 0, 0, 0])))
+    });
     // Other fragments pass, and a plain echo behind a few headers.
     assert_eq!(n.ask(A, six(A, src, dst, 44, &fragment(proto::UDP, &[0; 16]))).len(), 1);
     let echo = [&[proto::ICMPV6, 0, 1, 4, 0, 0, 0, 0][..], &[128, 0, 0, 0, 0, 0, 0, 0]].concat();
@@ -453,9 +455,9 @@ fn nobody_answers_for_another_in_ipv6() {
     let probe = [&[135, 0, 0, 0, 0, 0, 0, 0][..], &b].concat();
     assert_eq!(n.ask(B, six(B, none, lladdr(9), proto::ICMPV6, &probe)).len(), 1);
     let claim = message(136, b, 2, mac(A));
-    n.dropped(Drop::SpoofedSource, |n| n.send(A, six(A, a, lladdr(9), proto::ICMPV6, &claim)));
-    n.dropped(Drop::SpoofedSource, |n| n.send(A, six(A, b, lladdr(9), proto::ICMPV6, &claim)));
-    n.dropped(Drop::SpoofedSource, |n| n.send(A, six(A, b, a, 59, &[])));
+    n.dropped(DropReason::SpoofedSource, |n| n.send(A, six(A, a, lladdr(9), proto::ICMPV6, &claim)));
+    n.dropped(DropReason::SpoofedSource, |n| n.send(A, six(A, b, lladdr(9), proto::ICMPV6, &claim)));
+    n.dropped(DropReason::SpoofedSource, |n| n.send(A, six(A, b, a, 59, &[])));
     // Its own it may tell, with its own MAC.
     assert_eq!(n.ask(A, six(A, a, b, proto::ICMPV6, &message(136, a, 2, mac(A)))).len(), 1);
     assert_eq!(n.ask(A, six(A, a, b, proto::ICMPV6, &message(135, b, 1, mac(A)))).len(), 1);
@@ -465,15 +467,17 @@ fn nobody_answers_for_another_in_ipv6() {
         if kind == 133 {
             m = [&m[..8], &m[24..]].concat();
         }
-        n.dropped(Drop::SpoofedMac, |n| n.send(A, six(A, a, b, proto::ICMPV6, &m)));
+        n.dropped(DropReason::SpoofedMac, |n| n.send(A, six(A, a, b, proto::ICMPV6, &m)));
     }
-    n.dropped(Drop::Malformed, |n| n.send(A, six(A, a, b, proto::ICMPV6, &[136, 0, 0, 0, 0, 0, 0, 0, 1])));
+    n.dropped(DropReason::Malformed, |n| {
+        n.send(A, six(A, a, b, proto::ICMPV6, &[136, 0, 0, 0, 0, 0, 0, 0, 1]))
+    });
     let endless = [&message(136, a, 2, mac(A))[..24], &[2, 0, 0, 0, 0, 0, 0, 0]].concat();
-    n.dropped(Drop::Malformed, |n| n.send(A, six(A, a, b, proto::ICMPV6, &endless)));
+    n.dropped(DropReason::Malformed, |n| n.send(A, six(A, a, b, proto::ICMPV6, &endless)));
     // A probe for an address that another has reaches that one, who answers.
     let probe = [&[135, 0, 0, 0, 0, 0, 0, 0][..], &b].concat();
     assert_eq!(n.ask(A, six(A, none, lladdr(9), proto::ICMPV6, &probe)).len(), 1);
-    n.dropped(Drop::SpoofedSource, |n| n.send(A, six(A, b, a, 59, &[])));
+    n.dropped(DropReason::SpoofedSource, |n| n.send(A, six(A, b, a, 59, &[])));
     // A port's addresses are bounded, and those of IPv4 are not among them.
     for i in 0..100 {
         n.send(A, six(A, lladdr(100 + i), b, 59, &[]));
@@ -487,23 +491,25 @@ fn bad_checksums_and_sizes() {
     let mut n = Net::new();
     let mut f = udp_frame(A, 1, addr("10.0.0.9:2"), b"abc");
     f[24] ^= 1;
-    n.dropped(Drop::BadIpChecksum, |n| n.send(A, f));
+    n.dropped(DropReason::BadIpChecksum, |n| n.send(A, f));
     let mut f = udp_frame(A, 1, addr("10.0.0.9:2"), b"abc");
     f[42] ^= 1;
-    n.dropped(Drop::BadL4Checksum, |n| n.send(A, f.clone()));
+    n.dropped(DropReason::BadL4Checksum, |n| n.send(A, f.clone()));
     // Somebody vouches for it.
     n.send_meta(A, f.clone(), FrameMeta { csum: Csum::Valid, gso: None });
     n.send_meta(A, f.clone(), FrameMeta { csum: Csum::Partial { start: 34, offset: 6 }, gso: None });
     assert_eq!(n.fx.datagrams.len(), 2);
     for (start, offset) in [(34, 16), (35, 6), (65535, 65535)] {
         let meta = FrameMeta { csum: Csum::Partial { start, offset }, gso: None };
-        n.dropped(Drop::Malformed, |n| n.send_meta(A, f.clone(), meta));
+        n.dropped(DropReason::Malformed, |n| n.send_meta(A, f.clone(), meta));
     }
-    n.dropped(Drop::Oversized, |n| n.udp(A, 1, "10.0.0.9:2", &[0; 1473]));
+    n.dropped(DropReason::Oversized, |n| n.udp(A, 1, "10.0.0.9:2", &[0; 1473]));
     let big = udp_frame(A, 1, addr("10.0.0.9:2"), &[0; 5000]);
-    for (gso, why) in
-        [(Gso::Udp(0), Drop::Malformed), (Gso::Tcp(1000), Drop::Malformed), (Gso::Udp(1473), Drop::Oversized)]
-    {
+    for (gso, why) in [
+        (Gso::Udp(0), DropReason::Malformed),
+        (Gso::Tcp(1000), DropReason::Malformed),
+        (Gso::Udp(1473), DropReason::Oversized),
+    ] {
         let meta = FrameMeta { csum: Csum::Valid, gso: Some(gso) };
         n.dropped(why, |n| n.send_meta(A, big.clone(), meta));
     }
@@ -515,12 +521,12 @@ fn a_large_send_cannot_ask_for_any_number_of_pieces() {
     let mut n = Net::new();
     let meta = |gso| FrameMeta { csum: Csum::Valid, gso: Some(gso) };
     let to_x = udp_frame(A, 1, addr("10.0.0.9:2"), &[0; 60_000]);
-    n.dropped(Drop::Malformed, |n| n.send_meta(A, to_x.clone(), meta(Gso::Udp(1))));
+    n.dropped(DropReason::Malformed, |n| n.send_meta(A, to_x.clone(), meta(Gso::Udp(1))));
     n.send_meta(A, to_x, meta(Gso::Udp(60_000_u16.div_ceil(128))));
     assert_eq!(n.fx.datagrams.len(), 1);
     let h = Ip4 { to_mac: mac(B), ..Ip4::new(A, IpAddr::V4(guest_ip(B)), proto::TCP) };
     let to_b = tcp_frame(&h, &guestnet_wire::tcp::Tcp::default(), &[1; 60_000]);
-    n.dropped(Drop::Malformed, |n| n.send_meta(A, to_b.clone(), meta(Gso::Tcp(1))));
+    n.dropped(DropReason::Malformed, |n| n.send_meta(A, to_b.clone(), meta(Gso::Tcp(1))));
     n.fx.frames.clear();
     n.send_meta(A, to_b, meta(Gso::Tcp(48)));
     assert_eq!(n.fx.frames.len(), 1);
@@ -534,7 +540,7 @@ fn a_large_frame_of_a_lax_port_is_not_cut_into_crumbs() {
     let h = Ip4 { to_mac: mac(B), ..Ip4::new(C, IpAddr::V4(guest_ip(B)), proto::TCP) };
     let f = tcp_frame(&h, &guestnet_wire::tcp::Tcp::default(), &[1; 60_000]);
     n.fx.frames.clear();
-    n.dropped(Drop::Oversized, |n| n.send(C, f));
+    n.dropped(DropReason::Oversized, |n| n.send(C, f));
     assert!(n.fx.frames.is_empty());
 }
 
@@ -585,15 +591,15 @@ fn dhcp_reaches_its_service_and_no_guest_plays_server() {
     assert_eq!(n.events(|e| matches!(e, Event::Datagram { .. })), 3);
     let mut h = Ip4::new(A, IpAddr::V4(guest_ip(B)), proto::UDP);
     h.to_mac = mac(B);
-    n.dropped(Drop::Policy, |n| n.send(A, udp_from(&h, 67, 68, b"offer")));
+    n.dropped(DropReason::Policy, |n| n.send(A, udp_from(&h, 67, 68, b"offer")));
     h.frag = 0x2000;
     let bytes = udp_bytes(IpAddr::V4(h.src), IpAddr::V4(h.dst), 67, 68, &[0; 16]);
-    n.dropped(Drop::Policy, |n| n.send(A, h.frame(&bytes)));
+    n.dropped(DropReason::Policy, |n| n.send(A, h.frame(&bytes)));
     // Nor by way of the gateway.
     h.to_mac = GATEWAY_MAC;
-    n.dropped(Drop::Policy, |n| n.send(A, h.frame(&bytes)));
+    n.dropped(DropReason::Policy, |n| n.send(A, h.frame(&bytes)));
     h.frag = 0;
-    n.dropped(Drop::Policy, |n| n.send(A, udp_from(&h, 67, 68, b"offer")));
+    n.dropped(DropReason::Policy, |n| n.send(A, udp_from(&h, 67, 68, b"offer")));
     // The answer.
     n.fx.frames.clear();
     let (to, now) = (addr("255.255.255.255:68"), n.now);
@@ -616,11 +622,11 @@ fn no_guest_sends_to_a_dhcp_client_from_any_port_or_in_any_fragment() {
     let routed = Ip4 { to_mac: GATEWAY_MAC, ..to_b.clone() };
     for h in [to_b, to_all, routed] {
         for from in [67, 68, 1067, 4011, 65535] {
-            n.dropped(Drop::Policy, |n| n.send(A, udp_from(&h, from, 68, b"offer")));
+            n.dropped(DropReason::Policy, |n| n.send(A, udp_from(&h, from, 68, b"offer")));
             let bytes = udp_bytes(IpAddr::V4(h.src), IpAddr::V4(h.dst), from, 68, &[0; 16]);
             for first in [&bytes[..8], &bytes[..24]] {
                 let h = Ip4 { frag: 0x2000, ..h.clone() };
-                n.dropped(Drop::Policy, |n| n.send(A, h.frame(first)));
+                n.dropped(DropReason::Policy, |n| n.send(A, h.frame(first)));
             }
         }
     }
@@ -648,13 +654,13 @@ fn no_guest_sends_to_a_dhcpv6_client_behind_any_header() {
         [&[a, b, 2, 34, 0, 16, 0, 0][..], &[7; 8]].concat()
     };
     for from in [547, 546, 1547, 0] {
-        n.dropped(Drop::Policy, |n| n.send(A, six(A, src, dst, proto::UDP, &reply(from))));
+        n.dropped(DropReason::Policy, |n| n.send(A, six(A, src, dst, proto::UDP, &reply(from))));
         // First fragments: an atomic one (RFC 6946), and one that others follow.
         for more in [0, 1] {
             let fragment = [&[proto::UDP, 0, 0, more, 0, 0, 0, 9], &reply(from)[..]].concat();
-            n.dropped(Drop::Policy, |n| n.send(A, six(A, src, dst, 44, &fragment)));
+            n.dropped(DropReason::Policy, |n| n.send(A, six(A, src, dst, 44, &fragment)));
             let behind = [&[44, 0, 1, 4, 0, 0, 0, 0], &fragment[..]].concat();
-            n.dropped(Drop::Policy, |n| n.send(A, six(A, src, dst, 60, &behind)));
+            n.dropped(DropReason::Policy, |n| n.send(A, six(A, src, dst, 60, &behind)));
         }
     }
     // Each extension header that another one may follow; an authentication header counts in units of 4 bytes.
@@ -662,24 +668,24 @@ fn no_guest_sends_to_a_dhcpv6_client_behind_any_header() {
         let extension = [proto::UDP, len, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
         let extension = &extension[..if header == 51 { 12 } else { 8 }];
         let packet = [extension, &reply(1547)].concat();
-        n.dropped(Drop::Policy, |n| n.send(A, six(A, src, dst, header, &packet)));
+        n.dropped(DropReason::Policy, |n| n.send(A, six(A, src, dst, header, &packet)));
         // Behind the fragment header it could hide anything, in the first fragment and in others.
         for offset in [0, 8] {
             let fragment = [&[header, 0, 0, offset | 1, 0, 0, 0, 9], extension, &[0; 4]].concat();
             let fragment = &fragment[..fragment.len() & !7];
-            n.dropped(Drop::Policy, |n| n.send(A, six(A, src, dst, 44, fragment)));
+            n.dropped(DropReason::Policy, |n| n.send(A, six(A, src, dst, 44, fragment)));
         }
     }
     assert!(n.fx.frames.is_empty());
     // A first fragment has the whole transport header (RFC 7112), and pieces are whole units (RFC 8200 4.5).
     let tiny = [&[proto::TCP, 0, 0, 1, 0, 0, 0, 9], &[0; 8][..]].concat();
-    n.dropped(Drop::Policy, |n| n.send(A, six(A, src, dst, 44, &tiny)));
+    n.dropped(DropReason::Policy, |n| n.send(A, six(A, src, dst, 44, &tiny)));
     for data in [0, 7] {
         let odd = [&[proto::UDP, 0, 0, 1, 0, 0, 0, 9], &[0; 8][..data]].concat();
-        n.dropped(Drop::Malformed, |n| n.send(A, six(A, src, dst, 44, &odd)));
+        n.dropped(DropReason::Malformed, |n| n.send(A, six(A, src, dst, 44, &odd)));
     }
     let far = [&[proto::UDP, 0, 0xff, 0xf8, 0, 0, 0, 9], &[0; 16][..]].concat();
-    n.dropped(Drop::Malformed, |n| n.send(A, six(A, src, dst, 44, &far)));
+    n.dropped(DropReason::Malformed, |n| n.send(A, six(A, src, dst, 44, &far)));
 }
 
 /// RFC 1256 advertisements and redirects are a router's, and no guest is one.
@@ -691,9 +697,9 @@ fn no_guest_plays_ipv4_router_to_another() {
             let mut message = [0; 16];
             icmp::emit(&mut message, kind, 0, [1, 2, 7, 8], &[0; 8]);
             let h = Ip4 { to_mac, ..Ip4::new(A, IpAddr::V4(guest_ip(B)), proto::ICMP) };
-            n.dropped(Drop::Policy, |n| n.send(A, h.frame(&message)));
+            n.dropped(DropReason::Policy, |n| n.send(A, h.frame(&message)));
             let h = Ip4 { frag: 0x2000, ..h };
-            n.dropped(Drop::Policy, |n| n.send(A, h.frame(&message)));
+            n.dropped(DropReason::Policy, |n| n.send(A, h.frame(&message)));
         }
     }
     assert!(n.fx.frames.is_empty());
@@ -717,15 +723,15 @@ fn no_guest_sends_errors_about_the_packets_of_others() {
         let h = Ip4 { to_mac, ..Ip4::new(A, IpAddr::V4(guest_ip(B)), proto::ICMP) };
         for (kind, code) in [(3, 1), (3, 3), (3, 4), (4, 0), (11, 0), (12, 0)] {
             let forged = error(kind, code, 600, &about(guest_ip(B)));
-            n.dropped(Drop::SpoofedSource, |n| n.send(A, h.frame(&forged)));
+            n.dropped(DropReason::SpoofedSource, |n| n.send(A, h.frame(&forged)));
             let outside = error(kind, code, 600, &about(ip("203.0.113.9")));
-            n.dropped(Drop::SpoofedSource, |n| n.send(A, h.frame(&outside)));
+            n.dropped(DropReason::SpoofedSource, |n| n.send(A, h.frame(&outside)));
             // Fragments cannot be checked.
             let first = Ip4 { frag: 0x2000, ..h.clone() };
-            n.dropped(Drop::Policy, |n| n.send(A, first.frame(&forged[..32])));
+            n.dropped(DropReason::Policy, |n| n.send(A, first.frame(&forged[..32])));
         }
-        n.dropped(Drop::Malformed, |n| n.send(A, h.frame(&error(3, 3, 0, &[0x45; 19]))));
-        n.dropped(Drop::Malformed, |n| n.send(A, h.frame(&error(3, 4, 20, &about(guest_ip(A))))));
+        n.dropped(DropReason::Malformed, |n| n.send(A, h.frame(&error(3, 3, 0, &[0x45; 19]))));
+        n.dropped(DropReason::Malformed, |n| n.send(A, h.frame(&error(3, 4, 20, &about(guest_ip(A))))));
         // About its own packets it may, and of an address that it has besides.
         assert_eq!(n.ask(A, h.frame(&error(3, 3, 0, &about(guest_ip(A))))).len(), 1);
         let second = Ip4 { src: ip("192.168.64.77"), ..h.clone() };
@@ -740,13 +746,13 @@ fn no_guest_sends_errors_about_the_packets_of_others() {
     };
     for kind in 1..=4 {
         let forged = |to| [&[kind], &about(to)[1..]].concat();
-        n.dropped(Drop::SpoofedSource, |n| n.send(A, six(A, a, b, proto::ICMPV6, &forged(b))));
+        n.dropped(DropReason::SpoofedSource, |n| n.send(A, six(A, a, b, proto::ICMPV6, &forged(b))));
         assert_eq!(n.ask(A, six(A, a, b, proto::ICMPV6, &forged(a))).len(), 1);
         assert_eq!(n.ask(A, six(A, a, b, proto::ICMPV6, &forged(group))).len(), 1);
         let fragment = [&[proto::ICMPV6, 0, 0, 1, 0, 0, 0, 9], &forged(a)[..]].concat();
-        n.dropped(Drop::Policy, |n| n.send(A, six(A, a, b, 44, &fragment)));
+        n.dropped(DropReason::Policy, |n| n.send(A, six(A, a, b, 44, &fragment)));
     }
-    n.dropped(Drop::Malformed, |n| n.send(A, six(A, a, b, proto::ICMPV6, &about(a)[..40])));
+    n.dropped(DropReason::Malformed, |n| n.send(A, six(A, a, b, proto::ICMPV6, &about(a)[..40])));
 }
 
 /// Between ports of different MTU the gateway is a router (RFC 1812 5.2.7.3): what may be cut is cut, what may not
@@ -780,7 +786,7 @@ fn a_packet_for_a_guest_with_a_smaller_mtu_is_cut_or_refused() {
     }
     let mut out = Vec::new();
     let df = Ip4 { frag: 0x4000, ..h.clone() };
-    n.dropped(Drop::Oversized, |n| out = n.ask(A, udp_from(&df, 5, 6, &data)));
+    n.dropped(DropReason::Oversized, |n| out = n.ask(A, udp_from(&df, 5, 6, &data)));
     let told = |out: &[common::Sent]| {
         let got = read(&out[0]);
         assert_eq!((out.len(), out[0].port, got.icmp()), (1, A, (3, 4)));
@@ -791,14 +797,14 @@ fn a_packet_for_a_guest_with_a_smaller_mtu_is_cut_or_refused() {
     let big = |h: &Ip4| udp_from(h, 5, 6, &[1; 8000]);
     let meta = |n| FrameMeta { csum: Csum::Valid, gso: Some(Gso::Udp(n)) };
     n.fx.frames.clear();
-    n.dropped(Drop::Oversized, |n| n.send_meta(A, big(&h), meta(1400)));
+    n.dropped(DropReason::Oversized, |n| n.send_meta(A, big(&h), meta(1400)));
     told(&n.fx.take());
     n.send_meta(A, big(&h), meta(1200));
-    assert_eq!((n.fx.take().len(), n.drops(Drop::Oversized)), (1, 2));
+    assert_eq!((n.fx.take().len(), n.drops(DropReason::Oversized)), (1, 2));
     // Nothing on the segment fragments a packet, and nothing sends an error.
     let direct = Ip4 { to_mac: mac(C), ..h };
-    n.dropped(Drop::Oversized, |n| n.send(A, udp_from(&direct, 5, 6, &data)));
-    n.dropped(Drop::Oversized, |n| n.send_meta(A, big(&direct), meta(1400)));
+    n.dropped(DropReason::Oversized, |n| n.send(A, udp_from(&direct, 5, 6, &data)));
+    n.dropped(DropReason::Oversized, |n| n.send_meta(A, big(&direct), meta(1400)));
     assert!(n.fx.take().is_empty());
     n.send_meta(A, big(&direct), meta(1200));
     assert_eq!(n.fx.take().len(), 1);
@@ -879,7 +885,7 @@ fn host_only_lets_nothing_out() {
         assert_eq!(read(&out[0]).icmp(), (icmp::UNREACHABLE, icmp::unreachable::ADMIN_PROHIBITED));
     }
     n.send(A, echo_frame(A, "10.0.0.9", 1, 1, 64, b""));
-    assert_eq!(n.drops(Drop::Policy), 5);
+    assert_eq!(n.drops(DropReason::Policy), 5);
     assert!(n.fx.opened.is_empty() && n.fx.connects.is_empty());
     assert_eq!(n.ask(A, to_b(b"x")).len(), 1);
     n.udp(A, 4000, "192.168.64.1:53", b"query");
@@ -894,9 +900,9 @@ fn a_full_port_drops_and_others_do_not_notice() {
     n.fx.port(B).room = 0;
     let mut h = Ip4::new(A, "255.255.255.255".parse().unwrap(), proto::UDP);
     h.to_mac = Mac::BROADCAST;
-    n.dropped(Drop::PortFull, |n| n.send(A, udp_from(&h, 9, 9, b"x")));
+    n.dropped(DropReason::PortFull, |n| n.send(A, udp_from(&h, 9, 9, b"x")));
     assert_eq!(n.fx.frames.len(), 1);
-    assert_eq!(n.core.port_counters(B).unwrap().drops[Drop::PortFull as usize], 1);
+    assert_eq!(n.core.port_counters(B).unwrap().drops[DropReason::PortFull as usize], 1);
 }
 
 #[test]

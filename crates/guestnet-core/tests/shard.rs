@@ -7,8 +7,8 @@ mod common;
 mod net;
 
 use common::Mock;
-use guestnet_core::Core;
-use guestnet_core::shard::News;
+use guestnet_core::Network;
+use guestnet_core::shard::PeerUpdate;
 use guestnet_core::types::{FrameMeta, PortConfig, PortId, Time};
 use guestnet_wire::arp;
 use guestnet_wire::ether::Mac;
@@ -67,10 +67,10 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 struct World {
-    cores: Vec<Core>,
+    cores: Vec<Network>,
     fx: Vec<Mock>,
     /// What is on its way to each core.
-    late: Vec<VecDeque<News>>,
+    late: Vec<VecDeque<PeerUpdate>>,
     /// MACs that the control side gave, by port.
     given: BTreeMap<u32, u8>,
     now: Time,
@@ -91,10 +91,10 @@ fn ip_of(n: u8) -> IpAddr {
 impl World {
     fn new() -> World {
         let now = Time(1_000_000_000);
-        let mut cores: Vec<Core> = (0..2).map(|_| Core::new(config(), now)).collect();
+        let mut cores: Vec<Network> = (0..2).map(|_| Network::new(config(), now)).collect();
         for core in &mut cores {
             core.share(2);
-            core.take_news(100, &mut Vec::new());
+            core.take_peer_updates(100, &mut Vec::new());
         }
         let fx = vec![Mock::new(), Mock::new()];
         let mut world = World { cores, fx, late: vec![VecDeque::new(); 2], given: BTreeMap::new(), now };
@@ -119,14 +119,14 @@ impl World {
 
     fn tell(&mut self, from: usize) {
         let mut news = Vec::new();
-        self.cores[from].take_news(100, &mut news);
+        self.cores[from].take_peer_updates(100, &mut news);
         self.late[1 - from].extend(news);
     }
 
     fn hear(&mut self, to: usize, count: usize) {
         for _ in 0..count {
             let Some(news) = self.late[to].pop_front() else { return };
-            self.cores[to].peer_news(self.now, 1 - to as u16, news, &mut self.fx[to]);
+            self.cores[to].peer_update(self.now, 1 - to as u16, news, &mut self.fx[to]);
             self.tell(to);
         }
     }
@@ -199,7 +199,7 @@ proptest! {
         }
         world.settle();
         let (mut macs, mut ips) = (BTreeMap::new(), BTreeMap::new());
-        for p in world.cores.iter().flat_map(Core::ports) {
+        for p in world.cores.iter().flat_map(Network::ports) {
             if let Some(mac) = p.mac {
                 prop_assert_eq!(macs.insert(mac, p.port), None, "{} of {:?}", mac, p.port);
             }

@@ -9,7 +9,7 @@ mod net;
 use guestnet_core::Filtering;
 use guestnet_core::config::{DatagramError, ForwardSpec};
 use guestnet_core::effects::{Event, SockError};
-use guestnet_core::stats::Drop;
+use guestnet_core::stats::DropReason;
 use guestnet_core::types::{Csum, FlowId, ForwardId, FrameMeta, Gso, PortConfig, PortId, SockId};
 use guestnet_wire::arp;
 use guestnet_wire::ether::Mac;
@@ -71,9 +71,9 @@ fn nothing_can_be_sent_to_a_mapping() {
     n.udp(A, 4000, X1, b"hello");
     n.send(A, echo_frame(A, "203.0.113.1", 77, 1, 64, b"ping"));
     n.core.audit().unwrap();
-    n.dropped(Drop::BadDestination, |n| n.udp(A, 4000, "0.0.0.0:0", b"x"));
+    n.dropped(DropReason::BadDestination, |n| n.udp(A, 4000, "0.0.0.0:0", b"x"));
     n.core.audit().unwrap();
-    n.dropped(Drop::BadDestination, |n| n.send(A, echo_frame(A, "0.0.0.0", 77, 1, 64, b"x")));
+    n.dropped(DropReason::BadDestination, |n| n.send(A, echo_frame(A, "0.0.0.0", 77, 1, 64, b"x")));
     n.core.audit().unwrap();
     // The mapping goes with its flow, and its record is another guest's next.
     n.pass_ms(400_000);
@@ -101,8 +101,8 @@ fn req_8_filtering() {
         }
         // Nobody outside makes state, or speaks as someone that the guest must not believe.
         assert_eq!(n.core.flows().count(), 1);
-        n.dropped(Drop::Filtered, |n| n.udp_reply(flow, "127.0.0.1:7", b"x"));
-        n.dropped(Drop::Filtered, |n| n.udp_reply(flow, "192.168.64.12:7", b"x"));
+        n.dropped(DropReason::Filtered, |n| n.udp_reply(flow, "127.0.0.1:7", b"x"));
+        n.dropped(DropReason::Filtered, |n| n.udp_reply(flow, "192.168.64.12:7", b"x"));
     }
 }
 
@@ -120,7 +120,7 @@ fn req_5_and_6_timeouts() {
     assert_eq!(n.fx.closed.len(), 1);
     assert_eq!((n.fx.closed[0].0, n.core.flows().count()), (sock, 0));
     assert_eq!(n.core.next_timer(), None);
-    n.dropped(Drop::NoFlow, |n| n.udp_reply(flow, X1, b"too late"));
+    n.dropped(DropReason::NoFlow, |n| n.udp_reply(flow, X1, b"too late"));
     // An answered query of DNS goes soon, one that was not answered stays.
     n.udp(A, 4000, "203.0.113.1:53", b"query");
     n.udp(A, 4001, "203.0.113.1:53", b"query");
@@ -172,9 +172,9 @@ fn the_cap_evicts_one_shot_flows_least_recently_used_first() {
         }
     }
     n.fx.frames.clear();
-    n.dropped(Drop::FlowLimit, |n| n.udp(A, 6000, X1, b"x"));
+    n.dropped(DropReason::FlowLimit, |n| n.udp(A, 6000, X1, b"x"));
     assert_eq!(read(&n.fx.frames[0]).icmp(), (icmp::UNREACHABLE, icmp::unreachable::ADMIN_PROHIBITED));
-    assert_eq!(n.events(|e| matches!(e, Event::Denied { reason: Drop::FlowLimit, .. })), 1);
+    assert_eq!(n.events(|e| matches!(e, Event::Denied { reason: DropReason::FlowLimit, .. })), 1);
     // The other guest is unaffected.
     n.udp(B, 6000, X1, b"x");
     assert_eq!(n.core.flows().count(), 5);
@@ -196,7 +196,7 @@ fn a_flood_of_flows_stays_within_the_caps() {
     assert!(a.flows <= 50);
     assert!(n.fx.opened.len() + n.fx.connects.len() - n.fx.closed.len() <= 60);
     // Nobody answers, so the newest are there, in place of the oldest.
-    assert_eq!(n.drops(Drop::FlowLimit), 0);
+    assert_eq!(n.drops(DropReason::FlowLimit), 0);
     assert!(n.core.flows().any(|f| f.guest.port() == 3999));
     n.udp(B, 1, X1, b"x");
     assert_eq!(n.core.ports().nth(1).unwrap().flows, 1);
@@ -233,7 +233,7 @@ fn tcp_over_the_cap_is_reset() {
         n.open_tcp(A, 4000 + port, "203.0.113.1:80");
     }
     let mut out = Vec::new();
-    n.dropped(Drop::FlowLimit, |n| out = n.ask(A, syn(A, 5000, "203.0.113.1:80")));
+    n.dropped(DropReason::FlowLimit, |n| out = n.ask(A, syn(A, 5000, "203.0.113.1:80")));
     let got = read(&out[0]);
     let seg = guestnet_wire::tcp::Tcp::parse(got.l4()).unwrap();
     assert_eq!((got.src(), seg.ack, seg.flags), (addr("203.0.113.1:80"), 1001, 0x14));
@@ -271,7 +271,7 @@ fn tcp_in_time_wait_makes_room_the_oldest_first() {
     for port in 5001..5004 {
         n.open_tcp(A, port, "203.0.113.1:80");
     }
-    n.dropped(Drop::FlowLimit, |n| n.send(A, syn(A, 5004, "203.0.113.1:80")));
+    n.dropped(DropReason::FlowLimit, |n| n.send(A, syn(A, 5004, "203.0.113.1:80")));
     assert_eq!(n.core.flows().filter(|f| f.state == "established").count(), 3);
     n.core.audit().unwrap();
 }
@@ -350,22 +350,24 @@ fn req_13_and_14_fragments() {
     // An overlap ends the datagram for good.
     n.fx.datagrams.clear();
     n.send(A, piece(0, 1480, 99));
-    n.dropped(Drop::Reassembly, |n| n.send(A, piece(1472, 2944, 99)));
-    n.dropped(Drop::Reassembly, |n| n.send(A, piece(1480, 2960, 99)));
-    n.dropped(Drop::Reassembly, |n| n.send(A, piece(2960, 4008, 99)));
+    n.dropped(DropReason::Reassembly, |n| n.send(A, piece(1472, 2944, 99)));
+    n.dropped(DropReason::Reassembly, |n| n.send(A, piece(1480, 2960, 99)));
+    n.dropped(DropReason::Reassembly, |n| n.send(A, piece(2960, 4008, 99)));
     assert!(n.fx.datagrams.is_empty());
     // Two ends, or an end before what came already.
     n.send(A, piece(2960, 4008, 100));
-    n.dropped(Drop::Reassembly, |n| {
+    n.dropped(DropReason::Reassembly, |n| {
         n.send(A, Ip4 { id: 100, frag: 125, ..h.clone() }.frame(&[0; 100]));
     });
     // "Ping of death": refused by its header alone.
     let death = Ip4 { id: 101, frag: 0x1fff, ..h.clone() }.frame(&[0; 100]);
-    n.dropped(Drop::Malformed, |n| n.send(A, death));
+    n.dropped(DropReason::Malformed, |n| n.send(A, death));
     // A first fragment that hides the ports or flags (RFC 1858).
     let h = Ip4 { proto: proto::TCP, ..h.clone() };
-    n.dropped(Drop::Reassembly, |n| n.send(A, Ip4 { id: 102, frag: 0x2000, ..h.clone() }.frame(&[0; 16])));
-    n.dropped(Drop::Reassembly, |n| n.send(A, Ip4 { id: 103, frag: 1, ..h.clone() }.frame(&[0; 16])));
+    n.dropped(DropReason::Reassembly, |n| {
+        n.send(A, Ip4 { id: 102, frag: 0x2000, ..h.clone() }.frame(&[0; 16]))
+    });
+    n.dropped(DropReason::Reassembly, |n| n.send(A, Ip4 { id: 103, frag: 1, ..h.clone() }.frame(&[0; 16])));
 }
 
 #[test]
@@ -379,7 +381,7 @@ fn req_14a_incomplete_datagrams_are_bounded_and_time_out() {
         n.send(A, Ip4 { id, ..h.clone() }.frame(&[0; 1480]));
         assert!(n.core.reassembly_bytes() <= 100_000);
     }
-    assert!(n.drops(Drop::Reassembly) >= 9_984);
+    assert!(n.drops(DropReason::Reassembly) >= 9_984);
     // The other guest's fragments come through all the same.
     let bytes = udp_bytes(IpAddr::V4(guest_ip(B)), "203.0.113.1".parse().unwrap(), 1, 2, &[3; 2000]);
     let hb = Ip4::new(B, "203.0.113.1".parse().unwrap(), proto::UDP);
@@ -433,7 +435,7 @@ fn errors_of_the_network_quote_the_guests_own_packet() {
     let e = DatagramError { offender: Some("127.0.0.1".parse().unwrap()), ..error(SockError::Refused, X1) };
     n.core.sock_error(n.now, flow, e, &mut n.fx);
     assert_eq!(read(&n.fx.frames[0]).p.src.to_string(), GATEWAY);
-    n.dropped(Drop::NoFlow, |n| {
+    n.dropped(DropReason::NoFlow, |n| {
         n.core.sock_error(n.now, flow, error(SockError::Refused, "203.0.113.2:7"), &mut n.fx)
     });
     assert_eq!(n.core.flows().count(), 1);
@@ -453,7 +455,7 @@ fn an_echo_keeps_dont_fragment() {
         assert_eq!(n.fx.pings.last().unwrap().dont_fragment, df);
         n.fx.datagram_error = Some(SockError::MessageTooBig(600));
         let mut out = Vec::new();
-        n.dropped(Drop::HostError, |n| out = n.ask(A, frame));
+        n.dropped(DropReason::HostError, |n| out = n.ask(A, frame));
         let got = read(&out[0]);
         assert_eq!((got.icmp(), guestnet_wire::be16(got.l4(), 6)), ((3, 4), 600));
     }
@@ -475,16 +477,22 @@ fn an_mtu_that_no_link_has_is_not_passed_on() {
             payload: &[1; 1000],
             ..error(SockError::MessageTooBig(mtu), "203.0.113.1:53")
         };
-        let before = n.drops(Drop::Malformed);
+        let before = n.drops(DropReason::Malformed);
         n.core.sock_error(n.now, flow, e, &mut n.fx);
         let sent = n.fx.take();
         let got = sent.first().map(|s| guestnet_wire::be16(read(s).l4(), 6));
-        assert_eq!((got, n.drops(Drop::Malformed) - before), (told, u64::from(told.is_none())), "MTU {mtu}");
+        assert_eq!(
+            (got, n.drops(DropReason::Malformed) - before),
+            (told, u64::from(told.is_none())),
+            "MTU {mtu}"
+        );
     }
     // What the host itself says of its own way out.
     n.fx.datagram_error = Some(SockError::MessageTooBig(20));
     let mut out = Vec::new();
-    n.dropped(Drop::HostError, |n| out = n.ask(A, udp_frame(A, 4000, addr("203.0.113.1:53"), &[1; 1000])));
+    n.dropped(DropReason::HostError, |n| {
+        out = n.ask(A, udp_frame(A, 4000, addr("203.0.113.1:53"), &[1; 1000]))
+    });
     assert_eq!(guestnet_wire::be16(read(&out[0]).l4(), 6), 1006);
 }
 
@@ -494,12 +502,12 @@ fn errors_at_once_are_told_at_once() {
     n.udp(A, 4000, X1, b"x");
     n.fx.datagram_error = Some(SockError::MessageTooBig(1300));
     n.fx.frames.clear();
-    n.dropped(Drop::HostError, |n| n.udp(A, 4000, X1, &[0; 1400]));
+    n.dropped(DropReason::HostError, |n| n.udp(A, 4000, X1, &[0; 1400]));
     let got = read(&n.fx.frames[0]);
     assert_eq!((got.icmp(), be16(got.l4(), 6)), ((icmp::UNREACHABLE, icmp::unreachable::FRAG_NEEDED), 1300));
     n.fx.open_error = Some(SockError::Exhausted);
     n.fx.frames.clear();
-    n.dropped(Drop::HostError, |n| n.udp(A, 4001, X1, b"x"));
+    n.dropped(DropReason::HostError, |n| n.udp(A, 4001, X1, b"x"));
     assert_eq!(read(&n.fx.frames[0]).icmp(), (icmp::UNREACHABLE, icmp::unreachable::HOST));
     assert_eq!(n.core.flows().count(), 1);
     n.fx.open_error = Some(SockError::Prohibited);
@@ -522,7 +530,7 @@ fn echo_is_relayed() {
     let got = read(&n.fx.frames[0]);
     assert_eq!((got.icmp(), got.p.src_port, be16(got.l4(), 6)), ((icmp::ECHO_REPLY, 0), 77, 2));
     assert_eq!((got.p.ttl, got.payload(), n.fx.frames[0].port), (59, &b"ping"[..], A));
-    n.dropped(Drop::Filtered, |n| {
+    n.dropped(DropReason::Filtered, |n| {
         n.core.ping_received(n.now, flow, "203.0.113.9".parse().unwrap(), 2, 60, b"ping", &mut n.fx)
     });
     // Traceroute with echo: the error quotes identifier and sequence number.
@@ -563,14 +571,14 @@ fn errors_of_a_guest_are_checked_and_taken() {
     let good = quoted("203.0.113.1", guest_ip(A).octets(), 4000);
     n.send(A, error(&good));
     assert_eq!(n.all_drops(), 0);
-    n.dropped(Drop::NoFlow, |n| n.send(A, error(&quoted("203.0.113.2", guest_ip(A).octets(), 4000))));
+    n.dropped(DropReason::NoFlow, |n| n.send(A, error(&quoted("203.0.113.2", guest_ip(A).octets(), 4000))));
     let of_another = quoted("203.0.113.1", guest_ip(B).octets(), 4000);
-    n.dropped(Drop::SpoofedSource, |n| n.send(A, error(&of_another)));
-    n.dropped(Drop::Truncated, |n| n.send(A, error(&good[..27])));
+    n.dropped(DropReason::SpoofedSource, |n| n.send(A, error(&of_another)));
+    n.dropped(DropReason::Truncated, |n| n.send(A, error(&good[..27])));
     let mut bad = good.clone();
     bad[8] ^= 1;
-    n.dropped(Drop::BadIpChecksum, |n| n.send(A, error(&bad)));
-    n.dropped(Drop::Malformed, |n| n.send(A, error(&[])));
+    n.dropped(DropReason::BadIpChecksum, |n| n.send(A, error(&bad)));
+    n.dropped(DropReason::Malformed, |n| n.send(A, error(&[])));
 }
 
 fn forward(n: &mut Net, proto: u8, port: PortId) {
@@ -622,7 +630,7 @@ fn published_udp_keeps_the_clients_address() {
     // The forward goes, and its flows with it: their socket does too.
     n.core.remove_forward(n.now, ForwardId(1), &mut n.fx);
     assert_eq!(n.core.flows().count(), 0);
-    n.dropped(Drop::NoFlow, |n| client(n, "203.0.113.9:5000", b"hi"));
+    n.dropped(DropReason::NoFlow, |n| client(n, "203.0.113.9:5000", b"hi"));
 }
 
 #[test]
@@ -669,7 +677,7 @@ fn a_guest_that_does_not_answer_is_given_up() {
     assert_eq!(n.core.next_timer(), None);
     // An address that nobody has.
     n.core.add_forward(ForwardId(3), ForwardSpec { proto: proto::TCP, guest: addr("192.168.64.99:80") });
-    n.dropped(Drop::NoEndpoint, |n| {
+    n.dropped(DropReason::NoEndpoint, |n| {
         let sock = n.fx.new_sock();
         assert_eq!(n.core.tcp_accepted(n.now, ForwardId(3), sock, peer, &mut n.fx), None);
     });
@@ -720,7 +728,7 @@ fn tcp_that_cannot_connect_is_told_why() {
             n.fx.frames.clear();
             if at_once {
                 n.fx.open_error = Some(error);
-                n.dropped(Drop::HostError, |n| n.send(A, syn(A, 4000, "203.0.113.1:80")));
+                n.dropped(DropReason::HostError, |n| n.send(A, syn(A, 4000, "203.0.113.1:80")));
             } else {
                 n.send(A, syn(A, 4000, "203.0.113.1:80"));
                 assert!(n.fx.frames.is_empty(), "no answer before the host has one");
@@ -756,11 +764,11 @@ fn segments_of_no_flow_are_reset() {
         ..Default::default()
     };
     let mut out = Vec::new();
-    n.dropped(Drop::NoFlow, |n| out = n.ask(A, tcp_frame(&h, &seg(0x10), b"data")));
+    n.dropped(DropReason::NoFlow, |n| out = n.ask(A, tcp_frame(&h, &seg(0x10), b"data")));
     let got = read(&out[0]);
     let rst = guestnet_wire::tcp::Tcp::parse(got.l4()).unwrap();
     assert_eq!((rst.flags, rst.seq), (4, 77));
-    n.dropped(Drop::NoFlow, |n| out = n.ask(A, tcp_frame(&h, &seg(0x14), b"")));
+    n.dropped(DropReason::NoFlow, |n| out = n.ask(A, tcp_frame(&h, &seg(0x14), b"")));
     assert!(out.is_empty(), "a reset is not answered");
 }
 
@@ -842,7 +850,7 @@ fn reassembly_that_is_given_up_is_counted_at_its_guest() {
     for id in 0..12 {
         n.send(A, piece(A, id));
     }
-    let lost = |n: &Net, port| n.core.port_counters(port).unwrap().drops[Drop::Reassembly as usize];
+    let lost = |n: &Net, port| n.core.port_counters(port).unwrap().drops[DropReason::Reassembly as usize];
     assert_eq!((lost(&n, A), lost(&n, B)), (0, 0));
     for id in 0..4 {
         n.send(B, piece(B, id));

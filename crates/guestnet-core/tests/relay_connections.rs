@@ -9,7 +9,7 @@ mod net;
 
 use guestnet_core::config::{DatagramError, ForwardSpec};
 use guestnet_core::effects::{Close, SockError};
-use guestnet_core::stats::Drop;
+use guestnet_core::stats::DropReason;
 use guestnet_core::types::{ForwardId, PortId, SockId};
 use guestnet_wire::arp;
 use guestnet_wire::ether::{self, Mac};
@@ -37,7 +37,7 @@ fn connects_that_nobody_waits_for_make_room_the_oldest_first() {
     states.sort_unstable();
     let connecting = |port| (port, "connecting");
     assert_eq!(states, [(4000, "established"), connecting(4001), connecting(4004), connecting(4005)]);
-    assert_eq!((n.drops(Drop::FlowLimit), n.fx.closed.len()), (0, 2));
+    assert_eq!((n.drops(DropReason::FlowLimit), n.fx.closed.len()), (0, 2));
     // One that was evicted is opened again by its next SYN, and completes.
     n.open_tcp(A, 4002, X1);
     assert!(n.states().contains(&(4002, "established")));
@@ -55,7 +55,7 @@ fn a_flood_of_connects_to_a_black_hole_refuses_no_other_connect() {
             assert_eq!(n.fx.sock(end).closed, Some(Close::Reset));
         }
     }
-    assert_eq!(n.drops(Drop::FlowLimit), 0);
+    assert_eq!(n.drops(DropReason::FlowLimit), 0);
     assert_eq!(n.core.ports().next().unwrap().flows, 100);
     n.core.audit().unwrap();
 }
@@ -258,7 +258,7 @@ fn downloads_that_a_guest_does_not_take_hold_no_more_than_its_share_of_the_kerne
     // Half of it with 400 connections, then a little for each of the others, and no more than 1024 of them.
     assert!((50 * MB..57 * MB).contains(&held(&mut n, &a)), "{}", held(&mut n, &a));
     assert!(a.iter().skip(420).all(|s| n.fx.sock(*s).tight));
-    assert_eq!((a.len(), n.drops(Drop::BufferLimit)), (1024 + 16, 5000 - 1024 - 16));
+    assert_eq!((a.len(), n.drops(DropReason::BufferLimit)), (1024 + 16, 5000 - 1024 - 16));
     // The next guest has its own share of what is left.
     let b = stuck(&mut n, B, 10_000, 60, 128 << 10);
     assert!(b.len() == 60 && b.iter().all(|s| !n.fx.sock(*s).tight));
