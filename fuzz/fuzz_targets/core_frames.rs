@@ -17,7 +17,7 @@ use guestnet_core::types::{Csum, ForwardId, FrameMeta, Gso, PortConfig, PortId, 
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::ipv4::{self, Ipv4};
 use guestnet_wire::tcp::{Options, Tcp};
-use guestnet_wire::{parse, proto, segment, udp};
+use guestnet_wire::{parse, proto, gso, udp};
 use libfuzzer_sys::fuzz_target;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
 
@@ -560,7 +560,7 @@ fn pieces(sent: &Sent, ours: bool) {
         return;
     };
     let (mut count, mut bytes) = (0, 0);
-    let cut = segment::segment(&sent.frame, gso, |header, piece| {
+    let cut = gso::segment(&sent.frame, gso, |header, piece| {
         count += 1;
         bytes += piece.len();
         let whole = [header, piece].concat();

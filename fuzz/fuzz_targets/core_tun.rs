@@ -15,7 +15,7 @@ use guestnet_core::nat::NatEngineConfig;
 use guestnet_core::types::{Csum, ForwardId, FrameMeta, Gso, PortConfig, PortId, Time};
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::ipv4::{self, Ipv4};
-use guestnet_wire::{checksum, parse, proto, put, segment};
+use guestnet_wire::{checksum, parse, proto, put, gso};
 use libfuzzer_sys::fuzz_target;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
 
@@ -158,7 +158,7 @@ impl World {
         assert!(parse::verify_ipv4_header(frame, &p), "a wrong header checksum was sent");
         if let Csum::Partial { start, offset } = meta.csum {
             let mut whole = frame.to_vec();
-            segment::complete_checksum(&mut whole, start, offset).expect("a checksum outside the frame");
+            gso::complete_checksum(&mut whole, start, offset).expect("a checksum outside the frame");
             assert!(parse::verify_l4(&whole, &p), "a begun checksum went wrong");
         }
     }

@@ -2,22 +2,22 @@
 //! that comes out must lie inside the frame, and what is cut must be what was there.
 #![no_main]
 
-use guestnet_wire::merge::Run;
-use guestnet_wire::segment::{self, Gso};
+use guestnet_wire::gro::Run;
+use guestnet_wire::gso::{self, Gso};
 use guestnet_wire::{arp, checksum, dns, ether, parse, proto, tcp};
 use libfuzzer_sys::fuzz_target;
 
 /// Pieces, joined and cut again, are the same pieces.
 fn joined(frame: &[u8], gso: Gso) {
     let (mut pieces, mut buf) = (Vec::new(), Vec::new());
-    let _ = segment::segment(frame, gso, |h, p| pieces.push([h, p].concat()));
+    let _ = gso::segment(frame, gso, |h, p| pieces.push([h, p].concat()));
     pieces.truncate(40);
     let mut run: Option<(Run, usize)> = None;
     let check = |buf: &mut Vec<u8>, run: Run, first: usize, end: usize| {
         let (at, _, gso) = run.finish(buf);
         let mut again = Vec::new();
         match gso {
-            Some(gso) => segment::segment(&buf[at], gso, |h, p| again.push([h, p].concat()))
+            Some(gso) => gso::segment(&buf[at], gso, |h, p| again.push([h, p].concat()))
                 .expect("what was joined can be cut"),
             None => again.push(buf[at].to_vec()),
         }
@@ -66,7 +66,7 @@ fuzz_target!(|data: &[u8]| {
         let size = (choice >> 1).max(1);
         let gso = if choice & 1 == 0 { Gso::Tcp(size) } else { Gso::Udp(size) };
         let mut total = 0;
-        let cut = segment::segment(frame, gso, |header, payload| {
+        let cut = gso::segment(frame, gso, |header, payload| {
             total += payload.len();
             assert!(payload.len() <= usize::from(size) && !header.is_empty());
         });
@@ -81,7 +81,7 @@ fuzz_target!(|data: &[u8]| {
     names(frame, choice);
 
     let mut copy = frame.to_vec();
-    let _ = segment::complete_checksum(&mut copy, choice & 0xff, choice >> 8);
+    let _ = gso::complete_checksum(&mut copy, choice & 0xff, choice >> 8);
 });
 
 /// DNS: what is read of a message lies inside it, and an answer that is given again can be read and says the same.

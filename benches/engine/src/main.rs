@@ -9,8 +9,8 @@ mod packets;
 use arcbox_conntrack as arcbox;
 use guestnet_core::nat::{Contiguous, NatDirection, NatEngine, NatEngineConfig, NatResult, Prefix};
 use guestnet_core::types::Time;
-use guestnet_io::pool::{PacketPool, PoolCache};
-use guestnet_io::ring::Ring;
+use guestnet_io::memory::pool::{PacketPool, PoolCache};
+use guestnet_io::memory::ring::Ring;
 use packets::{ETH, Load, Mix};
 use std::hint::black_box;
 use std::net::Ipv4Addr;
@@ -34,7 +34,7 @@ fn engine(connections: usize) -> NatEngine {
     c.table_size = connections;
     c.secret = [9; 32];
     let mut e = NatEngine::new(c).unwrap();
-    guestnet_io::huge::advise(&e.memory_ranges());
+    guestnet_io::os::hugepages::advise(&e.memory_ranges());
     e.prefault();
     e
 }

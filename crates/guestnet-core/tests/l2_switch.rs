@@ -561,7 +561,7 @@ fn lax_ports_may_leave_checksums_and_segmentation_to_us() {
     let want = FrameMeta { csum: Csum::Partial { start: 34, offset: 16 }, gso: Some(Gso::Tcp(1460)) };
     assert_eq!(out[0].meta, want);
     let mut count = 0;
-    guestnet_wire::segment::segment(&out[0].frame, Gso::Tcp(1460), |h, p| {
+    guestnet_wire::gso::segment(&out[0].frame, Gso::Tcp(1460), |h, p| {
         let whole = [h, p].concat();
         let packet = guestnet_wire::parse::parse_ip(&whole, 14).unwrap();
         assert!(guestnet_wire::parse::verify_l4(&whole, &packet));

@@ -13,7 +13,7 @@ use guestnet_core::nat::{ForwardError, NatEngineConfig};
 use guestnet_core::stats::DropReason;
 use guestnet_core::types::{Csum, ForwardId, FrameMeta, Gso, NetMode, PortConfig, PortId};
 use guestnet_wire::tcp::{Tcp, flags};
-use guestnet_wire::{icmp, parse, proto, segment};
+use guestnet_wire::{gso, icmp, parse, proto};
 use net::*;
 use std::net::{IpAddr, SocketAddr, SocketAddrV4};
 
@@ -49,7 +49,7 @@ fn left(n: &mut Net) -> Vec<(Got, FrameMeta)> {
 #[track_caller]
 fn outside(mut frame: Vec<u8>, meta: FrameMeta) -> Got {
     if let (Csum::Partial { start, offset }, None) = (meta.csum, meta.gso) {
-        segment::complete_checksum(&mut frame, start, offset).unwrap();
+        gso::complete_checksum(&mut frame, start, offset).unwrap();
     }
     let p = parse::parse_ip(&frame, 14).unwrap();
     assert!(parse::verify_ipv4_header(&frame, &p), "IPv4 checksum");
@@ -209,7 +209,7 @@ fn a_begun_checksum_is_begun_anew_both_ways() {
     let (frame, meta) = one(std::mem::take(&mut n.fx.uplink));
     assert_eq!(meta, large);
     let mut pieces = 0;
-    segment::segment(&frame, Gso::Tcp(1448), |h, piece| {
+    gso::segment(&frame, Gso::Tcp(1448), |h, piece| {
         outside([h, piece].concat(), FrameMeta::default());
         pieces += 1;
     })

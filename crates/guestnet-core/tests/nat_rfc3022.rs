@@ -43,7 +43,7 @@ fn rfc3022_a_partial_checksum_is_completed_first() {
     let (s, d) = (ip(A).into(), ip(X1).into());
     let partial = checksum::fold(checksum::pseudo(s, d, proto::UDP, p.len() as u32 - 20));
     put(&mut p, 26, &partial.to_be_bytes());
-    guestnet_wire::segment::complete_checksum(&mut p, 20, 6).unwrap();
+    guestnet_wire::gso::complete_checksum(&mut p, 20, 6).unwrap();
     assert_eq!(lab.send(&p, Outbound).0, Translated);
 }
 

@@ -1,7 +1,7 @@
 //! Theory of operation: the readers of guests' bytes that are private to this crate, for the fuzz targets
 //! alone (`--cfg fuzzing`).
 
-use crate::attachments::{Got, stream, vhost, vnet};
+use crate::attachment::{Got, stream, vhost_user, vnet};
 use guestnet_core::types::FrameMeta;
 
 /// What a stream attachment makes of the bytes that have come: where its complete frames are, and whether
@@ -42,5 +42,5 @@ pub fn begin_checksum(frame: &mut [u8], meta: &mut FrameMeta) -> bool {
 /// it. How many of both there were.
 #[must_use]
 pub fn vhost_guest(bytes: &[u8]) -> (usize, usize) {
-    vhost::fuzzed::play(bytes)
+    vhost_user::fuzzed::play(bytes)
 }

@@ -9,7 +9,7 @@ use crate::errors::{config_error, descriptor_error, queue_full, start_error};
 use crate::{events, records};
 use guestnet_core::nat::NatEngineConfig;
 use guestnet_core::types::{ForwardId, PortConfig, PortId, ServiceId};
-use guestnet_io::front::WORKERS_MAX;
+use guestnet_io::WORKERS_MAX;
 use guestnet_io::{Command, Event, Worker, WorkerConfig, duplicate, spawn};
 use guestnet_wire::proto;
 use pyo3::prelude::*;

@@ -143,7 +143,7 @@ pub struct NatEngine {
 
 /// Packets of a pool, by index.
 struct Pooled<'a> {
-    buffers: Vec<guestnet_io::pool::PoolBuffer<'a>>,
+    buffers: Vec<guestnet_io::memory::pool::PoolBuffer<'a>>,
 }
 
 impl PacketBatch for Pooled<'_> {
@@ -298,7 +298,7 @@ impl NatEngine {
         let engine = py
             .detach(|| {
                 let mut engine = nat::NatEngine::new(config)?;
-                guestnet_io::huge::advise(&engine.memory_ranges());
+                guestnet_io::os::hugepages::advise(&engine.memory_ranges());
                 if prefault {
                     engine.prefault();
                 }

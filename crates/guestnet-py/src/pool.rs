@@ -5,8 +5,8 @@
 use crate::buffers::with_bytes;
 use crate::errors::config_error;
 use crate::numbers::Fits;
-use guestnet_io::pool::{self, PoolError};
-use guestnet_io::ring::{Consumer, DEFAULT_RING_CAPACITY, Producer};
+use guestnet_io::memory::pool::{self, PoolError};
+use guestnet_io::memory::ring::{Consumer, DEFAULT_RING_CAPACITY, Producer};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -33,7 +33,7 @@ impl PacketPool {
         let (capacity, buffer_size) = (capacity.0, buffer_size.0);
         let inner =
             pool::PacketPool::with_buffer_size(capacity, buffer_size).map_err(|e| pool_error(py, e))?;
-        guestnet_io::huge::advise(&[inner.range()]);
+        guestnet_io::os::hugepages::advise(&[inner.range()]);
         Ok(PacketPool { inner: Arc::new(inner) })
     }
 
@@ -119,7 +119,8 @@ impl Ring {
     #[new]
     #[pyo3(signature = (capacity=Fits(DEFAULT_RING_CAPACITY)))]
     fn new(py: Python<'_>, capacity: Fits<usize>) -> PyResult<Self> {
-        let ring = guestnet_io::ring::Ring::new(capacity.0).map_err(|e| config_error(py, format!("{e}.")))?;
+        let ring = guestnet_io::memory::ring::Ring::new(capacity.0)
+            .map_err(|e| config_error(py, format!("{e}.")))?;
         let (p, c) = ring.split();
         Ok(Ring { producer: Mutex::new(p), consumer: Mutex::new(c) })
     }

@@ -9,11 +9,11 @@ pub mod arp;
 pub mod checksum;
 pub mod dns;
 pub mod ether;
+pub mod gro;
+pub mod gso;
 pub mod icmp;
 pub mod ipv4;
-pub mod merge;
 pub mod parse;
-pub mod segment;
 pub mod tcp;
 pub mod udp;
 

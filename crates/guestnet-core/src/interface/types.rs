@@ -2,7 +2,7 @@
 //! known of a frame besides its bytes.
 
 use guestnet_wire::ether::Mac;
-pub use guestnet_wire::segment::{Csum, Gso};
+pub use guestnet_wire::gso::{Csum, Gso};
 use std::net::{IpAddr, SocketAddr};
 
 /// A port of the switch: one Endpoint's attachment. Given by the caller, never reused within a process.

@@ -13,7 +13,7 @@ use crate::network::Network;
 use crate::relay::turns::NO_FLOW;
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::parse::{self, Packet};
-use guestnet_wire::{icmp, ipv4, proto, put, segment};
+use guestnet_wire::{gso, icmp, ipv4, proto, put};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 /// Bytes of an ICMP error in all, IP header included (RFC 1812 4.3.2.3).
@@ -140,7 +140,7 @@ impl Network {
         fx: &mut E,
     ) -> Result<(), DropReason> {
         if let Csum::Partial { start, offset } = meta.csum {
-            segment::complete_checksum(frame, start, offset).map_err(wire_drop)?;
+            gso::complete_checksum(frame, start, offset).map_err(wire_drop)?;
         }
         let mut piece = std::mem::take(&mut self.piece);
         let packet = frame.get(p.l3..p.end).unwrap_or(&[]);

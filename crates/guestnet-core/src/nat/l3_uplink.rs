@@ -21,7 +21,7 @@ use crate::policy::never_a_destination;
 use crate::tables::flow::Key;
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::parse::{self, Packet};
-use guestnet_wire::{be32, checksum, icmp, proto, put, segment};
+use guestnet_wire::{be32, checksum, gso, icmp, proto, put};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
 
@@ -302,7 +302,7 @@ impl Network {
             return Err(DropReason::NoEndpoint);
         }
         if let Csum::Partial { start, offset } = meta.csum {
-            segment::complete_checksum(frame, start, offset).map_err(wire_drop)?;
+            gso::complete_checksum(frame, start, offset).map_err(wire_drop)?;
         }
         let waits = self.neighbours.wait_frame(self.now, slot, ip, frame);
         if waits.map_err(|()| DropReason::RateLimit)? {
@@ -479,7 +479,7 @@ impl Tun {
         if let Csum::Partial { start, offset } = meta.csum {
             if !too_big && matches!(p.proto, proto::TCP | proto::UDP) {
                 begun = Some(usize::from(start) + usize::from(offset));
-            } else if segment::complete_checksum(frame, start, offset).is_ok() {
+            } else if gso::complete_checksum(frame, start, offset).is_ok() {
                 meta.csum = Csum::Full;
             } else {
                 return NatResult::Dropped(DropReason::Malformed);

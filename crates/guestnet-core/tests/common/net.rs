@@ -10,9 +10,9 @@ use guestnet_core::types::{Csum, FlowId, FrameMeta, PortConfig, PortId, SockId, 
 use guestnet_core::{Limits, NetworkConfig};
 use guestnet_wire::arp::{self, Arp};
 use guestnet_wire::ether::{self, Ether, Mac};
+use guestnet_wire::gso;
 use guestnet_wire::ipv4::Ipv4;
 use guestnet_wire::parse::{self, Packet};
-use guestnet_wire::segment;
 use guestnet_wire::tcp::{Options, Tcp};
 use guestnet_wire::{checksum, icmp, proto, udp};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -329,7 +329,7 @@ impl Got {
 pub fn read(s: &Sent) -> Got {
     let mut frame = s.frame.clone();
     if let (Csum::Partial { start, offset }, None) = (s.meta.csum, s.meta.gso) {
-        segment::complete_checksum(&mut frame, start, offset).unwrap();
+        gso::complete_checksum(&mut frame, start, offset).unwrap();
     }
     let e = Ether::parse(&frame).unwrap();
     assert_eq!((e.dst, e.ethertype), (mac(s.port), ether::IPV4), "to the guest's MAC");

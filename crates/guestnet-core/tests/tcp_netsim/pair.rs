@@ -8,7 +8,7 @@ use guestnet_core::effects::Close;
 use guestnet_core::stats::Counters;
 use guestnet_core::tcp::{Budget, Ctx, Fate, Path, Tcb, Timeouts};
 use guestnet_core::types::{Csum, SockId, Time};
-use guestnet_wire::segment::{complete_checksum, segment};
+use guestnet_wire::gso::{complete_checksum, segment};
 use guestnet_wire::tcp::{MIN_LEN, Options, Tcp, flags};
 use guestnet_wire::{ether, parse};
 

@@ -11,7 +11,7 @@ use guestnet_core::stats::{Counters, DropReason};
 use guestnet_core::tcp::{Budget, Ctx, Fate, Path, Tcb, Timeouts};
 use guestnet_core::types::{Csum, FlowId, Gso, PortId, SockId, Time};
 use guestnet_wire::ether::{self, Ether, Mac};
-use guestnet_wire::segment::complete_checksum;
+use guestnet_wire::gso::complete_checksum;
 use guestnet_wire::tcp::{MIN_LEN, Options, SackBlocks, Tcp, flags};
 use guestnet_wire::{parse, proto};
 

@@ -4,9 +4,9 @@
 //! kernel says went wrong with a datagram. Where there is the privilege to make one, [`tun`] is a device that whole
 //! packets leave through instead.
 
-pub(crate) mod errors;
+pub(crate) mod deferred_writes;
+pub(crate) mod error_queue;
 pub(crate) mod forward;
-pub(crate) mod later;
 pub(crate) mod ping;
 pub(crate) mod sockets;
 pub(crate) mod tcp;

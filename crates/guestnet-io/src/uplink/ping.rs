@@ -7,10 +7,10 @@
 #![allow(unsafe_code)]
 
 use super::sockets::{Sock, SockKind, Socks};
-use super::{errors, udp};
-use crate::poller::Poller;
-use crate::stats::IoCounters;
-use crate::sys::{self, Control, RawAddr};
+use super::{error_queue, udp};
+use crate::os::epoll::Poller;
+use crate::os::sys::{self, Control, RawAddr};
+use crate::runtime::stats::IoCounters;
 use guestnet_core::effects::SockError;
 use guestnet_core::types::{FlowId, SockId};
 use guestnet_wire::checksum;
@@ -123,7 +123,7 @@ impl Socks {
             Err(libc::EMSGSIZE) => {
                 // The queue names the MTU that it was too big for.
                 let mut errors = std::mem::take(&mut self.errors);
-                let mtu = self.get(id).map_or(0, |sock| errors::drain(sock, &mut errors));
+                let mtu = self.get(id).map_or(0, |sock| error_queue::drain(sock, &mut errors));
                 self.errors = errors;
                 Err(SockError::MessageTooBig(mtu))
             }

@@ -2,15 +2,15 @@
 //! besides plain readiness. Outcomes and errors that come up in the middle of a call into the core wait here
 //! until the worker hands them over.
 
-use super::errors::LateError;
+use super::deferred_writes::Later;
+use super::error_queue::LateError;
 use super::forward::Origins;
-use super::later::Later;
 use super::tcp::{Buffers, TcpSock};
 use super::udp::{UdpOut, UdpSock};
-use crate::poller::{Kind, Poller, Token};
-use crate::slab::Slab;
-use crate::stats::IoCounters;
-use crate::sys::RawAddr;
+use crate::memory::slab::Slab;
+use crate::os::epoll::{Kind, Poller, Token};
+use crate::os::sys::RawAddr;
+use crate::runtime::stats::IoCounters;
 use guestnet_core::effects::SockError;
 use guestnet_core::types::{FlowId, ForwardId, SockId};
 use std::collections::HashMap;

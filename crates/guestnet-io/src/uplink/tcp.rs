@@ -6,9 +6,9 @@
 //! them readable.
 
 use super::sockets::{Sock, SockKind, Socks};
-use crate::poller::Poller;
-use crate::stats::IoCounters;
-use crate::sys::{self, RawAddr};
+use crate::os::epoll::Poller;
+use crate::os::sys::{self, RawAddr};
+use crate::runtime::stats::IoCounters;
 use guestnet_core::effects::{Peek, Peer, SockError};
 use guestnet_core::types::{FlowId, IpFields, PortId, SockId, Target};
 use std::net::SocketAddr;

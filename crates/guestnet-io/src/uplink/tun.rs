@@ -6,11 +6,11 @@
 // readv takes raw pointers.
 #![allow(unsafe_code)]
 
-use crate::attachments::tap::{Kind, Sent, agree, lost};
-use crate::attachments::{Got, reason, vnet};
-use crate::sys;
+use crate::attachment::tap::{Kind, Sent, agree, lost};
+use crate::attachment::{Got, reason, vnet};
+use crate::os::sys;
 use guestnet_core::types::{Csum, FrameMeta, Gso};
-use guestnet_wire::{ether, segment};
+use guestnet_wire::{ether, gso};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 const ROOM: usize = ether::HEADER_LEN;
@@ -71,7 +71,7 @@ impl Tun {
         match meta.gso {
             Some(gso) if self.header == 0 || !begun || (matches!(gso, Gso::Udp(_)) && !self.uso) => {
                 let mut last = Sent::Yes;
-                let done = segment::segment(frame, gso, |header, piece| {
+                let done = gso::segment(frame, gso, |header, piece| {
                     let sent = self.put(&FrameMeta::default(), header, piece);
                     if sent != Sent::Yes {
                         last = sent;
@@ -84,7 +84,7 @@ impl Tun {
                 let mut whole = std::mem::take(&mut self.whole);
                 whole.clear();
                 whole.extend_from_slice(frame);
-                let sent = match segment::complete_checksum(&mut whole, start, offset) {
+                let sent = match gso::complete_checksum(&mut whole, start, offset) {
                     Ok(()) => self.put(&FrameMeta::default(), &whole, &[]),
                     Err(_) => Sent::Refused,
                 };

@@ -7,11 +7,11 @@
 // sendmmsg and recvmmsg take raw pointers.
 #![allow(unsafe_code)]
 
-use super::errors::{self, LateError};
+use super::error_queue::{self, LateError};
 use super::sockets::{Sock, SockKind, Socks};
-use crate::poller::Poller;
-use crate::stats::IoCounters;
-use crate::sys::{self, Control, RawAddr};
+use crate::os::epoll::Poller;
+use crate::os::sys::{self, Control, RawAddr};
+use crate::runtime::stats::IoCounters;
 use guestnet_core::effects::SockError;
 use guestnet_core::types::{FlowId, IpFields, SockId};
 use std::net::{IpAddr, SocketAddr};
@@ -303,7 +303,7 @@ fn failed(
     let mut kind = sys::sock_error(errno);
     if errno == libc::EMSGSIZE {
         // The queue names the MTU that it was too big for.
-        kind = SockError::MessageTooBig(errors::drain(sock, errors));
+        kind = SockError::MessageTooBig(error_queue::drain(sock, errors));
     }
     if let Some(flow) = sock.flow
         && !sys::would_block(errno)
@@ -565,7 +565,7 @@ mod tests {
         let mut buf = [0; 20];
         assert_eq!(peer.recv(&mut buf).unwrap(), 8);
         let mut errors = Vec::new();
-        errors::drain(socks.get(a).unwrap(), &mut errors);
+        error_queue::drain(socks.get(a).unwrap(), &mut errors);
         let [e] = &errors[..] else { panic!("{errors:?}") };
         assert_eq!((e.kind, e.icmp, e.dst), (SockError::Refused, (3, 3), closed));
         assert_eq!((&e.payload[..], e.offender), (&b"nobody"[..], Some("127.0.0.1".parse().unwrap())));

@@ -3,7 +3,7 @@
 //! [`VhostLink`] is a well-behaved virtio-net driver on it.
 
 use super::Link;
-use guestnet_wire::segment::{self, Gso};
+use guestnet_wire::gso::{self, Gso};
 use guestnet_wire::{be16, checksum, parse, proto};
 use std::fs::File;
 use std::io::{Read, Write};
@@ -529,7 +529,7 @@ impl VhostLink {
         let le = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
         if header[0] & 1 != 0 {
             assert!(self.has(CSUM));
-            segment::complete_checksum(&mut frame, le(6), le(8)).unwrap();
+            gso::complete_checksum(&mut frame, le(6), le(8)).unwrap();
         }
         let gso = match header[1] {
             0 => return self.cut.push_back(frame),
@@ -544,7 +544,7 @@ impl VhostLink {
         assert_eq!(checksum::finish(checksum::sum(&frame[p.l4..p.end], sum)), 0);
         self.large += 1;
         let cut = &mut self.cut;
-        segment::segment(&frame, gso, |h, piece| cut.push_back([h, piece].concat())).unwrap();
+        gso::segment(&frame, gso, |h, piece| cut.push_back([h, piece].concat())).unwrap();
     }
 }
 

@@ -1,0 +1,810 @@
+//! Theory of operation: all ports and what is attached to them. A frame to a guest is written at once (TAP)
+//! or queued (sockets) and sent at the end of the batch. What an attachment cannot do is done here: a large
+//! frame is cut, a begun checksum completed. A guest that does not read fills its own queue and nobody
+//! else's; the core is told when there is room again.
+
+use super::dgram::Dgram;
+use super::stream::Stream;
+use super::tap::{self, PutOff, Sent, Tap};
+use super::vhost_user::{self, FrontEnds, Isolated, Vhost};
+use super::{Flushed, QUEUE_LOW, QUEUE_MAX, vnet};
+use crate::attachment::quota::Charge;
+use crate::control::event::{Event, EventSender, Level};
+use crate::memory::slab::Slab;
+use crate::os::epoll::{Kind, Poller, Token};
+use crate::os::io_uring::{Batch, Submitter};
+use crate::runtime::stats::IoCounters;
+use crate::runtime::turn::Turn;
+use guestnet_core::effects::TxError;
+use guestnet_core::types::{Csum, FrameMeta, PortId, Time};
+use guestnet_wire::gso;
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+/// How long a peer that is full without telling is left alone, in nanoseconds.
+const RETRY: u64 = 1_000_000;
+
+/// How frames of a port enter and leave.
+pub(crate) enum Attachment {
+    /// Not at all: an unplugged cable.
+    None,
+    Tap(Tap),
+    Stream(Stream),
+    Dgram(Dgram),
+    Vhost(Box<Vhost>),
+    /// By commands and events.
+    Memory,
+}
+
+impl Attachment {
+    fn fd(&self) -> Option<&OwnedFd> {
+        match self {
+            Attachment::Tap(t) => Some(&t.fd),
+            Attachment::Stream(s) => Some(&s.fd),
+            Attachment::Dgram(d) => Some(&d.fd),
+            Attachment::Vhost(v) => v.fd(),
+            Attachment::None | Attachment::Memory => None,
+        }
+    }
+
+    fn waiting(&self) -> usize {
+        match self {
+            Attachment::Stream(s) => s.waiting(),
+            Attachment::Dgram(d) => d.waiting(),
+            _ => 0,
+        }
+    }
+}
+
+/// A port.
+pub(crate) struct Port {
+    pub id: PortId,
+    pub attachment: Attachment,
+    /// The listener on which the guest came.
+    pub listener: Option<u32>,
+    /// Its connection, as its listener is charged for it.
+    pub held: Option<Charge>,
+    /// Its front-end has a thread of its own, and the attachment leads to that; with what it was attached by.
+    pub isolated: Option<(Isolated, Box<Vhost>)>,
+    /// The core was told that the port is full.
+    owed: bool,
+    /// It is in the list of ports to be flushed.
+    dirty: bool,
+    /// EPOLLOUT is watched.
+    out_watched: bool,
+    /// What it had of the worker in this round.
+    turn: Turn,
+    /// Its peer is gone, and it is in the list of ports that are to be removed.
+    leaving: bool,
+}
+
+impl Port {
+    pub(crate) fn is_leaving(&self) -> bool {
+        self.leaving
+    }
+}
+
+/// Why a port goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Leaving {
+    /// Its peer is gone: why.
+    PeerGone(String),
+    /// The control side removes it, by the command of this number.
+    Removed(u64),
+}
+
+/// What sending needs besides the ports.
+pub(crate) struct Outside<'a> {
+    pub poller: &'a Poller,
+    pub events: &'a mut EventSender,
+    pub counters: &'a mut IoCounters,
+    pub submitter: &'a mut Submitter,
+    pub now: Time,
+}
+
+/// All ports.
+#[derive(Default)]
+pub(crate) struct Ports {
+    slab: Slab<Port>,
+    by_id: HashMap<PortId, u32>,
+    /// The port that was looked up last: frames come in runs.
+    last: Option<(PortId, u32)>,
+    dirty: Vec<u32>,
+    /// Ports with a TAP for which frames wait for the end of the batch.
+    taps: Vec<u32>,
+    retry: Vec<u32>,
+    /// When `retry` is due.
+    pub retry_at: Option<Time>,
+    /// Memory ports that wait for room in the event ring.
+    pub events_full: bool,
+    /// Ports that the core is to be told of.
+    pub writable: Vec<PortId>,
+    /// Queues of vhost-user and streams that have more frames, of which nothing else tells; first those that had
+    /// no turn in the last round.
+    again: Vec<Token>,
+    /// How many those are.
+    deferred: usize,
+    /// Queues of vhost-user that are looked at while the worker is awake, and do not kick meanwhile.
+    pub lingering: Vec<Token>,
+    /// Ports on a shared datagram socket that takes nothing for long.
+    pub stalled: Vec<PortId>,
+    /// Ports that go.
+    pub down: VecDeque<(PortId, Leaving)>,
+    /// A large frame in one piece.
+    linear: Vec<u8>,
+    /// A port has, or had, a vhost-user attachment.
+    pub had_front_ends: bool,
+}
+
+impl Ports {
+    pub(crate) fn slot(&self, id: PortId) -> Option<u32> {
+        self.by_id.get(&id).copied()
+    }
+
+    pub(crate) fn get_mut(&mut self, slot: u32) -> Option<&mut Port> {
+        self.slab.get_mut(slot)
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.slab.len()
+    }
+
+    /// The port that watches queues, by the token of one, and which queue it is.
+    pub(crate) fn queue(&self, token: Token) -> Option<(u32, usize)> {
+        let per_port = vhost_user::RINGS_MAX as u32;
+        let slot = token.index / per_port;
+        (self.slab.generation(slot) == token.generation).then_some((slot, (token.index % per_port) as usize))
+    }
+
+    /// The token of a queue.
+    pub(crate) fn queue_token(&self, slot: u32, queue: usize) -> Token {
+        let index = slot * vhost_user::RINGS_MAX as u32 + queue as u32;
+        Token { kind: Kind::Kick, index, generation: self.slab.generation(slot) }
+    }
+
+    /// There are buffers for frames to the guest again.
+    pub(crate) fn room_again(&mut self, slot: u32) {
+        if let Some(p) = self.slab.get_mut(slot)
+            && std::mem::take(&mut p.owed)
+        {
+            self.writable.push(p.id);
+        }
+    }
+
+    pub(crate) fn is_current(&self, token: Token) -> bool {
+        self.slab.generation(token.index) == token.generation
+    }
+
+    /// Adds a port that does not exist yet.
+    pub(crate) fn add(&mut self, id: PortId, listener: Option<u32>) -> u32 {
+        let port = Port {
+            id,
+            attachment: Attachment::None,
+            listener,
+            held: None,
+            isolated: None,
+            owed: false,
+            dirty: false,
+            out_watched: false,
+            turn: Turn::default(),
+            leaving: false,
+        };
+        let slot = self.slab.insert(port);
+        self.by_id.insert(id, slot);
+        slot
+    }
+
+    /// Removes a port; what is attached is closed.
+    pub(crate) fn remove(&mut self, id: PortId) -> Option<Port> {
+        let slot = self.by_id.remove(&id)?;
+        self.last = None;
+        self.taps.retain(|tap| *tap != slot);
+        self.slab.remove(slot)
+    }
+
+    /// Attaches to a port that has no attachment. `watch`: it has a descriptor of its own.
+    pub(crate) fn attach(
+        &mut self,
+        poller: &Poller,
+        slot: u32,
+        a: Attachment,
+        watch: bool,
+    ) -> Result<(), i32> {
+        let generation = self.slab.generation(slot);
+        let Some(port) = self.slab.get_mut(slot) else { return Ok(()) };
+        if let Some(fd) = a.fd().filter(|_| watch) {
+            poller.add(fd, Token { kind: Kind::Port, index: slot, generation }, libc::EPOLLIN)?;
+        }
+        self.had_front_ends |= matches!(a, Attachment::Vhost(_));
+        port.attachment = a;
+        port.out_watched = false;
+        Ok(())
+    }
+
+    /// Moves the front-end of a port to a thread of its own.
+    pub(crate) fn isolate(&mut self, poller: &Poller, slot: u32) -> Result<(), String> {
+        let generation = self.slab.generation(slot);
+        let Some(port) = self.slab.get_mut(slot) else { return Ok(()) };
+        let mut vhost = match std::mem::replace(&mut port.attachment, Attachment::None) {
+            Attachment::Vhost(v) => v,
+            other => {
+                port.attachment = other;
+                return Ok(());
+            }
+        };
+        let isolated = vhost.isolate(poller).and_then(|(isolated, fd)| {
+            let token = Token { kind: Kind::Port, index: slot, generation };
+            let watched = poller.add(&fd, token, libc::EPOLLIN);
+            watched.map_err(|e| super::reason("a front-end's thread cannot be watched", e))?;
+            Ok((isolated, fd))
+        });
+        match isolated {
+            Ok((isolated, fd)) => {
+                port.attachment = Attachment::Tap(Tap::of_packets(fd));
+                port.out_watched = false;
+                port.isolated = Some((isolated, vhost));
+                if std::mem::take(&mut port.owed) {
+                    self.writable.push(port.id);
+                }
+                Ok(())
+            }
+            Err(why) => {
+                port.attachment = Attachment::Vhost(vhost);
+                Err(why)
+            }
+        }
+    }
+
+    /// Ends what [`Ports::isolate`] began: the port is as it was before a front-end came. Why it ended, where its
+    /// thread has said so.
+    pub(crate) fn end_isolation(&mut self, counters: &mut IoCounters, slot: u32) -> Option<String> {
+        let port = self.slab.get_mut(slot)?;
+        let (isolated, vhost) = port.isolated.take()?;
+        counters.add_isolated(isolated.counts());
+        port.attachment = Attachment::Vhost(vhost);
+        port.out_watched = false;
+        self.taps.retain(|tap| *tap != slot);
+        isolated.ended()
+    }
+
+    /// All ports with a front-end that made this thread wait.
+    pub(crate) fn stalled(&self) -> Vec<(u32, PortId)> {
+        let stalled = |a: &Attachment| matches!(a, Attachment::Vhost(v) if v.is_stalled());
+        self.slab.iter().filter(|(_, p)| stalled(&p.attachment)).map(|(i, p)| (i, p.id)).collect()
+    }
+
+    /// Front-ends whose memory was touched in this round.
+    pub(crate) fn touched(&self) -> impl Iterator<Item = &Arc<FrontEnds>> {
+        self.slab.iter().filter_map(|(_, p)| match &p.attachment {
+            Attachment::Vhost(v) => v.touched(),
+            _ => None,
+        })
+    }
+
+    /// Threads of front-ends.
+    pub(crate) fn isolated(&self) -> impl Iterator<Item = &Isolated> {
+        self.slab.iter().filter_map(|(_, p)| p.isolated.as_ref().map(|(isolated, _)| isolated))
+    }
+
+    /// Takes the attachment away; frames that wait in it are lost.
+    pub(crate) fn detach(&mut self, slot: u32) {
+        self.taps.retain(|tap| *tap != slot);
+        if let Some(p) = self.slab.get_mut(slot) {
+            p.attachment = Attachment::None;
+            p.isolated = None;
+            if std::mem::take(&mut p.owed) {
+                self.writable.push(p.id);
+            }
+        }
+    }
+
+    fn find(&mut self, id: PortId) -> Option<u32> {
+        if let Some((last, slot)) = self.last
+            && last == id
+        {
+            return Some(slot);
+        }
+        let slot = self.by_id.get(&id).copied()?;
+        self.last = Some((id, slot));
+        Some(slot)
+    }
+
+    /// Bytes that the port takes now; 0 is a promise to tell when that changes.
+    pub(crate) fn room(&mut self, id: PortId, events: &EventSender) -> usize {
+        let Some(slot) = self.find(id) else { return 0 };
+        let Some(port) = self.slab.get_mut(slot) else { return 0 };
+        let room = match &mut port.attachment {
+            Attachment::Stream(_) | Attachment::Dgram(_) => {
+                QUEUE_MAX.saturating_sub(port.attachment.waiting())
+            }
+            Attachment::Memory if !events.frame_room() => {
+                self.events_full = true;
+                0
+            }
+            Attachment::Vhost(v) => {
+                let room = v.has_room();
+                if v.is_troubled() && !port.dirty {
+                    // Told at the end of the batch.
+                    port.dirty = true;
+                    self.dirty.push(slot);
+                }
+                if room { QUEUE_MAX } else { 0 }
+            }
+            _ => QUEUE_MAX,
+        };
+        port.owed |= room == 0;
+        room
+    }
+
+    /// Sends a frame: its front, with all headers, and the rest.
+    pub(crate) fn transmit(
+        &mut self,
+        out: &mut Outside<'_>,
+        id: PortId,
+        front: &[u8],
+        rest: &[u8],
+        meta: FrameMeta,
+    ) -> Result<(), TxError> {
+        let slot = self.find(id).ok_or(TxError::Gone)?;
+        let Some(port) = self.slab.get_mut(slot) else { return Err(TxError::Gone) };
+        match &mut port.attachment {
+            Attachment::None => {
+                out.counters.unattached_frames += 1;
+                return Ok(());
+            }
+            Attachment::Tap(tap) if tap.takes(&meta) => {
+                // Behind a frame that it did not take, the TAP says itself how things are.
+                if out.submitter.is_on() && !port.out_watched {
+                    // What wakes the guest goes in one call at the end of the batch.
+                    match tap.put_off(&meta, front, rest) {
+                        PutOff::Yes => return Ok(()),
+                        PutOff::First => {
+                            self.taps.push(slot);
+                            return Ok(());
+                        }
+                        PutOff::No => {}
+                    }
+                }
+                if tap.waits() {
+                    self.flush_tap(out, slot);
+                }
+                let Some(Port { attachment: Attachment::Tap(tap), .. }) = self.slab.get_mut(slot) else {
+                    return Err(TxError::Gone);
+                };
+                let sent = if meta.gso.is_some() && !matches!(meta.csum, Csum::Partial { .. }) {
+                    // The kernel takes large frames only with a checksum that is begun.
+                    let mut meta = meta;
+                    linearize(&mut self.linear, front, rest);
+                    if vnet::begin_checksum(&mut self.linear, &mut meta) {
+                        tap.write(&meta, &self.linear, &[])
+                    } else {
+                        Sent::Refused
+                    }
+                } else {
+                    tap.write(&meta, front, rest)
+                };
+                return self.wrote(out, slot, sent);
+            }
+            Attachment::Vhost(v) => {
+                let segmented = &mut out.counters.segmented_frames;
+                match v.send(&mut self.linear, segmented, front, rest, meta) {
+                    vhost_user::Sent::Yes => {}
+                    vhost_user::Sent::Full => {
+                        port.owed = true;
+                        return Err(TxError::Full);
+                    }
+                    vhost_user::Sent::Refused => out.counters.refused_frames += 1,
+                    vhost_user::Sent::NotAllocated => out.counters.unallocated_frames += 1,
+                    vhost_user::Sent::Unplugged => out.counters.unattached_frames += 1,
+                }
+                if !port.dirty {
+                    port.dirty = true;
+                    self.dirty.push(slot);
+                }
+                return Ok(());
+            }
+            Attachment::Memory if !out.events.frame_room() => {
+                port.owed = true;
+                self.events_full = true;
+                return Err(TxError::Full);
+            }
+            a if a.waiting() >= QUEUE_MAX => {
+                port.owed = true;
+                return Err(TxError::Full);
+            }
+            _ => {}
+        }
+        if matches!(&port.attachment, Attachment::Tap(tap) if tap.waits()) {
+            self.flush_tap(out, slot);
+        }
+        let Some(port) = self.slab.get_mut(slot) else { return Err(TxError::Gone) };
+        let mut last = Sent::Yes;
+        if let Some(gso) = meta.gso {
+            out.counters.segmented_frames += 1;
+            let whole = if rest.is_empty() {
+                front
+            } else {
+                linearize(&mut self.linear, front, rest);
+                &self.linear
+            };
+            let done = gso::segment(whole, gso, |header, piece| {
+                let sent = put(port, out.events, header, piece, Csum::Full);
+                if sent != Sent::Yes {
+                    last = sent;
+                }
+            });
+            if done.is_err() {
+                last = Sent::Refused;
+            }
+        } else if matches!(port.attachment, Attachment::Tap(_) | Attachment::Memory)
+            && let Csum::Partial { start, offset } = meta.csum
+        {
+            linearize(&mut self.linear, front, rest);
+            last = match gso::complete_checksum(&mut self.linear, start, offset) {
+                Ok(()) => put(port, out.events, &self.linear, &[], Csum::Full),
+                Err(_) => Sent::Refused,
+            };
+        } else {
+            last = put(port, out.events, front, rest, meta.csum);
+        }
+        if !port.dirty && matches!(port.attachment, Attachment::Stream(_) | Attachment::Dgram(_)) {
+            port.dirty = true;
+            self.dirty.push(slot);
+        }
+        let heavy = match &port.attachment {
+            Attachment::Stream(s) => s.is_heavy(),
+            Attachment::Dgram(d) => d.is_heavy(),
+            _ => false,
+        };
+        if heavy {
+            self.flush_slot(out, slot);
+        }
+        self.wrote(out, slot, last)
+    }
+
+    fn wrote(&mut self, out: &mut Outside<'_>, slot: u32, sent: Sent) -> Result<(), TxError> {
+        self.told(out.poller, out.counters, slot, sent)
+    }
+
+    fn told(
+        &mut self,
+        poller: &Poller,
+        counters: &mut IoCounters,
+        slot: u32,
+        sent: Sent,
+    ) -> Result<(), TxError> {
+        match sent {
+            Sent::Yes => Ok(()),
+            Sent::Refused => {
+                counters.refused_frames += 1;
+                Ok(())
+            }
+            Sent::Full => {
+                self.watch_out(poller, slot, true);
+                if let Some(p) = self.slab.get_mut(slot) {
+                    p.owed = true;
+                }
+                Err(TxError::Full)
+            }
+            Sent::Down(why) => {
+                self.lost(slot, why);
+                Ok(())
+            }
+        }
+    }
+
+    /// True when frames wait for the end of the batch.
+    pub(crate) fn has_frames(&self) -> bool {
+        !self.taps.is_empty()
+    }
+
+    /// Adds frames that wait to a run, as many as it takes; `slots` says whose each is.
+    pub(crate) fn add_frames<'fd>(&'fd self, batch: &mut Batch<'_, 'fd>, slots: &mut Vec<u32>) {
+        for slot in &self.taps {
+            let Some(Port { attachment: Attachment::Tap(tap), .. }) = self.slab.get(*slot) else { continue };
+            for frame in tap.waiting() {
+                if batch.is_full() {
+                    return;
+                }
+                batch.write(&tap.fd, frame);
+                slots.push(*slot);
+            }
+        }
+    }
+
+    /// What became of frames of a run.
+    pub(crate) fn did_frames(
+        &mut self,
+        poller: &Poller,
+        counters: &mut IoCounters,
+        slots: &[u32],
+        results: &[i32],
+    ) {
+        for (slot, result) in slots.iter().zip(results) {
+            let Some(Port { attachment: Attachment::Tap(tap), .. }) = self.slab.get_mut(*slot) else {
+                continue;
+            };
+            let result = tap.gone_one(*result);
+            if result < 0 {
+                let sent = tap::lost("the TAP is gone", -result);
+                // It was promised that it goes.
+                if self.told(poller, counters, *slot, sent).is_err() {
+                    counters.refused_frames += 1;
+                }
+            }
+        }
+        let slab = &self.slab;
+        self.taps.retain(|slot| {
+            matches!(slab.get(*slot), Some(Port { attachment: Attachment::Tap(tap), .. }) if tap.waits())
+        });
+    }
+
+    /// Sends the frames that wait for one TAP, before others that do not wait.
+    fn flush_tap(&mut self, out: &mut Outside<'_>, slot: u32) {
+        let mut slots = Vec::new();
+        let Some(Port { attachment: Attachment::Tap(tap), .. }) = self.slab.get(slot) else { return };
+        let mut batch = out.submitter.batch();
+        for frame in tap.waiting() {
+            batch.write(&tap.fd, frame);
+            slots.push(slot);
+        }
+        let results = batch.run();
+        self.did_frames(out.poller, out.counters, &slots, results);
+    }
+
+    fn lost(&mut self, slot: u32, why: String) {
+        if let Some(id) = self.slab.get(slot).map(|p| p.id) {
+            self.leave(id, why);
+        }
+    }
+
+    /// The peer of a port is gone. What is attached is closed at once, the rest of the port follows in its time.
+    pub(crate) fn leave(&mut self, id: PortId, why: String) {
+        let Some(slot) = self.slot(id) else { return };
+        if self.begin_leaving(slot) {
+            self.down.push_back((id, Leaving::PeerGone(why)));
+        }
+    }
+
+    /// Closes what is attached to a port that goes. False when it is going already. A front-end of vhost-user may
+    /// come again, so that what belongs to it stays until that is known.
+    pub(crate) fn begin_leaving(&mut self, slot: u32) -> bool {
+        let Some(p) = self.slab.get_mut(slot) else { return false };
+        if std::mem::replace(&mut p.leaving, true) {
+            return false;
+        }
+        if p.isolated.is_none() && !matches!(p.attachment, Attachment::Vhost(_)) {
+            self.detach(slot);
+        }
+        true
+    }
+
+    /// Takes a front-end of vhost-user away that is gone.
+    pub(crate) fn unplug_front_end(&mut self, slot: u32) {
+        if matches!(self.slab.get(slot), Some(Port { attachment: Attachment::Vhost(_), .. })) {
+            self.detach(slot);
+        }
+    }
+
+    /// The port stays after all.
+    pub(crate) fn stays(&mut self, slot: u32) {
+        if let Some(p) = self.slab.get_mut(slot) {
+            p.leaving = false;
+        }
+    }
+
+    // ---- turns --------------------------------------------------------------------------------------
+
+    /// The turn of a port in round `round`, begun or gone on with; to be given back by [`Ports::end_turn`] where
+    /// the port may have several pieces of it.
+    pub(crate) fn begin_turn(&mut self, slot: u32, round: Time) -> Turn {
+        let mut turn = self.slab.get_mut(slot).map(|p| std::mem::take(&mut p.turn)).unwrap_or_default();
+        turn.begin(round);
+        turn
+    }
+
+    pub(crate) fn end_turn(&mut self, slot: u32, turn: Turn) {
+        if let Some(p) = self.slab.get_mut(slot) {
+            p.turn = turn;
+        }
+    }
+
+    /// Has a queue or a stream looked at in the next round; before others where it had no turn in this one.
+    pub(crate) fn look_again(&mut self, token: Token, deferred: bool) {
+        if self.again.contains(&token) {
+            return;
+        }
+        if deferred {
+            self.again.insert(self.deferred, token);
+            self.deferred += 1;
+        } else {
+            self.again.push(token);
+        }
+    }
+
+    pub(crate) fn take_again(&mut self) -> Vec<Token> {
+        self.deferred = 0;
+        std::mem::take(&mut self.again)
+    }
+
+    /// True when there is something to be looked at again.
+    pub(crate) fn has_again(&self) -> bool {
+        !self.again.is_empty()
+    }
+
+    /// The token of a port.
+    pub(crate) fn port_token(&self, slot: u32) -> Token {
+        Token { kind: Kind::Port, index: slot, generation: self.slab.generation(slot) }
+    }
+
+    fn watch_out(&mut self, poller: &Poller, slot: u32, on: bool) {
+        let generation = self.slab.generation(slot);
+        let Some(p) = self.slab.get_mut(slot) else { return };
+        if p.out_watched == on {
+            return;
+        }
+        p.out_watched = on;
+        let events = if on { libc::EPOLLIN | libc::EPOLLOUT } else { libc::EPOLLIN };
+        if let Some(fd) = p.attachment.fd() {
+            let token = Token { kind: Kind::Port, index: slot, generation };
+            if let Err(e) = poller.modify(fd, token, events) {
+                self.lost(slot, super::reason("the attachment cannot be watched", e));
+            }
+        }
+    }
+
+    /// The descriptor of a port takes data again.
+    pub(crate) fn out_ready(&mut self, out: &mut Outside<'_>, slot: u32) {
+        let Some(p) = self.slab.get_mut(slot) else { return };
+        if matches!(p.attachment, Attachment::Tap(_)) {
+            if std::mem::take(&mut p.owed) {
+                self.writable.push(p.id);
+            }
+            self.watch_out(out.poller, slot, false);
+        } else {
+            self.flush_slot(out, slot);
+        }
+    }
+
+    fn flush_slot(&mut self, out: &mut Outside<'_>, slot: u32) {
+        let Some(p) = self.slab.get_mut(slot) else { return };
+        p.dirty = false;
+        if let Attachment::Vhost(v) = &mut p.attachment {
+            v.flush();
+            match v.complaint() {
+                Some(Ok(message)) => drop(out.events.offer(Event::Log { level: Level::Warning, message })),
+                Some(Err(why)) => self.lost(slot, why),
+                None => {}
+            }
+            return;
+        }
+        let (flushed, blocked) = match &mut p.attachment {
+            Attachment::Stream(s) => (s.flush(), &mut s.blocked),
+            Attachment::Dgram(d) => {
+                let flushed = d.flush();
+                out.counters.refused_frames += std::mem::take(&mut d.refused);
+                if d.has_stalled() {
+                    self.stalled.push(p.id);
+                }
+                (flushed, &mut d.blocked)
+            }
+            _ => return,
+        };
+        *blocked = matches!(flushed, Flushed::Blocked | Flushed::Retry);
+        if p.owed && p.attachment.waiting() < QUEUE_LOW {
+            p.owed = false;
+            self.writable.push(p.id);
+        }
+        match flushed {
+            Flushed::All => self.watch_out(out.poller, slot, false),
+            Flushed::Blocked => self.watch_out(out.poller, slot, true),
+            Flushed::Retry => {
+                if !self.retry.contains(&slot) {
+                    self.retry.push(slot);
+                }
+                self.retry_at.get_or_insert(Time(out.now.0 + RETRY));
+            }
+            Flushed::Down(why) => self.lost(slot, why),
+        }
+    }
+
+    /// The end of a batch: sends what waits and is not known to be blocked.
+    pub(crate) fn flush(&mut self, out: &mut Outside<'_>) {
+        if self.retry_at.is_some_and(|t| t <= out.now) {
+            self.retry_at = None;
+            for slot in std::mem::take(&mut self.retry) {
+                self.flush_slot(out, slot);
+            }
+        }
+        let mut dirty = std::mem::take(&mut self.dirty);
+        for slot in dirty.drain(..) {
+            let blocked = match self.slab.get_mut(slot) {
+                Some(p) => {
+                    p.dirty = false;
+                    match &p.attachment {
+                        Attachment::Stream(s) => s.blocked,
+                        Attachment::Dgram(d) => d.blocked,
+                        Attachment::Vhost(_) => false,
+                        _ => true,
+                    }
+                }
+                None => true,
+            };
+            if !blocked {
+                self.flush_slot(out, slot);
+            }
+        }
+        self.dirty = dirty;
+        if self.events_full && out.events.frame_room_or_wake() {
+            self.events_full = false;
+            let owed = self.slab.iter().filter(|(_, p)| p.owed && matches!(p.attachment, Attachment::Memory));
+            let owed: Vec<u32> = owed.map(|(i, _)| i).collect();
+            for slot in owed {
+                if let Some(p) = self.slab.get_mut(slot) {
+                    p.owed = false;
+                    self.writable.push(p.id);
+                }
+            }
+        }
+    }
+}
+
+fn linearize(linear: &mut Vec<u8>, front: &[u8], rest: &[u8]) {
+    linear.clear();
+    linear.extend_from_slice(front);
+    linear.extend_from_slice(rest);
+}
+
+/// Hands one frame of MTU size to an attachment. `csum` is only ever partial for those that queue.
+fn put(port: &mut Port, events: &mut EventSender, front: &[u8], rest: &[u8], csum: Csum) -> Sent {
+    let queued = match &mut port.attachment {
+        Attachment::Stream(s) => s.push(front, rest),
+        Attachment::Dgram(d) => d.push(front, rest),
+        Attachment::Tap(tap) => return tap.write(&FrameMeta::default(), front, rest),
+        Attachment::Memory => {
+            let frame = [front, rest].concat().into_boxed_slice();
+            return if events.offer(Event::Frame { port: port.id, frame }) {
+                Sent::Yes
+            } else {
+                Sent::Refused
+            };
+        }
+        // vhost-user cuts for itself.
+        Attachment::None | Attachment::Vhost(_) => return Sent::Refused,
+    };
+    // A field outside the frame is left alone: the receiver drops the frame for its checksum.
+    if let Csum::Partial { start, offset } = csum
+        && gso::complete_checksum(queued, start, offset).is_err()
+    {
+        return Sent::Refused;
+    }
+    Sent::Yes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn queues_that_had_no_turn_are_first_in_the_next_round() {
+        let mut ports = Ports::default();
+        let q = |index| Token { kind: Kind::Kick, index, generation: 0 };
+        // In each round one queue has the guest's whole turn, and has more.
+        let mut turns = [0; 4];
+        for index in 0..4 {
+            ports.look_again(q(index), false);
+        }
+        for _ in 0..40 {
+            let mut had_turn = false;
+            for token in ports.take_again() {
+                ports.look_again(token, had_turn);
+                ports.look_again(token, had_turn);
+                if !std::mem::replace(&mut had_turn, true) {
+                    turns[token.index as usize] += 1;
+                }
+            }
+        }
+        assert_eq!(turns, [10; 4]);
+    }
+}

@@ -1,0 +1,857 @@
+//! Theory of operation: a vhost-user back-end for virtio-net. The front-end (QEMU, or any other) connects,
+//! shares the guest's memory and hands over the queues; from then on frames go between guest memory and the
+//! core without it. Even queues carry frames to the guest, odd ones from it. A kick wakes the worker, which
+//! takes a batch and tells the guest once for all of it. [`protocol`] reads messages, [`session`] does what
+//! they say, [`memory`] maps and checks, [`vring`] is a queue, [`send`] fills receive buffers. A front-end whose
+//! memory makes the worker wait gets a thread of its own ([`isolated`]).
+//!
+//! Not built on the `vhost` and `virtio-queue` crates: the one waits for the rest of a message that has begun,
+//! and the other shows the guest each buffer of a frame as it is filled, ends a broken chain without a word
+//! and cannot put off or leave out a notification without EVENT_IDX.
+
+mod dispatch;
+mod eventfd;
+#[cfg(fuzzing)]
+pub(crate) mod fuzzed;
+mod isolated;
+mod memory;
+mod protocol;
+mod send;
+mod session;
+mod vring;
+
+use super::{Got, vnet};
+use crate::attachment::quota::{Charge, Quota, Resource};
+use crate::attachment::vhost_user::eventfd::PeerEventfd;
+use crate::os::epoll::{Poller, Watch};
+use crate::os::sys;
+use guestnet_core::types::{Csum, FrameMeta, Gso, Time};
+use guestnet_wire::{be16, ether};
+use memory::{CHECKS_MAX, Memory, Piece};
+use protocol::Channel;
+use std::cell::Cell;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use vring::{BadChain, Broken, Ring};
+
+/// Pairs of queues that a guest can have.
+pub(crate) const PAIRS_MAX: usize = 8;
+/// Queues of a guest.
+pub(crate) const RINGS_MAX: usize = 2 * PAIRS_MAX;
+/// Descriptors of a guest that are read in one turn, all its queues together, before others have theirs: as many as
+/// 64 large frames have, and some 100 us where each is a cache miss. A turn ends with the frame that exceeds it.
+const TURN_STEPS: u32 = 2048;
+/// Descriptors that are read for frames to a guest in one batch. What does not fit is dropped.
+const BATCH_STEPS: u32 = 4096;
+/// What it costs to ask a file about a page, in descriptors.
+const CHECK_STEPS: u32 = 4;
+/// A worker that slept in a round that took longer, in nanoseconds, looks for the front-end that made it wait.
+pub(crate) const LONG_ROUND: u64 = 10_000_000;
+/// After a round that took longer, in nanoseconds, no second one is waited for where only one can be the cause.
+const VERY_LONG_ROUND: u64 = 250_000_000;
+/// Rounds in a row without waiting after which it is looked how often the thread has slept.
+const ROUNDS: u64 = 32;
+/// What one front-end makes the worker wait at most, in nanoseconds.
+const STALL: u64 = 5_000_000;
+/// How long front-ends are looked at after a long round, in seconds; doubled each time.
+const WATCH_S: u64 = 10;
+const WATCH_MAX_S: u64 = 86_400;
+
+/// What is known of all front-ends that come to one listener, or to one port.
+#[derive(Debug)]
+pub(crate) struct FrontEnds {
+    /// What they hold.
+    pub quota: Arc<Quota>,
+    /// One of them made a worker wait: all have threads of their own.
+    stalled: AtomicBool,
+    /// Until when they are looked at, and for how many seconds next time. 0: they are not.
+    watched_until: AtomicU64,
+    watch_s: AtomicU64,
+}
+
+impl FrontEnds {
+    pub(crate) fn new(quota: Arc<Quota>) -> Arc<FrontEnds> {
+        let (stalled, watched_until) = (AtomicBool::new(false), AtomicU64::new(0));
+        Arc::new(FrontEnds { quota, stalled, watched_until, watch_s: AtomicU64::new(WATCH_S) })
+    }
+
+    /// A round took long at `now`, and one of these may be why. Returns until when they are looked at.
+    fn suspect(&self, now: Time) -> Time {
+        let seconds = self.watch_s.load(Ordering::Relaxed);
+        self.watch_s.store((seconds * 2).min(WATCH_MAX_S), Ordering::Relaxed);
+        let until = now.plus_s(seconds);
+        self.watched_until.fetch_max(until.0, Ordering::Relaxed);
+        until
+    }
+
+    /// One of these made a worker wait.
+    fn convict(&self) {
+        self.stalled.store(true, Ordering::Relaxed);
+    }
+
+    fn is_stalled(&self) -> bool {
+        self.stalled.load(Ordering::Relaxed)
+    }
+}
+
+thread_local! {
+    /// Rounds of this thread, and how often it had slept when the last one began.
+    static ROUND: Cell<u64> = const { Cell::new(0) };
+    static SLEPT: Cell<i64> = const { Cell::new(0) };
+}
+
+/// A round of a worker begins that has front-ends. `slept`: it may have waited for something to do since the last one.
+pub(crate) fn begin_round(slept: bool) {
+    let round = ROUND.get() + 1;
+    ROUND.set(round);
+    // Now and then all the same: other calls sleep too.
+    if slept || round.is_multiple_of(ROUNDS) {
+        SLEPT.set(sys::times_slept());
+    }
+}
+
+/// A round took `took` nanoseconds until `now`, and the thread slept in it. `touched` are those whose memory was
+/// touched. Returns until when they are looked at.
+pub(crate) fn after_long_round<'a>(
+    now: Time,
+    took: u64,
+    touched: impl Iterator<Item = &'a Arc<FrontEnds>>,
+) -> Option<Time> {
+    let touched: Vec<_> = touched.collect();
+    let first = touched.first()?;
+    if took >= VERY_LONG_ROUND && touched.iter().all(|t| Arc::ptr_eq(t, first)) {
+        first.convict();
+    }
+    touched.iter().map(|t| t.suspect(now)).max()
+}
+
+/// True when this thread has slept since the round began or this was asked last.
+pub(crate) fn has_slept() -> bool {
+    let slept = sys::times_slept();
+    SLEPT.replace(slept) != slept
+}
+
+/// Feature bits (virtio 1.2, 5.1.3 and 6; 30 is vhost-user's own).
+mod feature {
+    pub(super) const CSUM: u64 = 1 << 0;
+    pub(super) const GUEST_CSUM: u64 = 1 << 1;
+    pub(super) const MTU: u64 = 1 << 3;
+    pub(super) const GUEST_TSO4: u64 = 1 << 7;
+    pub(super) const GUEST_TSO6: u64 = 1 << 8;
+    pub(super) const HOST_TSO4: u64 = 1 << 11;
+    pub(super) const HOST_TSO6: u64 = 1 << 12;
+    pub(super) const HOST_ECN: u64 = 1 << 13;
+    pub(super) const MRG_RXBUF: u64 = 1 << 15;
+    pub(super) const MQ: u64 = 1 << 22;
+    pub(super) const ANY_LAYOUT: u64 = 1 << 27;
+    pub(super) const INDIRECT: u64 = 1 << 28;
+    pub(super) const EVENT_IDX: u64 = 1 << 29;
+    pub(super) const PROTOCOL: u64 = 1 << 30;
+    pub(super) const VERSION_1: u64 = 1 << 32;
+    pub(super) const GUEST_USO4: u64 = 1 << 54;
+    pub(super) const GUEST_USO6: u64 = 1 << 55;
+    pub(super) const HOST_USO: u64 = 1 << 56;
+
+    /// Everything that guests are offered.
+    pub(super) const OFFERED: u64 = CSUM
+        | GUEST_CSUM
+        | MTU
+        | GUEST_TSO4
+        | GUEST_TSO6
+        | HOST_TSO4
+        | HOST_TSO6
+        | HOST_ECN
+        | MRG_RXBUF
+        | MQ
+        | ANY_LAYOUT
+        | INDIRECT
+        | EVENT_IDX
+        | PROTOCOL
+        | VERSION_1
+        | GUEST_USO4
+        | GUEST_USO6
+        | HOST_USO;
+}
+
+/// A queue with what belongs to it.
+#[derive(Default)]
+struct Queue {
+    ring: Ring,
+    enabled: bool,
+    kick: Option<Watch>,
+    call: Option<PeerEventfd>,
+    err: Option<PeerEventfd>,
+}
+
+impl Queue {
+    fn usable(&self) -> bool {
+        self.enabled && self.ring.is_running()
+    }
+
+    /// Shows the guest what it was given back, and calls it where it wants to be.
+    fn publish(&mut self) {
+        if self.ring.publish()
+            && let Some(call) = &self.call
+        {
+            call.signal();
+        }
+    }
+
+    /// Gives the queue up: its rings are not to be believed.
+    fn give_up(&mut self) {
+        // What came before was right.
+        self.publish();
+        self.ring.stop();
+        self.kick = None;
+        if let Some(err) = &self.err {
+            err.signal();
+        }
+    }
+}
+
+/// What a front-end and its guest have agreed with us.
+struct Session {
+    channel: Channel,
+    memory: Memory,
+    features: u64,
+    protocol_features: u64,
+    /// Length of the virtio header.
+    header: usize,
+    queues: [Queue; RINGS_MAX],
+    /// The pair on which frames of a hash came last, and on which those to it go.
+    steering: [u8; 256],
+    /// Pieces of the buffers for one frame.
+    pieces: Vec<Piece>,
+    /// Buffers of one frame: head and bytes.
+    heads: Vec<(u16, u32)>,
+    /// Queues that were found broken and are to be told of.
+    broken: u32,
+    /// What the front-end holds.
+    quota: Arc<Quota>,
+    /// Its descriptors, but for the connection, and how many of them are not its own but needed for it.
+    descriptors: Charge,
+    extra_descriptors: u64,
+    /// Descriptors of a turn, and of a batch to the guest, that are left.
+    turn_steps: u32,
+    steps_to_guest: u32,
+    /// A frame was dropped because its buffer was not allocated; whether that is still to be told of.
+    not_allocated: Option<bool>,
+}
+
+/// A vhost-user attachment: a connection, or a socket on which one is waited for.
+pub(crate) struct Vhost {
+    /// Where the front-end connects; it may come again.
+    pub listener: Option<OwnedFd>,
+    session: Option<Box<Session>>,
+    /// All that may come here.
+    front_ends: Arc<FrontEnds>,
+    /// The round in which its memory was touched last.
+    touched: u64,
+}
+
+/// What came of the messages of a front-end.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Changes {
+    /// Queues from the guest that are to be looked at now.
+    pub started: Vec<usize>,
+    /// There may be buffers for frames to the guest now.
+    pub writable: bool,
+    /// Why a message was refused.
+    pub refused: Option<String>,
+}
+
+impl Vhost {
+    /// Takes a connected stream socket, or a listening one to wait on.
+    pub(crate) fn new(fd: OwnedFd, front_ends: Arc<FrontEnds>) -> Result<Vhost, String> {
+        sys::adopt(&fd).map_err(|e| super::reason("the socket cannot be set up", e))?;
+        let opt = |name| sys::get_opt(&fd, libc::SOL_SOCKET, name);
+        let kind = opt(libc::SO_TYPE).map_err(|e| super::reason("the descriptor is not a socket", e))?;
+        if kind != libc::SOCK_STREAM || opt(libc::SO_DOMAIN) != Ok(libc::AF_UNIX) {
+            return Err("a vhost-user front-end needs a unix socket of kind SOCK_STREAM".into());
+        }
+        if opt(libc::SO_ACCEPTCONN) == Ok(1) {
+            return Ok(Vhost { listener: Some(fd), session: None, front_ends, touched: 0 });
+        }
+        let session = Some(Box::new(Session::new(fd, &front_ends.quota)));
+        Ok(Vhost { listener: None, session, front_ends, touched: 0 })
+    }
+
+    /// The descriptor to be watched now.
+    pub(crate) fn fd(&self) -> Option<&OwnedFd> {
+        self.session.as_ref().map(|s| &s.channel.fd).or(self.listener.as_ref())
+    }
+
+    /// A front-end connects to the listening socket. True when there is one now.
+    pub(crate) fn accept(&mut self) -> bool {
+        let Some(listener) = self.listener.as_ref().filter(|_| self.session.is_none()) else { return false };
+        match sys::accept(listener) {
+            Ok((fd, _)) => {
+                self.session = Some(Box::new(Session::new(fd, &self.front_ends.quota)));
+                true
+            }
+            Err(_) => false,
+        }
+    }
+
+    /// True while a front-end is connected.
+    pub(crate) fn is_connected(&self) -> bool {
+        self.session.is_some()
+    }
+
+    /// The front-end is gone; another may come where one is waited for.
+    pub(crate) fn hang_up(&mut self) {
+        self.session = None;
+    }
+
+    // ---- front-ends that make the worker wait -------------------------------------------------------------
+
+    /// All that may come here, when the memory of the one that is here was touched in this round.
+    pub(crate) fn touched(&self) -> Option<&Arc<FrontEnds>> {
+        (self.session.is_some() && self.touched == ROUND.get()).then_some(&self.front_ends)
+    }
+
+    /// True when its front-end is to have a thread of its own.
+    pub(crate) fn is_stalled(&self) -> bool {
+        self.session.is_some() && self.front_ends.is_stalled()
+    }
+
+    /// Moves the front-end to a thread of its own. The descriptor carries its frames from then on, with virtio
+    /// headers of [`vnet::LEN`] bytes.
+    pub(crate) fn isolate(&mut self, poller: &Poller) -> Result<(Isolated, OwnedFd), String> {
+        let session = self.session.take().ok_or("there is no front-end")?;
+        poller.remove(&session.channel.fd);
+        Isolated::start(session)
+    }
+
+    /// Does something that touches the guest's memory, and notes when this thread had to sleep for it.
+    fn with<T>(&mut self, what: impl FnOnce(&mut Session) -> T) -> Option<T> {
+        let s = self.session.as_mut()?;
+        self.touched = ROUND.get();
+        let watched_until = self.front_ends.watched_until.load(Ordering::Relaxed);
+        if watched_until == 0 {
+            return Some(what(s));
+        }
+        let before = sys::now();
+        let result = what(s);
+        let now = sys::now();
+        // A thread that had only to wait for the processor did not sleep.
+        if now.since(before) >= STALL && has_slept() {
+            self.front_ends.convict();
+        }
+        if now.0 > watched_until {
+            let same = self.front_ends.watched_until.compare_exchange(
+                watched_until,
+                0,
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            );
+            let _extended = same;
+        }
+        Some(result)
+    }
+
+    // ---- queues -------------------------------------------------------------------------------------------
+
+    /// Does what the front-end says.
+    pub(crate) fn control(&mut self, poller: &Poller, slot: u32, generation: u32) -> Result<Changes, String> {
+        self.with(|s| s.control(&session::Watching { poller, slot, generation }))
+            .unwrap_or(Ok(Changes::default()))
+    }
+
+    /// Reads a frame of queue `index` to `buf`: where it is and what is known of it. `Empty` also when the guest's
+    /// turn is over, until [`Vhost::end_batch`].
+    pub(crate) fn read(&mut self, index: usize, buf: &mut [u8]) -> Got<(usize, usize, FrameMeta)> {
+        self.with(|s| s.read(index, buf)).unwrap_or(Got::Empty)
+    }
+
+    /// The end of a batch from queue `index`: shows the guest what it was given back, once for all of it. True
+    /// when there is more in it. Either way the guest does not kick until [`Vhost::rest`].
+    pub(crate) fn end_batch(&mut self, index: usize) -> bool {
+        self.with(|s| s.end_batch(index)).unwrap_or(false)
+    }
+
+    /// Queue `index` was kicked, which is not needed any more.
+    pub(crate) fn spare_kicks(&mut self, index: usize) {
+        self.with(|s| s.spare_kicks(index));
+    }
+
+    /// True when there are frames in queue `index`.
+    pub(crate) fn has_more(&mut self, index: usize) -> bool {
+        self.with(|s| s.has_more(index)).unwrap_or(false)
+    }
+
+    /// Nobody looks at queue `index` any more, and the guest is to kick for the next frame. True when there is
+    /// one by now, for which it may not.
+    pub(crate) fn rest(&mut self, index: usize) -> bool {
+        self.with(|s| s.rest(index)).unwrap_or(false)
+    }
+
+    /// True when there is something to complain of.
+    pub(crate) fn is_troubled(&self) -> bool {
+        self.session.as_ref().is_some_and(|s| s.is_troubled())
+    }
+
+    /// What there is to complain of since the last time, if anything.
+    pub(crate) fn complaint(&mut self) -> Option<Result<String, String>> {
+        self.session.as_mut()?.complaint()
+    }
+
+    /// Sends a frame of front, with all headers, and rest; `linear` is for those that have to be changed.
+    pub(crate) fn send(
+        &mut self,
+        linear: &mut Vec<u8>,
+        segmented: &mut u64,
+        front: &[u8],
+        rest: &[u8],
+        meta: FrameMeta,
+    ) -> send::Sent {
+        self.with(|s| s.send(linear, segmented, front, rest, meta)).unwrap_or(send::Sent::Unplugged)
+    }
+
+    /// True when a frame can be sent now; else the guest kicks when that changes.
+    pub(crate) fn has_room(&mut self) -> bool {
+        // Without a guest frames are thrown away rather than kept.
+        self.with(Session::has_room).unwrap_or(true)
+    }
+
+    /// The end of a batch to the guest: shows it and calls the guest where it wants to be.
+    pub(crate) fn flush(&mut self) {
+        self.with(Session::flush);
+    }
+}
+
+pub(crate) use isolated::{Counts, Isolated};
+pub(crate) use send::Sent;
+
+impl Session {
+    fn new(fd: OwnedFd, quota: &Arc<Quota>) -> Session {
+        let quota = Quota::within(quota);
+        Session {
+            channel: Channel::new(fd),
+            memory: Memory::default(),
+            features: 0,
+            protocol_features: 0,
+            header: vnet::LEN,
+            queues: Default::default(),
+            steering: [0; 256],
+            pieces: Vec::new(),
+            heads: Vec::new(),
+            broken: 0,
+            descriptors: Charge::new(&quota, Resource::Descriptors),
+            extra_descriptors: 0,
+            quota,
+            turn_steps: TURN_STEPS,
+            steps_to_guest: BATCH_STEPS,
+            not_allocated: None,
+        }
+    }
+
+    /// Counts the descriptors that the front-end has sent and that are kept.
+    fn count_descriptors(&mut self) -> Result<(), String> {
+        let of_queue = |q: &Queue| {
+            u64::from(q.kick.is_some()) + u64::from(q.call.is_some()) + u64::from(q.err.is_some())
+        };
+        let queues: u64 = self.queues.iter().map(of_queue).sum();
+        let n = queues + self.extra_descriptors + (self.memory.len() + self.channel.descriptors()) as u64;
+        self.descriptors.set(n).map_err(|e| format!("a front-end sent {n} descriptors: {e}"))
+    }
+
+    fn end_batch(&mut self, index: usize) -> bool {
+        if let Some(q) = self.queues.get_mut(index) {
+            q.publish();
+            q.ring.spare_kicks();
+        }
+        self.begin_turn();
+        self.has_more(index)
+    }
+
+    fn spare_kicks(&mut self, index: usize) {
+        if let Some(q) = self.queues.get(index) {
+            q.ring.spare_kicks();
+        }
+    }
+
+    fn flush(&mut self) {
+        self.steps_to_guest = BATCH_STEPS;
+        for q in self.queues.iter_mut().step_by(2) {
+            if q.ring.is_running() {
+                q.publish();
+            }
+        }
+    }
+
+    fn is_troubled(&self) -> bool {
+        self.broken != 0 || self.not_allocated == Some(true) || self.memory.is_lost()
+    }
+
+    fn complaint(&mut self) -> Option<Result<String, String>> {
+        if self.memory.is_lost() {
+            return Some(Err("the guest's memory was taken away from under it".into()));
+        }
+        if self.not_allocated == Some(true) {
+            self.not_allocated = Some(false);
+            return Some(Ok(
+                "frames to a guest are dropped: their buffers are on pages of its memory that are not \
+                            allocated, and guestnet may allocate no more of them; start the machine with its \
+                            memory allocated (prealloc=on)"
+                    .into(),
+            ));
+        }
+        let broken = std::mem::take(&mut self.broken);
+        (broken != 0).then(|| {
+            let list: Vec<String> =
+                (0..RINGS_MAX).filter(|i| broken & 1 << i != 0).map(|i| i.to_string()).collect();
+            Ok(format!("virtio queue {} of a guest is broken and was stopped", list.join(", ")))
+        })
+    }
+
+    /// Queues from the guest share a turn.
+    fn begin_turn(&mut self) {
+        let queues = self.queues.iter().skip(1).step_by(2).filter(|q| q.ring.is_running()).count();
+        self.turn_steps = TURN_STEPS / queues.max(1) as u32;
+    }
+
+    fn has(&self, feature: u64) -> bool {
+        self.features & feature != 0
+    }
+
+    /// A queue cannot be used any more.
+    fn break_queue(&mut self, index: usize) {
+        if let Some(q) = self.queues.get_mut(index) {
+            q.give_up();
+            self.broken |= 1 << index;
+        }
+    }
+
+    fn read(&mut self, index: usize, buf: &mut [u8]) -> Got<(usize, usize, FrameMeta)> {
+        let Session { queues, memory, turn_steps, .. } = self;
+        let Some(q) = queues.get_mut(index).filter(|_| index % 2 == 1) else { return Got::Empty };
+        if !q.ring.is_running() || *turn_steps == 0 {
+            return Got::Empty;
+        }
+        let head = match q.ring.pop() {
+            Ok(Some(head)) => head,
+            Ok(None) => return Got::Empty,
+            Err(Broken) => {
+                self.break_queue(index);
+                return Got::Bad;
+            }
+        };
+        let (mut len, mut steps) = (0, vring::CHAIN_MAX);
+        memory.allow_checks(CHECKS_MAX);
+        let walked = q.ring.walk(memory, head, false, &mut steps, |memory, at, n| {
+            let to = buf.get_mut(len..len + n).ok_or(BadChain::Malformed)?;
+            memory.read(at, to)?;
+            len += n;
+            Ok(true)
+        });
+        let checks = CHECKS_MAX - memory.checks_left();
+        *turn_steps = turn_steps.saturating_sub(vring::CHAIN_MAX - steps + CHECK_STEPS * checks);
+        q.ring.give_back(head, 0);
+        if !q.enabled {
+            // A queue that is not enabled is emptied all the same, and nothing comes of it.
+            return Got::Bad;
+        }
+        let Some((header, frame)) =
+            buf.get(..len).and_then(|b| b.split_at_checked(self.header)).filter(|_| walked.is_ok())
+        else {
+            return Got::Bad;
+        };
+        let Ok(meta) = vnet::parse(header, frame) else { return Got::Bad };
+        if !self.agreed(&meta) {
+            return Got::Bad;
+        }
+        if self.pairs() > 1 {
+            let hash = send::hash(frame);
+            if let Some(s) = self.steering.get_mut(usize::from(hash)) {
+                *s = (index / 2) as u8;
+            }
+        }
+        Got::Frame((self.header, len, meta))
+    }
+
+    /// True when the guest may ask for this of a frame that it sends.
+    fn agreed(&self, meta: &FrameMeta) -> bool {
+        let gso = match meta.gso {
+            None => true,
+            Some(Gso::Tcp(_)) => self.has(feature::HOST_TSO4 | feature::HOST_TSO6),
+            Some(Gso::Udp(_)) => self.has(feature::HOST_USO),
+        };
+        gso && (self.has(feature::CSUM) || !matches!(meta.csum, Csum::Partial { .. }))
+    }
+
+    /// True when the guest takes a frame with this as it is.
+    fn takes(&self, meta: &FrameMeta, front: &[u8]) -> bool {
+        let v6 = be16(front, 12) == ether::IPV6;
+        let gso = match (meta.gso, v6) {
+            (None, _) => return self.has(feature::GUEST_CSUM) || !matches!(meta.csum, Csum::Partial { .. }),
+            (Some(Gso::Tcp(_)), false) => feature::GUEST_TSO4,
+            (Some(Gso::Tcp(_)), true) => feature::GUEST_TSO6,
+            (Some(Gso::Udp(_)), false) => feature::GUEST_USO4,
+            (Some(Gso::Udp(_)), true) => feature::GUEST_USO6,
+        };
+        self.has(gso) && self.has(feature::GUEST_CSUM)
+    }
+
+    fn has_more(&mut self, index: usize) -> bool {
+        self.ask(index, |ring| ring.look().map(|n| n > 0))
+    }
+
+    fn rest(&mut self, index: usize) -> bool {
+        self.ask(index, Ring::want_kick)
+    }
+
+    fn ask(&mut self, index: usize, what: impl FnOnce(&mut Ring) -> Result<bool, Broken>) -> bool {
+        let Some(q) = self.queues.get_mut(index).filter(|q| q.ring.is_running()) else { return false };
+        what(&mut q.ring).unwrap_or_else(|Broken| {
+            self.break_queue(index);
+            false
+        })
+    }
+
+    /// Pairs of queues that frames to the guest can go to: those from the first on.
+    fn pairs(&self) -> usize {
+        self.queues.iter().step_by(2).take_while(|q| q.usable()).count()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attachment::quota::Pool;
+    use memory::RegionSpec;
+    use std::fs::File;
+    use std::os::fd::FromRawFd;
+    use std::os::unix::fs::{FileExt, MetadataExt};
+    use vring::Addresses;
+
+    const LEN: u64 = 8 << 20;
+    const PAGE: u64 = 4096;
+    const SIZE: u16 = 64;
+    /// What may be allocated in all.
+    const ALLOCATED: u64 = 256 << 10;
+
+    fn memfd() -> File {
+        // SAFETY: a name, and a new descriptor that nobody else has.
+        #[allow(unsafe_code)]
+        let fd = unsafe { OwnedFd::from_raw_fd(libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC)) };
+        let file = File::from(fd);
+        file.set_len(LEN).unwrap();
+        file
+    }
+
+    /// A guest of one queue for frames to it, whose first two pages have the rings and whose others are holes.
+    struct Guest {
+        session: Session,
+        file: File,
+        offered: u16,
+    }
+
+    impl Guest {
+        fn new(pool: &Arc<Pool>, file: File) -> Guest {
+            file.write_all_at(&[0; 2 * PAGE as usize], 0).unwrap();
+            let quota = Quota::new(pool);
+            let mut session = Session::new(sys::eventfd().unwrap(), &quota);
+            let all = RegionSpec { guest: 0, size: LEN, user: 0, offset: 0 };
+            let fd = OwnedFd::from(file.try_clone().unwrap());
+            session.memory = Memory::map(&[all], &[fd], &session.quota).unwrap();
+            session.set_features(feature::VERSION_1 | feature::MRG_RXBUF).unwrap();
+            let Session { queues, memory, .. } = &mut session;
+            let [q, ..] = queues;
+            q.ring.addresses = Some(Addresses { desc: 0, avail: 2048, used: PAGE });
+            assert!(q.ring.set_size(SIZE.into()) && q.ring.start(memory).is_ok());
+            q.enabled = true;
+            Guest { session, file, offered: 0 }
+        }
+
+        /// Puts a buffer of a page in.
+        fn offer(&mut self, page: u64) {
+            let slot = u64::from(self.offered % SIZE);
+            let d = [(page * PAGE).to_le_bytes(), (PAGE | 2 << 32).to_le_bytes()].concat();
+            self.file.write_all_at(&d, 16 * slot).unwrap();
+            self.file.write_all_at(&(slot as u16).to_le_bytes(), 2048 + 4 + 2 * slot).unwrap();
+            self.offered = self.offered.wrapping_add(1);
+            self.file.write_all_at(&self.offered.to_le_bytes(), 2048 + 2).unwrap();
+        }
+
+        fn send(&mut self) -> Sent {
+            let frame = [0x55; 100];
+            let sent = self.session.send(&mut Vec::new(), &mut 0, &frame, &[], FrameMeta::default());
+            self.session.queues[0].publish();
+            self.session.steps_to_guest = BATCH_STEPS;
+            sent
+        }
+
+        /// Bytes in the buffer that came back last.
+        fn last_used(&self) -> u32 {
+            let mut b = [0; 4];
+            let at = self.session.queues[0].ring.at.used.wrapping_sub(1) % SIZE;
+            self.file.read_exact_at(&mut b, PAGE + 4 + 8 * u64::from(at) + 4).unwrap();
+            u32::from_le_bytes(b)
+        }
+
+        fn allocated(&self) -> u64 {
+            self.file.metadata().unwrap().blocks() * 512
+        }
+    }
+
+    #[test]
+    fn frames_allocate_no_more_of_a_guest_than_its_share() {
+        let pool = Pool::new(0, 1 << 40, ALLOCATED);
+        let mut g = Guest::new(&pool, memfd());
+        let before = g.allocated();
+        let (mut sent, mut refused) = (0, 0);
+        for page in 2..LEN / PAGE {
+            g.offer(page);
+            match g.send() {
+                Sent::Yes => sent += 1,
+                Sent::NotAllocated => {
+                    refused += 1;
+                    assert_eq!(g.last_used(), 0, "the buffer comes back unused");
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(sent > 0 && refused > 0);
+        assert!(g.allocated() - before <= ALLOCATED);
+        // A buffer that is allocated, by the guest or by us before, still takes frames.
+        g.offer(2);
+        assert_eq!(g.send(), Sent::Yes);
+        assert_eq!(g.last_used(), 112);
+        g.file.write_all_at(&[1; PAGE as usize], 2000 * PAGE).unwrap();
+        g.offer(2000);
+        assert_eq!(g.send(), Sent::Yes);
+        // It is told once.
+        let front_ends = FrontEnds::new(Quota::new(&pool));
+        let mut v = Vhost { listener: None, session: Some(Box::new(g.session)), front_ends, touched: 0 };
+        assert!(v.is_troubled());
+        assert!(v.complaint().unwrap().unwrap().contains("prealloc=on"));
+        assert_eq!(v.complaint(), None);
+    }
+
+    #[test]
+    fn a_front_end_stalls_when_the_thread_sleeps_for_it_and_not_when_it_is_slow() {
+        let slow = || {
+            let begin = sys::now();
+            while sys::now().since(begin) < 2 * STALL {}
+        };
+        let sleep = || std::thread::sleep(std::time::Duration::from_nanos(2 * STALL));
+        let pool = Pool::new(0, 1 << 40, ALLOCATED);
+        let vhost = || {
+            let session = Some(Box::new(Guest::new(&pool, memfd()).session));
+            Vhost { listener: None, session, front_ends: FrontEnds::new(Quota::new(&pool)), touched: 0 }
+        };
+        let (mut honest, mut hostile) = (vhost(), vhost());
+        begin_round(true);
+        honest.with(|_| ());
+        hostile.with(|_| sleep());
+        assert!(!hostile.is_stalled(), "nobody looks yet");
+        let now = sys::now();
+        let both = [&honest, &hostile].into_iter().filter_map(|v| v.touched());
+        assert_eq!(after_long_round(now, u64::MAX, both), Some(now.plus_s(WATCH_S)));
+        assert!(!honest.is_stalled() && !hostile.is_stalled(), "it may have been either");
+        begin_round(true);
+        hostile.with(|_| sleep());
+        assert!(hostile.is_stalled());
+        // What the other one slept is not its doing.
+        honest.with(|_| slow());
+        assert!(!honest.is_stalled());
+        // It is looked at longer each time.
+        let again = after_long_round(now, LONG_ROUND, honest.touched().into_iter());
+        assert_eq!(again, Some(now.plus_s(2 * WATCH_S)));
+        assert!(!honest.is_stalled());
+    }
+
+    #[test]
+    fn one_very_long_round_is_enough_where_only_one_front_end_can_be_the_cause() {
+        let pool = Pool::new(0, 1 << 40, ALLOCATED);
+        let session = Some(Box::new(Guest::new(&pool, memfd()).session));
+        let front_ends = FrontEnds::new(Quota::new(&pool));
+        let mut v = Vhost { listener: None, session, front_ends, touched: 0 };
+        begin_round(true);
+        assert!(v.touched().is_none());
+        v.with(|_| ());
+        begin_round(true);
+        assert!(v.touched().is_none(), "that was another round");
+        v.with(|_| ());
+        after_long_round(sys::now(), LONG_ROUND, v.touched().into_iter());
+        assert!(!v.is_stalled());
+        after_long_round(sys::now(), VERY_LONG_ROUND, v.touched().into_iter());
+        assert!(v.is_stalled());
+    }
+
+    #[test]
+    fn memory_that_fallocate_reserved_counts_as_allocated() {
+        let file = memfd();
+        // SAFETY: no pointers.
+        #[allow(unsafe_code)]
+        let done = unsafe { libc::fallocate(std::os::fd::AsRawFd::as_raw_fd(&file), 0, 0, LEN as i64) };
+        assert_eq!(done, 0);
+        let mut g = Guest::new(&Pool::new(0, 1 << 40, 0), file);
+        for page in 2..LEN / PAGE {
+            g.offer(page);
+            assert_eq!(g.send(), Sent::Yes);
+        }
+    }
+
+    #[test]
+    fn pages_stay_charged_until_their_file_is_gone() {
+        let pool = Pool::new(0, 1 << 40, ALLOCATED);
+        let fill = |g: &mut Guest| {
+            (2..LEN / PAGE)
+                .filter(|page| {
+                    g.offer(*page);
+                    g.send() == Sent::Yes
+                })
+                .count()
+        };
+        let mut first = Guest::new(&pool, memfd());
+        assert_eq!(fill(&mut first) as u64, ALLOCATED / PAGE);
+        // The front-end leaves, and keeps its file.
+        let kept = first.file.try_clone().unwrap();
+        drop(first);
+        let mut second = Guest::new(&pool, memfd());
+        assert_eq!(fill(&mut second), 0);
+        drop(kept);
+        assert_eq!(fill(&mut second) as u64, ALLOCATED / PAGE);
+    }
+
+    #[test]
+    fn holes_are_read_as_zeros_and_stay_holes() {
+        let pool = Pool::new(0, 1 << 40, ALLOCATED);
+        let mut g = Guest::new(&pool, memfd());
+        g.file.write_all_at(&[7; 16], 11 * PAGE - 16).unwrap();
+        let before = g.allocated();
+        let mut got = vec![0xff; 3 * PAGE as usize];
+        g.session.memory.allow_checks(CHECKS_MAX);
+        g.session.memory.read(10 * PAGE - 5, &mut got).unwrap();
+        assert!(got.iter().enumerate().all(|(i, b)| *b == if (4085..4101).contains(&i) { 7 } else { 0 }));
+        g.session.memory.allow_checks(2);
+        assert!(
+            g.session.memory.read(100 * PAGE, &mut got).is_err(),
+            "what is asked for one frame has a bound"
+        );
+        assert_eq!(g.allocated(), before);
+    }
+
+    #[test]
+    fn more_address_space_than_its_share_is_refused_before_it_is_mapped() {
+        let pool = Pool::new(0, 1 << 30, 0);
+        let quota = Quota::new(&pool);
+        let file = memfd();
+        file.set_len(1 << 62).unwrap();
+        let map = |size: u64| {
+            let spec = RegionSpec { guest: 0, size, user: 0, offset: 0 };
+            Memory::map(&[spec], &[file.try_clone().unwrap().into()], &quota)
+        };
+        for size in [1 << 30, 1 << 46, (1 << 62) - 4096] {
+            let why = map(size).err().unwrap();
+            assert!(why.contains("share of the address space"), "{why}");
+        }
+        let held: Vec<Memory> = std::iter::from_fn(|| map(1 << 28).ok()).collect();
+        assert_eq!(held.len(), 2);
+        drop(held);
+        assert!(map(1 << 29).is_ok());
+    }
+}

@@ -1,0 +1,418 @@
+//! Theory of operation: the control side speaks to a worker through a bounded queue and an eventfd. Each
+//! command has a number, and when it is done the number comes back in [`crate::control::event::Event::Done`]. What a
+//! command brings along (descriptors) belongs to the worker from then on.
+
+use crate::attachment::listener::Speak;
+use crate::attachment::quota::Charge;
+use crate::attachment::vhost_user::FrontEnds;
+use crate::control::capture::SharedCapture;
+use crate::os::sys;
+use guestnet_core::config::{FlowInfo, PortInfo};
+use guestnet_core::nat::{ConnTrackStats, ForwardError, NatConfigError, NatEngineConfig, NatStats};
+use guestnet_core::stats::Counters;
+use guestnet_core::types::{ForwardId, PortConfig, PortId, ServiceId};
+use guestnet_wire::ether::Mac;
+use std::net::{IpAddr, SocketAddr, SocketAddrV4};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// What arrives on a listener.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ListenKind {
+    /// Connections with QEMU's framing (SOCK_STREAM), or with one frame per packet (SOCK_SEQPACKET).
+    Stream,
+    /// Datagrams of one bare frame each; a guest is known by the path of its socket.
+    Dgram,
+    /// As `Dgram`, for vfkit: a guest may begin with the four bytes `VFKT`, and may send TSO frames.
+    Unixgram,
+    /// Connections of vhost-user front-ends.
+    VhostUser,
+}
+
+/// A guest that came to a listener and has no port yet.
+#[derive(Debug)]
+pub struct Newcomer {
+    pub(crate) listener: u32,
+    pub(crate) conn: OwnedFd,
+    pub(crate) speak: Speak,
+    pub(crate) template: PortConfig,
+    pub(crate) peer: String,
+    /// Its connection, as its listener is charged for it.
+    pub(crate) held: Charge,
+    /// All guests of the listener.
+    pub(crate) front_ends: Arc<FrontEnds>,
+}
+
+/// What a worker can be told to do.
+#[derive(Debug)]
+pub enum Command {
+    /// Adds a port without attachment.
+    AddPort {
+        /// Its number, below 0x8000_0000.
+        port: PortId,
+        /// What it is.
+        config: PortConfig,
+    },
+    /// Removes a port, its flows and its attachment.
+    RemovePort {
+        /// Which.
+        port: PortId,
+    },
+    /// Attaches a TAP. Works best when it was made with IFF_VNET_HDR; the offloads are probed here.
+    AttachTap {
+        /// To which port.
+        port: PortId,
+        /// The TAP, IFF_TAP | IFF_NO_PI, IFF_VNET_HDR or not.
+        fd: OwnedFd,
+    },
+    /// Attaches a connected stream socket with QEMU's framing.
+    AttachStream {
+        /// To which port.
+        port: PortId,
+        /// The socket.
+        fd: OwnedFd,
+    },
+    /// Attaches a connected SOCK_DGRAM or SOCK_SEQPACKET socket that carries one bare frame per packet.
+    AttachDgram {
+        /// To which port.
+        port: PortId,
+        /// The socket.
+        fd: OwnedFd,
+    },
+    /// Attaches a vhost-user front-end, which shares the guest's memory.
+    AttachVhostUser {
+        /// To which port.
+        port: PortId,
+        /// A connected unix stream socket, or a listening one: then a front-end may come, go and come again
+        /// and is always this port.
+        fd: OwnedFd,
+    },
+    /// Frames come by [`Command::Inject`] and go by [`crate::control::event::Event::Frame`].
+    AttachMemory {
+        /// To which port.
+        port: PortId,
+    },
+    /// Takes guests that arrive on a bound (and, for `Stream`, listening) unix socket. Each becomes a port
+    /// of its own, numbered from 0x8000_0000, and is told by [`crate::control::event::Event::PortUp`].
+    Listen {
+        /// Its number, given by the caller.
+        listener: u32,
+        /// What arrives there.
+        kind: ListenKind,
+        /// The socket.
+        fd: OwnedFd,
+        /// What every new port is like.
+        template: PortConfig,
+    },
+    /// Takes no more guests. Those of a stream listener stay; those of a datagram listener go with its socket.
+    StopListening {
+        /// Which.
+        listener: u32,
+    },
+    /// Gives an address to a port.
+    BindAddress {
+        /// The port.
+        port: PortId,
+        /// The address.
+        ip: IpAddr,
+        /// The guest's MAC where it is known.
+        mac: Option<Mac>,
+    },
+    /// Takes an address back.
+    UnbindAddress {
+        /// The address.
+        ip: IpAddr,
+    },
+    /// Adds a service of the gateway.
+    AddService {
+        /// Its number.
+        service: ServiceId,
+        /// IP protocol: UDP, or TCP and then with `unix_path`.
+        proto: u8,
+        /// The address that it has for guests.
+        address: IpAddr,
+        /// Its port.
+        port: u16,
+        /// TCP: the unix socket that guests' connections are relayed to.
+        unix_path: Option<PathBuf>,
+    },
+    /// Sends the answer of a UDP service.
+    ServiceSend {
+        /// To which port.
+        port: PortId,
+        /// To which MAC.
+        dst_mac: Mac,
+        /// From where.
+        src: SocketAddr,
+        /// To where.
+        dst: SocketAddr,
+        /// UDP payload.
+        payload: Vec<u8>,
+    },
+    /// Which names the DNS service may have an own answer for, and forgets what was known of names: see
+    /// `Core::set_names`.
+    SetNames {
+        /// The service.
+        service: ServiceId,
+        /// Counts its changes.
+        generation: u64,
+        /// Names as labels, in lower case.
+        own: Vec<Box<[u8]>>,
+    },
+    /// The guests that have names have changed: see `Core::forget_guest_names`.
+    ForgetGuestNames {
+        /// As above.
+        generation: u64,
+    },
+    /// Allows to ask for other names: see `Core::allow_names`.
+    AllowNames {
+        /// As above.
+        generation: u64,
+        /// Whom to ask; `None`: answers that are known may be given again, and nobody is asked.
+        server: Option<SocketAddr>,
+    },
+    /// An answer of the DNS service that may be given again: see `Core::keep_name`.
+    KeepName {
+        /// Whose guest asked.
+        port: PortId,
+        /// As above.
+        generation: u64,
+        /// Is it about the network's own names?
+        own: bool,
+        /// What was asked.
+        query: Vec<u8>,
+        /// The answer.
+        answer: Vec<u8>,
+    },
+    /// Publishes a guest's port.
+    AddForward {
+        /// Its number.
+        forward: ForwardId,
+        /// IP protocol: TCP or UDP.
+        proto: u8,
+        /// The guest's address and port.
+        guest: SocketAddr,
+        /// Listening TCP or bound UDP sockets.
+        fds: Vec<OwnedFd>,
+    },
+    /// Makes a TUN device the uplink: what goes outside is translated, and leaves there.
+    AttachTun {
+        /// The device, IFF_TUN | IFF_NO_PI, IFF_VNET_HDR or not.
+        fd: OwnedFd,
+        /// How it is translated.
+        config: Box<NatEngineConfig>,
+    },
+    /// Publishes a guest's port on an external address of the uplink of packets.
+    AddUplinkForward {
+        /// Its number, apart from those of [`Command::AddForward`].
+        forward: ForwardId,
+        /// IP protocol: TCP or UDP.
+        proto: u8,
+        /// The external address and port.
+        external: SocketAddrV4,
+        /// The guest's address and port; 0.0.0.0 while there is no guest.
+        guest: SocketAddr,
+    },
+    /// What the engine of the uplink did and holds: [`Value::Nat`].
+    NatStats,
+    /// Leads a published port to another address and port; what runs stays where it is. An address that no
+    /// port has (0.0.0.0) refuses every client until the guest is there.
+    RetargetForward {
+        /// Which.
+        forward: ForwardId,
+        /// The guest's address and port.
+        guest: SocketAddr,
+    },
+    /// Takes a published port back. Connections that run live on.
+    RemoveForward {
+        /// Which.
+        forward: ForwardId,
+    },
+    /// A frame from the guest of a memory attachment.
+    Inject {
+        /// Its port.
+        port: PortId,
+        /// The frame, Ethernet header first.
+        frame: Vec<u8>,
+    },
+    /// Writes every frame of every port to `fd` as pcapng.
+    StartCapture {
+        /// A file or pipe; written to by a thread of its own.
+        fd: OwnedFd,
+        /// Bytes kept of a frame, 0 for all.
+        snaplen: u32,
+    },
+    /// The same with a capture that several workers write to. Made by [`crate::runtime::worker_group`].
+    ShareCapture(SharedCapture),
+    /// Takes a guest that came to a listener of another worker.
+    Adopt(Box<Newcomer>),
+    /// Ends the capture; done when everything is written.
+    StopCapture,
+    /// Tells of flows that open, close and are denied, or (to spare both sides the work) does not. A worker
+    /// begins with telling.
+    TellFlows {
+        /// Whether it tells.
+        on: bool,
+    },
+    /// Lists the flows: [`Value::Flows`].
+    ListFlows,
+    /// Lists the ports and their counters: [`Value::Ports`].
+    PortStats,
+    /// Ends the worker.
+    Stop,
+}
+
+impl Command {
+    /// What it changes is to hold for all frames that come after it was given.
+    pub(crate) fn is_urgent(&self) -> bool {
+        matches!(self, Command::SetNames { .. } | Command::ForgetGuestNames { .. })
+    }
+}
+
+/// What a command brought.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Value {
+    /// Nothing but that it is done.
+    None,
+    /// All flows.
+    Flows(Vec<FlowInfo>),
+    /// All ports with their counters.
+    Ports(Vec<(PortInfo, Counters)>),
+    /// Of the engine of the uplink of packets.
+    Nat(Box<(NatStats, ConnTrackStats)>),
+}
+
+/// Why a command was not done; nothing has changed then.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CommandError {
+    /// No such port.
+    #[error("there is no port {}", .0.0)]
+    NoSuchPort(PortId),
+    /// The port exists.
+    #[error("port {} exists already", .0.0)]
+    PortExists(PortId),
+    /// The port has an attachment.
+    #[error("port {} has an attachment already", .0.0)]
+    Attached(PortId),
+    /// Another port or the gateway has the address.
+    #[error("address {0} is in use")]
+    AddressInUse(IpAddr),
+    /// There is no uplink of packets.
+    #[error("the network has no uplink of packets")]
+    NoUplink,
+    /// An uplink of packets cannot be shared.
+    #[error("an uplink of packets needs a network with one worker")]
+    OneWorker,
+    /// There is one already.
+    #[error("the network has an uplink of packets already")]
+    HasUplink,
+    /// What the engine says to its configuration.
+    #[error("{0}")]
+    Nat(#[from] NatConfigError),
+    /// Why a port cannot be published on an external address.
+    #[error("{0}")]
+    Forward(#[from] ForwardError),
+    /// No such listener.
+    #[error("there is no listener {0}")]
+    NoSuchListener(u32),
+    /// No such forward.
+    #[error("there is no forward {}", .0.0)]
+    NoSuchForward(ForwardId),
+    /// The number is taken.
+    #[error("number {0} is in use")]
+    NumberInUse(u32),
+    /// The descriptor is not what the command needs.
+    #[error("{0}")]
+    BadDescriptor(String),
+    /// A path that no unix socket can have.
+    #[error("{0} is too long for the path of a unix socket")]
+    BadPath(PathBuf),
+    /// The system refused something.
+    #[error("{what}: {}", crate::os::sys::errno_text(*.errno))]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// Its errno.
+        errno: i32,
+    },
+}
+
+/// The command queue is full, or the worker is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the worker's command queue is full")]
+pub struct QueueFull;
+
+/// Wakes a worker. A wake-up that is not yet taken is not repeated.
+pub(crate) struct Waker {
+    fd: OwnedFd,
+    pending: AtomicBool,
+    /// A command in the queue is to be done before frames that come from now on.
+    urgent: AtomicBool,
+}
+
+impl Waker {
+    pub(crate) fn new() -> Result<Waker, i32> {
+        let (pending, urgent) = (AtomicBool::new(false), AtomicBool::new(false));
+        Ok(Waker { fd: sys::eventfd()?, pending, urgent })
+    }
+
+    /// To be said after the command was queued, before [`Waker::wake`].
+    pub(crate) fn hurry(&self) {
+        self.urgent.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether somebody hurries; to be asked before the queue is looked at.
+    pub(crate) fn take_urgent(&self) -> bool {
+        self.urgent.load(Ordering::Acquire) && self.urgent.swap(false, Ordering::SeqCst)
+    }
+
+    pub(crate) fn fd(&self) -> &OwnedFd {
+        &self.fd
+    }
+
+    pub(crate) fn wake(&self) {
+        if !self.pending.swap(true, Ordering::SeqCst) {
+            sys::eventfd_signal(&self.fd);
+        }
+    }
+
+    /// Takes the wake-up; to be called before the queue is looked at. True when there was one.
+    pub(crate) fn take(&self) -> bool {
+        // Cleared first: a wake between the two writes again, and at worst the worker looks once too often.
+        sys::eventfd_clear(&self.fd);
+        self.pending.swap(false, Ordering::SeqCst)
+    }
+}
+
+/// The control side's half of the queue.
+pub(crate) struct CommandSender {
+    inner: Mutex<(rtrb::Producer<(u64, Command)>, u64)>,
+}
+
+impl CommandSender {
+    /// True when there is room for a few commands.
+    pub(crate) fn has_room(&self) -> bool {
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.0.slots() >= 4 && !inner.0.is_abandoned()
+    }
+
+    /// Queues a command; its number.
+    pub(crate) fn send(&self, command: Command) -> Result<u64, QueueFull> {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let (ring, next) = &mut *inner;
+        if ring.is_abandoned() {
+            return Err(QueueFull);
+        }
+        ring.push((*next, command)).map_err(|_| QueueFull)?;
+        *next += 1;
+        Ok(*next - 1)
+    }
+}
+
+/// A queue for `capacity` commands.
+pub(crate) fn channel(capacity: usize) -> (CommandSender, rtrb::Consumer<(u64, Command)>) {
+    let (producer, consumer) = rtrb::RingBuffer::new(capacity.max(16));
+    (CommandSender { inner: Mutex::new((producer, 1)) }, consumer)
+}
