@@ -20,7 +20,7 @@ LINE = re.compile(r"^test (?:[\w:]+::)?(\w+) \.\.\. (ok|FAILED)")
 PYTHON_TESTS = (
     "tests/unit/services/test_pcp_messages.py",
     "tests/unit/services/test_pcp_mappings.py",
-    "tests/unit/network/test_guest_ports.py",
+    "tests/unit/runtime/test_pcp_ports.py",
 )
 PYTHON_LINE = re.compile(r"^\S+::test_(\w+?)(?:\[.*\])? (PASSED|FAILED|ERROR)")
 

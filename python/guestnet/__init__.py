@@ -15,18 +15,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from guestnet.attachments import Attachment as Attachment
-    from guestnet.attachments import Listener as Listener
-    from guestnet.attachments import MemoryAttachment as MemoryAttachment
-    from guestnet.config import Filtering as Filtering
-    from guestnet.config import NatConfig as NatConfig
-    from guestnet.config import NetMode as NetMode
-    from guestnet.config import PollingStrategy as PollingStrategy
-    from guestnet.config import StaticLease as StaticLease
-    from guestnet.config import Uplink as Uplink
-    from guestnet.datapath import Datapath as Datapath
-    from guestnet.datapath import DatapathPoller as DatapathPoller
-    from guestnet.endpoint import Endpoint as Endpoint
+    from guestnet.datapath.network_datapath import NetworkDatapath as NetworkDatapath
+    from guestnet.datapath.poller import Datapath as Datapath
+    from guestnet.datapath.poller import DatapathPoller as DatapathPoller
     from guestnet.errors import AddressInUse as AddressInUse
     from guestnet.errors import AddressPoolExhausted as AddressPoolExhausted
     from guestnet.errors import AlreadyRunning as AlreadyRunning
@@ -42,39 +33,48 @@ if TYPE_CHECKING:
     from guestnet.errors import PortInUse as PortInUse
     from guestnet.errors import TooManyFiles as TooManyFiles
     from guestnet.errors import UnsupportedError as UnsupportedError
-    from guestnet.events import NetworkEvent as NetworkEvent
-    from guestnet.forwards import ForwardSpec as ForwardSpec
-    from guestnet.ipam import IpAllocator as IpAllocator
-    from guestnet.ipam import generate_mac as generate_mac
-    from guestnet.nat import Connection as Connection
-    from guestnet.nat import NatDirection as NatDirection
-    from guestnet.nat import NatEngine as NatEngine
-    from guestnet.nat import NatEngineConfig as NatEngineConfig
-    from guestnet.nat import NatResult as NatResult
-    from guestnet.nat import NatResults as NatResults
-    from guestnet.nat import PacketPool as PacketPool
-    from guestnet.nat import Ring as Ring
-    from guestnet.network import NatNetwork as NatNetwork
-    from guestnet.publishing import Forward as Forward
-    from guestnet.rings import NetworkDatapath as NetworkDatapath
-    from guestnet.service_host import Services as Services
+    from guestnet.model.events import NetworkEvent as NetworkEvent
+    from guestnet.model.ipam import IpAllocator as IpAllocator
+    from guestnet.model.ipam import generate_mac as generate_mac
+    from guestnet.model.spec import Filtering as Filtering
+    from guestnet.model.spec import NatConfig as NatConfig
+    from guestnet.model.spec import NetMode as NetMode
+    from guestnet.model.spec import PollingStrategy as PollingStrategy
+    from guestnet.model.spec import StaticLease as StaticLease
+    from guestnet.model.spec import Uplink as Uplink
+    from guestnet.model.stats import ConnTrackStats as ConnTrackStats
+    from guestnet.model.stats import DatapathStats as DatapathStats
+    from guestnet.model.stats import FlowRecord as FlowRecord
+    from guestnet.model.stats import LeaseRecord as LeaseRecord
+    from guestnet.model.stats import MappingRecord as MappingRecord
+    from guestnet.model.stats import NatStats as NatStats
+    from guestnet.model.stats import NetworkStats as NetworkStats
+    from guestnet.nat.engine import Connection as Connection
+    from guestnet.nat.engine import NatDirection as NatDirection
+    from guestnet.nat.engine import NatEngine as NatEngine
+    from guestnet.nat.engine import NatEngineConfig as NatEngineConfig
+    from guestnet.nat.engine import NatResult as NatResult
+    from guestnet.nat.engine import NatResults as NatResults
+    from guestnet.nat.engine import PacketPool as PacketPool
+    from guestnet.nat.engine import Ring as Ring
+    from guestnet.runtime.attachments import Attachment as Attachment
+    from guestnet.runtime.attachments import Listener as Listener
+    from guestnet.runtime.attachments import MemoryAttachment as MemoryAttachment
+    from guestnet.runtime.endpoint import Endpoint as Endpoint
+    from guestnet.runtime.forwards import ForwardSpec as ForwardSpec
+    from guestnet.runtime.network import NatNetwork as NatNetwork
+    from guestnet.runtime.publishing import Forward as Forward
+    from guestnet.runtime.service_host import Services as Services
     from guestnet.services.dhcp import DhcpServer as DhcpServer
     from guestnet.services.dns import DnsServer as DnsServer
     from guestnet.services.pcp import PcpServer as PcpServer
-    from guestnet.stats import ConnTrackStats as ConnTrackStats
-    from guestnet.stats import DatapathStats as DatapathStats
-    from guestnet.stats import FlowRecord as FlowRecord
-    from guestnet.stats import LeaseRecord as LeaseRecord
-    from guestnet.stats import MappingRecord as MappingRecord
-    from guestnet.stats import NatStats as NatStats
-    from guestnet.stats import NetworkStats as NetworkStats
 
 # Where each public name lives. tests/unit/test_package.py holds it against the imports above.
 _HOME = {
-    "guestnet.attachments": ("Attachment", "Listener", "MemoryAttachment"),
-    "guestnet.config": ("Filtering", "NatConfig", "NetMode", "PollingStrategy", "StaticLease", "Uplink"),
-    "guestnet.datapath": ("Datapath", "DatapathPoller"),
-    "guestnet.endpoint": ("Endpoint",),
+    "guestnet.runtime.attachments": ("Attachment", "Listener", "MemoryAttachment"),
+    "guestnet.model.spec": ("Filtering", "NatConfig", "NetMode", "PollingStrategy", "StaticLease", "Uplink"),
+    "guestnet.datapath.poller": ("Datapath", "DatapathPoller"),
+    "guestnet.runtime.endpoint": ("Endpoint",),
     "guestnet.errors": (
         "AddressInUse",
         "AddressPoolExhausted",
@@ -92,10 +92,10 @@ _HOME = {
         "TooManyFiles",
         "UnsupportedError",
     ),
-    "guestnet.events": ("NetworkEvent",),
-    "guestnet.forwards": ("ForwardSpec",),
-    "guestnet.ipam": ("IpAllocator", "generate_mac"),
-    "guestnet.nat": (
+    "guestnet.model.events": ("NetworkEvent",),
+    "guestnet.runtime.forwards": ("ForwardSpec",),
+    "guestnet.model.ipam": ("IpAllocator", "generate_mac"),
+    "guestnet.nat.engine": (
         "Connection",
         "NatDirection",
         "NatEngine",
@@ -105,14 +105,14 @@ _HOME = {
         "PacketPool",
         "Ring",
     ),
-    "guestnet.network": ("NatNetwork",),
-    "guestnet.publishing": ("Forward",),
-    "guestnet.rings": ("NetworkDatapath",),
-    "guestnet.service_host": ("Services",),
+    "guestnet.runtime.network": ("NatNetwork",),
+    "guestnet.runtime.publishing": ("Forward",),
+    "guestnet.datapath.network_datapath": ("NetworkDatapath",),
+    "guestnet.runtime.service_host": ("Services",),
     "guestnet.services.dhcp": ("DhcpServer",),
     "guestnet.services.dns": ("DnsServer",),
     "guestnet.services.pcp": ("PcpServer",),
-    "guestnet.stats": (
+    "guestnet.model.stats": (
         "ConnTrackStats",
         "DatapathStats",
         "FlowRecord",

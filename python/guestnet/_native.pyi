@@ -1,6 +1,6 @@
 """The data plane: the contract with the crate `guestnet-py`, checked by stubtest (scripts/stubtest.sh).
 
-Only `guestnet.control` and the modules for the NAT engine use it. MACs are six bytes, addresses are those of
+Only `guestnet.runtime` and the modules for the NAT engine use it. MACs are six bytes, addresses are those of
 `ipaddress`.
 """
 
@@ -403,7 +403,7 @@ def after_fork_in_child() -> None:
 
 @final
 class NatEngine:
-    """In-place NAT with connection tracking. Times are nanoseconds; a result is one byte (guestnet.nat)."""
+    """In-place NAT with connection tracking. Times are nanoseconds; a result is one byte (`nat.engine`)."""
 
     def __new__(
         cls,

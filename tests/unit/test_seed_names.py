@@ -32,7 +32,7 @@ from guestnet import (
     generate_mac,
 )
 from guestnet.datapath import FdUplink
-from guestnet.ipam import parse_mac
+from guestnet.model.ipam import parse_mac
 from unit.packets import check, destination, ethernet, source, tcp, udp
 
 GUEST, OUTSIDE = ("192.168.64.2", 50000), ("198.51.100.7", 80)

@@ -1,4 +1,4 @@
-//! Theory of operation: what Python decides about a worker, by name. `guestnet.config` has checked the values
+//! Theory of operation: what Python decides about a worker, by name. `guestnet.model.spec` has checked the values
 //! with sentences for people; what is checked here keeps a wrong call from becoming a wrong network.
 
 use crate::addresses;

@@ -1,5 +1,5 @@
 //! Theory of operation: the NAT engine as an object behind a lock. A result is one byte: its kind, or 16 and the
-//! number of the reason for a drop; `guestnet.nat` makes words of it. Batches run detached from the
+//! number of the reason for a drop; `guestnet.nat.engine` makes words of it. Batches run detached from the
 //! interpreter, on the buffers themselves. A fork waits for those that run: a lock that one of them held would
 //! stay locked in the child, where its thread does not exist.
 

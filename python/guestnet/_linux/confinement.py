@@ -4,7 +4,8 @@
   dumps, no tracing by processes of the same user, and all capabilities but those for the start.
 - `settle_thread`, in each thread of Python once devices and sockets are open: all capabilities but those for
   what is left to do.
-- Packet threads confine themselves when they start (`runtime/confinement.rs` of guestnet-io), in every program.
+- Packet threads confine themselves when they start (`runtime/confinement.rs` of guestnet-io), in every
+  program.
 
 What a command executes, CMD or QEMU, has none of this: it was forked before. `in_force.py` reads from the
 kernel what holds.

@@ -21,7 +21,7 @@ import signal
 from typing import NoReturn
 
 from guestnet._linux import libc, mounts
-from guestnet._linux.held import StartError
+from guestnet._linux.child_process import StartError
 
 NAME = "guestnet-init"
 _EVENT_BYTES = 65536

@@ -124,7 +124,7 @@ def _dispatch(arguments: list[str]) -> int:
         from guestnet.cli.hints import unknown_command
 
         raise unknown_command(name, rest)
-    return int(import_module(f"guestnet.cli.{name}").main(rest))
+    return int(import_module(f"guestnet.cli.commands.{name}").main(rest))
 
 
 def _help_text() -> str:

@@ -86,8 +86,8 @@ def check_kernel() -> Check:
 def check_namespaces() -> Check:
     """Whether this user may make user, network, mount and PID namespaces, and be somebody in them: tried in a
     child."""
-    from guestnet._linux.held import StartError, fork_held
-    from guestnet.namespace import why_no_namespaces, write_id_maps
+    from guestnet._linux.child_process import StartError, fork_held
+    from guestnet._linux.namespace import why_no_namespaces, write_id_maps
 
     def prepare(control: socket.socket) -> None:
         try:

@@ -197,7 +197,7 @@ def _options_of_all() -> dict[str, list[str]]:
 
     found: dict[str, list[str]] = {}
     for command in COMMANDS:
-        parser = import_module(f"guestnet.cli.{command}").parser()
+        parser = import_module(f"guestnet.cli.commands.{command}").parser()
         for option in parser.option_names():
             if option not in ("-h", "--help"):
                 found.setdefault(option, []).append(command)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from guestnet import NatConfig
-from guestnet.registry import Registry
+from guestnet.runtime.registry import Registry
 from guestnet.services.dhcp import DhcpConfig, DhcpReply, DhcpServer, Lease, LeaseStore
 
 from .dhcp_wire import MAC, Said, ask, read

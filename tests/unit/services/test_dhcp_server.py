@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from guestnet.ipam import format_mac
+from guestnet.model.ipam import format_mac
 
 from .conftest import Segment
 from .dhcp_wire import (

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network
 
-from guestnet.ipam import format_mac
+from guestnet.model.ipam import format_mac
+from guestnet.model.stats import LeaseRecord
 from guestnet.services.dhcp import options as make
 from guestnet.services.dhcp.leases import Lease, LeaseStore
 from guestnet.services.dhcp.message import (
@@ -26,7 +27,6 @@ from guestnet.services.dhcp.message import (
     emit,
     parse,
 )
-from guestnet.stats import LeaseRecord
 
 _log = logging.getLogger("guestnet")
 

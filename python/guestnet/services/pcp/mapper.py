@@ -16,10 +16,10 @@ from ipaddress import IPv4Address, IPv6Address
 from itertools import islice
 
 from guestnet.errors import GuestnetError, PortInUse
+from guestnet.model.shares import fair_share
 from guestnet.services.pcp.message import PcpError, Result
 from guestnet.services.pcp.ports import PortBook, PortsOfHost
 from guestnet.services.pcp.table import Mapping, MappingTable
-from guestnet.shares import fair_share
 
 _log = logging.getLogger("guestnet")
 

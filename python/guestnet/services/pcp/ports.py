@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from ipaddress import IPv4Address
 from typing import Any, Protocol
 
-from guestnet.shares import fair_share
+from guestnet.model.shares import fair_share
 
 REST = 120.0
 """Seconds (RFC 6888 REQ-8)."""

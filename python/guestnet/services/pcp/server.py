@@ -12,13 +12,13 @@ from collections import Counter
 from collections.abc import Callable
 from ipaddress import IPv4Address
 
+from guestnet.model.stats import MappingRecord
 from guestnet.services.pcp import message, natpmp
 from guestnet.services.pcp.mapper import Mapper, PcpConfig, Wanted
 from guestnet.services.pcp.message import MapRequest, PcpError, Result
 from guestnet.services.pcp.natpmp import PmpRequest, PmpResult
 from guestnet.services.pcp.ports import PortsOfHost
 from guestnet.services.pcp.table import Mapping
-from guestnet.stats import MappingRecord
 
 _PROTOCOLS = {6: "tcp", 17: "udp"}
 _ALL = 0

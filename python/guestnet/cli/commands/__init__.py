@@ -1,0 +1,1 @@
+"""One module for each subcommand: `guestnet NAME` calls `main` of `commands/NAME.py`."""

@@ -1,0 +1,96 @@
+"""`guestnet run`: a command in new user, network and mount namespaces whose only way out is guestnet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from ipaddress import IPv4Interface
+from typing import TYPE_CHECKING
+
+from guestnet.cli import UsageError, arguments
+from guestnet.cli.runner import supervise
+from guestnet.cli.runner.session import ENDPOINT, network_of_one
+from guestnet.cli.terminal import complain, say
+
+if TYPE_CHECKING:
+    from guestnet.runtime.network import NatNetwork
+
+_ABOUT = """\
+Runs CMD in a namespace of its own, as an ordinary user or as root. The namespace has an address, a route
+and names; what leaves it goes through guestnet, and nothing reaches it but published ports. Exits with
+CMD's status."""
+_EXAMPLE = """\
+  guestnet run -- curl https://example.org
+  guestnet run -p 8080:80 -- python3 -m http.server 80"""
+HOST_IDS_NOTE = (
+    "Note: with --host-ids the command is root of this host's files and can change anything on it: leave "
+    "--host-ids out unless you trust the command."
+)
+"""Printed before the command starts, unless --quiet is given."""
+
+
+def parser() -> arguments.Parser:
+    """The options of `guestnet run`."""
+    made = arguments.Parser("run", "[OPTIONS] -- CMD [ARGS...]", _ABOUT, _EXAMPLE)
+    arguments.add_network_options(made)
+    made.add_argument("--hostname", type=arguments.checked(arguments.hostname), help="the guest's host name")
+    made.add_argument(
+        "--host-ids",
+        action="store_true",
+        help="when root runs this: CMD is root of this host's files too (default: it owns none of them)",
+    )
+    return made
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line after `guestnet run`; returns the exit status."""
+    options, command = arguments.parse_with_command(parser(), argv, "CMD")
+    arguments.settle(options, command=True)
+    if options.host_ids and os.geteuid() != 0:
+        raise UsageError("--host-ids is for root: CMD has the rights of an ordinary user without it.")
+    where = arguments.plan(options.subnet)
+    mac = arguments.random_mac()
+    mask = supervise.block_signals()
+
+    from guestnet._linux.links import Interface
+    from guestnet._linux.namespace import Guest, launch
+
+    interface = Interface(
+        mac=mac,
+        # A segment that is there already gives addresses itself.
+        address=None if options.bridge else IPv4Interface((where.guest, options.subnet.prefixlen)),
+        gateway=None if options.bridge else where.gateway,
+        mtu=options.mtu,
+    )
+    nameserver = None if options.bridge else str(where.gateway)
+    guest = Guest(
+        interface,
+        nameserver=nameserver,
+        search=arguments.search_list(options),
+        hostname=options.hostname,
+        host_ids=options.host_ids,
+    )
+    before = supervise.take_terminal if supervise.holds_terminal_alone() else None
+    # The child sets its namespace up while this process imports and starts the network.
+    namespace = launch(guest, command, mask, before)
+
+    def attach(network: NatNetwork) -> None:
+        network.attach(ENDPOINT, "tap", fd=namespace.take_tap())
+        if options.host_ids and not options.quiet:
+            complain(HOST_IDS_NOTE)
+        for note in namespace.notes:
+            complain(note)
+
+    try:
+        with network_of_one(options, mac, attach):
+            if options.verbose:
+                about = (
+                    f"on {options.bridge}"
+                    if options.bridge
+                    else f"{where.guest}, its gateway {where.gateway}"
+                )
+                say(f"guestnet: the guest is {about}")
+            namespace.go()
+            return supervise.wait(namespace.pid)
+    finally:
+        namespace.close()

@@ -1,0 +1,1 @@
+"""The guest and the outside of `guestnet demo`."""

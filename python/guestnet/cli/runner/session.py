@@ -1,0 +1,158 @@
+"""What `run` and `vm` share: a network of one guest for as long as one command runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from guestnet.cli import UsageError, arguments
+from guestnet.cli.runner import confined, supervise
+from guestnet.cli.terminal import complain, say, tell_log
+from guestnet.errors import GuestnetError
+
+if TYPE_CHECKING:
+    from guestnet.runtime.forwards import ForwardSpec
+    from guestnet.runtime.network import NatNetwork
+
+ENDPOINT = "vm1"
+"""The guest's id, as that of the first guest of `guestnet up`."""
+
+
+def check_guest(publication: ForwardSpec, options: argparse.Namespace) -> None:
+    """Refuses a port for a guest that will never be there. Raises UsageError."""
+    guest, address = publication.guest, arguments.plan(options.subnet).guest
+    known = (ENDPOINT, str(address), (options.hostname or ENDPOINT).lower())
+    if guest is not None and guest.lower() not in known:
+        raise UsageError(
+            f"The published port {publication} names another guest than the only one, {ENDPOINT!r} "
+            f"({address}): write {publication.host_ports[0]}:{publication.guest_ports[0]}."
+        )
+
+
+def note_overlap(options: argparse.Namespace) -> None:
+    """Says what guests will not reach, since it has addresses of their own network."""
+    if options.quiet or options.bridge or options.mode == "host_only":
+        return
+    from guestnet._linux.links import routes_into
+
+    if taken := routes_into(options.subnet):
+        complain(
+            f"Note: {options.subnet} overlaps this host's {', '.join(taken)}, which guests cannot reach: "
+            "choose another with --subnet."
+        )
+
+
+_IMPATIENT = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
+_DRAIN_SECONDS = 5.0
+_QUIET_SECONDS = 1.0
+_LOOK_SECONDS = 0.01
+_UNFINISHED = frozenset(("connecting", "syn_sent", "syn_received", "established", "fin_wait_1", "fin_wait_2"))
+"""States of connections whose guest has not ended its side, or whose end the outside does not have yet."""
+
+
+def let_connections_end(network: NatNetwork) -> None:
+    """A command may end before the guest's kernel has sent what it wrote, as on any host. Waits as long as
+    that still moves, no longer than some seconds, and not against a wish (signals are blocked here)."""
+    deadline = time.monotonic() + _DRAIN_SECONDS
+    while time.monotonic() < deadline and not signal.sigpending() & _IMPATIENT:
+        moving = (
+            flow.protocol == "tcp" and flow.state in _UNFINISHED and flow.idle < _QUIET_SECONDS
+            for flow in network.flows()
+        )
+        if not any(moving):
+            return
+        time.sleep(_LOOK_SECONDS)
+
+
+@contextmanager
+def network_of_one(
+    options: argparse.Namespace,
+    mac: bytes,
+    attach: Callable[[NatNetwork], None],
+    kept: Iterable[int] = (),
+) -> Iterator[NatNetwork]:
+    """A running network with the endpoint `vm1`, attached by `attach`, its ports published.
+
+    From here on the process is confined, but for the capabilities `kept`: the command was forked before.
+    On leaving, what the command left running is ended first, so that it does not see its network fail.
+    """
+    from guestnet.model.spec import NatConfig
+    from guestnet.runtime.network import NatNetwork
+
+    tell_log(quiet=options.quiet, verbose=options.verbose)
+    note_overlap(options)
+    note_replaced(options)
+    confined.begin(options, kept=kept)
+    network = NatNetwork(NatConfig(**arguments.network_settings(options)))
+    started = False
+    with ExitStack() as monitoring:
+        try:
+            network.start()
+            started = True
+            start_capture(network, options)
+            network.create_endpoint(
+                ENDPOINT,
+                mac=arguments.format_mac(mac),
+                ip=None if options.bridge else str(arguments.plan(options.subnet).guest),
+                hostname=options.hostname,
+            )
+            attach(network)
+            for publication in options.publish:
+                check_guest(publication, options)
+                forward = network.publish(publication)
+                # A port that the kernel chose is of no use to who does not know it.
+                if options.verbose or (not publication.host_ports[0] and not options.quiet):
+                    say(f"guestnet: published {forward}")
+            confined.settle(network)
+            if options.verbose:
+                if (in_force := confined.in_force()) is not None:
+                    say(f"guestnet: {in_force}")
+                from guestnet.cli.runner.monitor import Monitor
+
+                monitoring.enter_context(Monitor(network, say))
+            yield network
+        finally:
+            supervise.restore_terminal()
+            try:
+                if network.is_running:
+                    with suppress(GuestnetError):
+                        let_connections_end(network)
+            finally:
+                try:
+                    supervise.end_descendants()
+                    supervise.restore_terminal()  # from what was left in the command's process group
+                    monitoring.close()
+                finally:
+                    network.stop()
+        if options.stats and started:
+            say_stats(network)
+
+
+def note_replaced(options: argparse.Namespace) -> None:
+    """Says that an earlier capture is about to be replaced. What is no capture is refused later."""
+    if options.quiet or options.pcap in (None, "-"):
+        return
+    from guestnet.runtime.session import is_capture
+
+    with suppress(OSError):
+        if os.path.isfile(options.pcap) and is_capture(options.pcap):
+            complain(f"Note: the capture {options.pcap!r} exists and is replaced.")
+
+
+def start_capture(network: NatNetwork, options: argparse.Namespace) -> None:
+    """Starts the capture of `--pcap -`; that to a file belongs to the configuration."""
+    if options.pcap == "-":
+        network.start_capture(options.capture_fd)
+
+
+def say_stats(network: NatNetwork) -> None:
+    """The counters of a network that has stopped: nothing is added to them any more."""
+    from guestnet.cli.report import stats_lines
+
+    for line in stats_lines(network.stats()) or ["guestnet: no frame was carried"]:
+        say(line)

@@ -1,0 +1,563 @@
+"""NatConfig: what a network is, checked when it is made.
+
+A frozen dataclass with its own checks and not a pydantic model: importing pydantic costs 90 ms, of the 400
+that `guestnet run -- true` may take in all. Every wrong value is a ConfigError that names it and says what
+to write instead.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, NetmaskValueError, ip_address
+from typing import Any, NoReturn, TypeVar
+
+from guestnet.errors import ConfigError
+from guestnet.model.frozen import FrozenMapping
+from guestnet.model.ipam import format_mac, parse_mac
+
+MTU_LOWEST, MTU_HIGHEST = 68, 65520
+"""RFC 791, and what TAP and virtio carry."""
+PREFIX_SHORTEST, PREFIX_LONGEST = 8, 30
+"""A /30 has room for the gateway and one guest."""
+LEASE_SHORTEST, LEASE_LONGEST = 10, 0xFFFFFFFE
+WORKERS_MOST = 64
+NAME_LONGEST, LABEL_LONGEST = 253, 63
+LIMITS = (
+    *("flows", "flows_per_port", "udp_sockets_per_port", "buffer_per_port", "socket_memory", "macs_per_port"),
+    *("addresses_per_port", "reassemblies_per_port", "reassembly_bytes", "icmp_errors_per_second"),
+    *("floods_per_second", "service_datagrams_per_second", "neighbour_waiting"),
+)
+TIMEOUTS = ("udp", "udp_dns", "icmp", "tcp_established", "tcp_transitory", "reassembly")
+"""What the data plane knows by these names; its defaults are in `guestnet-core/src/interface/config.rs`."""
+_OWN = ("`gateway`", "`dhcp_start`", "`dhcp_end`")
+_LINK_LOCAL = IPv4Network("169.254.0.0/16")
+_DEFAULT_SUBNET = "192.168.64.0/24"
+
+
+class NetMode(StrEnum):
+    """What the guests of a network can reach."""
+
+    NAT = "nat"
+    """Each other, the gateway, and everything that the host can reach."""
+    HOST_ONLY = "host_only"
+    """Each other, the gateway and its services."""
+    BRIDGED = "bridged"
+    """All of a segment of the host that they are joined to (`bridge`); no gateway of ours."""
+
+
+class Uplink(StrEnum):
+    """How what guests send outside leaves."""
+
+    SOCKETS = "sockets"
+    """As sockets of this process: needs no privilege."""
+    TUN = "tun"
+    """As packets, translated, through a TUN device of the host: needs CAP_NET_ADMIN."""
+
+
+class PollingStrategy(StrEnum):
+    """What a packet thread does when nothing is ready."""
+
+    BUSY = "busy"
+    """Polls for ever: shortest delay, one processor."""
+    ADAPTIVE = "adaptive"
+    """Polls for a moment after work, then sleeps."""
+    EVENT_DRIVEN = "event_driven"
+    """Sleeps."""
+
+
+class Filtering(StrEnum):
+    """Who may send to a port that a guest has opened by sending UDP (RFC 4787 section 5)."""
+
+    ENDPOINT_INDEPENDENT = "endpoint_independent"
+    """Anyone."""
+    ADDRESS_DEPENDENT = "address_dependent"
+    """Hosts that the guest has sent to from that port."""
+    ADDRESS_AND_PORT_DEPENDENT = "address_and_port_dependent"
+    """Ports that the guest has sent to from that port."""
+
+
+@dataclass(frozen=True)
+class StaticLease:
+    """An address, and perhaps a name, that a MAC always gets."""
+
+    mac: str
+    ip: IPv4Address
+    name: str | None = None
+
+
+_Choice = TypeVar("_Choice", bound=StrEnum)
+
+
+def choice(kind: type[_Choice], what: str, value: object) -> _Choice:
+    """A member of an enumeration, from itself or its value. Raises ConfigError."""
+    try:
+        return kind(str(value))
+    except ValueError:
+        known = ", ".join(repr(choice.value) for choice in kind)
+        raise ConfigError(f"{what} {value!r} is none of {known}: choose one of them.") from None
+
+
+def whole_number(what: str, value: object, lowest: int, highest: int) -> int:
+    """A whole number between two others. Raises ConfigError."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{what} {value!r} is not a whole number: write one from {lowest} to {highest}.")
+    if not lowest <= value <= highest:
+        raise ConfigError(f"{what} {value} is not between {lowest} and {highest}: choose one that is.")
+    return value
+
+
+def _yes_or_no(what: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{what} {value!r} is neither True nor False: write one of them.")
+    return value
+
+
+def _address(what: str, value: object) -> IPv4Address:
+    try:
+        if isinstance(value, str | IPv4Address):
+            return IPv4Address(value)
+    except AddressValueError:
+        pass
+    raise ConfigError(f"{what} {value!r} is not an IPv4 address: write one such as 192.168.64.10.")
+
+
+def _subnet(value: object) -> IPv4Network:
+    if isinstance(value, IPv4Network):
+        network = value
+    elif not isinstance(value, str):
+        raise ConfigError(f"subnet {value!r} is not an IPv4 subnet: write one such as {_DEFAULT_SUBNET!r}.")
+    else:
+        try:
+            network = IPv4Network(value, strict=False)
+        except (AddressValueError, NetmaskValueError, ValueError):
+            raise ConfigError(
+                f"subnet {value!r} is not an IPv4 subnet: write one such as {_DEFAULT_SUBNET!r}."
+            ) from None
+        if "/" not in value or str(network.network_address) != value.partition("/")[0]:
+            raise ConfigError(f"subnet {value!r} is an address, not a subnet: write {str(network)!r}.")
+    if not PREFIX_SHORTEST <= network.prefixlen <= PREFIX_LONGEST:
+        raise ConfigError(
+            f"subnet {network} must have a prefix of /{PREFIX_SHORTEST} to /{PREFIX_LONGEST}: "
+            f"write one such as {_DEFAULT_SUBNET!r}."
+        )
+    first, last = network.network_address.packed[0], network.broadcast_address.packed[0]
+    if first == 0 or last >= 224 or first == 127:
+        raise ConfigError(
+            f"subnet {network} is not for hosts: write a private one such as {_DEFAULT_SUBNET!r}."
+        )
+    if network.overlaps(_LINK_LOCAL):
+        raise ConfigError(
+            f"subnet {network} holds link-local addresses, which no gateway leads out (RFC 3927 section 7): "
+            f"write a private one such as {_DEFAULT_SUBNET!r}."
+        )
+    return network
+
+
+def domain(what: str, value: object, *, one_label: bool = False) -> str:
+    """A domain name in lower case, without its final dot."""
+    kind = "name of one label" if one_label else "domain name"
+    example = "web" if one_label else "guestnet.internal"
+    if isinstance(value, str):
+        name = value.rstrip(".").lower()
+        labels = name.split(".")
+        if len(name) <= NAME_LONGEST and all(map(_is_label, labels)) and (len(labels) == 1 or not one_label):
+            return name
+    raise ConfigError(
+        f"{what} {value!r} is not a {kind}: write letters, digits and hyphens, such as {example!r}."
+    )
+
+
+def _is_label(label: str) -> bool:
+    fits = 0 < len(label) <= LABEL_LONGEST and label.isascii() and label.replace("_", "").replace("-", "")
+    return bool(fits) and str(fits).isalnum() and label[0] != "-" and label[-1] != "-"
+
+
+def _records(value: object) -> dict[str, tuple[str, ...]]:
+    if not value:
+        return {}
+    # Imported only where there are records: it brings asyncio.
+    from guestnet.services.dns.records import parse_record
+
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"dns_records {value!r} is not a mapping: write {{'web.example': ['192.0.2.1']}}.")
+    found: dict[str, tuple[str, ...]] = {}
+    for name, given in value.items():
+        if not isinstance(name, str) or not 0 < len(name.rstrip(".")) <= NAME_LONGEST:
+            raise ConfigError(f"dns_records name {name!r} is not a domain name: write one such as 'web.lan'.")
+        values = (
+            [given] if isinstance(given, str | IPv4Address | IPv6Address) else _several("dns_records", given)
+        )
+        for one in values:
+            parse_record(name, one)
+        found[name.rstrip(".").lower()] = tuple(str(one) for one in values)
+    return found
+
+
+def _several(what: str, value: object) -> tuple[Any, ...]:
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise ConfigError(f"{what} {value!r} is not a list: write one in brackets.")
+    return tuple(value)
+
+
+def _ip(what: str, value: object) -> str:
+    try:
+        if isinstance(value, str | IPv4Address | IPv6Address):
+            return str(ip_address(value))
+    except ValueError:
+        pass
+    raise ConfigError(f"{what} {value!r} is not an IP address: write one such as '192.0.2.1'.")
+
+
+def path(what: str, value: object, example: str = "guests.pcapng") -> str:
+    """A path as text. Raises ConfigError for what no file can be called."""
+    try:
+        name = os.fspath(value) if isinstance(value, str | os.PathLike) else b""
+        if isinstance(name, str) and name and b"\0" not in os.fsencode(name):
+            return name
+    except UnicodeEncodeError:
+        pass
+    raise ConfigError(f"{what} {value!r} is not a path: write one such as {example!r}.")
+
+
+def _named_numbers(what: str, value: object, known: tuple[str, ...]) -> FrozenMapping[int]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{what} {value!r} is not a mapping of names to numbers.")
+    for name in value:
+        if name not in known:
+            raise ConfigError(f"{what} has nothing named {name!r}: choose among {', '.join(known)}.")
+    return FrozenMapping(
+        {name: whole_number(f"{what} {name}", number, 1, 0xFFFFFFFF) for name, number in value.items()}
+    )
+
+
+def check_port_range(
+    value: object, what: str = "port_range", example: str = "(49152, 65535)"
+) -> tuple[int, int]:
+    """A first and a last port. Raises ConfigError."""
+    given = _several(what, value)
+    if len(given) != 2:
+        raise ConfigError(f"{what} {value!r} is not a first and a last port: write {example}.")
+    first, last = (whole_number(what, one, 1, 65535) for one in given)
+    if first > last:
+        raise ConfigError(f"{what} {first} to {last} starts after its end: give the lower one first.")
+    return first, last
+
+
+def _guest_ports(value: object) -> tuple[int, int] | None:
+    return None if value is None else check_port_range(value, "pcp_ports", "(40000, 40999)")
+
+
+@dataclass(frozen=True, init=False, eq=True)
+class NatConfig:
+    """A network. All arguments are keywords; text is taken wherever it is clear what it means.
+
+    - `subnet`: IPv4, /8 to /30. `gateway`: an address of it, the first by default.
+    - `mtu`: IP MTU of the guests in bytes, 68 to 65520.
+    - `mode`: see `NetMode`.
+    - `host_loopback`: let guests reach the host's 127.0.0.1 at the last address of the subnet, which is then
+      named `host.guestnet.internal`. Without it no guest reaches a service there. Not for "host_only".
+    - `dhcp`, `dns`: whether the gateway serves them. `lease_time` in seconds, 10 or more.
+    - `dns_records`: names with their records, each an address or `TYPE:value` (`TXT:some text`,
+      `SRV:10 5 5060 sip.example`); `*.` in front stands for all names below. `zone`: where endpoints have
+      their names. `search`: domains that guests try for short names, the zone by default. `resolvers`:
+      addresses of name servers that other names are asked of, those of the host by default, () for none.
+    - `static_leases`: addresses and names for known MACs, as `StaticLease` or mappings with its fields.
+    - `dhcp_start`, `dhcp_end`: the addresses that endpoints get, all of the subnet by default.
+    - `capture`: a file that every frame is written to (pcapng).
+    - `polling`, `batch_size` (frames, 1 to 1024), `max_spins`: see `PollingStrategy`.
+    - `workers`: packet threads that share the endpoints, 1 to 64. Each endpoint is on one of them; more than
+      one helps where several guests are busy and processors are free.
+    - `io_uring`: small writes are gathered and done in one call, where the system has io_uring (Linux 6.0).
+    - `filtering`: see `Filtering`.
+    - `gateway_mac`: the gateway's hardware address.
+    - `uplink`: see `Uplink`. With "tun": `external`, the addresses that guests have outside, which must be
+      routed to this host (by default one of 100.64.0.0/10 that only this host knows); `port_range`, the first
+      and the last of their ports that connections get; `forwarding` lets the host forward while the network
+      runs; `masquerade` does too, and what leaves has the host's own address.
+    - `pcp_ports`: the first and the last port of the host that guests may open for themselves, by PCP or
+      NAT-PMP, in the mode "nat"; by default none. `pcp_address`: the address of the host that they are opened
+      on, as of a published port; by default every one.
+    - `bridge`: with the mode "bridged", the bridge or Ethernet interface of the host that guests are joined
+      to. It gives addresses and names; `subnet` and what belongs to it are not used.
+    - `limits` (names in `LIMITS`), `timeouts` (in seconds, names in `TIMEOUTS`): bounds of the data plane,
+      where its defaults do not fit.
+    """
+
+    subnet: IPv4Network
+    gateway: IPv4Address
+    mtu: int
+    mode: NetMode
+    host_loopback: bool
+    dhcp: bool
+    dns: bool
+    lease_time: int
+    dns_records: Mapping[str, tuple[str, ...]]
+    zone: str
+    search: tuple[str, ...]
+    resolvers: tuple[str, ...] | None
+    static_leases: tuple[StaticLease, ...]
+    dhcp_start: IPv4Address
+    dhcp_end: IPv4Address
+    capture: str | None
+    polling: PollingStrategy
+    batch_size: int
+    max_spins: int
+    workers: int
+    io_uring: bool
+    filtering: Filtering
+    gateway_mac: str
+    bridge: str | None
+    uplink: Uplink
+    external: tuple[IPv4Address, ...]
+    port_range: tuple[int, int]
+    forwarding: bool
+    masquerade: bool
+    pcp_ports: tuple[int, int] | None
+    pcp_address: IPv4Address | None
+    limits: Mapping[str, int]
+    timeouts: Mapping[str, int]
+
+    def __init__(
+        self,
+        *,
+        subnet: str | IPv4Network = _DEFAULT_SUBNET,
+        gateway: str | IPv4Address | None = None,
+        mtu: int = 1500,
+        mode: str | NetMode = NetMode.NAT,
+        host_loopback: bool = False,
+        dhcp: bool = True,
+        dns: bool = True,
+        lease_time: int = 3600,
+        dns_records: Mapping[str, str | Iterable[str]] | None = None,
+        zone: str = "guestnet.internal",
+        search: Iterable[str] | None = None,
+        resolvers: Iterable[str] | None = None,
+        static_leases: Iterable[StaticLease | Mapping[str, Any]] = (),
+        dhcp_start: str | IPv4Address | None = None,
+        dhcp_end: str | IPv4Address | None = None,
+        capture: str | os.PathLike[str] | None = None,
+        polling: str | PollingStrategy = PollingStrategy.ADAPTIVE,
+        batch_size: int = 64,
+        max_spins: int = 1000,
+        workers: int = 1,
+        io_uring: bool = True,
+        filtering: str | Filtering = Filtering.ADDRESS_DEPENDENT,
+        gateway_mac: str | bytes | None = None,
+        uplink: str | Uplink = Uplink.SOCKETS,
+        external: str | IPv4Address | Iterable[str | IPv4Address] = (),
+        port_range: tuple[int, int] = (49152, 65535),
+        forwarding: bool = False,
+        masquerade: bool = False,
+        pcp_ports: tuple[int, int] | None = None,
+        pcp_address: str | IPv4Address | None = None,
+        bridge: str | None = None,
+        limits: Mapping[str, int] | None = None,
+        timeouts: Mapping[str, int] | None = None,
+    ) -> None:
+        put = object.__setattr__
+        put(self, "subnet", _subnet(subnet))
+        put(self, "mtu", whole_number("mtu", mtu, MTU_LOWEST, MTU_HIGHEST))
+        put(self, "mode", choice(NetMode, "mode", mode))
+        put(self, "host_loopback", _yes_or_no("host_loopback", host_loopback))
+        put(self, "bridge", self._segment(bridge))
+        # The segment that is joined has its own.
+        served = self.mode is not NetMode.BRIDGED
+        put(self, "dhcp", _yes_or_no("dhcp", dhcp) and served)
+        put(self, "dns", _yes_or_no("dns", dns) and served)
+        put(self, "lease_time", whole_number("lease_time", lease_time, LEASE_SHORTEST, LEASE_LONGEST))
+        put(self, "dns_records", FrozenMapping(_records({} if dns_records is None else dns_records)))
+        put(self, "zone", domain("zone", zone))
+        names = (self.zone,) if search is None else _several("search", search)
+        put(self, "search", tuple(domain("search", name) for name in names))
+        servers = resolvers if resolvers is None else _several("resolvers", resolvers)
+        put(self, "resolvers", servers and tuple(_ip("resolvers", server) for server in servers))
+        put(self, "capture", None if capture is None else path("capture", capture))
+        put(self, "polling", choice(PollingStrategy, "polling", polling))
+        put(self, "batch_size", whole_number("batch_size", batch_size, 1, 1024))
+        put(self, "max_spins", whole_number("max_spins", max_spins, 0, 1_000_000))
+        put(self, "workers", whole_number("workers", workers, 1, WORKERS_MOST))
+        put(self, "io_uring", _yes_or_no("io_uring", io_uring))
+        put(self, "filtering", choice(Filtering, "filtering", filtering))
+        put(self, "limits", _named_numbers("limits", {} if limits is None else limits, LIMITS))
+        put(self, "timeouts", _named_numbers("timeouts", {} if timeouts is None else timeouts, TIMEOUTS))
+        put(self, "gateway", self.host_address("`gateway`", self.subnet[1] if gateway is None else gateway))
+        self._check_loopback()
+        own = parse_mac(b"\x02gn" + self.gateway.packed[1:] if gateway_mac is None else gateway_mac)
+        put(self, "gateway_mac", format_mac(own))
+        # The whole subnet is handed out; the gateway and the host's loopback are taken from it beforehand.
+        put(
+            self,
+            "dhcp_start",
+            self.host_address("`dhcp_start`", self.subnet[1] if dhcp_start is None else dhcp_start),
+        )
+        put(
+            self,
+            "dhcp_end",
+            self.host_address("`dhcp_end`", self.subnet[-2] if dhcp_end is None else dhcp_end),
+        )
+        if self.dhcp_start > self.dhcp_end:
+            raise ConfigError(
+                f"dhcp_start {self.dhcp_start} is after dhcp_end {self.dhcp_end}: give the lower one first."
+            )
+        put(self, "uplink", choice(Uplink, "uplink", uplink))
+        if self.mode is NetMode.BRIDGED and self.uplink is Uplink.TUN:
+            raise ConfigError("With `mode='bridged'` nothing is translated: leave `uplink='tun'` out.")
+        shared = self.uplink is Uplink.SOCKETS and self.mode is not NetMode.BRIDGED
+        if self.workers > 1 and not shared:
+            what = "`mode='bridged'`" if self.mode is NetMode.BRIDGED else "`uplink='tun'`"
+            raise ConfigError(
+                f"{self.workers} `workers` cannot share the one device of {what}: leave `workers` out."
+            )
+        put(self, "port_range", check_port_range(port_range))
+        put(self, "forwarding", _yes_or_no("forwarding", forwarding))
+        put(self, "masquerade", _yes_or_no("masquerade", masquerade))
+        put(self, "external", self._external(external))
+        put(self, "pcp_ports", _guest_ports(pcp_ports))
+        put(self, "pcp_address", self._pcp_address(pcp_address))
+        put(self, "static_leases", self._leases(_several("static_leases", static_leases)))
+
+    @property
+    def prefix_len(self) -> int:
+        """Length of the subnet's prefix."""
+        return self.subnet.prefixlen
+
+    @property
+    def loopback_address(self) -> IPv4Address | None:
+        """What guests reach the host's 127.0.0.1 by, None when they do not."""
+        return self.subnet[-2] if self.host_loopback else None
+
+    def replace(self, **changes: Any) -> NatConfig:
+        """A copy with other values. What followed from the values that change is worked out anew."""
+        kept = {f.name: getattr(self, f.name) for f in fields(self)}
+        if "subnet" in changes:
+            for name in ("gateway", "dhcp_start", "dhcp_end", "gateway_mac"):
+                kept.pop(name)
+        return NatConfig(**{**kept, **changes})
+
+    @property
+    def guest_range(self) -> str:
+        """The addresses that guests can have, as text; the gateway's is not the first or last of them."""
+        first, last = self.subnet[1], self.subnet[-2]
+        taken = {self.gateway, self.loopback_address}
+        while first in taken:
+            first += 1
+        while last in taken:
+            last -= 1
+        return str(first) if first == last else f"{first} to {last}"
+
+    def host_address(self, what: str, value: object) -> IPv4Address:
+        """An address that a host of the subnet can have."""
+        address = _address(what, value)
+        ends = (self.subnet.network_address, self.subnet.broadcast_address)
+        if address not in self.subnet or address in ends:
+            # The gateway's own address is none for a guest.
+            choice = f"{self.subnet[1]} to {self.subnet[-2]}" if what in _OWN else self.guest_range
+            raise ConfigError(
+                f"{what} {address} is not the address of a host in {self.subnet}: choose one from {choice}."
+            )
+        return address
+
+    def _external(self, value: object) -> tuple[IPv4Address, ...]:
+        given = [value] if isinstance(value, str | IPv4Address) else _several("external", value)
+        found = tuple(_address("external", one) for one in given)
+        if self.uplink is not Uplink.TUN and (found or self.forwarding or self.masquerade):
+            settings = {"external": found, "forwarding": self.forwarding, "masquerade": self.masquerade}
+            names = " and ".join(f"`{name}`" for name, value in settings.items() if value)
+            raise ConfigError(f"Only `uplink='tun'` has {names}: set it too, or leave {names} out.")
+        for address in found:
+            if address in self.subnet or address.packed[0] in (0, 127) or address.packed[0] >= 224:
+                raise ConfigError(
+                    f"`external` {address} cannot be an address outside {self.subnet}: choose another."
+                )
+        if len(set(found)) != len(found):
+            raise ConfigError("`external` names an address twice: give each once.")
+        return found
+
+    def _pcp_address(self, value: object) -> IPv4Address | None:
+        if self.pcp_ports is not None and self.mode is not NetMode.NAT:
+            raise ConfigError(
+                "Only with `mode='nat'` guests open ports: choose it, or leave `pcp_ports` out."
+            )
+        if value is None:
+            return None
+        address = _address("pcp_address", value)
+        if self.pcp_ports is None:
+            raise ConfigError(f"`pcp_address` {address} needs `pcp_ports`: say which ports guests may open.")
+        if address in self.subnet or address.is_unspecified or address.packed[0] >= 224:
+            raise ConfigError(f"`pcp_address` {address} cannot be an address of the host: choose another.")
+        return address
+
+    def _segment(self, bridge: object) -> str | None:
+        if self.mode is not NetMode.BRIDGED:
+            if bridge is not None:
+                raise ConfigError(
+                    f"Only `mode='bridged'` has a `bridge`: choose it, or leave {bridge!r} out."
+                )
+            return None
+        if bridge is None:
+            raise ConfigError(
+                "`mode='bridged'` needs a bridge or interface of the host to join: write `bridge='br0'`."
+            )
+        if not isinstance(bridge, str) or not 0 < len(bridge) <= 15 or set(bridge) & set("/ \t\n\0"):
+            raise ConfigError(
+                f"`bridge` {bridge!r} is not the name of an interface: write one such as 'br0'."
+            )
+        if self.host_loopback:
+            raise ConfigError(
+                "With `mode='bridged'` no gateway leads to the host's loopback: leave `host_loopback` out."
+            )
+        return bridge
+
+    def _check_loopback(self) -> None:
+        if not self.host_loopback:
+            return
+        if self.mode is NetMode.HOST_ONLY:
+            raise ConfigError(
+                "With `mode='host_only'` guests reach nothing of the host: leave `host_loopback` out, "
+                "or choose `mode='nat'`."
+            )
+        if self.subnet.prefixlen == PREFIX_LONGEST:
+            raise ConfigError(
+                f"`subnet` {self.subnet} has no room for `host_loopback` besides the gateway and a guest: "
+                "choose a larger one, such as a /29."
+            )
+        if self.gateway == self.loopback_address:
+            raise ConfigError(
+                f"`gateway` {self.gateway} is the address that `host_loopback` takes: choose another gateway."
+            )
+
+    def _leases(self, values: tuple[object, ...]) -> tuple[StaticLease, ...]:
+        leases: list[StaticLease] = []
+        seen: set[object] = set()
+        for value in values:
+            lease = self._lease(value)
+            for one in (lease.mac, lease.ip, lease.name):
+                if one is not None and one in seen:
+                    raise ConfigError(f"`static_leases` names {one} twice: give each guest its own.")
+                seen.add(one)
+            leases.append(lease)
+        return tuple(leases)
+
+    def _lease(self, value: object) -> StaticLease:
+        if isinstance(value, StaticLease):
+            value = {"mac": value.mac, "ip": value.ip, "name": value.name}
+        if not isinstance(value, Mapping) or not {"mac", "ip"} <= set(value) <= {"mac", "ip", "name"}:
+            _refuse_lease(value)
+        ip = self.host_address("`static_leases` address", value["ip"])
+        if ip in (self.gateway, self.loopback_address):
+            raise ConfigError(
+                f"`static_leases` address {ip} is the gateway's own: choose one from {self.guest_range}."
+            )
+        name = value.get("name")
+        mac = format_mac(parse_mac(value["mac"]))
+        return StaticLease(mac, ip, None if name is None else domain("static_leases", name, one_label=True))
+
+
+def _refuse_lease(value: object) -> NoReturn:
+    raise ConfigError(
+        f"static_leases entry {value!r} is not a lease: write "
+        "{'mac': '02:00:5e:10:00:01', 'ip': '192.168.64.10', 'name': 'web'}."
+    )

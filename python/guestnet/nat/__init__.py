@@ -1,0 +1,1 @@
+"""The NAT engine by itself: packets in memory and captures in files."""

@@ -1,0 +1,450 @@
+"""NatEngine: translates IPv4 packets in place, with connection tracking; no sockets, no threads, no clock of
+its own.
+
+>>> engine = NatEngine(NatEngineConfig("203.0.113.1", internal="192.168.64.0/24"))
+>>> engine.translate(packet, NatDirection.OUTBOUND)          # a bytearray that holds an IP packet
+NatResult.TRANSLATED
+
+Any writable buffer of bytes will do (bytearray, memoryview, ctypes or NumPy array). Batches run without the
+interpreter's lock; nobody else may write to their buffers meanwhile, and `os.fork` waits for them. Offline
+translation of a capture gives `now` with each call.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum, StrEnum
+from ipaddress import AddressValueError, IPv4Address, IPv4Network, NetmaskValueError
+from typing import Any, ClassVar, overload
+
+from guestnet import _native
+from guestnet.errors import ConfigError
+from guestnet.model.spec import Filtering, check_port_range, choice, whole_number
+from guestnet.model.stats import ConnTrackStats, NatStats
+
+PacketPool = _native.PacketPool
+Ring = _native.Ring
+
+os.register_at_fork(
+    before=_native.before_fork,
+    after_in_parent=_native.after_fork_in_parent,
+    after_in_child=_native.after_fork_in_child,
+)
+
+_SLICE = 1024
+"""Records that one slice of expiry work looks at: well under a millisecond."""
+
+
+class NatDirection(Enum):
+    """Which way a packet travels."""
+
+    OUTBOUND = True
+    """From a guest to the outside."""
+    INBOUND = False
+    """From the outside to a guest."""
+
+
+class Refusal(StrEnum):
+    """What a guest is told when a new connection is refused."""
+
+    PROHIBITED = "prohibited"
+    """ICMP 3/13, administratively prohibited (RFC 5508)."""
+    HOST_UNREACHABLE = "host_unreachable"
+    """ICMP 3/1, a soft error (RFC 6888)."""
+    SILENT = "silent"
+
+
+@dataclass(frozen=True)
+class NatResult:
+    """What became of a packet. Only what `send` says may be sent on; all else is unchanged or waits."""
+
+    kind: str
+    """translated, hairpinned, pass_through, held, fragmented, too_big or dropped."""
+    reason: str | None = None
+    """Why it was dropped, in a word that does not change between releases."""
+
+    TRANSLATED: ClassVar[NatResult]
+    """Rewritten; it goes on in its direction."""
+    HAIRPINNED: ClassVar[NatResult]
+    """Rewritten at both ends; it goes back inside, to another guest."""
+    PASS_THROUGH: ClassVar[NatResult]
+    """None of the engine's business."""
+    HELD: ClassVar[NatResult]
+    """A fragment that waits for the first of its packet; it comes out of `output` later."""
+    FRAGMENTED: ClassVar[NatResult]
+    """Rewritten, and too big for the next link: its fragments are in `output`."""
+    TOO_BIG: ClassVar[NatResult]
+    """Over the MTU and not to be cut; its sender is told by an ICMP error, which is in `output`."""
+
+    @property
+    def is_dropped(self) -> bool:
+        """Refused, for `reason`."""
+        return self.kind == "dropped"
+
+    @property
+    def send(self) -> bool:
+        """Whether the buffer now holds a packet to send on."""
+        return self.kind in ("translated", "hairpinned")
+
+    def __repr__(self) -> str:
+        if self.reason is not None:
+            return f"NatResult.dropped({self.reason!r})"
+        return f"NatResult.{self.kind.upper()}"
+
+    @staticmethod
+    def dropped(reason: str) -> NatResult:
+        """The result for this reason."""
+        return _RESULTS[_DROPPED + _REASONS.index(reason)]
+
+
+_KINDS = ("translated", "hairpinned", "pass_through", "held", "fragmented", "too_big")
+_DROPPED = 16
+_REASONS = tuple(_native.drop_reasons())
+_RESULTS: dict[int, NatResult] = {
+    **{code: NatResult(kind) for code, kind in enumerate(_KINDS)},
+    **{_DROPPED + code: NatResult("dropped", reason) for code, reason in enumerate(_REASONS)},
+}
+for _code, _kind in enumerate(_KINDS):
+    setattr(NatResult, _kind.upper(), _RESULTS[_code])
+
+
+class NatResults(Sequence[NatResult]):
+    """The results of a batch, one byte each until they are looked at."""
+
+    def __init__(self, codes: bytes) -> None:
+        self.codes = codes
+        """0 translated, 1 hairpinned, 2 pass through, 3 held, 4 fragmented, 5 too big, from 16 dropped."""
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @overload
+    def __getitem__(self, index: int) -> NatResult: ...
+    @overload
+    def __getitem__(self, index: slice) -> NatResults: ...
+    def __getitem__(self, index: int | slice) -> NatResult | NatResults:
+        if isinstance(index, slice):
+            return NatResults(self.codes[index])
+        return _RESULTS[self.codes[index]]
+
+    def __iter__(self) -> Iterator[NatResult]:
+        return map(_RESULTS.__getitem__, self.codes)
+
+    def __eq__(self, other: object) -> bool:
+        return self.codes == other.codes if isinstance(other, NatResults) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def counts(self) -> dict[NatResult, int]:
+        """How often each result came."""
+        return {_RESULTS[code]: n for code, n in Counter(self.codes).items()}
+
+    def __repr__(self) -> str:
+        return f"<NatResults {', '.join(f'{n} {r!r}' for r, n in self.counts().items()) or 'of nothing'}>"
+
+
+def _is_outbound(direction: NatDirection) -> bool:
+    if not isinstance(direction, NatDirection):
+        raise TypeError(f"{direction!r} is not a NatDirection: give NatDirection.OUTBOUND or INBOUND.")
+    return direction is NatDirection.OUTBOUND
+
+
+def _of_ports(protocol: str) -> str:
+    if protocol not in ("tcp", "udp"):
+        raise ConfigError(f"{protocol!r} is not a protocol of ports: write 'tcp' or 'udp'.")
+    return protocol
+
+
+def _end(what: str, value: tuple[IPv4Address | str, int]) -> tuple[IPv4Address, int]:
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise TypeError(f"{what} {value!r} is not an address and a port: write ('203.0.113.1', 80).")
+    return _address(value[0], f"The {what} address"), whole_number(f"The {what} port", value[1], 1, 65535)
+
+
+def _address(value: IPv4Address | str, what: str) -> IPv4Address:
+    if not isinstance(value, IPv4Address | str):
+        raise TypeError(f"{what} {value!r} is neither text nor an IPv4Address: write '203.0.113.1'.")
+    try:
+        return IPv4Address(value)
+    except AddressValueError:
+        raise ConfigError(
+            f"{what} {value!r} is not an IPv4 address: write one such as 203.0.113.1."
+        ) from None
+
+
+def _network(value: IPv4Network | str, what: str) -> IPv4Network:
+    if not isinstance(value, IPv4Network | str):
+        raise TypeError(f"{what} {value!r} is neither text nor an IPv4Network: write '192.168.64.0/24'.")
+    try:
+        return IPv4Network(value)
+    except (AddressValueError, NetmaskValueError, ValueError):
+        message = f"{what} {value!r} is not an IPv4 network: write one such as 192.168.64.0/24."
+        raise ConfigError(message) from None
+
+
+@dataclass(frozen=True)
+class NatEngineConfig:
+    """What an engine does. The defaults are what RFC 4787, 5382, 5508, 6888 and 7857 ask for."""
+
+    external: IPv4Address | str | Sequence[IPv4Address | str]
+    """External addresses; a guest keeps one of them."""
+    internal: IPv4Network | str = "192.168.64.0/24"
+    """What is inside."""
+    gateway: IPv4Address | str | None = None
+    """Where ICMP errors to guests come from; None: the first address inside."""
+    port_range: tuple[int, int] = (49152, 65535)
+    """External ports, both included."""
+    table_size: int = 65536
+    """The most connections at once."""
+    prefault: bool = False
+    """Touch all memory at once, so that no packet waits for a page."""
+    timeouts: Mapping[str, int] = field(default_factory=dict)
+    """Seconds, by name: udp 300, udp_dns 10 (answered), icmp 60, tcp_established 7440, tcp_opening 240,
+    tcp_closing 240, other 300, fragment 15, port_hold 120, unsolicited_syn 6."""
+    mapping_udp: Filtering = Filtering.ENDPOINT_INDEPENDENT
+    mapping_tcp: Filtering = Filtering.ENDPOINT_INDEPENDENT
+    filtering_udp: Filtering = Filtering.ADDRESS_DEPENDENT
+    filtering_tcp: Filtering = Filtering.ADDRESS_DEPENDENT
+    port_preservation: bool = True
+    port_parity: bool = True
+    inbound_refresh: bool = True
+    """Inbound packets too keep UDP and ICMP alive."""
+    tcp_pickup: bool = True
+    """An outbound segment without SYN may begin a connection."""
+    hairpin: bool = True
+    decrement_ttl: bool = True
+    mtu_outside: int = 65535
+    mtu_inside: int = 65535
+    ports_per_endpoint: int = 65536
+    sessions_per_endpoint: int = 0xFFFFFFFF
+    no_nat: Sequence[IPv4Network | str] = ()
+    """Destinations that are not translated."""
+    denied: Sequence[IPv4Network | str] = ()
+    """Destinations that are refused."""
+    refusal: Refusal = Refusal.PROHIBITED
+    answer_unsolicited_syn: bool = True
+    icmp_errors_per_second: int = 100
+    """To one guest, and to all of the outside."""
+    secret: bytes | None = field(default=None, repr=False)
+    """32 bytes that key hashes and ports; None: random. A fixed one makes runs repeat."""
+
+    def __post_init__(self) -> None:
+        given = self.external
+        many = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+        put = object.__setattr__
+        put(self, "external", tuple(_address(a, "The external address") for a in many))
+        put(self, "internal", _network(self.internal, "The internal network"))
+        if self.gateway is not None:
+            put(self, "gateway", _address(self.gateway, "The gateway"))
+        for name in ("no_nat", "denied"):
+            put(self, name, tuple(_network(n, "The destination") for n in getattr(self, name)))
+        put(self, "port_range", check_port_range(self.port_range, "The port range"))
+        for name in ("mapping_udp", "mapping_tcp", "filtering_udp", "filtering_tcp"):
+            put(self, name, choice(Filtering, name, getattr(self, name)))
+        put(self, "refusal", choice(Refusal, "refusal", self.refusal))
+        if not isinstance(self.timeouts, Mapping):
+            raise TypeError(f"timeouts {self.timeouts!r} is not a mapping of names to seconds.")
+        # The engine checks all the rest; now, so that a wrong value is found where it is written.
+        _engine(_check_arguments(self))
+
+    def with_port_range(self, first: int, last: int) -> NatEngineConfig:
+        """The same with other external ports."""
+        return replace(self, port_range=(first, last))
+
+    def with_timeout(self, seconds: int) -> NatEngineConfig:
+        """The same with this timeout for UDP and established TCP."""
+        return replace(self, timeouts={**self.timeouts, "udp": seconds, "tcp_established": seconds})
+
+    def with_filtering(self, filtering: Filtering) -> NatEngineConfig:
+        """The same with this filtering for all protocols."""
+        return replace(self, filtering_udp=filtering, filtering_tcp=filtering)
+
+
+def _check_arguments(config: NatEngineConfig) -> dict[str, Any]:
+    """The native arguments, with a table that costs nothing: for checking alone."""
+    values = _arguments(config)
+    if 0 < values["table_size"] <= 0xFFFFFE:
+        values["table_size"] = 1
+    values["prefault"] = False
+    return values
+
+
+def _arguments(c: NatEngineConfig) -> dict[str, Any]:
+    def split(network: IPv4Network | str) -> tuple[IPv4Address, int]:
+        n = IPv4Network(network)
+        return n.network_address, n.prefixlen
+
+    same = (
+        "gateway", "table_size", "prefault", "port_preservation", "port_parity", "inbound_refresh",
+        "tcp_pickup", "hairpin", "decrement_ttl", "mtu_outside", "mtu_inside", "ports_per_endpoint",
+        "sessions_per_endpoint", "answer_unsolicited_syn", "icmp_errors_per_second",
+    )  # fmt: skip
+    words = ("mapping_udp", "mapping_tcp", "filtering_udp", "filtering_tcp", "refusal")
+    assert isinstance(c.external, tuple)
+    return {
+        **{name: getattr(c, name) for name in same},
+        **{name: str(getattr(c, name)) for name in words},
+        "external": list(c.external),
+        "internal": split(c.internal),
+        "ports": c.port_range,
+        "timeouts": dict(c.timeouts),
+        "no_nat": [split(n) for n in c.no_nat],
+        "denied": [split(n) for n in c.denied],
+        "secret": c.secret if c.secret is not None else os.urandom(32),
+    }
+
+
+def _engine(arguments: dict[str, Any]) -> _native.NatEngine:
+    try:
+        return _native.NatEngine(**arguments)
+    except OverflowError as e:
+        raise ConfigError(f"A number of the NAT engine's configuration is out of range: {e}.") from None
+
+
+@dataclass(frozen=True)
+class Connection:
+    """One tracked connection; ports are identifiers for ICMP, and 0 where there are none."""
+
+    protocol: int
+    state: str
+    internal: tuple[IPv4Address, int]
+    external: tuple[IPv4Address, int]
+    remote: tuple[IPv4Address, int]
+    bytes_out: int
+    bytes_in: int
+
+
+class NatEngine:
+    """In-place NAT with connection tracking; safe to use from several threads, one at a time has it.
+
+    Time may be counted from anywhere: the first call that gives one (`now`, else the clock) sets its start,
+    and a time earlier than the latest counts as the latest. Give `now` with every call or with none.
+    """
+
+    def __init__(
+        self,
+        config: NatEngineConfig | IPv4Address | str,
+        *,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self.config = config if isinstance(config, NatEngineConfig) else NatEngineConfig(config)
+        self._clock = clock
+        """Nanoseconds; asked when a call gives no time."""
+        self._native = _engine(_arguments(self.config))
+
+    def _now(self, now: float | None) -> int:
+        if now is None:
+            return self._clock()
+        try:
+            return max(0, int(now * 1e9))
+        except (OverflowError, ValueError):  # infinite, or no number (nan)
+            raise ConfigError(f"now {now!r} is not a time: give seconds, such as time.monotonic().") from None
+
+    def translate(
+        self, packet: Any, direction: NatDirection, *, offset: int = 0, now: float | None = None
+    ) -> NatResult:
+        """Translates the IP packet that starts at `offset` of a writable buffer (14 behind Ethernet). `now`
+        is in seconds; None asks the clock. Unless the result is translated, hairpinned or fragmented, no byte
+        has changed."""
+        return _RESULTS[self._native.translate(packet, _is_outbound(direction), self._now(now), offset)]
+
+    def translate_frame(
+        self, frame: Any, direction: NatDirection, *, now: float | None = None
+    ) -> tuple[NatResult, int]:
+        """Translates the IPv4 packet of an Ethernet frame in a writable buffer; other frames are passed
+        through. Returns the result and the length of the frame in bytes."""
+        code, length = self._native.translate_frame(frame, _is_outbound(direction), self._now(now))
+        return _RESULTS[code], length
+
+    def translate_batch(
+        self,
+        packets: Any,
+        direction: NatDirection,
+        *,
+        offsets: Any = None,
+        lengths: Any = None,
+        indices: Any = None,
+        now: float | None = None,
+    ) -> NatResults:
+        """Translates many packets: a list of buffers; or one buffer with `offsets` (and `lengths`, else each
+        goes up to the next); or a `PacketPool` with `indices`. Numbers may be an array of unsigned 32-bit
+        integers or any sequence. Runs without the interpreter's lock."""
+        out, at = _is_outbound(direction), self._now(now)
+        if isinstance(packets, PacketPool):
+            if indices is None:
+                raise ConfigError("A pool needs the indices of the packets.")
+            return NatResults(self._native.translate_pool(packets, indices, out, at))
+        if offsets is not None:
+            return NatResults(self._native.translate_spans(packets, offsets, lengths, out, at))
+        each = packets if isinstance(packets, list) else list(packets)
+        return NatResults(self._native.translate_each(each, out, at))
+
+    def output(self) -> Iterator[tuple[NatDirection, bytes]]:
+        """Takes what the engine itself sends: ICMP errors, fragments, fragments that waited."""
+        while (item := self._native.poll_output()) is not None:
+            yield NatDirection(item[0]), item[1]
+
+    def expire(self, *, now: float | None = None, visits: int = _SLICE) -> int:
+        """One slice of expiry work; returns how many connections ended."""
+        return self._native.expire(self._now(now), visits)
+
+    def expire_connections(self, *, now: float | None = None) -> int:
+        """All expiry work that is due, in slices between which others have their turn."""
+        at, gone = self._now(now), 0
+        while True:
+            gone += self._native.expire(at, _SLICE)
+            due = self._native.next_timer()
+            if due is None or due > at:
+                return gone
+
+    @property
+    def next_timer(self) -> float | None:
+        """When there is expiry work next, in seconds of the clock."""
+        at = self._native.next_timer()
+        if at is None:
+            return None
+        seconds = at / 1e9
+        # Rounded up, so that the work is due when this very number is given as `now`.
+        while int(seconds * 1e9) < at:
+            seconds = math.nextafter(seconds, math.inf)
+        return seconds
+
+    def add_forward(
+        self,
+        protocol: str,
+        external: tuple[IPv4Address | str, int],
+        internal: tuple[IPv4Address | str, int],
+    ) -> None:
+        """Publishes an external port ("tcp" or "udp") as one inside. Raises PortInUse or ConfigError."""
+        self._native.add_forward(_of_ports(protocol), _end("external", external), _end("internal", internal))
+
+    def remove_forward(self, protocol: str, external: tuple[IPv4Address | str, int]) -> bool:
+        """Takes a published port back; connections through it live on. False when it was not published."""
+        return self._native.remove_forward(_of_ports(protocol), _end("external", external))
+
+    @property
+    def connection_count(self) -> int:
+        """Connections tracked now."""
+        return self._native.connection_count
+
+    def connections(self) -> Iterable[Connection]:
+        """The live connections."""
+        return [Connection(*values) for values in self._native.connections()]
+
+    def stats(self) -> NatStats:
+        """Counters since the engine was made; two can be subtracted."""
+        return NatStats(**self._native.stats())
+
+    def conntrack(self) -> ConnTrackStats:
+        """What the engine holds now."""
+        return ConnTrackStats(**self._native.conntrack_stats())
+
+    def __repr__(self) -> str:
+        assert isinstance(self.config.external, tuple)
+        external = ", ".join(map(str, self.config.external))
+        return f"<NatEngine {self.config.internal} as {external}, {self.connection_count} connections>"

@@ -1,0 +1,1 @@
+"""A network that runs: its control thread, endpoints, attachments, published ports and services."""

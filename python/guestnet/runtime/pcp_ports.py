@@ -1,0 +1,99 @@
+"""Ports of the host that guests open themselves (PCP): forwards like those of the network's owner."""
+
+from __future__ import annotations
+
+import socket
+from ipaddress import IPv4Address
+from typing import TYPE_CHECKING
+
+from guestnet.errors import GuestnetError, PortInUse
+from guestnet.runtime.forwards import ForwardSpec, close_sockets, open_sockets
+
+if TYPE_CHECKING:
+    from guestnet.runtime.publishing import Forward
+    from guestnet.runtime.session import Session
+
+_EVERYWHERE = IPv4Address("0.0.0.0")
+_OUTSIDE = ("192.0.2.1", "198.51.100.1", "203.0.113.1")
+"""Addresses of nobody (RFC 5737), for a look at the routes: nothing is sent there."""
+
+
+class GuestPorts:
+    """The ports of one session."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def check(self) -> None:
+        """Tries the first port, so that a range that this process may not open is refused at once.
+
+        Raises GuestnetError. A port that is in use is no fault: guests get another one.
+        """
+        config = self._session.config
+        assert config.pcp_ports is not None
+        spec = self._spec("tcp", config.pcp_ports[0], config.subnet[2], 1)
+        if not self._session.needs_sockets(spec):
+            return
+        try:
+            close_sockets(open_sockets(spec))
+        except PortInUse:
+            pass
+        except GuestnetError as error:
+            raise GuestnetError(f"Guests cannot open the ports of `pcp_ports`. {error}") from error
+
+    def external(self) -> IPv4Address | None:
+        """The address that the outside reaches the ports by; None while the host has no way out."""
+        config, uplink = self._session.config, self._session.uplink
+        if config.pcp_address is not None:
+            return config.pcp_address
+        return uplink.external[0] if uplink is not None else address_outside()
+
+    def holds(self, endpoint_id: str, address: IPv4Address) -> bool:
+        """Whether the endpoint's guest was given the address."""
+        return self._session.registry.holds(endpoint_id, address)
+
+    async def open(
+        self, endpoint_id: str, protocol: str, guest: tuple[IPv4Address, int], port: int
+    ) -> Forward:
+        """Leads a port to a guest's. Raises PortInUse, or another GuestnetError where no other would do."""
+        session, publishing = self._session, self._session.publishing
+        spec = self._spec(protocol, port, *guest)
+        if not session.needs_sockets(spec):
+            forward = await publishing.add_external(spec, session.outside(spec))
+        else:
+            sockets = open_sockets(spec)
+            try:
+                forward = await publishing.add(spec, sockets)
+            finally:
+                close_sockets(sockets)
+        forward.asked_by = endpoint_id
+        return forward
+
+    def _spec(self, protocol: str, port: int, address: IPv4Address, guest_port: int) -> ForwardSpec:
+        host_ip = self._session.config.pcp_address
+        if host_ip is None and self._session.uplink is None:
+            host_ip = _EVERYWHERE  # of IPv4: that is what the guest asked for
+        ports = range(port, port + 1), range(guest_port, guest_port + 1)
+        return ForwardSpec(*ports, protocol, host_ip, str(address))
+
+    async def close(self, handle: Forward) -> None:
+        """Takes it back; nobody gets in by it any more when this is done."""
+        await self._session.publishing.remove(handle)
+
+    def drop(self, handle: Forward) -> None:
+        """Takes it back, soon."""
+        self._session.publishing.drop(handle)
+
+
+def address_outside() -> IPv4Address | None:
+    """The address that this host has towards the outside, by its routes."""
+    for somebody in _OUTSIDE:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as probe:
+            try:
+                probe.connect((somebody, 9))
+            except OSError:
+                continue
+            address = IPv4Address(probe.getsockname()[0])
+        if not address.is_unspecified and not address.is_loopback:
+            return address
+    return None

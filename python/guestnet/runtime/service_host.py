@@ -1,0 +1,390 @@
+"""Where the gateway's services meet the network: datagrams in, answers out, names and addresses between.
+
+The services know nothing of the data plane, and the data plane nothing of them. A UDP service gets each
+datagram with the endpoint that it came from; a TCP service listens on a unix socket that guests' connections
+are relayed to.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import time
+import weakref
+from ipaddress import IPv4Address
+from typing import TYPE_CHECKING, Any
+
+from guestnet.errors import ConfigError
+from guestnet.model.spec import NetMode
+from guestnet.runtime.dns_offload import Names
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from guestnet import _native
+    from guestnet.model.spec import NatConfig
+    from guestnet.runtime.endpoint import Endpoint
+    from guestnet.runtime.publishing import Forward
+    from guestnet.runtime.registry import Registry
+    from guestnet.runtime.session import Session
+    from guestnet.services.dhcp import DhcpServer
+    from guestnet.services.dns import DnsServer
+    from guestnet.services.dns.server import Reply
+    from guestnet.services.pcp import Mapping, PcpServer
+
+_log = logging.getLogger("guestnet")
+
+DHCP_PORT, DNS_PORT, PCP_PORT = 67, 53, 5351
+_DHCP, _DNS_UDP, _DNS_TCP, _PCP = 1, 2, 3, 4
+"""Numbers of the services, for the data plane."""
+_QUESTIONS = 1024
+"""DNS questions that are being answered at once; of one endpoint a quarter of it."""
+_ALWAYS = 16
+"""Those that are answered for an endpoint although others have taken all."""
+_MAPPINGS = 1024
+_MAPPING = 16
+"""PCP requests of an endpoint that wait or are being answered."""
+_PATH_LONGEST = 107
+
+
+def _mappings_most() -> int:
+    """Ports that guests may have open together: each takes a descriptor, and they an eighth of all."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MAPPINGS if hard == resource.RLIM_INFINITY else max(1, min(_MAPPINGS, hard // 8))
+
+
+def _nobody_hears(_lease: object) -> None:
+    pass
+
+
+class Services:
+    """What the gateway serves, as its owner sees it; each made when it is first needed."""
+
+    def __init__(self, config: NatConfig, registry: Registry) -> None:
+        self._config = config
+        self._registry = registry
+        self._dhcp: DhcpServer | None = None
+        self._dns: DnsServer | None = None
+        self._pcp: PcpServer | None = None
+
+    @property
+    def dhcp(self) -> DhcpServer:
+        """The DHCP server: `leases()`. Raises ConfigError when the network has none."""
+        if not self._config.dhcp:
+            raise ConfigError("This network has no DHCP server: make it with NatConfig(dhcp=True).")
+        if self._dhcp is None:
+            from guestnet.services.dhcp import DhcpConfig, DhcpServer, LeaseStore
+
+            config = self._config
+            self._dhcp = DhcpServer(
+                DhcpConfig(
+                    server=config.gateway,
+                    subnet=config.subnet,
+                    router=config.gateway,
+                    dns=(config.gateway,) if config.dns else (),
+                    domain=config.zone,
+                    search=config.search,
+                    mtu=config.mtu,
+                    lease_time=config.lease_time,
+                ),
+                LeaseStore(self._registry),
+            )
+        return self._dhcp
+
+    @property
+    def dns(self) -> DnsServer:
+        """The DNS server: `add_record(name, value)`. Raises ConfigError when the network has none."""
+        if not self._config.dns:
+            raise ConfigError("This network has no DNS server: make it with NatConfig(dns=True).")
+        if self._dns is None:
+            from guestnet.services.dns import DnsConfig, DnsServer
+
+            config = self._config
+            # Asking other name servers would be a way out of a network that has none.
+            resolvers = () if config.mode is NetMode.HOST_ONLY else config.resolvers
+            self._dns = DnsServer(
+                DnsConfig(
+                    zone=config.zone,
+                    records=config.dns_records,
+                    gateway=config.gateway,
+                    subnet=config.subnet,
+                    host=config.loopback_address,
+                    resolvers=resolvers,
+                    directory=self._registry,
+                )
+            )
+            self._registry.owned = self._dns.owns
+        return self._dns
+
+    @property
+    def pcp(self) -> PcpServer:
+        """The PCP server: `mappings()`. Raises ConfigError when the network has none."""
+        if self._config.pcp_ports is None:
+            raise ConfigError(
+                "Guests of this network open no ports: make it with NatConfig(pcp_ports=(40000, 40999))."
+            )
+        if self._pcp is None:
+            from guestnet.services.pcp import PcpConfig, PcpServer
+
+            first, last = self._config.pcp_ports
+            self._pcp = PcpServer(PcpConfig(first=first, last=last, most=_mappings_most()))
+        return self._pcp
+
+    def __repr__(self) -> str:
+        config = self._config
+        used = (("dhcp", config.dhcp), ("dns", config.dns), ("pcp", config.pcp_ports))
+        return f"<Services {' '.join(name for name, on in used if on) or 'none'}>"
+
+
+class ServiceHost:
+    """The services of one session."""
+
+    def __init__(self, session: Session, services: Services) -> None:
+        # The session has this one. Nothing of it is to wait for the garbage collector: it holds descriptors.
+        self._session: Session = weakref.proxy(session)
+        self._services = services
+        self._config = session.config
+        self._asking: dict[str, int] = {}
+        self._directory: str | None = None
+        self._dns_is_open = False
+        self._names: Names | None = None
+        self._hidden_socket: int | None = None
+        self._pcp: PcpServer | None = None
+        self._mapping: dict[str, int] = {}
+        self._expiry: asyncio.TimerHandle | None = None
+        self.refused = 0
+        """Questions, of DNS and PCP, that were not taken because too many were being answered."""
+        # Made here and not in the control thread, whose loop would stand still for what they import.
+        _ = self._config.dhcp and services.dhcp, self._config.dns and services.dns
+
+    async def open(self) -> None:
+        """Adds the services that the configuration asks for."""
+        control, plane, gateway = self._session.control, self._session.control.plane, self._config.gateway
+        if self._config.dhcp:
+            dhcp = self._services.dhcp
+            dhcp.on_lease = self._leased
+            dhcp.on_release = self._released
+            await control.do(plane.add_service, _DHCP, "udp", gateway, DHCP_PORT)
+        if self._config.dns:
+            dns = self._services.dns
+            self._dns_is_open = True
+            await control.do(plane.add_service, _DNS_UDP, "udp", gateway, DNS_PORT)
+            self._names = Names(control, dns, self._session.registry, _DNS_UDP)
+            self._names.open()
+            path = self._private_path("dns")
+            if path is not None:
+                await dns.serve_unix(path)
+                path = self._hidden(path)
+                await control.do(plane.add_service, _DNS_TCP, "tcp", gateway, DNS_PORT, path)
+        if self._config.pcp_ports is not None:
+            from guestnet.runtime.pcp_ports import GuestPorts
+
+            pcp = self._pcp = self._services.pcp
+            pcp.on_open, pcp.on_close = self._opened, self._closed
+            ports = GuestPorts(self._session)
+            ports.check()
+            pcp.start(ports)
+            await control.do(plane.add_service, _PCP, "udp", gateway, PCP_PORT)
+
+    async def close(self) -> None:
+        """Ends what listens, and removes its socket. The servers outlive it with their names and leases."""
+        if self._config.dhcp:
+            self._services.dhcp.on_lease = self._services.dhcp.on_release = _nobody_hears
+        if self._names is not None:
+            self._names.close()
+        if self._dns_is_open:
+            await self._services.dns.close()
+        if self._expiry is not None:
+            self._expiry.cancel()
+        if self._pcp is not None:
+            self._pcp.stop()
+        self._remove_directory()
+        if self._hidden_socket is not None:
+            os.close(self._hidden_socket)
+            self._hidden_socket = None
+
+    def _remove_directory(self) -> None:
+        if self._directory is not None:
+            for name in os.listdir(self._directory):
+                os.unlink(os.path.join(self._directory, name))
+            os.rmdir(self._directory)
+            self._directory = None
+
+    def _hidden(self, path: str) -> str:
+        """Takes a socket that listens off the disk, so that nothing is left there however this process ends:
+        Linux finds it by a descriptor too. Returns the path to connect to."""
+        try:
+            held = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except (OSError, AttributeError):
+            return path
+        hidden = f"/proc/self/fd/{held}"
+        if not os.path.exists(hidden):
+            os.close(held)
+            return path
+        self._hidden_socket = held
+        self._remove_directory()
+        return hidden
+
+    def _private_path(self, name: str) -> str | None:
+        """A path for a unix socket in a directory that nobody else can enter."""
+        for base in (os.environ.get("XDG_RUNTIME_DIR"), os.environ.get("TMPDIR"), "/tmp"):
+            if not base:
+                continue
+            directory = os.path.join(base, f"guestnet-{secrets.token_hex(8)}")
+            path = os.path.join(directory, name)
+            if len(os.fsencode(path)) > _PATH_LONGEST:
+                continue
+            try:
+                os.mkdir(directory, 0o700)
+            except OSError:
+                continue
+            self._directory = directory
+            return path
+        _log.warning("no directory for sockets can be made in /tmp: guests have no DNS over TCP")
+        return None
+
+    def datagram(self, event: _native.Datagram, endpoint: Endpoint) -> None:
+        """A datagram for a service."""
+        if event.service == _DHCP:
+            self._answer_dhcp(event, endpoint)
+        elif event.service == _DNS_UDP:
+            self._question(event, endpoint.id)
+        elif event.service == _PCP:
+            mapping = self._mapping.get(endpoint.id, 0)
+            if mapping >= _MAPPING:
+                self.refused += 1
+                return
+            self._mapping[endpoint.id] = mapping + 1
+            self._session.control.spawn(self._answer_pcp(event, endpoint.id))
+
+    def _question(self, event: _native.Datagram, endpoint_id: str) -> None:
+        names = self._names
+        if names is None:
+            return
+        names.renew()
+        generation = names.generation
+        reply = self._services.dns.known(event.payload)
+        if reply is not None:
+            self._reply_dns(event, reply, generation)
+            return
+        asking = self._asking.get(endpoint_id, 0)
+        full = sum(self._asking.values()) >= _QUESTIONS
+        if asking >= (_ALWAYS if full else _QUESTIONS // 4):
+            self.refused += 1
+            return
+        self._asking[endpoint_id] = asking + 1
+        self._session.control.spawn(self._answer_dns(event, endpoint_id, generation))
+
+    def forget(self, endpoint_id: str) -> None:
+        """An endpoint goes: what its guest held ends before its address is free."""
+        if self._config.dhcp:
+            self._services.dhcp.remove_endpoint(endpoint_id)
+        if self._pcp is not None:
+            self._pcp.remove_endpoint(endpoint_id)
+
+    def address_left(self, address: IPv4Address) -> None:
+        """A guest has an address no more: no port leads there before it is another's."""
+        if self._pcp is not None:
+            self._pcp.remove_address(address)
+
+    def unpublished(self, forward: Forward) -> None:
+        """The network's owner took a port back, perhaps one that a guest had opened."""
+        if self._pcp is not None:
+            self._pcp.closed(forward)
+
+    def expire(self) -> None:
+        """Ends leases and mappings that are over; the servers do it too, when they are asked something."""
+        if self._config.dhcp:
+            self._services.dhcp.expire(time.monotonic())
+        if self._pcp is not None:
+            self._pcp.expire()
+
+    def _answer_dhcp(self, event: _native.Datagram, endpoint: Endpoint) -> None:
+        reply = self._services.dhcp.handle(
+            event.payload, endpoint_id=endpoint.id, mac=event.mac, now=time.monotonic()
+        )
+        if reply is None:
+            return
+        source, target = (self._config.gateway, DHCP_PORT), (reply.dst_ip, reply.dst_port)
+        plane = self._session.control.plane
+        self._session.control.post(
+            plane.service_send, event.port, reply.dst_mac, source, target, reply.payload
+        )
+
+    async def _answer_dns(self, event: _native.Datagram, endpoint_id: str, generation: int) -> None:
+        try:
+            reply = await self._services.dns.wait(event.payload, endpoint_id)
+        finally:
+            left = self._asking[endpoint_id] - 1
+            if left:
+                self._asking[endpoint_id] = left
+            else:
+                del self._asking[endpoint_id]
+        self._reply_dns(event, reply, generation)
+
+    def _reply_dns(self, event: _native.Datagram, reply: Reply, generation: int) -> None:
+        if reply.answer is None:
+            return
+        control = self._session.control
+        # From the address that was asked, or the guest does not take it for an answer.
+        control.post(control.plane.service_send, event.port, event.mac, event.dst, event.src, reply.answer)
+        if self._names is not None:
+            self._names.keep(event, reply, generation)
+
+    async def _answer_pcp(self, event: _native.Datagram, endpoint_id: str) -> None:
+        assert self._pcp is not None
+        address = event.src[0]
+        try:
+            if not isinstance(address, IPv4Address):
+                return
+            answer = await self._pcp.handle(event.payload, endpoint_id=endpoint_id, source=address)
+        finally:
+            left = self._mapping[endpoint_id] - 1
+            if left:
+                self._mapping[endpoint_id] = left
+            else:
+                del self._mapping[endpoint_id]
+            self._await_expiry()
+        if answer is not None:
+            plane = self._session.control.plane
+            self._session.control.post(
+                plane.service_send, event.port, event.mac, event.dst, event.src, answer
+            )
+
+    def _await_expiry(self) -> None:
+        """Sets the alarm for the mapping that ends first; without mappings there is none."""
+        assert self._pcp is not None
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+        if (seconds := self._pcp.next_expiry()) is not None:
+            self._expiry = self._session.control.loop.call_later(seconds, self._mapping_is_over)
+
+    def _mapping_is_over(self) -> None:
+        assert self._pcp is not None
+        self._pcp.expire()
+        self._await_expiry()
+
+    def _opened(self, mapping: Mapping) -> None:
+        self._tell_port("port_opened", mapping)
+
+    def _closed(self, mapping: Mapping) -> None:
+        self._tell_port("port_closed", mapping)
+
+    def _tell_port(self, kind: str, mapping: Mapping) -> None:
+        self._session.emit(
+            kind,
+            mapping.endpoint_id,
+            protocol=mapping.protocol,
+            port=mapping.external_port,
+            guest=[str(mapping.address), mapping.internal_port],
+        )
+
+    def _leased(self, lease: Any) -> None:
+        self._session.leased(lease.endpoint_id, lease.mac, lease.ip, lease.hostname)
+
+    def _released(self, lease: Any) -> None:
+        self._session.released(lease.endpoint_id, lease.mac, lease.ip)
