@@ -1,7 +1,7 @@
 //! Theory of operation: the readers of guests' bytes that are private to this crate, for the fuzz targets
 //! alone (`--cfg fuzzing`).
 
-use crate::attachment::{Got, stream, vhost_user, vnet};
+use crate::attachment::{ReadOutcome, stream, vhost_user, vnet};
 use guestnet_core::types::FrameMeta;
 
 /// What a stream attachment makes of the bytes that have come: where its complete frames are, and whether
@@ -11,12 +11,12 @@ pub fn stream_frames(bytes: &[u8]) -> (Vec<std::ops::Range<usize>>, bool) {
     let (mut frames, mut at) = (Vec::new(), 0);
     loop {
         match stream::next_frame(&bytes[at..]) {
-            Got::Frame((from, to)) => {
+            ReadOutcome::Frame((from, to)) => {
                 frames.push(at + from..at + to);
                 at += to;
             }
-            Got::Down(_) => return (frames, true),
-            Got::Bad | Got::Empty => return (frames, false),
+            ReadOutcome::Down(_) => return (frames, true),
+            ReadOutcome::Bad | ReadOutcome::Empty => return (frames, false),
         }
     }
 }

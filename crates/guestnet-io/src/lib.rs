@@ -20,6 +20,6 @@ mod uplink;
 pub use control::{Command, CommandError, Event, Level, ListenKind, PortNames, QueueFull, Value};
 pub use os::{duplicate, error_text, io_uring_works};
 pub use runtime::{
-    IoCounters, IoError, PollingStrategy, StatsSnapshot, WORKERS_MAX, Worker, WorkerConfig,
+    IoCounters, IoError, PollingStrategy, StatsSnapshot, WORKERS_MAX, WorkerConfig, WorkerGroup,
     confinement_works, spawn,
 };

@@ -46,7 +46,7 @@ fn stream() {
     let mut g = net.stream_guest(1);
     udp_works(&mut g, udp_echo());
     tcp_works(&mut g, tcp_echo(), 3_000_000);
-    let s = net.worker.stats();
+    let s = net.workers.stats();
     assert!(s.io.segmented_frames > 0, "large frames are cut for a stream");
 }
 
@@ -59,7 +59,7 @@ fn what_a_stream_brought_of_one_flow_is_one_frame() {
     let mut c = g.connect(4000, SocketAddrV4::new(HOST, at.port())).unwrap();
     let (mut conn, _) = server.accept().unwrap();
     let data = pattern(40 * 1400);
-    let before = net.worker.stats().core;
+    let before = net.workers.stats().core;
     let mut wire = Vec::new();
     for (i, piece) in data.chunks(1400).enumerate() {
         let push = if i % 10 == 9 { tcp::flags::PSH } else { 0 };
@@ -79,7 +79,7 @@ fn what_a_stream_brought_of_one_flow_is_one_frame() {
     let deadline = Instant::now() + PATIENCE;
     let after = loop {
         // Counters are published a moment after.
-        let now = net.worker.stats().core;
+        let now = net.workers.stats().core;
         if now.rx_bytes - before.rx_bytes >= data.len() as u64 {
             break now;
         }
@@ -474,7 +474,7 @@ fn a_turn_of_a_stream_guest_that_opens_flows_ends_by_time() {
     // All are taken, and nothing waits for another frame to come.
     let end = Instant::now() + PATIENCE;
     loop {
-        let stats = net.worker.stats();
+        let stats = net.workers.stats();
         if stats.core.flows_opened > 2000 {
             // 64 sockets are not opened in 100 us.
             assert_eq!(stats.io.batch_histogram[7], 0, "{:?}", stats.io.batch_histogram);
@@ -507,7 +507,7 @@ fn guests_that_come_all_at_once_are_let_in_at_a_pace() {
         assert!(Instant::now() < end, "{let_in} guests");
         std::thread::sleep(Duration::from_millis(1));
     }
-    assert!(net.worker.stats().io.listener_pauses > 0);
+    assert!(net.workers.stats().io.listener_pauses > 0);
     std::fs::remove_dir_all(dir).unwrap();
 }
 
@@ -598,7 +598,7 @@ fn garbage_is_counted_and_harms_nobody() {
     udp_works(&mut good, udp_echo());
     tcp_works(&mut good, tcp_echo(), 100_000);
     net.until("most of the noise dropped", |s| s.core.drops.iter().sum::<u64>() > 1000);
-    assert!(net.worker.is_healthy());
+    assert!(net.workers.is_healthy());
 }
 
 #[test]

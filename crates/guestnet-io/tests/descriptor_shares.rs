@@ -55,7 +55,7 @@ fn front_ends_of_one_listener_leave_descriptors_to_everybody_else() {
         let _of_this_one = before;
     }
     assert!((4..60).contains(&held.len()), "{} front-ends stay", held.len());
-    let stats = net.worker.stats().io;
+    let stats = net.workers.stats().io;
     assert!(stats.guests_refused > 0 || held.len() < 60);
     // Others come, and connect.
     let mut more: Vec<Guest<StreamLink>> = (0..8)

@@ -44,7 +44,7 @@ fn a_host_without_descriptors_refuses_and_recovers() {
     assert!(g.connect(4000, tcp).is_err());
     // Nothing is waited for here: that it does not turn in circles can only be seen over a time.
     std::thread::sleep(Duration::from_millis(50));
-    let stats = net.worker.stats();
+    let stats = net.workers.stats();
     assert!(stats.since(&paused).io.wakeups < 50, "it must not turn in circles");
     drop((taken, late));
     net.port_up();

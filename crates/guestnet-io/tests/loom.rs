@@ -79,25 +79,25 @@ fn pool_finds_a_double_free_and_a_second_borrower() {
 /// A worker that goes to sleep with something in its ring has been rung for: no wake-up is lost.
 #[test]
 fn nobody_sleeps_over_what_is_in_the_ring() {
-    use guestnet_io::runtime::wake_flag::Bell;
+    use guestnet_io::runtime::wake_flag::WakeFlag;
     use loom::sync::atomic::{AtomicBool, Ordering};
     loom::model(|| {
         let (mut p, mut c) = Ring::<u32>::new(2).unwrap().split();
-        let bell = Arc::new(Bell::default());
+        let wake_flag = Arc::new(WakeFlag::default());
         let rung = Arc::new(AtomicBool::new(false));
-        let (its, its_rung) = (Arc::clone(&bell), Arc::clone(&rung));
+        let (its, its_rung) = (Arc::clone(&wake_flag), Arc::clone(&rung));
         let t = thread::spawn(move || {
             p.enqueue(7).unwrap();
-            if its.must_ring() {
+            if its.needs_wake() {
                 its_rung.store(true, Ordering::SeqCst);
             }
         });
-        bell.fall_asleep();
+        wake_flag.fall_asleep();
         let slept = c.is_empty();
         t.join().unwrap();
         assert!(!slept || rung.load(Ordering::SeqCst));
-        bell.wake_up();
+        wake_flag.wake_up();
         assert_eq!(c.dequeue(), Some(7));
-        assert!(!bell.must_ring());
+        assert!(!wake_flag.needs_wake());
     });
 }

@@ -50,7 +50,7 @@ impl Attack {
     fn all_is_well(mut self) {
         self.honest.udp_send(5000, self.echo, b"are you there?");
         assert_eq!(self.honest.udp_receive(5000).payload, b"are you there?");
-        assert!(self.net.worker.is_healthy());
+        assert!(self.net.workers.is_healthy());
     }
 }
 
@@ -194,7 +194,7 @@ fn a_turn_of_long_chains_ends_after_so_many_descriptors() {
     }
     let stats = || {
         a.net.command(Command::PortStats);
-        a.net.worker.stats().io
+        a.net.workers.stats().io
     };
     let frames = 128;
     let before = stats();
@@ -303,7 +303,7 @@ fn a_front_end_that_makes_the_worker_wait_gets_a_thread_of_its_own() {
     assert!(g.link.front.tell(SET_MEM_TABLE, &table, &fds));
     let m = Arc::clone(&g.link.front.memory);
     // The guest sends without end while the front-end frees the memory and fills it again.
-    let (worker, done) = (&a.net.worker, AtomicBool::new(false));
+    let (worker, done) = (&a.net.workers, AtomicBool::new(false));
     std::thread::scope(|threads| {
         threads.spawn(|| {
             let mut n = 0u16;
@@ -330,13 +330,13 @@ fn a_front_end_that_makes_the_worker_wait_gets_a_thread_of_its_own() {
         }
         done.store(true, Ordering::Relaxed);
     });
-    let io = a.net.worker.stats().io;
+    let io = a.net.workers.stats().io;
     assert_eq!(io.front_ends_isolated, 1, "{io:?}");
     works(&mut g, a.echo);
     // The next one from there has its own thread from the first.
     let mut next = come(8);
     let second = a.net.port_up().0;
-    wait_for("second thread", || a.net.worker.stats().io.front_ends_isolated == 2);
+    wait_for("second thread", || a.net.workers.stats().io.front_ends_isolated == 2);
     works(&mut next, a.echo);
     works(&mut g, a.echo);
     for (guest, port) in [(g, first), (next, second)] {

@@ -49,8 +49,8 @@ fn tcp_works<L: Link>(g: &mut Guest<L>, len: usize) {
 /// Waits until a counter says so.
 fn until(net: &Net, what: &str, mut there: impl FnMut(&guestnet_io::IoCounters) -> bool) {
     let end = Instant::now() + PATIENCE;
-    while !there(&net.worker.stats().io) {
-        assert!(Instant::now() < end, "no {what}: {:?}", net.worker.stats().io);
+    while !there(&net.workers.stats().io) {
+        assert!(Instant::now() < end, "no {what}: {:?}", net.workers.stats().io);
         std::thread::sleep(Duration::from_millis(1));
     }
 }
@@ -78,12 +78,12 @@ impl Lies {
         self.bad += n;
         let bad = self.bad;
         until(&self.net, "bad frame", |io| io.bad_frames >= bad);
-        assert_eq!(self.net.worker.stats().io.bad_frames, bad);
+        assert_eq!(self.net.workers.stats().io.bad_frames, bad);
     }
 
     fn all_is_well(mut self) {
         udp_works(&mut self.honest, self.echo);
-        assert!(self.net.worker.is_healthy());
+        assert!(self.net.workers.is_healthy());
     }
 }
 
@@ -103,7 +103,7 @@ fn everything_agreed() {
     udp_works(&mut g, udp_echo());
     tcp_works(&mut g, 3_000_000);
     assert!(g.link.large > 0, "large frames come whole");
-    assert_eq!(net.worker.stats().io.segmented_frames, 0);
+    assert_eq!(net.workers.stats().io.segmented_frames, 0);
 }
 
 #[test]
@@ -152,7 +152,7 @@ fn a_guest_sends_large_frames() {
         got.extend(g.exchange(&mut c, &[], part.len()));
     }
     assert!(got == data);
-    assert_eq!(net.worker.stats().io.bad_frames, 0);
+    assert_eq!(net.workers.stats().io.bad_frames, 0);
 }
 
 #[test]
@@ -476,7 +476,7 @@ fn indirect_tables_that_are_none() {
     m.write(0xe_1001, &descriptor(PLACE, 64, 0, 0));
     lie(&mut g, &[(100, descriptor(GUEST + 0xe_1001, 16, F_INDIRECT, 0))], 100);
     udp_works(&mut g, l.echo);
-    assert_eq!(l.net.worker.stats().io.bad_frames, l.bad);
+    assert_eq!(l.net.workers.stats().io.bad_frames, l.bad);
     l.all_is_well();
 }
 
@@ -509,7 +509,7 @@ fn an_indirect_table_that_changes_while_it_is_read() {
     done.store(true, Ordering::Relaxed);
     changer.join().unwrap();
     udp_works(&mut g, l.echo);
-    l.bad = l.net.worker.stats().io.bad_frames;
+    l.bad = l.net.workers.stats().io.bad_frames;
     l.all_is_well();
 }
 
@@ -539,7 +539,7 @@ fn headers_that_lie() {
     }
     l.bad_frames(lies.len() as u64);
     udp_works(&mut g, l.echo);
-    // Nothing was agreed: neither are begun checksums or large frames.
+    // Nothing was agreed: neither are partial checksums or large frames.
     let mut plain = guest(&l.net, 3, Shape::new(OFF));
     plain.link.send_with(&header(1, 0, 0, 34, 16), &frame);
     plain.link.send_with(&header(1, 1, 1000, 34, 16), &frame);
@@ -564,7 +564,7 @@ fn large_frames_with_lying_headers_inside() {
     let data = pattern(50_000);
     assert!(g.exchange(&mut c, &data, data.len()) == data);
     udp_works(&mut g, l.echo);
-    l.bad = l.net.worker.stats().io.bad_frames;
+    l.bad = l.net.workers.stats().io.bad_frames;
     l.all_is_well();
 }
 
@@ -702,9 +702,9 @@ fn a_queue_that_is_enabled_many_times_is_looked_at_once() {
     let settled = |commands: u64| {
         l.net.command(Command::PortStats);
         until(&l.net, "command", |io| io.commands >= commands);
-        l.net.worker.stats().io
+        l.net.workers.stats().io
     };
-    let before = settled(l.net.worker.stats().io.commands + 1);
+    let before = settled(l.net.workers.stats().io.commands + 1);
     let mut message = words(&[SET_VRING_ENABLE, 1, 8]);
     message.extend(words(&[1, 1]));
     f.raw(&message.repeat(30), &[]);

@@ -53,12 +53,12 @@ fn nothing_wakes_an_idle_worker() {
         // The counters are published once the last work is done, before the thread sleeps.
         net.until("both datagrams counted", |s| s.core.rx_frames >= 2 && s.core.tx_frames >= 2);
         wait_for_rest(name);
-        let (before, stats) = (sleeps(name), net.worker.stats());
+        let (before, stats) = (sleeps(name), net.workers.stats());
         // Nothing is waited for here: that nothing happens can only be seen over a time.
         std::thread::sleep(Duration::from_millis(800));
         // One for the expiry wheel of the one flow, if it falls in this second.
         assert!(sleeps(name) - before <= 1, "{} wake-ups", sleeps(name) - before);
-        let polls = net.worker.stats().since(&stats).io.polls;
+        let polls = net.workers.stats().since(&stats).io.polls;
         assert!(polls <= 2, "{polls} polls");
     }
 }
@@ -70,19 +70,19 @@ fn stopping_is_quick_and_may_be_repeated() {
     let mut c = g.connect(4000, tcp_echo()).unwrap();
     g.exchange(&mut c, b"x", 1);
     let start = Instant::now();
-    net.worker.stop();
-    net.worker.stop();
+    net.workers.stop();
+    net.workers.stop();
     assert!(start.elapsed() < common::PATIENCE);
-    assert!(!net.worker.is_healthy());
-    assert!(net.worker.submit(Command::ListFlows).is_err());
+    assert!(!net.workers.is_healthy());
+    assert!(net.workers.submit(Command::ListFlows).is_err());
 }
 
 #[test]
 fn a_stop_command_is_acknowledged() {
     let net = Net::new();
     assert_eq!(net.command(Command::Stop), Value::None);
-    net.worker.stop();
-    assert!(!net.worker.is_healthy());
+    net.workers.stop();
+    assert!(!net.workers.is_healthy());
 }
 
 #[test]
@@ -148,7 +148,7 @@ fn a_command_queue_without_end_is_refused_and_every_answer_comes() {
     let mut taken = Vec::new();
     let end = Instant::now() + Duration::from_secs(5);
     loop {
-        match net.worker.submit(Command::UnbindAddress { ip: common::HOST.into() }) {
+        match net.workers.submit(Command::UnbindAddress { ip: common::HOST.into() }) {
             Ok(n) => taken.push(n),
             Err(_) if taken.len() > 150 => break,
             Err(_) => std::thread::sleep(Duration::from_millis(1)),
@@ -192,7 +192,7 @@ fn a_peer_that_goes_leaves_the_port_for_another() {
     drop(g);
     // A datagram socket only tells when something is sent to it.
     s.udp_send(1, std::net::SocketAddrV4::new(std::net::Ipv4Addr::BROADCAST, 9), b"all");
-    assert!(net.worker.is_healthy());
+    assert!(net.workers.is_healthy());
 }
 
 #[test]
@@ -234,7 +234,7 @@ fn a_capture_that_nobody_reads_stops_nothing() {
     net.until("the capture has lost frames", |s| s.io.capture_dropped > 0);
     drop(b);
     let start = Instant::now();
-    net.worker.stop();
+    net.workers.stop();
     assert!(start.elapsed() < common::PATIENCE);
 }
 

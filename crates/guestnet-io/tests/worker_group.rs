@@ -24,13 +24,13 @@ fn net(workers: usize) -> Net {
 fn until(net: &Net, what: &str, done: impl Fn(&Net) -> bool) {
     let end = Instant::now() + PATIENCE;
     while !done(net) {
-        assert!(Instant::now() < end, "not {what}: {:?}", net.worker.stats());
+        assert!(Instant::now() < end, "not {what}: {:?}", net.workers.stats());
         std::thread::sleep(Duration::from_millis(1));
     }
 }
 
 fn drops(net: &Net, why: DropReason) -> u64 {
-    net.worker.stats().core.drops[why as usize]
+    net.workers.stats().core.drops[why as usize]
 }
 
 fn at<L: Link>(g: &Guest<L>, port: u16) -> SocketAddrV4 {
@@ -64,10 +64,10 @@ fn guests_of_two_workers_reach_each_other_and_the_outside() {
             reach(&mut b, &mut a, &i.to_le_bytes());
         }
         for g in [0, 1] {
-            until(&net, "both have worked", |n| n.worker.stats_of_each()[g].core.rx_frames >= 50);
+            until(&net, "both have worked", |n| n.workers.stats_of_each()[g].core.rx_frames >= 50);
         }
         // A frame is counted where it comes in and where it goes out, once each.
-        let sum = net.worker.stats().core;
+        let sum = net.workers.stats().core;
         assert!(sum.tx_frames >= 100 && sum.tx_frames < 110, "{sum:?}");
         let (udp, tcp) = (udp_echo(), tcp_echo());
         a.udp_send(5000, udp, b"x");
@@ -265,11 +265,11 @@ fn commands_are_answered_once_and_refused_as_ever() {
         net.try_command(Command::RemoveForward { forward: ForwardId(9) }),
         Ok(Value::None) | Err(CommandError::NoSuchForward(_))
     ));
-    assert_eq!(net.command(Command::TellFlows { on: false }), Value::None);
+    assert_eq!(net.command(Command::EnableFlowEvents { on: false }), Value::None);
     net.command(Command::RemovePort { port });
     assert_eq!(net.command(Command::PortStats), Value::Ports(vec![]));
     assert_eq!(net.command(Command::Stop), Value::None);
-    net.worker.stop();
-    net.worker.stop();
-    assert!(!net.worker.is_healthy() && net.worker.submit(Command::ListFlows).is_err());
+    net.workers.stop();
+    net.workers.stop();
+    assert!(!net.workers.is_healthy() && net.workers.submit(Command::ListFlows).is_err());
 }

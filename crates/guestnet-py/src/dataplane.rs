@@ -10,7 +10,7 @@ use crate::{events, records};
 use guestnet_core::nat::NatEngineConfig;
 use guestnet_core::types::{ForwardId, PortConfig, PortId, ServiceId};
 use guestnet_io::WORKERS_MAX;
-use guestnet_io::{Command, Event, Worker, WorkerConfig, duplicate, spawn};
+use guestnet_io::{Command, Event, WorkerConfig, WorkerGroup, duplicate, spawn};
 use guestnet_wire::proto;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
@@ -38,7 +38,7 @@ pub fn confinement_lack(py: Python<'_>) -> Option<String> {
 /// A running worker.
 #[pyclass(frozen, module = "guestnet._native")]
 pub struct DataPlane {
-    worker: Worker,
+    workers: WorkerGroup,
     /// Flows in all and of one guest, where the uplink translates and they hold no descriptor.
     translated: (usize, u32),
 }
@@ -72,7 +72,7 @@ fn protocol(py: Python<'_>, name: &str) -> PyResult<u8> {
 
 impl DataPlane {
     fn submit(&self, py: Python<'_>, command: Command) -> PyResult<u64> {
-        self.worker.submit(command).map_err(|e| queue_full(py, e))
+        self.workers.submit(command).map_err(|e| queue_full(py, e))
     }
 }
 
@@ -142,25 +142,25 @@ impl DataPlane {
             name: name.replace('\0', ""),
             ..WorkerConfig::new(core)
         };
-        let worker = py.detach(|| spawn(config)).map_err(|e| start_error(py, &e))?;
-        Ok(DataPlane { worker, translated })
+        let workers = py.detach(|| spawn(config)).map_err(|e| start_error(py, &e))?;
+        Ok(DataPlane { workers, translated })
     }
 
     /// Readable when there are events.
     #[getter]
     fn event_fd(&self) -> RawFd {
-        self.worker.event_fd()
+        self.workers.event_fd()
     }
 
     /// False when the worker has ended.
     #[getter]
     fn is_healthy(&self) -> bool {
-        self.worker.is_healthy()
+        self.workers.is_healthy()
     }
 
     /// Takes up to `max` events, oldest first.
     fn drain<'py>(&self, py: Python<'py>, max: usize) -> PyResult<Bound<'py, PyList>> {
-        let taken: Vec<Event> = self.worker.drain(max);
+        let taken: Vec<Event> = self.workers.drain(max);
         let list = PyList::empty(py);
         for event in taken {
             list.append(events::into_object(py, event)?)?;
@@ -170,17 +170,17 @@ impl DataPlane {
 
     /// The counters.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        records::snapshot(py, &self.worker.stats())
+        records::snapshot(py, &self.workers.stats())
     }
 
     /// The counters of each worker.
     fn worker_stats<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyDict>>> {
-        self.worker.stats_of_each().iter().map(|s| records::snapshot(py, s)).collect()
+        self.workers.stats_of_each().iter().map(|s| records::snapshot(py, s)).collect()
     }
 
     /// Ends the workers and waits for them.
     fn stop(&self, py: Python<'_>) {
-        py.detach(|| self.worker.stop());
+        py.detach(|| self.workers.stop());
     }
 
     #[pyo3(signature = (port, *, mac=None, addresses=Vec::new(), mtu=1500, gso_max=65_000, lax_offload=false,
@@ -379,7 +379,7 @@ impl DataPlane {
     /// What captures call a port; None forgets it.
     #[pyo3(signature = (port, name))]
     fn name_port(&self, port: u32, name: Option<&str>) {
-        self.worker.port_names().set(PortId(port), name);
+        self.workers.port_names().set(PortId(port), name);
     }
 
     #[pyo3(signature = (fd, snaplen=0))]
@@ -392,7 +392,7 @@ impl DataPlane {
     }
 
     fn tell_flows(&self, py: Python<'_>, on: bool) -> PyResult<u64> {
-        self.submit(py, Command::TellFlows { on })
+        self.submit(py, Command::EnableFlowEvents { on })
     }
 
     fn list_flows(&self, py: Python<'_>) -> PyResult<u64> {

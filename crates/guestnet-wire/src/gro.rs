@@ -234,7 +234,7 @@ mod tests {
             let mut again = Vec::new();
             segment(frame, Gso::Tcp(1448), |h, p| again.push([h, p].concat())).unwrap();
             assert!(again == pieces);
-            // Its begun checksum is one that can be completed.
+            // Its partial checksum is one that can be completed.
             let mut done = frame.clone();
             complete_checksum(&mut done, 34, 16).unwrap();
             assert!(verified(&done));

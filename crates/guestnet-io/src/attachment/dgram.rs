@@ -7,7 +7,7 @@
 #![allow(unsafe_code)]
 
 use super::queue::Queue;
-use super::{FRAME_MAX, Flushed, Got, reason};
+use super::{FRAME_MAX, Flushed, ReadOutcome, reason};
 use crate::os::sys::{self, RawAddr};
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -85,15 +85,15 @@ impl Dgram {
     }
 
     /// Reads one frame to `buf`: its length.
-    pub(crate) fn read(&self, buf: &mut [u8]) -> Got<usize> {
+    pub(crate) fn read(&self, buf: &mut [u8]) -> ReadOutcome<usize> {
         match sys::recv(&self.fd, buf, libc::MSG_TRUNC) {
-            Ok(0) if self.seqpacket => Got::Down("the peer closed the connection".into()),
-            Ok(n) if n > buf.len().min(FRAME_MAX) => Got::Bad,
-            Ok(n) => Got::Frame(n),
-            Err(e) if sys::would_block(e) => Got::Empty,
+            Ok(0) if self.seqpacket => ReadOutcome::Down("the peer closed the connection".into()),
+            Ok(n) if n > buf.len().min(FRAME_MAX) => ReadOutcome::Bad,
+            Ok(n) => ReadOutcome::Frame(n),
+            Err(e) if sys::would_block(e) => ReadOutcome::Empty,
             // What an earlier send brought about; sending will tell.
-            Err(libc::ECONNREFUSED) => Got::Empty,
-            Err(e) => Got::Down(reason("the connection broke", e)),
+            Err(libc::ECONNREFUSED) => ReadOutcome::Empty,
+            Err(e) => ReadOutcome::Down(reason("the connection broke", e)),
         }
     }
 
@@ -226,10 +226,10 @@ mod tests {
             }
         }
         a.send(b"in").unwrap();
-        assert_eq!(d.read(&mut buf), Got::Frame(2));
-        assert_eq!(d.read(&mut buf), Got::Empty);
+        assert_eq!(d.read(&mut buf), ReadOutcome::Frame(2));
+        assert_eq!(d.read(&mut buf), ReadOutcome::Empty);
         a.send(&[0; 3000]).unwrap();
-        assert_eq!(d.read(&mut buf), Got::Bad);
+        assert_eq!(d.read(&mut buf), ReadOutcome::Bad);
         drop(a);
         d.push(b"x", b"");
         assert!(matches!(d.flush(), Flushed::Down(_)));

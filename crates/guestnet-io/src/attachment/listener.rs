@@ -7,13 +7,13 @@ use crate::attachment::port_set::{Attachment, Leaving, Port};
 use crate::attachment::quota::{Charge, Pool, Quota, Resource};
 use crate::attachment::stream::Stream;
 use crate::attachment::unixgram::{PEERS_MAX, Sender, Unixgram};
-use crate::attachment::vhost_user::{FrontEnds, Vhost};
-use crate::control::command::{Command, CommandError, ListenKind, Newcomer, Value};
+use crate::attachment::vhost_user::{FrontEnds, VhostUser};
+use crate::control::command::{AcceptedGuest, Command, CommandError, ListenKind, Value};
 use crate::control::event::{Event, Level};
 use crate::os::epoll::{Kind, Token};
 use crate::os::sys;
 use crate::runtime::turn::Turn;
-use crate::runtime::worker::State;
+use crate::runtime::worker::Worker;
 use guestnet_core::types::{FrameMeta, PortConfig, PortId, Time};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -81,14 +81,14 @@ impl Pace {
 /// How they arrive.
 pub(crate) enum Arrivals {
     /// Connections, and what they carry.
-    Connections { fd: OwnedFd, speak: Speak },
+    Connections { fd: OwnedFd, encapsulation: Encapsulation },
     /// Datagrams on one socket.
     Datagrams(Unixgram),
 }
 
 /// What is spoken on a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Speak {
+pub(crate) enum Encapsulation {
     /// Frames with a length in front.
     Framed,
     /// A frame per packet.
@@ -110,7 +110,7 @@ fn bad(message: &str) -> CommandError {
     CommandError::BadDescriptor(message.into())
 }
 
-impl State {
+impl Worker {
     /// The slots of a listener: its socket, and those that were left to guests.
     fn slots(&self, number: u32) -> Vec<u32> {
         self.listeners.iter().filter(|(_, l)| l.number == number).map(|(i, _)| i).collect()
@@ -139,10 +139,10 @@ impl State {
         sys::adopt(&fd).map_err(|errno| CommandError::System { what: "the listener", errno })?;
         let kind = match kind {
             ListenKind::Stream if kind_of == libc::SOCK_SEQPACKET => {
-                Arrivals::Connections { fd, speak: Speak::Packets }
+                Arrivals::Connections { fd, encapsulation: Encapsulation::Packets }
             }
-            ListenKind::Stream => Arrivals::Connections { fd, speak: Speak::Framed },
-            ListenKind::VhostUser => Arrivals::Connections { fd, speak: Speak::VhostUser },
+            ListenKind::Stream => Arrivals::Connections { fd, encapsulation: Encapsulation::Framed },
+            ListenKind::VhostUser => Arrivals::Connections { fd, encapsulation: Encapsulation::VhostUser },
             ListenKind::Dgram => Arrivals::Datagrams(Unixgram::new(fd, false)),
             ListenKind::Unixgram => Arrivals::Datagrams(Unixgram::new(fd, true)),
         };
@@ -211,7 +211,7 @@ impl State {
         while turn.goes_on(ACCEPTS) {
             turn.frame(0);
             let now = self.now;
-            let Some(Listener { kind: Arrivals::Connections { fd, speak }, pace, .. }) =
+            let Some(Listener { kind: Arrivals::Connections { fd, encapsulation }, pace, .. }) =
                 self.listeners.get_mut(token.index)
             else {
                 return;
@@ -231,7 +231,7 @@ impl State {
                 // Nobody there, or somebody who left again; a listener that is broken says so by nothing.
                 Err(_) => return,
             };
-            let speak = *speak;
+            let encapsulation = *encapsulation;
             let peer = from.to_path().map_or(String::new(), |p| String::from_utf8_lossy(&p).into_owned());
             let Some(l) = self.listeners.get(token.index) else { return };
             let mut held = Charge::new(&l.front_ends.quota, Resource::Descriptors);
@@ -241,8 +241,9 @@ impl State {
                 continue;
             }
             let (template, front_ends) = (l.template.clone(), Arc::clone(&l.front_ends));
-            let new = Newcomer { listener: l.number, conn, speak, template, peer, held, front_ends };
-            match self.io.peers.as_ref().map(|p| (p.choose(), p.me())) {
+            let new =
+                AcceptedGuest { listener: l.number, conn, encapsulation, template, peer, held, front_ends };
+            match self.io.links.as_ref().map(|p| (p.choose(), p.me())) {
                 Some((to, me)) if to != me => self.hand_over(to, new),
                 _ => self.adopt(new),
             }
@@ -250,8 +251,8 @@ impl State {
     }
 
     /// Gives a guest that has come to another worker.
-    fn hand_over(&mut self, to: usize, new: Newcomer) {
-        let Some(p) = &self.io.peers else { return };
+    fn hand_over(&mut self, to: usize, new: AcceptedGuest) {
+        let Some(p) = &self.io.links else { return };
         if !p.command(to, Command::Adopt(Box::new(new))) {
             p.unload(to);
             self.io.counters.guests_refused += 1;
@@ -260,11 +261,13 @@ impl State {
     }
 
     /// Attaches a guest that has come, here or to another worker. It is counted already as one of ours.
-    pub(crate) fn adopt(&mut self, new: Newcomer) {
-        let attachment = match new.speak {
-            Speak::Framed => Stream::new(new.conn).map(Attachment::Stream),
-            Speak::Packets => Dgram::new(new.conn).map(Attachment::Dgram),
-            Speak::VhostUser => Vhost::new(new.conn, new.front_ends).map(|v| Attachment::Vhost(Box::new(v))),
+    pub(crate) fn adopt(&mut self, new: AcceptedGuest) {
+        let attachment = match new.encapsulation {
+            Encapsulation::Framed => Stream::new(new.conn).map(Attachment::Stream),
+            Encapsulation::Packets => Dgram::new(new.conn).map(Attachment::Dgram),
+            Encapsulation::VhostUser => {
+                VhostUser::new(new.conn, new.front_ends).map(|v| Attachment::VhostUser(Box::new(v)))
+            }
         };
         let port = match attachment {
             Ok(a) => self.welcome(new.listener, new.template, a, true, Some(new.held), new.peer),
@@ -282,7 +285,7 @@ impl State {
 
     /// There is one guest less, which counts where the next one is placed.
     pub(crate) fn guest_left(&self) {
-        if let Some(p) = &self.io.peers {
+        if let Some(p) = &self.io.links {
             p.unload(p.me());
         }
     }
@@ -316,7 +319,7 @@ impl State {
             return None;
         }
         self.core.add_port(port, config);
-        self.io.events.must(Event::PortUp { port, listener: number, peer });
+        self.io.events.send_reliable(Event::PortUp { port, listener: number, peer });
         Some(port)
     }
 
@@ -443,7 +446,7 @@ impl State {
         // A socket of its own tells when it takes more.
         let attachment = Attachment::Dgram(arrival.dgram);
         let port = self.welcome(number, template, attachment, !how.connected, Some(held), name)?;
-        if let Some(p) = &self.io.peers {
+        if let Some(p) = &self.io.links {
             p.load(p.me());
         }
         if let Some(Listener { kind: Arrivals::Datagrams(u), .. }) = self.listeners.get_mut(slot) {
@@ -525,7 +528,7 @@ impl State {
         let Some(slot) = self.io.ports.slot(port) else {
             if let Leaving::Removed(sequence) = why {
                 let result = Err(CommandError::NoSuchPort(port));
-                self.io.events.must(Event::Done { sequence, result });
+                self.io.events.send_reliable(Event::Done { sequence, result });
             }
             return;
         };
@@ -554,9 +557,9 @@ impl State {
             self.io.ports.stays(slot);
         }
         match why {
-            Leaving::PeerGone(reason) => self.io.events.must(Event::PortDown { port, reason }),
+            Leaving::PeerGone(reason) => self.io.events.send_reliable(Event::PortDown { port, reason }),
             Leaving::Removed(sequence) => {
-                self.io.events.must(Event::Done { sequence, result: Ok(Value::None) });
+                self.io.events.send_reliable(Event::Done { sequence, result: Ok(Value::None) });
             }
         }
     }
@@ -574,6 +577,6 @@ impl State {
     }
 
     pub(crate) fn warn(&mut self, message: String) {
-        self.io.events.offer(Event::Log { level: Level::Warning, message });
+        self.io.events.try_send(Event::Log { level: Level::Warning, message });
     }
 }

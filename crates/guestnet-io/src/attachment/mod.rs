@@ -36,7 +36,7 @@ pub(crate) enum Flushed {
 
 /// One step of reading.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Got<T> {
+pub(crate) enum ReadOutcome<T> {
     /// A frame.
     Frame(T),
     /// Something that is not a frame that can be used; counted, and reading goes on.

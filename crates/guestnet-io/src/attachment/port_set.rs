@@ -1,12 +1,12 @@
 //! Theory of operation: all ports and what is attached to them. A frame to a guest is written at once (TAP)
 //! or queued (sockets) and sent at the end of the batch. What an attachment cannot do is done here: a large
-//! frame is cut, a begun checksum completed. A guest that does not read fills its own queue and nobody
+//! frame is cut, a partial checksum completed. A guest that does not read fills its own queue and nobody
 //! else's; the core is told when there is room again.
 
 use super::dgram::Dgram;
 use super::stream::Stream;
-use super::tap::{self, PutOff, Sent, Tap};
-use super::vhost_user::{self, FrontEnds, Isolated, Vhost};
+use super::tap::{self, Deferred, Tap, WriteOutcome};
+use super::vhost_user::{self, FrontEnds, Isolated, VhostUser};
 use super::{Flushed, QUEUE_LOW, QUEUE_MAX, vnet};
 use crate::attachment::quota::Charge;
 use crate::control::event::{Event, EventSender, Level};
@@ -32,7 +32,7 @@ pub(crate) enum Attachment {
     Tap(Tap),
     Stream(Stream),
     Dgram(Dgram),
-    Vhost(Box<Vhost>),
+    VhostUser(Box<VhostUser>),
     /// By commands and events.
     Memory,
 }
@@ -43,7 +43,7 @@ impl Attachment {
             Attachment::Tap(t) => Some(&t.fd),
             Attachment::Stream(s) => Some(&s.fd),
             Attachment::Dgram(d) => Some(&d.fd),
-            Attachment::Vhost(v) => v.fd(),
+            Attachment::VhostUser(v) => v.fd(),
             Attachment::None | Attachment::Memory => None,
         }
     }
@@ -66,7 +66,7 @@ pub(crate) struct Port {
     /// Its connection, as its listener is charged for it.
     pub held: Option<Charge>,
     /// Its front-end has a thread of its own, and the attachment leads to that; with what it was attached by.
-    pub isolated: Option<(Isolated, Box<Vhost>)>,
+    pub isolated: Option<(Isolated, Box<VhostUser>)>,
     /// The core was told that the port is full.
     owed: bool,
     /// It is in the list of ports to be flushed.
@@ -95,7 +95,7 @@ pub(crate) enum Leaving {
 }
 
 /// What sending needs besides the ports.
-pub(crate) struct Outside<'a> {
+pub(crate) struct TxContext<'a> {
     pub poller: &'a Poller,
     pub events: &'a mut EventSender,
     pub counters: &'a mut IoCounters,
@@ -105,7 +105,7 @@ pub(crate) struct Outside<'a> {
 
 /// All ports.
 #[derive(Default)]
-pub(crate) struct Ports {
+pub(crate) struct PortSet {
     slab: Slab<Port>,
     by_id: HashMap<PortId, u32>,
     /// The port that was looked up last: frames come in runs.
@@ -137,7 +137,7 @@ pub(crate) struct Ports {
     pub had_front_ends: bool,
 }
 
-impl Ports {
+impl PortSet {
     pub(crate) fn slot(&self, id: PortId) -> Option<u32> {
         self.by_id.get(&id).copied()
     }
@@ -216,7 +216,7 @@ impl Ports {
         if let Some(fd) = a.fd().filter(|_| watch) {
             poller.add(fd, Token { kind: Kind::Port, index: slot, generation }, libc::EPOLLIN)?;
         }
-        self.had_front_ends |= matches!(a, Attachment::Vhost(_));
+        self.had_front_ends |= matches!(a, Attachment::VhostUser(_));
         port.attachment = a;
         port.out_watched = false;
         Ok(())
@@ -227,7 +227,7 @@ impl Ports {
         let generation = self.slab.generation(slot);
         let Some(port) = self.slab.get_mut(slot) else { return Ok(()) };
         let mut vhost = match std::mem::replace(&mut port.attachment, Attachment::None) {
-            Attachment::Vhost(v) => v,
+            Attachment::VhostUser(v) => v,
             other => {
                 port.attachment = other;
                 return Ok(());
@@ -250,19 +250,19 @@ impl Ports {
                 Ok(())
             }
             Err(why) => {
-                port.attachment = Attachment::Vhost(vhost);
+                port.attachment = Attachment::VhostUser(vhost);
                 Err(why)
             }
         }
     }
 
-    /// Ends what [`Ports::isolate`] began: the port is as it was before a front-end came. Why it ended, where its
+    /// Ends what [`PortSet::isolate`] began: the port is as it was before a front-end came. Why it ended, where its
     /// thread has said so.
     pub(crate) fn end_isolation(&mut self, counters: &mut IoCounters, slot: u32) -> Option<String> {
         let port = self.slab.get_mut(slot)?;
         let (isolated, vhost) = port.isolated.take()?;
         counters.add_isolated(isolated.counts());
-        port.attachment = Attachment::Vhost(vhost);
+        port.attachment = Attachment::VhostUser(vhost);
         port.out_watched = false;
         self.taps.retain(|tap| *tap != slot);
         isolated.ended()
@@ -270,14 +270,14 @@ impl Ports {
 
     /// All ports with a front-end that made this thread wait.
     pub(crate) fn stalled(&self) -> Vec<(u32, PortId)> {
-        let stalled = |a: &Attachment| matches!(a, Attachment::Vhost(v) if v.is_stalled());
+        let stalled = |a: &Attachment| matches!(a, Attachment::VhostUser(v) if v.is_stalled());
         self.slab.iter().filter(|(_, p)| stalled(&p.attachment)).map(|(i, p)| (i, p.id)).collect()
     }
 
     /// Front-ends whose memory was touched in this round.
     pub(crate) fn touched(&self) -> impl Iterator<Item = &Arc<FrontEnds>> {
         self.slab.iter().filter_map(|(_, p)| match &p.attachment {
-            Attachment::Vhost(v) => v.touched(),
+            Attachment::VhostUser(v) => v.touched(),
             _ => None,
         })
     }
@@ -322,9 +322,9 @@ impl Ports {
                 self.events_full = true;
                 0
             }
-            Attachment::Vhost(v) => {
+            Attachment::VhostUser(v) => {
                 let room = v.has_room();
-                if v.is_troubled() && !port.dirty {
+                if v.has_fault() && !port.dirty {
                     // Told at the end of the batch.
                     port.dirty = true;
                     self.dirty.push(slot);
@@ -340,7 +340,7 @@ impl Ports {
     /// Sends a frame: its front, with all headers, and the rest.
     pub(crate) fn transmit(
         &mut self,
-        out: &mut Outside<'_>,
+        out: &mut TxContext<'_>,
         id: PortId,
         front: &[u8],
         rest: &[u8],
@@ -357,13 +357,13 @@ impl Ports {
                 // Behind a frame that it did not take, the TAP says itself how things are.
                 if out.submitter.is_on() && !port.out_watched {
                     // What wakes the guest goes in one call at the end of the batch.
-                    match tap.put_off(&meta, front, rest) {
-                        PutOff::Yes => return Ok(()),
-                        PutOff::First => {
+                    match tap.defer(&meta, front, rest) {
+                        Deferred::Yes => return Ok(()),
+                        Deferred::First => {
                             self.taps.push(slot);
                             return Ok(());
                         }
-                        PutOff::No => {}
+                        Deferred::No => {}
                     }
                 }
                 if tap.waits() {
@@ -379,24 +379,24 @@ impl Ports {
                     if vnet::begin_checksum(&mut self.linear, &mut meta) {
                         tap.write(&meta, &self.linear, &[])
                     } else {
-                        Sent::Refused
+                        WriteOutcome::Refused
                     }
                 } else {
                     tap.write(&meta, front, rest)
                 };
                 return self.wrote(out, slot, sent);
             }
-            Attachment::Vhost(v) => {
+            Attachment::VhostUser(v) => {
                 let segmented = &mut out.counters.segmented_frames;
                 match v.send(&mut self.linear, segmented, front, rest, meta) {
-                    vhost_user::Sent::Yes => {}
-                    vhost_user::Sent::Full => {
+                    vhost_user::WriteOutcome::Yes => {}
+                    vhost_user::WriteOutcome::Full => {
                         port.owed = true;
                         return Err(TxError::Full);
                     }
-                    vhost_user::Sent::Refused => out.counters.refused_frames += 1,
-                    vhost_user::Sent::NotAllocated => out.counters.unallocated_frames += 1,
-                    vhost_user::Sent::Unplugged => out.counters.unattached_frames += 1,
+                    vhost_user::WriteOutcome::Refused => out.counters.refused_frames += 1,
+                    vhost_user::WriteOutcome::NotAllocated => out.counters.unallocated_frames += 1,
+                    vhost_user::WriteOutcome::Unplugged => out.counters.unattached_frames += 1,
                 }
                 if !port.dirty {
                     port.dirty = true;
@@ -419,7 +419,7 @@ impl Ports {
             self.flush_tap(out, slot);
         }
         let Some(port) = self.slab.get_mut(slot) else { return Err(TxError::Gone) };
-        let mut last = Sent::Yes;
+        let mut last = WriteOutcome::Yes;
         if let Some(gso) = meta.gso {
             out.counters.segmented_frames += 1;
             let whole = if rest.is_empty() {
@@ -430,12 +430,12 @@ impl Ports {
             };
             let done = gso::segment(whole, gso, |header, piece| {
                 let sent = put(port, out.events, header, piece, Csum::Full);
-                if sent != Sent::Yes {
+                if sent != WriteOutcome::Yes {
                     last = sent;
                 }
             });
             if done.is_err() {
-                last = Sent::Refused;
+                last = WriteOutcome::Refused;
             }
         } else if matches!(port.attachment, Attachment::Tap(_) | Attachment::Memory)
             && let Csum::Partial { start, offset } = meta.csum
@@ -443,7 +443,7 @@ impl Ports {
             linearize(&mut self.linear, front, rest);
             last = match gso::complete_checksum(&mut self.linear, start, offset) {
                 Ok(()) => put(port, out.events, &self.linear, &[], Csum::Full),
-                Err(_) => Sent::Refused,
+                Err(_) => WriteOutcome::Refused,
             };
         } else {
             last = put(port, out.events, front, rest, meta.csum);
@@ -463,7 +463,7 @@ impl Ports {
         self.wrote(out, slot, last)
     }
 
-    fn wrote(&mut self, out: &mut Outside<'_>, slot: u32, sent: Sent) -> Result<(), TxError> {
+    fn wrote(&mut self, out: &mut TxContext<'_>, slot: u32, sent: WriteOutcome) -> Result<(), TxError> {
         self.told(out.poller, out.counters, slot, sent)
     }
 
@@ -472,22 +472,22 @@ impl Ports {
         poller: &Poller,
         counters: &mut IoCounters,
         slot: u32,
-        sent: Sent,
+        sent: WriteOutcome,
     ) -> Result<(), TxError> {
         match sent {
-            Sent::Yes => Ok(()),
-            Sent::Refused => {
+            WriteOutcome::Yes => Ok(()),
+            WriteOutcome::Refused => {
                 counters.refused_frames += 1;
                 Ok(())
             }
-            Sent::Full => {
+            WriteOutcome::Full => {
                 self.watch_out(poller, slot, true);
                 if let Some(p) = self.slab.get_mut(slot) {
                     p.owed = true;
                 }
                 Err(TxError::Full)
             }
-            Sent::Down(why) => {
+            WriteOutcome::Down(why) => {
                 self.lost(slot, why);
                 Ok(())
             }
@@ -541,7 +541,7 @@ impl Ports {
     }
 
     /// Sends the frames that wait for one TAP, before others that do not wait.
-    fn flush_tap(&mut self, out: &mut Outside<'_>, slot: u32) {
+    fn flush_tap(&mut self, out: &mut TxContext<'_>, slot: u32) {
         let mut slots = Vec::new();
         let Some(Port { attachment: Attachment::Tap(tap), .. }) = self.slab.get(slot) else { return };
         let mut batch = out.submitter.batch();
@@ -574,7 +574,7 @@ impl Ports {
         if std::mem::replace(&mut p.leaving, true) {
             return false;
         }
-        if p.isolated.is_none() && !matches!(p.attachment, Attachment::Vhost(_)) {
+        if p.isolated.is_none() && !matches!(p.attachment, Attachment::VhostUser(_)) {
             self.detach(slot);
         }
         true
@@ -582,7 +582,7 @@ impl Ports {
 
     /// Takes a front-end of vhost-user away that is gone.
     pub(crate) fn unplug_front_end(&mut self, slot: u32) {
-        if matches!(self.slab.get(slot), Some(Port { attachment: Attachment::Vhost(_), .. })) {
+        if matches!(self.slab.get(slot), Some(Port { attachment: Attachment::VhostUser(_), .. })) {
             self.detach(slot);
         }
     }
@@ -596,7 +596,7 @@ impl Ports {
 
     // ---- turns --------------------------------------------------------------------------------------
 
-    /// The turn of a port in round `round`, begun or gone on with; to be given back by [`Ports::end_turn`] where
+    /// The turn of a port in round `round`, begun or gone on with; to be given back by [`PortSet::end_turn`] where
     /// the port may have several pieces of it.
     pub(crate) fn begin_turn(&mut self, slot: u32, round: Time) -> Turn {
         let mut turn = self.slab.get_mut(slot).map(|p| std::mem::take(&mut p.turn)).unwrap_or_default();
@@ -655,7 +655,7 @@ impl Ports {
     }
 
     /// The descriptor of a port takes data again.
-    pub(crate) fn out_ready(&mut self, out: &mut Outside<'_>, slot: u32) {
+    pub(crate) fn out_ready(&mut self, out: &mut TxContext<'_>, slot: u32) {
         let Some(p) = self.slab.get_mut(slot) else { return };
         if matches!(p.attachment, Attachment::Tap(_)) {
             if std::mem::take(&mut p.owed) {
@@ -667,13 +667,13 @@ impl Ports {
         }
     }
 
-    fn flush_slot(&mut self, out: &mut Outside<'_>, slot: u32) {
+    fn flush_slot(&mut self, out: &mut TxContext<'_>, slot: u32) {
         let Some(p) = self.slab.get_mut(slot) else { return };
         p.dirty = false;
-        if let Attachment::Vhost(v) = &mut p.attachment {
+        if let Attachment::VhostUser(v) = &mut p.attachment {
             v.flush();
-            match v.complaint() {
-                Some(Ok(message)) => drop(out.events.offer(Event::Log { level: Level::Warning, message })),
+            match v.take_fault() {
+                Some(Ok(message)) => drop(out.events.try_send(Event::Log { level: Level::Warning, message })),
                 Some(Err(why)) => self.lost(slot, why),
                 None => {}
             }
@@ -710,7 +710,7 @@ impl Ports {
     }
 
     /// The end of a batch: sends what waits and is not known to be blocked.
-    pub(crate) fn flush(&mut self, out: &mut Outside<'_>) {
+    pub(crate) fn flush(&mut self, out: &mut TxContext<'_>) {
         if self.retry_at.is_some_and(|t| t <= out.now) {
             self.retry_at = None;
             for slot in std::mem::take(&mut self.retry) {
@@ -725,7 +725,7 @@ impl Ports {
                     match &p.attachment {
                         Attachment::Stream(s) => s.blocked,
                         Attachment::Dgram(d) => d.blocked,
-                        Attachment::Vhost(_) => false,
+                        Attachment::VhostUser(_) => false,
                         _ => true,
                     }
                 }
@@ -757,29 +757,29 @@ fn linearize(linear: &mut Vec<u8>, front: &[u8], rest: &[u8]) {
 }
 
 /// Hands one frame of MTU size to an attachment. `csum` is only ever partial for those that queue.
-fn put(port: &mut Port, events: &mut EventSender, front: &[u8], rest: &[u8], csum: Csum) -> Sent {
+fn put(port: &mut Port, events: &mut EventSender, front: &[u8], rest: &[u8], csum: Csum) -> WriteOutcome {
     let queued = match &mut port.attachment {
         Attachment::Stream(s) => s.push(front, rest),
         Attachment::Dgram(d) => d.push(front, rest),
         Attachment::Tap(tap) => return tap.write(&FrameMeta::default(), front, rest),
         Attachment::Memory => {
             let frame = [front, rest].concat().into_boxed_slice();
-            return if events.offer(Event::Frame { port: port.id, frame }) {
-                Sent::Yes
+            return if events.try_send(Event::Frame { port: port.id, frame }) {
+                WriteOutcome::Yes
             } else {
-                Sent::Refused
+                WriteOutcome::Refused
             };
         }
         // vhost-user cuts for itself.
-        Attachment::None | Attachment::Vhost(_) => return Sent::Refused,
+        Attachment::None | Attachment::VhostUser(_) => return WriteOutcome::Refused,
     };
     // A field outside the frame is left alone: the receiver drops the frame for its checksum.
     if let Csum::Partial { start, offset } = csum
         && gso::complete_checksum(queued, start, offset).is_err()
     {
-        return Sent::Refused;
+        return WriteOutcome::Refused;
     }
-    Sent::Yes
+    WriteOutcome::Yes
 }
 
 #[cfg(test)]
@@ -788,7 +788,7 @@ mod tests {
 
     #[test]
     fn queues_that_had_no_turn_are_first_in_the_next_round() {
-        let mut ports = Ports::default();
+        let mut ports = PortSet::default();
         let q = |index| Token { kind: Kind::Kick, index, generation: 0 };
         // In each round one queue has the guest's whole turn, and has more.
         let mut turns = [0; 4];

@@ -3,7 +3,7 @@
 //! kept for the next read, and whole ones where the guest's turn is over. Frames to the guest are gathered and written many at a time.
 
 use super::queue::Queue;
-use super::{FRAME_MAX, Flushed, Got, reason};
+use super::{FRAME_MAX, Flushed, ReadOutcome, reason};
 use crate::os::sys;
 use std::os::fd::OwnedFd;
 
@@ -55,33 +55,35 @@ impl Stream {
     }
 
     /// Reads what fits in `buf`, behind what was left over last time.
-    pub(crate) fn fill(&mut self, buf: &mut [u8]) -> Got<Filled> {
+    pub(crate) fn fill(&mut self, buf: &mut [u8]) -> ReadOutcome<Filled> {
         let kept = self.partial.len();
         let Some((front, free)) = buf.split_at_mut_checked(kept) else {
-            return Got::Down("a frame is longer than the read buffer".into());
+            return ReadOutcome::Down("a frame is longer than the read buffer".into());
         };
         front.copy_from_slice(&self.partial);
         if self.has_frame() {
             self.partial.clear();
-            return Got::Frame(Filled { len: kept, more: true });
+            return ReadOutcome::Frame(Filled { len: kept, more: true });
         }
         let most = free.len().min(self.limit);
         let free = free.get_mut(..most).unwrap_or(&mut []);
         match sys::recv(&self.fd, free, 0) {
-            Ok(0) if kept > 0 => Got::Down("the peer closed the connection in the middle of a frame".into()),
-            Ok(0) => Got::Down("the peer closed the connection".into()),
+            Ok(0) if kept > 0 => {
+                ReadOutcome::Down("the peer closed the connection in the middle of a frame".into())
+            }
+            Ok(0) => ReadOutcome::Down("the peer closed the connection".into()),
             Ok(n) => {
                 self.partial.clear();
-                Got::Frame(Filled { len: kept + n, more: n == free.len() })
+                ReadOutcome::Frame(Filled { len: kept + n, more: n == free.len() })
             }
-            Err(e) if sys::would_block(e) => Got::Empty,
-            Err(e) => Got::Down(reason("the connection broke", e)),
+            Err(e) if sys::would_block(e) => ReadOutcome::Empty,
+            Err(e) => ReadOutcome::Down(reason("the connection broke", e)),
         }
     }
 
     /// True when there is a frame, or nonsense, that was read and not taken.
     pub(crate) fn has_frame(&self) -> bool {
-        !matches!(next_frame(&self.partial), Got::Empty)
+        !matches!(next_frame(&self.partial), ReadOutcome::Empty)
     }
 
     /// Keeps what is left, the bytes of a frame that is not complete or of whole ones, after `frames` in `bytes`
@@ -89,7 +91,7 @@ impl Stream {
     pub(crate) fn keep(&mut self, rest: &[u8], frames: usize, bytes: usize, full: bool) {
         let wish = match bytes.checked_div(frames) {
             // The turn had time for no more.
-            _ if !matches!(next_frame(rest), Got::Empty) => bytes,
+            _ if !matches!(next_frame(rest), ReadOutcome::Empty) => bytes,
             Some(size) => size * READ_FRAMES,
             None if full => READ_BUFFER,
             None => self.limit,
@@ -138,13 +140,15 @@ impl Stream {
 }
 
 /// The first frame in `bytes`: where it begins and ends. `Empty` when it is not complete.
-pub(crate) fn next_frame(bytes: &[u8]) -> Got<(usize, usize)> {
-    let Some(prefix) = bytes.get(..PREFIX) else { return Got::Empty };
+pub(crate) fn next_frame(bytes: &[u8]) -> ReadOutcome<(usize, usize)> {
+    let Some(prefix) = bytes.get(..PREFIX) else { return ReadOutcome::Empty };
     let len = guestnet_wire::be32(prefix, 0) as usize;
     if len > FRAME_MAX {
-        return Got::Down(format!("the peer announced a frame of {len} bytes; the limit is {FRAME_MAX}"));
+        return ReadOutcome::Down(format!(
+            "the peer announced a frame of {len} bytes; the limit is {FRAME_MAX}"
+        ));
     }
-    if bytes.len() < PREFIX + len { Got::Empty } else { Got::Frame((PREFIX, PREFIX + len)) }
+    if bytes.len() < PREFIX + len { ReadOutcome::Empty } else { ReadOutcome::Frame((PREFIX, PREFIX + len)) }
 }
 
 #[cfg(test)]
@@ -166,21 +170,21 @@ mod tests {
         let mut got = Vec::new();
         for byte in wire {
             a.write_all(&[byte]).unwrap();
-            let Got::Frame(f) = s.fill(&mut buf) else { panic!() };
+            let ReadOutcome::Frame(f) = s.fill(&mut buf) else { panic!() };
             let mut at = 0;
-            while let Got::Frame((from, to)) = next_frame(&buf[at..f.len]) {
+            while let ReadOutcome::Frame((from, to)) = next_frame(&buf[at..f.len]) {
                 got.push(buf[at + from..at + to].to_vec());
                 at += to;
             }
             s.keep(&buf[at..f.len], usize::from(at > 0), at, f.more);
         }
         assert_eq!(got, [&b"hello"[..], b"", b"wonderful world"]);
-        assert!(matches!(s.fill(&mut buf), Got::Empty));
+        assert!(matches!(s.fill(&mut buf), ReadOutcome::Empty));
         a.write_all(&[0, 0]).unwrap();
-        let Got::Frame(f) = s.fill(&mut buf) else { panic!() };
+        let ReadOutcome::Frame(f) = s.fill(&mut buf) else { panic!() };
         s.keep(&buf[..f.len], 0, 0, f.more);
         drop(a);
-        assert!(matches!(s.fill(&mut buf), Got::Down(why) if why.contains("middle")));
+        assert!(matches!(s.fill(&mut buf), ReadOutcome::Down(why) if why.contains("middle")));
     }
 
     #[test]
@@ -196,11 +200,11 @@ mod tests {
         assert!(!s.has_frame());
         let mut next = 0;
         while next < 200 {
-            let Got::Frame(f) = s.fill(&mut buf) else { panic!() };
+            let ReadOutcome::Frame(f) = s.fill(&mut buf) else { panic!() };
             // Three frames a turn.
             let mut at = 0;
             for _ in 0..3 {
-                let Got::Frame((from, to)) = next_frame(&buf[at..f.len]) else { break };
+                let ReadOutcome::Frame((from, to)) = next_frame(&buf[at..f.len]) else { break };
                 assert_eq!(buf[at + from..at + to], [next, next]);
                 at += to;
                 next += 1;
@@ -208,11 +212,11 @@ mod tests {
             s.keep(&buf[at..f.len], 3, at, f.more);
             assert_eq!(s.has_frame(), next < 200);
         }
-        assert!(matches!(s.fill(&mut buf), Got::Empty));
+        assert!(matches!(s.fill(&mut buf), ReadOutcome::Empty));
         assert_eq!(s.limit, READ_MIN);
         // Nonsense is found too, without another read.
         a.write_all(&[0, 0, 0, 1, 7, 0xff, 0, 0, 0]).unwrap();
-        let Got::Frame(f) = s.fill(&mut buf) else { panic!() };
+        let ReadOutcome::Frame(f) = s.fill(&mut buf) else { panic!() };
         s.keep(&buf[5..f.len], 1, 5, f.more);
         assert!(s.has_frame());
     }
@@ -231,16 +235,16 @@ mod tests {
                 let Ok(n) = peer.write(&wire[sent..]) else { break };
                 sent = (sent + n) % wire.len();
             }
-            let Got::Frame(f) = s.fill(&mut buf) else { break };
+            let ReadOutcome::Frame(f) = s.fill(&mut buf) else { break };
             let (mut at, mut frames) = (0, 0);
-            while let Got::Frame((_, to)) = next_frame(&buf[at..f.len]) {
+            while let ReadOutcome::Frame((_, to)) = next_frame(&buf[at..f.len]) {
                 at += to;
                 frames += 1;
             }
             s.keep(&buf[at..f.len], frames, at, f.more);
             got.push(frames);
         }
-        while let Got::Frame(f) = s.fill(&mut buf) {
+        while let ReadOutcome::Frame(f) = s.fill(&mut buf) {
             assert!(s.partial.is_empty() && f.len > 0);
         }
         got
@@ -260,7 +264,7 @@ mod tests {
         let mut buf = vec![0; READ_BUFFER];
         for byte in [0, 0, 0] {
             a.write_all(&[byte]).unwrap();
-            let Got::Frame(f) = s.fill(&mut buf) else { panic!() };
+            let ReadOutcome::Frame(f) = s.fill(&mut buf) else { panic!() };
             s.keep(&buf[..f.len], 0, 0, f.more);
         }
         assert_eq!(s.limit, READ_MIN);
@@ -268,11 +272,11 @@ mod tests {
 
     #[test]
     fn an_oversize_length_is_the_end() {
-        assert!(matches!(next_frame(&[0, 1, 0, 0x80, 9]), Got::Empty));
-        assert!(matches!(next_frame(&[0, 1, 0, 0x81]), Got::Down(_)));
-        assert!(matches!(next_frame(&[0xff; 4]), Got::Down(_)));
-        assert!(matches!(next_frame(&[0, 0, 0]), Got::Empty));
-        assert_eq!(next_frame(&[0, 0, 0, 0]), Got::Frame((4, 4)));
+        assert!(matches!(next_frame(&[0, 1, 0, 0x80, 9]), ReadOutcome::Empty));
+        assert!(matches!(next_frame(&[0, 1, 0, 0x81]), ReadOutcome::Down(_)));
+        assert!(matches!(next_frame(&[0xff; 4]), ReadOutcome::Down(_)));
+        assert!(matches!(next_frame(&[0, 0, 0]), ReadOutcome::Empty));
+        assert_eq!(next_frame(&[0, 0, 0, 0]), ReadOutcome::Frame((4, 4)));
     }
 
     #[test]

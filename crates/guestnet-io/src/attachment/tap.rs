@@ -5,7 +5,7 @@
 // ioctl takes raw pointers.
 #![allow(unsafe_code)]
 
-use super::{Got, reason, vnet};
+use super::{ReadOutcome, reason, vnet};
 use crate::os::io_uring::SMALL;
 use crate::os::sys;
 use guestnet_core::types::{Csum, FrameMeta, Gso};
@@ -30,7 +30,7 @@ pub(crate) struct Tap {
     /// The kernel knows UDP segmentation (6.2).
     uso: bool,
     /// Small frames with their virtio headers that go at the end of the batch, one after the other.
-    later: Vec<u8>,
+    deferred: Vec<u8>,
     /// Where each ends, and how many have gone.
     ends: Vec<usize>,
     gone: usize,
@@ -43,7 +43,7 @@ const LATER_MAX: usize = 64;
 
 /// Whether a frame waits for the end of the batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum PutOff {
+pub(crate) enum Deferred {
     /// It does, and no other did.
     First,
     Yes,
@@ -53,7 +53,7 @@ pub(crate) enum PutOff {
 
 /// What became of a frame.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Sent {
+pub(crate) enum WriteOutcome {
     Yes,
     /// To be tried again at EPOLLOUT.
     Full,
@@ -82,23 +82,23 @@ impl Tap {
     }
 
     fn with(fd: OwnedFd, header: usize, uso: bool) -> Tap {
-        Tap { fd, header, uso, later: Vec::new(), ends: Vec::new(), gone: 0, unhurried: false }
+        Tap { fd, header, uso, deferred: Vec::new(), ends: Vec::new(), gone: 0, unhurried: false }
     }
 
     /// Takes a small frame that [`Tap::takes`], to be written at the end of the batch.
-    pub(crate) fn put_off(&mut self, meta: &FrameMeta, front: &[u8], rest: &[u8]) -> PutOff {
+    pub(crate) fn defer(&mut self, meta: &FrameMeta, front: &[u8], rest: &[u8]) -> Deferred {
         let large = meta.gso.is_some() || front.len() + rest.len() > SMALL;
         if large || self.unhurried || self.ends.len() >= LATER_MAX {
-            return PutOff::No;
+            return Deferred::No;
         }
         if self.header != 0 {
-            let Some(h) = vnet::emit(meta, front) else { return PutOff::No };
-            self.later.extend_from_slice(h.get(..self.header).unwrap_or(&h));
+            let Some(h) = vnet::emit(meta, front) else { return Deferred::No };
+            self.deferred.extend_from_slice(h.get(..self.header).unwrap_or(&h));
         }
-        self.later.extend_from_slice(front);
-        self.later.extend_from_slice(rest);
-        self.ends.push(self.later.len());
-        if self.ends.len() == 1 { PutOff::First } else { PutOff::Yes }
+        self.deferred.extend_from_slice(front);
+        self.deferred.extend_from_slice(rest);
+        self.ends.push(self.deferred.len());
+        if self.ends.len() == 1 { Deferred::First } else { Deferred::Yes }
     }
 
     pub(crate) fn waits(&self) -> bool {
@@ -109,7 +109,7 @@ impl Tap {
     pub(crate) fn waiting(&self) -> impl Iterator<Item = &[u8]> {
         let starts = std::iter::once(&0).chain(&self.ends);
         let frames = starts.zip(&self.ends).skip(self.gone);
-        frames.map(|(from, to)| self.later.get(*from..*to).unwrap_or(&[]))
+        frames.map(|(from, to)| self.deferred.get(*from..*to).unwrap_or(&[]))
     }
 
     /// The first of them was written, or is lost: what became of it.
@@ -125,7 +125,7 @@ impl Tap {
         if self.gone >= self.ends.len() {
             self.gone = 0;
             self.ends.clear();
-            self.later.clear();
+            self.deferred.clear();
         }
         result
     }
@@ -137,34 +137,34 @@ impl Tap {
     }
 
     /// Reads a frame to `buf`: where it is and what is known of it.
-    pub(crate) fn read(&self, buf: &mut [u8]) -> Got<(usize, usize, FrameMeta)> {
+    pub(crate) fn read(&self, buf: &mut [u8]) -> ReadOutcome<(usize, usize, FrameMeta)> {
         let n = match sys::read(&self.fd, buf) {
             // A socket's peer has closed it; a TAP has no end.
-            Ok(0) => return Got::Down("the peer closed the connection".into()),
+            Ok(0) => return ReadOutcome::Down("the peer closed the connection".into()),
             Ok(n) => n,
-            Err(e) if sys::would_block(e) => return Got::Empty,
+            Err(e) if sys::would_block(e) => return ReadOutcome::Empty,
             // The interface is down; it may come up.
-            Err(libc::EIO) => return Got::Empty,
-            Err(e) => return Got::Down(reason("the TAP is gone", e)),
+            Err(libc::EIO) => return ReadOutcome::Empty,
+            Err(e) => return ReadOutcome::Down(reason("the TAP is gone", e)),
         };
         let Some((header, frame)) = buf.get(..n).and_then(|b| b.split_at_checked(self.header)) else {
-            return Got::Bad;
+            return ReadOutcome::Bad;
         };
         if self.header == 0 {
-            return Got::Frame((0, n, FrameMeta::default()));
+            return ReadOutcome::Frame((0, n, FrameMeta::default()));
         }
         match vnet::parse(header, frame) {
-            Ok(meta) => Got::Frame((self.header, n, meta)),
-            Err(vnet::BadHeader) => Got::Bad,
+            Ok(meta) => ReadOutcome::Frame((self.header, n, meta)),
+            Err(vnet::BadHeader) => ReadOutcome::Bad,
         }
     }
 
     /// Writes a frame that [`Tap::takes`]: its front, with all headers, and the rest.
-    pub(crate) fn write(&self, meta: &FrameMeta, front: &[u8], rest: &[u8]) -> Sent {
+    pub(crate) fn write(&self, meta: &FrameMeta, front: &[u8], rest: &[u8]) -> WriteOutcome {
         let sent = if self.header == 0 {
             sys::writev(&self.fd, &[front, rest])
         } else {
-            let Some(h) = vnet::emit(meta, front) else { return Sent::Refused };
+            let Some(h) = vnet::emit(meta, front) else { return WriteOutcome::Refused };
             let h = h.get(..self.header).unwrap_or(&h);
             if rest.is_empty() {
                 sys::writev(&self.fd, &[h, front])
@@ -173,18 +173,18 @@ impl Tap {
             }
         };
         match sent {
-            Ok(_) => Sent::Yes,
+            Ok(_) => WriteOutcome::Yes,
             Err(e) => lost("the TAP is gone", e),
         }
     }
 }
 
 /// What a failed write means.
-pub(crate) fn lost(gone: &str, errno: i32) -> Sent {
+pub(crate) fn lost(gone: &str, errno: i32) -> WriteOutcome {
     match errno {
-        e if sys::would_block(e) => Sent::Full,
-        e @ (libc::EBADFD | libc::EBADF | libc::ENODEV) => Sent::Down(reason(gone, e)),
-        _ => Sent::Refused,
+        e if sys::would_block(e) => WriteOutcome::Full,
+        e @ (libc::EBADFD | libc::EBADF | libc::ENODEV) => WriteOutcome::Down(reason(gone, e)),
+        _ => WriteOutcome::Refused,
     }
 }
 

@@ -73,7 +73,7 @@ pub(crate) fn emit(meta: &FrameMeta, headers: &[u8]) -> Option<[u8; LEN_MRG]> {
         }
     }
     if let Some(gso) = meta.gso {
-        // Segmentation without a begun checksum is nothing that a kernel takes.
+        // Segmentation without a partial checksum is nothing that a kernel takes.
         let Csum::Partial { start, .. } = meta.csum else { return None };
         let l4 = usize::from(start);
         let v6 = guestnet_wire::be16(headers, 12) == ether::IPV6;

@@ -2,7 +2,7 @@
 //! command has a number, and when it is done the number comes back in [`crate::control::event::Event::Done`]. What a
 //! command brings along (descriptors) belongs to the worker from then on.
 
-use crate::attachment::listener::Speak;
+use crate::attachment::listener::Encapsulation;
 use crate::attachment::quota::Charge;
 use crate::attachment::vhost_user::FrontEnds;
 use crate::control::capture::SharedCapture;
@@ -33,10 +33,10 @@ pub enum ListenKind {
 
 /// A guest that came to a listener and has no port yet.
 #[derive(Debug)]
-pub struct Newcomer {
+pub struct AcceptedGuest {
     pub(crate) listener: u32,
     pub(crate) conn: OwnedFd,
-    pub(crate) speak: Speak,
+    pub(crate) encapsulation: Encapsulation,
     pub(crate) template: PortConfig,
     pub(crate) peer: String,
     /// Its connection, as its listener is charged for it.
@@ -247,12 +247,12 @@ pub enum Command {
     /// The same with a capture that several workers write to. Made by [`crate::runtime::worker_group`].
     ShareCapture(SharedCapture),
     /// Takes a guest that came to a listener of another worker.
-    Adopt(Box<Newcomer>),
+    Adopt(Box<AcceptedGuest>),
     /// Ends the capture; done when everything is written.
     StopCapture,
     /// Tells of flows that open, close and are denied, or (to spare both sides the work) does not. A worker
     /// begins with telling.
-    TellFlows {
+    EnableFlowEvents {
         /// Whether it tells.
         on: bool,
     },
@@ -359,7 +359,7 @@ impl Waker {
     }
 
     /// To be said after the command was queued, before [`Waker::wake`].
-    pub(crate) fn hurry(&self) {
+    pub(crate) fn mark_urgent(&self) {
         self.urgent.store(true, Ordering::SeqCst);
     }
 

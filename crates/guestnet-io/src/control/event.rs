@@ -42,7 +42,7 @@ pub enum Event {
     Core(effects::Event),
     /// A command is done. Never lost.
     Done {
-        /// The number that [`crate::Worker::submit`] gave it.
+        /// The number that [`crate::WorkerGroup::submit`] gave it.
         sequence: u64,
         /// What came of it.
         result: Result<Value, CommandError>,
@@ -238,7 +238,7 @@ impl EventSender {
     }
 
     /// Sends what may be lost. False: it was.
-    pub(crate) fn offer(&mut self, event: Event) -> bool {
+    pub(crate) fn try_send(&mut self, event: Event) -> bool {
         let (len, quarters) = (event.payload_len(), event.quarters_left());
         if !self.has_room(len, quarters) || !self.has_share(&event, quarters) {
             self.dropped += 1;
@@ -267,7 +267,7 @@ impl EventSender {
     }
 
     /// Sends what may not be lost.
-    pub(crate) fn must(&mut self, event: Event) {
+    pub(crate) fn send_reliable(&mut self, event: Event) {
         self.dirty = true;
         if !self.overflow.is_empty() {
             self.overflow.push_back(event);
@@ -372,18 +372,18 @@ mod tests {
     #[test]
     fn the_eventfd_is_written_only_for_a_sleeping_consumer() {
         let (mut s, r) = pair(256);
-        assert!(s.offer(log(0)));
+        assert!(s.try_send(log(0)));
         assert!(!readable(r.fd()));
         s.flush();
         assert!(readable(r.fd()));
         // Not drained yet: no second write.
-        s.offer(log(1));
+        s.try_send(log(1));
         s.flush();
         assert_eq!(r.drain(1).len(), 1);
         assert!(readable(r.fd()), "more is there");
         assert_eq!(r.drain(10).len(), 1);
         assert!(!readable(r.fd()));
-        s.offer(log(2));
+        s.try_send(log(2));
         s.flush();
         assert!(readable(r.fd()));
     }
@@ -392,12 +392,12 @@ mod tests {
     fn what_may_not_be_lost_is_not() {
         let (mut s, r) = pair(128);
         let mut taken = 0;
-        while s.offer(log(taken)) {
+        while s.try_send(log(taken)) {
             taken += 1;
         }
         assert_eq!((taken, s.dropped), (64, 1));
         for i in 0..200 {
-            s.must(Event::Done { sequence: i, result: Ok(Value::None) });
+            s.send_reliable(Event::Done { sequence: i, result: Ok(Value::None) });
         }
         s.flush();
         assert!(s.is_behind());
@@ -423,16 +423,16 @@ mod tests {
         let closed = |port| {
             Event::Core(effects::Event::FlowClosed { flow, port: PortId(port), bytes_out: 0, bytes_in: 0 })
         };
-        let flows = (0..2000).filter(|i| s.offer(closed(i % 300))).count();
+        let flows = (0..2000).filter(|i| s.try_send(closed(i % 300))).count();
         let frame = || Event::Frame { port: PortId(1), frame: vec![0; 60].into() };
-        let frames = (0..2000).filter(|_| s.offer(frame())).count();
-        let asked = (0..2000).filter(|i| s.offer(datagram_of(i % 300, 100))).count();
+        let frames = (0..2000).filter(|_| s.try_send(frame())).count();
+        let asked = (0..2000).filter(|i| s.try_send(datagram_of(i % 300, 100))).count();
         assert_eq!((flows, frames, asked), (512 - RESERVED, 256, 256));
         assert_eq!(r.drain(2000).len(), flows + frames + asked);
         // Neither do the bytes of frames.
         let large = || Event::Frame { port: PortId(1), frame: vec![0; 65536].into() };
-        while s.offer(large()) {}
-        assert!(s.offer(datagram(65_507)));
+        while s.try_send(large()) {}
+        assert!(s.try_send(datagram(65_507)));
     }
 
     /// One guest's events leave room for those of the same kind of others, and what was taken out counts no more.
@@ -443,11 +443,11 @@ mod tests {
         let closed = |port| {
             Event::Core(effects::Event::FlowClosed { flow, port: PortId(port), bytes_out: 0, bytes_in: 0 })
         };
-        let told = |s: &mut EventSender, port| (0..2000).filter(|_| s.offer(closed(port))).count();
+        let told = |s: &mut EventSender, port| (0..2000).filter(|_| s.try_send(closed(port))).count();
         for _ in 0..3 {
             let shares = [1, 2, 3].map(|port| told(&mut s, port));
             assert_eq!(shares, [359, 72, 14], "of {}", 512 - RESERVED);
-            let asked = [1, 4].map(|port| (0..2000).filter(|_| s.offer(datagram_of(port, 9))).count());
+            let asked = [1, 4].map(|port| (0..2000).filter(|_| s.try_send(datagram_of(port, 9))).count());
             assert!(asked[0] > 0 && asked[1] > 0, "{asked:?}");
             let all = shares.iter().chain(&asked).sum::<usize>();
             assert_eq!(r.drain(all / 2).len() + r.drain(2000).len(), all);
@@ -459,7 +459,7 @@ mod tests {
     fn who_finds_no_room_is_woken_when_there_is() {
         let (mut s, r) = pair(128);
         assert!(s.frame_room_or_wake());
-        while s.offer(log(0)) {}
+        while s.try_send(log(0)) {}
         r.waker.take();
         assert!(!s.frame_room_or_wake());
         assert_eq!(r.drain(1000).len(), 64);
@@ -486,9 +486,9 @@ mod tests {
     #[test]
     fn payload_bytes_are_bounded() {
         let (mut s, r) = pair(1024);
-        let n = (0..1000).filter(|_| s.offer(datagram(65536))).count();
+        let n = (0..1000).filter(|_| s.try_send(datagram(65536))).count();
         assert_eq!(n, PAYLOAD_MAX / 65536);
         assert_eq!(r.drain(1000).len(), n);
-        assert!(s.offer(datagram(65536)));
+        assert!(s.try_send(datagram(65536)));
     }
 }

@@ -8,13 +8,13 @@ use crate::attachment::quota::{Pool, Quota};
 use crate::attachment::reason;
 use crate::attachment::stream::Stream;
 use crate::attachment::tap::Tap;
-use crate::attachment::vhost_user::{FrontEnds, Vhost};
+use crate::attachment::vhost_user::{FrontEnds, VhostUser};
 use crate::control::capture::{Capture, Capturing};
 use crate::control::command::{Command, CommandError, Value};
 use crate::control::event::Event;
 use crate::os::epoll::{Kind, Token};
 use crate::os::sys::{self, RawAddr};
-use crate::runtime::worker::State;
+use crate::runtime::worker::Worker;
 use crate::uplink::forward::{ForwardParts, Listening, Origins};
 use crate::uplink::sockets::{Sock, SockKind};
 use crate::uplink::tun::Tun;
@@ -31,7 +31,7 @@ use std::path::PathBuf;
 /// Commands done before the network has its turn.
 const BATCH: usize = 64;
 
-impl State {
+impl Worker {
     /// Does what waits in the queue.
     pub(crate) fn commands(&mut self) {
         for _ in 0..BATCH {
@@ -54,7 +54,7 @@ impl State {
                 continue;
             }
             let result = self.command(command);
-            self.io.events.must(Event::Done { sequence, result });
+            self.io.events.send_reliable(Event::Done { sequence, result });
         }
     }
 
@@ -66,7 +66,7 @@ impl State {
             self.commands();
         }
         if self.io.is_behind() {
-            self.waker.hurry();
+            self.waker.mark_urgent();
         }
     }
 
@@ -99,7 +99,9 @@ impl State {
             }
             Command::AttachVhostUser { port, fd } => {
                 let front_ends = FrontEnds::new(Quota::new(Pool::of_process()));
-                self.attach(port, || Vhost::new(fd, front_ends).map(|v| Attachment::Vhost(Box::new(v))))?;
+                self.attach(port, || {
+                    VhostUser::new(fd, front_ends).map(|v| Attachment::VhostUser(Box::new(v)))
+                })?;
             }
             Command::AttachMemory { port } => self.attach(port, || Ok(Attachment::Memory))?,
             Command::Listen { listener, kind, fd, template } => {
@@ -164,14 +166,14 @@ impl State {
                 }
             }
             Command::ShareCapture(shared) => {
-                let first = self.io.peers.as_ref().is_none_or(|p| p.me() == 0);
+                let first = self.io.links.as_ref().is_none_or(|p| p.me() == 0);
                 if let Some(old) = self.io.capture.replace(Capturing::Shared(shared, first)) {
                     self.end_capture(old, None);
                 }
             }
             Command::Adopt(newcomer) => self.adopt(*newcomer),
             Command::StopCapture => {}
-            Command::TellFlows { on } => self.io.tell_flows = on,
+            Command::EnableFlowEvents { on } => self.io.flow_events = on,
             Command::ListFlows => return Ok(Value::Flows(self.core.flows().collect())),
             Command::PortStats => {
                 let counters = |p: PortId| self.core.port_counters(p).cloned().unwrap_or_default();
@@ -212,7 +214,7 @@ impl State {
             }
             // Other workers still have it; the last one finishes it.
             (None, Some(sequence)) => {
-                self.io.events.must(Event::Done { sequence, result: Ok(Value::None) });
+                self.io.events.send_reliable(Event::Done { sequence, result: Ok(Value::None) });
             }
             (None, None) => {}
         }

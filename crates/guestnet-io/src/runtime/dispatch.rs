@@ -1,14 +1,14 @@
 //! Theory of operation: from what the kernel reports to the calls of the core. Each descriptor gets a batch
 //! at a time, so that a busy one keeps nobody waiting; what is left is reported again.
 
-use crate::attachment::Got;
+use crate::attachment::ReadOutcome;
 use crate::attachment::port_set::{Attachment, Port};
 use crate::attachment::stream::{self, Filled};
 use crate::os::epoll::{Kind, Ready, Token};
 use crate::os::sys;
 use crate::runtime::stats::IoCounters;
 use crate::runtime::turn::Turn;
-use crate::runtime::worker::State;
+use crate::runtime::worker::Worker;
 use crate::uplink::error_queue;
 use crate::uplink::forward::Listening;
 use crate::uplink::ping;
@@ -28,7 +28,7 @@ const ACCEPTS: usize = 64;
 const RECEIVES: usize = 4;
 const HUNG_UP: i32 = libc::EPOLLHUP | libc::EPOLLERR;
 
-impl State {
+impl Worker {
     pub(crate) fn dispatch(&mut self, ready: Ready) {
         match ready.token.kind {
             Kind::Waker => self.commands_waiting = self.waker.take() || self.commands_waiting,
@@ -72,7 +72,7 @@ impl State {
         };
         let (frames, down) = match self.io.ports.get_mut(slot).map(|p| &p.attachment) {
             Some(Attachment::Stream(_)) => return self.stream_ready(slot, id),
-            Some(Attachment::Vhost(_)) => return self.on_front_end(ready, id),
+            Some(Attachment::VhostUser(_)) => return self.on_front_end(ready, id),
             Some(Attachment::Tap(_) | Attachment::Dgram(_)) => {
                 let (frames, down) = self.read_frames(slot, id);
                 // Of these, reading does not always tell.
@@ -113,24 +113,24 @@ impl State {
             let got = match attachment {
                 Attachment::Tap(t) => t.read(&mut self.frame),
                 Attachment::Dgram(d) => match d.read(&mut self.frame) {
-                    Got::Frame(n) => Got::Frame((0, n, FrameMeta::default())),
-                    Got::Bad => Got::Bad,
-                    Got::Empty => Got::Empty,
-                    Got::Down(why) => Got::Down(why),
+                    ReadOutcome::Frame(n) => ReadOutcome::Frame((0, n, FrameMeta::default())),
+                    ReadOutcome::Bad => ReadOutcome::Bad,
+                    ReadOutcome::Empty => ReadOutcome::Empty,
+                    ReadOutcome::Down(why) => ReadOutcome::Down(why),
                 },
                 _ => break,
             };
             match got {
-                Got::Frame((from, to, meta)) => {
+                ReadOutcome::Frame((from, to, meta)) => {
                     self.frame_in(id, from..to, meta);
                     turn.frame(to - from);
                 }
-                Got::Bad => {
+                ReadOutcome::Bad => {
                     self.io.counters.bad_frames += 1;
                     turn.frame(0);
                 }
-                Got::Empty => break,
-                Got::Down(why) => return (turn.frames, Some(why)),
+                ReadOutcome::Empty => break,
+                ReadOutcome::Down(why) => return (turn.frames, Some(why)),
             }
         }
         (turn.frames, None)
@@ -152,19 +152,19 @@ impl State {
                 break;
             };
             let Filled { len, more } = match s.fill(&mut buf) {
-                Got::Frame(f) => f,
-                Got::Down(why) => {
+                ReadOutcome::Frame(f) => f,
+                ReadOutcome::Down(why) => {
                     down = Some(why);
                     break;
                 }
-                Got::Empty | Got::Bad => break,
+                ReadOutcome::Empty | ReadOutcome::Bad => break,
             };
             let (mut at, before) = (0, turn.frames);
             let mut run: Option<Run> = None;
             // Of frames that a read brought together only the time is bounded: those that become one cost little.
             while turn.has_time() {
                 match stream::next_frame(buf.get(at..len).unwrap_or(&[])) {
-                    Got::Frame((from, to)) => {
+                    ReadOutcome::Frame((from, to)) => {
                         let frame = at + from..at + to;
                         if let Some(frame) = buf.get_mut(frame.clone()) {
                             self.io.capture_in(id, frame);
@@ -177,11 +177,11 @@ impl State {
                         turn.frame(to - from);
                         at += to;
                     }
-                    Got::Down(why) => {
+                    ReadOutcome::Down(why) => {
                         down = Some(why);
                         break;
                     }
-                    Got::Empty | Got::Bad => break,
+                    ReadOutcome::Empty | ReadOutcome::Bad => break,
                 }
             }
             if let Some(whole) = run {
@@ -208,17 +208,17 @@ impl State {
         while turn.goes_on(self.batch_size) {
             let Some(tun) = &self.io.tun else { break };
             match tun.read(&mut self.frame) {
-                Got::Frame((end, meta)) => {
+                ReadOutcome::Frame((end, meta)) => {
                     let Some(frame) = self.frame.get_mut(..end) else { break };
                     self.core.uplink_packet(self.now, frame, meta, &mut self.io);
                     turn.frame(end);
                 }
-                Got::Bad => {
+                ReadOutcome::Bad => {
                     self.io.counters.bad_frames += 1;
                     turn.frame(0);
                 }
-                Got::Empty => break,
-                Got::Down(why) => {
+                ReadOutcome::Empty => break,
+                ReadOutcome::Down(why) => {
                     self.io.tun = None;
                     self.warn(format!("the uplink ended: {why}"));
                     break;
@@ -275,7 +275,7 @@ impl State {
         tcp.ended |= ready.has(libc::EPOLLRDHUP) && !ready.has(libc::EPOLLERR);
         tcp.urgent |= ready.has(libc::EPOLLPRI);
         let mut room = ready.has(libc::EPOLLOUT) && std::mem::take(&mut tcp.wants_write);
-        if room && !tcp.put_off && !tcp.waiting.is_empty() {
+        if room && !tcp.deferred && !tcp.waiting.is_empty() {
             // What the core has handed over goes first.
             room = match self.io.socks.send_waiting(SockId(ready.token.index)) {
                 Ok(all) => all,

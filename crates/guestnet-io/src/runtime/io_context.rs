@@ -1,15 +1,15 @@
 //! Theory of operation: the world as the core sees it: [`Effects`] over real attachments and sockets. It is
 //! apart from the core so that the worker can lend it to the core's calls.
 
-use crate::attachment::port_set::{Outside, Ports};
-use crate::attachment::tap::Sent;
+use crate::attachment::port_set::{PortSet, TxContext};
+use crate::attachment::tap::WriteOutcome;
 use crate::control::capture::{Capturing, Direction};
 use crate::control::event::{Event, EventSender};
 use crate::control::port_names::PortNames;
 use crate::os::epoll::Poller;
 use crate::os::io_uring::{OPS_MAX, SMALL, Submitter};
 use crate::os::sys;
-use crate::runtime::shard_links::Peers;
+use crate::runtime::shard_links::ShardLinks;
 use crate::runtime::stats::IoCounters;
 use crate::uplink::deferred_writes::Done;
 use crate::uplink::sockets::{Sock, SockKind, Socks};
@@ -20,9 +20,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 
 /// Everything of a worker but the core.
-pub(crate) struct IoState {
+pub(crate) struct IoContext {
     pub poller: Poller,
-    pub ports: Ports,
+    pub ports: PortSet,
     pub socks: Socks,
     /// The uplink of packets, where there is one.
     pub tun: Option<Tun>,
@@ -32,10 +32,10 @@ pub(crate) struct IoState {
     /// What captures call the ports.
     pub port_names: PortNames,
     /// The other workers, where there are any.
-    pub peers: Option<Box<Peers>>,
+    pub links: Option<Box<ShardLinks>>,
     pub counters: IoCounters,
     /// Whether the control side wants to hear of every flow.
-    pub tell_flows: bool,
+    pub flow_events: bool,
     /// The time of the batch at hand.
     pub now: Time,
     /// What was peeked last, and where in the buffer it begins.
@@ -46,24 +46,24 @@ pub(crate) struct IoState {
     frames: Vec<u32>,
 }
 
-impl IoState {
+impl IoContext {
     /// `batched`: small writes of a batch are to be one call, where the system can.
-    pub(crate) fn new(poller: Poller, events: EventSender, batched: bool) -> IoState {
+    pub(crate) fn new(poller: Poller, events: EventSender, batched: bool) -> IoContext {
         let submitter = Submitter::new(batched);
         let mut socks = Socks::new();
-        socks.later.on = submitter.is_on();
-        IoState {
+        socks.deferred.on = submitter.is_on();
+        IoContext {
             poller,
-            ports: Ports::default(),
+            ports: PortSet::default(),
             socks,
             tun: None,
             events,
             submitter,
             capture: None,
             port_names: PortNames::default(),
-            peers: None,
+            links: None,
             counters: IoCounters::default(),
-            tell_flows: true,
+            flow_events: true,
             now: sys::now(),
             scratch: Vec::new(),
             peeked: 0,
@@ -73,9 +73,9 @@ impl IoState {
     }
 
     /// The ports, and what they need to send.
-    pub(crate) fn split(&mut self) -> (&mut Ports, Outside<'_>) {
-        let IoState { poller, ports, events, counters, submitter, now, .. } = self;
-        (ports, Outside { poller, events, counters, submitter, now: *now })
+    pub(crate) fn split(&mut self) -> (&mut PortSet, TxContext<'_>) {
+        let IoContext { poller, ports, events, counters, submitter, now, .. } = self;
+        (ports, TxContext { poller, events, counters, submitter, now: *now })
     }
 
     /// A frame came from a guest.
@@ -98,16 +98,16 @@ impl IoState {
         let (ports, mut out) = self.split();
         ports.flush(&mut out);
         self.submit();
-        if let Some(p) = &mut self.peers {
-            p.ring_bells();
+        if let Some(p) = &mut self.links {
+            p.wake_sleepers();
         }
     }
 
     /// Does what was put off, in as few calls as may be.
     fn submit(&mut self) {
-        while !self.socks.later.is_empty() || self.ports.has_frames() {
-            let IoState { poller, ports, socks, submitter, counters, done, frames, .. } = self;
-            let taken = socks.take_later(OPS_MAX);
+        while !self.socks.deferred.is_empty() || self.ports.has_frames() {
+            let IoContext { poller, ports, socks, submitter, counters, done, frames, .. } = self;
+            let taken = socks.take_deferred(OPS_MAX);
             let mut batch = submitter.batch();
             socks.add_to(&mut batch, taken, done);
             ports.add_frames(&mut batch, frames);
@@ -126,7 +126,7 @@ impl IoState {
     /// The control side or another worker does not take what it has to hear: nothing may be done meanwhile that
     /// makes more of it.
     pub(crate) fn is_behind(&self) -> bool {
-        self.events.is_behind() || self.peers.as_ref().is_some_and(|p| p.is_behind())
+        self.events.is_behind() || self.links.as_ref().is_some_and(|p| p.is_behind())
     }
 
     /// True when the core has to hear of something.
@@ -139,7 +139,7 @@ impl IoState {
     }
 }
 
-impl Effects for IoState {
+impl Effects for IoContext {
     fn transmit(&mut self, port: PortId, frame: &[u8], meta: FrameMeta) -> Result<(), TxError> {
         let (ports, mut out) = self.split();
         ports.transmit(&mut out, port, frame, &[], meta)?;
@@ -160,8 +160,8 @@ impl Effects for IoState {
             self.socks.udp_flush(&mut self.counters);
             self.submit();
         }
-        let IoState { poller, ports, events, counters, submitter, now, scratch, .. } = self;
-        let mut out = Outside { poller, events, counters, submitter, now: *now };
+        let IoContext { poller, ports, events, counters, submitter, now, scratch, .. } = self;
+        let mut out = TxContext { poller, events, counters, submitter, now: *now };
         let rest = scratch.get(range.clone()).unwrap_or(&[]);
         ports.transmit(&mut out, port, header, rest, meta)?;
         self.capture_out(port, header, range);
@@ -170,10 +170,10 @@ impl Effects for IoState {
 
     fn uplink(&mut self, frame: &[u8], meta: FrameMeta) -> Result<(), TxError> {
         match self.tun.as_mut().map(|t| t.write(frame, meta)) {
-            Some(Sent::Yes) => Ok(()),
-            Some(Sent::Full) => Err(TxError::Full),
+            Some(WriteOutcome::Yes) => Ok(()),
+            Some(WriteOutcome::Full) => Err(TxError::Full),
             // That the device is gone is found, and told, when it is read.
-            Some(Sent::Refused | Sent::Down(_)) | None => Err(TxError::Gone),
+            Some(WriteOutcome::Refused | WriteOutcome::Down(_)) | None => Err(TxError::Gone),
         }
     }
 
@@ -184,7 +184,7 @@ impl Effects for IoState {
         frame: &[u8],
         meta: FrameMeta,
     ) -> Result<(), TxError> {
-        self.peers.as_mut().map_or(Err(TxError::Gone), |p| p.send(worker, port, frame, meta))
+        self.links.as_mut().map_or(Err(TxError::Gone), |p| p.send(worker, port, frame, meta))
     }
 
     fn port_room(&mut self, port: PortId) -> usize {
@@ -301,8 +301,8 @@ impl Effects for IoState {
 
     fn event(&mut self, event: effects::Event) {
         use effects::Event::{Denied, FlowClosed, FlowOpened};
-        if self.tell_flows || !matches!(event, FlowOpened { .. } | FlowClosed { .. } | Denied { .. }) {
-            self.events.offer(Event::Core(event));
+        if self.flow_events || !matches!(event, FlowOpened { .. } | FlowClosed { .. } | Denied { .. }) {
+            self.events.try_send(Event::Core(event));
         }
     }
 }
@@ -320,8 +320,8 @@ mod tests {
     fn what_is_put_off_does_not_wait_for_the_turn_of_a_large_flow() {
         for batched in [true, false] {
             let (events, _heard) = event::channel(64, Arc::new(Waker::new().unwrap())).unwrap();
-            let mut io = IoState::new(Poller::new(8).unwrap(), events, batched);
-            io.socks.later.on = true;
+            let mut io = IoContext::new(Poller::new(8).unwrap(), events, batched);
+            io.socks.deferred.on = true;
             let flow = |index| FlowId { index, generation: 0 };
             let l = TcpListener::bind("127.0.0.1:0").unwrap();
             let target = Target::Address(l.local_addr().unwrap());

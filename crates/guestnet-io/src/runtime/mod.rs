@@ -15,4 +15,4 @@ pub(crate) mod worker_group;
 pub use confinement::confinement_works;
 pub use stats::{IoCounters, StatsSnapshot};
 pub use worker::{IoError, PollingStrategy, WorkerConfig};
-pub use worker_group::{WORKERS_MAX, Worker, spawn};
+pub use worker_group::{WORKERS_MAX, WorkerGroup, spawn};

@@ -1,15 +1,15 @@
 //! Theory of operation: how workers of one Network reach each other. Between each two there is a ring each way of
-//! frames and news. A frame is copied once, into a buffer of the sender's pool, whose index travels; the receiver
+//! frames and updates. A frame is copied once, into a buffer of the sender's pool, whose index travels; the receiver
 //! sends it on from there and frees it. A ring takes frames up to a part of its length and drops what is more
-//! (counted by the core), so that there is always room for some news; news that found none wait with the sender,
+//! (counted by the core), so that there is always room for some updates; updates that found none wait with the sender,
 //! who takes no commands and no guests meanwhile. All of that is bounded, and nobody waits for anybody.
 
 use crate::attachment::FRAME_MAX;
 use crate::control::command::{Command, CommandSender, Waker};
 use crate::memory::pool::PacketPool;
 use crate::memory::ring::{Consumer, Producer, Ring};
-use crate::runtime::wake_flag::Bell;
-use crate::runtime::worker::State;
+use crate::runtime::wake_flag::WakeFlag;
+use crate::runtime::worker::Worker;
 use guestnet_core::effects::TxError;
 use guestnet_core::shard::PeerUpdate;
 use guestnet_core::types::{FrameMeta, PortId};
@@ -37,82 +37,82 @@ pub(crate) enum Item {
     PeerUpdate(PeerUpdate),
 }
 
-struct Out {
+struct Outgoing {
     ring: Producer<Item>,
-    late: VecDeque<PeerUpdate>,
-    bell: Arc<Bell>,
+    delayed: VecDeque<PeerUpdate>,
+    wake_flag: Arc<WakeFlag>,
     waker: Arc<Waker>,
     commands: Arc<CommandSender>,
     /// Something was put in since it was last rung for.
     dirty: bool,
 }
 
-struct In {
+struct Incoming {
     ring: Consumer<Item>,
     pool: Arc<PacketPool>,
 }
 
 /// The other workers, as one of them has them. Its own place is empty.
-pub(crate) struct Peers {
+pub(crate) struct ShardLinks {
     me: usize,
-    out: Vec<Option<Out>>,
-    inn: Vec<Option<In>>,
+    out: Vec<Option<Outgoing>>,
+    inn: Vec<Option<Incoming>>,
     pool: Arc<PacketPool>,
     /// Frames that may be under way to one of them.
     frames: usize,
-    bell: Arc<Bell>,
+    wake_flag: Arc<WakeFlag>,
     loads: Arc<[AtomicU32]>,
-    news: Vec<PeerUpdate>,
+    updates: Vec<PeerUpdate>,
 }
 
 /// What each worker brings.
-pub(crate) struct Place {
+pub(crate) struct WorkerHandle {
     pub waker: Arc<Waker>,
     pub commands: Arc<CommandSender>,
 }
 
 /// Joins workers to each other. `None`: the system has no memory for it.
-pub(crate) fn join(places: &[Place], loads: &Arc<[AtomicU32]>) -> Option<Vec<Peers>> {
-    let n = places.len();
+pub(crate) fn join(handles: &[WorkerHandle], loads: &Arc<[AtomicU32]>) -> Option<Vec<ShardLinks>> {
+    let n = handles.len();
     let buffers = (FRAMES * (n - 1)).min(BUFFERS_MAX);
     let mut all = Vec::new();
     for me in 0..n {
-        all.push(Peers {
+        all.push(ShardLinks {
             me,
             out: Vec::new(),
             inn: Vec::new(),
             pool: Arc::new(PacketPool::with_buffer_size(buffers, FRAME_MAX).ok()?),
             frames: buffers / (n - 1),
-            bell: Arc::default(),
+            wake_flag: Arc::default(),
             loads: Arc::clone(loads),
-            news: Vec::new(),
+            updates: Vec::new(),
         });
     }
     for from in 0..n {
-        for (to, place) in places.iter().enumerate() {
+        for (to, handle) in handles.iter().enumerate() {
             if from == to {
                 all[from].out.push(None);
                 all[to].inn.push(None);
                 continue;
             }
             let (producer, consumer) = Ring::new(RING).ok()?.split();
-            let out = Out {
+            let out = Outgoing {
                 ring: producer,
-                late: VecDeque::new(),
-                bell: Arc::clone(&all[to].bell),
-                waker: Arc::clone(&place.waker),
-                commands: Arc::clone(&place.commands),
+                delayed: VecDeque::new(),
+                wake_flag: Arc::clone(&all[to].wake_flag),
+                waker: Arc::clone(&handle.waker),
+                commands: Arc::clone(&handle.commands),
                 dirty: false,
             };
             let pool = Arc::clone(&all[from].pool);
             all[from].out.push(Some(out));
-            all[to].inn.push(Some(In { ring: consumer, pool }));
+            all[to].inn.push(Some(Incoming { ring: consumer, pool }));
         }
     }
     Some(all)
 }
 
-impl Peers {
+impl ShardLinks {
     pub(crate) fn me(&self) -> usize {
         self.me
     }
@@ -144,10 +144,10 @@ impl Peers {
         Ok(())
     }
 
-    /// Room for news that may be refused, as much as there is in the fullest ring.
+    /// Room for updates that may be refused, as much as there is in the fullest ring.
     pub(crate) fn room(&self) -> usize {
-        let of = |o: &Out| {
-            let used = o.ring.len().max(FRAMES) + o.late.len();
+        let of = |o: &Outgoing| {
+            let used = o.ring.len().max(FRAMES) + o.delayed.len();
             o.ring.capacity().saturating_sub(used) / 2
         };
         self.out.iter().flatten().map(of).min().unwrap_or(0)
@@ -155,31 +155,31 @@ impl Peers {
 
     /// Tells all others, in order.
     pub(crate) fn tell(&mut self, take: impl FnOnce(usize, &mut Vec<PeerUpdate>)) {
-        let mut news = std::mem::take(&mut self.news);
-        take(self.room(), &mut news);
+        let mut updates = std::mem::take(&mut self.updates);
+        take(self.room(), &mut updates);
         for out in self.out.iter_mut().flatten() {
-            out.late.extend(&news);
-            while let Some(next) = out.late.front() {
+            out.delayed.extend(&updates);
+            while let Some(next) = out.delayed.front() {
                 if out.ring.enqueue(Item::PeerUpdate(*next)).is_err() {
                     break;
                 }
-                out.late.pop_front();
+                out.delayed.pop_front();
                 out.dirty = true;
             }
         }
-        news.clear();
-        self.news = news;
+        updates.clear();
+        self.updates = updates;
     }
 
-    /// PeerUpdate wait because a ring was full.
+    /// Updates wait because a ring was full.
     pub(crate) fn is_behind(&self) -> bool {
-        self.out.iter().flatten().any(|o| !o.late.is_empty())
+        self.out.iter().flatten().any(|o| !o.delayed.is_empty())
     }
 
     /// Wakes those who sleep over what was put in their rings.
-    pub(crate) fn ring_bells(&mut self) {
+    pub(crate) fn wake_sleepers(&mut self) {
         for out in self.out.iter_mut().flatten() {
-            if std::mem::take(&mut out.dirty) && out.bell.must_ring() {
+            if std::mem::take(&mut out.dirty) && out.wake_flag.needs_wake() {
                 out.waker.wake();
             }
         }
@@ -192,16 +192,16 @@ impl Peers {
 
     /// Says that this worker is about to sleep. False: it cannot, something came.
     pub(crate) fn fall_asleep(&self) -> bool {
-        self.bell.fall_asleep();
+        self.wake_flag.fall_asleep();
         let sleeps = !self.has_items();
         if !sleeps {
-            self.bell.wake_up();
+            self.wake_flag.wake_up();
         }
         sleeps
     }
 
     pub(crate) fn wake_up(&self) {
-        self.bell.wake_up();
+        self.wake_flag.wake_up();
     }
 
     /// Takes the oldest items of a worker.
@@ -241,22 +241,22 @@ impl Peers {
     }
 }
 
-impl State {
+impl Worker {
     /// Does what other workers sent; false when there was nothing.
-    pub(crate) fn hear_peers(&mut self) -> bool {
+    pub(crate) fn receive_from_shards(&mut self) -> bool {
         let mut any = false;
         let mut items = [Item::PeerUpdate(PeerUpdate::PortDown { port: PortId(0) }); BATCH];
-        for from in 0..self.io.peers.as_ref().map_or(0, |p| p.count()) {
+        for from in 0..self.io.links.as_ref().map_or(0, |p| p.count()) {
             let mut bytes = 0;
             while bytes < BATCH_BYTES {
-                let Some(p) = &mut self.io.peers else { break };
+                let Some(p) = &mut self.io.links else { break };
                 let n = p.take(from, &mut items);
                 let Some(pool) = p.pool_of(from).filter(|_| n > 0) else { break };
                 any = true;
                 for item in items.iter().take(n) {
                     match *item {
-                        Item::PeerUpdate(news) => {
-                            self.core.peer_update(self.now, from as u16, news, &mut self.io);
+                        Item::PeerUpdate(update) => {
+                            self.core.peer_update(self.now, from as u16, update, &mut self.io);
                         }
                         Item::Frame { port, buffer, meta } => {
                             if let Ok(frame) = pool.borrow(buffer) {
@@ -295,16 +295,16 @@ pub(crate) fn unload(loads: &[AtomicU32], at: usize) {
 mod tests {
     use super::*;
 
-    fn three() -> Vec<Peers> {
-        let place = |_| Place {
+    fn three() -> Vec<ShardLinks> {
+        let handle = |_| WorkerHandle {
             waker: Arc::new(Waker::new().unwrap()),
             commands: Arc::new(crate::control::command::channel(16).0),
         };
-        let places: Vec<Place> = (0..3).map(place).collect();
-        join(&places, &(0..3).map(|_| AtomicU32::new(0)).collect()).unwrap()
+        let handles: Vec<WorkerHandle> = (0..3).map(handle).collect();
+        join(&handles, &(0..3).map(|_| AtomicU32::new(0)).collect()).unwrap()
     }
 
-    fn take_all(p: &mut Peers, from: usize) -> Vec<Item> {
+    fn take_all(p: &mut ShardLinks, from: usize) -> Vec<Item> {
         let mut items = [Item::PeerUpdate(PeerUpdate::PortDown { port: PortId(0) }); 100];
         let mut all = Vec::new();
         loop {
@@ -352,11 +352,11 @@ mod tests {
         while all[0].send(1, None, b"x", FrameMeta::default()).is_ok() {}
         let room = all[0].room();
         assert!(room > 100);
-        let news = |n: u32| PeerUpdate::PortDown { port: PortId(n) };
+        let updates = |n: u32| PeerUpdate::PortDown { port: PortId(n) };
         let total = RING as u32 * 2;
         all[0].tell(|r, out| {
             assert_eq!(r, room);
-            out.extend((0..total).map(news));
+            out.extend((0..total).map(updates));
         });
         assert!(all[0].is_behind() && all[0].room() == 0);
         let mut got = [Vec::new(), Vec::new()];
@@ -371,18 +371,18 @@ mod tests {
         }
         assert!(!all[0].is_behind());
         for g in got {
-            assert!(g.iter().copied().eq((0..total).map(news)));
+            assert!(g.iter().copied().eq((0..total).map(updates)));
         }
     }
 
     #[test]
     fn who_sleeps_is_woken_once_and_who_is_awake_not() {
         let mut all = three();
-        let waker = |p: &Peers| Arc::clone(&p.out[1].as_ref().unwrap().waker);
+        let waker = |p: &ShardLinks| Arc::clone(&p.out[1].as_ref().unwrap().waker);
         let its = waker(&all[0]);
-        let send = |all: &mut Vec<Peers>| {
+        let send = |all: &mut Vec<ShardLinks>| {
             assert_eq!(all[0].send(1, None, b"x", FrameMeta::default()), Ok(()));
-            all[0].ring_bells();
+            all[0].wake_sleepers();
         };
         send(&mut all);
         assert!(!its.take(), "it is awake");

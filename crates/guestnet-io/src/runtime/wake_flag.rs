@@ -10,17 +10,17 @@ const ASLEEP: u32 = 1;
 
 /// One worker's word that it sleeps.
 #[derive(Debug)]
-pub struct Bell {
+pub struct WakeFlag {
     state: AtomicU32,
 }
 
-impl Default for Bell {
+impl Default for WakeFlag {
     fn default() -> Self {
-        Bell { state: AtomicU32::new(AWAKE) }
+        WakeFlag { state: AtomicU32::new(AWAKE) }
     }
 }
 
-impl Bell {
+impl WakeFlag {
     /// The worker is about to sleep: it has to look at its rings once more after this.
     pub fn fall_asleep(&self) {
         self.state.store(ASLEEP, Ordering::SeqCst);
@@ -35,7 +35,7 @@ impl Bell {
     /// To be asked after something was put in a ring of the worker. True: it sleeps, or is about to, and the
     /// caller is the one who has to wake it.
     #[must_use]
-    pub fn must_ring(&self) -> bool {
+    pub fn needs_wake(&self) -> bool {
         fence(Ordering::SeqCst);
         self.state.load(Ordering::SeqCst) == ASLEEP && self.state.swap(AWAKE, Ordering::SeqCst) == ASLEEP
     }

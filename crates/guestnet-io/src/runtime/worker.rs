@@ -15,8 +15,8 @@ use crate::memory::slab::Slab;
 use crate::os::epoll::{Kind, Poller, Token, until};
 use crate::os::sys;
 use crate::runtime::confinement;
-use crate::runtime::io_context::IoState;
-use crate::runtime::shard_links::{self, Peers, Place};
+use crate::runtime::io_context::IoContext;
+use crate::runtime::shard_links::{self, ShardLinks, WorkerHandle};
 use crate::runtime::stats::{IoCounters, Published, StatsSnapshot};
 use crate::runtime::turn::Turn;
 use crate::runtime::worker_group;
@@ -122,8 +122,8 @@ pub(crate) fn io_error(what: &'static str) -> impl Fn(i32) -> IoError {
     move |errno| IoError { what, source: std::io::Error::from_raw_os_error(errno) }
 }
 
-/// A running thread, as [`crate::runtime::worker_group::Worker`] has it.
-pub(crate) struct Thread {
+/// A running thread, as [`crate::runtime::worker_group::WorkerGroup`] has it.
+pub(crate) struct WorkerThread {
     commands: Arc<CommandSender>,
     events: EventReceiver,
     waker: Arc<Waker>,
@@ -156,7 +156,10 @@ fn seed(config: &WorkerConfig) -> Result<Seed, IoError> {
 
 /// Starts the threads, as many as the configuration says; `loads` has a place for each. Raises the process's
 /// soft limit of descriptors to its hard limit, since every relayed connection is one.
-pub(crate) fn start(mut config: WorkerConfig, loads: &Arc<[AtomicU32]>) -> Result<Vec<Thread>, IoError> {
+pub(crate) fn start(
+    mut config: WorkerConfig,
+    loads: &Arc<[AtomicU32]>,
+) -> Result<Vec<WorkerThread>, IoError> {
     let n = loads.len();
     let limit = sys::raise_descriptor_limit();
     Pool::of_process().set_descriptors(limit.into());
@@ -165,20 +168,21 @@ pub(crate) fn start(mut config: WorkerConfig, loads: &Arc<[AtomicU32]>) -> Resul
     config.core.limits.socket_memory = config.core.limits.socket_memory.min(sys::tcp_memory() / 3);
     config.core.limits = shares(config.core.limits, n as u32).within(for_sockets(descriptors));
     let seeds = (0..n).map(|_| seed(&config)).collect::<Result<Vec<_>, _>>()?;
-    let mut peers: Vec<Option<Box<Peers>>> = (0..n).map(|_| None).collect();
+    let mut links: Vec<Option<Box<ShardLinks>>> = (0..n).map(|_| None).collect();
     if n > 1 {
-        let place = |s: &Seed| Place { waker: Arc::clone(&s.waker), commands: Arc::clone(&s.commands) };
-        let places: Vec<Place> = seeds.iter().map(place).collect();
-        let joined = shard_links::join(&places, loads).ok_or_else(|| io_error("no memory")(libc::ENOMEM))?;
-        peers = joined.into_iter().map(|p| Some(Box::new(p))).collect();
+        let handle =
+            |s: &Seed| WorkerHandle { waker: Arc::clone(&s.waker), commands: Arc::clone(&s.commands) };
+        let handles: Vec<WorkerHandle> = seeds.iter().map(handle).collect();
+        let linked = shard_links::join(&handles, loads).ok_or_else(|| io_error("no memory")(libc::ENOMEM))?;
+        links = linked.into_iter().map(|p| Some(Box::new(p))).collect();
     }
-    let all = seeds.into_iter().zip(peers).enumerate();
-    all.map(|(i, (seed, peers))| {
+    let all = seeds.into_iter().zip(links).enumerate();
+    all.map(|(i, (seed, links))| {
         let mut config = config.clone();
         if i > 0 {
             config.name = format!("{}-{i}", config.name);
         }
-        spawn(config, descriptors, seed, peers)
+        spawn(config, descriptors, seed, links)
     })
     .collect()
 }
@@ -204,8 +208,8 @@ fn spawn(
     config: WorkerConfig,
     descriptors: u32,
     seed: Seed,
-    peers: Option<Box<Peers>>,
-) -> Result<Thread, IoError> {
+    links: Option<Box<ShardLinks>>,
+) -> Result<WorkerThread, IoError> {
     let Seed { poller, waker, events: (event_tx, event_rx), commands: command_tx, queue: command_rx } = seed;
     let published = Arc::new(Published::new());
     let healthy = Arc::new(AtomicBool::new(true));
@@ -216,31 +220,31 @@ fn spawn(
         sys::block_signals();
         let confined = confinement::confine();
         let (waker, published, healthy, stop) = shared;
-        let mut io = IoState::new(poller, event_tx, config.io_uring);
-        io.peers = peers;
+        let mut io = IoContext::new(poller, event_tx, config.io_uring);
+        io.links = links;
         io.port_names = config.port_names.clone();
         io.socks.most = for_sockets(descriptors) as usize;
-        let mut state = State::new(config, io, command_rx, waker, published, stop);
+        let mut worker = Worker::new(config, io, command_rx, waker, published, stop);
         if let Err(what) = confined {
-            state.warn(format!("the packet thread is not confined as it should be: {what}"));
+            worker.warn(format!("the packet thread is not confined as it should be: {what}"));
         }
-        let ended = catch_unwind(AssertUnwindSafe(|| state.run()));
+        let ended = catch_unwind(AssertUnwindSafe(|| worker.run()));
         let failed = match ended {
             Ok(Ok(())) => None,
             Ok(Err(errno)) => Some(crate::attachment::reason("polling failed", errno)),
             Err(panic) => Some(panic_text(panic.as_ref())),
         };
         if let Some(message) = failed {
-            state.io.events.must(Event::Failed { message });
+            worker.io.events.send_reliable(Event::Failed { message });
         }
         healthy.store(false, Ordering::SeqCst);
-        let _end = catch_unwind(AssertUnwindSafe(|| state.end()));
+        let _end = catch_unwind(AssertUnwindSafe(|| worker.end()));
     };
     let thread = std::thread::Builder::new()
         .name(name)
         .spawn(main)
         .map_err(|source| IoError { what: "no thread", source })?;
-    Ok(Thread {
+    Ok(WorkerThread {
         commands: command_tx,
         events: event_rx,
         waker,
@@ -258,7 +262,7 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     format!("the worker panicked: {}", text.unwrap_or_default())
 }
 
-impl Thread {
+impl WorkerThread {
     pub(crate) fn event_fd(&self) -> RawFd {
         self.events.fd()
     }
@@ -271,7 +275,7 @@ impl Thread {
         let urgent = command.is_urgent();
         let sequence = self.commands.send(command)?;
         if urgent {
-            self.waker.hurry();
+            self.waker.mark_urgent();
         }
         self.waker.wake();
         Ok(sequence)
@@ -312,16 +316,16 @@ impl Thread {
     }
 }
 
-impl Drop for Thread {
+impl Drop for WorkerThread {
     fn drop(&mut self) {
         self.stop();
     }
 }
 
 /// Everything of a worker.
-pub(crate) struct State {
+pub(crate) struct Worker {
     pub core: Network,
-    pub io: IoState,
+    pub io: IoContext,
     pub queue: rtrb::Consumer<(u64, Command)>,
     pub waker: Arc<Waker>,
     pub commands_waiting: bool,
@@ -364,25 +368,25 @@ pub(crate) struct State {
     pub suspicious_until: Option<Time>,
 }
 
-impl State {
+impl Worker {
     fn new(
         config: WorkerConfig,
-        io: IoState,
+        io: IoContext,
         queue: rtrb::Consumer<(u64, Command)>,
         waker: Arc<Waker>,
         published: Arc<Published>,
         stop: Arc<AtomicBool>,
-    ) -> State {
+    ) -> Worker {
         let now = sys::now();
         let mut core = Network::new(config.core, now);
         let (mut first, mut last) = (FIRST_DYNAMIC, u32::MAX);
-        if let Some(p) = &io.peers {
+        if let Some(p) = &io.links {
             core.share(p.count() as u16);
             core.take_peer_updates(p.room(), &mut Vec::new());
             first += p.me() as u32 * worker_group::DYNAMIC_PORTS;
             last = first + (worker_group::DYNAMIC_PORTS - 1);
         }
-        State {
+        Worker {
             core,
             io,
             queue,
@@ -445,11 +449,11 @@ impl State {
                 self.dispatch(ready);
             }
         }
-        let news = self.io.peers.is_some() && self.hear_peers();
+        let news = self.io.links.is_some() && self.receive_from_shards();
         if self.core.next_timer().is_some_and(|t| t <= self.now) {
             self.core.timers(self.now, &mut self.io);
         }
-        self.chores();
+        self.housekeeping();
         if self.commands_waiting {
             self.commands();
         }
@@ -489,7 +493,7 @@ impl State {
                 turn.frame(0);
             }
             self.core.batch_end(self.now, &mut self.io);
-            if let Some(p) = &mut self.io.peers {
+            if let Some(p) = &mut self.io.links {
                 p.tell(|room, out| self.core.take_peer_updates(room, out));
             }
             self.io.flush();
@@ -500,7 +504,7 @@ impl State {
     }
 
     /// What is due besides the core's timers.
-    fn chores(&mut self) {
+    fn housekeeping(&mut self) {
         self.resume();
         self.io.socks.end_old_lingering(&mut self.io.counters, self.now);
         if let Some(c) = &mut self.io.capture {
@@ -527,7 +531,7 @@ impl State {
                 self.warn("the capture is not whole: its file could not be written to the end".into());
             }
             if let Some(sequence) = sequence {
-                self.io.events.must(Event::Done { sequence, result: Ok(Value::None) });
+                self.io.events.send_reliable(Event::Done { sequence, result: Ok(Value::None) });
             }
         }
     }
@@ -538,7 +542,7 @@ impl State {
             || self.core.has_more()
             || self.io.ports.has_again()
             || self.commands_waiting && !self.io.is_behind()
-            || self.io.peers.as_ref().is_some_and(|p| p.has_items());
+            || self.io.links.as_ref().is_some_and(|p| p.has_items());
         if busy || self.strategy == PollingStrategy::Busy {
             return Some(0);
         }
@@ -548,7 +552,7 @@ impl State {
         let capture = self.capture_flush;
         let linger = self.io.socks.lingering_until();
         let (retry, rest) = (self.io.ports.retry_at, self.resting.until);
-        let late = self.io.peers.as_ref().is_some_and(|p| p.is_behind());
+        let late = self.io.links.as_ref().is_some_and(|p| p.is_behind());
         let late = late.then_some(Time(self.now.0 + LATE_NEWS));
         until(now, [self.core.next_timer(), publish, closing, capture, linger, retry, rest, late])
     }
@@ -577,13 +581,13 @@ impl State {
             }
             let sleeps = timeout != Some(0);
             self.may_have_slept |= sleeps;
-            if let Some(p) = self.io.peers.as_ref().filter(|_| sleeps)
+            if let Some(p) = self.io.links.as_ref().filter(|_| sleeps)
                 && !p.fall_asleep()
             {
                 timeout = Some(0);
             }
             n = self.io.poller.wait(timeout)?;
-            if let Some(p) = self.io.peers.as_ref().filter(|_| sleeps) {
+            if let Some(p) = self.io.links.as_ref().filter(|_| sleeps) {
                 p.wake_up();
             }
             self.io.counters.polls += 1;
@@ -607,7 +611,7 @@ impl State {
         for _ in 0..self.spins {
             let n = self.io.poller.wait(Some(0))?;
             self.io.counters.polls += 1;
-            if n > 0 || self.look_at_queues() || self.io.peers.as_ref().is_some_and(|p| p.has_items()) {
+            if n > 0 || self.look_at_queues() || self.io.links.as_ref().is_some_and(|p| p.has_items()) {
                 self.spins = (self.spins * 2).clamp(1, self.max_spins);
                 self.crowded_for = CROWDED_MIN;
                 return Ok(n);
@@ -654,7 +658,7 @@ impl State {
             deadline = deadline.plus_s(1);
         }
         while !self.closing.is_empty() && sys::now() < deadline {
-            self.chores();
+            self.housekeeping();
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
         self.publish();

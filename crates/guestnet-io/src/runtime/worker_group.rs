@@ -13,7 +13,7 @@ use crate::os::epoll::{Kind, Poller, Token};
 use crate::os::sys;
 use crate::runtime::shard_links;
 use crate::runtime::stats::StatsSnapshot;
-use crate::runtime::worker::{self, FLOWS_MAX, IoError, Thread, WorkerConfig};
+use crate::runtime::worker::{self, FLOWS_MAX, IoError, WorkerConfig, WorkerThread};
 use guestnet_core::effects;
 use guestnet_core::types::{FlowId, ForwardId, PortId};
 use std::collections::{HashMap, VecDeque};
@@ -30,51 +30,51 @@ pub(crate) const DYNAMIC_PORTS: u32 = (u32::MAX - FIRST_DYNAMIC) / WORKERS_MAX a
 const ADDRESSES_MAX: usize = 65_536;
 
 /// The running workers of a Network.
-pub struct Worker {
-    threads: Vec<Thread>,
-    several: Option<Several>,
+pub struct WorkerGroup {
+    threads: Vec<WorkerThread>,
+    router: Option<Router>,
     port_names: PortNames,
 }
 
 /// What it takes to make several look like one.
-struct Several {
+struct Router {
     /// Watches the eventfds of all.
     poller: Poller,
     /// Written when `ready` has something.
-    told: OwnedFd,
+    ready_fd: OwnedFd,
     loads: Arc<[AtomicU32]>,
-    book: Mutex<Book>,
+    table: Mutex<RoutingTable>,
 }
 
 #[derive(Default)]
-struct Book {
+struct RoutingTable {
     next: u64,
     /// Commands under way: by worker and its number for them.
-    pending: HashMap<(usize, u64), u64>,
-    joint: HashMap<u64, Joint>,
+    in_flight: HashMap<(usize, u64), u64>,
+    pending: HashMap<u64, PendingCommand>,
     ports: HashMap<PortId, usize>,
     addresses: HashMap<IpAddr, PortId>,
     forwards: HashMap<ForwardId, Published>,
     /// Forwards that are to end at a worker which had no room for the command.
-    leftover: Vec<(usize, ForwardId)>,
+    stale_forwards: Vec<(usize, ForwardId)>,
     ready: VecDeque<Event>,
     /// Whose events are drained first.
     turn: usize,
 }
 
 /// A command that is not acknowledged yet.
-struct Joint {
+struct PendingCommand {
     left: usize,
     result: Result<Value, CommandError>,
-    undo: Undo,
+    rollback: Rollback,
 }
 
-/// What is to be forgotten when a command failed, or (`Gone`) was done.
-enum Undo {
-    Nothing,
+/// What is to be forgotten when a command failed, or (`PortGone`) was done.
+enum Rollback {
+    None,
     Port(PortId, usize),
     Forward(ForwardId),
-    Gone(PortId),
+    PortGone(PortId),
 }
 
 struct Published {
@@ -89,45 +89,45 @@ struct Published {
 ///
 /// # Errors
 /// [`IoError`] when the system has no descriptor, memory or thread for it.
-pub fn spawn(config: WorkerConfig) -> Result<Worker, IoError> {
+pub fn spawn(config: WorkerConfig) -> Result<WorkerGroup, IoError> {
     let n = config.workers.clamp(1, WORKERS_MAX);
     let loads: Arc<[AtomicU32]> = (0..n).map(|_| AtomicU32::new(0)).collect();
     let port_names = config.port_names.clone();
     let threads = worker::start(config, &loads)?;
-    let several = if n > 1 { Some(Several::new(&threads, loads)?) } else { None };
-    Ok(Worker { threads, several, port_names })
+    let router = if n > 1 { Some(Router::new(&threads, loads)?) } else { None };
+    Ok(WorkerGroup { threads, router, port_names })
 }
 
-impl Several {
-    fn new(threads: &[Thread], loads: Arc<[AtomicU32]>) -> Result<Several, IoError> {
+impl Router {
+    fn new(threads: &[WorkerThread], loads: Arc<[AtomicU32]>) -> Result<Router, IoError> {
         let poller = Poller::new(1).map_err(worker::io_error("no epoll"))?;
-        let told = sys::eventfd().map_err(worker::io_error("no eventfd"))?;
+        let ready_fd = sys::eventfd().map_err(worker::io_error("no eventfd"))?;
         let token = Token { kind: Kind::Waker, index: 0, generation: 0 };
-        let fds = threads.iter().map(Thread::event_fd).chain([told.as_raw_fd()]);
+        let fds = threads.iter().map(WorkerThread::event_fd).chain([ready_fd.as_raw_fd()]);
         for fd in fds {
             poller.add_raw(fd, token, libc::EPOLLIN).map_err(worker::io_error("no epoll"))?;
         }
-        Ok(Several { poller, told, loads, book: Mutex::default() })
+        Ok(Router { poller, ready_fd, loads, table: Mutex::default() })
     }
 
-    fn book(&self) -> MutexGuard<'_, Book> {
-        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+    fn table(&self) -> MutexGuard<'_, RoutingTable> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// An acknowledgement of our own.
-    fn answer(&self, book: &mut Book, result: Result<Value, CommandError>) -> u64 {
-        let sequence = book.number();
-        book.ready.push_back(Event::Done { sequence, result });
-        sys::eventfd_signal(&self.told);
+    fn acknowledge(&self, table: &mut RoutingTable, result: Result<Value, CommandError>) -> u64 {
+        let sequence = table.number();
+        table.ready.push_back(Event::Done { sequence, result });
+        sys::eventfd_signal(&self.ready_fd);
         sequence
     }
 }
 
-impl Worker {
+impl WorkerGroup {
     /// Readable when there are events.
     #[must_use]
     pub fn event_fd(&self) -> RawFd {
-        match (&self.several, self.threads.first()) {
+        match (&self.router, self.threads.first()) {
             (Some(s), _) => s.poller.fd(),
             (None, Some(t)) => t.event_fd(),
             (None, None) => -1,
@@ -135,26 +135,26 @@ impl Worker {
     }
 
     /// Takes up to `max` events (and, of several workers, acknowledgements besides), those of one worker in
-    /// their order. The descriptor of [`Worker::event_fd`] is readable again when there are more.
+    /// their order. The descriptor of [`WorkerGroup::event_fd`] is readable again when there are more.
     #[must_use]
     pub fn drain(&self, max: usize) -> Vec<Event> {
-        let Some(s) = &self.several else {
+        let Some(s) = &self.router else {
             return self.threads.first().map_or(Vec::new(), |t| t.drain(max));
         };
-        let mut book = s.book();
-        sys::eventfd_clear(&s.told);
-        let mut out: Vec<Event> = book.ready.drain(..).collect();
+        let mut table = s.table();
+        sys::eventfd_clear(&s.ready_fd);
+        let mut out: Vec<Event> = table.ready.drain(..).collect();
         let n = self.threads.len();
-        book.turn = (book.turn + 1) % n;
+        table.turn = (table.turn + 1) % n;
         for k in 0..n {
-            let i = (book.turn + k) % n;
+            let i = (table.turn + k) % n;
             let room = max.saturating_sub(out.len());
             let Some(t) = self.threads.get(i).filter(|_| room > 0) else { continue };
             for event in t.drain(room) {
-                out.extend(self.heard(s, &mut book, i, event));
+                out.extend(self.handle_event(s, &mut table, i, event));
             }
         }
-        self.tidy(&mut book);
+        self.remove_stale_forwards(&mut table);
         out
     }
 
@@ -169,8 +169,8 @@ impl Worker {
     /// # Errors
     /// [`QueueFull`]; the command, and the descriptors in it, are dropped.
     pub fn submit(&self, command: Command) -> Result<u64, QueueFull> {
-        match (&self.several, self.threads.first()) {
-            (Some(s), _) => self.route(s, &mut s.book(), command),
+        match (&self.router, self.threads.first()) {
+            (Some(s), _) => self.route(s, &mut s.table(), command),
             (None, Some(t)) => t.submit(command),
             (None, None) => Err(QueueFull),
         }
@@ -189,45 +189,45 @@ impl Worker {
     /// The counters of each worker.
     #[must_use]
     pub fn stats_of_each(&self) -> Vec<StatsSnapshot> {
-        self.threads.iter().map(Thread::stats).collect()
+        self.threads.iter().map(WorkerThread::stats).collect()
     }
 
-    /// False when a worker has ended, by [`Worker::stop`] or by a failure.
+    /// False when a worker has ended, by [`WorkerGroup::stop`] or by a failure.
     #[must_use]
     pub fn is_healthy(&self) -> bool {
-        self.threads.iter().all(Thread::is_healthy)
+        self.threads.iter().all(WorkerThread::is_healthy)
     }
 
     /// Ends the workers and waits for them. May be called again. What is being written to a capture gets a
     /// second to be finished; nothing else can make it wait.
     pub fn stop(&self) {
-        self.threads.iter().for_each(Thread::end);
-        self.threads.iter().for_each(Thread::stop);
+        self.threads.iter().for_each(WorkerThread::end);
+        self.threads.iter().for_each(WorkerThread::stop);
     }
 
     // ---- commands of several workers ----------------------------------------------------------------
 
-    fn route(&self, s: &Several, book: &mut Book, command: Command) -> Result<u64, QueueFull> {
+    fn route(&self, router: &Router, table: &mut RoutingTable, command: Command) -> Result<u64, QueueFull> {
         // So that a command for all is not done by some.
-        if !self.threads.iter().all(Thread::has_room) {
+        if !self.threads.iter().all(WorkerThread::has_room) {
             return Err(QueueFull);
         }
         match command {
             Command::AddPort { port, config } => {
-                let known = book.ports.get(&port).copied();
-                let to = known.unwrap_or_else(|| shard_links::choose(&s.loads));
+                let known = table.ports.get(&port).copied();
+                let to = known.unwrap_or_else(|| shard_links::choose(&router.loads));
                 let addresses = config.addresses.clone();
-                let undo = if known.is_some() { Undo::Nothing } else { Undo::Port(port, to) };
-                book.ports.insert(port, to);
-                let n = self.give(book, [(to, Command::AddPort { port, config })], undo)?;
+                let rollback = if known.is_some() { Rollback::None } else { Rollback::Port(port, to) };
+                table.ports.insert(port, to);
+                let n = self.submit_to(table, [(to, Command::AddPort { port, config })], rollback)?;
                 if known.is_none() {
-                    self.settled(book, addresses, port);
+                    self.bind_addresses(table, addresses, port);
                 }
                 Ok(n)
             }
             Command::RemovePort { port } => {
-                let to = book.at(port, self.threads.len());
-                self.give(book, [(to, command)], Undo::Gone(port))
+                let to = table.at(port, self.threads.len());
+                self.submit_to(table, [(to, command)], Rollback::PortGone(port))
             }
             Command::AttachTap { port, .. }
             | Command::AttachStream { port, .. }
@@ -237,123 +237,138 @@ impl Worker {
             | Command::ServiceSend { port, .. }
             | Command::KeepName { port, .. }
             | Command::Inject { port, .. } => {
-                let to = book.at(port, self.threads.len());
-                self.give(book, [(to, command)], Undo::Nothing)
+                let to = table.at(port, self.threads.len());
+                self.submit_to(table, [(to, command)], Rollback::None)
             }
             Command::BindAddress { port, ip, .. } => {
-                let to = book.at(port, self.threads.len());
-                let n = self.give(book, [(to, command)], Undo::Nothing)?;
-                self.settled(book, vec![ip], port);
+                let to = table.at(port, self.threads.len());
+                let n = self.submit_to(table, [(to, command)], Rollback::None)?;
+                self.bind_addresses(table, vec![ip], port);
                 Ok(n)
             }
             Command::UnbindAddress { ip } => {
-                book.addresses.remove(&ip);
-                self.give_all(book, || Command::UnbindAddress { ip })
+                table.addresses.remove(&ip);
+                self.submit_to_all(table, || Command::UnbindAddress { ip })
             }
             Command::Listen { listener, .. } | Command::StopListening { listener } => {
                 let to = listener as usize % self.threads.len();
-                self.give(book, [(to, command)], Undo::Nothing)
+                self.submit_to(table, [(to, command)], Rollback::None)
             }
-            Command::AddService { service, proto, address, port, unix_path } => self.give_all(book, || {
-                Command::AddService { service, proto, address, port, unix_path: unix_path.clone() }
-            }),
+            Command::AddService { service, proto, address, port, unix_path } => {
+                self.submit_to_all(table, || Command::AddService {
+                    service,
+                    proto,
+                    address,
+                    port,
+                    unix_path: unix_path.clone(),
+                })
+            }
             Command::SetNames { service, generation, own } => {
-                self.give_all(book, || Command::SetNames { service, generation, own: own.clone() })
+                self.submit_to_all(table, || Command::SetNames { service, generation, own: own.clone() })
             }
             Command::ForgetGuestNames { generation } => {
-                self.give_all(book, || Command::ForgetGuestNames { generation })
+                self.submit_to_all(table, || Command::ForgetGuestNames { generation })
             }
             Command::AllowNames { generation, server } => {
-                self.give_all(book, || Command::AllowNames { generation, server })
+                self.submit_to_all(table, || Command::AllowNames { generation, server })
             }
             Command::AddForward { forward, proto, guest, fds } => {
-                self.add_forward(book, forward, proto, guest, fds)
+                self.add_forward(table, forward, proto, guest, fds)
             }
-            Command::RetargetForward { forward, guest } => self.retarget(book, forward, guest),
+            Command::RetargetForward { forward, guest } => self.retarget(table, forward, guest),
             Command::RemoveForward { forward } => {
-                let at = book.forwards.remove(&forward).map_or(0, |f| f.at);
-                self.give(book, [(at, command)], Undo::Nothing)
+                let at = table.forwards.remove(&forward).map_or(0, |f| f.at);
+                self.submit_to(table, [(at, command)], Rollback::None)
             }
             Command::StartCapture { fd, snaplen } => {
                 match Capture::start(fd, snaplen, sys::now(), self.port_names.clone()) {
                     Ok(c) => {
                         let shared = SharedCapture::new(c);
-                        self.give_all(book, || Command::ShareCapture(shared.clone()))
+                        self.submit_to_all(table, || Command::ShareCapture(shared.clone()))
                     }
                     Err(e) => {
                         let errno = e.raw_os_error().unwrap_or(0);
-                        Ok(s.answer(
-                            book,
+                        Ok(router.acknowledge(
+                            table,
                             Err(CommandError::System { what: "the capture cannot start", errno }),
                         ))
                     }
                 }
             }
-            Command::StopCapture => self.give_all(book, || Command::StopCapture),
-            Command::TellFlows { on } => self.give_all(book, || Command::TellFlows { on }),
-            Command::ListFlows => self.give_all(book, || Command::ListFlows),
-            Command::PortStats => self.give_all(book, || Command::PortStats),
-            Command::Stop => self.give_all(book, || Command::Stop),
+            Command::StopCapture => self.submit_to_all(table, || Command::StopCapture),
+            Command::EnableFlowEvents { on } => {
+                self.submit_to_all(table, || Command::EnableFlowEvents { on })
+            }
+            Command::ListFlows => self.submit_to_all(table, || Command::ListFlows),
+            Command::PortStats => self.submit_to_all(table, || Command::PortStats),
+            Command::Stop => self.submit_to_all(table, || Command::Stop),
             // The translator has one table, which is one worker's.
-            Command::AttachTun { .. } => Ok(s.answer(book, Err(CommandError::OneWorker))),
+            Command::AttachTun { .. } => Ok(router.acknowledge(table, Err(CommandError::OneWorker))),
             Command::AddUplinkForward { .. } | Command::NatStats => {
-                Ok(s.answer(book, Err(CommandError::NoUplink)))
+                Ok(router.acknowledge(table, Err(CommandError::NoUplink)))
             }
             Command::ShareCapture(_) | Command::Adopt(_) => Err(QueueFull),
         }
     }
 
     /// Gives commands to workers; one number for all of them.
-    fn give(
+    fn submit_to(
         &self,
-        book: &mut Book,
+        table: &mut RoutingTable,
         commands: impl IntoIterator<Item = (usize, Command)>,
-        undo: Undo,
+        rollback: Rollback,
     ) -> Result<u64, QueueFull> {
-        let sequence = book.number();
+        let sequence = table.number();
         let mut left = 0;
         for (to, command) in commands {
             let number = self.threads.get(to).ok_or(QueueFull)?.submit(command)?;
-            book.pending.insert((to, number), sequence);
+            table.in_flight.insert((to, number), sequence);
             left += 1;
         }
-        book.joint.insert(sequence, Joint { left, result: Ok(Value::None), undo });
+        table.pending.insert(sequence, PendingCommand { left, result: Ok(Value::None), rollback });
         Ok(sequence)
     }
 
-    fn give_all(&self, book: &mut Book, make: impl Fn() -> Command) -> Result<u64, QueueFull> {
-        self.give(book, (0..self.threads.len()).map(|i| (i, make())), Undo::Nothing)
+    fn submit_to_all(&self, table: &mut RoutingTable, make: impl Fn() -> Command) -> Result<u64, QueueFull> {
+        self.submit_to(table, (0..self.threads.len()).map(|i| (i, make())), Rollback::None)
     }
 
     // ---- published ports ----------------------------------------------------------------------------
 
     fn add_forward(
         &self,
-        book: &mut Book,
+        table: &mut RoutingTable,
         forward: ForwardId,
         proto: u8,
         guest: SocketAddr,
         fds: Vec<OwnedFd>,
     ) -> Result<u64, QueueFull> {
-        if let Some(at) = book.forwards.get(&forward).map(|f| f.at) {
+        if let Some(at) = table.forwards.get(&forward).map(|f| f.at) {
             // Refused there.
-            return self.give(book, [(at, add_forward(forward, proto, guest, fds))], Undo::Nothing);
+            return self.submit_to(table, [(at, add_forward(forward, proto, guest, fds))], Rollback::None);
         }
-        let at = book.of_address(guest.ip(), self.threads.len()).unwrap_or(0);
+        let at = table.of_address(guest.ip(), self.threads.len()).unwrap_or(0);
         let kept = copies(&fds).ok_or(QueueFull)?;
-        book.forwards.insert(forward, Published { proto, guest, fds: kept, at });
-        self.give(book, [(at, add_forward(forward, proto, guest, fds))], Undo::Forward(forward))
+        table.forwards.insert(forward, Published { proto, guest, fds: kept, at });
+        self.submit_to(table, [(at, add_forward(forward, proto, guest, fds))], Rollback::Forward(forward))
     }
 
-    fn retarget(&self, book: &mut Book, forward: ForwardId, guest: SocketAddr) -> Result<u64, QueueFull> {
-        let to = book.of_address(guest.ip(), self.threads.len());
-        let Some(f) = book.forwards.get_mut(&forward) else {
-            return self.give(book, [(0, Command::RetargetForward { forward, guest })], Undo::Nothing);
+    fn retarget(
+        &self,
+        table: &mut RoutingTable,
+        forward: ForwardId,
+        guest: SocketAddr,
+    ) -> Result<u64, QueueFull> {
+        let to = table.of_address(guest.ip(), self.threads.len());
+        let Some(f) = table.forwards.get_mut(&forward) else {
+            return self.submit_to(table, [(0, Command::RetargetForward { forward, guest })], Rollback::None);
         };
         let (from, proto) = (f.at, f.proto);
         f.guest = guest;
         match to.filter(|to| *to != from) {
-            None => self.give(book, [(from, Command::RetargetForward { forward, guest })], Undo::Nothing),
+            None => {
+                self.submit_to(table, [(from, Command::RetargetForward { forward, guest })], Rollback::None)
+            }
             Some(to) => {
                 let fds = copies(&f.fds).ok_or(QueueFull)?;
                 f.at = to;
@@ -361,36 +376,36 @@ impl Worker {
                     (to, add_forward(forward, proto, guest, fds)),
                     (from, Command::RemoveForward { forward }),
                 ];
-                self.give(book, commands, Undo::Nothing)
+                self.submit_to(table, commands, Rollback::None)
             }
         }
     }
 
     /// Addresses are at a port: forwards to them go where it is.
-    fn settled(&self, book: &mut Book, addresses: Vec<IpAddr>, port: PortId) {
-        let to = book.at(port, self.threads.len());
+    fn bind_addresses(&self, table: &mut RoutingTable, addresses: Vec<IpAddr>, port: PortId) {
+        let to = table.at(port, self.threads.len());
         for ip in addresses {
-            if book.addresses.len() < ADDRESSES_MAX || book.addresses.contains_key(&ip) {
-                book.addresses.insert(ip, port);
+            if table.addresses.len() < ADDRESSES_MAX || table.addresses.contains_key(&ip) {
+                table.addresses.insert(ip, port);
             }
-            let Book { forwards, leftover, .. } = &mut *book;
+            let RoutingTable { forwards, stale_forwards, .. } = &mut *table;
             for (id, f) in forwards.iter_mut().filter(|(_, f)| f.guest.ip() == ip && f.at != to) {
                 let Some(fds) = copies(&f.fds) else { continue };
                 let moved = self.threads.get(to).map(|t| t.submit(add_forward(*id, f.proto, f.guest, fds)));
                 // A worker whose queue is full will do when the address is next heard of.
                 if let Some(Ok(_)) = moved {
-                    leftover.push((f.at, *id));
+                    stale_forwards.push((f.at, *id));
                     f.at = to;
                 }
             }
         }
-        self.tidy(book);
+        self.remove_stale_forwards(table);
     }
 
     /// Ends what is left of forwards that have moved.
-    fn tidy(&self, book: &mut Book) {
-        let Book { leftover, forwards, .. } = &mut *book;
-        leftover.retain(|(at, forward)| {
+    fn remove_stale_forwards(&self, table: &mut RoutingTable) {
+        let RoutingTable { stale_forwards, forwards, .. } = &mut *table;
+        stale_forwards.retain(|(at, forward)| {
             // It may have come back meanwhile.
             forwards.get(forward).is_none_or(|f| f.at != *at)
                 && self.threads.get(*at).is_some_and(|t| {
@@ -401,36 +416,42 @@ impl Worker {
 
     // ---- events of several workers ------------------------------------------------------------------
 
-    fn heard(&self, s: &Several, book: &mut Book, from: usize, event: Event) -> Option<Event> {
+    fn handle_event(
+        &self,
+        router: &Router,
+        table: &mut RoutingTable,
+        from: usize,
+        event: Event,
+    ) -> Option<Event> {
         match event {
             Event::Done { sequence, result } => {
-                let number = book.pending.remove(&(from, sequence))?;
-                let joint = book.joint.get_mut(&number)?;
-                joint.left -= 1;
-                merge(&mut joint.result, from, result);
-                if joint.left > 0 {
+                let number = table.in_flight.remove(&(from, sequence))?;
+                let pending = table.pending.get_mut(&number)?;
+                pending.left -= 1;
+                merge_results(&mut pending.result, from, result);
+                if pending.left > 0 {
                     return None;
                 }
-                let Joint { result, undo, .. } = book.joint.remove(&number)?;
-                match undo {
-                    Undo::Port(port, at) if result.is_err() => {
-                        book.ports.remove(&port);
-                        shard_links::unload(&s.loads, at);
+                let PendingCommand { result, rollback, .. } = table.pending.remove(&number)?;
+                match rollback {
+                    Rollback::Port(port, at) if result.is_err() => {
+                        table.ports.remove(&port);
+                        shard_links::unload(&router.loads, at);
                     }
-                    Undo::Forward(forward) if result.is_err() => drop(book.forwards.remove(&forward)),
-                    Undo::Gone(port) => book.gone(port),
+                    Rollback::Forward(forward) if result.is_err() => drop(table.forwards.remove(&forward)),
+                    Rollback::PortGone(port) => table.forget_port(port),
                     _ => {}
                 }
                 Some(Event::Done { sequence: number, result })
             }
             Event::PortDown { port, reason } => {
                 if port.0 >= FIRST_DYNAMIC {
-                    book.gone(port);
+                    table.forget_port(port);
                 }
                 Some(Event::PortDown { port, reason })
             }
             Event::Core(effects::Event::AddressSeen { port, address, .. }) => {
-                self.settled(book, vec![address], port);
+                self.bind_addresses(table, vec![address], port);
                 Some(event)
             }
             Event::Core(mut event) => {
@@ -446,7 +467,7 @@ impl Worker {
     }
 }
 
-impl Book {
+impl RoutingTable {
     fn number(&mut self) -> u64 {
         self.next += 1;
         self.next
@@ -462,7 +483,7 @@ impl Book {
         self.addresses.get(&ip).map(|p| self.at(*p, workers))
     }
 
-    fn gone(&mut self, port: PortId) {
+    fn forget_port(&mut self, port: PortId) {
         self.ports.remove(&port);
         self.addresses.retain(|_, p| *p != port);
     }
@@ -482,7 +503,7 @@ fn numbered(flow: &mut FlowId, worker: usize) {
 }
 
 /// Joins what two workers say to one command.
-fn merge(sum: &mut Result<Value, CommandError>, from: usize, more: Result<Value, CommandError>) {
+fn merge_results(sum: &mut Result<Value, CommandError>, from: usize, more: Result<Value, CommandError>) {
     match (sum, more) {
         (Ok(Value::Flows(all)), Ok(Value::Flows(more))) => all.extend(renumbered(more, from)),
         (Ok(Value::Ports(all)), Ok(Value::Ports(more))) => all.extend(more),

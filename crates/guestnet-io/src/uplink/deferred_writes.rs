@@ -25,7 +25,7 @@ type Place = (u32, u32);
 
 /// What waits for the end of the batch.
 #[derive(Default)]
-pub(crate) struct Later {
+pub(crate) struct DeferredWrites {
     /// Putting off is worth it.
     pub on: bool,
     sends: Vec<Place>,
@@ -34,7 +34,7 @@ pub(crate) struct Later {
     lingering: VecDeque<(Place, Time)>,
 }
 
-impl Later {
+impl DeferredWrites {
     pub(crate) fn is_empty(&self) -> bool {
         self.sends.is_empty() && self.closes.is_empty()
     }
@@ -67,8 +67,8 @@ impl Socks {
     }
 
     /// Takes data that is to be sent at the end of the batch; false where it has to go at once.
-    pub(crate) fn put_off(&mut self, id: SockId, data: &[u8]) -> bool {
-        if !self.later.on || data.len() > SMALL {
+    pub(crate) fn defer(&mut self, id: SockId, data: &[u8]) -> bool {
+        if !self.deferred.on || data.len() > SMALL {
             return false;
         }
         let place = self.place(id);
@@ -77,8 +77,8 @@ impl Socks {
             return false;
         }
         tcp.waiting.extend_from_slice(data);
-        if !std::mem::replace(&mut tcp.put_off, true) {
-            self.later.sends.push(place);
+        if !std::mem::replace(&mut tcp.deferred, true) {
+            self.deferred.sends.push(place);
         }
         true
     }
@@ -133,10 +133,10 @@ impl Socks {
         let place = self.place(id);
         if let Some(Sock { flow, kind: SockKind::Tcp(tcp), .. }) = self.slab.get_mut(id.0) {
             (*flow, tcp.lingers) = (None, true);
-            self.later.lingering.push_back((place, sys::now().plus_s(LINGER_S)));
+            self.deferred.lingering.push_back((place, sys::now().plus_s(LINGER_S)));
         }
-        if self.later.lingering.len() > LINGER_MAX
-            && let Some((place, _)) = self.later.lingering.pop_front()
+        if self.deferred.lingering.len() > LINGER_MAX
+            && let Some((place, _)) = self.deferred.lingering.pop_front()
         {
             self.tcp_end(counters, SockId(place.0), Close::Reset);
         }
@@ -147,7 +147,7 @@ impl Socks {
             if how == Close::Reset {
                 sys::set_abort(&s.fd);
             }
-            self.later.close(s.fd);
+            self.deferred.close(s.fd);
         }
     }
 
@@ -159,21 +159,21 @@ impl Socks {
             Ok(false) | Err(_) => Close::Reset,
         };
         let place = self.place(id);
-        self.later.lingering.retain(|(other, _)| *other != place);
+        self.deferred.lingering.retain(|(other, _)| *other != place);
         self.tcp_end(counters, id, how);
     }
 
     /// When the oldest of those that linger has done so for too long.
     pub(crate) fn lingering_until(&self) -> Option<Time> {
-        self.later.lingering.front().map(|(_, until)| *until)
+        self.deferred.lingering.front().map(|(_, until)| *until)
     }
 
     /// Resets those that linger for too long.
     pub(crate) fn end_old_lingering(&mut self, counters: &mut IoCounters, now: Time) {
-        while let Some((place, until)) = self.later.lingering.front().copied()
+        while let Some((place, until)) = self.deferred.lingering.front().copied()
             && until <= now
         {
-            self.later.lingering.pop_front();
+            self.deferred.lingering.pop_front();
             self.tcp_end(counters, SockId(place.0), Close::Reset);
         }
     }
@@ -188,19 +188,19 @@ impl Socks {
     }
 
     /// Takes what waits, up to what a run takes, for the run.
-    pub(crate) fn take_later(&mut self, room: usize) -> Taken {
-        let later = &mut self.later;
+    pub(crate) fn take_deferred(&mut self, room: usize) -> Taken {
+        let deferred = &mut self.deferred;
         let mut room = room;
         let mut part = |n: usize| {
             let take = n.min(room);
             room -= take;
             n - take
         };
-        let sends = later.sends.split_off(part(later.sends.len()));
-        let closes = later.closes.split_off(part(later.closes.len()));
+        let sends = deferred.sends.split_off(part(deferred.sends.len()));
+        let closes = deferred.closes.split_off(part(deferred.closes.len()));
         for place in &sends {
             if let Some(Sock { kind: SockKind::Tcp(tcp), .. }) = self.at(*place) {
-                tcp.put_off = false;
+                tcp.deferred = false;
             }
         }
         Taken { sends, closes }
@@ -286,7 +286,7 @@ mod tests {
     fn each(test: impl Fn(&mut Rig)) {
         for wanted in [true, false] {
             let mut socks = Socks::new();
-            socks.later.on = true;
+            socks.deferred.on = true;
             test(&mut Rig { socks, poller: Poller::new(8).unwrap(), submitter: Submitter::new(wanted) });
         }
     }
@@ -312,7 +312,7 @@ mod tests {
         }
 
         fn submit(&mut self) {
-            let (mut done, taken) = (Vec::new(), self.socks.take_later(OPS_MAX));
+            let (mut done, taken) = (Vec::new(), self.socks.take_deferred(OPS_MAX));
             let mut batch = self.submitter.batch();
             self.socks.add_to(&mut batch, taken, &mut done);
             for (what, result) in done.iter().zip(batch.run()) {
@@ -346,7 +346,7 @@ mod tests {
                 assert_eq!(r.socks.tcp_send(id, part), Ok(part.len()));
             }
             r.submit();
-            assert!(r.socks.later.is_empty());
+            assert!(r.socks.deferred.is_empty());
             let mut all = vec![0; 12 + SMALL + 1];
             other.read_exact(&mut all).unwrap();
             assert!(all.starts_with(b"one two zzz") && all.ends_with(b"zz end"));
@@ -385,8 +385,8 @@ mod tests {
             let sent = r.stuff(id);
             // As if all of what waits had been put off just now, with the kernel full already.
             let place = r.socks.place(id);
-            r.tcp(id).put_off = true;
-            r.socks.later.sends.push(place);
+            r.tcp(id).deferred = true;
+            r.socks.deferred.sends.push(place);
             r.socks.tcp_shutdown(id);
             assert!(r.tcp(id).ends);
             let (mut got, mut buffer) = (0, vec![0; 1 << 16]);
@@ -424,7 +424,7 @@ mod tests {
                     r.submit();
                 }
             }
-            assert_eq!((got, r.socks.slab.len(), r.socks.later.lingering.len()), (sent, 0, 0));
+            assert_eq!((got, r.socks.slab.len(), r.socks.deferred.lingering.len()), (sent, 0, 0));
         });
     }
 
@@ -459,7 +459,7 @@ mod tests {
             assert!(told.contains(&(FlowId { index: 1, generation: 0 }, true)), "{told:?}");
             r.socks.tcp_shutdown(id);
             r.socks.tcp_close(&mut IoCounters::default(), id, Close::Graceful);
-            assert_eq!((r.socks.slab.len(), r.socks.later.lingering.len()), (0, 0));
+            assert_eq!((r.socks.slab.len(), r.socks.deferred.lingering.len()), (0, 0));
             let (id, _other) = r.pair();
             r.socks.broke(id, SockError::Reset);
             assert!(r.socks.tcp_send(id, b"more").is_err());

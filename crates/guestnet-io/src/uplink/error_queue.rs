@@ -19,7 +19,7 @@ const BATCH: usize = 64;
 
 /// An error for the core.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct LateError {
+pub(crate) struct QueuedError {
     pub flow: FlowId,
     pub kind: SockError,
     pub offender: Option<IpAddr>,
@@ -30,11 +30,11 @@ pub(crate) struct LateError {
     pub payload: Vec<u8>,
 }
 
-impl LateError {
+impl QueuedError {
     /// One that arose on this host.
-    pub(crate) fn local(flow: FlowId, kind: SockError, dst: SocketAddr, payload: &[u8]) -> LateError {
+    pub(crate) fn local(flow: FlowId, kind: SockError, dst: SocketAddr, payload: &[u8]) -> QueuedError {
         let mtu = if let SockError::MessageTooBig(mtu) = kind { mtu } else { 0 };
-        LateError { flow, kind, offender: None, icmp: (0, 0), mtu, dst, seq: 0, payload: payload.to_vec() }
+        QueuedError { flow, kind, offender: None, icmp: (0, 0), mtu, dst, seq: 0, payload: payload.to_vec() }
     }
 
     pub(crate) fn as_core(&self) -> DatagramError<'_> {
@@ -52,7 +52,7 @@ impl LateError {
 }
 
 /// Reads the error queue of a socket. Returns the MTU that a local "too big" told of, 0 for none.
-pub(crate) fn drain(sock: &Sock, out: &mut Vec<LateError>) -> u16 {
+pub(crate) fn drain(sock: &Sock, out: &mut Vec<QueuedError>) -> u16 {
     let mut local_mtu = 0;
     let mut buf = [0u8; 2048];
     for _ in 0..BATCH {
@@ -108,7 +108,7 @@ pub(crate) fn drain(sock: &Sock, out: &mut Vec<LateError>) -> u16 {
             }
             (seq, quoted) = (u16::from_be_bytes([*seq_hi, *seq_lo]), body);
         }
-        out.push(LateError {
+        out.push(QueuedError {
             flow,
             kind,
             offender,

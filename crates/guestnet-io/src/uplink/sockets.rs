@@ -2,8 +2,8 @@
 //! besides plain readiness. Outcomes and errors that come up in the middle of a call into the core wait here
 //! until the worker hands them over.
 
-use super::deferred_writes::Later;
-use super::error_queue::LateError;
+use super::deferred_writes::DeferredWrites;
+use super::error_queue::QueuedError;
 use super::forward::Origins;
 use super::tcp::{Buffers, TcpSock};
 use super::udp::{UdpOut, UdpSock};
@@ -51,11 +51,11 @@ pub(crate) struct Socks {
     /// TCP services by number.
     pub services: HashMap<u32, RawAddr>,
     /// What waits for the end of the batch.
-    pub later: Later,
+    pub deferred: DeferredWrites,
     /// Outcomes of connects.
     pub outcomes: Vec<(FlowId, Result<(), SockError>)>,
     /// Errors of datagrams.
-    pub errors: Vec<LateError>,
+    pub errors: Vec<QueuedError>,
     /// Datagrams that go out at the end of the batch.
     pub out: UdpOut,
     /// SO_PEEK_OFF works for TCP (Linux 6.9).
@@ -75,7 +75,7 @@ impl Socks {
         Socks {
             slab: Slab::default(),
             services: HashMap::new(),
-            later: Later::default(),
+            deferred: DeferredWrites::default(),
             outcomes: Vec::new(),
             errors: Vec::new(),
             out: UdpOut::default(),

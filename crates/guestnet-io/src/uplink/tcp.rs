@@ -60,7 +60,7 @@ pub(crate) struct TcpSock {
     /// Taken from the core, and not yet by the kernel.
     pub waiting: Vec<u8>,
     /// It is in the list of what goes at the end of the batch.
-    pub put_off: bool,
+    pub deferred: bool,
     /// The core said the end, which goes when nothing waits any more.
     pub ends: bool,
     /// The core has closed it, and something still waits.
@@ -189,7 +189,7 @@ impl Socks {
         if let Some(e) = tcp.broken {
             return Err(e);
         }
-        if !tcp.waiting.is_empty() && !tcp.put_off {
+        if !tcp.waiting.is_empty() && !tcp.deferred {
             // It does not fit yet.
             tcp.wants_write = true;
             return Ok(0);
@@ -200,7 +200,7 @@ impl Socks {
             tcp.no_delay = true;
         }
         tcp.spoken = true;
-        if self.put_off(id, data) {
+        if self.defer(id, data) {
             return Ok(data.len());
         }
         if !self.send_waiting(id)? {

@@ -6,8 +6,8 @@
 // readv takes raw pointers.
 #![allow(unsafe_code)]
 
-use crate::attachment::tap::{Kind, Sent, agree, lost};
-use crate::attachment::{Got, reason, vnet};
+use crate::attachment::tap::{Kind, WriteOutcome, agree, lost};
+use crate::attachment::{ReadOutcome, reason, vnet};
 use crate::os::sys;
 use guestnet_core::types::{Csum, FrameMeta, Gso};
 use guestnet_wire::{ether, gso};
@@ -35,9 +35,9 @@ impl Tun {
     }
 
     /// Reads a packet to `buf`, behind room for an Ethernet header: where it ends and what is known of it.
-    pub(crate) fn read(&self, buf: &mut [u8]) -> Got<(usize, FrameMeta)> {
+    pub(crate) fn read(&self, buf: &mut [u8]) -> ReadOutcome<(usize, FrameMeta)> {
         let mut head = [0u8; vnet::LEN_MRG];
-        let Some(packet) = buf.get_mut(ROOM..) else { return Got::Bad };
+        let Some(packet) = buf.get_mut(ROOM..) else { return ReadOutcome::Bad };
         let iov = [
             libc::iovec { iov_base: head.as_mut_ptr().cast(), iov_len: self.header.min(head.len()) },
             libc::iovec { iov_base: packet.as_mut_ptr().cast(), iov_len: packet.len() },
@@ -45,48 +45,48 @@ impl Tun {
         // SAFETY: both entries describe live, writable slices.
         let n = match sys::check_len(unsafe { libc::readv(self.fd.as_raw_fd(), iov.as_ptr(), 2) }) {
             Ok(n) => n,
-            Err(e) if sys::would_block(e) => return Got::Empty,
+            Err(e) if sys::would_block(e) => return ReadOutcome::Empty,
             // The interface is down; it may come up.
-            Err(libc::EIO) => return Got::Empty,
-            Err(e) => return Got::Down(reason("the TUN device is gone", e)),
+            Err(libc::EIO) => return ReadOutcome::Empty,
+            Err(e) => return ReadOutcome::Down(reason("the TUN device is gone", e)),
         };
-        let Some(end) = n.checked_sub(self.header).map(|len| ROOM + len) else { return Got::Bad };
+        let Some(end) = n.checked_sub(self.header).map(|len| ROOM + len) else { return ReadOutcome::Bad };
         let (Some(header), Some(frame)) = (head.get_mut(..self.header), buf.get(..end)) else {
-            return Got::Bad;
+            return ReadOutcome::Bad;
         };
         if header.is_empty() {
-            return Got::Frame((end, FrameMeta::default()));
+            return ReadOutcome::Frame((end, FrameMeta::default()));
         }
         shift(header, |n| n.checked_add(ROOM as u16));
         match vnet::parse(header, frame) {
-            Ok(meta) => Got::Frame((end, meta)),
-            Err(vnet::BadHeader) => Got::Bad,
+            Ok(meta) => ReadOutcome::Frame((end, meta)),
+            Err(vnet::BadHeader) => ReadOutcome::Bad,
         }
     }
 
     /// Writes a packet that follows room for an Ethernet header; what the device cannot cut or sum is cut and
     /// summed here.
-    pub(crate) fn write(&mut self, frame: &[u8], meta: FrameMeta) -> Sent {
+    pub(crate) fn write(&mut self, frame: &[u8], meta: FrameMeta) -> WriteOutcome {
         let begun = matches!(meta.csum, Csum::Partial { .. });
         match meta.gso {
             Some(gso) if self.header == 0 || !begun || (matches!(gso, Gso::Udp(_)) && !self.uso) => {
-                let mut last = Sent::Yes;
+                let mut last = WriteOutcome::Yes;
                 let done = gso::segment(frame, gso, |header, piece| {
                     let sent = self.put(&FrameMeta::default(), header, piece);
-                    if sent != Sent::Yes {
+                    if sent != WriteOutcome::Yes {
                         last = sent;
                     }
                 });
-                if done.is_err() { Sent::Refused } else { last }
+                if done.is_err() { WriteOutcome::Refused } else { last }
             }
             None if self.header == 0 && begun => {
-                let Csum::Partial { start, offset } = meta.csum else { return Sent::Refused };
+                let Csum::Partial { start, offset } = meta.csum else { return WriteOutcome::Refused };
                 let mut whole = std::mem::take(&mut self.whole);
                 whole.clear();
                 whole.extend_from_slice(frame);
                 let sent = match gso::complete_checksum(&mut whole, start, offset) {
                     Ok(()) => self.put(&FrameMeta::default(), &whole, &[]),
-                    Err(_) => Sent::Refused,
+                    Err(_) => WriteOutcome::Refused,
                 };
                 self.whole = whole;
                 sent
@@ -95,18 +95,18 @@ impl Tun {
         }
     }
 
-    fn put(&self, meta: &FrameMeta, front: &[u8], rest: &[u8]) -> Sent {
-        let Some(packet) = front.get(ROOM..) else { return Sent::Refused };
+    fn put(&self, meta: &FrameMeta, front: &[u8], rest: &[u8]) -> WriteOutcome {
+        let Some(packet) = front.get(ROOM..) else { return WriteOutcome::Refused };
         let sent = if self.header == 0 {
             sys::writev(&self.fd, &[packet, rest])
         } else {
-            let Some(mut h) = vnet::emit(meta, front) else { return Sent::Refused };
+            let Some(mut h) = vnet::emit(meta, front) else { return WriteOutcome::Refused };
             let h = h.get_mut(..self.header).unwrap_or(&mut []);
             shift(h, |n| n.checked_sub(ROOM as u16));
             sys::writev(&self.fd, &[h, packet, rest])
         };
         match sent {
-            Ok(_) => Sent::Yes,
+            Ok(_) => WriteOutcome::Yes,
             Err(e) => lost("the TUN device is gone", e),
         }
     }

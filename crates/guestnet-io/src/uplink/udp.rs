@@ -7,7 +7,7 @@
 // sendmmsg and recvmmsg take raw pointers.
 #![allow(unsafe_code)]
 
-use super::error_queue::{self, LateError};
+use super::error_queue::{self, QueuedError};
 use super::sockets::{Sock, SockKind, Socks};
 use crate::os::epoll::Poller;
 use crate::os::sys::{self, Control, RawAddr};
@@ -233,7 +233,7 @@ impl Sock {
 /// Sends messages of one socket that need the same settings.
 fn send_run(
     sock: &mut Sock,
-    errors: &mut Vec<LateError>,
+    errors: &mut Vec<QueuedError>,
     counters: &mut IoCounters,
     run: &[Pending],
     arena: &[u8],
@@ -293,7 +293,7 @@ fn send_run(
 /// A datagram was refused: the core hears of it, unless the host was only busy.
 fn failed(
     sock: &Sock,
-    errors: &mut Vec<LateError>,
+    errors: &mut Vec<QueuedError>,
     counters: &mut IoCounters,
     dst: SocketAddr,
     payload: &[u8],
@@ -310,7 +310,7 @@ fn failed(
         && errors.len() < ERRORS_MAX
     {
         // An ICMP error quotes at most 548 bytes (RFC 1812 4.3.2.3).
-        errors.push(LateError::local(flow, kind, dst, payload.get(..548).unwrap_or(payload)));
+        errors.push(QueuedError::local(flow, kind, dst, payload.get(..548).unwrap_or(payload)));
     }
 }
 

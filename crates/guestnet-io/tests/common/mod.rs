@@ -8,7 +8,7 @@ pub mod vhost;
 
 use guestnet_core::config::NetworkConfig;
 use guestnet_core::types::{PortConfig, PortId};
-use guestnet_io::{Command, CommandError, Event, StatsSnapshot, Value, Worker, WorkerConfig, spawn};
+use guestnet_io::{Command, CommandError, Event, StatsSnapshot, Value, WorkerConfig, WorkerGroup, spawn};
 use guestnet_wire::arp::{self, Arp};
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::ipv4::{self, Ipv4};
@@ -33,7 +33,7 @@ pub fn port_config() -> PortConfig {
 
 /// A worker and what it told that nobody asked for yet.
 pub struct Net {
-    pub worker: Worker,
+    pub workers: WorkerGroup,
     events: RefCell<VecDeque<Event>>,
 }
 
@@ -52,11 +52,11 @@ impl Net {
         core.host_loopback = Some(HOST.into());
         let mut config = WorkerConfig::new(core);
         change(&mut config);
-        Net { worker: spawn(config).unwrap(), events: RefCell::default() }
+        Net { workers: spawn(config).unwrap(), events: RefCell::default() }
     }
 
     fn pump(&self) {
-        self.events.borrow_mut().extend(self.worker.drain(1000));
+        self.events.borrow_mut().extend(self.workers.drain(1000));
     }
 
     /// Events of a kind that were told and that nobody took.
@@ -84,7 +84,7 @@ impl Net {
     pub fn until(&self, what: &str, done: impl Fn(&StatsSnapshot) -> bool) -> StatsSnapshot {
         let end = Instant::now() + PATIENCE;
         loop {
-            let stats = self.worker.stats();
+            let stats = self.workers.stats();
             if done(&stats) {
                 return stats;
             }
@@ -94,7 +94,7 @@ impl Net {
     }
 
     pub fn try_command(&self, command: Command) -> Result<Value, CommandError> {
-        let n = self.worker.submit(command).unwrap();
+        let n = self.workers.submit(command).unwrap();
         self.wait("acknowledgement", |e| match e {
             Event::Done { sequence, result } if *sequence == n => Some(result.clone()),
             _ => None,

@@ -3,18 +3,18 @@
 //! at again in the next round. A queue that was emptied is looked at for as long as the worker is awake, so that
 //! a busy guest need not kick at all; before the worker sleeps the guest is asked to.
 
-use crate::attachment::Got;
+use crate::attachment::ReadOutcome;
 use crate::attachment::port_set::{Attachment, Port};
-use crate::attachment::vhost_user::{self, LONG_ROUND, Vhost};
+use crate::attachment::vhost_user::{self, LONG_ROUND, VhostUser};
 use crate::os::epoll::{Kind, Ready, Token};
 use crate::os::sys;
-use crate::runtime::worker::State;
+use crate::runtime::worker::Worker;
 use guestnet_core::types::PortId;
 
-impl State {
-    fn vhost(&mut self, slot: u32) -> Option<&mut Vhost> {
+impl Worker {
+    fn vhost(&mut self, slot: u32) -> Option<&mut VhostUser> {
         match self.io.ports.get_mut(slot) {
-            Some(Port { attachment: Attachment::Vhost(v), .. }) => Some(v),
+            Some(Port { attachment: Attachment::VhostUser(v), .. }) => Some(v),
             _ => None,
         }
     }
@@ -30,7 +30,9 @@ impl State {
             return;
         }
         let poller = &self.io.poller;
-        let Some(Port { attachment: Attachment::Vhost(v), .. }) = self.io.ports.get_mut(slot) else { return };
+        let Some(Port { attachment: Attachment::VhostUser(v), .. }) = self.io.ports.get_mut(slot) else {
+            return;
+        };
         match v.control(poller, slot, generation) {
             Ok(changes) => {
                 if changes.writable {
@@ -43,7 +45,7 @@ impl State {
                 if let Some(why) = changes.refused {
                     self.warn(format!("a request of a vhost-user front-end was refused: {why}"));
                 }
-                self.complain(slot, id);
+                self.report_fault(slot, id);
             }
             Err(why) => self.io.ports.leave(id, why),
         }
@@ -52,7 +54,8 @@ impl State {
     /// A front-end has come to the socket where it was waited for.
     fn watch_front_end(&mut self, token: Token, id: PortId) {
         let poller = &self.io.poller;
-        let Some(Port { attachment: Attachment::Vhost(v), .. }) = self.io.ports.get_mut(token.index) else {
+        let Some(Port { attachment: Attachment::VhostUser(v), .. }) = self.io.ports.get_mut(token.index)
+        else {
             return;
         };
         // Nobody else is let in meanwhile.
@@ -130,7 +133,7 @@ impl State {
         let token = Token { kind: Kind::Port, ..self.io.ports.queue_token(slot, 0) };
         let token = Token { index: slot, ..token };
         let poller = &self.io.poller;
-        let Some(Port { attachment: Attachment::Vhost(v), .. }) = self.io.ports.get_mut(slot) else {
+        let Some(Port { attachment: Attachment::VhostUser(v), .. }) = self.io.ports.get_mut(slot) else {
             return false;
         };
         let Some(listener) = v.listener.as_ref() else { return false };
@@ -164,7 +167,7 @@ impl State {
         let Some((slot, queue)) = self.io.ports.queue(token) else { return };
         let Some(port) = self.io.ports.get_mut(slot).filter(|p| !p.is_leaving()) else { return };
         let id = port.id;
-        let Attachment::Vhost(v) = &mut port.attachment else { return };
+        let Attachment::VhostUser(v) = &mut port.attachment else { return };
         if queue.is_multiple_of(2) {
             v.spare_kicks(queue);
             return self.io.ports.room_again(slot);
@@ -177,20 +180,20 @@ impl State {
             return self.io.ports.look_again(token, true);
         }
         while turn.goes_on(self.batch_size) {
-            let Some(Port { attachment: Attachment::Vhost(v), .. }) = self.io.ports.get_mut(slot) else {
+            let Some(Port { attachment: Attachment::VhostUser(v), .. }) = self.io.ports.get_mut(slot) else {
                 return;
             };
             match v.read(queue, &mut self.frame) {
-                Got::Frame((from, to, meta)) => {
+                ReadOutcome::Frame((from, to, meta)) => {
                     self.frame_in(id, from..to, meta);
                     turn.frame(to - from);
                 }
-                Got::Bad => {
+                ReadOutcome::Bad => {
                     self.io.counters.bad_frames += 1;
                     turn.frame(0);
                 }
-                Got::Empty => break,
-                Got::Down(why) => return self.io.ports.leave(id, why),
+                ReadOutcome::Empty => break,
+                ReadOutcome::Down(why) => return self.io.ports.leave(id, why),
             }
         }
         turn.pause();
@@ -203,22 +206,22 @@ impl State {
         } else if !ports.lingering.contains(&token) {
             ports.lingering.push(token);
         }
-        self.complain(slot, id);
+        self.report_fault(slot, id);
     }
 
     /// Looks whether there are frames in queues that do not kick. True when there are.
     pub(crate) fn look_at_queues(&mut self) -> bool {
-        self.sort_queues(Vhost::has_more, true)
+        self.sort_queues(VhostUser::has_more, true)
     }
 
     /// The worker is about to sleep: queues are to kick. True when there are frames after all.
     pub(crate) fn rest_queues(&mut self) -> bool {
-        self.sort_queues(Vhost::rest, false)
+        self.sort_queues(VhostUser::rest, false)
     }
 
     /// Queues that linger and of which `due` says so are to be looked at again; the others stay where they are,
     /// or linger no longer.
-    fn sort_queues(&mut self, due: impl Fn(&mut Vhost, usize) -> bool, stay: bool) -> bool {
+    fn sort_queues(&mut self, due: impl Fn(&mut VhostUser, usize) -> bool, stay: bool) -> bool {
         if self.io.ports.lingering.is_empty() {
             return false;
         }
@@ -229,10 +232,10 @@ impl State {
             let Some(v) = self.vhost(slot) else { return false };
             let due = due(v, queue);
             // Only looking at it may have shown that it is broken, and nothing else may ever show that again.
-            if v.is_troubled() {
+            if v.has_fault() {
                 told = true;
                 if let Some(id) = self.io.ports.get_mut(slot).map(|p| p.id) {
-                    self.complain(slot, id);
+                    self.report_fault(slot, id);
                 }
                 return false;
             }
@@ -246,8 +249,8 @@ impl State {
     }
 
     /// Tells of what a guest has broken.
-    fn complain(&mut self, slot: u32, id: PortId) {
-        match self.vhost(slot).and_then(Vhost::complaint) {
+    fn report_fault(&mut self, slot: u32, id: PortId) {
+        match self.vhost(slot).and_then(VhostUser::take_fault) {
             Some(Ok(warning)) => self.warn(warning),
             Some(Err(why)) => self.io.ports.leave(id, why),
             None => {}

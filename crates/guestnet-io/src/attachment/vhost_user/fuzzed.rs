@@ -8,7 +8,7 @@ use super::session::Watching;
 use super::vring::Addresses;
 use super::{Changes, Session, feature};
 use crate::attachment::quota::{Pool, Quota};
-use crate::attachment::{FRAME_MAX, Got, vnet};
+use crate::attachment::{FRAME_MAX, ReadOutcome, vnet};
 use crate::os::epoll::Poller;
 use crate::os::sys;
 use guestnet_core::types::{Csum, FrameMeta, Gso};
@@ -108,16 +108,16 @@ impl World {
         self.session.begin_turn();
         for _ in 0..2 * SIZE {
             match self.session.read(1, &mut buf) {
-                Got::Frame((from, to, meta)) => {
+                ReadOutcome::Frame((from, to, meta)) => {
                     assert!(from <= to && to <= buf.len());
                     if let Csum::Partial { start, offset } = meta.csum {
                         assert!(usize::from(start) + usize::from(offset) + 2 <= to - from);
                     }
                     got += 1;
                 }
-                Got::Bad => {}
-                Got::Empty => break,
-                Got::Down(_) => unreachable!("a queue does not end a connection"),
+                ReadOutcome::Bad => {}
+                ReadOutcome::Empty => break,
+                ReadOutcome::Down(_) => unreachable!("a queue does not end a connection"),
             }
         }
         let q = &mut self.session.queues[1];
@@ -146,7 +146,7 @@ impl World {
                 gso: large.then_some(Gso::Tcp(1000)),
             };
             let (front, rest) = frame.split_at(54);
-            if self.session.send(&mut linear, &mut segmented, front, rest, meta) == super::Sent::Yes {
+            if self.session.send(&mut linear, &mut segmented, front, rest, meta) == super::WriteOutcome::Yes {
                 sent += 1;
             }
             let _room = self.session.has_room();

@@ -6,8 +6,8 @@
 //! worker. It ends when the front-end is gone, or when the worker has closed its end.
 
 use super::session::Watching;
-use super::{RINGS_MAX, Sent, Session};
-use crate::attachment::{FRAME_MAX, Got, reason, vnet};
+use super::{RINGS_MAX, Session, WriteOutcome};
+use crate::attachment::{FRAME_MAX, ReadOutcome, reason, vnet};
 use crate::os::epoll::{Kind, Poller, Ready, Token};
 use crate::os::sys;
 use guestnet_core::types::FrameMeta;
@@ -185,7 +185,7 @@ impl Thread {
             self.take_turn(queue)?;
         }
         self.session.flush();
-        match self.session.complaint() {
+        match self.session.take_fault() {
             Some(Err(why)) => return Err(why),
             Some(Ok(message)) => {
                 *self.news.warning.lock().unwrap_or_else(PoisonError::into_inner) = Some(message);
@@ -245,7 +245,7 @@ impl Thread {
             let sent = self.session.send(&mut self.linear, &mut segmented, frame, &[], meta);
             self.news.segmented.fetch_add(segmented, Ordering::Relaxed);
             match sent {
-                Sent::Full => {
+                WriteOutcome::Full => {
                     self.pending = Some((end, meta));
                     if !waited {
                         // Nothing more until the guest kicks.
@@ -253,9 +253,9 @@ impl Thread {
                     }
                     return Ok(());
                 }
-                Sent::Refused => drop(self.news.refused.fetch_add(1, Ordering::Relaxed)),
-                Sent::NotAllocated => drop(self.news.unallocated.fetch_add(1, Ordering::Relaxed)),
-                Sent::Yes | Sent::Unplugged => {}
+                WriteOutcome::Refused => drop(self.news.refused.fetch_add(1, Ordering::Relaxed)),
+                WriteOutcome::NotAllocated => drop(self.news.unallocated.fetch_add(1, Ordering::Relaxed)),
+                WriteOutcome::Yes | WriteOutcome::Unplugged => {}
             }
             if waited {
                 self.poller
@@ -287,10 +287,10 @@ impl Thread {
     fn take_turn(&mut self, queue: usize) -> Result<(), String> {
         for _ in 0..BATCH {
             match self.session.read(queue, &mut self.frame) {
-                Got::Frame((from, to, meta)) => self.hand_over(from, to, meta)?,
-                Got::Bad => drop(self.news.bad.fetch_add(1, Ordering::Relaxed)),
-                Got::Empty => break,
-                Got::Down(why) => return Err(why),
+                ReadOutcome::Frame((from, to, meta)) => self.hand_over(from, to, meta)?,
+                ReadOutcome::Bad => drop(self.news.bad.fetch_add(1, Ordering::Relaxed)),
+                ReadOutcome::Empty => break,
+                ReadOutcome::Down(why) => return Err(why),
             }
         }
         if self.session.end_batch(queue) {

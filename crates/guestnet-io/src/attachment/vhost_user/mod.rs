@@ -20,7 +20,7 @@ mod send;
 mod session;
 mod vring;
 
-use super::{Got, vnet};
+use super::{ReadOutcome, vnet};
 use crate::attachment::quota::{Charge, Quota, Resource};
 use crate::attachment::vhost_user::eventfd::PeerEventfd;
 use crate::os::epoll::{Poller, Watch};
@@ -33,7 +33,7 @@ use std::cell::Cell;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use vring::{BadChain, Broken, Ring};
+use vring::{BadChain, Broken, Vring};
 
 /// Pairs of queues that a guest can have.
 pub(crate) const PAIRS_MAX: usize = 8;
@@ -177,7 +177,7 @@ mod feature {
 /// A queue with what belongs to it.
 #[derive(Default)]
 struct Queue {
-    ring: Ring,
+    ring: Vring,
     enabled: bool,
     kick: Option<Watch>,
     call: Option<PeerEventfd>,
@@ -240,7 +240,7 @@ struct Session {
 }
 
 /// A vhost-user attachment: a connection, or a socket on which one is waited for.
-pub(crate) struct Vhost {
+pub(crate) struct VhostUser {
     /// Where the front-end connects; it may come again.
     pub listener: Option<OwnedFd>,
     session: Option<Box<Session>>,
@@ -261,9 +261,9 @@ pub(crate) struct Changes {
     pub refused: Option<String>,
 }
 
-impl Vhost {
+impl VhostUser {
     /// Takes a connected stream socket, or a listening one to wait on.
-    pub(crate) fn new(fd: OwnedFd, front_ends: Arc<FrontEnds>) -> Result<Vhost, String> {
+    pub(crate) fn new(fd: OwnedFd, front_ends: Arc<FrontEnds>) -> Result<VhostUser, String> {
         sys::adopt(&fd).map_err(|e| super::reason("the socket cannot be set up", e))?;
         let opt = |name| sys::get_opt(&fd, libc::SOL_SOCKET, name);
         let kind = opt(libc::SO_TYPE).map_err(|e| super::reason("the descriptor is not a socket", e))?;
@@ -271,10 +271,10 @@ impl Vhost {
             return Err("a vhost-user front-end needs a unix socket of kind SOCK_STREAM".into());
         }
         if opt(libc::SO_ACCEPTCONN) == Ok(1) {
-            return Ok(Vhost { listener: Some(fd), session: None, front_ends, touched: 0 });
+            return Ok(VhostUser { listener: Some(fd), session: None, front_ends, touched: 0 });
         }
         let session = Some(Box::new(Session::new(fd, &front_ends.quota)));
-        Ok(Vhost { listener: None, session, front_ends, touched: 0 })
+        Ok(VhostUser { listener: None, session, front_ends, touched: 0 })
     }
 
     /// The descriptor to be watched now.
@@ -360,13 +360,13 @@ impl Vhost {
     }
 
     /// Reads a frame of queue `index` to `buf`: where it is and what is known of it. `Empty` also when the guest's
-    /// turn is over, until [`Vhost::end_batch`].
-    pub(crate) fn read(&mut self, index: usize, buf: &mut [u8]) -> Got<(usize, usize, FrameMeta)> {
-        self.with(|s| s.read(index, buf)).unwrap_or(Got::Empty)
+    /// turn is over, until [`VhostUser::end_batch`].
+    pub(crate) fn read(&mut self, index: usize, buf: &mut [u8]) -> ReadOutcome<(usize, usize, FrameMeta)> {
+        self.with(|s| s.read(index, buf)).unwrap_or(ReadOutcome::Empty)
     }
 
     /// The end of a batch from queue `index`: shows the guest what it was given back, once for all of it. True
-    /// when there is more in it. Either way the guest does not kick until [`Vhost::rest`].
+    /// when there is more in it. Either way the guest does not kick until [`VhostUser::rest`].
     pub(crate) fn end_batch(&mut self, index: usize) -> bool {
         self.with(|s| s.end_batch(index)).unwrap_or(false)
     }
@@ -388,13 +388,13 @@ impl Vhost {
     }
 
     /// True when there is something to complain of.
-    pub(crate) fn is_troubled(&self) -> bool {
-        self.session.as_ref().is_some_and(|s| s.is_troubled())
+    pub(crate) fn has_fault(&self) -> bool {
+        self.session.as_ref().is_some_and(|s| s.has_fault())
     }
 
     /// What there is to complain of since the last time, if anything.
-    pub(crate) fn complaint(&mut self) -> Option<Result<String, String>> {
-        self.session.as_mut()?.complaint()
+    pub(crate) fn take_fault(&mut self) -> Option<Result<String, String>> {
+        self.session.as_mut()?.take_fault()
     }
 
     /// Sends a frame of front, with all headers, and rest; `linear` is for those that have to be changed.
@@ -405,8 +405,8 @@ impl Vhost {
         front: &[u8],
         rest: &[u8],
         meta: FrameMeta,
-    ) -> send::Sent {
-        self.with(|s| s.send(linear, segmented, front, rest, meta)).unwrap_or(send::Sent::Unplugged)
+    ) -> send::WriteOutcome {
+        self.with(|s| s.send(linear, segmented, front, rest, meta)).unwrap_or(send::WriteOutcome::Unplugged)
     }
 
     /// True when a frame can be sent now; else the guest kicks when that changes.
@@ -422,7 +422,7 @@ impl Vhost {
 }
 
 pub(crate) use isolated::{Counts, Isolated};
-pub(crate) use send::Sent;
+pub(crate) use send::WriteOutcome;
 
 impl Session {
     fn new(fd: OwnedFd, quota: &Arc<Quota>) -> Session {
@@ -481,11 +481,11 @@ impl Session {
         }
     }
 
-    fn is_troubled(&self) -> bool {
+    fn has_fault(&self) -> bool {
         self.broken != 0 || self.not_allocated == Some(true) || self.memory.is_lost()
     }
 
-    fn complaint(&mut self) -> Option<Result<String, String>> {
+    fn take_fault(&mut self) -> Option<Result<String, String>> {
         if self.memory.is_lost() {
             return Some(Err("the guest's memory was taken away from under it".into()));
         }
@@ -524,18 +524,18 @@ impl Session {
         }
     }
 
-    fn read(&mut self, index: usize, buf: &mut [u8]) -> Got<(usize, usize, FrameMeta)> {
+    fn read(&mut self, index: usize, buf: &mut [u8]) -> ReadOutcome<(usize, usize, FrameMeta)> {
         let Session { queues, memory, turn_steps, .. } = self;
-        let Some(q) = queues.get_mut(index).filter(|_| index % 2 == 1) else { return Got::Empty };
+        let Some(q) = queues.get_mut(index).filter(|_| index % 2 == 1) else { return ReadOutcome::Empty };
         if !q.ring.is_running() || *turn_steps == 0 {
-            return Got::Empty;
+            return ReadOutcome::Empty;
         }
         let head = match q.ring.pop() {
             Ok(Some(head)) => head,
-            Ok(None) => return Got::Empty,
+            Ok(None) => return ReadOutcome::Empty,
             Err(Broken) => {
                 self.break_queue(index);
-                return Got::Bad;
+                return ReadOutcome::Bad;
             }
         };
         let (mut len, mut steps) = (0, vring::CHAIN_MAX);
@@ -551,16 +551,16 @@ impl Session {
         q.ring.give_back(head, 0);
         if !q.enabled {
             // A queue that is not enabled is emptied all the same, and nothing comes of it.
-            return Got::Bad;
+            return ReadOutcome::Bad;
         }
         let Some((header, frame)) =
             buf.get(..len).and_then(|b| b.split_at_checked(self.header)).filter(|_| walked.is_ok())
         else {
-            return Got::Bad;
+            return ReadOutcome::Bad;
         };
-        let Ok(meta) = vnet::parse(header, frame) else { return Got::Bad };
+        let Ok(meta) = vnet::parse(header, frame) else { return ReadOutcome::Bad };
         if !self.agreed(&meta) {
-            return Got::Bad;
+            return ReadOutcome::Bad;
         }
         if self.pairs() > 1 {
             let hash = send::hash(frame);
@@ -568,7 +568,7 @@ impl Session {
                 *s = (index / 2) as u8;
             }
         }
-        Got::Frame((self.header, len, meta))
+        ReadOutcome::Frame((self.header, len, meta))
     }
 
     /// True when the guest may ask for this of a frame that it sends.
@@ -599,10 +599,10 @@ impl Session {
     }
 
     fn rest(&mut self, index: usize) -> bool {
-        self.ask(index, Ring::want_kick)
+        self.ask(index, Vring::want_kick)
     }
 
-    fn ask(&mut self, index: usize, what: impl FnOnce(&mut Ring) -> Result<bool, Broken>) -> bool {
+    fn ask(&mut self, index: usize, what: impl FnOnce(&mut Vring) -> Result<bool, Broken>) -> bool {
         let Some(q) = self.queues.get_mut(index).filter(|q| q.ring.is_running()) else { return false };
         what(&mut q.ring).unwrap_or_else(|Broken| {
             self.break_queue(index);
@@ -675,7 +675,7 @@ mod tests {
             self.file.write_all_at(&self.offered.to_le_bytes(), 2048 + 2).unwrap();
         }
 
-        fn send(&mut self) -> Sent {
+        fn send(&mut self) -> WriteOutcome {
             let frame = [0x55; 100];
             let sent = self.session.send(&mut Vec::new(), &mut 0, &frame, &[], FrameMeta::default());
             self.session.queues[0].publish();
@@ -705,8 +705,8 @@ mod tests {
         for page in 2..LEN / PAGE {
             g.offer(page);
             match g.send() {
-                Sent::Yes => sent += 1,
-                Sent::NotAllocated => {
+                WriteOutcome::Yes => sent += 1,
+                WriteOutcome::NotAllocated => {
                     refused += 1;
                     assert_eq!(g.last_used(), 0, "the buffer comes back unused");
                 }
@@ -717,17 +717,17 @@ mod tests {
         assert!(g.allocated() - before <= ALLOCATED);
         // A buffer that is allocated, by the guest or by us before, still takes frames.
         g.offer(2);
-        assert_eq!(g.send(), Sent::Yes);
+        assert_eq!(g.send(), WriteOutcome::Yes);
         assert_eq!(g.last_used(), 112);
         g.file.write_all_at(&[1; PAGE as usize], 2000 * PAGE).unwrap();
         g.offer(2000);
-        assert_eq!(g.send(), Sent::Yes);
+        assert_eq!(g.send(), WriteOutcome::Yes);
         // It is told once.
         let front_ends = FrontEnds::new(Quota::new(&pool));
-        let mut v = Vhost { listener: None, session: Some(Box::new(g.session)), front_ends, touched: 0 };
-        assert!(v.is_troubled());
-        assert!(v.complaint().unwrap().unwrap().contains("prealloc=on"));
-        assert_eq!(v.complaint(), None);
+        let mut v = VhostUser { listener: None, session: Some(Box::new(g.session)), front_ends, touched: 0 };
+        assert!(v.has_fault());
+        assert!(v.take_fault().unwrap().unwrap().contains("prealloc=on"));
+        assert_eq!(v.take_fault(), None);
     }
 
     #[test]
@@ -740,7 +740,7 @@ mod tests {
         let pool = Pool::new(0, 1 << 40, ALLOCATED);
         let vhost = || {
             let session = Some(Box::new(Guest::new(&pool, memfd()).session));
-            Vhost { listener: None, session, front_ends: FrontEnds::new(Quota::new(&pool)), touched: 0 }
+            VhostUser { listener: None, session, front_ends: FrontEnds::new(Quota::new(&pool)), touched: 0 }
         };
         let (mut honest, mut hostile) = (vhost(), vhost());
         begin_round(true);
@@ -768,7 +768,7 @@ mod tests {
         let pool = Pool::new(0, 1 << 40, ALLOCATED);
         let session = Some(Box::new(Guest::new(&pool, memfd()).session));
         let front_ends = FrontEnds::new(Quota::new(&pool));
-        let mut v = Vhost { listener: None, session, front_ends, touched: 0 };
+        let mut v = VhostUser { listener: None, session, front_ends, touched: 0 };
         begin_round(true);
         assert!(v.touched().is_none());
         v.with(|_| ());
@@ -791,7 +791,7 @@ mod tests {
         let mut g = Guest::new(&Pool::new(0, 1 << 40, 0), file);
         for page in 2..LEN / PAGE {
             g.offer(page);
-            assert_eq!(g.send(), Sent::Yes);
+            assert_eq!(g.send(), WriteOutcome::Yes);
         }
     }
 
@@ -802,7 +802,7 @@ mod tests {
             (2..LEN / PAGE)
                 .filter(|page| {
                     g.offer(*page);
-                    g.send() == Sent::Yes
+                    g.send() == WriteOutcome::Yes
                 })
                 .count()
         };

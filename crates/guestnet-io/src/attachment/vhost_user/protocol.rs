@@ -6,7 +6,7 @@
 #![allow(unsafe_code)]
 
 use super::memory::{REGIONS_MAX, RegionSpec};
-use crate::attachment::{Got, reason};
+use crate::attachment::{ReadOutcome, reason};
 use crate::os::sys::{self, Control};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
@@ -96,21 +96,23 @@ impl Channel {
     }
 
     /// The next message, when all of it is there.
-    pub(super) fn receive(&mut self) -> Got<Message> {
+    pub(super) fn receive(&mut self) -> ReadOutcome<Message> {
         loop {
             let want = if self.have < HEADER { HEADER } else { HEADER + self.body_len() };
             if want > self.buf.len() {
-                return Got::Down(format!("the front-end sent a message of {want} bytes"));
+                return ReadOutcome::Down(format!("the front-end sent a message of {want} bytes"));
             }
             if self.have == want && self.have >= HEADER {
                 return self.take();
             }
             match self.read(want) {
-                Ok(0) => return Got::Down("the front-end closed the connection".into()),
+                Ok(0) => return ReadOutcome::Down("the front-end closed the connection".into()),
                 Ok(n) => self.have += n,
-                Err(e) if sys::would_block(e) => return Got::Empty,
-                Err(libc::EMSGSIZE) => return Got::Down("the front-end sent too many descriptors".into()),
-                Err(e) => return Got::Down(reason("the connection to the front-end broke", e)),
+                Err(e) if sys::would_block(e) => return ReadOutcome::Empty,
+                Err(libc::EMSGSIZE) => {
+                    return ReadOutcome::Down("the front-end sent too many descriptors".into());
+                }
+                Err(e) => return ReadOutcome::Down(reason("the connection to the front-end broke", e)),
             }
             if self.have == HEADER && self.body_len() == 0 {
                 return self.take();
@@ -161,17 +163,19 @@ impl Channel {
     }
 
     /// The message in the buffer.
-    fn take(&mut self) -> Got<Message> {
+    fn take(&mut self) -> ReadOutcome<Message> {
         let (number, flags, len) = (self.word(0), self.word(4), self.body_len());
         let body = self.buf.get(HEADER..HEADER + len).unwrap_or(&[]);
         let fds = std::mem::take(&mut self.fds);
         self.have = 0;
         if flags & (VERSION | 2 | REPLY) != VERSION {
-            return Got::Down(format!("the front-end sent a message with flags {flags:#x}"));
+            return ReadOutcome::Down(format!("the front-end sent a message with flags {flags:#x}"));
         }
         match parse(number, body, fds) {
-            Some(request) => Got::Frame(Message { number, need_reply: flags & NEED_REPLY != 0, request }),
-            None => Got::Down(format!("message {number} of the front-end is not of its form")),
+            Some(request) => {
+                ReadOutcome::Frame(Message { number, need_reply: flags & NEED_REPLY != 0, request })
+            }
+            None => ReadOutcome::Down(format!("message {number} of the front-end is not of its form")),
         }
     }
 

@@ -2,7 +2,7 @@
 //! of memory, and only when they are enough is anything written, so that a frame is there whole or not at all
 //! and one that finds no room leaves no trace. With mergeable buffers a frame takes as many as it needs, up to
 //! half the queue: a guest that fills up its queue when it is half empty can then always make room. What the
-//! guest did not agree to take (large frames, begun checksums) is done in software.
+//! guest did not agree to take (large frames, partial checksums) is done in software.
 
 use super::memory::{Access, CHECKS_MAX};
 use super::vring::{self, BadChain, Broken, Place};
@@ -20,7 +20,7 @@ const TRIES: usize = 16;
 
 /// What became of a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Sent {
+pub(crate) enum WriteOutcome {
     Yes,
     /// No buffers; the guest kicks when it has put in more.
     Full,
@@ -87,10 +87,10 @@ impl Session {
         front: &[u8],
         rest: &[u8],
         mut meta: FrameMeta,
-    ) -> Sent {
+    ) -> WriteOutcome {
         let pairs = self.pairs();
         if pairs == 0 {
-            return Sent::Unplugged;
+            return WriteOutcome::Unplugged;
         }
         let pair = if pairs == 1 {
             0
@@ -109,12 +109,12 @@ impl Session {
                 if vnet::begin_checksum(linear, &mut meta) {
                     self.put(index, &meta, linear, &[])
                 } else {
-                    return Sent::Refused;
+                    return WriteOutcome::Refused;
                 }
             } else {
                 self.put(index, &meta, front, rest)
             };
-            if sent != Sent::Refused || meta.gso.is_none() {
+            if sent != WriteOutcome::Refused || meta.gso.is_none() {
                 return sent;
             }
             // Too large for the buffers of this guest: in smaller ones, then.
@@ -126,22 +126,22 @@ impl Session {
             let half = self.queues.get(index).map_or(0, |q| usize::from(q.ring.size() / 2));
             // More than half of a queue is never waited for: it may stay as it is.
             if frames <= half && !self.waits_for(index, frames) {
-                return Sent::Full;
+                return WriteOutcome::Full;
             }
-            let mut last = Sent::Yes;
+            let mut last = WriteOutcome::Yes;
             let whole = std::mem::take(linear);
             let done = gso::segment(&whole, gso, |header, piece| {
-                if self.put(index, &FrameMeta::default(), header, piece) != Sent::Yes {
-                    last = Sent::Refused;
+                if self.put(index, &FrameMeta::default(), header, piece) != WriteOutcome::Yes {
+                    last = WriteOutcome::Refused;
                 }
             });
             *linear = whole;
-            return if done.is_err() { Sent::Refused } else { last };
+            return if done.is_err() { WriteOutcome::Refused } else { last };
         }
         if let Csum::Partial { start, offset } = meta.csum
             && gso::complete_checksum(linear, start, offset).is_err()
         {
-            return Sent::Refused;
+            return WriteOutcome::Refused;
         }
         self.put(index, &FrameMeta::default(), linear, &[])
     }
@@ -164,14 +164,14 @@ impl Session {
     }
 
     /// Writes one frame to buffers of a queue.
-    fn put(&mut self, index: usize, meta: &FrameMeta, front: &[u8], rest: &[u8]) -> Sent {
-        let Some(mut header) = vnet::emit(meta, front) else { return Sent::Refused };
+    fn put(&mut self, index: usize, meta: &FrameMeta, front: &[u8], rest: &[u8]) -> WriteOutcome {
+        let Some(mut header) = vnet::emit(meta, front) else { return WriteOutcome::Refused };
         let total = self.header + front.len() + rest.len();
         let mut gathered = Ok(Gathered::TooSmall);
         for _ in 0..TRIES {
-            let Some(place) = self.queues.get(index).map(|q| q.ring.at) else { return Sent::Refused };
+            let Some(place) = self.queues.get(index).map(|q| q.ring.at) else { return WriteOutcome::Refused };
             if self.steps_to_guest == 0 {
-                return Sent::Refused;
+                return WriteOutcome::Refused;
             }
             gathered = self.gather(index, total);
             if matches!(gathered, Ok(Gathered::Enough | Gathered::NotAllocated) | Err(Broken)) {
@@ -181,10 +181,10 @@ impl Session {
             if gathered == Ok(Gathered::TooSmall) {
                 break;
             }
-            let Some(q) = self.queues.get_mut(index) else { return Sent::Refused };
+            let Some(q) = self.queues.get_mut(index) else { return WriteOutcome::Refused };
             q.publish();
             match q.ring.want_kick() {
-                Ok(false) => return Sent::Full,
+                Ok(false) => return WriteOutcome::Full,
                 // More came this moment, and nobody may kick for it.
                 Ok(true) => {}
                 Err(Broken) => gathered = Err(Broken),
@@ -192,11 +192,11 @@ impl Session {
         }
         match gathered {
             Ok(Gathered::Enough) => {}
-            Ok(Gathered::Few | Gathered::TooSmall) => return Sent::Refused,
+            Ok(Gathered::Few | Gathered::TooSmall) => return WriteOutcome::Refused,
             Ok(Gathered::NotAllocated) => return self.return_unused(index),
             Err(Broken) => {
                 self.break_queue(index);
-                return Sent::Refused;
+                return WriteOutcome::Refused;
             }
         }
         let count = self.heads.len() as u16;
@@ -225,7 +225,7 @@ impl Session {
                 part = later;
             }
         }
-        let Some(q) = self.queues.get_mut(index) else { return Sent::Refused };
+        let Some(q) = self.queues.get_mut(index) else { return WriteOutcome::Refused };
         let mut left = total as u32;
         for (head, len) in &self.heads {
             let written = left.min(*len);
@@ -235,18 +235,18 @@ impl Session {
         if q.ring.unpublished() >= PUBLISH_AT.min(q.ring.size() / 2).max(1) {
             q.publish();
         }
-        Sent::Yes
+        WriteOutcome::Yes
     }
 
     /// Gives the buffers that were gathered back with nothing in them, so that the guest puts others in.
-    fn return_unused(&mut self, index: usize) -> Sent {
+    fn return_unused(&mut self, index: usize) -> WriteOutcome {
         if let Some(q) = self.queues.get_mut(index) {
             for (head, _) in &self.heads {
                 q.ring.give_back(*head, 0);
             }
         }
         self.not_allocated.get_or_insert(true);
-        Sent::NotAllocated
+        WriteOutcome::NotAllocated
     }
 
     fn undo(&mut self, index: usize, place: Place) {

@@ -9,7 +9,7 @@ use super::protocol::{Message, Request};
 use super::vring::Addresses;
 use super::{Changes, PAIRS_MAX, RINGS_MAX, Session, feature};
 use crate::attachment::vhost_user::eventfd::PeerEventfd;
-use crate::attachment::{Got, vnet};
+use crate::attachment::{ReadOutcome, vnet};
 use crate::os::epoll::{Kind, Poller, Token};
 use std::os::fd::OwnedFd;
 
@@ -51,12 +51,12 @@ impl Session {
         let mut changes = Changes::default();
         for _ in 0..BATCH {
             let message = match self.channel.receive() {
-                Got::Frame(m) => m,
-                Got::Empty | Got::Bad => {
+                ReadOutcome::Frame(m) => m,
+                ReadOutcome::Empty | ReadOutcome::Bad => {
                     self.count_descriptors()?;
                     break;
                 }
-                Got::Down(why) => return Err(why),
+                ReadOutcome::Down(why) => return Err(why),
             };
             let Message { number, need_reply, request } = message;
             let answered = self.apply(watching, request, &mut changes);
@@ -214,7 +214,7 @@ impl Session {
             if let Err(fault) = q.ring.start(memory) {
                 q.kick = None;
                 let why = match fault {
-                    Fault::Outside => "is not in the guest's memory",
+                    Fault::TxContext => "is not in the guest's memory",
                     Fault::NotAllocated => "is on pages that are not allocated (prealloc=on)",
                 };
                 return Err(format!("queue {index} {why}"));

@@ -1,7 +1,7 @@
 //! Theory of operation: the device's side of a split virtqueue (virtio 1.2, 2.7) in the guest's memory. The
 //! guest may write any of it at any moment, so each value is read once into a variable of ours and checked
 //! there; a chain is walked with a bound, so that a loop in it ends. Buffers taken from the available ring are
-//! counted as used in order, and become visible to the guest, all together, by [`Ring::publish`]; whether it
+//! counted as used in order, and become visible to the guest, all together, by [`Vring::publish`]; whether it
 //! has to be told is then decided once for all of them.
 
 // The rings are shared memory, reached through checked pointers.
@@ -41,7 +41,7 @@ pub(super) enum BadChain {
 impl From<Fault> for BadChain {
     fn from(fault: Fault) -> BadChain {
         match fault {
-            Fault::Outside => BadChain::Malformed,
+            Fault::TxContext => BadChain::Malformed,
             Fault::NotAllocated => BadChain::NotAllocated,
         }
     }
@@ -78,7 +78,7 @@ pub(super) struct Place {
 
 /// One virtqueue.
 #[derive(Default)]
-pub(super) struct Ring {
+pub(super) struct Vring {
     /// Entries, a power of two; 0 while it was not set.
     size: u16,
     pub addresses: Option<Addresses>,
@@ -93,7 +93,7 @@ pub(super) struct Ring {
     decided: Option<u16>,
 }
 
-impl Ring {
+impl Vring {
     /// Sets the number of entries; false when no split queue can have it.
     pub(super) fn set_size(&mut self, num: u32) -> bool {
         let fits = (1..=SIZE_MAX).contains(&num) && num.is_power_of_two();
@@ -106,9 +106,9 @@ impl Ring {
     /// Finds the rings in memory and begins at `self.at.avail`.
     pub(super) fn start(&mut self, memory: &mut Memory) -> Result<(), Fault> {
         self.view = None;
-        let (a, n) = (self.addresses.ok_or(Fault::Outside)?, usize::from(self.size));
+        let (a, n) = (self.addresses.ok_or(Fault::TxContext)?, usize::from(self.size));
         if n == 0 {
-            return Err(Fault::Outside);
+            return Err(Fault::TxContext);
         }
         let event = if self.event_idx { 2 } else { 0 };
         let desc = memory.ring(a.desc, 16 * n, 16)?;
@@ -216,7 +216,7 @@ impl Ring {
         }
     }
 
-    /// Gives a chain back, with `len` bytes written to it; unseen until [`Ring::publish`].
+    /// Gives a chain back, with `len` bytes written to it; unseen until [`Vring::publish`].
     pub(super) fn give_back(&mut self, head: u16, len: u32) {
         let Some(v) = self.view else { return };
         let at = 2 + 4 * usize::from(self.at.used & (v.size - 1));

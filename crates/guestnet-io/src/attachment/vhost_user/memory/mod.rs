@@ -63,7 +63,7 @@ pub(super) enum Access {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fault {
     /// No region has it, or it leaves them.
-    Outside,
+    TxContext,
     /// It is not allocated, and this process may allocate no more for this guest.
     NotAllocated,
 }
@@ -204,7 +204,7 @@ impl Pages {
         access: Access,
         checks: &mut u32,
     ) -> Result<bool, Fault> {
-        *checks = checks.checked_sub(1).ok_or(Fault::Outside)?;
+        *checks = checks.checked_sub(1).ok_or(Fault::TxContext)?;
         let size = 1u64 << self.shift;
         let hole = !sys::has_data(file, start, start + size);
         if hole && access == Access::Read {
@@ -448,15 +448,15 @@ impl Memory {
     /// is aligned.
     pub(super) fn ring(&mut self, user: u64, len: usize, align: usize) -> Result<NonNull<u8>, Fault> {
         let r = self.regions.iter_mut().find(|r| user.wrapping_sub(r.spec.user) < r.spec.size);
-        let r = r.ok_or(Fault::Outside)?;
+        let r = r.ok_or(Fault::TxContext)?;
         let inside = user - r.spec.user;
         if len as u64 > r.spec.size - inside || r.is_lost() {
-            return Err(Fault::Outside);
+            return Err(Fault::TxContext);
         }
         // SAFETY: inside the region.
-        let at = NonNull::new(unsafe { r.base.add(inside as usize) }).ok_or(Fault::Outside)?;
+        let at = NonNull::new(unsafe { r.base.add(inside as usize) }).ok_or(Fault::TxContext)?;
         if !at.addr().get().is_multiple_of(align) {
-            return Err(Fault::Outside);
+            return Err(Fault::TxContext);
         }
         // As many as the ring has pages.
         let mut checks = u32::MAX;
@@ -471,8 +471,8 @@ fn find(regions: &mut [Region], at: u64) -> Result<(&mut Region, u64), Fault> {
     for r in regions {
         let inside = at.wrapping_sub(r.spec.guest);
         if inside < r.spec.size {
-            return if r.is_lost() { Err(Fault::Outside) } else { Ok((r, inside)) };
+            return if r.is_lost() { Err(Fault::TxContext) } else { Ok((r, inside)) };
         }
     }
-    Err(Fault::Outside)
+    Err(Fault::TxContext)
 }
