@@ -15,7 +15,7 @@ PYTHON_DIRS := $(wildcard python tests bench scripts)
 # throwing away the ordinary build.
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
-.PHONY: help build dist check test demo bench instructions instructions-renew bench-forwarding conformance bench-engine fuzz loom lock format clean
+.PHONY: help build dist docs check test demo bench instructions instructions-renew bench-forwarding conformance bench-engine fuzz loom lock format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -35,6 +35,9 @@ dist: build ## Build a wheel and a source distribution into dist/, and try both 
 	rm -rf dist
 	PIP_QUIET=1 $(BIN)/maturin build --release --locked --sdist --out dist --quiet
 	CARGO_TARGET_DIR=$(abspath $(TARGET)) $(BIN)/python scripts/check_dist.py dist
+
+docs: build ## Build the API reference for Python and Rust into target/docs; warnings are errors
+	$(BIN)/python scripts/build_docs.py
 
 check: build ## Format, lint, types and unit tests: under two minutes once built
 	cargo fmt --all --check

@@ -67,6 +67,7 @@ def suites(basetemp: str) -> list[Suite]:
         Suite("ruff format", (PYTHON, "-m", "ruff", "format", "--quiet", "--check", *python_dirs)),
         Suite("mypy", (PYTHON, "-m", "mypy")),
         Suite("stubtest", ("scripts/stubtest.sh", PYTHON)),
+        Suite("docs", (PYTHON, "scripts/build_docs.py")),
         Suite("cargo test", ("cargo", "test", "--workspace", "--locked", "--no-fail-fast"), counts=True),
         Suite("loom", ("scripts/loom.sh",), counts=True),
         Suite("pytest", (PYTHON, "-m", "pytest", "-ra", f"--basetemp={basetemp}", "tests"), counts=True),

@@ -273,7 +273,7 @@ impl Network {
         true
     }
 
-    /// ICMP of a guest: echo to the gateway is answered here, the rest is in [`crate::relay::icmp`].
+    /// ICMP of a guest: echo to the gateway is answered here, the rest is in `relay::icmp`.
     fn icmp_out<E: Effects>(
         &mut self,
         slot: u32,

@@ -6,7 +6,7 @@
 //! a [`buffer`] that exists only then, and the window offered is what that buffer can still take. The ACK
 //! goes out once per batch ([`Tcb::batch_end`]), at once where the guest counts duplicates. In a conversation
 //! of questions and answers it waits a moment for the answer to carry it ([`timers`]), in a long upload for
-//! more to acknowledge ([`thin`]).
+//! more to acknowledge ([`ack_thinning`]).
 //!
 //! Host to guest: bytes stay in the kernel's socket until the guest acknowledged them. [`output`] peeks at
 //! the offset of the first byte not yet sent and sends one large segment; an ACK discards from the front.
