@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """build_docs.py [DIR] [python|rust]: builds the API reference for Python and Rust into DIR (target/docs).
 
-In both a warning is an error: a link without a target, an annotation that cannot be read, a module that cannot
-be imported.
+In both a warning is an error: a link without a target, an annotation that cannot be read, a module that
+cannot be imported.
 """
 
 from __future__ import annotations
