@@ -8,7 +8,8 @@
 
 use super::queue::Queue;
 use super::{FRAME_MAX, Flushed, ReadOutcome, reason};
-use crate::os::sys::{self, RawAddr};
+use crate::os::sockaddr::RawAddr;
+use crate::os::sys;
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;

@@ -20,7 +20,8 @@
 
 use super::FRAME_MAX;
 use super::dgram::{Dgram, set_buffers};
-use crate::os::sys::{self, RawAddr};
+use crate::os::sockaddr::RawAddr;
+use crate::os::sys;
 use guestnet_core::types::{PortId, Time};
 use std::collections::HashMap;
 use std::ffi::OsStr;

@@ -4,11 +4,12 @@
 // System calls take raw pointers.
 #![allow(unsafe_code)]
 
+use crate::os::cmsg::{self};
+use crate::os::sockaddr::RawAddr;
 use guestnet_core::effects::SockError;
 use guestnet_core::types::Time;
 use std::io;
-use std::mem::{MaybeUninit, size_of, zeroed};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::mem::{size_of, zeroed};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 /// Turns the -1 of a system call into its errno.
@@ -291,121 +292,6 @@ pub(crate) fn io_vec(parts: &[&[u8]]) -> ([libc::iovec; 4], usize) {
     (iov, parts.len().min(4))
 }
 
-/// Room for any socket address.
-#[derive(Clone, Copy)]
-pub(crate) struct RawAddr {
-    pub storage: libc::sockaddr_storage,
-    pub len: libc::socklen_t,
-}
-
-impl Default for RawAddr {
-    fn default() -> Self {
-        // SAFETY: sockaddr_storage is plain bytes; zero is AF_UNSPEC.
-        RawAddr { storage: unsafe { zeroed() }, len: size_of::<libc::sockaddr_storage>() as u32 }
-    }
-}
-
-impl RawAddr {
-    /// Of an IP address and port.
-    pub(crate) fn ip(addr: SocketAddr) -> RawAddr {
-        let mut raw = RawAddr::default();
-        match addr {
-            SocketAddr::V4(a) => {
-                let sin = libc::sockaddr_in {
-                    sin_family: libc::AF_INET as u16,
-                    sin_port: a.port().to_be(),
-                    sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(a.ip().octets()) },
-                    sin_zero: [0; 8],
-                };
-                raw.put(sin);
-            }
-            SocketAddr::V6(a) => {
-                let sin6 = libc::sockaddr_in6 {
-                    sin6_family: libc::AF_INET6 as u16,
-                    sin6_port: a.port().to_be(),
-                    sin6_flowinfo: a.flowinfo(),
-                    sin6_addr: libc::in6_addr { s6_addr: a.ip().octets() },
-                    sin6_scope_id: a.scope_id(),
-                };
-                raw.put(sin6);
-            }
-        }
-        raw
-    }
-
-    /// Of a unix socket's path, or abstract name where it starts with NUL. `None` when too long.
-    pub(crate) fn unix(path: &[u8]) -> Option<RawAddr> {
-        let mut raw = RawAddr::default();
-        // SAFETY: plain bytes.
-        let mut sun: libc::sockaddr_un = unsafe { zeroed() };
-        if path.is_empty() || path.len() >= sun.sun_path.len() {
-            return None;
-        }
-        sun.sun_family = libc::AF_UNIX as u16;
-        for (d, s) in sun.sun_path.iter_mut().zip(path) {
-            *d = *s as libc::c_char;
-        }
-        raw.put(sun);
-        let nul = usize::from(path.first() != Some(&0));
-        raw.len = (std::mem::offset_of!(libc::sockaddr_un, sun_path) + path.len() + nul) as u32;
-        Some(raw)
-    }
-
-    fn put<T: Copy>(&mut self, value: T) {
-        const { assert!(size_of::<T>() <= size_of::<libc::sockaddr_storage>()) };
-        // SAFETY: sockaddr_storage is at least as large (checked above) and aligned for every sockaddr.
-        unsafe { (&raw mut self.storage).cast::<T>().write(value) };
-        self.len = size_of::<T>() as u32;
-    }
-
-    pub(crate) fn as_ptr(&self) -> *const libc::sockaddr {
-        (&raw const self.storage).cast()
-    }
-
-    pub(crate) fn as_mut_ptr(&mut self) -> *mut libc::sockaddr {
-        (&raw mut self.storage).cast()
-    }
-
-    /// The IP address in it.
-    pub(crate) fn to_ip(self) -> Option<SocketAddr> {
-        match i32::from(self.storage.ss_family) {
-            libc::AF_INET if self.len as usize >= size_of::<libc::sockaddr_in>() => {
-                // SAFETY: the family says what it is, and it is long enough.
-                let a = unsafe { *(&raw const self.storage).cast::<libc::sockaddr_in>() };
-                let ip = Ipv4Addr::from(a.sin_addr.s_addr.to_ne_bytes());
-                Some(SocketAddrV4::new(ip, u16::from_be(a.sin_port)).into())
-            }
-            libc::AF_INET6 if self.len as usize >= size_of::<libc::sockaddr_in6>() => {
-                // SAFETY: as above.
-                let a = unsafe { *(&raw const self.storage).cast::<libc::sockaddr_in6>() };
-                let ip = Ipv6Addr::from(a.sin6_addr.s6_addr);
-                let port = u16::from_be(a.sin6_port);
-                Some(match ip.to_ipv4_mapped() {
-                    Some(v4) => SocketAddrV4::new(v4, port).into(),
-                    None => SocketAddrV6::new(ip, port, a.sin6_flowinfo, a.sin6_scope_id).into(),
-                })
-            }
-            _ => None,
-        }
-    }
-
-    /// The path (or abstract name) in it; `None` for unnamed and for other families.
-    pub(crate) fn to_path(self) -> Option<Vec<u8>> {
-        let at = std::mem::offset_of!(libc::sockaddr_un, sun_path);
-        let len = (self.len as usize).min(size_of::<libc::sockaddr_un>()).checked_sub(at)?;
-        if i32::from(self.storage.ss_family) != libc::AF_UNIX || len == 0 {
-            return None;
-        }
-        // SAFETY: the storage is at least as large as sockaddr_un, and `at + len` lies in it.
-        let bytes =
-            unsafe { std::slice::from_raw_parts((&raw const self.storage).cast::<u8>().add(at), len) };
-        // The kernel counts the terminating NUL of a path; an abstract name starts with one.
-        let end =
-            if bytes.first() == Some(&0) { len } else { bytes.iter().position(|b| *b == 0).unwrap_or(len) };
-        Some(bytes.get(..end)?.to_vec())
-    }
-}
-
 /// connect(2).
 pub(crate) fn connect(fd: &impl AsRawFd, to: &RawAddr) -> Result<(), i32> {
     // SAFETY: the address lives and has that length.
@@ -462,7 +348,7 @@ pub(crate) fn recv_from_user(
     let mut control = Room([0; CREDENTIALS]);
     let mut from = RawAddr::default();
     let mut iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
-    let mut msg = msghdr();
+    let mut msg = cmsg::msghdr();
     msg.msg_name = from.as_mut_ptr().cast();
     msg.msg_namelen = from.len;
     msg.msg_iov = &raw mut iov;
@@ -475,10 +361,10 @@ pub(crate) fn recv_from_user(
     })?;
     from.len = msg.msg_namelen;
     let mut uid = None;
-    each_cmsg(&msg, |level, kind, data| {
+    cmsg::for_each(&msg, |level, kind, data| {
         if (level, kind) == (libc::SOL_SOCKET, libc::SCM_CREDENTIALS) {
             // struct ucred { pid, uid, gid }.
-            uid = data.get(4..).and_then(cmsg_i32).map(|uid| uid as u32);
+            uid = data.get(4..).and_then(cmsg::as_i32).map(|uid| uid as u32);
         }
     });
     Ok((n, from, uid))
@@ -532,77 +418,6 @@ pub(crate) fn send_to(fd: &OwnedFd, data: &[u8], to: &RawAddr) -> Result<usize, 
             to.len,
         )
     })
-}
-
-/// Space for control messages, aligned for their headers.
-#[repr(C, align(8))]
-#[derive(Clone, Copy)]
-pub(crate) struct Control(pub [u8; 256]);
-
-impl Control {
-    pub(crate) const EMPTY: Control = Control([0; 256]);
-}
-
-/// Calls `each(level, type, data)` for every control message of `msg`, whose control buffer must live.
-pub(crate) fn each_cmsg(msg: &libc::msghdr, mut each: impl FnMut(i32, i32, &[u8])) {
-    // SAFETY: the kernel wrote `msg_controllen` bytes of well-formed control messages to the buffer.
-    let mut c = unsafe { libc::CMSG_FIRSTHDR(msg) };
-    while !c.is_null() {
-        // SAFETY: `c` points to a header inside the buffer; its length covers header and data.
-        unsafe {
-            let head = libc::CMSG_LEN(0) as usize;
-            let len = ((*c).cmsg_len as usize).saturating_sub(head);
-            each((*c).cmsg_level, (*c).cmsg_type, std::slice::from_raw_parts(libc::CMSG_DATA(c), len));
-            c = libc::CMSG_NXTHDR(msg, c);
-        }
-    }
-}
-
-/// Writes one control message at `at` of `control`; returns the end of it.
-pub(crate) fn put_cmsg<T: Copy>(control: &mut Control, at: usize, level: i32, kind: i32, value: T) -> usize {
-    let size = size_of::<T>() as u32;
-    // SAFETY: CMSG_SPACE is arithmetic.
-    let space = unsafe { libc::CMSG_SPACE(size) } as usize;
-    if at + space > control.0.len() || !at.is_multiple_of(8) {
-        return at;
-    }
-    // SAFETY: `at` is aligned for cmsghdr, and header and data fit (checked above).
-    unsafe {
-        let c = control.0.as_mut_ptr().add(at).cast::<libc::cmsghdr>();
-        (*c).cmsg_level = level;
-        (*c).cmsg_type = kind;
-        (*c).cmsg_len = libc::CMSG_LEN(size) as _;
-        libc::CMSG_DATA(c).cast::<T>().write_unaligned(value);
-    }
-    at + space
-}
-
-/// An empty msghdr.
-pub(crate) fn msghdr() -> libc::msghdr {
-    // SAFETY: null pointers and zero lengths are an empty message.
-    unsafe { MaybeUninit::<libc::msghdr>::zeroed().assume_init() }
-}
-
-/// Reads a native i32 from the front of a control message.
-pub(crate) fn cmsg_i32(data: &[u8]) -> Option<i32> {
-    data.get(..4)?.try_into().ok().map(i32::from_ne_bytes)
-}
-
-/// The address of an in_pktinfo or in6_pktinfo.
-pub(crate) fn pktinfo_addr(level: i32, kind: i32, data: &[u8]) -> Option<IpAddr> {
-    match (level, kind) {
-        // struct in_pktinfo { ifindex, spec_dst, addr }: spec_dst is the local address to answer from.
-        (libc::IPPROTO_IP, libc::IP_PKTINFO) => {
-            let a: [u8; 4] = data.get(4..8)?.try_into().ok()?;
-            Some(Ipv4Addr::from(a).into())
-        }
-        (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
-            let a: [u8; 16] = data.get(..16)?.try_into().ok()?;
-            let ip = Ipv6Addr::from(a);
-            Some(ip.to_ipv4_mapped().map_or(IpAddr::V6(ip), IpAddr::V4))
-        }
-        _ => None,
-    }
 }
 
 /// Blocks all signals for the calling thread: they are the control side's. Those of the thread's own faults

@@ -13,7 +13,8 @@ use crate::os::epoll::{Kind, Poller, Token};
 use crate::os::sys;
 use crate::runtime::shard_links;
 use crate::runtime::stats::StatsSnapshot;
-use crate::runtime::worker::{self, FLOWS_MAX, IoError, WorkerConfig, WorkerThread};
+use crate::runtime::worker::{FLOWS_MAX, WorkerConfig};
+use crate::runtime::worker_thread::{self, IoError, WorkerThread};
 use guestnet_core::effects;
 use guestnet_core::types::{FlowId, ForwardId, PortId};
 use std::collections::{HashMap, VecDeque};
@@ -93,19 +94,19 @@ pub fn spawn(config: WorkerConfig) -> Result<WorkerGroup, IoError> {
     let n = config.workers.clamp(1, WORKERS_MAX);
     let loads: Arc<[AtomicU32]> = (0..n).map(|_| AtomicU32::new(0)).collect();
     let port_names = config.port_names.clone();
-    let threads = worker::start(config, &loads)?;
+    let threads = worker_thread::start(config, &loads)?;
     let router = if n > 1 { Some(Router::new(&threads, loads)?) } else { None };
     Ok(WorkerGroup { threads, router, port_names })
 }
 
 impl Router {
     fn new(threads: &[WorkerThread], loads: Arc<[AtomicU32]>) -> Result<Router, IoError> {
-        let poller = Poller::new(1).map_err(worker::io_error("no epoll"))?;
-        let ready_fd = sys::eventfd().map_err(worker::io_error("no eventfd"))?;
+        let poller = Poller::new(1).map_err(worker_thread::io_error("no epoll"))?;
+        let ready_fd = sys::eventfd().map_err(worker_thread::io_error("no eventfd"))?;
         let token = Token { kind: Kind::Waker, index: 0, generation: 0 };
         let fds = threads.iter().map(WorkerThread::event_fd).chain([ready_fd.as_raw_fd()]);
         for fd in fds {
-            poller.add_raw(fd, token, libc::EPOLLIN).map_err(worker::io_error("no epoll"))?;
+            poller.add_raw(fd, token, libc::EPOLLIN).map_err(worker_thread::io_error("no epoll"))?;
         }
         Ok(Router { poller, ready_fd, loads, table: Mutex::default() })
     }

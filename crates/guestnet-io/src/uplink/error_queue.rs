@@ -6,7 +6,9 @@
 #![allow(unsafe_code)]
 
 use super::sockets::{Sock, SockKind};
-use crate::os::sys::{self, Control, RawAddr};
+use crate::os::cmsg::{self, Control};
+use crate::os::sockaddr::RawAddr;
+use crate::os::sys;
 use guestnet_core::config::DatagramError;
 use guestnet_core::effects::SockError;
 use guestnet_core::types::FlowId;
@@ -59,7 +61,7 @@ pub(crate) fn drain(sock: &Sock, out: &mut Vec<QueuedError>) -> u16 {
         let mut control = Control::EMPTY;
         let mut name = RawAddr::default();
         let mut iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
-        let mut msg = sys::msghdr();
+        let mut msg = cmsg::msghdr();
         msg.msg_name = name.as_mut_ptr().cast();
         msg.msg_namelen = name.len;
         msg.msg_iov = &raw mut iov;
@@ -73,7 +75,7 @@ pub(crate) fn drain(sock: &Sock, out: &mut Vec<QueuedError>) -> u16 {
         let Ok(n) = got else { break };
         name.len = msg.msg_namelen;
         let mut found = None;
-        sys::each_cmsg(&msg, |level, kind, data| {
+        cmsg::for_each(&msg, |level, kind, data| {
             if matches!(
                 (level, kind),
                 (libc::IPPROTO_IP, libc::IP_RECVERR) | (libc::IPPROTO_IPV6, libc::IPV6_RECVERR)

@@ -3,7 +3,8 @@
 //! A UDP socket on the wildcard address answers each client from the address that the client sent to, which
 //! is remembered for the clients seen last.
 
-use crate::os::sys::{self, RawAddr};
+use crate::os::sockaddr::RawAddr;
+use crate::os::sys;
 use guestnet_core::types::{ForwardId, SockId, Time};
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};

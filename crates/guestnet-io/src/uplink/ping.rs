@@ -8,8 +8,10 @@
 
 use super::sockets::{Sock, SockKind, Socks};
 use super::{error_queue, udp};
+use crate::os::cmsg::{self, Control};
 use crate::os::epoll::Poller;
-use crate::os::sys::{self, Control, RawAddr};
+use crate::os::sockaddr::RawAddr;
+use crate::os::sys;
 use crate::runtime::stats::IoCounters;
 use guestnet_core::effects::SockError;
 use guestnet_core::types::{FlowId, SockId};
@@ -167,7 +169,7 @@ pub(crate) fn receive(
     let mut control = Control::EMPTY;
     let mut name = RawAddr::default();
     let mut iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
-    let mut msg = sys::msghdr();
+    let mut msg = cmsg::msghdr();
     msg.msg_name = name.as_mut_ptr().cast();
     msg.msg_namelen = name.len;
     msg.msg_iov = &raw mut iov;
@@ -178,13 +180,13 @@ pub(crate) fn receive(
     let n = sys::check_len(unsafe { libc::recvmsg(fd.as_raw_fd(), &mut msg, libc::MSG_DONTWAIT) })?;
     name.len = msg.msg_namelen;
     let mut ttl = 64;
-    sys::each_cmsg(&msg, |level, kind, data| {
+    cmsg::for_each(&msg, |level, kind, data| {
         if matches!(
             (level, kind),
             (libc::IPPROTO_IP, libc::IP_TTL) | (libc::IPPROTO_IPV6, libc::IPV6_HOPLIMIT)
         ) && data.len() >= size_of::<i32>()
         {
-            ttl = sys::cmsg_i32(data).and_then(|v| u8::try_from(v).ok()).unwrap_or(64);
+            ttl = cmsg::as_i32(data).and_then(|v| u8::try_from(v).ok()).unwrap_or(64);
         }
     });
     // A raw socket gets the IP header too.

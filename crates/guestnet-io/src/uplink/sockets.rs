@@ -9,7 +9,7 @@ use super::tcp::{Buffers, TcpSock};
 use super::udp::{UdpOut, UdpSock};
 use crate::memory::slab::Slab;
 use crate::os::epoll::{Kind, Poller, Token};
-use crate::os::sys::RawAddr;
+use crate::os::sockaddr::RawAddr;
 use crate::runtime::stats::IoCounters;
 use guestnet_core::effects::SockError;
 use guestnet_core::types::{FlowId, ForwardId, SockId};

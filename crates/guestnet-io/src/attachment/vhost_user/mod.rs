@@ -2,8 +2,9 @@
 //! shares the guest's memory and hands over the queues; from then on frames go between guest memory and the
 //! core without it. Even queues carry frames to the guest, odd ones from it. A kick wakes the worker, which
 //! takes a batch and tells the guest once for all of it. [`protocol`] reads messages, [`session`] does what
-//! they say, [`memory`] maps and checks, [`vring`] is a queue, [`send`] fills receive buffers. A front-end whose
-//! memory makes the worker wait gets a thread of its own ([`isolated`]).
+//! they say, [`memory`] maps and checks, [`vring`] is a queue, [`queues`] takes frames from the guest, [`send`]
+//! fills receive buffers. A front-end whose memory makes the worker wait ([`front_ends`]) gets a thread of its own
+//! ([`isolated`]).
 //!
 //! Not built on the `vhost` and `virtio-queue` crates: the one waits for the rest of a message that has begun,
 //! and the other shows the guest each buffer of a frame as it is filled, ends a broken chain without a word
@@ -11,29 +12,34 @@
 
 mod dispatch;
 mod eventfd;
+mod feature;
+mod front_ends;
 #[cfg(fuzzing)]
 pub(crate) mod fuzzed;
 mod isolated;
 mod memory;
 mod protocol;
+mod queues;
 mod send;
 mod session;
 mod vring;
 
 use super::{ReadOutcome, vnet};
 use crate::attachment::quota::{Charge, Quota, Resource};
-use crate::attachment::vhost_user::eventfd::PeerEventfd;
-use crate::os::epoll::{Poller, Watch};
+use crate::os::epoll::Poller;
 use crate::os::sys;
-use guestnet_core::types::{Csum, FrameMeta, Gso, Time};
-use guestnet_wire::{be16, ether};
-use memory::{CHECKS_MAX, Memory, Piece};
+use guestnet_core::types::FrameMeta;
+use memory::{Memory, Piece};
 use protocol::Channel;
-use std::cell::Cell;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use vring::{BadChain, Broken, Vring};
+use std::sync::atomic::Ordering;
+
+pub(crate) use front_ends::{FrontEnds, LONG_ROUND, after_long_round, begin_round, has_slept};
+use front_ends::{ROUND, STALL};
+pub(crate) use isolated::{Counts, Isolated};
+use queues::Queue;
+pub(crate) use send::WriteOutcome;
 
 /// Pairs of queues that a guest can have.
 pub(crate) const PAIRS_MAX: usize = 8;
@@ -46,169 +52,6 @@ const TURN_STEPS: u32 = 2048;
 const BATCH_STEPS: u32 = 4096;
 /// What it costs to ask a file about a page, in descriptors.
 const CHECK_STEPS: u32 = 4;
-/// A worker that slept in a round that took longer, in nanoseconds, looks for the front-end that made it wait.
-pub(crate) const LONG_ROUND: u64 = 10_000_000;
-/// After a round that took longer, in nanoseconds, no second one is waited for where only one can be the cause.
-const VERY_LONG_ROUND: u64 = 250_000_000;
-/// Rounds in a row without waiting after which it is looked how often the thread has slept.
-const ROUNDS: u64 = 32;
-/// What one front-end makes the worker wait at most, in nanoseconds.
-const STALL: u64 = 5_000_000;
-/// How long front-ends are looked at after a long round, in seconds; doubled each time.
-const WATCH_S: u64 = 10;
-const WATCH_MAX_S: u64 = 86_400;
-
-/// What is known of all front-ends that come to one listener, or to one port.
-#[derive(Debug)]
-pub(crate) struct FrontEnds {
-    /// What they hold.
-    pub quota: Arc<Quota>,
-    /// One of them made a worker wait: all have threads of their own.
-    stalled: AtomicBool,
-    /// Until when they are looked at, and for how many seconds next time. 0: they are not.
-    watched_until: AtomicU64,
-    watch_s: AtomicU64,
-}
-
-impl FrontEnds {
-    pub(crate) fn new(quota: Arc<Quota>) -> Arc<FrontEnds> {
-        let (stalled, watched_until) = (AtomicBool::new(false), AtomicU64::new(0));
-        Arc::new(FrontEnds { quota, stalled, watched_until, watch_s: AtomicU64::new(WATCH_S) })
-    }
-
-    /// A round took long at `now`, and one of these may be why. Returns until when they are looked at.
-    fn suspect(&self, now: Time) -> Time {
-        let seconds = self.watch_s.load(Ordering::Relaxed);
-        self.watch_s.store((seconds * 2).min(WATCH_MAX_S), Ordering::Relaxed);
-        let until = now.plus_s(seconds);
-        self.watched_until.fetch_max(until.0, Ordering::Relaxed);
-        until
-    }
-
-    /// One of these made a worker wait.
-    fn convict(&self) {
-        self.stalled.store(true, Ordering::Relaxed);
-    }
-
-    fn is_stalled(&self) -> bool {
-        self.stalled.load(Ordering::Relaxed)
-    }
-}
-
-thread_local! {
-    /// Rounds of this thread, and how often it had slept when the last one began.
-    static ROUND: Cell<u64> = const { Cell::new(0) };
-    static SLEPT: Cell<i64> = const { Cell::new(0) };
-}
-
-/// A round of a worker begins that has front-ends. `slept`: it may have waited for something to do since the last one.
-pub(crate) fn begin_round(slept: bool) {
-    let round = ROUND.get() + 1;
-    ROUND.set(round);
-    // Now and then all the same: other calls sleep too.
-    if slept || round.is_multiple_of(ROUNDS) {
-        SLEPT.set(sys::times_slept());
-    }
-}
-
-/// A round took `took` nanoseconds until `now`, and the thread slept in it. `touched` are those whose memory was
-/// touched. Returns until when they are looked at.
-pub(crate) fn after_long_round<'a>(
-    now: Time,
-    took: u64,
-    touched: impl Iterator<Item = &'a Arc<FrontEnds>>,
-) -> Option<Time> {
-    let touched: Vec<_> = touched.collect();
-    let first = touched.first()?;
-    if took >= VERY_LONG_ROUND && touched.iter().all(|t| Arc::ptr_eq(t, first)) {
-        first.convict();
-    }
-    touched.iter().map(|t| t.suspect(now)).max()
-}
-
-/// True when this thread has slept since the round began or this was asked last.
-pub(crate) fn has_slept() -> bool {
-    let slept = sys::times_slept();
-    SLEPT.replace(slept) != slept
-}
-
-/// Feature bits (virtio 1.2, 5.1.3 and 6; 30 is vhost-user's own).
-mod feature {
-    pub(super) const CSUM: u64 = 1 << 0;
-    pub(super) const GUEST_CSUM: u64 = 1 << 1;
-    pub(super) const MTU: u64 = 1 << 3;
-    pub(super) const GUEST_TSO4: u64 = 1 << 7;
-    pub(super) const GUEST_TSO6: u64 = 1 << 8;
-    pub(super) const HOST_TSO4: u64 = 1 << 11;
-    pub(super) const HOST_TSO6: u64 = 1 << 12;
-    pub(super) const HOST_ECN: u64 = 1 << 13;
-    pub(super) const MRG_RXBUF: u64 = 1 << 15;
-    pub(super) const MQ: u64 = 1 << 22;
-    pub(super) const ANY_LAYOUT: u64 = 1 << 27;
-    pub(super) const INDIRECT: u64 = 1 << 28;
-    pub(super) const EVENT_IDX: u64 = 1 << 29;
-    pub(super) const PROTOCOL: u64 = 1 << 30;
-    pub(super) const VERSION_1: u64 = 1 << 32;
-    pub(super) const GUEST_USO4: u64 = 1 << 54;
-    pub(super) const GUEST_USO6: u64 = 1 << 55;
-    pub(super) const HOST_USO: u64 = 1 << 56;
-
-    /// Everything that guests are offered.
-    pub(super) const OFFERED: u64 = CSUM
-        | GUEST_CSUM
-        | MTU
-        | GUEST_TSO4
-        | GUEST_TSO6
-        | HOST_TSO4
-        | HOST_TSO6
-        | HOST_ECN
-        | MRG_RXBUF
-        | MQ
-        | ANY_LAYOUT
-        | INDIRECT
-        | EVENT_IDX
-        | PROTOCOL
-        | VERSION_1
-        | GUEST_USO4
-        | GUEST_USO6
-        | HOST_USO;
-}
-
-/// A queue with what belongs to it.
-#[derive(Default)]
-struct Queue {
-    ring: Vring,
-    enabled: bool,
-    kick: Option<Watch>,
-    call: Option<PeerEventfd>,
-    err: Option<PeerEventfd>,
-}
-
-impl Queue {
-    fn usable(&self) -> bool {
-        self.enabled && self.ring.is_running()
-    }
-
-    /// Shows the guest what it was given back, and calls it where it wants to be.
-    fn publish(&mut self) {
-        if self.ring.publish()
-            && let Some(call) = &self.call
-        {
-            call.signal();
-        }
-    }
-
-    /// Gives the queue up: its rings are not to be believed.
-    fn give_up(&mut self) {
-        // What came before was right.
-        self.publish();
-        self.ring.stop();
-        self.kick = None;
-        if let Some(err) = &self.err {
-            err.signal();
-        }
-    }
-}
 
 /// What a front-end and its guest have agreed with us.
 struct Session {
@@ -421,9 +264,6 @@ impl VhostUser {
     }
 }
 
-pub(crate) use isolated::{Counts, Isolated};
-pub(crate) use send::WriteOutcome;
-
 impl Session {
     fn new(fd: OwnedFd, quota: &Arc<Quota>) -> Session {
         let quota = Quota::within(quota);
@@ -457,30 +297,6 @@ impl Session {
         self.descriptors.set(n).map_err(|e| format!("a front-end sent {n} descriptors: {e}"))
     }
 
-    fn end_batch(&mut self, index: usize) -> bool {
-        if let Some(q) = self.queues.get_mut(index) {
-            q.publish();
-            q.ring.spare_kicks();
-        }
-        self.begin_turn();
-        self.has_more(index)
-    }
-
-    fn spare_kicks(&mut self, index: usize) {
-        if let Some(q) = self.queues.get(index) {
-            q.ring.spare_kicks();
-        }
-    }
-
-    fn flush(&mut self) {
-        self.steps_to_guest = BATCH_STEPS;
-        for q in self.queues.iter_mut().step_by(2) {
-            if q.ring.is_running() {
-                q.publish();
-            }
-        }
-    }
-
     fn has_fault(&self) -> bool {
         self.broken != 0 || self.not_allocated == Some(true) || self.memory.is_lost()
     }
@@ -506,12 +322,6 @@ impl Session {
         })
     }
 
-    /// Queues from the guest share a turn.
-    fn begin_turn(&mut self) {
-        let queues = self.queues.iter().skip(1).step_by(2).filter(|q| q.ring.is_running()).count();
-        self.turn_steps = TURN_STEPS / queues.max(1) as u32;
-    }
-
     fn has(&self, feature: u64) -> bool {
         self.features & feature != 0
     }
@@ -523,104 +333,14 @@ impl Session {
             self.broken |= 1 << index;
         }
     }
-
-    fn read(&mut self, index: usize, buf: &mut [u8]) -> ReadOutcome<(usize, usize, FrameMeta)> {
-        let Session { queues, memory, turn_steps, .. } = self;
-        let Some(q) = queues.get_mut(index).filter(|_| index % 2 == 1) else { return ReadOutcome::Empty };
-        if !q.ring.is_running() || *turn_steps == 0 {
-            return ReadOutcome::Empty;
-        }
-        let head = match q.ring.pop() {
-            Ok(Some(head)) => head,
-            Ok(None) => return ReadOutcome::Empty,
-            Err(Broken) => {
-                self.break_queue(index);
-                return ReadOutcome::Bad;
-            }
-        };
-        let (mut len, mut steps) = (0, vring::CHAIN_MAX);
-        memory.allow_checks(CHECKS_MAX);
-        let walked = q.ring.walk(memory, head, false, &mut steps, |memory, at, n| {
-            let to = buf.get_mut(len..len + n).ok_or(BadChain::Malformed)?;
-            memory.read(at, to)?;
-            len += n;
-            Ok(true)
-        });
-        let checks = CHECKS_MAX - memory.checks_left();
-        *turn_steps = turn_steps.saturating_sub(vring::CHAIN_MAX - steps + CHECK_STEPS * checks);
-        q.ring.give_back(head, 0);
-        if !q.enabled {
-            // A queue that is not enabled is emptied all the same, and nothing comes of it.
-            return ReadOutcome::Bad;
-        }
-        let Some((header, frame)) =
-            buf.get(..len).and_then(|b| b.split_at_checked(self.header)).filter(|_| walked.is_ok())
-        else {
-            return ReadOutcome::Bad;
-        };
-        let Ok(meta) = vnet::parse(header, frame) else { return ReadOutcome::Bad };
-        if !self.agreed(&meta) {
-            return ReadOutcome::Bad;
-        }
-        if self.pairs() > 1 {
-            let hash = send::hash(frame);
-            if let Some(s) = self.steering.get_mut(usize::from(hash)) {
-                *s = (index / 2) as u8;
-            }
-        }
-        ReadOutcome::Frame((self.header, len, meta))
-    }
-
-    /// True when the guest may ask for this of a frame that it sends.
-    fn agreed(&self, meta: &FrameMeta) -> bool {
-        let gso = match meta.gso {
-            None => true,
-            Some(Gso::Tcp(_)) => self.has(feature::HOST_TSO4 | feature::HOST_TSO6),
-            Some(Gso::Udp(_)) => self.has(feature::HOST_USO),
-        };
-        gso && (self.has(feature::CSUM) || !matches!(meta.csum, Csum::Partial { .. }))
-    }
-
-    /// True when the guest takes a frame with this as it is.
-    fn takes(&self, meta: &FrameMeta, front: &[u8]) -> bool {
-        let v6 = be16(front, 12) == ether::IPV6;
-        let gso = match (meta.gso, v6) {
-            (None, _) => return self.has(feature::GUEST_CSUM) || !matches!(meta.csum, Csum::Partial { .. }),
-            (Some(Gso::Tcp(_)), false) => feature::GUEST_TSO4,
-            (Some(Gso::Tcp(_)), true) => feature::GUEST_TSO6,
-            (Some(Gso::Udp(_)), false) => feature::GUEST_USO4,
-            (Some(Gso::Udp(_)), true) => feature::GUEST_USO6,
-        };
-        self.has(gso) && self.has(feature::GUEST_CSUM)
-    }
-
-    fn has_more(&mut self, index: usize) -> bool {
-        self.ask(index, |ring| ring.look().map(|n| n > 0))
-    }
-
-    fn rest(&mut self, index: usize) -> bool {
-        self.ask(index, Vring::want_kick)
-    }
-
-    fn ask(&mut self, index: usize, what: impl FnOnce(&mut Vring) -> Result<bool, Broken>) -> bool {
-        let Some(q) = self.queues.get_mut(index).filter(|q| q.ring.is_running()) else { return false };
-        what(&mut q.ring).unwrap_or_else(|Broken| {
-            self.break_queue(index);
-            false
-        })
-    }
-
-    /// Pairs of queues that frames to the guest can go to: those from the first on.
-    fn pairs(&self) -> usize {
-        self.queues.iter().step_by(2).take_while(|q| q.usable()).count()
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::attachment::quota::Pool;
-    use memory::RegionSpec;
+    use front_ends::{VERY_LONG_ROUND, WATCH_S};
+    use memory::{CHECKS_MAX, RegionSpec};
     use std::fs::File;
     use std::os::fd::FromRawFd;
     use std::os::unix::fs::{FileExt, MetadataExt};

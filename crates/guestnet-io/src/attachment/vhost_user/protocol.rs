@@ -7,7 +7,8 @@
 
 use super::memory::{REGIONS_MAX, RegionSpec};
 use crate::attachment::{ReadOutcome, reason};
-use crate::os::sys::{self, Control};
+use crate::os::cmsg::{self, Control};
+use crate::os::sys;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 /// Bytes of a header.
@@ -138,7 +139,7 @@ impl Channel {
         let Some(free) = self.buf.get_mut(self.have..want) else { return Err(libc::EINVAL) };
         let mut control = Control::EMPTY;
         let mut iov = libc::iovec { iov_base: free.as_mut_ptr().cast(), iov_len: free.len() };
-        let mut msg = sys::msghdr();
+        let mut msg = cmsg::msghdr();
         msg.msg_iov = &raw mut iov;
         msg.msg_iovlen = 1;
         msg.msg_control = control.0.as_mut_ptr().cast();
@@ -148,7 +149,7 @@ impl Channel {
             libc::recvmsg(self.fd.as_raw_fd(), &mut msg, libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC)
         })?;
         let fds = &mut self.fds;
-        sys::each_cmsg(&msg, |level, kind, data| {
+        cmsg::for_each(&msg, |level, kind, data| {
             if level == libc::SOL_SOCKET && kind == libc::SCM_RIGHTS {
                 for raw in data.chunks_exact(4) {
                     // SAFETY: the kernel has just given us this descriptor.

@@ -6,6 +6,7 @@
 
 use super::memory::{Fault, Memory};
 use super::protocol::{Message, Request};
+use super::queues::Queue;
 use super::vring::Addresses;
 use super::{Changes, PAIRS_MAX, RINGS_MAX, Session, feature};
 use crate::attachment::vhost_user::eventfd::PeerEventfd;
@@ -83,7 +84,7 @@ impl Session {
         Ok(changes)
     }
 
-    fn queue(&mut self, index: u32) -> Result<&mut super::Queue, String> {
+    fn queue(&mut self, index: u32) -> Result<&mut Queue, String> {
         self.queues
             .get_mut(index as usize)
             .ok_or_else(|| format!("the front-end names queue {index}, of {RINGS_MAX}"))
