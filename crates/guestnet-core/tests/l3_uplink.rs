@@ -413,10 +413,30 @@ fn a_published_port_waits_for_its_guest() {
     n.dropped(DropReason::NoEndpoint, |n| {
         arrive(n, tcp(addr("203.0.113.6:1"), addr("198.51.100.9:8080"), flags::SYN, b""));
     });
-    assert!(n.core.retarget_uplink_forward(ForwardId(1), guest_addr(B, 81)));
+    assert_eq!(n.core.retarget_uplink_forward(ForwardId(1), guest_addr(B, 81)), Ok(true));
     arrive(&mut n, tcp(addr("203.0.113.6:2"), addr("198.51.100.9:8080"), flags::SYN, b""));
     assert_eq!(read(&one(n.fx.take())).dst(), guest_addr(B, 81));
-    assert!(!n.core.retarget_uplink_forward(ForwardId(9), guest_addr(B, 81)));
+    assert_eq!(n.core.retarget_uplink_forward(ForwardId(9), guest_addr(B, 81)), Ok(false));
+}
+
+#[test]
+fn a_refused_change_of_a_published_port_changes_nothing() {
+    let mut n = tunnel();
+    publish(&mut n, 8080, guest_addr(A, 80)).unwrap();
+    arrive(&mut n, tcp(addr("203.0.113.6:1"), addr("198.51.100.9:8080"), flags::SYN, b""));
+    for target in ["10.9.9.9:80", "[fd00::2]:80", "192.168.127.2:0", "0.0.0.0:0"] {
+        let target = addr(target);
+        assert!(n.core.retarget_uplink_forward(ForwardId(1), target).is_err(), "{target}");
+    }
+    // The number has a port already, which would stay published for ever.
+    assert_eq!(publish(&mut n, 8081, guest_addr(B, 80)), Err(ForwardError::Exists(1)));
+    assert_eq!(n.core.nat_stats().unwrap().1.connections, 1);
+    n.fx.frames.clear();
+    arrive(&mut n, tcp(addr("203.0.113.6:2"), addr("198.51.100.9:8080"), flags::SYN, b""));
+    assert_eq!(read(&one(n.fx.take())).dst(), guest_addr(A, 80));
+    n.dropped(DropReason::NoFlow, |n| {
+        arrive(n, tcp(addr("203.0.113.6:1"), addr("198.51.100.9:8081"), flags::SYN, b""));
+    });
 }
 
 #[test]

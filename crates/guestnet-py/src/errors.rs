@@ -64,6 +64,16 @@ pub fn command_error(py: Python<'_>, e: &CommandError) -> PyErr {
 
 /// A port that cannot be published by the NAT engine.
 pub fn nat_error(py: Python<'_>, e: ForwardError) -> PyErr {
-    let class = if matches!(e, ForwardError::InUse(_)) { "PortInUse" } else { "ConfigError" };
+    let class = match e {
+        ForwardError::InUse(_) => "PortInUse",
+        ForwardError::Full => "BusyError",
+        ForwardError::NotPublished(_) => "ForwardNotFound",
+        ForwardError::Exists(_) => "DataPlaneError",
+        ForwardError::Protocol
+        | ForwardError::NotExternal(_)
+        | ForwardError::NotInternal(_)
+        | ForwardError::PortZero
+        | ForwardError::NotIpv4(_) => "ConfigError",
+    };
     error(py, class, format!("{e}."))
 }

@@ -33,6 +33,12 @@ _BATCH = 512
 _RETRY_SECONDS = 0.002
 
 
+def _log_refusal(error: GuestnetError) -> None:
+    # What is gone already needs no removal.
+    level = logging.DEBUG if isinstance(error, LookupError) else logging.WARNING
+    _log.log(level, "a command was refused: %s", error)
+
+
 class Control:
     """A running control thread with its worker."""
 
@@ -42,7 +48,9 @@ class Control:
         self._handlers: Handlers = {}
         self._pending: dict[int, asyncio.Future[Any]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._backlog: deque[Callable[[], int]] = deque()
+        self._backlog: deque[tuple[Callable[[], int], Callable[[GuestnetError], None]]] = deque()
+        # Of commands that nobody waits for: what is done when the worker refuses one.
+        self._refused: dict[int, Callable[[GuestnetError], None]] = {}
         self._ready: Future[None] = Future()
         self._gate = threading.Lock()
         self._ended = False
@@ -134,17 +142,29 @@ class Control:
             return False
         return True
 
-    def ensure(self, command: Callable[..., int], *arguments: Any, **keywords: Any) -> None:
+    def ensure(
+        self,
+        command: Callable[..., int],
+        *arguments: Any,
+        refused: Callable[[GuestnetError], None] = _log_refusal,
+        **keywords: Any,
+    ) -> None:
         """Gives the worker a command that nobody waits for, and that changes what later ones build on: when
-        the queue is full it is given later, before all others."""
-        self._backlog.append(partial(command, *arguments, **keywords))
+        the queue is full it is given later, before all others.
+
+        Args:
+            refused: Called with the error, in the control thread, when the command is not done. It is logged
+                unless that is given.
+        """
+        self._backlog.append((partial(command, *arguments, **keywords), refused))
         if len(self._backlog) == 1:
             self._catch_up()
 
     def _catch_up(self) -> None:
         while self._backlog:
+            command, refused = self._backlog[0]
             try:
-                self._backlog[0]()
+                self._refused[command()] = refused
             except BusyError:
                 if self._failure is None and self.plane.is_healthy:
                     self.loop.call_later(_RETRY_SECONDS, self._catch_up)
@@ -152,7 +172,7 @@ class Control:
                     self._backlog.clear()
                 return
             except GuestnetError as error:
-                _log.warning("a command was refused: %s", error)
+                refused(error)
             self._backlog.popleft()
 
     def spawn(self, work: Coroutine[Any, Any, object]) -> None:
@@ -236,12 +256,16 @@ class Control:
                 _log.exception("an event of the network was not handled")
 
     def _acknowledge(self, event: Any) -> None:
-        future = self._pending.get(event.sequence)
+        future, error = self._pending.get(event.sequence), event.error
+        refused = self._refused.pop(event.sequence, None)
         if future is None:
-            if (error := event.error) is not None:
+            if error is None:
+                return
+            if refused is None:
                 _log.debug("a command failed: %s", error)
+            else:
+                refused(error)
         elif not future.done():
-            error = event.error
             if error is None:
                 future.set_result(event.value)
             else:

@@ -8,10 +8,12 @@ client, as a host does whose server is not running.
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import socket
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TYPE_CHECKING
 
@@ -19,11 +21,14 @@ from guestnet.errors import ConfigError, ForwardNotFound, PortInUse
 from guestnet.runtime.forwards import ForwardSpec, close_sockets, show
 
 if TYPE_CHECKING:
+    from guestnet.errors import GuestnetError
     from guestnet.model.spec import NatConfig
     from guestnet.runtime.control import Control
     from guestnet.runtime.endpoint import Endpoint
     from guestnet.runtime.network import NatNetwork
     from guestnet.runtime.registry import Registry
+
+_log = logging.getLogger("guestnet")
 
 _NOBODY = IPv4Address("0.0.0.0")
 _CHOSEN = range(20000, 49152)
@@ -207,9 +212,18 @@ class Publishing:
             target = self._target(forward)
             if target == forward.target:
                 continue
+            refused = partial(self._not_retargeted, forward, forward.target)
             forward.target = target
             for number, port in zip(forward.numbers, forward.spec.guest_ports, strict=True):
-                self._control.ensure(self._control.plane.retarget_forward, number, (target or _NOBODY, port))
+                self._control.ensure(
+                    self._control.plane.retarget_forward, number, (target or _NOBODY, port), refused=refused
+                )
+
+    def _not_retargeted(self, forward: Forward, before: IPv4Address | None, error: GuestnetError) -> None:
+        """The worker left the forward where it was: the next `refresh` tries again."""
+        if self._forwards.get(forward.numbers[0]) is forward:
+            _log.warning("%s could not be led to %s: %s", forward, forward.target or "no guest", error)
+            forward.target = before
 
     def _target(self, forward: Forward) -> IPv4Address | None:
         spec = forward.spec

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from guestnet import (
+    BusyError,
     ConfigError,
     NatDirection,
     NatEngine,
@@ -328,6 +329,10 @@ def test_published_ports() -> None:
     engine.add_forward("tcp", ("203.0.113.1", 8080), ("192.168.64.2", 80))
     with pytest.raises(PortInUse, match="8080"):
         engine.add_forward("tcp", ("203.0.113.1", 8080), ("192.168.64.3", 80))
+    full = NatEngine(config(table_size=1))
+    full.add_forward("tcp", ("203.0.113.1", 8080), ("192.168.64.2", 80))
+    with pytest.raises(BusyError, match="table is full"):
+        full.add_forward("tcp", ("203.0.113.1", 8081), ("192.168.64.2", 80))
     with pytest.raises(ConfigError, match="not inside"):
         engine.add_forward("tcp", ("203.0.113.1", 81), ("10.0.0.1", 80))
     packet = tcp(OUTSIDE, ("203.0.113.1", 8080))

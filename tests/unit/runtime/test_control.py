@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from guestnet.errors import AttachError, BusyError, DataPlaneError, NotRunning
+from guestnet.errors import AttachError, BusyError, DataPlaneError, EndpointNotFound, NotRunning
 from guestnet.runtime.control import Control
 
 from .conftest import until
@@ -103,6 +103,23 @@ def test_what_must_not_get_lost_waits_in_order(control: Control, plane: Plane) -
     control.loop.call_soon_threadsafe(begin)
     control.wait(control.do(change, "later"))
     assert given == ["unbind", "bind", "retarget", "later"]
+
+
+def test_a_refused_command_that_nobody_waits_for_is_reported(
+    control: Control, plane: Plane, caplog: pytest.LogCaptureFixture
+) -> None:
+    refused: list[Exception] = []
+
+    def begin() -> None:
+        control.ensure(plane.command, AttachError("first"), refused=refused.append)
+        control.ensure(plane.command, AttachError("second"))
+        control.ensure(plane.command, EndpointNotFound("third"))  # gone already: nothing is lost
+
+    with caplog.at_level(logging.WARNING, logger="guestnet"):
+        control.loop.call_soon_threadsafe(begin)
+        control.wait(control.do(plane.command))
+    assert [str(error) for error in refused] == ["first"]
+    assert [record.getMessage() for record in caplog.records] == ["a command was refused: second"]
 
 
 def test_a_worker_that_has_ended_is_given_nothing_more(control: Control, plane: Plane) -> None:

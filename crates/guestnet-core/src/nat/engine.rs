@@ -14,7 +14,7 @@ use crate::nat::table::state::{ConnState, TICK_BITS, TICKS_MOST, Timers};
 use crate::nat::{NatDirection, NatResult};
 use guestnet_wire::{icmp, proto, tcp};
 use std::collections::VecDeque;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
 
 /// Why a port cannot be published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -34,6 +34,18 @@ pub enum ForwardError {
     /// A connection or another published port has it.
     #[error("external port {0} is in use")]
     InUse(SocketAddrV4),
+    /// The engine translates IPv4 alone.
+    #[error("{0} is not an IPv4 address")]
+    NotIpv4(IpAddr),
+    /// A forward with this number is there already.
+    #[error("forward {0} exists already")]
+    Exists(u32),
+    /// There is no such published port.
+    #[error("{0} is not a published port")]
+    NotPublished(SocketAddrV4),
+    /// The table has no room for one more mapping or internal address.
+    #[error("the NAT table is full: try again when connections have ended, or use a larger table")]
+    Full,
 }
 
 /// An inbound SYN that nobody asked for, until its time is over (RFC 5382 REQ-4).
@@ -517,27 +529,64 @@ impl NatEngine {
         if !matches!(protocol, proto::TCP | proto::UDP) {
             return Err(ForwardError::Protocol);
         }
-        if external.port() == 0 || internal.port() == 0 {
+        if external.port() == 0 {
             return Err(ForwardError::PortZero);
         }
         if !self.table.is_external(u32::from(*external.ip())) {
             return Err(ForwardError::NotExternal(*external.ip()));
         }
+        self.check_internal(internal)?;
+        self.with_room(|table| table.publish(protocol, end(external), end(internal)).map(|_| ()))
+    }
+
+    /// Makes a published port lead to another internal end. Its connections end: their guest has gone or moved.
+    ///
+    /// # Errors
+    /// [`ForwardError`]; the port leads where it led before then, and its connections live on.
+    pub fn retarget_forward(
+        &mut self,
+        protocol: u8,
+        external: SocketAddrV4,
+        internal: SocketAddrV4,
+    ) -> Result<(), ForwardError> {
+        self.check_internal(internal)?;
+        let (ip, port) = end(external);
+        let mapping = self.table.mapping_in(ip, port, protocol);
+        let mapping = mapping.filter(|m| self.table.mappings.get(*m).is_some_and(|m| m.published));
+        let mapping = mapping.ok_or(ForwardError::NotPublished(external))?;
+        self.with_room(|table| table.check_retarget(mapping, *internal.ip()))?;
+        self.end_where(|s| s.mapping == mapping);
+        self.table.retarget(mapping, end(internal));
+        Ok(())
+    }
+
+    fn check_internal(&self, internal: SocketAddrV4) -> Result<(), ForwardError> {
+        if internal.port() == 0 {
+            return Err(ForwardError::PortZero);
+        }
         if !self.config.internal.contains(*internal.ip()) {
             return Err(ForwardError::NotInternal(*internal.ip()));
         }
-        let ends = |a: SocketAddrV4| (u32::from(*a.ip()), a.port());
-        let mut made = self.table.publish(protocol, ends(external), ends(internal));
-        if made.is_err() && !self.settled() {
-            self.settle();
-            made = self.table.publish(protocol, ends(external), ends(internal));
+        Ok(())
+    }
+
+    /// Does something to the table, and again without the connections whose time is over if it failed with them.
+    fn with_room(
+        &mut self,
+        mut step: impl FnMut(&mut Table) -> Result<(), ForwardError>,
+    ) -> Result<(), ForwardError> {
+        let done = step(&mut self.table);
+        if done.is_ok() || self.settled() {
+            return done;
         }
-        made.map(|_| ()).map_err(|()| ForwardError::InUse(external))
+        self.settle();
+        step(&mut self.table)
     }
 
     /// Takes a published port back; connections through it live on. False when it was not published.
     pub fn remove_forward(&mut self, protocol: u8, external: SocketAddrV4) -> bool {
-        self.table.unpublish(protocol, (u32::from(*external.ip()), external.port()), self.tick)
+        let (ip, port) = end(external);
+        self.table.unpublish(protocol, (ip, port), self.tick)
     }
 
     // ---- looking ------------------------------------------------------------------------------------
@@ -620,6 +669,11 @@ impl NatEngine {
             _ => return None,
         })
     }
+}
+
+/// An address and port as the table has them.
+fn end(a: SocketAddrV4) -> (u32, u16) {
+    (u32::from(*a.ip()), a.port())
 }
 
 impl std::fmt::Debug for NatEngine {

@@ -3,7 +3,7 @@
 //! its number, to end all of a guest that left, and to pass a packet that stands for several (GSO).
 
 use crate::interface::types::Time;
-use crate::nat::engine::{ForwardError, NatEngine};
+use crate::nat::engine::NatEngine;
 use crate::nat::stats::Connection;
 use crate::nat::table::records::Session;
 use crate::nat::table::state::TICK_BITS;
@@ -88,29 +88,13 @@ impl NatEngine {
         gone
     }
 
-    fn end_where(&mut self, fits: impl Fn(&Session) -> bool) -> usize {
+    pub(super) fn end_where(&mut self, fits: impl Fn(&Session) -> bool) -> usize {
         let of_it = |(id, s): (usize, &Session)| (s.proto != 0 && fits(s)).then_some(id as u32);
         let gone: Vec<u32> = self.table.sessions.items.iter().enumerate().filter_map(of_it).collect();
         for id in &gone {
             self.table.remove_session(*id, self.tick);
         }
         gone.len()
-    }
-
-    /// Leads a published port elsewhere. What runs through it ends: its guest has gone, or moved.
-    ///
-    /// # Errors
-    /// [`ForwardError`]; the port is not published any more then.
-    pub fn retarget_forward(
-        &mut self,
-        protocol: u8,
-        external: SocketAddrV4,
-        internal: SocketAddrV4,
-    ) -> Result<(), ForwardError> {
-        let mapping = self.table.mapping_in(u32::from(*external.ip()), external.port(), protocol);
-        self.end_where(|s| Some(s.mapping) == mapping);
-        self.remove_forward(protocol, external);
-        self.add_forward(protocol, external, internal)
     }
 
     /// As [`NatEngine::translate`] for a packet that stands for several (TSO, USO, GRO), of which the largest

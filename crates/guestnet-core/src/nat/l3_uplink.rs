@@ -118,7 +118,7 @@ impl Network {
     /// (0.0.0.0) keeps the port until [`Network::retarget_uplink_forward`].
     ///
     /// # Errors
-    /// What the engine says; nothing has changed then.
+    /// [`ForwardError`]; nothing has changed then.
     pub fn add_uplink_forward(
         &mut self,
         id: ForwardId,
@@ -128,20 +128,36 @@ impl Network {
     ) -> Result<(), ForwardError> {
         let gateway = self.cfg.gateway4;
         let tun = self.tun.as_mut().ok_or(ForwardError::NotExternal(*external.ip()))?;
-        tun.engine.add_forward(proto, external, internal_end(gateway, guest))?;
+        if tun.published.contains_key(&id.0) {
+            return Err(ForwardError::Exists(id.0));
+        }
+        tun.engine.add_forward(proto, external, internal_end(gateway, guest)?)?;
         tun.published.insert(id.0, Published { proto, external });
         Ok(())
     }
 
-    /// Leads a published port to another guest; false when it is not one of the uplink.
-    pub fn retarget_uplink_forward(&mut self, id: ForwardId, guest: SocketAddr) -> bool {
+    /// Whether a forward with this number is published on the uplink.
+    #[must_use]
+    pub fn has_uplink_forward(&self, id: ForwardId) -> bool {
+        self.tun.as_ref().is_some_and(|t| t.published.contains_key(&id.0))
+    }
+
+    /// Makes a published port of the uplink lead to another guest; its connections end. False when no such forward
+    /// is published on the uplink.
+    ///
+    /// # Errors
+    /// [`ForwardError`]; the port leads where it led before then, and its connections live on.
+    pub fn retarget_uplink_forward(
+        &mut self,
+        id: ForwardId,
+        guest: SocketAddr,
+    ) -> Result<bool, ForwardError> {
         let gateway = self.cfg.gateway4;
-        let Some(tun) = self.tun.as_mut() else { return false };
+        let Some(tun) = self.tun.as_mut() else { return Ok(false) };
         let Tun { engine, published, .. } = &mut **tun;
-        let Some(p) = published.get(&id.0) else { return false };
-        // It can fail only for want of room in the table: then nobody gets in, as without a guest.
-        let _full = engine.retarget_forward(p.proto, p.external, internal_end(gateway, guest));
-        true
+        let Some(p) = published.get(&id.0) else { return Ok(false) };
+        engine.retarget_forward(p.proto, p.external, internal_end(gateway, guest)?)?;
+        Ok(true)
     }
 
     /// Takes a published port back, connections live on; false when it is not one of the uplink.
@@ -505,10 +521,12 @@ fn large(p: &Packet, meta: FrameMeta) -> Option<u16> {
     Some(largest(p, meta).min(0xffff) as u16)
 }
 
-/// Where a published port leads; while there is no guest, to the gateway, where nobody takes it.
-fn internal_end(gateway: Ipv4Addr, guest: SocketAddr) -> SocketAddrV4 {
+/// Where a published port leads. Without a guest (an unspecified address) it leads to the gateway, which takes no
+/// packet of it.
+fn internal_end(gateway: Ipv4Addr, guest: SocketAddr) -> Result<SocketAddrV4, ForwardError> {
     match guest {
-        SocketAddr::V4(a) if !a.ip().is_unspecified() => a,
-        other => SocketAddrV4::new(gateway, other.port()),
+        SocketAddr::V4(a) if !a.ip().is_unspecified() => Ok(a),
+        none if none.ip().is_unspecified() => Ok(SocketAddrV4::new(gateway, none.port())),
+        other => Err(ForwardError::NotIpv4(other.ip())),
     }
 }

@@ -134,18 +134,17 @@ impl Worker {
             }
             Command::AttachTun { fd, config } => self.attach_tun(fd, *config)?,
             Command::AddUplinkForward { forward, proto, external, guest } => {
-                if self.forwards.contains_key(&forward.0) {
-                    return Err(CommandError::NumberInUse(forward.0));
-                }
+                self.check_forward_number(forward)?;
                 self.core.add_uplink_forward(forward, proto, external, guest)?;
             }
             Command::NatStats => {
                 let stats = self.core.nat_stats().ok_or(CommandError::NoUplink)?;
                 return Ok(Value::Nat(Box::new(stats)));
             }
-            Command::RetargetForward { forward, guest }
-                if self.core.retarget_uplink_forward(forward, guest) => {}
             Command::RetargetForward { forward, guest } => {
+                if self.core.retarget_uplink_forward(forward, guest)? {
+                    return Ok(Value::None);
+                }
                 let proto = self.forwards.get(&forward.0).ok_or(CommandError::NoSuchForward(forward))?.proto;
                 self.core.add_forward(forward, ForwardSpec { proto, guest });
             }
@@ -247,12 +246,16 @@ impl Worker {
             return Err(CommandError::HasUplink);
         }
         let tun = Tun::new(fd).map_err(CommandError::BadDescriptor)?;
-        self.core.set_uplink(config)?;
         let token = Token { kind: Kind::Tun, index: 0, generation: 0 };
         self.io
             .poller
             .add(&tun.fd, token, libc::EPOLLIN)
             .map_err(|e| CommandError::BadDescriptor(reason("the TUN device cannot be watched", e)))?;
+        // The network has an uplink only once the device is watched.
+        if let Err(e) = self.core.set_uplink(config) {
+            self.io.poller.remove(&tun.fd);
+            return Err(e.into());
+        }
         self.io.tun = Some(tun);
         Ok(())
     }
@@ -277,6 +280,14 @@ impl Worker {
         Ok(())
     }
 
+    /// Forwards of sockets and of the uplink share their numbers.
+    fn check_forward_number(&self, id: ForwardId) -> Result<(), CommandError> {
+        if self.forwards.contains_key(&id.0) || self.core.has_uplink_forward(id) {
+            return Err(CommandError::NumberInUse(id.0));
+        }
+        Ok(())
+    }
+
     fn add_forward(
         &mut self,
         id: ForwardId,
@@ -284,9 +295,7 @@ impl Worker {
         guest: SocketAddr,
         fds: Vec<OwnedFd>,
     ) -> Result<(), CommandError> {
-        if self.forwards.contains_key(&id.0) {
-            return Err(CommandError::NumberInUse(id.0));
-        }
+        self.check_forward_number(id)?;
         let want = match proto {
             proto::TCP => libc::SOCK_STREAM,
             proto::UDP => libc::SOCK_DGRAM,

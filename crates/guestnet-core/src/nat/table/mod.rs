@@ -15,6 +15,7 @@ pub mod wheel;
 
 use crate::interface::stats::DropReason;
 use crate::nat::config::{Behaviour, NatEngineConfig};
+use crate::nat::engine::ForwardError;
 use crate::nat::events::NatEvent;
 use crate::nat::table::hash::{Keys, Random};
 use crate::nat::table::index::Index;
@@ -24,6 +25,7 @@ use crate::nat::table::state::ConnState;
 use crate::nat::table::wheel::{NONE, Wheel};
 use guestnet_wire::proto;
 use std::collections::{BTreeMap, VecDeque};
+use std::net::{Ipv4Addr, SocketAddrV4};
 
 pub(super) struct External {
     pub ip: u32,
@@ -411,7 +413,20 @@ impl Table {
         id
     }
 
-    /// Makes a mapping for the internal end of `k`, without references.
+    /// Whether a host may have one more session.
+    fn check_sessions(&self, host: u32) -> Result<(), DropReason> {
+        let share = match self.shares {
+            true => share(self.sessions.limit as u64, self.sessions.len as u64),
+            false => u32::MAX,
+        };
+        match self.hosts.get(host) {
+            Some(h) if h.sessions < self.sessions_per_host.min(share) => Ok(()),
+            _ => Err(DropReason::FlowLimit),
+        }
+    }
+
+    /// Makes a mapping for the internal end of `k`, without references, where its host may have one more session.
+    /// A port is taken last: one that rests loses its rest by it, which cannot be undone.
     fn new_mapping(&mut self, k: &Key, tick: u32) -> Result<u32, DropReason> {
         if self.mappings.is_full() {
             return Err(DropReason::TableFull);
@@ -420,6 +435,10 @@ impl Table {
         self.release_held(tick, RELEASES);
         let host = self.host(k.local)?;
         let Some(h) = self.hosts.get(host).copied() else { return Err(DropReason::TableFull) };
+        if let Err(why) = self.check_sessions(host) {
+            self.drop_host_if_idle(host);
+            return Err(why);
+        }
         let ext_ip = self.externals.get(h.external as usize).map_or(0, |e| e.ip);
         let mut ext_port = 0;
         if let Some(class) = port_class(k.proto) {
@@ -459,15 +478,22 @@ impl Table {
         }))
     }
 
-    /// Publishes a port. `Err(())`: the external end is in use, unknown, or the table is full.
-    pub fn publish(&mut self, p: u8, ext: (u32, u16), int: (u32, u16)) -> Result<u32, ()> {
-        let class = port_class(p).filter(|c| *c < 2).ok_or(())?;
-        let external = self.externals.iter().position(|e| e.ip == ext.0).ok_or(())? as u32;
-        if self.mapping_in(ext.0, ext.1, p).is_some() || self.mappings.is_full() {
-            return Err(());
+    /// Publishes a port of an external address. Nothing has changed after an error.
+    pub fn publish(&mut self, p: u8, ext: (u32, u16), int: (u32, u16)) -> Result<u32, ForwardError> {
+        let class = port_class(p).filter(|c| *c < 2).ok_or(ForwardError::Protocol)?;
+        let address = || Ipv4Addr::from(ext.0);
+        let external = self.externals.iter().position(|e| e.ip == ext.0);
+        let external = external.ok_or_else(|| ForwardError::NotExternal(address()))? as u32;
+        if self.mapping_in(ext.0, ext.1, p).is_some() {
+            return Err(ForwardError::InUse(SocketAddrV4::new(address(), ext.1)));
         }
-        let host = self.host(int.0).map_err(|_| ())?;
-        // A resting port may be published at once: the outside finds somebody who wants it.
+        if self.mappings.is_full() {
+            return Err(ForwardError::Full);
+        }
+        // The last step that can fail.
+        let host = self.host(int.0).map_err(|_| ForwardError::Full)?;
+        // A resting port may be published at once: whoever still sends to it reaches a service that is meant to be
+        // reached.
         let resting = |h: &Held| h.external == external && h.class == class && h.port == ext.1;
         if let Some(at) = self.held.iter().position(resting) {
             self.forget_held(at);
@@ -503,6 +529,42 @@ impl Table {
         }
         self.release_mapping(m, tick, true);
         true
+    }
+
+    /// Whether [`Table::retarget`] has room for the host of an internal address.
+    ///
+    /// # Errors
+    /// [`ForwardError::Full`].
+    pub fn check_retarget(&self, m: u32, int_ip: Ipv4Addr) -> Result<(), ForwardError> {
+        // A host goes with its last mapping, and leaves room for another.
+        let leaves = |m: &Mapping| self.hosts.get(m.host).is_some_and(|h| h.ports == 1);
+        let room = !self.hosts.is_full()
+            || self.find_host(u32::from(int_ip)).is_some()
+            || self.mappings.get(m).is_some_and(leaves);
+        if room { Ok(()) } else { Err(ForwardError::Full) }
+    }
+
+    /// Makes a published port that has no sessions lead to another internal end. [`Table::check_retarget`] has said
+    /// that there is room.
+    pub fn retarget(&mut self, m: u32, int: (u32, u16)) {
+        let Some(old) = self.mappings.get(m).copied() else { return };
+        let (keys, mappings) = (&self.keys, &self.mappings);
+        self.map_out
+            .remove(old.out_key().hash(keys), m, |x| mappings.get(x).map_or(0, |y| y.out_key().hash(keys)));
+        if let Some(h) = self.hosts.get_mut(old.host) {
+            h.ports = h.ports.saturating_sub(1);
+        }
+        self.drop_host_if_idle(old.host);
+        // A mapping without host lets nobody in.
+        let host = self.host(int.0).unwrap_or(NONE);
+        if let Some(h) = self.hosts.get_mut(host) {
+            h.ports += 1;
+        }
+        let new = Mapping { int_ip: int.0, int_port: int.1, host, ..old };
+        if let Some(r) = self.mappings.get_mut(m) {
+            *r = new;
+        }
+        self.map_out.insert(new.out_key().hash(&self.keys), m);
     }
 
     /// Gives up one reference of a mapping; the last one takes it away. Its port then rests, unless it was never
@@ -609,21 +671,8 @@ impl Table {
             None => (self.new_mapping(k, tick)?, true),
         };
         let Some(m) = self.mappings.get(mapping).copied() else { return Err(DropReason::TableFull) };
-        let undo = |table: &mut Table, why| {
-            if fresh {
-                if let Some(m) = table.mappings.get_mut(mapping) {
-                    m.refs = 1;
-                }
-                table.release_mapping(mapping, tick, false);
-            }
-            Err(why)
-        };
-        let share = match self.shares {
-            true => share(self.sessions.limit as u64, self.sessions.len as u64),
-            false => u32::MAX,
-        };
-        if self.hosts.get(m.host).is_none_or(|h| h.sessions >= self.sessions_per_host.min(share)) {
-            return undo(self, DropReason::FlowLimit);
+        if !fresh {
+            self.check_sessions(m.host)?;
         }
         let mut s = Session {
             int_ip: k.local,
@@ -642,7 +691,13 @@ impl Table {
         (s.delta_ip, s.delta_l4) = deltas(s.proto, (s.int_ip, s.int_port), (s.ext_ip, s.ext_port));
         let in_key = s.in_key();
         if port_class(k.proto).is_none() && self.find_in(&in_key).is_some() {
-            return undo(self, DropReason::Filtered);
+            if fresh {
+                if let Some(m) = self.mappings.get_mut(mapping) {
+                    m.refs = 1;
+                }
+                self.release_mapping(mapping, tick, false);
+            }
+            return Err(DropReason::Filtered);
         }
         if !m.published
             && self.filtering(k.proto) == Behaviour::AddressDependent
