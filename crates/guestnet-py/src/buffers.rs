@@ -88,7 +88,8 @@ pub fn with_bytes<R>(object: &Bound<'_, PyAny>, f: impl FnOnce(&[u8]) -> R) -> P
     }
     let mut views = Views(Vec::with_capacity(1));
     let Some(room) = views.0.spare_capacity_mut().first_mut() else { return Ok(f(&[])) };
-    // SAFETY: attached, as the `Bound` shows; `room` is memory for a Py_buffer, which the call fills in when it gives 0.
+    // SAFETY: attached, as the `Bound` shows; `room` is memory for a Py_buffer, which the call fills in when it
+    // gives 0.
     if unsafe { ffi::PyObject_GetBuffer(object.as_ptr(), room.as_mut_ptr(), ffi::PyBUF_SIMPLE) } != 0 {
         return Err(PyErr::fetch(object.py()));
     }
@@ -96,9 +97,9 @@ pub fn with_bytes<R>(object: &Bound<'_, PyAny>, f: impl FnOnce(&[u8]) -> R) -> P
     unsafe { views.0.set_len(1) };
     let bytes = match views.0.first() {
         Some(view) if view.len > 0 && !view.buf.is_null() => {
-            // SAFETY: the exporter keeps `len` bytes from `buf` valid while the buffer is held. Other Python threads wait for
-            // the interpreter, which `f` does not give up; one that translates these very bytes detached breaks
-            // the rule that translating documents.
+            // SAFETY: the exporter keeps `len` bytes from `buf` valid while the buffer is held. Other Python
+            // threads wait for the interpreter, which `f` does not give up; one that translates these very
+            // bytes detached breaks the rule that translating documents.
             unsafe { std::slice::from_raw_parts(view.buf.cast::<u8>(), view.len.unsigned_abs()) }
         }
         _ => &[],

@@ -1,6 +1,6 @@
-//! Theory of operation: the workers of a network as one object. Every command is a method that queues it and returns its
-//! number; the number comes back in a `Done` event. Nothing here waits but `stop`, and a full queue is an
-//! error at once. Descriptors are duplicated: the caller's stay the caller's.
+//! Theory of operation: the workers of a network as one object. Every command is a method that queues it and
+//! returns its number; the number comes back in a `Done` event. Nothing here waits but `stop`, and a full queue
+//! is an error at once. Descriptors are duplicated: the caller's stay the caller's.
 
 use crate::addresses::{Pair, V4, mac, socket};
 use crate::buffers::with_bytes;

@@ -1,7 +1,7 @@
-//! Theory of operation: one bare frame per packet, over a connected SOCK_DGRAM or SOCK_SEQPACKET socket, or
-//! to one peer of a socket where guests arrive ([`super::unixgram`]). Frames that wait are sent many per call. A receiver that
-//! is full shows as EAGAIN, where EPOLLOUT tells of room for a connected socket only, or as ENOBUFS, where
-//! nothing tells; then it is tried again after a moment.
+//! Theory of operation: one bare frame per packet, over a connected SOCK_DGRAM or SOCK_SEQPACKET socket, or to
+//! one peer of a socket where guests arrive ([`super::unixgram`]). Frames that wait are sent many per call. A
+//! receiver that is full shows as EAGAIN, where EPOLLOUT tells of room for a connected socket only, or as
+//! ENOBUFS, where nothing tells; then it is tried again after a moment.
 
 // System calls take raw pointers.
 #![allow(unsafe_code)]

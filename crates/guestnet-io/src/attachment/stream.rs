@@ -1,6 +1,7 @@
-//! Theory of operation: a connected stream socket with QEMU's framing: four bytes of length, big-endian,
-//! then the frame. A read takes as many frames as there are; the beginning of one that is not complete is
-//! kept for the next read, and whole ones where the guest's turn is over. Frames to the guest are gathered and written many at a time.
+//! Theory of operation: a connected stream socket with QEMU's framing: four bytes of length, big-endian, then
+//! the frame. A read takes as many frames as there are; the beginning of one that is not complete is kept for
+//! the next read, and whole ones where the guest's turn is over. Frames to the guest are gathered and written
+//! many at a time.
 
 use super::queue::Queue;
 use super::{FRAME_MAX, Flushed, ReadOutcome, reason};

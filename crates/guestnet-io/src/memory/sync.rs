@@ -1,5 +1,5 @@
-//! Theory of operation: the atomics and cells of [`crate::memory::pool`] and [`crate::memory::ring`], which are `std`'s, or
-//! loom's under `--cfg loom`, so that the very code that ships is what loom explores.
+//! Theory of operation: the atomics and cells of [`crate::memory::pool`] and [`crate::memory::ring`], which are
+//! `std`'s, or loom's under `--cfg loom`, so that the very code that ships is what loom explores.
 
 #[cfg(not(loom))]
 pub(crate) use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};

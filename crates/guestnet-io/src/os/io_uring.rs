@@ -1,10 +1,11 @@
-//! Theory of operation: the small writes of a batch in one system call, by io_uring. Each of them wakes somebody
-//! (the guest's program, a server), and the kernel would give that one the processor as soon as the call is
-//! over; so that of thirty exchanges that are ready, thirty go one by one, with two switches of tasks each. In
-//! one call all are done before anybody else runs, and who wakes up finds all that there is to do. Everything
-//! that is submitted is done at once or not at all (MSG_DONTWAIT, RWF_NOWAIT: without these io_uring would wait, whatever
-//! the descriptor says), so nothing is ever left in the ring: a run returns when all is done. Without io_uring (an old kernel, a container that forbids it) nothing is put off and writes are
-//! plain calls.
+//! Theory of operation: the small writes of a batch in one system call, by io_uring. Each of them wakes
+//! somebody (the guest's program, a server), and the kernel would give that one the processor as soon as the
+//! call is over; so that of thirty exchanges that are ready, thirty go one by one, with two switches of tasks
+//! each. In one call all are done before anybody else runs, and who wakes up finds all that there is to do.
+//! Everything that is submitted is done at once or not at all (MSG_DONTWAIT, RWF_NOWAIT: without these io_uring
+//! would wait, whatever the descriptor says), so nothing is ever left in the ring: a run returns when all is
+//! done. Without io_uring (an old kernel, a container that forbids it) nothing is put off and writes are plain
+//! calls.
 
 // Submissions take raw pointers and descriptors.
 #![allow(unsafe_code)]

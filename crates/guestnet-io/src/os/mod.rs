@@ -1,5 +1,6 @@
 //! Theory of operation: thin wrappers of what the system offers: readiness ([`epoll`]), batches of writes
-//! ([`io_uring`]), large pages ([`hugepages`]), socket addresses and control messages ([`sockaddr`], [`cmsg`]) and plain system calls ([`sys`]).
+//! ([`io_uring`]), large pages ([`hugepages`]), socket addresses and control messages ([`sockaddr`], [`cmsg`])
+//! and plain system calls ([`sys`]).
 
 pub(crate) mod cmsg;
 pub(crate) mod epoll;

@@ -32,8 +32,8 @@ const PUBLISH: u64 = 10_000_000;
 const CAPTURE_FLUSH: u64 = 100_000_000;
 /// How often a capture that is ending is looked at.
 const CLOSING_POLL: u64 = 5_000_000;
-/// How soon news are tried again for which a ring had no room.
-const LATE_NEWS: u64 = 200_000;
+/// How soon updates of ports are sent again for which a ring had no room.
+const UPDATE_RETRY: u64 = 200_000;
 /// Flows of one of several workers: the rest of the number says which worker.
 pub(crate) const FLOWS_MAX: u32 = 1 << 26;
 /// Rounds of telling the core and sending before other descriptors have their turn.
@@ -229,7 +229,7 @@ impl Worker {
                 self.dispatch(ready);
             }
         }
-        let news = self.io.links.is_some() && self.receive_from_shards();
+        let received = self.io.links.is_some() && self.receive_from_shards();
         if self.core.next_timer().is_some_and(|t| t <= self.now) {
             self.core.timers(self.now, &mut self.io);
         }
@@ -243,7 +243,7 @@ impl Worker {
         }
         self.settle();
         self.io.events.flush();
-        self.unpublished |= n > 0 || news;
+        self.unpublished |= n > 0 || received;
         if self.unpublished && self.now.since(self.published_at) >= PUBLISH {
             self.publish();
         }
@@ -333,7 +333,7 @@ impl Worker {
         let linger = self.io.socks.lingering_until();
         let (retry, rest) = (self.io.ports.retry_at, self.resting.until);
         let late = self.io.links.as_ref().is_some_and(|p| p.is_behind());
-        let late = late.then_some(Time(self.now.0 + LATE_NEWS));
+        let late = late.then_some(Time(self.now.0 + UPDATE_RETRY));
         until(now, [self.core.next_timer(), publish, closing, capture, linger, retry, rest, late])
     }
 

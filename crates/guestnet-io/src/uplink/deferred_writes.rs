@@ -1,8 +1,9 @@
-//! Theory of operation: what is put off to the end of the batch, or until a flow with much to send takes its turn,
-//! where one call can do it for many connections (`os/io_uring.rs`): little data to send and closes. The core was told that the data is taken, so it is
-//! kept here until the kernel has it: what the kernel leaves goes when it has room again, before anything else,
-//! and until then the connection takes nothing more. A connection that is closed in order and still has some
-//! lingers until it is gone; where too many do, it is reset: a part must not look like the whole.
+//! Theory of operation: what is put off to the end of the batch, or until a flow with much to send takes its
+//! turn, where one call can do it for many connections (`os/io_uring.rs`): little data to send and closes. The
+//! core was told that the data is taken, so it is kept here until the kernel has it: what the kernel leaves
+//! goes when it has room again, before anything else, and until then the connection takes nothing more. A
+//! connection that is closed in order and still has some lingers until it is gone; where too many do, it is
+//! reset: a part must not look like the whole.
 
 use super::sockets::{Sock, SockKind, Socks};
 use super::tcp::TcpSock;

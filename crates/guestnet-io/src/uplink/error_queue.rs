@@ -1,6 +1,7 @@
 //! Theory of operation: what the kernel's error queue (IP_RECVERR) holds for datagram sockets, and for TCP
-//! connects under way whose TTL is small: ICMP errors with the packet that they quote, and errors that arose on this host. They are read out as plain records,
-//! because they come up both on their own and in the middle of sending.
+//! connects under way whose TTL is small: ICMP errors with the packet that they quote, and errors that arose on
+//! this host. They are read out as plain records, because they come up both on their own and in the middle of
+//! sending.
 
 // recvmsg takes raw pointers.
 #![allow(unsafe_code)]

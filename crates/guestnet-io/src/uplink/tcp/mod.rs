@@ -83,7 +83,8 @@ pub(crate) fn host_ttl() -> u8 {
 }
 
 /// What a listening socket of a published port is set to; its connections inherit it. Relayed segments were
-/// already gathered by the guest's stack; urgent data stays among the rest, with a mark. Neither is worth refusing one for.
+/// already gathered by the guest's stack; urgent data stays among the rest, with a mark. Neither is worth
+/// refusing one for.
 pub(crate) fn prepare_listener(fd: &OwnedFd) {
     let _best_effort = sys::set_opt(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1);
     let _best_effort = sys::set_opt(fd, libc::SOL_SOCKET, libc::SO_OOBINLINE, 1);
