@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 
 import processes
 from contenders import Contender
@@ -20,6 +21,14 @@ def _stop(guest: Guest) -> None:
     """Ends a guest; one that does not end costs nobody else anything."""
     with contextlib.suppress(Timeout, OSError):
         guest.stop()
+
+
+def _stream(guest: Guest, words: Sequence[str], number: int) -> float:
+    """Gbit/s of one guest; a failure says whose it is."""
+    try:
+        return guest.ask(words, 60)["gbits"]
+    except Failed as error:
+        raise Failed(f"guest {number}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -67,10 +76,10 @@ class Crowd:
         ms = str(int(setting.seconds * 1000 + 10 * self.count))
         with ThreadPoolExecutor(self.count) as pool:
             for way in ("up", "down"):
-                seen = list(pool.map(lambda g, way=way: g.ask(["tcp", way, "1", ms, OUTSIDE], 60), guests))
-                rates = [s["gbits"] for s in seen]
+                words = ["tcp", way, "1", ms, OUTSIDE]
+                rates = list(pool.map(_stream, guests, repeat(words), range(1, self.count + 1)))
                 values[f"{self.id}-{way}"] = sum(rates)
-                values[f"{self.id}-{way}-share"] = min(rates) / max(rates)
+                values[f"{self.id}-{way}-share"] = min(rates) / max(rates) if max(rates) else 0.0
         own = sorted({pid for guest in guests for pid in guest.own()})
         if own:
             values[f"{self.id}-memory"] = processes.memory_kilobytes(own) / 1024

@@ -82,6 +82,8 @@ class Guest:
     dns: str
     """Whom the guest asks for names."""
     asked: int = 0
+    worn: bool = False
+    """Whether what was measured left the guest in a state that would disturb the next measurement."""
     clean: Callable[[], None] = field(default=lambda: None)
 
     def ask(self, words: Sequence[str], seconds: float = 30) -> dict[str, float]:

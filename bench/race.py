@@ -89,6 +89,8 @@ class Race:
                 self.results.add(contender.name, row.id, values[row.id])
         shown = ", ".join(f"{values[r.id]:.{r.digits}f} {r.unit}" for r in workload.rows if r.id in values)
         say(f"  {label}{workload.id}, {contender.name}: {shown}")
+        if self.guest(contender).worn:
+            self.end(contender)
 
     def renew_server(self) -> None:
         try:

@@ -3,7 +3,7 @@
 //! in the time is told apart from what was lost.
 
 use crate::serve::{self, Shared};
-use crate::{Numbers, PATIENCE, bad};
+use crate::{Numbers, PATIENCE, bad, connect, within};
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
@@ -80,22 +80,20 @@ pub(crate) fn client(
     to: SocketAddr,
 ) -> io::Result<Numbers> {
     let own = fresh_run();
-    let control = TcpStream::connect_timeout(&to, PATIENCE)?;
-    control.set_read_timeout(Some(PATIENCE + span))?;
+    let mut control = connect(to)?;
     let mut reader = BufReader::new(control.try_clone()?);
-    let mut control = control;
     let socket = UdpSocket::bind("0.0.0.0:0")?;
     let data = datagram(own, bytes);
     let mut line = String::new();
     let (sent, got);
     if up {
         control.write_all(format!("udpup {own}\n").as_bytes())?;
-        reader.read_line(&mut line)?;
+        within("start of the upload", reader.read_line(&mut line))?;
         sent = offer(&socket, to, &data, rate, span)?;
         std::thread::sleep(LINGER);
         control.write_all(b"end\n")?;
         line.clear();
-        reader.read_line(&mut line)?;
+        within("result of the upload", reader.read_line(&mut line))?;
         (got, _) = numbers(&line)?;
     } else {
         control.write_all(format!("udpdown {own} {bytes} {rate} {}\n", span.as_millis()).as_bytes())?;
@@ -120,7 +118,7 @@ pub(crate) fn client(
                 _ => {}
             }
         }
-        reader.read_line(&mut line)?;
+        within("result of the download", reader.read_line(&mut line))?;
         (sent, _) = numbers(&line)?;
         got = count.min(sent);
     }

@@ -11,15 +11,36 @@ mod exchanges;
 mod serve;
 
 use std::io::{self, BufRead, Write};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::process::ExitCode;
 use std::time::Duration;
 
 /// What a command gives: names and numbers, written as JSON.
 pub(crate) type Numbers = Vec<(&'static str, f64)>;
 
-/// The longest that a read may wait: a contender that stands still is an error, not a hang.
+/// The longest that a client waits for a connection or an answer. A contender that lets it wait longer hangs.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(8);
+
+/// Whether an error of a socket means that nothing has happened yet.
+pub(crate) fn waits(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted)
+}
+
+/// `result` of a call that waits up to `PATIENCE` for `what`: a time-out says so in words.
+pub(crate) fn within<T>(what: &str, result: io::Result<T>) -> io::Result<T> {
+    result.map_err(|error| if waits(&error) { late(what, PATIENCE) } else { error })
+}
+
+pub(crate) fn late(what: &str, span: Duration) -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, format!("no {what} in {:.0} s", span.as_secs_f64()))
+}
+
+/// A connection to `to`, opened within `PATIENCE`; reads from it wait as long.
+pub(crate) fn connect(to: SocketAddr) -> io::Result<TcpStream> {
+    let stream = within("connection", TcpStream::connect_timeout(&to, PATIENCE))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    Ok(stream)
+}
 
 const USAGE: &str = "\
 load serve PORT                         the server
@@ -29,7 +50,8 @@ load udp up|down BYTES PER_SECOND MS ADDR
 load rr tcp|udp MS ADDR [busy]          request and response, one at a time
 load http close|keep CLIENTS MS ADDR    requests a second
 load dns CLIENTS MS ADDR                queries a second
-load idle COUNT ADDR                    opens connections and keeps them until the next command
+load idle COUNT MS ADDR                 opens connections, as many as it can in the time, and keeps them until
+                                        the next command
 load forget ADDR                        the server lets go of its ends of such connections";
 
 fn bad(text: &str) -> io::Error {
@@ -49,7 +71,7 @@ fn millis(word: &str) -> io::Result<Duration> {
 }
 
 /// Runs one command. `held` keeps idle connections from one command to the next.
-fn run(words: &[&str], held: &mut Vec<std::net::TcpStream>) -> io::Result<Numbers> {
+fn run(words: &[&str], held: &mut Vec<TcpStream>) -> io::Result<Numbers> {
     held.clear();
     match words {
         ["tcp", way @ ("up" | "down"), streams, ms, to] => {
@@ -69,7 +91,7 @@ fn run(words: &[&str], held: &mut Vec<std::net::TcpStream>) -> io::Result<Number
         }
         ["dns", clients, ms, to] => exchanges::dns(number(clients)?, millis(ms)?, address(to)?),
         ["forget", to] => exchanges::forget(address(to)?),
-        ["idle", count, to] => exchanges::idle(number(count)?, address(to)?, held),
+        ["idle", count, ms, to] => exchanges::idle(number(count)?, millis(ms)?, address(to)?, held),
         _ => Err(bad(USAGE)),
     }
 }

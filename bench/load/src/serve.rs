@@ -17,9 +17,9 @@ pub(crate) const THREADS: usize = 320;
 pub(crate) const AGENT_THREADS: usize = 48;
 const STACK: usize = 256 * 1024;
 const IDLE_PATIENCE: Duration = Duration::from_secs(30);
-/// For the first line. A contender that opens thousands of connections and then stands still must not hold all
-/// threads for long.
-const FIRST_PATIENCE: Duration = Duration::from_secs(3);
+/// For the first line: a little longer than a client waits for an answer, so that a slow contender loses no
+/// request, and not so long that connections of one that hangs hold the threads for all that follows.
+const FIRST_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What connections and the datagram thread share.
 pub(crate) struct Shared {

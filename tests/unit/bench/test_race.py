@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ def race(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 class FakeGuest:
     stopped = 0
+    worn = False
 
     def stop(self) -> None:
         self.stopped += 1
@@ -168,3 +170,73 @@ def test_a_server_that_does_not_come_back_ends_no_round(race: ModuleType) -> Non
     results.want([contender], works)
     race.Race(Broken(), results, race.Setting(0.1, False)).run([contender], works, 1, float("inf"))
     assert results.values == {"a": {"y": [3.0]}}
+
+
+def test_a_guest_that_a_measurement_wore_out_is_replaced_and_keeps_its_values(race: ModuleType) -> None:
+    def wear(guest: FakeGuest) -> float:
+        guest.worn = True
+        return 1.0
+
+    contender = FakeContender("a")
+    results, arena = run(race, [contender], [FakeWorkload("w", wear)])
+    assert results.values == {"a": {"w": [1.0, 1.0]}}
+    assert (len(contender.started), arena.renewed) == (2, 0)
+    assert all(g.stopped == 1 for g in contender.started)
+
+
+@dataclass
+class IdleGuest:
+    """Opens so many idle connections; `lets_go` is whether it answers afterwards."""
+
+    opened: float
+    failed: type[Exception]
+    lets_go: bool = True
+    worn: bool = False
+
+    def own(self) -> list[int]:
+        return [os.getpid()]
+
+    def ask(self, words: list[str], _seconds: float = 30) -> dict[str, float]:
+        if words[0] == "idle":
+            return {"open": self.opened, "seconds": 3.0}
+        if not self.lets_go:
+            raise self.failed("no answer in 8 s")
+        return {"open": 0.0}
+
+
+class IdleArena:
+    def outside(self, words: list[str]) -> dict[str, float]:
+        assert words[0] == "forget"
+        return {"open": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("opened", "rows"),
+    [
+        (10_000, {"idle-count", "memory", "idle-each", "idle-memory", "idle-cpu", "idle-open"}),
+        (9_950, {"idle-count", "memory", "idle-each", "idle-memory", "idle-cpu", "idle-open"}),
+        (4_746, {"idle-count", "memory", "idle-each"}),
+    ],
+)
+def test_a_contender_that_opens_fewer_idle_connections_is_measured_at_those(
+    race: ModuleType, monkeypatch: pytest.MonkeyPatch, opened: float, rows: set[str]
+) -> None:
+    workloads = sys.modules["workloads"]
+    monkeypatch.setattr(workloads, "IDLE_WATCH", 0.001)
+    (idle,) = (w for w in workloads.all_workloads(False) if w.id == "idle")
+    guest = IdleGuest(opened, race.Failed)
+    values = idle.measure(IdleArena(), guest, race.Setting(0.1, False))
+    assert set(values) == rows
+    assert rows <= {row.id for row in idle.rows}
+    assert values["idle-count"] == opened
+    assert not guest.worn
+    guest = IdleGuest(opened, race.Failed, lets_go=False)
+    assert set(idle.measure(IdleArena(), guest, race.Setting(0.1, False))) == rows
+    assert guest.worn
+
+
+def test_a_failure_of_one_guest_of_many_says_which(race: ModuleType) -> None:
+    crowd = sys.modules["crowd"]
+    guest = IdleGuest(0, race.Failed, lets_go=False)
+    with pytest.raises(race.Failed, match=r"^guest 17: no answer in 8 s$"):
+        crowd._stream(guest, ["tcp", "up", "1", "500", "192.0.2.1:9"], 17)
