@@ -85,7 +85,7 @@ def sdist_metadata(sdist: Path) -> Message:
             "LICENSE-APACHE",
             "README.md",
             "CHANGELOG.md",
-            "docs/guide.md",
+            "docs/tutorial.md",
         ):
             if wanted not in names:
                 raise Wrong(f"{sdist.name}: no {wanted}")
