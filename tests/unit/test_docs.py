@@ -198,3 +198,31 @@ def test_every_page_is_in_the_index() -> None:
         for page in DOCS.rglob("*.md")
         if page.parent.name in ("how-to", "reference") and page.name not in index
     ]
+
+
+SOURCES = [
+    path
+    for folder in ("crates", "python", "tests", "bench", "benches", "scripts", "fuzz")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in (".rs", ".py", ".pyi", ".sh") and "target" not in path.parts
+]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=name_of)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    known = [f"/{path.relative_to(ROOT).as_posix()}" for path in SOURCES]
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    named = set(re.findall(r"`([\w/]+\.(?:rs|pyi?|sh))`", text)) - {"build.sh", "vm-network.sh"}
+    assert not [name for name in named if not any(path.endswith(f"/{name}") for path in known)]
+
+
+def test_tests_that_the_security_page_names_exist() -> None:
+    page = (DOCS / "security.md").read_text().partition("## Attacks")[2]
+    rows = [row.split(" | ") for row in re.findall(r"^\| (.*) \|$", page, re.MULTILINE)]
+    cells = [row[3] for row in rows[1:] if len(row) > 3]
+    assert cells
+    text = "\n".join(path.read_text() for path in SOURCES)
+    functions = set(re.findall(r"\b(?:fn|def) (\w+)\(", text))
+    names = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    files = {path.stem for path in SOURCES} | {path.parent.name for path in SOURCES}
+    assert not {name for name in names if name not in functions | files} - {"guestnet_core", "guestnet_io"}
