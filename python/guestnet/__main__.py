@@ -1,8 +1,6 @@
 """`python -m guestnet`: the same as the command `guestnet`."""
 
-import sys
-
-from guestnet.cli import main
+from guestnet.cli import entry_point
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry_point()

@@ -12,12 +12,15 @@ when guestnet failed, 126 when the command cannot be executed, 127 when there is
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import re
 import sys
+import threading
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from guestnet.cli.terminal import OutputError, answer, complain, say
 
@@ -88,6 +91,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         status = failure(error)
     return int(status)
+
+
+def entry_point() -> NoReturn:
+    """The console script: runs the command line and ends the process with the exit status.
+
+    It leaves by `os._exit` after the exit handlers ran and the streams were flushed. Tearing down the
+    interpreter takes some 9 ms of `guestnet run -- true`, and frees nothing that the kernel does not free.
+    If a thread still runs, the interpreter ends as usual and waits for it.
+    """
+    status = main()
+    if threading.active_count() > 1:
+        sys.exit(status)
+    try:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except Exception:  # an exit handler failed, which Python has reported, or the output cannot be written
+        status = status or EXIT_FAILED
+    os._exit(status & 0xFF)
 
 
 def _close_stdout() -> None:
