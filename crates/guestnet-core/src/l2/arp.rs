@@ -3,6 +3,8 @@
 //! request for an address whose port is known goes to that port alone. The same check of source addresses
 //! guards IPv4 packets.
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use crate::interface::effects::{Effects, Event};
 use crate::interface::stats::DropReason;
 use crate::interface::types::FrameMeta;

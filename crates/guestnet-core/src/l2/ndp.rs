@@ -4,6 +4,8 @@
 //! is the teller's own. Router advertisements and redirects are the gateway's alone (RFC 6105), also when they
 //! are hidden behind headers or in fragments (RFC 7113, RFC 6980).
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use crate::interface::effects::Effects;
 use crate::interface::stats::DropReason;
 use crate::l2::switch::udp_destination;

@@ -4,7 +4,10 @@
 //! greediest port goes first. Any overlap poisons the datagram (RFC 5722's rule, which is right for IPv4
 //! too): overlaps come from attacks, and a duplicate is sent again by whoever cares.
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use crate::interface::types::Time;
+use crate::util::account::{charge, release};
 use guestnet_wire::parse::{Fragment, Packet};
 use guestnet_wire::{ether, ipv4, proto, put, tcp};
 use std::collections::VecDeque;
@@ -97,7 +100,7 @@ impl Reassembly {
         let Some(data) = frame.get(p.l4..p.end) else { return Outcome::Refused };
         let id = Id { src: p.src, dst: p.dst, proto: p.proto, id: f.id };
         if self.ports.len() <= slot as usize {
-            self.ports.resize_with(slot as usize + 1, Queue::default);
+            self.ports.resize_with((slot as usize).saturating_add(1), Queue::default);
         }
         let Some(Queue { list, bytes }) = self.ports.get_mut(slot as usize) else { return Outcome::Refused };
         let before = *bytes;
@@ -109,9 +112,9 @@ impl Reassembly {
                 }
                 if list.len() >= self.per_port {
                     self.evicted.push(slot);
-                    *bytes -= list.pop_front().map_or(0, |d| d.cost);
+                    release(bytes, list.pop_front().map_or(0, |d| d.cost));
                 }
-                *bytes += OVERHEAD;
+                charge(bytes, OVERHEAD);
                 list.push_back(Datagram {
                     id,
                     since: now,
@@ -122,17 +125,19 @@ impl Reassembly {
                     cost: OVERHEAD,
                     poisoned: false,
                 });
-                list.len() - 1
+                list.len().saturating_sub(1)
             }
         };
         let Some(d) = list.get_mut(at) else { return Outcome::Refused };
         let cost = d.cost;
         let fits = d.take(frame, p, f, data);
-        *bytes = *bytes + d.cost - cost;
+        charge(bytes, d.cost);
+        release(bytes, cost);
         let is_done = fits && d.total == Some(d.held) && !d.header.is_empty();
         let done = if is_done { list.remove(at) } else { None };
-        *bytes -= done.as_ref().map_or(0, |d| d.cost);
-        self.bytes = self.bytes + *bytes - before;
+        release(bytes, done.as_ref().map_or(0, |d| d.cost));
+        charge(&mut self.bytes, *bytes);
+        release(&mut self.bytes, before);
         if !fits {
             return Outcome::Refused;
         }
@@ -153,8 +158,8 @@ impl Reassembly {
             return false;
         };
         let Some(d) = q.list.pop_front() else { return false };
-        q.bytes -= d.cost;
-        self.bytes -= d.cost;
+        release(&mut q.bytes, d.cost);
+        release(&mut self.bytes, d.cost);
         self.evicted.push(slot as u32);
         true
     }
@@ -183,8 +188,8 @@ impl Reassembly {
         let slot = self.ports.iter().position(old)?;
         let q = self.ports.get_mut(slot)?;
         let d = q.list.pop_front()?;
-        q.bytes -= d.cost;
-        self.bytes -= d.cost;
+        release(&mut q.bytes, d.cost);
+        release(&mut self.bytes, d.cost);
         let first = match d.pieces.into_iter().next() {
             Some((0, data)) if !d.header.is_empty() => {
                 let mut frame = d.header;
@@ -199,7 +204,7 @@ impl Reassembly {
     /// Forgets everything of a port.
     pub fn remove_port(&mut self, slot: u32) {
         if let Some(q) = self.ports.get_mut(slot as usize) {
-            self.bytes -= std::mem::take(&mut q.bytes);
+            release(&mut self.bytes, std::mem::take(&mut q.bytes));
             q.list.clear();
         }
     }
@@ -211,10 +216,11 @@ impl Datagram {
         if self.poisoned {
             return false;
         }
-        let end = f.offset + data.len() as u32;
+        let end = f.offset.saturating_add(data.len() as u32);
         let at = self.pieces.partition_point(|(o, _)| *o < f.offset);
         let overlaps = |i: Option<usize>, with: &dyn Fn(u32, u32) -> bool| {
-            i.and_then(|i| self.pieces.get(i)).is_some_and(|(o, d)| with(*o, *o + d.len() as u32))
+            i.and_then(|i| self.pieces.get(i))
+                .is_some_and(|(o, d)| with(*o, o.saturating_add(d.len() as u32)))
         };
         // Fragments that leave the ports or the TCP flags to another one evade filters (RFC 1858).
         let tiny = f.offset == 0 && data.len() < if p.proto == proto::TCP { tcp::MIN_LEN } else { 8 }
@@ -225,7 +231,7 @@ impl Datagram {
             || overlaps(at.checked_sub(1), &|_, e| e > f.offset)
             || overlaps(Some(at), &|o, _| o < end)
             || self.total.is_some_and(|t| end > t || !f.more && end != t)
-            || (!f.more && self.pieces.last().is_some_and(|(o, d)| o + d.len() as u32 > end));
+            || (!f.more && self.pieces.last().is_some_and(|(o, d)| o.saturating_add(d.len() as u32) > end));
         if bad {
             self.poisoned = true;
             self.pieces = Vec::new();
@@ -238,11 +244,11 @@ impl Datagram {
         }
         if f.offset == 0 {
             self.header = frame.get(..p.l4).unwrap_or(&[]).to_vec();
-            self.cost += self.header.len();
+            charge(&mut self.cost, self.header.len());
         }
         self.pieces.insert(at, (f.offset, data.into()));
-        self.held += data.len() as u32;
-        self.cost += data.len() + OVERHEAD;
+        self.held = self.held.saturating_add(data.len() as u32);
+        charge(&mut self.cost, data.len().saturating_add(OVERHEAD));
         true
     }
 

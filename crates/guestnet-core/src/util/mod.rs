@@ -1,5 +1,6 @@
-//! Small parts that every layer uses: a keyed hash, a token bucket and a timer wheel.
+//! Small parts that every layer uses: accounts, a keyed hash, a token bucket and a timer wheel.
 
+pub(crate) mod account;
 pub(crate) mod rate_limiter;
 pub(crate) mod siphash;
 pub(crate) mod timer_wheel;

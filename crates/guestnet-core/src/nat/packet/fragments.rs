@@ -7,7 +7,10 @@
 //! direction's sets at most, and its own oldest set makes room; of the bytes it has at most as many as it
 //! leaves to others.
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use crate::nat::NatDirection;
+use crate::util::account::charge;
 use std::collections::{BTreeMap, VecDeque};
 
 /// What the fragments of one packet have in common.
@@ -161,9 +164,9 @@ impl Fragments {
                 self.evict(outbound, src);
             }
         }
-        self.serial += 1;
+        self.serial = self.serial.wrapping_add(1);
         self.order.push_back((self.serial, key));
-        self.book(&key, |u| u.sets += 1);
+        self.book(&key, |u| charge(&mut u.sets, 1));
         let (serial, until) = (self.serial, now.saturating_add(self.timeout_ns));
         let (seen, held) = (Vec::new(), Vec::new());
         self.sets.insert(key, Set { serial, until, rule: None, dead: false, seen, held, cost: 0 });
@@ -197,16 +200,16 @@ impl Fragments {
             return Noted::Refused;
         }
         let waiting = waiting.filter(|_| set.rule.is_none());
-        let cost = RANGE + waiting.map_or(0, <[u8]>::len);
-        if own.bytes + cost > free {
+        let cost = waiting.map_or(0, <[u8]>::len).saturating_add(RANGE);
+        if own.bytes.saturating_add(cost) > free {
             return Noted::Refused;
         }
         set.seen.insert(at, range);
-        set.cost += cost;
+        charge(&mut set.cost, cost);
         if let Some(packet) = waiting {
             set.held.push(packet.to_vec());
         }
-        self.book(&key, |u| u.bytes += cost);
+        self.book(&key, |u| charge(&mut u.bytes, cost));
         Noted::New
     }
 

@@ -4,12 +4,15 @@
 //! verified first: the outer ICMP checksum and the inner IP checksum, never the inner transport one, of
 //! which mostly only a part was quoted; that a guest speaks of its own packets; that an MTU can be one.
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use crate::interface::stats::DropReason;
 use crate::nat::engine::NatEngine;
 use crate::nat::outbound::way;
 use crate::nat::packet::{self, End, View};
 use crate::nat::table::records::{Key, deltas};
 use crate::nat::{NatDirection, NatResult};
+use crate::util::account::count;
 use guestnet_wire::checksum::{checksum, fold, sum};
 use guestnet_wire::icmp::unreachable::FRAG_NEEDED;
 use guestnet_wire::{be16, be32, icmp, proto, put};
@@ -35,7 +38,7 @@ fn quote(p: &[u8], v: &View) -> Result<Quote, DropReason> {
     if too_big && !icmp::is_path_mtu(be16(message, 6)) {
         return Err(DropReason::Malformed);
     }
-    let at = v.ihl + 8;
+    let at = v.ihl.saturating_add(8);
     let q = message.get(8..).unwrap_or(&[]);
     let ihl = usize::from(q.first().copied().unwrap_or(0) & 15) * 4;
     if q.first().is_none_or(|b| b >> 4 != 4) || ihl < 20 {
@@ -45,7 +48,7 @@ fn quote(p: &[u8], v: &View) -> Result<Quote, DropReason> {
     if fold(sum(header, 0)) != 0xffff {
         return Err(DropReason::BadIpChecksum);
     }
-    let l4 = q.get(ihl..ihl + 8).ok_or(DropReason::Truncated)?;
+    let l4 = q.get(ihl..).and_then(|l4| l4.first_chunk::<8>()).ok_or(DropReason::Truncated)?;
     let proto_ = header[9];
     let (sport, dport) = match proto_ {
         // A quoted later fragment names no ports.
@@ -66,9 +69,10 @@ fn restore(p: &mut [u8], v: &View, q: &Quote, source: bool, end: End) {
         // A transport checksum that the quote cut off is not there to be changed; `rewrite` leaves it.
         packet::rewrite(inner, q.ihl, q.proto, source, end, true);
     }
-    put(p, v.ihl + 2, &[0, 0]);
+    let field = v.ihl.saturating_add(2);
+    put(p, field, &[0, 0]);
     let c = checksum(p.get(v.ihl..v.total).unwrap_or(&[]));
-    put(p, v.ihl + 2, &c.to_be_bytes());
+    put(p, field, &c.to_be_bytes());
 }
 
 impl NatEngine {
@@ -104,7 +108,7 @@ impl NatEngine {
                 self.table.mappings.get(m).map(|m| (m.int_ip, m.int_port)).ok_or(DropReason::NoFlow)?
             }
         };
-        self.stats.hits += 1;
+        count(&mut self.stats.hits);
         let (delta_ip, delta_l4) = deltas(q.proto, (q.src, q.sport), inner);
         restore(p, v, &q, true, End { ip: inner.0, port: inner.1, delta_ip, delta_l4 });
         let (delta_ip, _) = deltas(0, (v.dst, 0), (inner.0, 0));
@@ -160,7 +164,7 @@ impl NatEngine {
                 self.table.mappings.get(m).map(|m| (m.ext_ip, m.ext_port)).ok_or(DropReason::NoFlow)?
             }
         };
-        self.stats.hits += 1;
+        count(&mut self.stats.hits);
         let (delta_ip, delta_l4) = deltas(q.proto, (q.dst, q.dport), outer);
         restore(p, v, &q, false, End { ip: outer.0, port: outer.1, delta_ip, delta_l4 });
         let (delta_ip, _) = deltas(0, (v.src, 0), (outer.0, 0));

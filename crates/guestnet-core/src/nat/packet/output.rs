@@ -3,9 +3,12 @@
 //! what does not fit is dropped and counted. A sender has at most as much of the queue as it leaves to others.
 //! ICMP errors follow RFC 1812 4.3.2 and have a budget per second: one for each guest, one for the outside.
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use crate::nat::NatDirection;
 use crate::nat::config::unicast;
 use crate::nat::packet::View;
+use crate::util::account::{charge, release};
 use guestnet_wire::ipv4::{self, Ipv4};
 use guestnet_wire::{be16, icmp, proto};
 use std::collections::{BTreeMap, VecDeque};
@@ -55,15 +58,15 @@ impl Output {
         if !self.has_room(owner, packet.len()) {
             return false;
         }
-        self.bytes += packet.len();
-        *self.owners.entry(owner).or_default() += packet.len();
+        charge(&mut self.bytes, packet.len());
+        charge(self.owners.entry(owner).or_default(), packet.len());
         self.queue.push_back(Waiting { direction, owner, packet });
         true
     }
 
     pub fn pop(&mut self) -> Option<(NatDirection, Vec<u8>)> {
         let Waiting { direction, owner, packet } = self.queue.pop_front()?;
-        self.bytes -= packet.len();
+        release(&mut self.bytes, packet.len());
         if let Some(own) = self.owners.get_mut(&owner) {
             *own = own.saturating_sub(packet.len());
             if *own == 0 {
@@ -80,7 +83,7 @@ impl Output {
     /// Whether there is room for this many more bytes of an owner, who has no more than is left to others.
     pub fn has_room(&self, owner: u32, bytes: usize) -> bool {
         let own = self.owners.get(&owner).copied().unwrap_or(0);
-        own + bytes <= self.limit.saturating_sub(self.bytes)
+        own.saturating_add(bytes) <= self.limit.saturating_sub(self.bytes)
     }
 
     fn allowed(&mut self, direction: NatDirection, guest: u32, second: u64) -> bool {
@@ -90,7 +93,7 @@ impl Output {
             (self.to_guests, self.to_outside) = (0, 0);
         }
         if direction == NatDirection::Outbound {
-            self.to_outside += 1;
+            self.to_outside = self.to_outside.saturating_add(1);
             return self.to_outside <= self.per_second;
         }
         if self.to_guests >= self.per_second.saturating_mul(GUESTS) {
@@ -99,8 +102,8 @@ impl Output {
         let own = self.to_guest.entry(guest).or_default();
         let ok = *own < self.per_second;
         if ok {
-            *own += 1;
-            self.to_guests += 1;
+            *own = own.saturating_add(1);
+            self.to_guests = self.to_guests.saturating_add(1);
         }
         ok
     }
@@ -125,7 +128,8 @@ impl Output {
         }
         let total = usize::from(be16(h, 2)).min(quoted.len());
         let body = quoted.get(..total.min(548)).unwrap_or(&[]);
-        let mut p = vec![0; 28 + body.len()];
+        let len = body.len().saturating_add(icmp::LEN);
+        let mut p = vec![0; len.saturating_add(ipv4::MIN_LEN)];
         Ipv4 {
             src: Ipv4Addr::from(src),
             dst: Ipv4Addr::from(from),
@@ -134,7 +138,7 @@ impl Output {
             tos: 0xc0,
             id: 0,
             frag: 0,
-            payload_len: (8 + body.len()) as u16,
+            payload_len: len as u16,
         }
         .emit(&mut p);
         icmp::emit(p.get_mut(20..).unwrap_or(&mut []), icmp_type, code, rest, body);
@@ -149,7 +153,7 @@ impl Output {
     /// The most bytes that a packet has in fragments for an MTU.
     pub fn cut_bytes(v: &View, mtu: usize) -> usize {
         let data = v.total.saturating_sub(v.ihl);
-        data + data.div_ceil(Output::piece(v, mtu)) * v.ihl
+        data.saturating_add(data.div_ceil(Output::piece(v, mtu)).saturating_mul(v.ihl))
     }
 
     /// Cuts a packet, on the account of its sender, in fragments of at most `mtu` bytes, in order. False when

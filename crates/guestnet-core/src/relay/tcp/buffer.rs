@@ -5,6 +5,7 @@
 
 use crate::relay::tcp::seq::Seq;
 use crate::relay::tcp::{Budget, FLOW_BUFFER};
+use crate::util::account::{charge, release};
 use guestnet_wire::tcp::SackBlocks;
 use std::collections::VecDeque;
 
@@ -51,7 +52,7 @@ impl Buffer {
 
     /// Bytes that fit without a new allocation.
     pub fn spare(&self) -> usize {
-        self.queue.capacity() - self.queue.len()
+        self.queue.capacity().saturating_sub(self.queue.len())
     }
 
     /// Bytes in order that can be taken before the bound or the budget (`free` of it left) ends it.
@@ -77,12 +78,13 @@ impl Buffer {
     pub fn append(&mut self, data: &[u8], budget: &mut Budget) -> usize {
         let (len, cap) = (self.queue.len(), self.queue.capacity());
         let mut n = data.len().min(QUEUE_MAX.saturating_sub(len));
-        if len + n > cap {
-            let free = budget.free();
-            n = n.min((cap + free).saturating_sub(len));
-            let want = (len + n).max(cap * 2).clamp(QUEUE_MIN, QUEUE_MAX);
-            let target = want.min(cap + free).max(len + n);
-            self.queue.reserve_exact(target - len);
+        if len.saturating_add(n) > cap {
+            let most = cap.saturating_add(budget.free());
+            n = n.min(most.saturating_sub(len));
+            let least = len.saturating_add(n);
+            let want = least.max(cap.saturating_mul(2)).clamp(QUEUE_MIN, QUEUE_MAX);
+            let target = want.min(most).max(least);
+            self.queue.reserve_exact(target.saturating_sub(len));
         }
         self.queue.extend(data.get(..n).unwrap_or(&[]));
         self.settle(budget);
@@ -95,7 +97,7 @@ impl Buffer {
         let mut i = 0;
         while !data.is_empty() {
             while self.pieces.get(i).is_some_and(|p| p.end().le(seq)) {
-                i += 1;
+                i = i.saturating_add(1);
             }
             let n = match self.pieces.get(i) {
                 Some(p) if p.seq.le(seq) => {
@@ -142,7 +144,7 @@ impl Buffer {
             }
             from = p.seq;
         }
-        for p in self.pieces.get(i + 1..).unwrap_or(&[]) {
+        for p in self.pieces.get(i.saturating_add(1)..).unwrap_or(&[]) {
             if p.seq != to {
                 break;
             }
@@ -167,18 +169,19 @@ impl Buffer {
     /// Stores a piece that overlaps no other before index `i`, joined to its neighbour where it can be.
     fn store(&mut self, i: usize, seq: Seq, data: &[u8], budget: &mut Budget) -> bool {
         let before = i.checked_sub(1).and_then(|j| self.pieces.get_mut(j));
-        if let Some(p) = before.filter(|p| p.end() == seq && p.data.len() + data.len() <= PIECE_JOIN) {
+        let joined = |p: &Piece| p.data.len().saturating_add(data.len());
+        if let Some(p) = before.filter(|p| p.end() == seq && joined(p) <= PIECE_JOIN) {
             let (len, cap) = (p.data.len(), p.data.capacity());
-            if len + data.len() > cap {
-                let target = (len + data.len()).max((cap * 2).min(PIECE_JOIN));
-                if target - cap > budget.free() {
+            if joined(p) > cap {
+                let target = joined(p).max(cap.saturating_mul(2).min(PIECE_JOIN));
+                if target.saturating_sub(cap) > budget.free() {
                     return false;
                 }
-                p.data.reserve_exact(target - len);
+                p.data.reserve_exact(target.saturating_sub(len));
             }
             p.data.extend_from_slice(data);
         } else {
-            if self.pieces.len() >= PIECES_MAX || data.len() + PIECE_COST > budget.free() {
+            if self.pieces.len() >= PIECES_MAX || data.len().saturating_add(PIECE_COST) > budget.free() {
                 return false;
             }
             self.pieces.insert(i, Piece { seq, data: data.to_vec() });
@@ -225,9 +228,10 @@ impl Buffer {
         if self.queue.is_empty() && self.queue.capacity() > 0 {
             self.queue = VecDeque::new();
         }
-        let pieces: usize = self.pieces.iter().map(|p| p.data.capacity() + PIECE_COST).sum();
-        let now = self.queue.capacity() + pieces;
-        budget.used = (budget.used + now).saturating_sub(self.charged);
+        let pieces: usize = self.pieces.iter().map(|p| p.data.capacity().saturating_add(PIECE_COST)).sum();
+        let now = self.queue.capacity().saturating_add(pieces);
+        charge(&mut budget.used, now);
+        release(&mut budget.used, self.charged);
         self.charged = now;
     }
 }

@@ -10,6 +10,7 @@ use crate::relay::tcp::recovery::Acknowledged;
 use crate::relay::tcp::seq::Seq;
 use crate::relay::tcp::timers::PATIENT;
 use crate::relay::tcp::{Ctx, Fate, State, Tcb};
+use crate::util::account::{count, count_bytes};
 use guestnet_wire::tcp::{Options, Tcp, flags};
 
 /// After this silence an old timestamp proves nothing (RFC 7323 5.5: 24 days). Nanoseconds.
@@ -118,7 +119,7 @@ impl Tcb {
             match self.state {
                 State::SynReceived if again && !acks => {
                     // The guest did not get our SYN-ACK.
-                    cx.counters.retransmits += 1;
+                    count(&mut cx.counters.retransmits);
                     self.send_syn(cx);
                     return Ok(());
                 }
@@ -130,9 +131,9 @@ impl Tcb {
             }
         }
         if self.is_stray(cx, options) && !rst {
-            return self.unacceptable(cx, seq, payload.len() + usize::from(fin), fin);
+            return self.unacceptable(cx, seq, payload.len().saturating_add(usize::from(fin)), fin);
         }
-        let len = payload.len() as u32 + u32::from(syn) + u32::from(fin);
+        let len = (payload.len() as u32).saturating_add(u32::from(syn)).saturating_add(u32::from(fin));
         let at_edge = seq == self.rcv_nxt;
         let acceptable = if len == 0 {
             // One past the window is let in: the ACKs of a guest that filled it carry that number.
@@ -198,8 +199,8 @@ impl Tcb {
         }
         if len > 0 {
             self.pushed = seg.flags & flags::PSH != 0;
-            let urgent =
-                (seg.flags & flags::URG != 0 && seg.urgent > 0).then(|| seq.plus(u32::from(seg.urgent) - 1));
+            let urgent = (seg.flags & flags::URG != 0 && seg.urgent > 0)
+                .then(|| seq.plus(u32::from(seg.urgent)).minus(1));
             self.take_text(cx, seq, payload, fin, urgent)?;
         }
         self.close_if_done(cx)
@@ -329,7 +330,7 @@ impl Tcb {
             bytes = bytes.saturating_sub(1);
         }
         self.undiscarded = self.undiscarded.saturating_add(bytes);
-        self.bytes_in += u64::from(bytes);
+        count_bytes(&mut self.bytes_in, bytes as usize);
         self.snd_una = ack;
         self.measure(cx.now);
         self.dup_acks = 0;
@@ -430,7 +431,7 @@ impl Tcb {
     fn took(&mut self, taken: usize) {
         self.rcv_nxt = self.rcv_nxt.plus(taken as u32);
         self.rcv_adv = self.rcv_adv.max(self.rcv_nxt);
-        self.bytes_out += taken as u64;
+        count_bytes(&mut self.bytes_out, taken);
     }
 
     /// Gives bytes in order to the socket, and what it does not take to the buffer. False when some found
@@ -451,7 +452,7 @@ impl Tcb {
         }
         if taken < data.len() {
             let buffer = self.buffer.get_or_insert_with(Box::<Buffer>::default);
-            taken += buffer.append(&data[taken..], cx.budget);
+            taken = taken.saturating_add(buffer.append(&data[taken..], cx.budget));
             self.settle_buffer(cx.budget);
         }
         self.took(taken);

@@ -84,7 +84,7 @@ impl KeepAlive {
         let next = match (fresh, new) {
             (true, _) => LOOK_MIN_MS,
             (false, 0) => u64::from(self.look_ms) * 2,
-            (false, n) => passed / u64::from(n),
+            (false, n) => passed.checked_div(u64::from(n)).unwrap_or(passed),
         };
         self.look_ms = next.clamp(LOOK_MIN_MS, LOOK_MAX_MS) as u32;
         self.peer_probes
@@ -255,7 +255,7 @@ impl Tcb {
             k.unanswered = false;
             self.challenge(cx);
         } else if k.answer_looks < ANSWER_LOOKS {
-            k.answer_looks += 1;
+            k.answer_looks = k.answer_looks.saturating_add(1);
             k.answer_at = Some(cx.now.plus_ms(ANSWER_MS << k.answer_looks));
         }
     }

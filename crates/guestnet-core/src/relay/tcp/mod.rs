@@ -19,6 +19,8 @@
 //! [`cubic`] (loss towards the guest), [`host`] (the socket's side), [`buffer`] (what waits for the socket), [`seq`],
 //! [`types`] (what callers hand in and get back).
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 mod ack_thinning;
 mod buffer;
 mod cubic;
@@ -38,6 +40,7 @@ use crate::interface::effects::{Close, Effects, SockError};
 use crate::interface::types::{FlowId, SockId, Time};
 use crate::relay::socket_memory::SocketMemory;
 use crate::relay::turns::BULK;
+use crate::util::account::count;
 use buffer::Buffer;
 use guestnet_wire::tcp::{Options, Tcp};
 use keepalive::KeepAlive;
@@ -504,7 +507,7 @@ impl Tcb {
         }
         self.mss = mss;
         self.rewind();
-        cx.counters.retransmits += 1;
+        count(&mut cx.counters.retransmits);
         self.flush(cx)
     }
 

@@ -11,12 +11,18 @@ use crate::relay::tcp::seq::Seq;
 use crate::relay::tcp::timers::PATIENT;
 use crate::relay::tcp::{Ctx, FLOW_BUFFER, Fate, Path, RCV_SHIFT, State, Tcb};
 use crate::relay::turns::TURN_SHORT;
+use crate::util::account::{count, count_bytes};
 use guestnet_wire::tcp::{MIN_LEN, Options, SackBlocks, Tcp, flags};
 use guestnet_wire::{checksum, ether, ipv4, proto, put};
 use std::net::IpAddr;
 use std::num::NonZeroU64;
 
 const IPV6_LEN: usize = 40;
+/// Where the TCP header starts.
+const L4_V4: usize = ether::HEADER_LEN + ipv4::MIN_LEN;
+const L4_V6: usize = ether::HEADER_LEN + IPV6_LEN;
+/// Offset of the checksum in the TCP header.
+const SUM_AT: usize = 16;
 /// Ethernet, IPv6 and TCP with all options that fit; most are sent with SACK blocks.
 const HEADER_MAX: usize = ether::HEADER_LEN + IPV6_LEN + MIN_LEN + 40;
 /// TTL and hop limit of what the relay says for the other side (RFC 1122 3.2.1.7).
@@ -54,11 +60,11 @@ fn header(path: &Path, tcp: &Tcp, options: &Options, payload: usize) -> Header {
     let mut bytes = [0u8; HEADER_MAX];
     let v4 = path.guest.is_ipv4();
     let l3 = ether::HEADER_LEN;
-    let l4 = l3 + if v4 { ipv4::MIN_LEN } else { IPV6_LEN };
+    let l4 = if v4 { L4_V4 } else { L4_V6 };
     let ethertype = if v4 { ether::IPV4 } else { ether::IPV6 };
     ether::Ether { dst: path.guest_mac, src: path.gateway_mac, ethertype }.emit(&mut bytes);
     let n = tcp.emit(options, bytes.get_mut(l4..).unwrap_or(&mut []));
-    let l4_len = n + payload;
+    let l4_len = n.saturating_add(payload);
     let (src, dst) = (path.remote.ip(), path.guest.ip());
     match (src, dst) {
         (IpAddr::V4(src), IpAddr::V4(dst)) => {
@@ -89,8 +95,8 @@ fn header(path: &Path, tcp: &Tcp, options: &Options, payload: usize) -> Header {
         }
     }
     let sum = checksum::fold(checksum::pseudo(src, dst, proto::TCP, l4_len as u32));
-    put(&mut bytes, l4 + 16, &sum.to_be_bytes());
-    Header { bytes, len: l4 + n, l4 }
+    put(&mut bytes, l4.saturating_add(SUM_AT), &sum.to_be_bytes());
+    Header { bytes, len: l4.saturating_add(n), l4 }
 }
 
 impl Tcb {
@@ -134,7 +140,7 @@ impl Tcb {
         }
         let mut h = header(cx.path, tcp, options, 0);
         let sum = checksum::finish(checksum::sum(h.bytes().get(h.l4..).unwrap_or(&[]), 0));
-        put(&mut h.bytes, h.l4 + 16, &sum.to_be_bytes());
+        put(&mut h.bytes, h.l4.saturating_add(SUM_AT), &sum.to_be_bytes());
         let sent = cx.fx.transmit(cx.path.port, h.bytes(), FrameMeta::default());
         self.sent(cx, sent, h.len)
     }
@@ -142,8 +148,8 @@ impl Tcb {
     fn sent<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, result: Result<(), TxError>, len: usize) -> bool {
         match result {
             Ok(()) => {
-                cx.counters.tx_frames += 1;
-                cx.counters.tx_bytes += len as u64;
+                count(&mut cx.counters.tx_frames);
+                count_bytes(&mut cx.counters.tx_bytes, len);
                 true
             }
             Err(TxError::Full) => {
@@ -236,7 +242,7 @@ impl Tcb {
             (self.challenge_second, self.challenges) = (second, 0);
         }
         if self.challenges < CHALLENGES_MAX {
-            self.challenges += 1;
+            self.challenges = self.challenges.saturating_add(1);
             self.send_ack(cx);
         } else {
             cx.counters.drop(DropReason::RateLimit);
@@ -359,13 +365,13 @@ impl Tcb {
             let room = u32::try_from(room.saturating_sub(HEADER_MAX)).unwrap_or(u32::MAX).max(mss);
             let mut want = usable.min(limit).min(room).min(most);
             if want > mss && want < most {
-                want -= want % mss;
+                want = want.saturating_sub(want.checked_rem(mss).unwrap_or(0));
             }
             if most != u32::MAX {
                 if !self.resend(cx, from, want)? {
                     return Ok(());
                 }
-                sent += want;
+                sent = sent.saturating_add(want);
                 continue;
             }
             let peek = self.peek(cx, from, want)?;
@@ -385,7 +391,7 @@ impl Tcb {
                     if n == 0 || !self.send_data(cx, from, n, mss, end) {
                         return Ok(());
                     }
-                    sent += n;
+                    sent = sent.saturating_add(n);
                     if sent >= TURN_SHORT {
                         self.moves_bulk(cx.now);
                     }
@@ -394,7 +400,7 @@ impl Tcb {
                     if !self.send_data(cx, from, 1, mss, flags::URG | flags::PSH) {
                         return Ok(());
                     }
-                    sent += 1;
+                    sent = sent.saturating_add(1);
                 }
                 Peek::Empty => {
                     (self.readable, self.hangup) = (false, false);
@@ -440,11 +446,11 @@ impl Tcb {
         tcp.urgent = if end & flags::URG != 0 { n as u16 } else { 0 };
         let h = header(cx.path, &tcp, &self.options(cx.now), n as usize);
         let meta = FrameMeta {
-            csum: Csum::Partial { start: h.l4 as u16, offset: 16 },
+            csum: Csum::Partial { start: h.l4 as u16, offset: SUM_AT as u16 },
             gso: (n > mss).then_some(Gso::Tcp(mss as u16)),
         };
         let sent = cx.fx.transmit_peeked(cx.path.port, h.bytes(), 0..n as usize, meta);
-        if !self.sent(cx, sent, h.len + n as usize) {
+        if !self.sent(cx, sent, h.len.saturating_add(n as usize)) {
             // What was read must be asked for again when the port has room.
             self.readable = true;
             return false;
@@ -456,7 +462,7 @@ impl Tcb {
         let fin = end & flags::FIN != 0;
         self.fin_sent |= fin;
         self.last_seen = cx.now;
-        self.put_in_flight(cx, from, n + u32::from(fin));
+        self.put_in_flight(cx, from, n.saturating_add(u32::from(fin)));
         true
     }
 
@@ -464,7 +470,7 @@ impl Tcb {
     #[inline]
     fn put_in_flight<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, from: Seq, len: u32) {
         if from != self.snd_max {
-            cx.counters.retransmits += 1;
+            count(&mut cx.counters.retransmits);
             return self.count_again(cx.now, from, len);
         }
         self.snd_max = from.plus(len);
@@ -500,7 +506,7 @@ impl Tcb {
         len: u32,
     ) -> Result<bool, Fate> {
         let fin = self.fin_sent && from.plus(len) == self.snd_max;
-        let data = len - u32::from(fin && len > 0);
+        let data = len.saturating_sub(u32::from(fin));
         let before = cx.counters.retransmits;
         if data == 0 {
             if fin {

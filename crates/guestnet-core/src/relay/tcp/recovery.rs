@@ -75,7 +75,7 @@ pub(super) struct Acknowledged<'a> {
 impl Recovery {
     /// A measured round trip. An old minimum fades, or a path that became longer would never be believed.
     fn see_rtt(&mut self, ns: u64) {
-        self.least = (self.least + self.least / 64).min(ns);
+        self.least = self.least.saturating_add(self.least / 64).min(ns);
     }
 }
 
@@ -203,8 +203,8 @@ impl Tcb {
             r.duplicates = r.duplicates.saturating_sub(ack.bytes.saturating_sub(mss));
         } else if ack.duplicate && r.phase == Phase::Recovery {
             let more = mss.min(r.board.in_flight(self.snd_max).saturating_sub(r.duplicates));
-            r.duplicates += more;
-            d.bytes += more;
+            r.duplicates = r.duplicates.saturating_add(more);
+            d.bytes = d.bytes.saturating_add(more);
         }
         r.rtt = u64::from(self.srtt_us) * 1000;
         if let Some(at) = d.resent {
@@ -218,7 +218,7 @@ impl Tcb {
         }
         self.reordered |= self.sack_on && d.reordered;
         if repeated {
-            r.patience = (r.patience + 1).min(PATIENCE_MAX);
+            r.patience = r.patience.saturating_add(1).min(PATIENCE_MAX);
         }
         let probe_arrived = self.end_probe(&mut r, ack, repeated);
         let mut loss = false;
@@ -243,7 +243,7 @@ impl Tcb {
             self.enter_recovery(&mut r, now, mss);
         } else if r.phase == Phase::Open && probe_arrived == Some(true) && r.board.is_empty() {
             // The probe itself filled the hole: there was loss all the same.
-            let window = self.cwnd.min(self.snd_max.since(una) + d.bytes);
+            let window = self.cwnd.min(self.snd_max.since(una).saturating_add(d.bytes));
             r.ssthresh = r.cubic.reduce(window, mss);
             self.cwnd = r.ssthresh;
         }
@@ -272,7 +272,7 @@ impl Tcb {
     fn detect(&self, r: &mut Recovery, now: Time, mss: u32, hasty: bool) -> u32 {
         let rule = Rule {
             mss,
-            window: (r.least / 4 * u64::from(r.patience)).min(u64::from(self.srtt_us) * 1000),
+            window: (r.least / 4).saturating_mul(u64::from(r.patience)).min(u64::from(self.srtt_us) * 1000),
             rtt: r.rtt,
             newest: r.newest,
             reordered: self.reordered,
@@ -291,7 +291,7 @@ impl Tcb {
         (r.delivered, r.sent) = (0, 0);
         r.probe = None;
         if !self.sack_on {
-            let dups = u32::from(DUP_ACKS) * mss;
+            let dups = mss.saturating_mul(u32::from(DUP_ACKS));
             r.duplicates = dups.min(r.board.in_flight(self.snd_max));
         }
         self.arm_timeout(now);
@@ -303,21 +303,21 @@ impl Tcb {
         r.delivered = r.delivered.saturating_add(bytes);
         let pipe = r.board.in_flight(self.snd_max).saturating_sub(r.duplicates);
         let more = if pipe > r.ssthresh {
-            let share = u64::from(r.delivered) * u64::from(r.ssthresh);
+            let share = u64::from(r.delivered).saturating_mul(u64::from(r.ssthresh));
             let share = share.div_ceil(u64::from(r.before));
             u32::try_from(share).unwrap_or(u32::MAX).saturating_sub(r.sent)
         } else {
             let arrived = r.delivered.saturating_sub(r.sent).max(bytes);
-            (r.ssthresh - pipe).min(arrived + if safe { mss } else { 0 })
+            r.ssthresh.saturating_sub(pipe).min(arrived.saturating_add(if safe { mss } else { 0 }))
         };
         // The first segment is sent again whatever the rest says.
-        self.cwnd = pipe + more.max(if r.sent == 0 { mss } else { 0 });
+        self.cwnd = pipe.saturating_add(more.max(if r.sent == 0 { mss } else { 0 }));
     }
 
     /// More window for `bytes` that arrived, where the window was used.
     fn grow(&mut self, r: &mut Recovery, now: Time, mss: u32, bytes: u32) {
         let pipe = r.board.in_flight(self.snd_max);
-        if bytes == 0 || (r.phase == Phase::Open && 2 * pipe.saturating_add(bytes) < self.cwnd) {
+        if bytes == 0 || (r.phase == Phase::Open && pipe.saturating_add(bytes) < self.cwnd.div_ceil(2)) {
             return;
         }
         self.cwnd = if self.cwnd < r.ssthresh {
@@ -429,8 +429,9 @@ impl Tcb {
             }
         }
         let fin = u32::from(self.fin_sent);
-        let len = (self.snd_max.since(self.snd_una) - fin).min(mss);
-        if self.resend(cx, self.snd_max.minus(len + fin), len + fin)? {
+        let len = self.snd_max.since(self.snd_una).saturating_sub(fin).min(mss);
+        let len = len.saturating_add(fin);
+        if self.resend(cx, self.snd_max.minus(len), len)? {
             self.note_probe(true);
         }
         Ok(())

@@ -18,6 +18,7 @@
 use crate::interface::types::Time;
 use crate::relay::tcp::Budget;
 use crate::relay::tcp::seq::Seq;
+use crate::util::account::charge;
 
 /// Spans that any flow may have.
 const SPANS_FREE: usize = 8;
@@ -155,7 +156,7 @@ impl Scoreboard {
             Some(s) if self.start_of(i) != at => {
                 let part = Span { end: at, state: s.state };
                 self.spans.insert(i, part);
-                i + 1
+                i.saturating_add(1)
             }
             _ => i,
         }
@@ -175,8 +176,8 @@ impl Scoreboard {
         for s in &self.spans {
             let len = s.end.since(from);
             match s.state {
-                State::Sacked => self.sacked += len,
-                State::Lost => self.lost += len,
+                State::Sacked => self.sacked = self.sacked.saturating_add(len),
+                State::Lost => self.lost = self.lost.saturating_add(len),
                 State::Skipped { .. } | State::Resent { .. } => {}
             }
             from = s.end;
@@ -189,7 +190,7 @@ impl Scoreboard {
         if s.state == State::Sacked {
             return;
         }
-        d.bytes += bytes;
+        d.bytes = d.bytes.saturating_add(bytes);
         match s.state {
             State::Resent { at, .. } if genuine(at) => d.resent = d.resent.max(Some(at)),
             _ => d.reordered |= s.end.le(highest),
@@ -199,18 +200,18 @@ impl Scoreboard {
     /// All before `una` is acknowledged.
     pub fn acknowledge(&mut self, una: Seq, genuine: impl Fn(Time) -> bool, d: &mut Delivery) {
         let covered = self.covered();
-        let mut gone = 0;
+        let mut gone = 0_usize;
         let mut from = self.start;
         for s in &self.spans {
             if una.le(from) {
                 break;
             }
             Self::arrived(*s, s.end.min_of(una).since(from), self.highest, &genuine, d);
-            gone += usize::from(s.end.le(una));
+            gone = gone.saturating_add(usize::from(s.end.le(una)));
             from = s.end;
         }
         if covered.lt(una) {
-            d.bytes += una.since(covered);
+            d.bytes = d.bytes.saturating_add(una.since(covered));
         }
         self.spans.drain(..gone);
         self.start = una;
@@ -237,7 +238,7 @@ impl Scoreboard {
                 self.spans.push(Span { end: from, state: State::Skipped { since: now } });
             }
             self.spans.push(Span { end: to, state: State::Sacked });
-            d.bytes += to.since(covered.max(from));
+            d.bytes = d.bytes.saturating_add(to.since(covered.max(from)));
         }
         if from.lt(covered) {
             let (first, last) = (self.split(from), self.split(to.min_of(covered)));
@@ -256,9 +257,9 @@ impl Scoreboard {
 
     fn has_room(&mut self, budget: &mut Budget) -> bool {
         // A block adds two spans at most.
-        let after = self.spans.len() + 2;
+        let after = self.spans.len().saturating_add(2);
         if !self.charged && after > SPANS_FREE && budget.free() >= LONG_COST {
-            budget.used += LONG_COST;
+            charge(&mut budget.used, LONG_COST);
             self.charged = true;
         }
         after <= if self.charged { SPANS_MAX } else { SPANS_FREE }
@@ -276,7 +277,7 @@ impl Scoreboard {
     /// Marks what is lost; returns how many bytes, and when to look again.
     pub fn detect(&mut self, now: Time, rule: &Rule) -> (u32, Option<Time>) {
         let window = if rule.hasty && !rule.reordered { 0 } else { rule.window };
-        let (mut newly, mut again) = (0, None::<Time>);
+        let (mut newly, mut again) = (0u32, None::<Time>);
         let (mut above, mut runs) = (0u32, 0u32);
         for i in (0..self.spans.len()).rev() {
             let len = self.len_of(i);
@@ -284,12 +285,12 @@ impl Scoreboard {
             let Some(s) = self.spans.get_mut(i) else { break };
             let due = match s.state {
                 State::Sacked => {
-                    (above, runs) = (above + len, runs + 1);
+                    (above, runs) = (above.saturating_add(len), runs.saturating_add(1));
                     continue;
                 }
                 State::Lost => continue,
                 State::Skipped { since } => {
-                    let enough = above > (DUP_THRESH - 1) * rule.mss || runs >= DUP_THRESH;
+                    let enough = above > rule.mss.saturating_mul(DUP_THRESH - 1) || runs >= DUP_THRESH;
                     if enough && !rule.reordered { now } else { Time(since.0.saturating_add(window)) }
                 }
                 // Only what was sent later and has arrived tells anything of it.
@@ -300,7 +301,7 @@ impl Scoreboard {
             };
             if due <= now {
                 s.state = State::Lost;
-                newly += len;
+                newly = newly.saturating_add(len);
             } else {
                 again = Some(again.map_or(due, |a| a.min(due)));
             }

@@ -7,6 +7,7 @@ use crate::interface::effects::{Close, Effects, SockError};
 use crate::interface::types::Time;
 use crate::relay::tcp::keepalive::ORPHAN_MS;
 use crate::relay::tcp::{Ctx, Fate, Path, State, Tcb};
+use crate::util::account::count;
 
 /// Before the first measurement (RFC 6298 2.1).
 pub(super) const RTO_INITIAL_MS: u32 = 1000;
@@ -126,7 +127,7 @@ impl Tcb {
         self.rto_ms = self.rto_ms.saturating_mul(2).min(RTO_MAX_MS);
         self.rtt_from = None;
         if syn {
-            cx.counters.retransmits += 1;
+            count(&mut cx.counters.retransmits);
             self.send_syn(cx);
         } else if self.snd_una == self.snd_max || self.snd_wnd == 0 {
             // Persist. What was in flight when the guest closed its window is sent again when it opens.
@@ -211,8 +212,8 @@ impl Tcb {
             (self.srtt_us, self.rttvar_us) = (r, r / 2);
         } else {
             let delta = self.srtt_us.abs_diff(r);
-            self.rttvar_us = self.rttvar_us / 4 * 3 + delta / 4;
-            self.srtt_us = (self.srtt_us / 8 * 7 + r / 8).max(1);
+            self.rttvar_us = (self.rttvar_us / 4).saturating_mul(3).saturating_add(delta / 4);
+            self.srtt_us = (self.srtt_us / 8).saturating_mul(7).saturating_add(r / 8).max(1);
         }
     }
 
@@ -222,7 +223,8 @@ impl Tcb {
         self.rto_ms = if self.srtt_us == 0 {
             RTO_INITIAL_MS
         } else {
-            ((self.srtt_us + 4 * self.rttvar_us.max(1)) / 1000).clamp(RTO_MIN_MS, RTO_MAX_MS)
+            (self.srtt_us.saturating_add(self.rttvar_us.max(1).saturating_mul(4)) / 1000)
+                .clamp(RTO_MIN_MS, RTO_MAX_MS)
         };
     }
 }
