@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from guestnet.control.runtime import Runtime as Runtime
     from guestnet.datapath.network_datapath import NetworkDatapath as NetworkDatapath
     from guestnet.datapath.poller import Datapath as Datapath
     from guestnet.datapath.poller import DatapathPoller as DatapathPoller
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives. tests/unit/test_package.py holds it against the imports above.
 _HOME = {
+    "guestnet.control.runtime": ("Runtime",),
     "guestnet.runtime.attachments": ("Attachment", "Listener", "MemoryAttachment"),
     "guestnet.model.spec": ("Filtering", "NatConfig", "NetMode", "PollingStrategy", "StaticLease", "Uplink"),
     "guestnet.datapath.poller": ("Datapath", "DatapathPoller"),

@@ -11,18 +11,20 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from threading import Condition
 from typing import TYPE_CHECKING
 
+from guestnet.control.callbacks import CallbackQueue
 from guestnet.errors import AttachError, BusyError, ConfigError, NotRunning
 from guestnet.model.spec import path as checked_path
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from guestnet.runtime.control import Control
+    from guestnet.control.callbacks import CallbackPool
+    from guestnet.control.channel import Control
     from guestnet.runtime.network import NatNetwork
-    from guestnet.runtime.session import Session
 
 _log = logging.getLogger("guestnet")
 
@@ -49,22 +51,29 @@ class Attachment:
 
 
 class MemoryAttachment(Attachment):
-    """A guest in this process: `send` gives its frames to the network; those for it go to `on_frame`, in the
-    control thread, or wait for `recv` when there is no `on_frame`."""
+    """A guest in this process: `send` gives its frames to the network; those for it go to `on_frame`, in a
+    thread for callbacks, or wait for `recv` when there is no `on_frame`."""
 
     def __init__(
-        self, endpoint_id: str, session: Session, port: int, on_frame: Callable[[bytes], object] | None
+        self,
+        endpoint_id: str,
+        control: Control,
+        port: int,
+        on_frame: Callable[[bytes], object] | None,
+        callbacks: CallbackPool,
     ) -> None:
         super().__init__(endpoint_id, "memory")
-        self._control: Control | None = session.control
+        self._control: Control | None = control
         self._port = port
         self._on_frame = on_frame
+        self._calls = None if on_frame is None else CallbackQueue(callbacks, _KEPT_FRAMES)
         self._frames: deque[bytes] = deque(maxlen=_KEPT_FRAMES)
         self._arrived = Condition()
         self._wakers: set[Callable[[], None]] = set()
         """Of tasks in `arecv`."""
         self._ended = False
         self.lost = 0
+        """Frames that were lost on the way from the guest, or for which `on_frame` was too slow."""
 
     def send(self, frame: Buffer) -> None:
         """A frame from the guest, Ethernet header first: bytes, or any object that has some in one piece.
@@ -148,16 +157,21 @@ class MemoryAttachment(Attachment):
 
     def deliver(self, frame: bytes) -> None:
         """A frame for the guest; called by the network."""
-        if self._on_frame is not None:
-            try:
-                self._on_frame(frame)
-            except BaseException:  # sys.exit() too: it would end the control thread
-                _log.exception("on_frame of %r failed", self.endpoint_id)
+        if self._calls is not None:
+            if not self._calls.put(partial(self._call, frame)):
+                self.lost += 1
             return
         with self._arrived:
             self._frames.append(frame)
             self._arrived.notify()
             self._wake_tasks()
+
+    def _call(self, frame: bytes) -> None:
+        assert self._on_frame is not None
+        try:
+            self._on_frame(frame)
+        except BaseException:  # sys.exit() too
+            _log.exception("on_frame of %r failed", self.endpoint_id)
 
 
 class Listener:

@@ -17,7 +17,7 @@ from guestnet.errors import BusyError, GuestnetError
 
 if TYPE_CHECKING:
     from guestnet import _native
-    from guestnet.runtime.control import Control
+    from guestnet.control.channel import Control
     from guestnet.runtime.registry import Registry
     from guestnet.services.dns import DnsServer
     from guestnet.services.dns.server import Reply

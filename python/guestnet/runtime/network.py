@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import socket
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from ipaddress import IPv4Address
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
+from guestnet.control.callbacks import CallbackQueue
+from guestnet.control.in_thread import in_thread
+from guestnet.control.runtime import Runtime, implicit_runtime
 from guestnet.errors import (
     AlreadyRunning,
     ConfigError,
@@ -45,15 +48,12 @@ from guestnet.runtime.registry import Registry
 from guestnet.runtime.service_host import Services
 from guestnet.runtime.session import Session
 from guestnet.runtime.session_end import began, claim, end, end_unheld
-from guestnet.runtime.threads import in_thread
 
 if TYPE_CHECKING:
     from guestnet.datapath.network_datapath import NetworkDatapath
     from guestnet.nat.engine import NatResult, PacketPool, Ring
 
 _T = TypeVar("_T")
-
-_log = logging.getLogger("guestnet")
 
 
 class NatNetwork:
@@ -73,7 +73,9 @@ class NatNetwork:
     hold it.
     """
 
-    def __init__(self, config: NatConfig | None = None, **settings: Any) -> None:
+    def __init__(
+        self, config: NatConfig | None = None, *, runtime: Runtime | None = None, **settings: Any
+    ) -> None:
         if config is None:
             config = NatConfig(**settings)
         elif not isinstance(config, NatConfig):
@@ -82,7 +84,10 @@ class NatNetwork:
             raise ConfigError(
                 f"{', '.join(settings)} cannot be given beside a NatConfig: give all settings to NatConfig."
             )
+        if runtime is not None and not isinstance(runtime, Runtime):
+            raise TypeError(f"{runtime!r} is not a Runtime: make one with Runtime(), or leave it out.")
         self._config = config
+        self._runtime = runtime or implicit_runtime()
         self._registry = Registry(self._config)
         self._registry.network = weakref.ref(self)
         self._memory: dict[int, MemoryAttachment] = {}
@@ -106,6 +111,11 @@ class NatNetwork:
     def config(self) -> NatConfig:
         """The configuration."""
         return self._config
+
+    @property
+    def runtime(self) -> Runtime:
+        """The threads that it shares with other networks."""
+        return self._runtime
 
     @property
     def gateway(self) -> IPv4Address:
@@ -137,7 +147,7 @@ class NatNetwork:
         with self._changing:
             if self._session is not None:
                 raise AlreadyRunning("The network runs already: stop it before you start it again.")
-            session = Session(weakref.ref(self), self._config, self._registry, self._services)
+            session = Session(weakref.ref(self), self._config, self._registry, self._services, self._runtime)
             session.control.start()
             try:
                 session.control.wait(session.open())
@@ -158,7 +168,7 @@ class NatNetwork:
                 return
             if session.control.is_own_thread:
                 raise GuestnetError(
-                    "stop() was called in an event callback, whose thread it would wait for: "
+                    "stop() was called in the control thread, which it would wait for: "
                     "call it from another thread."
                 )
             self._session = None
@@ -166,6 +176,7 @@ class NatNetwork:
                 self._finalizer.detach()
             if claim(session):
                 self._end(session)
+        session.callbacks.wait()
 
     def _leave_parent(self) -> None:
         """In a process that was forked from the one with the network: what runs there does not run here."""
@@ -336,7 +347,7 @@ class NatNetwork:
         front-end may come, go and come again) or "memory" (frames of this process).
 
         `fd` or `sock` belongs to the network from then on; when it cannot be used (AttachError) it stays
-        yours. `on_frame` is called in the control thread.
+        yours. `on_frame` is called in a thread for callbacks, one frame at a time and in order.
         """
         number = taken_descriptor(kind, fd, sock, on_frame)
         made = self._run(self._live().attach(endpoint_id, kind, number, on_frame))
@@ -581,9 +592,12 @@ class NatNetwork:
         await self._arun(self._live().stop_capture())
 
     def on_event(self, callback: EventCallback, *, flows: bool = False) -> Callable[[], None]:
-        """Calls `callback` for every NetworkEvent, in the control thread: return soon, and wait for nothing
-        of the network there. With `flows` also for each flow. Returns a function that ends it. Raises
-        TypeError for what cannot be called."""
+        """Calls `callback` for every NetworkEvent, one at a time and in order, in a thread for callbacks.
+        With `flows` also for each flow. Returns a function that ends it.
+
+        A callback may use the network. While it has not returned, up to 4096 later events wait; further ones
+        are lost and counted (`events_lost`). Raises TypeError for what cannot be called.
+        """
         if not callable(callback):
             raise TypeError(f"{callback!r} cannot be called: give a function that takes a NetworkEvent.")
         entry = (callback, flows)
@@ -595,6 +609,12 @@ class NatNetwork:
             self._flows_wanted()
 
         return end
+
+    @property
+    def events_lost(self) -> int:
+        """Events that callbacks did not get in this run, because they had not returned from earlier ones."""
+        session = self._running()
+        return 0 if session is None else session.callbacks.lost
 
     # --- inside ---
 
@@ -610,15 +630,11 @@ class NatNetwork:
                 with contextlib.suppress(RuntimeError):  # it has ended meanwhile
                     control.loop.call_soon_threadsafe(control.ensure, control.plane.tell_flows, tells)
 
-    def _tell(self, event: NetworkEvent) -> None:
+    def _tell(self, event: NetworkEvent, calls: CallbackQueue) -> None:
         of_flow = event.kind in ("flow_opened", "flow_closed", "denied")
         for callback, flows in self._callbacks:
-            if of_flow and not flows:
-                continue
-            try:
-                callback(event)
-            except BaseException:  # sys.exit() too: it would end the control thread, and guests their network
-                _log.exception("a callback for events failed")
+            if flows or not of_flow:
+                calls.put(partial(callback, event))
 
     @property
     def _is_fork(self) -> bool:
@@ -656,7 +672,7 @@ class NatNetwork:
         if session.control.is_own_thread:
             work.close()
             raise GuestnetError(
-                "This was called in the network's own thread (an event callback), which it would wait for: "
+                "This was called in the control thread, which it would wait for: "
                 "call it from another thread, or await its twin for asyncio in a task."
             )
         return session.control.wait(work)

@@ -21,9 +21,9 @@ from guestnet.errors import ConfigError, ForwardNotFound, PortInUse
 from guestnet.runtime.forwards import ForwardSpec, close_sockets, show
 
 if TYPE_CHECKING:
+    from guestnet.control.channel import Control
     from guestnet.errors import GuestnetError
     from guestnet.model.spec import NatConfig
-    from guestnet.runtime.control import Control
     from guestnet.runtime.endpoint import Endpoint
     from guestnet.runtime.network import NatNetwork
     from guestnet.runtime.registry import Registry

@@ -17,6 +17,8 @@ from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
+from guestnet.control.callbacks import CallbackQueue
+from guestnet.control.channel import Control, Handlers
 from guestnet.errors import (
     AddressInUse,
     AddressPoolExhausted,
@@ -31,7 +33,6 @@ from guestnet.model.ipam import format_mac, parse_mac
 from guestnet.model.spec import NetMode, Uplink
 from guestnet.model.stats import ConnTrackStats, FlowRecord, NatStats, NetworkStats
 from guestnet.runtime.attachments import Attachment, Listener, MemoryAttachment
-from guestnet.runtime.control import Control, Handlers
 from guestnet.runtime.endpoint import Endpoint
 from guestnet.runtime.forwards import ForwardSpec
 from guestnet.runtime.publishing import Forward, Publishing
@@ -40,6 +41,7 @@ from guestnet.runtime.service_host import ServiceHost, Services
 
 if TYPE_CHECKING:
     from guestnet import _native
+    from guestnet.control.runtime import Runtime
     from guestnet.model.spec import NatConfig
     from guestnet.runtime.network import NatNetwork
     from guestnet.runtime.tun_uplink import TunUplink
@@ -154,13 +156,16 @@ class Session:
         config: NatConfig,
         registry: Registry,
         services: Services,
+        runtime: Runtime,
     ) -> None:
         self._owner = owner
         """The network, while anybody holds it. The control thread holds this session, so a strong reference
         would keep a network running that nobody holds."""
         self.config = config
         self.registry = registry
-        self.control = Control(lambda: _make_plane(config), self._handlers, "guestnet-control")
+        self.callbacks = CallbackQueue(runtime.callbacks)
+        self._runtime = runtime
+        self.control = Control(lambda: _make_plane(config), self._handlers, runtime)
         self.publishing = Publishing(self.control, registry, owner)
         self._ports: dict[int, str] = {}
         self._port_of: dict[str, int] = {}
@@ -365,7 +370,9 @@ class Session:
         attachment = Attachment(id, kind)
         if fd is None:
             # Known before the worker is told, so that no frame comes too early.
-            attachment = self._memory[port] = MemoryAttachment(id, self, port, on_frame)
+            attachment = self._memory[port] = MemoryAttachment(
+                id, self.control, port, on_frame, self._runtime.callbacks
+            )
             if (owner := self._owner()) is not None:
                 owner._memory[port] = attachment
             work = self.control.do(plane.attach_memory, port)
@@ -535,7 +542,7 @@ class Session:
     def emit(self, kind: str, endpoint: str | None = None, **details: Any) -> None:
         """Tells the network's owner."""
         if (owner := self._owner()) is not None:
-            owner._tell(NetworkEvent(kind, endpoint, details))
+            owner._tell(NetworkEvent(kind, endpoint, details), self.callbacks)
 
     def _tell_up(self, endpoint: Endpoint, **more: Any) -> None:
         self.emit(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import os
 import subprocess
 import sys
@@ -22,7 +21,6 @@ from guestnet import (
     NatConfig,
     NatNetwork,
     NetMode,
-    NetworkEvent,
     NotRunning,
 )
 
@@ -191,25 +189,21 @@ async def test_asyncio() -> None:
         await network.aflows()
 
 
-def test_waiting_for_the_own_thread_is_refused(caplog: pytest.LogCaptureFixture) -> None:
-    seen: list[str] = []
-
-    def callback(event: NetworkEvent) -> None:
+def test_waiting_in_the_control_thread_is_refused() -> None:
+    async def use() -> list[str]:
+        seen = []
         for call in (network.flows, network.stop, lambda: network.create_endpoint("x")):
             try:
                 call()
             except GuestnetError as error:
                 seen.append(str(error))
-        raise ValueError("also that is survived")
+        return seen
 
     with NatNetwork(PLAIN) as network:
-        network.on_event(callback)
-        network.create_endpoint("vm1")
-        with caplog.at_level(logging.CRITICAL, logger="guestnet"):
-            network.attach("vm1", "memory")
+        seen = network._run(use())
         assert len(seen) == 3
         assert all("another thread" in text for text in seen)
-        assert network.endpoint_count == 1
+        assert network.endpoint_count == 0
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:

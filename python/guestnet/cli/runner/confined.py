@@ -49,11 +49,8 @@ def settle(network: NatNetwork) -> None:
         return
     from guestnet._linux import confinement
 
-    async def there() -> None:
-        confinement.settle_thread()
-
     confinement.settle_thread()
-    network._run(there())
+    network.runtime.call_in_threads(confinement.settle_thread)
 
 
 def in_force() -> InForce | None:

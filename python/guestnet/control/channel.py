@@ -1,8 +1,13 @@
-"""The control thread: one asyncio loop that hears a worker's events and gives it commands.
+"""The channel between one network's control side and its data plane: commands down, events up.
 
-The worker writes an eventfd when this loop sleeps, and the loop drains events in batches; nothing is called
-per event from a packet thread. A command has a number, and the event that brings it back completes a future.
-Everything of a running network happens in this one thread, so nothing here needs a lock but its door.
+Theory of operation:
+
+- The worker writes an eventfd when the control thread sleeps, and the control thread drains events in
+  batches. No packet thread calls Python.
+- A command has a number. The `Done` event with that number completes a future.
+- Everything of a running network happens in the control thread, so only the entry from other threads needs a
+  lock.
+- The channel owns its tasks and its data plane. Its end ends these; the thread serves other networks.
 """
 
 from __future__ import annotations
@@ -18,10 +23,13 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from guestnet.control.thread import Party, end_tasks
 from guestnet.errors import BusyError, DataPlaneError, GuestnetError, NotRunning
 
 if TYPE_CHECKING:
     from guestnet._native import DataPlane
+    from guestnet.control.runtime import Runtime
+    from guestnet.control.thread import ControlThread
 
 _T = TypeVar("_T")
 Handlers = Mapping[type, Callable[[Any], object]]
@@ -33,6 +41,11 @@ _BATCH = 512
 _RETRY_SECONDS = 0.002
 
 
+def _log_failure(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.error("a task of the network failed", exc_info=error)
+
+
 def _log_refusal(error: GuestnetError) -> None:
     # What is gone already needs no removal.
     level = logging.DEBUG if isinstance(error, LookupError) else logging.WARNING
@@ -40,49 +53,64 @@ def _log_refusal(error: GuestnetError) -> None:
 
 
 class Control:
-    """A running control thread with its worker."""
+    """The control side of one running network: its data plane, and its part of the control thread."""
 
-    def __init__(self, make: Callable[[], DataPlane], handlers: Callable[[], Handlers], name: str) -> None:
+    def __init__(
+        self, make: Callable[[], DataPlane], handlers: Callable[[], Handlers], runtime: Runtime
+    ) -> None:
         self._make = make
         self._make_handlers = handlers
         self._handlers: Handlers = {}
+        self._runtime = runtime
+        self._party = Party()
         self._pending: dict[int, asyncio.Future[Any]] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._backlog: deque[tuple[Callable[[], int], Callable[[GuestnetError], None]]] = deque()
         # Of commands that nobody waits for: what is done when the worker refuses one.
         self._refused: dict[int, Callable[[GuestnetError], None]] = {}
-        self._ready: Future[None] = Future()
         self._gate = threading.Lock()
-        self._ended = False
+        self._stopped = self._ended = False
         self._handed_in: set[Future[Any]] = set()
         self._failure: str | None = None
-        # A daemon, so that a program that forgets to stop its network can still end; NatNetwork stops it
-        # at exit, before the interpreter goes.
-        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self._thread: ControlThread | None = None
         self.loop: asyncio.AbstractEventLoop
         self.plane: DataPlane
 
     # --- from any thread ---
 
     def start(self) -> None:
-        """Starts thread and worker; raises what kept them from starting."""
-        self._thread.start()
+        """Starts the worker and hears its events; raises what kept it from starting."""
+        thread = self._runtime.acquire()
         try:
-            self._ready.result()
+            self.loop = thread.loop
+            self.plane = self._make()
+            try:
+                self._handlers = self._make_handlers()
+                thread.call(partial(self._party.run, self.loop.add_reader, self.plane.event_fd, self._drain))
+            except BaseException:
+                self.plane.stop()
+                raise
         except BaseException:
-            self._thread.join()
+            self._runtime.release()
             raise
+        self._thread = thread
 
     def stop(self) -> None:
-        """Ends both and waits for them. What still waited for an answer is cancelled."""
-        with contextlib.suppress(RuntimeError):  # it has ended by itself
-            self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()
+        """Ends the worker and all tasks, and waits for them. What still waited for an answer is cancelled."""
+        thread = self._thread
+        if thread is None or self._stopped:
+            return
+        self._stopped = True
+        try:
+            thread.call(partial(self.loop.remove_reader, self.plane.event_fd))
+            self.plane.stop()
+            thread.run(self._end())
+        finally:
+            self._runtime.release()
 
     @property
     def is_own_thread(self) -> bool:
         """Whether the caller is the control thread, which cannot wait for itself."""
-        return threading.current_thread() is self._thread
+        return self._thread is not None and self._thread.is_current
 
     def submit(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
         """Runs a coroutine in the control thread."""
@@ -90,7 +118,7 @@ class Control:
             with self._gate:
                 if self._ended:
                     raise NotRunning("The network was stopped: start it again.")
-                future = asyncio.run_coroutine_threadsafe(work, self.loop)
+                future = self._party.run(asyncio.run_coroutine_threadsafe, work, self.loop)
                 self._handed_in.add(future)
             future.add_done_callback(self._handed_in.discard)
             return future
@@ -177,14 +205,8 @@ class Control:
 
     def spawn(self, work: Coroutine[Any, Any, object]) -> None:
         """Runs a task that is kept alive, and whose failure is logged."""
-        task = self.loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._task_done)
-
-    def _task_done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("a task of the network failed", exc_info=error)
+        task = self._party.run(self.loop.create_task, work)
+        task.add_done_callback(_log_failure)
 
     def _check(self) -> None:
         if self._failure is not None or not self.plane.is_healthy:
@@ -202,49 +224,26 @@ class Control:
                     DataPlaneError(f"The packet thread has failed ({message}): start the network again.")
                 )
 
-    def _main(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        # In Python's development mode asyncio tells the program's owner of steps over 0.1 s, which a busy
-        # machine makes of any.
-        self.loop.slow_callback_duration = 1.0
-        try:
-            self.plane = self._make()
-            self._handlers = self._make_handlers()
-            self.loop.add_reader(self.plane.event_fd, self._drain)
-        except BaseException as error:
-            self.loop.close()
-            self._ready.set_exception(error)
-            return
-        asyncio.set_event_loop(self.loop)
-        self.loop.call_soon(self._ready.set_result, None)
-        try:
-            self.loop.run_forever()
-        finally:
-            self._end()
-
-    def _end(self) -> None:
-        loop = self.loop
-        loop.remove_reader(self.plane.event_fd)
-        self.plane.stop()
+    async def _end(self) -> None:
         with self._gate:
             self._ended = True
-        # What was handed in until now begins, and ends at once.
-        loop.run_until_complete(asyncio.sleep(0))
-        left = asyncio.all_tasks(loop)
-        for task in left:
-            task.cancel()
-        if left:
-            loop.run_until_complete(asyncio.wait(left, timeout=1.0))
+        await asyncio.sleep(0)  # what was handed in until now begins, and ends at once
+        await end_tasks(self._party)
         for future in list(self._handed_in):
             future.cancel()  # of a task that does not end: nobody is to wait for it
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        asyncio.set_event_loop(None)
-        loop.close()
         # They lead to the session, and that leads here: the end of one is to be the end of all.
         self._handlers, self._make_handlers = {}, dict
 
     def _drain(self) -> None:
-        for event in self.plane.drain(_BATCH):
+        try:
+            events = self.plane.drain(_BATCH)
+        except Exception as error:
+            # It would be called again at once, and the other networks of this thread never.
+            self.loop.remove_reader(self.plane.event_fd)
+            _log.exception("the events of a network cannot be read")
+            self.fail(f"its events cannot be read: {error}")
+            return
+        for event in events:
             handler = self._handlers.get(type(event))
             if handler is None:
                 self._acknowledge(event)

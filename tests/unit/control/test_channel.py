@@ -1,4 +1,4 @@
-"""The control thread with a data plane that a test plays."""
+"""The channel to a data plane that a test plays."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from guestnet.control.channel import Control
+from guestnet.control.runtime import Runtime
 from guestnet.errors import AttachError, BusyError, DataPlaneError, EndpointNotFound, NotRunning
-from guestnet.runtime.control import Control
-
-from .conftest import until
+from unit.runtime.conftest import until
 
 
 class Plane:
@@ -69,7 +69,7 @@ def refuse(_event: Odd) -> None:
 
 @pytest.fixture
 def control(plane: Plane) -> Iterator[Control]:
-    made = Control(lambda: plane, lambda: {Odd: refuse}, "test-control")  # type: ignore[arg-type,return-value]
+    made = Control(lambda: plane, lambda: {Odd: refuse}, Runtime())  # type: ignore[arg-type,return-value]
     made.start()
     yield made
     made.stop()
@@ -194,4 +194,4 @@ def test_what_cannot_start_says_why() -> None:
         raise DataPlaneError("no epoll")
 
     with pytest.raises(DataPlaneError, match="no epoll"):
-        Control(make, dict, "test-control").start()
+        Control(make, dict, Runtime()).start()

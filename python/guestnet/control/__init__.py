@@ -1,0 +1,1 @@
+"""Threads that networks share, and the way in and out of them."""
