@@ -13,7 +13,7 @@ use guestnet_wire::arp::{self, Arp};
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::ipv4::{self, Ipv4};
 use guestnet_wire::tcp::{Options, Tcp, flags};
-use guestnet_wire::{be32, checksum, proto, put, udp};
+use guestnet_wire::{be16, be32, checksum, proto, put, udp};
 use std::hint::black_box;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::Range;
@@ -21,6 +21,7 @@ use std::ops::Range;
 const GATEWAY_MAC: Mac = Mac([2, 0, 0, 0, 0, 1]);
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 64, 1);
 const REMOTE: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 2);
+const EXTERNAL: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
 const A: PortId = PortId(1);
 const B: PortId = PortId(2);
 const SEGMENT: usize = 1448;
@@ -38,6 +39,8 @@ struct World {
     waiting: usize,
     /// What went out, in whatever direction.
     moved: usize,
+    /// The source port of the last packet that left by the uplink.
+    external_port: u16,
 }
 
 impl Effects for World {
@@ -62,8 +65,10 @@ impl Effects for World {
     fn port_room(&mut self, _: PortId) -> usize {
         usize::MAX
     }
-    fn uplink(&mut self, _: &[u8], _: FrameMeta) -> Result<(), TxError> {
-        Err(TxError::Gone)
+    fn uplink(&mut self, frame: &[u8], _: FrameMeta) -> Result<(), TxError> {
+        self.moved += frame.len();
+        self.external_port = be16(frame, 34);
+        Ok(())
     }
     fn tcp_connect(&mut self, flow: FlowId, _: Target, _: IpFields, _: bool) -> Result<SockId, SockError> {
         self.flow = Some(flow);
@@ -285,7 +290,7 @@ fn switch(count: usize) -> usize {
 }
 
 fn nat(count: usize) -> usize {
-    let mut config = NatEngineConfig::new(Ipv4Addr::new(203, 0, 113, 1));
+    let mut config = NatEngineConfig::new(EXTERNAL);
     config.internal = Prefix::new(Ipv4Addr::new(192, 168, 64, 0), 24).expect("a prefix");
     config.secret = [7; 32];
     let mut engine = NatEngine::new(config).expect("an engine");
@@ -300,6 +305,38 @@ fn nat(count: usize) -> usize {
     done
 }
 
+fn tunnel() -> Net {
+    let mut net = Net::new();
+    net.core.set_uplink(NatEngineConfig::new(EXTERNAL)).expect("an uplink");
+    net
+}
+
+fn tun_up(count: usize) -> usize {
+    let mut net = tunnel();
+    let template = udp_frame(GATEWAY_MAC, address(A), REMOTE, 1400);
+    let mut frame = template.clone();
+    for _ in 0..count {
+        frame.copy_from_slice(&template);
+        net.frame(A, &mut frame, checked());
+    }
+    net.fx.moved / template.len()
+}
+
+fn tun_down(count: usize) -> usize {
+    let mut net = tunnel();
+    net.frame(A, &mut udp_frame(GATEWAY_MAC, address(A), REMOTE, 64), checked());
+    let mut l4 = vec![7; 8 + 1400];
+    udp::emit(&mut l4, REMOTE.into(), EXTERNAL.into(), 5000, net.fx.external_port);
+    let template = ip_frame(GATEWAY_MAC, REMOTE, EXTERNAL, proto::UDP, &l4);
+    let mut frame = template.clone();
+    net.fx.moved = 0;
+    for _ in 0..count {
+        frame.copy_from_slice(&template);
+        net.core.uplink_packet(net.now, &mut frame, checked(), &mut net.fx);
+    }
+    net.fx.moved / template.len()
+}
+
 fn sums(count: usize) -> usize {
     let data = vec![0x5a; 1500];
     (0..count).filter(|_| checksum::checksum(black_box(&data)) != 0).count()
@@ -307,13 +344,15 @@ fn sums(count: usize) -> usize {
 
 fn main() {
     let args: Vec<String> = std::env::args().collect();
-    let paths: [Path; 7] = [
+    let paths: [Path; 9] = [
         ("tcp_up", tcp_up),
         ("tcp_down", tcp_down),
         ("udp_up", udp_up),
         ("udp_down", udp_down),
         ("switch", switch),
         ("nat", nat),
+        ("tun_up", tun_up),
+        ("tun_down", tun_down),
         ("checksum", sums),
     ];
     let (Some(path), Some(count)) = (args.get(1), args.get(2).and_then(|n| n.parse().ok())) else {

@@ -419,6 +419,25 @@ fn a_published_port_waits_for_its_guest() {
     assert_eq!(n.core.retarget_uplink_forward(ForwardId(9), guest_addr(B, 81)), Ok(false));
 }
 
+/// RFC 9868 puts options behind the datagram, within the IP packet.
+#[test]
+fn bytes_behind_a_datagram_leave_and_arrive_with_it() {
+    let mut n = tunnel();
+    let with_surplus = |mut frame: Vec<u8>| {
+        frame.extend_from_slice(b"surplus!");
+        let total = (frame.len() - 14) as u16;
+        frame[16..18].copy_from_slice(&total.to_be_bytes());
+        guestnet_wire::ipv4::fill_checksum(&mut frame[14..]);
+        frame
+    };
+    n.send(A, with_surplus(udp_frame(A, 2000, addr(SERVER), b"x")));
+    let (got, _) = one(left(&mut n));
+    assert!(got.frame.ends_with(b"surplus!"));
+    let external = got.src();
+    arrive(&mut n, with_surplus(udp(addr(SERVER), external, b"y")));
+    assert!(read(&one(n.fx.take())).frame.ends_with(b"surplus!"));
+}
+
 #[test]
 fn a_refused_change_of_a_published_port_changes_nothing() {
     let mut n = tunnel();

@@ -1,7 +1,8 @@
 //! Theory of operation: IPv4 header (RFC 791): offsets, and an emitter for headers without options.
 //! Validation lives in [`crate::parse`]; the setters here keep the header checksum right incrementally.
 
-use crate::{be16, checksum, put};
+use crate::parse::Fragment;
+use crate::{WireError, be16, be32, checksum, put};
 use std::net::Ipv4Addr;
 
 /// Length of a header without options.
@@ -10,6 +11,82 @@ pub const MIN_LEN: usize = 20;
 pub const DF: u16 = 0x4000;
 /// "More fragments" in the flags-and-offset word.
 pub const MF: u16 = 0x2000;
+
+/// A header that was read and checked against the bytes present.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Header {
+    /// Length of the header, options included.
+    pub len: usize,
+    /// Length of the packet; link padding may follow.
+    pub total: usize,
+    /// Source address.
+    pub src: u32,
+    /// Destination address.
+    pub dst: u32,
+    /// Protocol number.
+    pub proto: u8,
+    /// Time to live.
+    pub ttl: u8,
+    /// DSCP and ECN.
+    pub tos: u8,
+    /// Identification.
+    pub id: u16,
+    /// Flags and fragment offset word ([`DF`], [`MF`], offset in units of 8 bytes).
+    pub frag: u16,
+}
+
+impl Header {
+    /// Reads the header at the front of `b`. Its checksum is not verified.
+    ///
+    /// # Errors
+    /// [`WireError::Truncated`] where `b` ends before the packet does, [`WireError::Malformed`] for lengths that
+    /// cannot be.
+    #[inline]
+    pub fn parse(b: &[u8]) -> Result<Header, WireError> {
+        let Some(h) = b.first_chunk::<MIN_LEN>() else { return Err(WireError::Truncated) };
+        let len = usize::from(h[0] & 0xf) * 4;
+        let total = usize::from(be16(h, 2));
+        if h[0] >> 4 != 4 || len < MIN_LEN || total < len {
+            return Err(WireError::Malformed);
+        }
+        if total > b.len() {
+            return Err(WireError::Truncated);
+        }
+        let header = Header {
+            len,
+            total,
+            src: be32(h, 12),
+            dst: be32(h, 16),
+            proto: h[9],
+            ttl: h[8],
+            tos: h[1],
+            id: be16(h, 4),
+            frag: be16(h, 6),
+        };
+        if header.fragment().is_some_and(|f| !f.is_possible(total - len)) {
+            return Err(WireError::Malformed);
+        }
+        Ok(header)
+    }
+
+    /// Must not be fragmented (DF).
+    #[inline]
+    #[must_use]
+    pub fn dont_fragment(&self) -> bool {
+        self.frag & DF != 0
+    }
+
+    /// Where the packet is a fragment of a larger one.
+    #[inline]
+    #[must_use]
+    pub fn fragment(&self) -> Option<Fragment> {
+        (self.frag & (MF | 0x1fff) != 0).then(|| Fragment {
+            id: u32::from(self.id),
+            offset: u32::from(self.frag & 0x1fff) * 8,
+            more: self.frag & MF != 0,
+        })
+    }
+}
 
 /// What an emitted header says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

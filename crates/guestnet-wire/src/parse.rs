@@ -16,6 +16,16 @@ pub struct Fragment {
     pub more: bool,
 }
 
+impl Fragment {
+    /// Whether an honest sender makes this fragment with `data` bytes: one that ends past 65535 can only be an attack
+    /// (RFC 791 3.2, RFC 8200 4.5), and all but the last carry a multiple of 8 bytes.
+    #[must_use]
+    pub(crate) fn is_possible(&self, data: usize) -> bool {
+        let past = self.offset as usize + data > 0xffff;
+        !past && !(self.more && (data == 0 || !data.is_multiple_of(8)))
+    }
+}
+
 /// One packet, as offsets from the start of the slice that was parsed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Packet {
@@ -62,46 +72,23 @@ pub fn parse_ip(frame: &[u8], l3: usize) -> Result<Packet, WireError> {
 
 #[inline]
 fn parse_v4(frame: &[u8], l3: usize) -> Result<Packet, WireError> {
-    let h = frame.get(l3..).unwrap_or(&[]);
-    if h.len() < ipv4::MIN_LEN {
-        return Err(WireError::Truncated);
-    }
-    let ihl = usize::from(h[0] & 0xf) * 4;
-    let total = usize::from(be16(h, 2));
-    if ihl < ipv4::MIN_LEN || total < ihl {
-        return Err(WireError::Malformed);
-    }
-    if total > h.len() {
-        return Err(WireError::Truncated);
-    }
-    let word = be16(h, 6);
-    let offset = u32::from(word & 0x1fff) * 8;
-    let more = word & ipv4::MF != 0;
-    let fragment = (offset != 0 || more).then(|| Fragment { id: u32::from(be16(h, 4)), offset, more });
-    if let Some(f) = fragment {
-        let data = (total - ihl) as u32;
-        // A fragment that would end past 65535 can only be an attack (RFC 791 3.2); all but the last
-        // carry a multiple of 8 bytes.
-        if f.offset + data > 0xffff || (f.more && (data == 0 || !data.is_multiple_of(8))) {
-            return Err(WireError::Malformed);
-        }
-    }
+    let h = ipv4::Header::parse(frame.get(l3..).unwrap_or(&[]))?;
     let p = Packet {
         l3,
-        l4: l3 + ihl,
-        payload: l3 + ihl,
-        end: l3 + total,
-        src: IpAddr::V4(Ipv4Addr::new(h[12], h[13], h[14], h[15])),
-        dst: IpAddr::V4(Ipv4Addr::new(h[16], h[17], h[18], h[19])),
-        proto: h[9],
-        ttl: h[8],
+        l4: l3 + h.len,
+        payload: l3 + h.len,
+        end: l3 + h.total,
+        src: IpAddr::V4(Ipv4Addr::from(h.src)),
+        dst: IpAddr::V4(Ipv4Addr::from(h.dst)),
+        proto: h.proto,
+        ttl: h.ttl,
         src_port: 0,
         dst_port: 0,
-        tos: h[1],
-        dont_fragment: word & ipv4::DF != 0,
-        fragment,
+        tos: h.tos,
+        dont_fragment: h.dont_fragment(),
+        fragment: h.fragment(),
     };
-    transport(frame, p)
+    with_transport(frame, p)
 }
 
 /// IPv6 fragment header (RFC 8200 4.5).
@@ -170,12 +157,8 @@ fn parse_v6(frame: &[u8], l3: usize) -> Result<Packet, WireError> {
     if fragment.is_none() && (next == FRAGMENT_HEADER || is_extension(next)) {
         return Err(WireError::Malformed);
     }
-    if let Some(f) = fragment {
-        let data = (end - at) as u32;
-        // As for IPv4 (RFC 8200 4.5): past 65535 is an attack, and all but the last carry whole units of 8.
-        if f.offset + data > 0xffff || (f.more && (data == 0 || !data.is_multiple_of(8))) {
-            return Err(WireError::Malformed);
-        }
+    if fragment.is_some_and(|f| !f.is_possible(end - at)) {
+        return Err(WireError::Malformed);
     }
     let p = Packet {
         l3,
@@ -192,56 +175,79 @@ fn parse_v6(frame: &[u8], l3: usize) -> Result<Packet, WireError> {
         dont_fragment: true,
         fragment,
     };
-    transport(frame, p)
+    with_transport(frame, p)
 }
 
 #[inline]
-fn transport(frame: &[u8], mut p: Packet) -> Result<Packet, WireError> {
+fn with_transport(frame: &[u8], mut p: Packet) -> Result<Packet, WireError> {
     if p.fragment.is_some() {
         return Ok(p);
     }
-    let b = frame.get(p.l4..p.end).ok_or(WireError::Truncated)?;
-    match p.proto {
-        proto::TCP => {
-            if b.len() < tcp::MIN_LEN {
-                return Err(WireError::Truncated);
-            }
-            let hl = usize::from(b[12] >> 4) * 4;
-            if hl < tcp::MIN_LEN || hl > b.len() {
-                return Err(WireError::Malformed);
-            }
-            p.payload = p.l4 + hl;
-        }
-        proto::UDP => {
-            if b.len() < udp::LEN {
-                return Err(WireError::Truncated);
-            }
-            let len = usize::from(be16(b, 4));
-            // Linux's USO and GRO frames carry the sum in the length field, so equality is what holds
-            // for every honest sender; a shorter one would hide bytes (RFC 768: header and data).
-            if len < udp::LEN || len > b.len() {
-                return Err(WireError::Malformed);
-            }
-            p.payload = p.l4 + udp::LEN;
-            p.end = p.l4 + len;
-        }
-        proto::ICMP | proto::ICMPV6 => {
-            if b.len() < 8 {
-                return Err(WireError::Truncated);
-            }
-            p.payload = p.l4 + 8;
-            let echo = if p.proto == proto::ICMP { matches!(b[0], 0 | 8) } else { matches!(b[0], 128 | 129) };
-            if echo {
-                p.src_port = be16(b, 4);
-                p.dst_port = p.src_port;
-            }
-            return Ok(p);
-        }
-        _ => return Ok(p),
-    }
-    p.src_port = be16(b, 0);
-    p.dst_port = be16(b, 2);
+    let t = Transport::parse(p.proto, frame.get(p.l4..p.end).ok_or(WireError::Truncated)?, true)?;
+    p.payload = p.l4 + t.payload;
+    p.end = p.l4 + t.end;
+    (p.src_port, p.dst_port) = (t.src_port, t.dst_port);
     Ok(p)
+}
+
+/// What a transport header says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Transport {
+    /// TCP/UDP source port; ICMP echo: the identifier; else 0.
+    pub src_port: u16,
+    /// TCP/UDP destination port; ICMP echo: the identifier; else 0.
+    pub dst_port: u16,
+    /// Offset of the payload from the transport header; 0 for a protocol that has no parsed header.
+    pub payload: usize,
+    /// Offset of the end of the payload; a UDP datagram may be shorter than the packet that carries it.
+    pub end: usize,
+}
+
+impl Transport {
+    /// Reads the header of a protocol at the front of `b`. `whole` says that `b` is all of the packet's data, and not
+    /// that of a first fragment, whose lengths may reach past it.
+    ///
+    /// # Errors
+    /// [`WireError::Truncated`] where `b` ends within the header, [`WireError::Malformed`] for lengths that cannot be.
+    #[inline]
+    pub fn parse(protocol: u8, b: &[u8], whole: bool) -> Result<Transport, WireError> {
+        let mut t = Transport { src_port: 0, dst_port: 0, payload: 0, end: b.len() };
+        match protocol {
+            proto::TCP => {
+                let Some(h) = b.first_chunk::<{ tcp::MIN_LEN }>() else { return Err(WireError::Truncated) };
+                let len = usize::from(h[12] >> 4) * 4;
+                if len < tcp::MIN_LEN || (whole && len > b.len()) {
+                    return Err(WireError::Malformed);
+                }
+                t.payload = len.min(b.len());
+                (t.src_port, t.dst_port) = (be16(h, 0), be16(h, 2));
+            }
+            proto::UDP => {
+                let Some(h) = b.first_chunk::<{ udp::LEN }>() else { return Err(WireError::Truncated) };
+                let len = usize::from(be16(h, 4));
+                // Linux's USO and GRO frames carry the sum in the length field, so equality is what holds
+                // for every honest sender; a shorter one would hide bytes (RFC 768: header and data).
+                if len < udp::LEN || (whole && len > b.len()) {
+                    return Err(WireError::Malformed);
+                }
+                t.payload = udp::LEN;
+                t.end = len.min(b.len());
+                (t.src_port, t.dst_port) = (be16(h, 0), be16(h, 2));
+            }
+            proto::ICMP | proto::ICMPV6 => {
+                let Some(h) = b.first_chunk::<8>() else { return Err(WireError::Truncated) };
+                t.payload = 8;
+                let echo =
+                    if protocol == proto::ICMP { matches!(h[0], 0 | 8) } else { matches!(h[0], 128 | 129) };
+                if echo {
+                    t.src_port = be16(h, 4);
+                    t.dst_port = t.src_port;
+                }
+            }
+            _ => {}
+        }
+        Ok(t)
+    }
 }
 
 /// Verifies the IPv4 header checksum of a parsed packet; true for IPv6.

@@ -80,8 +80,6 @@ pub struct NatEngine {
     pub(super) unsolicited: VecDeque<UnsolicitedSyn>,
     pub(super) gateway: u32,
     pub(super) next_id: u16,
-    /// The packet at hand stands for several, of which the largest has this many bytes.
-    pub(super) large: Option<u16>,
     pub(super) stats: NatStats,
 }
 
@@ -105,7 +103,6 @@ impl NatEngine {
             unsolicited: VecDeque::new(),
             gateway: config.gateway_address(),
             next_id,
-            large: None,
             stats: NatStats::default(),
             config,
         })
@@ -132,11 +129,28 @@ impl NatEngine {
     /// Translates one IP packet in place. Its length never changes; where the result is not `Translated`,
     /// `Hairpinned` or `Fragmented` no byte does. Bytes after the packet's own length are left alone.
     pub fn translate(&mut self, packet: &mut [u8], direction: NatDirection, now: Time) -> NatResult {
+        self.begin_packet(now);
+        self.translate_now(packet, direction)
+    }
+
+    /// As [`NatEngine::translate`] for a packet whose headers were read before.
+    pub(crate) fn translate_view(
+        &mut self,
+        packet: &mut [u8],
+        view: Result<&View, DropReason>,
+        direction: NatDirection,
+        now: Time,
+    ) -> NatResult {
+        self.begin_packet(now);
+        self.translate_read(packet, view, direction)
+    }
+
+    #[inline]
+    fn begin_packet(&mut self, now: Time) {
         self.set_time(now);
         if self.tick >= self.table.due {
             self.reap(4);
         }
-        self.translate_now(packet, direction)
     }
 
     /// As [`NatEngine::translate`] for a packet that starts at `offset` of `frame` (14 behind Ethernet).
@@ -154,15 +168,25 @@ impl NatEngine {
     }
 
     pub(super) fn translate_now(&mut self, p: &mut [u8], direction: NatDirection) -> NatResult {
-        let result = match p.first().map(|b| b >> 4) {
-            Some(6) => NatResult::PassThrough,
-            _ => match packet::read(p) {
-                Ok(v) => match direction {
-                    NatDirection::Outbound => self.outbound(p, &v),
-                    NatDirection::Inbound => self.inbound(p, &v),
-                },
-                Err(why) => NatResult::Dropped(why),
-            },
+        if p.first().is_some_and(|b| b >> 4 == 6) {
+            self.count(NatResult::PassThrough, direction);
+            return NatResult::PassThrough;
+        }
+        let view = packet::read(p);
+        self.translate_read(p, view.as_ref().map_err(|why| *why), direction)
+    }
+
+    #[inline(always)]
+    fn translate_read(
+        &mut self,
+        p: &mut [u8],
+        view: Result<&View, DropReason>,
+        direction: NatDirection,
+    ) -> NatResult {
+        let result = match (view, direction) {
+            (Ok(v), NatDirection::Outbound) => self.outbound(p, v),
+            (Ok(v), NatDirection::Inbound) => self.inbound(p, v),
+            (Err(why), _) => NatResult::Dropped(why),
         };
         self.count(result, direction);
         result
@@ -426,7 +450,7 @@ impl NatEngine {
         direction: NatDirection,
         to: NatDirection,
     ) -> Option<NatResult> {
-        if v.ttl > 1 && self.size(v) <= usize::from(self.mtu(to)) {
+        if v.ttl > 1 && v.size() <= usize::from(self.mtu(to)) {
             return None;
         }
         self.stopped(p, v, direction, to)
@@ -449,8 +473,8 @@ impl NatEngine {
             self.icmp_error(back, src, p, icmp::TIME_EXCEEDED, 0, [0; 4]);
             return Some(NatResult::Dropped(DropReason::TtlExpired));
         }
-        if self.size(v) > usize::from(mtu) {
-            if v.dont_fragment || self.large.is_some() {
+        if v.size() > usize::from(mtu) {
+            if v.dont_fragment || v.largest.is_some() {
                 let m = mtu.to_be_bytes();
                 let code = icmp::unreachable::FRAG_NEEDED;
                 self.icmp_error(back, src, p, icmp::UNREACHABLE, code, [0, 0, m[0], m[1]]);
@@ -485,11 +509,6 @@ impl NatEngine {
         crate::nat::outbound::way(direction, turned)
     }
 
-    /// What the next link must carry in one piece.
-    fn size(&self, v: &View) -> usize {
-        self.large.map_or(v.total, usize::from)
-    }
-
     /// The last steps of a packet whose addresses are done: TTL, and fragments where it is too big. There is room for
     /// those: [`NatEngine::blocked`] has looked, and nothing was sent since.
     #[inline]
@@ -497,7 +516,7 @@ impl NatEngine {
         if self.config.decrement_ttl {
             packet::decrement_ttl(p);
         }
-        if self.size(v) > usize::from(self.mtu(to)) { self.cut(p, v, to) } else { done }
+        if v.size() > usize::from(self.mtu(to)) { self.cut(p, v, to) } else { done }
     }
 
     fn cut(&mut self, p: &mut [u8], v: &View, to: NatDirection) -> NatResult {

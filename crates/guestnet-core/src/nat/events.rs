@@ -2,12 +2,10 @@
 //! that begins and ends (a list that is filled as it happens and taken after each call), to look one up by
 //! its number, to end all of a guest that left, and to pass a packet that stands for several (GSO).
 
-use crate::interface::types::Time;
 use crate::nat::engine::NatEngine;
 use crate::nat::stats::Connection;
 use crate::nat::table::records::Session;
 use crate::nat::table::state::TICK_BITS;
-use crate::nat::{NatDirection, NatResult};
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 /// Something that happened to a connection.
@@ -95,21 +93,5 @@ impl NatEngine {
             self.table.remove_session(*id, self.tick);
         }
         gone.len()
-    }
-
-    /// As [`NatEngine::translate`] for a packet that stands for several (TSO, USO, GRO), of which the largest
-    /// has `largest` bytes, IP header included: that, and not its own length, must fit the next link. One that
-    /// does not fit is answered as if it must not be cut.
-    pub fn translate_large(
-        &mut self,
-        packet: &mut [u8],
-        largest: u16,
-        direction: NatDirection,
-        now: Time,
-    ) -> NatResult {
-        self.large = Some(largest);
-        let result = self.translate(packet, direction, now);
-        self.large = None;
-        result
     }
 }

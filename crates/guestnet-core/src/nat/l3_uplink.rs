@@ -12,6 +12,7 @@ use crate::interface::stats::DropReason;
 use crate::interface::types::{Csum, FlowId, ForwardId, FrameMeta, Time};
 use crate::l2::switch::{check_offload, largest, wire_drop};
 use crate::l3::gateway::IcmpError;
+use crate::nat::packet::View;
 use crate::nat::{
     Behaviour, ConnTrackStats, ForwardError, NatConfigError, NatDirection, NatEngine, NatEngineConfig,
     NatEvent, NatResult, NatStats, Prefix, Refusal,
@@ -237,13 +238,26 @@ impl Network {
             IpAddr::V4(dst) => tun.engine.mtu_to(dst),
             IpAddr::V6(_) => tun.engine.config().mtu_outside,
         };
-        let too_big = large.map_or(p.end - p.l3, usize::from) > usize::from(mtu);
+        let mut view = View::new(frame, p);
+        let (mut end, mut size) = (p.end, p.end - p.l3);
+        if let Ok(v) = &mut view {
+            v.largest = large;
+            (end, size) = (p.l3 + v.total, v.size());
+        }
+        let too_big = size > usize::from(mtu);
         if too_big && (p.dont_fragment || large.is_some()) {
             self.icmp_error(slot, mac, frame, p, IcmpError::too_big(mtu), fx);
             return Err(DropReason::Oversized);
         }
-        let frame = frame.get_mut(..p.end).ok_or(DropReason::Truncated)?;
-        match tun.translate(now, frame, p, &mut meta, too_big, large, NatDirection::Outbound) {
+        let frame = frame.get_mut(..end).ok_or(DropReason::Truncated)?;
+        match tun.translate(
+            now,
+            frame,
+            (p, view.as_ref().map_err(|why| *why)),
+            &mut meta,
+            too_big,
+            NatDirection::Outbound,
+        ) {
             NatResult::Translated => fx.uplink(frame, meta).map_err(|e| match e {
                 TxError::Full => DropReason::PortFull,
                 TxError::Gone => DropReason::HostError,
@@ -286,9 +300,22 @@ impl Network {
         let now = self.now;
         let Some(tun) = self.tun.as_mut() else { return Err(DropReason::NoFlow) };
         let mtu = usize::from(tun.engine.config().mtu_inside);
-        let too_big = large.is_none() && p.end - p.l3 > mtu;
-        let frame = frame.get_mut(..p.end).ok_or(DropReason::Truncated)?;
-        match tun.translate(now, frame, &p, &mut meta, too_big, large, NatDirection::Inbound) {
+        let mut view = View::new(frame, &p);
+        let mut end = p.end;
+        if let Ok(v) = &mut view {
+            v.largest = large;
+            end = p.l3 + v.total;
+        }
+        let too_big = large.is_none() && end - p.l3 > mtu;
+        let frame = frame.get_mut(..end).ok_or(DropReason::Truncated)?;
+        match tun.translate(
+            now,
+            frame,
+            (&p, view.as_ref().map_err(|why| *why)),
+            &mut meta,
+            too_big,
+            NatDirection::Inbound,
+        ) {
             NatResult::Translated | NatResult::Hairpinned => self.tunnel_to_guest(frame, meta, fx),
             NatResult::Held | NatResult::Fragmented => Ok(()),
             NatResult::PassThrough => Err(DropReason::BadDestination),
@@ -480,21 +507,19 @@ impl Network {
 
 impl Tun {
     /// Translates the packet behind the Ethernet header, and keeps `meta` true.
-    #[allow(clippy::too_many_arguments)] // What is known of one packet.
     fn translate(
         &mut self,
         now: Time,
         frame: &mut [u8],
-        p: &Packet,
+        (p, view): (&Packet, Result<&View, DropReason>),
         meta: &mut FrameMeta,
         too_big: bool,
-        large: Option<u16>,
         direction: NatDirection,
     ) -> NatResult {
-        let mut begun = None;
+        let mut partial = None;
         if let Csum::Partial { start, offset } = meta.csum {
             if !too_big && matches!(p.proto, proto::TCP | proto::UDP) {
-                begun = Some(usize::from(start) + usize::from(offset));
+                partial = Some(usize::from(start) + usize::from(offset));
             } else if gso::complete_checksum(frame, start, offset).is_ok() {
                 meta.csum = Csum::Full;
             } else {
@@ -502,11 +527,8 @@ impl Tun {
             }
         }
         let Some(packet) = frame.get_mut(L3..) else { return NatResult::Dropped(DropReason::Truncated) };
-        let result = match large {
-            None => self.engine.translate(packet, direction, now),
-            Some(largest) => self.engine.translate_large(packet, largest, direction, now),
-        };
-        if let (Some(at), NatResult::Translated | NatResult::Hairpinned) = (begun, result) {
+        let result = self.engine.translate_view(packet, view, direction, now);
+        if let (Some(at), NatResult::Translated | NatResult::Hairpinned) = (partial, result) {
             let end = |at| IpAddr::V4(Ipv4Addr::from(be32(frame, at)));
             let sum = checksum::pseudo(end(L3 + 12), end(L3 + 16), p.proto, (p.end - p.l4) as u32);
             put(frame, at, &checksum::fold(sum).to_be_bytes());

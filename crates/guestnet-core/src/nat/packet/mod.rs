@@ -7,9 +7,12 @@ pub(crate) mod icmp;
 pub(crate) mod output;
 
 use crate::interface::stats::DropReason;
+use crate::l2::switch::wire_drop;
 use crate::nat::table::records::Key;
 use guestnet_wire::checksum::fold;
-use guestnet_wire::{be16, be32, ipv4, proto, put};
+use guestnet_wire::ipv4::{self, Header};
+use guestnet_wire::parse::{Packet, Transport};
+use guestnet_wire::{be16, be32, proto, put};
 
 /// What kind of packet it is to a NAT.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,7 +27,7 @@ pub(crate) enum Kind {
     Tail,
 }
 
-/// One IPv4 packet, read.
+/// What the NAT needs of one IPv4 packet.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct View {
     pub kind: Kind,
@@ -45,9 +48,89 @@ pub(crate) struct View {
     pub dont_fragment: bool,
     /// Fragments: offset in bytes, and whether more follow.
     pub fragment: Option<(u32, bool)>,
+    /// The packet stands for several (TSO, USO, GRO), of which the largest has this many bytes, IP header included.
+    pub largest: Option<u16>,
 }
 
 impl View {
+    /// What the NAT needs of a packet of `frame` that was parsed.
+    ///
+    /// # Errors
+    /// As [`read`], and `UnsupportedProtocol` for IPv6.
+    #[inline]
+    pub fn new(frame: &[u8], p: &Packet) -> Result<View, DropReason> {
+        let h = frame.get(p.l3..).and_then(|b| b.first_chunk::<{ ipv4::MIN_LEN }>());
+        let Some(h) = h.filter(|_| p.src.is_ipv4()) else { return Err(DropReason::UnsupportedProtocol) };
+        let v = View {
+            kind: Kind::Flow,
+            ihl: p.l4 - p.l3,
+            total: usize::from(be16(h, 2)),
+            src: be32(h, 12),
+            dst: be32(h, 16),
+            sport: p.src_port,
+            dport: p.dst_port,
+            proto: p.proto,
+            ttl: p.ttl,
+            flags: 0,
+            id: be16(h, 4),
+            dont_fragment: p.dont_fragment,
+            fragment: None,
+            largest: None,
+        };
+        match (p.fragment, p.proto) {
+            (None, proto::TCP) => Ok(View { flags: frame.get(p.l4 + 13).copied().unwrap_or(0), ..v }),
+            (None, proto::ICMP) => v.with_icmp(frame.get(p.l4..p.end).unwrap_or(&[])),
+            (None, _) => Ok(v),
+            (Some(f), _) => {
+                let v = View { fragment: Some((f.offset, f.more)), ..v };
+                v.with_transport(frame.get(p.l4..p.end).unwrap_or(&[]))
+            }
+        }
+    }
+
+    /// Adds what the bytes behind the IP header say.
+    #[inline(always)]
+    fn with_transport(mut self, b: &[u8]) -> Result<View, DropReason> {
+        if let Some((offset, _)) = self.fragment
+            && offset != 0
+        {
+            // RFC 1858: a second fragment that overwrites the TCP flags of the first.
+            if self.proto == proto::TCP && offset < 20 {
+                return Err(DropReason::Malformed);
+            }
+            self.kind = Kind::Tail;
+            return Ok(self);
+        }
+        let t = Transport::parse(self.proto, b, self.fragment.is_none()).map_err(wire_drop)?;
+        (self.sport, self.dport) = (t.src_port, t.dst_port);
+        match self.proto {
+            proto::TCP => self.flags = b.get(13).copied().unwrap_or(0),
+            proto::ICMP => return self.with_icmp(b),
+            _ => {}
+        }
+        Ok(self)
+    }
+
+    fn with_icmp(mut self, b: &[u8]) -> Result<View, DropReason> {
+        match b.first() {
+            Some(0 | 8 | 13..=18) => {
+                self.kind = Kind::Query;
+                self.sport = be16(b, 4);
+                self.dport = self.sport;
+            }
+            // An error in fragments cannot be checked, and none is over 1280 bytes.
+            Some(3 | 11 | 12) if self.fragment.is_none() => self.kind = Kind::Error,
+            _ => return Err(DropReason::UnsupportedProtocol),
+        }
+        Ok(self)
+    }
+
+    /// The bytes that the next link must carry in one piece, IP header included.
+    #[inline]
+    pub fn size(&self) -> usize {
+        self.largest.map_or(self.total, usize::from)
+    }
+
     /// As the outbound side names it.
     pub fn out_key(&self) -> Key {
         let query = self.kind == Kind::Query;
@@ -73,96 +156,30 @@ impl View {
     }
 }
 
-/// Reads an IPv4 packet.
+/// Reads the IPv4 packet at the front of `p`.
 ///
 /// # Errors
-/// `Truncated`, `Malformed`, or `UnsupportedProtocol` for ICMP that no NAT should carry.
+/// `Truncated` or `Malformed` for headers that cannot be, `UnsupportedProtocol` for ICMP that no NAT should carry.
+#[inline(always)]
 pub(crate) fn read(p: &[u8]) -> Result<View, DropReason> {
-    let Some(h) = p.first_chunk::<20>() else { return Err(DropReason::Truncated) };
-    let ihl = usize::from(h[0] & 15) * 4;
-    let total = usize::from(be16(h, 2));
-    if h[0] >> 4 != 4 || ihl < ipv4::MIN_LEN || total < ihl {
-        return Err(DropReason::Malformed);
-    }
-    if total > p.len() {
-        return Err(DropReason::Truncated);
-    }
-    let word = be16(h, 6);
-    let (offset, more) = (u32::from(word & 0x1fff) * 8, word & ipv4::MF != 0);
-    let data = (total - ihl) as u32;
-    // RFC 791 3.2: a fragment past 65535 can only be an attack; all but the last carry whole units of 8.
-    if offset + data > 0xffff || (more && (data == 0 || !data.is_multiple_of(8))) {
-        return Err(DropReason::Malformed);
-    }
-    let mut v = View {
+    let h = Header::parse(p).map_err(wire_drop)?;
+    let v = View {
         kind: Kind::Flow,
-        ihl,
-        total,
-        src: be32(h, 12),
-        dst: be32(h, 16),
+        ihl: h.len,
+        total: h.total,
+        src: h.src,
+        dst: h.dst,
         sport: 0,
         dport: 0,
-        proto: h[9],
-        ttl: h[8],
+        proto: h.proto,
+        ttl: h.ttl,
         flags: 0,
-        id: be16(h, 4),
-        dont_fragment: word & ipv4::DF != 0,
-        fragment: (offset != 0 || more).then_some((offset, more)),
+        id: h.id,
+        dont_fragment: h.dont_fragment(),
+        fragment: h.fragment().map(|f| (f.offset, f.more)),
+        largest: None,
     };
-    if offset != 0 {
-        // RFC 1858: a second fragment that overwrites the TCP flags of the first.
-        if v.proto == proto::TCP && offset < 20 {
-            return Err(DropReason::Malformed);
-        }
-        v.kind = Kind::Tail;
-        return Ok(v);
-    }
-    transport(p.get(ihl..total).unwrap_or(&[]), &mut v)?;
-    Ok(v)
-}
-
-fn transport(b: &[u8], v: &mut View) -> Result<(), DropReason> {
-    match v.proto {
-        proto::TCP => {
-            if b.len() < 20 {
-                return Err(DropReason::Truncated);
-            }
-            let len = usize::from(b[12] >> 4) * 4;
-            if len < 20 || (len > b.len() && v.fragment.is_none()) {
-                return Err(DropReason::Malformed);
-            }
-            v.flags = b[13];
-        }
-        proto::UDP => {
-            if b.len() < 8 {
-                return Err(DropReason::Truncated);
-            }
-            let len = usize::from(be16(b, 4));
-            if len < 8 || (len > b.len() && v.fragment.is_none()) {
-                return Err(DropReason::Malformed);
-            }
-        }
-        proto::ICMP => {
-            if b.len() < 8 {
-                return Err(DropReason::Truncated);
-            }
-            match b[0] {
-                0 | 8 | 13..=18 => {
-                    v.kind = Kind::Query;
-                    v.sport = be16(b, 4);
-                    v.dport = v.sport;
-                }
-                // An error in fragments cannot be checked, and none is over 1280 bytes.
-                3 | 11 | 12 if v.fragment.is_none() => v.kind = Kind::Error,
-                _ => return Err(DropReason::UnsupportedProtocol),
-            }
-            return Ok(());
-        }
-        _ => return Ok(()),
-    }
-    v.sport = be16(b, 0);
-    v.dport = be16(b, 2);
-    Ok(())
+    v.with_transport(p.get(h.len..h.total).unwrap_or(&[]))
 }
 
 /// RFC 1624: the checksum field after `delta` was added to the sum that it covers.
