@@ -1,12 +1,82 @@
-"""guestnet: the network for guests that nobody trusts.
+"""guestnet: a network for guests that nobody trusts.
 
->>> from guestnet import NatConfig, NatNetwork
->>> with NatNetwork(NatConfig(subnet="10.9.0.0/24")) as network:
-...     vm = network.create_endpoint("vm1")
-...     str(vm.ip)
-'10.9.0.2'
+A `NatNetwork` is one virtual Ethernet segment with a gateway. It gives each guest an address (DHCP), names
+(DNS), a way out (NAT) and a way in (published ports). Packet threads in Rust carry the traffic; a control
+thread serves the guests. So guests are served whatever the program does.
 
-Importing this costs nothing: each public name is imported from its module when it is first used.
+Make a network, and an endpoint for a guest:
+
+    >>> from guestnet import NatNetwork
+    >>> with NatNetwork(subnet="10.9.0.0/24") as network:
+    ...     vm = network.create_endpoint("vm1", hostname="web")
+    ...     str(network.gateway), str(vm.ip)
+    ('10.9.0.1', '10.9.0.2')
+
+Guests attach in one of these ways:
+
+    network.listen("stream", path)          machines come to a socket: QEMU's `-netdev stream`
+    network.listen("unixgram", path)        the same for vfkit and libkrun
+    network.listen("vhost-user", path)      the same through shared memory
+    network.attach("vm1", "tap", fd=fd)     a descriptor that the program has: tap, stream, dgram, vhost-user
+    network.attach("vm1", "memory")         the program itself is the guest, one frame at a time
+
+This guest asks who has the gateway's address, and gets an answer:
+
+    >>> question = "ffffffffffff 020000000001 0806 0001 0800 06 04 0001"
+    >>> addresses = "020000000001 c0a84002 000000000000 c0a84001"
+    >>> with NatNetwork() as network:
+    ...     probe = network.create_endpoint("probe", mac="02:00:00:00:00:01")
+    ...     guest = network.attach("probe", "memory")
+    ...     guest.send(bytes.fromhex(question + addresses))
+    ...     answer = guest.recv(timeout=10)
+    ...     answer[12:14].hex(), answer[20:22].hex()
+    ('0806', '0002')
+
+Publish a port of a guest on the host, as Docker writes it. Port 0 is any free one:
+
+    >>> with NatNetwork() as network:
+    ...     vm = network.create_endpoint("vm1")
+    ...     forward = network.publish("127.0.0.1:0:vm1:80")
+    ...     str(forward.target), forward.host_port > 0
+    ('192.168.64.2', True)
+
+Give names of your own, and see what happens:
+
+    >>> kinds = []
+    >>> with NatNetwork(dns_records={"db.example": "192.0.2.5"}) as network:
+    ...     network.services.dns.add_record("later.example", "192.0.2.6")
+    ...     stop_listening = network.on_event(lambda event: kinds.append(event.kind))
+    ...     vm = network.create_endpoint("vm1")
+    ...     guest = network.attach("vm1", "memory")
+    ...     network.stats().connections, network.flows()
+    (0, [])
+    >>> kinds[0]
+    'guest_up'
+
+Programs with asyncio use `async with`, and methods with an `a` in front:
+
+    >>> import asyncio
+    >>> async def main():
+    ...     async with NatNetwork() as network:
+    ...         return (await network.acreate_endpoint("vm1")).id
+    >>> asyncio.run(main())
+    'vm1'
+
+Every error is a `GuestnetError`, and its text says what to do:
+
+    >>> NatNetwork(mtu=12)
+    Traceback (most recent call last):
+    guestnet.errors.ConfigError: mtu 12 is not between 68 and 65520: choose one that is.
+
+What else there is:
+
+- `NatConfig` lists every setting, and checks them.
+- `NatEngine` translates packets in place, without a network. `Datapath`, `PacketPool` and `Ring` move frames
+  in batches.
+- `guestnet.testing` has a guest that speaks ARP, DHCP, DNS and TCP, for tests.
+- The command `guestnet` does the same from a shell.
+
+Importing guestnet is cheap: each public name is imported from its module when it is first used.
 """
 
 from __future__ import annotations

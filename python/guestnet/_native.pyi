@@ -478,50 +478,150 @@ class NatEngine:
 
 @final
 class PacketPool:
-    """Preallocated packet buffers of one size, by index. Raises ConfigError for an index that is not held."""
+    """Preallocated packet buffers of one size, used by index.
+
+    Args:
+        capacity: Buffers in the pool.
+        buffer_size: Bytes of a buffer.
+
+    Raises:
+        ConfigError: A number is out of range, or an index is not held.
+
+    Example:
+        >>> pool = PacketPool(16, 2048)
+        >>> index = pool.put(b"a frame")
+        >>> pool.get(index), pool.available
+        (b'a frame', 15)
+        >>> pool.free(index)
+    """
 
     def __new__(cls, capacity: int = ..., buffer_size: int = ...) -> PacketPool: ...
     @property
     def capacity(self) -> int:
-        """Buffers in the pool."""
+        """How many buffers there are."""
     @property
     def buffer_size(self) -> int:
-        """Bytes that a buffer holds."""
+        """How many bytes a buffer holds."""
     @property
     def available(self) -> int:
-        """Buffers that are free now."""
+        """How many buffers are free."""
     def alloc(self) -> int | None:
-        """Takes a buffer; None when none is free."""
+        """Takes a buffer.
+
+        Returns:
+            Its index, None when none is free.
+        """
     def free(self, index: int) -> None:
-        """Gives a buffer back."""
+        """Gives a buffer back.
+
+        Args:
+            index: The buffer.
+
+        Raises:
+            ConfigError: The buffer is not held.
+        """
     def get(self, index: int) -> bytes:
-        """The bytes in use."""
+        """Returns the bytes in use.
+
+        Args:
+            index: The buffer.
+
+        Returns:
+            A copy of them.
+
+        Raises:
+            ConfigError: The buffer is not held.
+        """
     def take(self, index: int) -> bytes | None:
-        """The bytes in use, and the buffer is free; None for an index that nobody holds."""
+        """Returns the bytes in use, and frees the buffer.
+
+        Args:
+            index: The buffer.
+
+        Returns:
+            A copy of the bytes, None when the buffer is not held.
+        """
     def set(self, index: int, data: Buffer) -> None:
-        """Makes these the bytes in use, from any object that has bytes in one piece."""
+        """Sets the bytes in use.
+
+        Args:
+            index: The buffer.
+            data: Any object that has contiguous bytes.
+
+        Raises:
+            ConfigError: The buffer is not held, or the bytes do not fit.
+        """
     def put(self, data: Buffer) -> int | None:
-        """Takes a buffer and fills it; None when none is free."""
+        """Takes a buffer and fills it.
+
+        Args:
+            data: Any object that has contiguous bytes.
+
+        Returns:
+            The index of the buffer, None when none is free.
+
+        Raises:
+            ConfigError: The bytes do not fit.
+        """
     def __len__(self) -> int: ...
 
 @final
 class Ring:
-    """A queue of buffer indices. Any thread may use either end; one at a time has it."""
+    """A queue of buffer indexes. Any thread may use either end; one at a time does.
+
+    Args:
+        capacity: How many indexes it holds, rounded up to a power of two.
+
+    Raises:
+        ConfigError: The number is out of range.
+
+    Example:
+        >>> ring = Ring(4)
+        >>> ring.enqueue_batch([1, 2, 3]), ring.dequeue(), len(ring)
+        (3, 1, 2)
+    """
 
     def __new__(cls, capacity: int = ...) -> Ring: ...
     @property
     def capacity(self) -> int:
-        """How many it holds at most: what was asked for, rounded up to a power of two."""
+        """How many indexes it holds at most."""
     @property
-    def is_empty(self) -> bool: ...
+    def is_empty(self) -> bool:
+        """Whether it holds no index."""
     @property
-    def is_full(self) -> bool: ...
+    def is_full(self) -> bool:
+        """Whether it has no room."""
     def enqueue(self, index: int) -> bool:
-        """Puts one; False when the ring is full."""
+        """Puts an index.
+
+        Args:
+            index: A buffer.
+
+        Returns:
+            Whether there was room.
+        """
     def dequeue(self) -> int | None:
-        """Takes the oldest; None when the ring is empty."""
+        """Takes the oldest index.
+
+        Returns:
+            The index, None when the ring is empty.
+        """
     def enqueue_batch(self, indices: Sequence[int]) -> int:
-        """Puts as many as there is room for, in order; returns how many."""
+        """Puts as many indexes as there is room for, in order.
+
+        Args:
+            indices: Buffers.
+
+        Returns:
+            How many were put.
+        """
     def dequeue_batch(self, count: int) -> list[int]:
-        """Takes up to `count`, oldest first."""
+        """Takes several indexes, oldest first.
+
+        Args:
+            count: How many at most.
+
+        Returns:
+            The indexes.
+        """
     def __len__(self) -> int: ...

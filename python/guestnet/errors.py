@@ -1,22 +1,31 @@
-"""What can go wrong, as types that a program can tell apart. Each message says what to do."""
+"""The errors of guestnet, as types that a program can tell apart. Each message says what to do."""
 
 from __future__ import annotations
 
 
 class GuestnetError(Exception):
-    """The root of all errors of guestnet."""
+    """The base class of all errors of guestnet.
+
+    Example:
+        >>> from guestnet import NatNetwork
+        >>> try:
+        ...     NatNetwork().flows()
+        ... except GuestnetError as error:
+        ...     print(error)
+        The network does not run: start it first.
+    """
 
 
 class ConfigError(GuestnetError, ValueError):
-    """A value of the configuration, or an argument, is wrong; the message names it."""
+    """A setting or an argument is wrong. The message names it."""
 
 
 class UnsupportedError(GuestnetError):
-    """This system cannot do it; the message says how to get it."""
+    """This system cannot do it. The message says what is missing."""
 
 
 class EndpointExists(GuestnetError):
-    """An endpoint with this id is there already."""
+    """An endpoint with this id exists already."""
 
 
 class EndpointNotFound(GuestnetError, LookupError):
@@ -28,7 +37,7 @@ class AlreadyRunning(GuestnetError):
 
 
 class NotRunning(GuestnetError):
-    """The network does not run (any more), and this needs it to."""
+    """The network does not run, or no longer runs."""
 
 
 class AddressPoolExhausted(GuestnetError):
@@ -40,24 +49,24 @@ class AddressInUse(GuestnetError):
 
 
 class PortInUse(GuestnetError):
-    """A port of the host that was to be published is taken."""
+    """A port of the host that was to be published is in use."""
 
 
 class TooManyFiles(GuestnetError):
-    """The process can have no more descriptors; each published port and each connection is one."""
+    """The process can open no more descriptors. Each published port and each connection needs one."""
 
 
 class ForwardNotFound(GuestnetError, LookupError):
-    """The forward was taken back already, or is another network's."""
+    """The forward is no longer published, or belongs to another network."""
 
 
 class AttachError(GuestnetError):
-    """A descriptor or a path is not what an attachment needs."""
+    """A descriptor or a path does not suit the attachment."""
 
 
 class BusyError(GuestnetError):
-    """Too much is under way at once: do it again later."""
+    """Too much is under way at once. Try again later."""
 
 
 class DataPlaneError(GuestnetError):
-    """A packet thread could not start or has failed; the network has to be started again."""
+    """A packet thread could not start, or failed. The network has to be started again."""

@@ -19,7 +19,21 @@ fn pool_error(py: Python<'_>, e: PoolError) -> PyErr {
     config_error(py, format!("{e}."))
 }
 
-/// Preallocated packet buffers of one size.
+/// Preallocated packet buffers of one size, used by index.
+///
+/// Args:
+///     capacity: Buffers in the pool.
+///     buffer_size: Bytes of a buffer.
+///
+/// Raises:
+///     ConfigError: A number is out of range, or an index is not held.
+///
+/// Example:
+///     >>> pool = PacketPool(16, 2048)
+///     >>> index = pool.put(b"a frame")
+///     >>> pool.get(index), pool.available
+///     (b'a frame', 15)
+///     >>> pool.free(index)
 #[pyclass(frozen, module = "guestnet._native")]
 pub struct PacketPool {
     pub(crate) inner: Arc<pool::PacketPool>,
@@ -37,51 +51,94 @@ impl PacketPool {
         Ok(PacketPool { inner: Arc::new(inner) })
     }
 
+    /// How many buffers there are.
     #[getter]
     fn capacity(&self) -> usize {
         self.inner.capacity()
     }
 
+    /// How many bytes a buffer holds.
     #[getter]
     fn buffer_size(&self) -> usize {
         self.inner.buffer_size()
     }
 
+    /// How many buffers are free.
     #[getter]
     fn available(&self) -> usize {
         self.inner.available()
     }
 
-    /// Takes a buffer; None when none is free.
+    /// Takes a buffer.
+    ///
+    /// Returns:
+    ///     Its index, None when none is free.
     fn alloc(&self) -> Option<u32> {
         self.inner.alloc()
     }
 
     /// Gives a buffer back.
+    ///
+    /// Args:
+    ///     index: The buffer.
+    ///
+    /// Raises:
+    ///     ConfigError: The buffer is not held.
     fn free(&self, py: Python<'_>, index: Fits<u32>) -> PyResult<()> {
         self.inner.free(index.0).map_err(|e| pool_error(py, e))
     }
 
-    /// The bytes in use.
+    /// Returns the bytes in use.
+    ///
+    /// Args:
+    ///     index: The buffer.
+    ///
+    /// Returns:
+    ///     A copy of them.
+    ///
+    /// Raises:
+    ///     ConfigError: The buffer is not held.
     fn get<'py>(&self, py: Python<'py>, index: Fits<u32>) -> PyResult<Bound<'py, PyBytes>> {
         let b = self.inner.borrow(index.0).map_err(|e| pool_error(py, e))?;
         Ok(PyBytes::new(py, &b))
     }
 
-    /// The bytes in use, and the buffer is free; None for an index that nobody holds.
+    /// Returns the bytes in use, and frees the buffer.
+    ///
+    /// Args:
+    ///     index: The buffer.
+    ///
+    /// Returns:
+    ///     A copy of the bytes, None when the buffer is not held.
     fn take<'py>(&self, py: Python<'py>, index: Fits<u32>) -> Option<Bound<'py, PyBytes>> {
         let bytes = PyBytes::new(py, &self.inner.borrow(index.0).ok()?);
         self.inner.free(index.0).ok()?;
         Some(bytes)
     }
 
-    /// Makes these the bytes in use, from any object that has bytes in one piece.
+    /// Sets the bytes in use.
+    ///
+    /// Args:
+    ///     index: The buffer.
+    ///     data: Any object that has contiguous bytes.
+    ///
+    /// Raises:
+    ///     ConfigError: The buffer is not held, or the bytes do not fit.
     fn set(&self, py: Python<'_>, index: Fits<u32>, data: &Bound<'_, PyAny>) -> PyResult<()> {
         let mut b = self.inner.borrow(index.0).map_err(|e| pool_error(py, e))?;
         with_bytes(data, |bytes| b.fill(bytes))?.map_err(|e| pool_error(py, e))
     }
 
-    /// Takes a buffer and fills it; None when none is free.
+    /// Takes a buffer and fills it.
+    ///
+    /// Args:
+    ///     data: Any object that has contiguous bytes.
+    ///
+    /// Returns:
+    ///     The index of the buffer, None when none is free.
+    ///
+    /// Raises:
+    ///     ConfigError: The bytes do not fit.
     fn put(&self, py: Python<'_>, data: &Bound<'_, PyAny>) -> PyResult<Option<u32>> {
         let Some(index) = self.inner.alloc() else { return Ok(None) };
         match self.set(py, Fits(index), data) {
@@ -107,7 +164,18 @@ impl PacketPool {
     }
 }
 
-/// A queue of buffer indices.
+/// A queue of buffer indexes. Any thread may use either end; one at a time does.
+///
+/// Args:
+///     capacity: How many indexes it holds, rounded up to a power of two.
+///
+/// Raises:
+///     ConfigError: The number is out of range.
+///
+/// Example:
+///     >>> ring = Ring(4)
+///     >>> ring.enqueue_batch([1, 2, 3]), ring.dequeue(), len(ring)
+///     (3, 1, 2)
 #[pyclass(frozen, module = "guestnet._native")]
 pub struct Ring {
     producer: Mutex<Producer<u32>>,
@@ -125,27 +193,49 @@ impl Ring {
         Ok(Ring { producer: Mutex::new(p), consumer: Mutex::new(c) })
     }
 
+    /// How many indexes it holds at most.
     #[getter]
     fn capacity(&self) -> usize {
         lock(&self.producer).capacity()
     }
 
-    /// Puts one; False when the ring is full.
+    /// Puts an index.
+    ///
+    /// Args:
+    ///     index: A buffer.
+    ///
+    /// Returns:
+    ///     Whether there was room.
     fn enqueue(&self, index: Fits<u32>) -> bool {
         lock(&self.producer).enqueue(index.0).is_ok()
     }
 
-    /// Takes the oldest; None when the ring is empty.
+    /// Takes the oldest index.
+    ///
+    /// Returns:
+    ///     The index, None when the ring is empty.
     fn dequeue(&self) -> Option<u32> {
         lock(&self.consumer).dequeue()
     }
 
-    /// Puts as many as there is room for, in order; returns how many.
+    /// Puts as many indexes as there is room for, in order.
+    ///
+    /// Args:
+    ///     indices: Buffers.
+    ///
+    /// Returns:
+    ///     How many were put.
     fn enqueue_batch(&self, indices: Fits<Vec<u32>>) -> usize {
         lock(&self.producer).enqueue_batch(&indices.0)
     }
 
-    /// Takes up to `count`, oldest first.
+    /// Takes several indexes, oldest first.
+    ///
+    /// Args:
+    ///     count: How many at most.
+    ///
+    /// Returns:
+    ///     The indexes.
     fn dequeue_batch(&self, count: Fits<usize>) -> Vec<u32> {
         let mut c = lock(&self.consumer);
         let mut out = vec![0; count.0.min(c.len())];
@@ -154,11 +244,13 @@ impl Ring {
         out
     }
 
+    /// Whether it holds no index.
     #[getter]
     fn is_empty(&self) -> bool {
         lock(&self.consumer).is_empty()
     }
 
+    /// Whether it has no room.
     #[getter]
     fn is_full(&self) -> bool {
         let p = lock(&self.producer);

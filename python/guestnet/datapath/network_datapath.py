@@ -1,11 +1,12 @@
-"""The rings of a network: guests of this program, a frame a buffer.
+"""The rings of a network: guests of this program, one frame in each buffer.
 
     program -> packet_pool, tx_ring -> poll_once -> the network's packet thread -> uplink
     uplink -> the network's packet thread -> poll_once -> packet_pool, rx_ring -> program
 
-A frame on `tx_ring` is sent for the endpoint that has its source address and no other attachment: the first
-attaches it. While the network does not run, the rings work as those of a `Datapath` by hand, with an engine
-of their own and an outside in memory; so do `process_tx_packet` and `process_rx_packet` at any time.
+A frame on `tx_ring` is sent for the endpoint that has its source address and no other attachment; the first
+frame attaches the endpoint. While the network does not run, the rings work like those of a `Datapath`, with
+an engine of their own and an outside in memory. `process_tx_packet` and `process_rx_packet` use that engine
+at any time.
 """
 
 from __future__ import annotations
@@ -52,7 +53,18 @@ class _Arrivals(MemoryUplink):
 
 
 class NetworkDatapath(Datapath):
-    """Pool and rings of a network. One thread polls it; others may use the rings and the pool."""
+    """The pool and the rings of a network. One thread polls it; other threads may use the rings and the pool.
+
+    `NatNetwork.datapath` makes it.
+
+    Example:
+        >>> from guestnet import DatapathPoller, NatNetwork
+        >>> network = NatNetwork()
+        >>> network.datapath.packet_pool.capacity
+        8192
+        >>> DatapathPoller().poll_once(network)
+        False
+    """
 
     def __init__(self, network: NatNetwork) -> None:
         config = network.config
@@ -72,8 +84,16 @@ class NetworkDatapath(Datapath):
         )
 
     def poll_tx(self, count: int) -> int:
-        """Moves up to `count` frames from `tx_ring` on their way out; returns how many it took. Their buffers
-        are freed, whatever becomes of them. An index that nobody holds is an error that is counted."""
+        """Sends frames from `tx_ring` into the network.
+
+        Their buffers are freed in any case. An index that nobody holds is counted as an error.
+
+        Args:
+            count: How many frames to take at most.
+
+        Returns:
+            How many were taken.
+        """
         if not self._network.is_running:
             return super().poll_tx(count)
         indices = self.tx_ring.dequeue_batch(count)
@@ -92,7 +112,14 @@ class NetworkDatapath(Datapath):
         return len(indices)
 
     def poll_rx(self, count: int) -> int:
-        """Moves up to `count` frames for guests to `rx_ring`; returns how many."""
+        """Moves frames for guests to `rx_ring`.
+
+        Args:
+            count: How many frames to move at most.
+
+        Returns:
+            How many were moved.
+        """
         if not self._network.is_running:
             return super().poll_rx(count)
         counters = self._counters

@@ -1,11 +1,10 @@
-"""The datapath by hand: a packet pool, a ring each way, the NAT engine between them, and a poller that moves
-frames from one to the other.
+"""The datapath step by step: a packet pool, a ring each way, the NAT engine between them, and a poller.
 
     guest's frame -> packet_pool -> tx_ring -> poll_once -> NatEngine -> uplink
     uplink -> poll_once -> NatEngine -> packet_pool -> rx_ring -> guest's frame
 
-The packet threads of a `NatNetwork` do this in Rust. Here each step is a call, for programs that bring their
-own guests or their own outside, and for trying things out. Buffers on the rings hold Ethernet frames.
+The packet threads of a `NatNetwork` do the same in Rust. Here each step is a call, for programs that bring
+guests or an outside of their own. Buffers on the rings hold Ethernet frames.
 """
 
 from __future__ import annotations
@@ -45,27 +44,27 @@ class _Prefixes:
 
 
 class Uplink(Protocol):
-    """How translated packets leave, and answers come in: IP packets without a link header."""
+    """How translated packets leave, and how answers arrive: IP packets without a link header."""
 
     def send(self, packet: bytes) -> bool:
-        """Sends one; False when it cannot be sent now."""
+        """Sends a packet; False when it cannot be sent now."""
 
     def receive(self, count: int) -> list[bytes]:
-        """Up to `count` packets that have come, without waiting."""
+        """Returns up to `count` packets that have arrived, without waiting."""
 
     def wait(self, seconds: float) -> None:
-        """Returns when a packet has come, or after this time."""
+        """Returns when a packet has arrived, or after `seconds`."""
 
 
 class MemoryUplink:
-    """An outside in memory: `sent` is what left, `deliver` is what comes."""
+    """An outside in memory: `sent` has what left, and `deliver` lets a packet arrive."""
 
     def __init__(self) -> None:
         self.sent: deque[bytes] = deque()
         self._coming: deque[bytes] = deque()
 
     def deliver(self, packet: bytes) -> None:
-        """Lets a packet come from outside."""
+        """Lets a packet arrive from the outside."""
         self._coming.append(bytes(packet))
 
     def send(self, packet: bytes) -> bool:
@@ -81,15 +80,17 @@ class MemoryUplink:
 
 
 class FdUplink:
-    """A descriptor that gives and takes a packet a call: a TUN device (IFF_NO_PI) or a datagram socket. It is
-    duplicated: close yours when you like."""
+    """A descriptor that carries one packet for each call: a TUN device (IFF_NO_PI) or a datagram socket.
+
+    The descriptor is duplicated, so the caller may close its own.
+    """
 
     def __init__(self, fd: int) -> None:
         self._fd = os.dup(fd)
         os.set_blocking(self._fd, False)
 
     def fileno(self) -> int:
-        """The descriptor in use."""
+        """Returns the descriptor in use."""
         return self._fd
 
     def send(self, packet: bytes) -> bool:
@@ -120,17 +121,41 @@ class FdUplink:
         select.select([self._fd], [], [], seconds)
 
     def close(self) -> None:
-        """Closes it; may be called again."""
+        """Closes it. A second call does nothing."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
 
 
 class Datapath:
-    """Pool, rings, engine and uplink. One thread polls it; others may use the rings and the pool.
+    """A pool, rings, an engine and an uplink.
 
-    What the engine translates goes on. So do packets of a guest to a destination of `no_nat`, untranslated,
-    the answers to them, and packets from guest to guest. All else is counted as an error.
+    One thread polls it; other threads may use the rings and the pool. What the engine translates goes on. So
+    do packets of a guest to a destination of `no_nat`, their answers, and packets between guests, all of them
+    untranslated. Everything else is counted as an error.
+
+    Args:
+        config: The settings of an engine, or an engine.
+        uplink: How packets leave; in memory by default.
+        pool: The buffers; 8192 by default.
+        ring_capacity: The capacity of each ring; 4096 by default.
+        gateway_mac: The MAC address of the gateway; random by default.
+        clock: Returns nanoseconds, for the engine.
+
+    Raises:
+        ConfigError: A value is wrong.
+
+    Example:
+        >>> path = Datapath(NatEngineConfig("203.0.113.1", internal="192.168.64.0/24"))
+        >>> path.add_guest("192.168.64.2", "02:00:5e:10:00:01")
+        >>> header = "ffffffffffff 02005e100001 0800 4500001c0001000040113e1cc0a84002cb007109"
+        >>> index = path.packet_pool.put(bytes.fromhex(header + "c350003500080000"))
+        >>> path.tx_ring.enqueue(index)
+        True
+        >>> DatapathPoller().poll_once(path)
+        True
+        >>> [packet[12:16].hex() for packet in path.uplink.sent]
+        ['cb007101']
     """
 
     def __init__(
@@ -162,8 +187,18 @@ class Datapath:
         self._counters.batch_histogram = [0] * BATCH_BUCKETS
 
     def add_guest(self, ip: IPv4Address | str, mac: str | bytes) -> None:
-        """Says which hardware address a guest's address has. Otherwise it is learned, for up to 4096
-        addresses inside, from the first frame of each. What is said here counts more than frames."""
+        """Sets the MAC address of a guest's address.
+
+        Without this, the MAC is learned from the first frame of each address inside, for up to 4096
+        addresses. What is set here overrides what frames say.
+
+        Args:
+            ip: The address of the guest.
+            mac: Its MAC address.
+
+        Raises:
+            ConfigError: A value is wrong, or the address is not inside.
+        """
         try:
             address = IPv4Address(ip)
         except AddressValueError:
@@ -179,7 +214,15 @@ class Datapath:
     # ---- packet by packet -------------------------------------------------------------------------------
 
     def process_tx_packet(self, frame: Any, *, now: float | None = None) -> NatResult:
-        """Translates a guest's frame in place, in any writable buffer."""
+        """Translates a frame from a guest in place.
+
+        Args:
+            frame: A writable buffer.
+            now: The time in seconds. None asks the clock.
+
+        Returns:
+            What became of the packet.
+        """
         result, length = self.engine.translate_frame(frame, NatDirection.OUTBOUND, now=now)
         counters = self._counters
         counters.tx_packets += 1
@@ -191,7 +234,15 @@ class Datapath:
         return result
 
     def process_rx_packet(self, frame: Any, *, now: float | None = None) -> NatResult:
-        """Translates a frame for a guest in place, in any writable buffer."""
+        """Translates a frame for a guest in place.
+
+        Args:
+            frame: A writable buffer.
+            now: The time in seconds. None asks the clock.
+
+        Returns:
+            What became of the packet.
+        """
         result, length = self.engine.translate_frame(frame, NatDirection.INBOUND, now=now)
         counters = self._counters
         counters.rx_packets += 1
@@ -205,9 +256,16 @@ class Datapath:
     # ---- in batches -------------------------------------------------------------------------------------
 
     def poll_tx(self, count: int) -> int:
-        """Moves up to `count` frames from `tx_ring` through the engine to the uplink; returns how many it
-        took. Their buffers are freed, whatever becomes of them. An index that nobody holds is an error that
-        is counted."""
+        """Moves frames from `tx_ring` through the engine to the uplink.
+
+        Their buffers are freed in any case. An index that nobody holds is counted as an error.
+
+        Args:
+            count: How many frames to take at most.
+
+        Returns:
+            How many were taken.
+        """
         indices = self.tx_ring.dequeue_batch(count)
         if not indices:
             return 0
@@ -239,7 +297,14 @@ class Datapath:
         return len(indices)
 
     def poll_rx(self, count: int) -> int:
-        """Moves up to `count` packets from the uplink through the engine to `rx_ring`; returns how many."""
+        """Moves packets from the uplink through the engine to `rx_ring`.
+
+        Args:
+            count: How many packets to take at most.
+
+        Returns:
+            How many were taken.
+        """
         packets = [bytearray(p) for p in self.uplink.receive(count)]
         if not packets:
             return 0
@@ -309,12 +374,16 @@ class Datapath:
         return True
 
     def maintenance(self) -> None:
-        """What has to be done now and then: expiry, and what the engine has to say of it."""
+        """Does the expiry work that is due, and sends what the engine then has to send."""
         self.expire_connections()
         self._flush()
 
     def expire_connections(self) -> int:
-        """Ends connections whose time is over; returns how many."""
+        """Ends connections whose timeout has passed.
+
+        Returns:
+            How many ended.
+        """
         gone = self.engine.expire_connections()
         self._counters.nat_expired += gone
         return gone
@@ -323,24 +392,40 @@ class Datapath:
 
     @property
     def connection_count(self) -> int:
-        """Connections tracked now."""
+        """How many connections are tracked now."""
         return self.engine.connection_count
 
     def stats(self) -> DatapathStats:
-        """What was moved so far."""
+        """Returns what was moved so far.
+
+        Returns:
+            The counters.
+        """
         counters = vars(self._counters)
         return DatapathStats(**{**counters, "batch_histogram": tuple(counters["batch_histogram"])})
 
     def nat_stats(self) -> NatStats:
-        """What the engine did so far."""
+        """Returns what the engine did so far.
+
+        Returns:
+            The counters of the engine.
+        """
         return self.engine.stats()
 
     def conntrack_stats(self) -> ConnTrackStats:
-        """What the engine holds now."""
+        """Returns what the engine holds now.
+
+        Returns:
+            The counters of the connection table.
+        """
         return self.engine.conntrack()
 
     def record_poll(self, work: bool) -> None:
-        """Counts a poll, and whether it found work."""
+        """Counts a poll.
+
+        Args:
+            work: Whether it found work.
+        """
         self._counters.polls += 1
         self._counters.busy_polls += work
 
@@ -356,14 +441,28 @@ class Datapath:
 
 
 class HasDatapath(Protocol):
-    """A network that has one."""
+    """A network that has a datapath."""
 
     @property
     def datapath(self) -> Datapath: ...
 
 
 class DatapathPoller:
-    """Moves frames when it is called, and decides what to do when there are none."""
+    """Moves frames when it is called, and decides what to do when there are none.
+
+    Args:
+        batch_size: Frames of one batch, 1 to 65536.
+        strategy: What to do without work: see `poll_once`.
+        max_spins: Polls without work before `adaptive` lets other threads run.
+
+    Raises:
+        ConfigError: A value is wrong.
+
+    Example:
+        >>> poller = DatapathPoller(strategy="busy").with_batch_size(32)
+        >>> poller.batch_size, poller.poll_once(Datapath("203.0.113.1"))
+        (32, False)
+    """
 
     def __init__(
         self,
@@ -378,17 +477,49 @@ class DatapathPoller:
         """Polls without work since the last that found some."""
 
     def with_batch_size(self, size: int) -> DatapathPoller:
-        """Another poller with this batch size."""
+        """Returns another poller with this batch size.
+
+        Args:
+            size: Frames of one batch.
+
+        Returns:
+            The new poller.
+
+        Raises:
+            ConfigError: The number is out of range.
+        """
         return DatapathPoller(size, self.strategy, self.max_spins)
 
     def with_strategy(self, strategy: PollingStrategy | str) -> DatapathPoller:
-        """Another poller with this strategy."""
+        """Returns another poller with this strategy.
+
+        Args:
+            strategy: A `PollingStrategy`, or its value.
+
+        Returns:
+            The new poller.
+
+        Raises:
+            ConfigError: There is no such strategy.
+        """
         return DatapathPoller(self.batch_size, strategy, self.max_spins)
 
     def poll_once(self, network: Datapath | HasDatapath, *, patience: float = 0.01) -> bool:
-        """One batch each way; True when there was any work. Without work: `busy` returns at once, `adaptive`
-        lets others run after `max_spins` times, `event_driven` waits up to `patience` seconds for
-        the uplink."""
+        """Moves one batch each way.
+
+        Without work, `busy` returns at once, `adaptive` lets other threads run after `max_spins` calls, and
+        `event_driven` waits for the uplink.
+
+        Args:
+            network: A `Datapath`, or a network that has one.
+            patience: How long `event_driven` waits, in seconds.
+
+        Returns:
+            Whether there was work.
+
+        Raises:
+            TypeError: The object has no datapath.
+        """
         path = network if isinstance(network, Datapath) else getattr(network, "datapath", None)
         if path is None:
             raise TypeError(f"{network!r} has no datapath: give a Datapath or a NatNetwork.")

@@ -1,4 +1,4 @@
-"""What a network tells its owner."""
+"""The events of a network."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class NetworkEvent:
-    """Something happened.
+    """Something that happened in a network. `NatNetwork.on_event` delivers it.
 
     `kind` is one of `guest_up`, `guest_down`, `lease`, `release`, `address_seen`, `address_changed`,
-    `port_opened` and `port_closed` (a guest's own, by PCP), `log`, `failed`, and for those who ask for flows
-    `flow_opened`, `flow_closed`, `denied`. `endpoint` is the id of the guest that it is about. `details`
-    holds values that JSON can carry.
+    `port_opened` and `port_closed` (a port that a guest opened by PCP), `log`, `failed`, and for those who
+    ask for flows `flow_opened`, `flow_closed` and `denied`. `endpoint` is the id of the guest that the event
+    is about. `details` has values that JSON can carry; docs/reference/events.md lists them.
+
+    Example:
+        >>> NetworkEvent("guest_up", "vm1", {"ip": "192.168.64.2"}).details["ip"]
+        '192.168.64.2'
     """
 
     kind: str

@@ -1,7 +1,7 @@
-"""Addresses: who has which (IPAM), and hardware addresses.
+"""Addresses of a subnet, and MAC addresses.
 
-The allocator gives the lowest free address, so that a network of one guest always has the same one. It keeps
-what was given, not what is free: an IPv6 subnet costs no more than an IPv4 one.
+Theory of operation: the allocator gives the lowest free address, so a network with one guest always gives it
+the same one. It stores what was given, not what is free, so an IPv6 subnet costs no more than an IPv4 one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,23 @@ Address = TypeVar("Address", bound=IPv4Address | IPv6Address)
 class IpAllocator(Generic[Address]):
     """Gives out the addresses from `start` to `end`, both included.
 
-    Not for several threads at once: the network that owns it has a lock.
+    It is not for several threads at once.
+
+    Args:
+        start: The first address.
+        end: The last address.
+
+    Raises:
+        ConfigError: An address is wrong, the two are of different families, or the range starts after its
+            end.
+        TypeError: A value is neither text nor an address.
+
+    Example:
+        >>> allocator = IpAllocator("192.168.64.2", "192.168.64.4")
+        >>> allocator.allocate(), allocator.allocate_specific("192.168.64.3")
+        (IPv4Address('192.168.64.2'), True)
+        >>> allocator.available
+        1
     """
 
     def __init__(self, start: Address | str, end: Address | str) -> None:
@@ -69,14 +85,18 @@ class IpAllocator(Generic[Address]):
         return len(self._taken)
 
     def __contains__(self, address: object) -> bool:
-        """Whether the address is of the range, taken or not."""
+        """Whether the address belongs to the range, taken or not."""
         return isinstance(address, self._type) and int(self._start) <= int(address) <= int(self._end)
 
     def __repr__(self) -> str:
         return f"<IpAllocator {self._start}-{self._end}, {self.available} free>"
 
     def allocate(self) -> Address | None:
-        """Takes the lowest free address; None when there is none."""
+        """Takes the lowest free address.
+
+        Returns:
+            The address, None when none is free.
+        """
         while self._freed:
             number = heappop(self._freed)
             if number not in self._taken:
@@ -92,7 +112,18 @@ class IpAllocator(Generic[Address]):
         return self._type(number)
 
     def allocate_specific(self, address: Address | str) -> bool:
-        """Takes this address. False when it is taken, or not of the range."""
+        """Takes this address.
+
+        Args:
+            address: The address.
+
+        Returns:
+            Whether it was free and belongs to the range.
+
+        Raises:
+            ConfigError: The text is not an address.
+            TypeError: The value is neither text nor an address.
+        """
         wanted = self._read(address)
         if wanted not in self or int(wanted) in self._taken:
             return False
@@ -100,7 +131,18 @@ class IpAllocator(Generic[Address]):
         return True
 
     def release(self, address: Address | str) -> bool:
-        """Gives an address back. False when it was not taken."""
+        """Gives an address back.
+
+        Args:
+            address: The address.
+
+        Returns:
+            Whether it was taken.
+
+        Raises:
+            ConfigError: The text is not an address.
+            TypeError: The value is neither text nor an address.
+        """
         number = int(self._read(address))
         if self._read(address) not in self or number not in self._taken:
             return False
@@ -110,13 +152,32 @@ class IpAllocator(Generic[Address]):
         return True
 
     def is_allocated(self, address: Address | str) -> bool:
-        """Whether the address is taken."""
+        """Says whether an address is taken.
+
+        Args:
+            address: The address.
+
+        Returns:
+            Whether it is taken.
+
+        Raises:
+            ConfigError: The text is not an address.
+            TypeError: The value is neither text nor an address.
+        """
         wanted = self._read(address)
         return wanted in self and int(wanted) in self._taken
 
 
 def generate_mac() -> str:
-    """A random hardware address, locally administered and of one station."""
+    """Makes a random MAC address: locally administered, of one station.
+
+    Returns:
+        The address as text.
+
+    Example:
+        >>> len(generate_mac())
+        17
+    """
     return format_mac(bytes(((os.urandom(1)[0] & 0xFC) | 0x02, *os.urandom(5))))
 
 

@@ -1,8 +1,8 @@
-"""NatConfig: what a network is, checked when it is made.
+"""The configuration of a network, checked when it is made.
 
-A frozen dataclass with its own checks and not a pydantic model: importing pydantic costs 90 ms, of the 400
-that `guestnet run -- true` may take in all. Every wrong value is a ConfigError that names it and says what
-to write instead.
+`NatConfig` is a frozen dataclass with its own checks. Importing a library for models would take 90 ms of the
+400 ms that `guestnet run -- true` may take. Every wrong value is a ConfigError that names the value and says
+what to write instead.
 """
 
 from __future__ import annotations
@@ -38,7 +38,12 @@ _DEFAULT_SUBNET = "192.168.64.0/24"
 
 
 class NetMode(StrEnum):
-    """What the guests of a network can reach."""
+    """What the guests of a network can reach.
+
+    Example:
+        >>> NetMode("host_only") is NetMode.HOST_ONLY
+        True
+    """
 
     NAT = "nat"
     """Each other, the gateway, and everything that the host can reach."""
@@ -49,7 +54,12 @@ class NetMode(StrEnum):
 
 
 class Uplink(StrEnum):
-    """How what guests send outside leaves."""
+    """How traffic leaves the network.
+
+    Example:
+        >>> NatConfig(uplink="tun").uplink is Uplink.TUN
+        True
+    """
 
     SOCKETS = "sockets"
     """As sockets of this process: needs no privilege."""
@@ -58,7 +68,12 @@ class Uplink(StrEnum):
 
 
 class PollingStrategy(StrEnum):
-    """What a packet thread does when nothing is ready."""
+    """What a packet thread does when nothing is ready.
+
+    Example:
+        >>> NatConfig().polling
+        <PollingStrategy.ADAPTIVE: 'adaptive'>
+    """
 
     BUSY = "busy"
     """Polls for ever: shortest delay, one processor."""
@@ -69,7 +84,12 @@ class PollingStrategy(StrEnum):
 
 
 class Filtering(StrEnum):
-    """Who may send to a port that a guest has opened by sending UDP (RFC 4787 section 5)."""
+    """Who may send to a UDP port that a guest uses (RFC 4787 section 5).
+
+    Example:
+        >>> NatConfig().filtering
+        <Filtering.ADDRESS_DEPENDENT: 'address_dependent'>
+    """
 
     ENDPOINT_INDEPENDENT = "endpoint_independent"
     """Anyone."""
@@ -81,7 +101,13 @@ class Filtering(StrEnum):
 
 @dataclass(frozen=True)
 class StaticLease:
-    """An address, and perhaps a name, that a MAC always gets."""
+    """An address, and optionally a name, that a MAC always gets.
+
+    Example:
+        >>> lease = StaticLease("52:54:00:12:34:56", IPv4Address("192.168.64.10"), "web")
+        >>> NatConfig(static_leases=[lease]).static_leases[0].name
+        'web'
+    """
 
     mac: str
     ip: IPv4Address
@@ -252,38 +278,62 @@ def _guest_ports(value: object) -> tuple[int, int] | None:
 
 @dataclass(frozen=True, init=False, eq=True)
 class NatConfig:
-    """A network. All arguments are keywords; text is taken wherever it is clear what it means.
+    """The settings of a network. All are keywords, and text is accepted wherever its meaning is clear.
 
-    - `subnet`: IPv4, /8 to /30. `gateway`: an address of it, the first by default.
-    - `mtu`: IP MTU of the guests in bytes, 68 to 65520.
-    - `mode`: see `NetMode`.
-    - `host_loopback`: let guests reach the host's 127.0.0.1 at the last address of the subnet, which is then
-      named `host.guestnet.internal`. Without it no guest reaches a service there. Not for "host_only".
-    - `dhcp`, `dns`: whether the gateway serves them. `lease_time` in seconds, 10 or more.
-    - `dns_records`: names with their records, each an address or `TYPE:value` (`TXT:some text`,
-      `SRV:10 5 5060 sip.example`); `*.` in front stands for all names below. `zone`: where endpoints have
-      their names. `search`: domains that guests try for short names, the zone by default. `resolvers`:
-      addresses of name servers that other names are asked of, those of the host by default, () for none.
-    - `static_leases`: addresses and names for known MACs, as `StaticLease` or mappings with its fields.
-    - `dhcp_start`, `dhcp_end`: the addresses that endpoints get, all of the subnet by default.
-    - `capture`: a file that every frame is written to (pcapng).
-    - `polling`, `batch_size` (frames, 1 to 1024), `max_spins`: see `PollingStrategy`.
-    - `workers`: packet threads that share the endpoints, 1 to 64. Each endpoint is on one of them; more than
-      one helps where several guests are busy and processors are free.
-    - `io_uring`: small writes are gathered and done in one call, where the system has io_uring (Linux 6.0).
+    Addresses:
+
+    - `subnet`: IPv4, /8 to /30. `gateway`: its address in it, the first by default. `gateway_mac`: its MAC.
+    - `dhcp_start`, `dhcp_end`: the range of addresses for endpoints, the whole subnet by default.
+    - `static_leases`: addresses and names for known MACs: `StaticLease` objects, or mappings with its fields.
+    - `mtu`: the IP MTU of the guests in bytes, 68 to 65520.
+
+    What guests reach:
+
+    - `mode`: see `NetMode`. `bridge`: with the mode "bridged", the bridge or Ethernet interface of the host
+      that guests join. It then gives addresses and names; `subnet` and what belongs to it are not used.
+    - `host_loopback`: guests reach the host's 127.0.0.1 at the last address of the subnet, which is then
+      named `host.guestnet.internal`. It cannot be combined with the mode "host_only".
     - `filtering`: see `Filtering`.
-    - `gateway_mac`: the gateway's hardware address.
-    - `uplink`: see `Uplink`. With "tun": `external`, the addresses that guests have outside, which must be
-      routed to this host (by default one of 100.64.0.0/10 that only this host knows); `port_range`, the first
-      and the last of their ports that connections get; `forwarding` lets the host forward while the network
-      runs; `masquerade` does too, and what leaves has the host's own address.
-    - `pcp_ports`: the first and the last port of the host that guests may open for themselves, by PCP or
-      NAT-PMP, in the mode "nat"; by default none. `pcp_address`: the address of the host that they are opened
-      on, as of a published port; by default every one.
-    - `bridge`: with the mode "bridged", the bridge or Ethernet interface of the host that guests are joined
-      to. It gives addresses and names; `subnet` and what belongs to it are not used.
-    - `limits` (names in `LIMITS`), `timeouts` (in seconds, names in `TIMEOUTS`): bounds of the data plane,
-      where its defaults do not fit.
+    - `pcp_ports`: the first and the last port of the host that guests may open, by PCP or NAT-PMP; none by
+      default. `pcp_address`: the host's address for them; every address by default.
+
+    Services:
+
+    - `dhcp`, `dns`: whether the gateway serves them. `lease_time`: in seconds, 10 or more.
+    - `dns_records`: names with their records: addresses, or `TYPE:value` (`TXT:some text`). `*.example`
+      stands for all names below `example`. `zone`: the domain of the endpoints' names. `search`: domains that
+      guests try for short names, the zone by default. `resolvers`: addresses of name servers for all other
+      names; the host's by default, () for none.
+
+    How traffic leaves:
+
+    - `uplink`: see `Uplink`. With "tun", `external` has the external addresses of the guests, which must be
+      routed to this host (by default one of 100.64.0.0/10, which only this host knows). `port_range` has
+      their first and last external port. `forwarding` makes this host forward while the network runs.
+      `masquerade` does so too, and gives packets that leave the host's own address.
+
+    Packet threads:
+
+    - `workers`: packet threads that share the endpoints, 1 to 64. More than one helps where several guests
+      are busy and processors are free.
+    - `polling`, `max_spins`: see `PollingStrategy`. `batch_size`: frames of one batch, 1 to 1024.
+    - `io_uring`: small writes are gathered and done in one call, where the system has io_uring (Linux 6.0).
+    - `limits` (names in `LIMITS`) and `timeouts` (in seconds, names in `TIMEOUTS`): bounds of the data plane.
+
+    Others:
+
+    - `capture`: a file that every frame is written to, in the pcapng format.
+
+    Raises:
+        ConfigError: A value is wrong, or two of them contradict each other.
+
+    Example:
+        >>> config = NatConfig(subnet="10.9.0.0/24", dns_records={"db.example": "192.0.2.5"})
+        >>> config.gateway, config.replace(mtu=9000).mtu
+        (IPv4Address('10.9.0.1'), 9000)
+        >>> NatConfig(subnet="10.9.0.0/33")
+        Traceback (most recent call last):
+        guestnet.errors.ConfigError: subnet '10.9.0.0/33' is not an IPv4 subnet: ...
     """
 
     subnet: IPv4Network
@@ -421,16 +471,27 @@ class NatConfig:
 
     @property
     def prefix_len(self) -> int:
-        """Length of the subnet's prefix."""
+        """The length of the subnet's prefix."""
         return self.subnet.prefixlen
 
     @property
     def loopback_address(self) -> IPv4Address | None:
-        """What guests reach the host's 127.0.0.1 by, None when they do not."""
+        """The address of the host's 127.0.0.1 for guests, None when they do not reach it."""
         return self.subnet[-2] if self.host_loopback else None
 
     def replace(self, **changes: Any) -> NatConfig:
-        """A copy with other values. What followed from the values that change is worked out anew."""
+        """Returns a copy with other values. What follows from the changed values is derived again.
+
+        Args:
+            **changes: Settings with their new values.
+
+        Returns:
+            The changed copy.
+
+        Raises:
+            ConfigError: A value is wrong.
+            TypeError: There is no such setting.
+        """
         kept = {f.name: getattr(self, f.name) for f in fields(self)}
         if "subnet" in changes:
             for name in ("gateway", "dhcp_start", "dhcp_end", "gateway_mac"):
@@ -439,7 +500,7 @@ class NatConfig:
 
     @property
     def guest_range(self) -> str:
-        """The addresses that guests can have, as text; the gateway's is not the first or last of them."""
+        """The first and the last address that guests can have, as text."""
         first, last = self.subnet[1], self.subnet[-2]
         taken = {self.gateway, self.loopback_address}
         while first in taken:
@@ -449,7 +510,18 @@ class NatConfig:
         return str(first) if first == last else f"{first} to {last}"
 
     def host_address(self, what: str, value: object) -> IPv4Address:
-        """An address that a host of the subnet can have."""
+        """Checks an address that a host of the subnet can have.
+
+        Args:
+            what: The name of the value, for the message.
+            value: The address.
+
+        Returns:
+            The address.
+
+        Raises:
+            ConfigError: It is not an address, or not one of a host in the subnet.
+        """
         address = _address(what, value)
         ends = (self.subnet.network_address, self.subnet.broadcast_address)
         if address not in self.subnet or address in ends:

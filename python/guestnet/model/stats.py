@@ -1,4 +1,4 @@
-"""Counters of a network, as one moment that can be kept, printed and subtracted from a later one."""
+"""Counters and records of a network: values that can be kept, printed and compared."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ from typing import Any, Self
 
 @dataclass(frozen=True)
 class NetworkStats:
-    """Since the network was started; frames and bytes are counted at the guests' side.
+    """The counters of a network, an endpoint or a worker since the network was started.
 
-    `drops` has a count for every reason that something was dropped for, `io` what the packet thread counts.
+    Frames and bytes are counted at the guests' side. `drops` has a count for each reason, `io` the counters
+    of the packet threads. Two snapshots can be subtracted.
+
+    Example:
+        >>> earlier, later = NetworkStats(flows_opened=2), NetworkStats(flows_opened=5, flows_closed=1)
+        >>> later.connections, (later - earlier).flows_opened
+        (4, 3)
     """
 
     rx_frames: int = 0
@@ -38,27 +44,38 @@ class NetworkStats:
 
     @classmethod
     def from_native(cls, values: Mapping[str, Any]) -> NetworkStats:
-        """From what `guestnet._native` gives."""
+        """Makes a snapshot from what `guestnet._native` returns.
+
+        Args:
+            values: The counters by name.
+
+        Returns:
+            The snapshot.
+        """
         return cls(**values)
 
     @property
     def connections(self) -> int:
-        """Flows that are open."""
+        """How many flows are open."""
         return self.flows_opened - self.flows_closed
 
     @property
     def dropped(self) -> int:
-        """All drops together."""
+        """The sum of all drops."""
         return sum(self.drops.values())
 
     def __sub__(self, earlier: NetworkStats) -> NetworkStats:
-        """What was counted since `earlier`; what can fall (open sockets) is 0 when it fell."""
+        """What was counted since `earlier`. A value that can fall (open sockets) is 0 when it fell."""
         return NetworkStats(
             **{f.name: _less(getattr(self, f.name), getattr(earlier, f.name)) for f in fields(self)}
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain dictionaries, for JSON."""
+        """Returns plain dictionaries, for JSON.
+
+        Returns:
+            The counters by name.
+        """
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
 
 
@@ -67,20 +84,29 @@ BATCH_BUCKETS = 8
 
 
 class _Subtractable:
-    """What counts up can be subtracted; what can fall is 0 when it fell."""
+    """Snapshots that can be subtracted. A value that can fall is 0 when it fell."""
 
     def __sub__(self, earlier: Self) -> Self:
         names = [f.name for f in fields(self)]  # type: ignore[arg-type]
         return type(self)(**{n: _less(getattr(self, n), getattr(earlier, n)) for n in names})
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain dictionaries, for JSON."""
+        """Returns plain dictionaries, for JSON.
+
+        Returns:
+            The counters by name.
+        """
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class NatStats(_Subtractable):
-    """What a NatEngine did since it was made."""
+    """What a NatEngine did since it was made.
+
+    Example:
+        >>> NatStats(outbound=2, inbound=1).translated
+        3
+    """
 
     outbound: int = 0
     """Packets translated on the way out."""
@@ -98,18 +124,24 @@ class NatStats(_Subtractable):
 
     @property
     def translated(self) -> int:
-        """Packets translated, either way."""
+        """How many packets were translated, in both directions."""
         return self.outbound + self.inbound + self.hairpinned
 
     @property
     def dropped(self) -> int:
-        """All drops together."""
+        """The sum of all drops."""
         return sum(self.drops.values())
 
 
 @dataclass(frozen=True)
 class ConnTrackStats(_Subtractable):
-    """What a NatEngine holds at one moment, and how its table was used since it was made."""
+    """What a NatEngine holds at one moment, and how its table was used since it was made.
+
+    Example:
+        >>> from guestnet import NatEngine
+        >>> NatEngine("203.0.113.1").conntrack().connections
+        0
+    """
 
     connections: int = 0
     mappings: int = 0
@@ -128,7 +160,12 @@ class ConnTrackStats(_Subtractable):
 
 @dataclass(frozen=True)
 class DatapathStats(_Subtractable):
-    """What a datapath moved, in frames and bytes as its rings carry them."""
+    """What a datapath moved, in frames and bytes as its rings carry them.
+
+    Example:
+        >>> DatapathStats(batches=4, batched=168).batched / 4
+        42.0
+    """
 
     tx_packets: int = 0
     """From guests."""
@@ -170,7 +207,13 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class LeaseRecord:
-    """An address that a guest holds by DHCP."""
+    """An address that a guest holds by DHCP.
+
+    Example:
+        >>> from guestnet import NatNetwork
+        >>> NatNetwork().services.dhcp.leases()
+        []
+    """
 
     endpoint_id: str
     mac: str
@@ -184,7 +227,13 @@ class LeaseRecord:
 
 @dataclass(frozen=True)
 class MappingRecord:
-    """A port of the host that a guest opened to itself, by PCP or NAT-PMP."""
+    """A port of the host that a guest opened for itself, by PCP or NAT-PMP.
+
+    Example:
+        >>> from guestnet import NatNetwork
+        >>> NatNetwork(pcp_ports=(40000, 40999)).services.pcp.mappings()
+        []
+    """
 
     endpoint_id: str
     address: IPv4Address
@@ -201,7 +250,14 @@ class MappingRecord:
 
 @dataclass(frozen=True)
 class FlowRecord:
-    """One conversation that the network carries now."""
+    """One flow that the network carries now.
+
+    Example:
+        >>> from guestnet import NatNetwork
+        >>> with NatNetwork() as network:
+        ...     network.flows()
+        []
+    """
 
     endpoint: str | None
     """The id of the guest, None when it has just left."""

@@ -1,13 +1,12 @@
-"""NatEngine: translates IPv4 packets in place, with connection tracking; no sockets, no threads, no clock of
-its own.
+"""NatEngine: translates IPv4 packets in place, with connection tracking.
 
->>> engine = NatEngine(NatEngineConfig("203.0.113.1", internal="192.168.64.0/24"))
->>> engine.translate(packet, NatDirection.OUTBOUND)          # a bytearray that holds an IP packet
-NatResult.TRANSLATED
+Theory of operation: the engine has no sockets, no threads and no clock of its own. A caller gives it a packet
+in any writable buffer (bytearray, memoryview, ctypes or NumPy array) and a direction. The engine rewrites
+addresses, ports and checksums, and says what became of the packet. What it sends itself (ICMP errors,
+fragments) waits in `output`. Connections end in slices of expiry work, which the caller asks for.
 
-Any writable buffer of bytes will do (bytearray, memoryview, ctypes or NumPy array). Batches run without the
-interpreter's lock; nobody else may write to their buffers meanwhile, and `os.fork` waits for them. Offline
-translation of a capture gives `now` with each call.
+Limits: batches run without the interpreter's lock, so no other thread may write to their buffers meanwhile,
+and `os.fork` waits for them. A caller that translates a capture gives `now` with every call.
 """
 
 from __future__ import annotations
@@ -41,7 +40,12 @@ _SLICE = 1024
 
 
 class NatDirection(Enum):
-    """Which way a packet travels."""
+    """Which way a packet travels.
+
+    Example:
+        >>> NatDirection.OUTBOUND
+        <NatDirection.OUTBOUND: True>
+    """
 
     OUTBOUND = True
     """From a guest to the outside."""
@@ -61,7 +65,17 @@ class Refusal(StrEnum):
 
 @dataclass(frozen=True)
 class NatResult:
-    """What became of a packet. Only what `send` says may be sent on; all else is unchanged or waits."""
+    """What became of a packet.
+
+    Only a packet whose result has `send` may be sent on. After any other result the buffer is unchanged,
+    except after `FRAGMENTED`.
+
+    Example:
+        >>> NatResult.TRANSLATED.send, NatResult.PASS_THROUGH.send
+        (True, False)
+        >>> NatResult.dropped("table_full").is_dropped
+        True
+    """
 
     kind: str
     """translated, hairpinned, pass_through, held, fragmented, too_big or dropped."""
@@ -83,7 +97,7 @@ class NatResult:
 
     @property
     def is_dropped(self) -> bool:
-        """Refused, for `reason`."""
+        """Whether the packet was dropped, for `reason`."""
         return self.kind == "dropped"
 
     @property
@@ -98,7 +112,17 @@ class NatResult:
 
     @staticmethod
     def dropped(reason: str) -> NatResult:
-        """The result for this reason."""
+        """Returns the result of a packet that was dropped.
+
+        Args:
+            reason: A stable name of a reason, such as "table_full".
+
+        Returns:
+            The result with this reason.
+
+        Raises:
+            ValueError: There is no such reason.
+        """
         return _RESULTS[_DROPPED + _REASONS.index(reason)]
 
 
@@ -114,7 +138,14 @@ for _code, _kind in enumerate(_KINDS):
 
 
 class NatResults(Sequence[NatResult]):
-    """The results of a batch, one byte each until they are looked at."""
+    """The results of a batch: a sequence that keeps one byte for each packet.
+
+    Example:
+        >>> engine = NatEngine("203.0.113.1")
+        >>> results = engine.translate_batch([bytearray(28), bytearray(28)], NatDirection.OUTBOUND)
+        >>> len(results), results[0].send
+        (2, False)
+    """
 
     def __init__(self, codes: bytes) -> None:
         self.codes = codes
@@ -141,7 +172,11 @@ class NatResults(Sequence[NatResult]):
     __hash__ = None  # type: ignore[assignment]
 
     def counts(self) -> dict[NatResult, int]:
-        """How often each result came."""
+        """Counts the results.
+
+        Returns:
+            How often each result occurs.
+        """
         return {_RESULTS[code]: n for code, n in Counter(self.codes).items()}
 
     def __repr__(self) -> str:
@@ -189,7 +224,17 @@ def _network(value: IPv4Network | str, what: str) -> IPv4Network:
 
 @dataclass(frozen=True)
 class NatEngineConfig:
-    """What an engine does. The defaults are what RFC 4787, 5382, 5508, 6888 and 7857 ask for."""
+    """The settings of an engine. The defaults are what RFC 4787, 5382, 5508, 6888 and 7857 ask for.
+
+    Raises:
+        ConfigError: A value is wrong. The message says what to write instead.
+        TypeError: A value has a wrong type.
+
+    Example:
+        >>> config = NatEngineConfig("203.0.113.1", internal="10.9.0.0/24").with_timeout(600)
+        >>> config.port_range, config.timeouts["udp"]
+        ((49152, 65535), 600)
+    """
 
     external: IPv4Address | str | Sequence[IPv4Address | str]
     """External addresses; a guest keeps one of them."""
@@ -253,15 +298,46 @@ class NatEngineConfig:
         _engine(_check_arguments(self))
 
     def with_port_range(self, first: int, last: int) -> NatEngineConfig:
-        """The same with other external ports."""
+        """Returns a copy with other external ports.
+
+        Args:
+            first: The first external port.
+            last: The last one, included.
+
+        Returns:
+            The changed copy.
+
+        Raises:
+            ConfigError: A number is not a port, or `first` is after `last`.
+        """
         return replace(self, port_range=(first, last))
 
     def with_timeout(self, seconds: int) -> NatEngineConfig:
-        """The same with this timeout for UDP and established TCP."""
+        """Returns a copy with another timeout for UDP and for established TCP.
+
+        Args:
+            seconds: The timeout.
+
+        Returns:
+            The changed copy.
+
+        Raises:
+            ConfigError: The number is out of range.
+        """
         return replace(self, timeouts={**self.timeouts, "udp": seconds, "tcp_established": seconds})
 
     def with_filtering(self, filtering: Filtering) -> NatEngineConfig:
-        """The same with this filtering for all protocols."""
+        """Returns a copy with this filtering for all protocols.
+
+        Args:
+            filtering: Who may send to a port that a guest uses.
+
+        Returns:
+            The changed copy.
+
+        Raises:
+            ConfigError: The value is not a `Filtering`.
+        """
         return replace(self, filtering_udp=filtering, filtering_tcp=filtering)
 
 
@@ -308,7 +384,13 @@ def _engine(arguments: dict[str, Any]) -> _native.NatEngine:
 
 @dataclass(frozen=True)
 class Connection:
-    """One tracked connection; ports are identifiers for ICMP, and 0 where there are none."""
+    """One tracked connection. For ICMP the ports are identifiers; protocols without ports have 0.
+
+    Example:
+        >>> engine = NatEngine("203.0.113.1")
+        >>> engine.connections()
+        []
+    """
 
     protocol: int
     state: str
@@ -320,10 +402,29 @@ class Connection:
 
 
 class NatEngine:
-    """In-place NAT with connection tracking; safe to use from several threads, one at a time has it.
+    """Translates packets in place, with connection tracking.
 
-    Time may be counted from anywhere: the first call that gives one (`now`, else the clock) sets its start,
-    and a time earlier than the latest counts as the latest. Give `now` with every call or with none.
+    Several threads may use an engine; one at a time runs in it. Time may start anywhere: the first call sets
+    its start, by `now` or else by the clock. A time before the latest one counts as the latest. Give `now`
+    with every call or with none.
+
+    Args:
+        config: The settings, or an external address.
+        clock: Returns nanoseconds. It is asked when a call has no `now`.
+
+    Raises:
+        ConfigError: A setting is wrong.
+
+    Example:
+        >>> engine = NatEngine(NatEngineConfig("203.0.113.1", internal="192.168.64.0/24"))
+        >>> header = "4500001c0001000040113e1cc0a84002cb007109"  # UDP from 192.168.64.2 to 203.0.113.9
+        >>> packet = bytearray.fromhex(header + "c350003500080000")
+        >>> engine.translate(packet, NatDirection.OUTBOUND)
+        NatResult.TRANSLATED
+        >>> packet[12:16] == bytes([203, 0, 113, 1])
+        True
+        >>> [(c.internal[0].compressed, c.remote[1]) for c in engine.connections()]
+        [('192.168.64.2', 53)]
     """
 
     def __init__(
@@ -348,16 +449,42 @@ class NatEngine:
     def translate(
         self, packet: Any, direction: NatDirection, *, offset: int = 0, now: float | None = None
     ) -> NatResult:
-        """Translates the IP packet that starts at `offset` of a writable buffer (14 behind Ethernet). `now`
-        is in seconds; None asks the clock. Unless the result is translated, hairpinned or fragmented, no byte
-        has changed."""
+        """Translates one IP packet.
+
+        Unless the result is translated, hairpinned or fragmented, no byte of the buffer has changed.
+
+        Args:
+            packet: A writable buffer.
+            direction: Which way the packet travels.
+            offset: Where the IP packet starts: 0, or 14 behind an Ethernet header.
+            now: The time in seconds. None asks the clock.
+
+        Returns:
+            What became of the packet.
+
+        Raises:
+            ConfigError: `now` is not a time.
+            TypeError: `direction` is not a `NatDirection`, or the buffer is not writable.
+        """
         return _RESULTS[self._native.translate(packet, _is_outbound(direction), self._now(now), offset)]
 
     def translate_frame(
         self, frame: Any, direction: NatDirection, *, now: float | None = None
     ) -> tuple[NatResult, int]:
-        """Translates the IPv4 packet of an Ethernet frame in a writable buffer; other frames are passed
-        through. Returns the result and the length of the frame in bytes."""
+        """Translates the IPv4 packet of an Ethernet frame. Other frames pass through.
+
+        Args:
+            frame: A writable buffer.
+            direction: Which way the frame travels.
+            now: The time in seconds. None asks the clock.
+
+        Returns:
+            What became of the packet, and the length of the frame in bytes.
+
+        Raises:
+            ConfigError: `now` is not a time.
+            TypeError: `direction` is not a `NatDirection`, or the buffer is not writable.
+        """
         code, length = self._native.translate_frame(frame, _is_outbound(direction), self._now(now))
         return _RESULTS[code], length
 
@@ -371,9 +498,27 @@ class NatEngine:
         indices: Any = None,
         now: float | None = None,
     ) -> NatResults:
-        """Translates many packets: a list of buffers; or one buffer with `offsets` (and `lengths`, else each
-        goes up to the next); or a `PacketPool` with `indices`. Numbers may be an array of unsigned 32-bit
-        integers or any sequence. Runs without the interpreter's lock."""
+        """Translates many packets without the interpreter's lock.
+
+        Numbers may be an array of unsigned 32-bit integers or any sequence.
+
+        Args:
+            packets: A list of writable buffers; or one buffer, with `offsets`; or a `PacketPool`, with
+                `indices`.
+            direction: Which way the packets travel.
+            offsets: Where each packet starts in the one buffer.
+            lengths: How long each packet is. Without it, each packet ends where the next begins.
+            indices: The buffers of the pool.
+            now: The time in seconds. None asks the clock.
+
+        Returns:
+            The result for each packet.
+
+        Raises:
+            ConfigError: A pool was given without `indices`, an index is not held, or a number is out of
+                range.
+            TypeError: `direction` is not a `NatDirection`, or a buffer is not writable.
+        """
         out, at = _is_outbound(direction), self._now(now)
         if isinstance(packets, PacketPool):
             if indices is None:
@@ -385,16 +530,41 @@ class NatEngine:
         return NatResults(self._native.translate_each(each, out, at))
 
     def output(self) -> Iterator[tuple[NatDirection, bytes]]:
-        """Takes what the engine itself sends: ICMP errors, fragments, fragments that waited."""
+        """Takes what the engine itself sends: ICMP errors, fragments, and fragments that waited.
+
+        Returns:
+            An iterator over packets, each with its direction.
+        """
         while (item := self._native.poll_output()) is not None:
             yield NatDirection(item[0]), item[1]
 
     def expire(self, *, now: float | None = None, visits: int = _SLICE) -> int:
-        """One slice of expiry work; returns how many connections ended."""
+        """Does one slice of expiry work.
+
+        Args:
+            now: The time in seconds. None asks the clock.
+            visits: How many records to look at.
+
+        Returns:
+            How many connections ended.
+
+        Raises:
+            ConfigError: `now` is not a time.
+        """
         return self._native.expire(self._now(now), visits)
 
     def expire_connections(self, *, now: float | None = None) -> int:
-        """All expiry work that is due, in slices between which others have their turn."""
+        """Does all expiry work that is due, in slices between which other threads have their turn.
+
+        Args:
+            now: The time in seconds. None asks the clock.
+
+        Returns:
+            How many connections ended.
+
+        Raises:
+            ConfigError: `now` is not a time.
+        """
         at, gone = self._now(now), 0
         while True:
             gone += self._native.expire(at, _SLICE)
@@ -404,7 +574,7 @@ class NatEngine:
 
     @property
     def next_timer(self) -> float | None:
-        """When there is expiry work next, in seconds of the clock."""
+        """When expiry work is due next, in seconds of the clock; None when nothing expires."""
         at = self._native.next_timer()
         if at is None:
             return None
@@ -420,28 +590,64 @@ class NatEngine:
         external: tuple[IPv4Address | str, int],
         internal: tuple[IPv4Address | str, int],
     ) -> None:
-        """Publishes an external port ("tcp" or "udp") as one inside. Raises PortInUse or ConfigError."""
+        """Publishes an external port as a port inside.
+
+        Args:
+            protocol: "tcp" or "udp".
+            external: The external address and port.
+            internal: The address and port inside.
+
+        Raises:
+            PortInUse: The external port is in use.
+            BusyError: The table is full.
+            ConfigError: A value is wrong, or the address is not one of the engine's.
+            TypeError: An end is not an address and a port.
+        """
         self._native.add_forward(_of_ports(protocol), _end("external", external), _end("internal", internal))
 
     def remove_forward(self, protocol: str, external: tuple[IPv4Address | str, int]) -> bool:
-        """Takes a published port back; connections through it live on. False when it was not published."""
+        """Takes a published port back. Connections through it stay.
+
+        Args:
+            protocol: "tcp" or "udp".
+            external: The external address and port.
+
+        Returns:
+            Whether it was published.
+
+        Raises:
+            ConfigError: A value is wrong.
+            TypeError: The end is not an address and a port.
+        """
         return self._native.remove_forward(_of_ports(protocol), _end("external", external))
 
     @property
     def connection_count(self) -> int:
-        """Connections tracked now."""
+        """How many connections are tracked now."""
         return self._native.connection_count
 
     def connections(self) -> Iterable[Connection]:
-        """The live connections."""
+        """Lists the live connections.
+
+        Returns:
+            One record for each.
+        """
         return [Connection(*values) for values in self._native.connections()]
 
     def stats(self) -> NatStats:
-        """Counters since the engine was made; two can be subtracted."""
+        """Returns the counters since the engine was made. Two of them can be subtracted.
+
+        Returns:
+            The counters.
+        """
         return NatStats(**self._native.stats())
 
     def conntrack(self) -> ConnTrackStats:
-        """What the engine holds now."""
+        """Returns what the engine holds now.
+
+        Returns:
+            The counters of the connection table.
+        """
         return ConnTrackStats(**self._native.conntrack_stats())
 
     def __repr__(self) -> str:

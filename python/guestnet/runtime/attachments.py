@@ -1,4 +1,4 @@
-"""How frames of an endpoint enter, and where guests arrive: what a network hands out for them."""
+"""Attachments, by which the frames of an endpoint enter, and listeners, where guests arrive."""
 
 from __future__ import annotations
 
@@ -40,7 +40,17 @@ _RETRY_SECONDS = 0.0005
 
 
 class Attachment:
-    """Frames of an endpoint enter and leave here."""
+    """How the frames of an endpoint enter and leave. `NatNetwork.attach` returns it.
+
+    Example:
+        >>> import socket
+        >>> from guestnet import NatNetwork
+        >>> ours, theirs = socket.socketpair()
+        >>> with theirs, NatNetwork() as network:
+        ...     vm = network.create_endpoint("vm1")
+        ...     network.attach("vm1", "stream", sock=ours)
+        <Attachment stream of 'vm1'>
+    """
 
     def __init__(self, endpoint_id: str, kind: str) -> None:
         self.endpoint_id = endpoint_id
@@ -51,8 +61,19 @@ class Attachment:
 
 
 class MemoryAttachment(Attachment):
-    """A guest in this process: `send` gives its frames to the network; those for it go to `on_frame`, in a
-    thread for callbacks, or wait for `recv` when there is no `on_frame`."""
+    """A guest in this process.
+
+    `send` gives its frames to the network. Frames for the guest go to `on_frame`, in the control thread;
+    without `on_frame` they wait for `recv`, 4096 at most, and the oldest are dropped.
+
+    Example:
+        >>> from guestnet import NatNetwork
+        >>> with NatNetwork() as network:
+        ...     vm = network.create_endpoint("vm1")
+        ...     guest = network.attach("vm1", "memory")
+        ...     guest.send(b"too short for a frame")
+        ...     guest.recv(timeout=0)
+    """
 
     def __init__(
         self,
@@ -76,10 +97,17 @@ class MemoryAttachment(Attachment):
         """Frames that were lost on the way from the guest, or for which `on_frame` was too slow."""
 
     def send(self, frame: Buffer) -> None:
-        """A frame from the guest, Ethernet header first: bytes, or any object that has some in one piece.
-        From any thread; waits a little when the network is behind, and loses the frame (`lost` counts it)
-        when that lasts, as any network does. Raises NotRunning when the network was stopped or the endpoint
-        removed."""
+        """Sends a frame from the guest, Ethernet header first. From any thread.
+
+        It waits up to a second when the network is behind. If that lasts, the frame is lost and counted in
+        `lost`.
+
+        Args:
+            frame: Bytes, or any object that has contiguous bytes.
+
+        Raises:
+            NotRunning: The network was stopped, or the endpoint removed.
+        """
         control = self._control
         if control is None:
             raise self._over()
@@ -99,8 +127,17 @@ class MemoryAttachment(Attachment):
                 time.sleep(_RETRY_SECONDS)
 
     def recv(self, timeout: float | None = None) -> bytes | None:
-        """The next frame for the guest, None when none came in `timeout` seconds. Raises NotRunning when none
-        will come any more."""
+        """Waits for the next frame for the guest.
+
+        Args:
+            timeout: Seconds to wait; None waits without limit.
+
+        Returns:
+            The frame, None when none arrived in time.
+
+        Raises:
+            NotRunning: No frame will arrive any more.
+        """
         with self._arrived:
             self._arrived.wait_for(lambda: bool(self._frames) or self._ended, timeout)
             if self._frames:
@@ -110,7 +147,7 @@ class MemoryAttachment(Attachment):
             return None
 
     async def arecv(self, timeout: float | None = None) -> bytes | None:  # noqa: ASYNC109 - as `recv`
-        """As `recv`. Where it is cancelled, the next frame is kept for the next call."""
+        """The asyncio counterpart of `recv`. If it is cancelled, the next call returns the frame."""
         loop = asyncio.get_running_loop()
         came: asyncio.Future[None] = loop.create_future()
 
@@ -140,7 +177,7 @@ class MemoryAttachment(Attachment):
                 self._wakers.discard(wake)
 
     def end(self) -> None:
-        """The endpoint or its network is no more; called by the network."""
+        """Ends the attachment. Called by the network when it is stopped, or the endpoint removed."""
         with self._arrived:
             self._ended = True
             self._control = None  # who keeps this does not keep the descriptors of a network that was stopped
@@ -156,7 +193,11 @@ class MemoryAttachment(Attachment):
         return NotRunning(f"The network of {self.endpoint_id!r} was stopped, or the endpoint removed.")
 
     def deliver(self, frame: bytes) -> None:
-        """A frame for the guest; called by the network."""
+        """Takes a frame for the guest. Called by the network.
+
+        Args:
+            frame: The frame.
+        """
         if self._calls is not None:
             if not self._calls.put(partial(self._call, frame)):
                 self.lost += 1
@@ -175,7 +216,18 @@ class MemoryAttachment(Attachment):
 
 
 class Listener:
-    """A socket where guests arrive. Each that comes is an endpoint of its own."""
+    """A socket where guests arrive. `NatNetwork.listen` returns it.
+
+    Each guest that comes is an endpoint of its own.
+
+    Example:
+        >>> import os, tempfile
+        >>> from guestnet import NatNetwork
+        >>> with tempfile.TemporaryDirectory() as folder, NatNetwork() as network:
+        ...     listener = network.listen("stream", os.path.join(folder, "net.sock"))
+        ...     listener.kind, os.path.exists(listener.path)
+        ('stream', True)
+    """
 
     def __init__(self, owner: Callable[[], NatNetwork | None], number: int, kind: str, path: str) -> None:
         self._owner = owner
@@ -184,20 +236,23 @@ class Listener:
         self.path = path
 
     def close(self) -> None:
-        """Takes no more guests and removes the socket. Guests with a connection stay, others go. Nothing
-        happens when it is closed already, or its network has ended."""
+        """Accepts no more guests, and removes the socket.
+
+        Guests with a connection of their own stay; others leave. Nothing happens if it is closed already, or
+        if its network has ended.
+        """
         network = self._owner()
         if network is not None and (session := network._running()) is not None:
             network._run(session.stop_listening(self))
 
     async def aclose(self) -> None:
-        """As `close`."""
+        """The asyncio counterpart of `close`."""
         network = self._owner()
         if network is not None and (session := network._running()) is not None:
             await network._arun(session.stop_listening(self))
 
     def unlink(self) -> None:
-        """Removes the socket's file."""
+        """Removes the file of the socket."""
         with contextlib.suppress(OSError):
             os.unlink(self.path)
 

@@ -1,4 +1,4 @@
-"""Endpoint: one guest's network card, as the network knows it."""
+"""Endpoint: one guest NIC, as the network knows it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,16 @@ if TYPE_CHECKING:
 
 
 class Endpoint:
-    """One guest NIC. Made by the network; what may change (the address after a conflict, the MAC of a guest
-    that does not have the one it was given) is changed by the network alone.
+    """One guest NIC. `NatNetwork.create_endpoint` makes it, or a guest that comes to a listener.
+
+    Only the network changes it: the address after a conflict, and the MAC of a guest that does not use the
+    generated one.
+
+    Example:
+        >>> from guestnet import NatNetwork
+        >>> endpoint = NatNetwork().create_endpoint("vm1", mac="52:54:00:12:34:56", hostname="web")
+        >>> endpoint.id, str(endpoint.ip), endpoint.hostname, endpoint.attachment
+        ('vm1', '192.168.64.2', 'web', None)
     """
 
     __slots__ = (
@@ -50,18 +58,20 @@ class Endpoint:
 
     @property
     def id(self) -> str:
-        """The name that tells it apart, also for DNS."""
+        """The name that identifies it, also in DNS."""
         return self._id
 
     @property
     def mac(self) -> str:
-        """Its hardware address. A generated one is a proposal until the guest has shown its own."""
+        """Its MAC address. A generated one is provisional until the guest has shown its own."""
         return self._mac
 
     @property
     def ip(self) -> IPv4Address:
-        """The address that DHCP gives it; in the mode "bridged" the one that it was first seen to use,
-        0.0.0.0 until then."""
+        """The address that DHCP gives it.
+
+        In the mode "bridged", it is the first address that the guest was seen to use, and 0.0.0.0 until then.
+        """
         return self._ip
 
     @property
@@ -71,40 +81,61 @@ class Endpoint:
 
     @property
     def hostname(self) -> str | None:
-        """Another name that it has for DNS: given, or told by the guest itself."""
+        """Another name that it has in DNS: given by the owner, or by the guest itself."""
         return self._hostname
 
     @property
     def attachment(self) -> str | None:
-        """How its frames enter: "tap", "stream", "dgram", "unixgram", "vhost-user", "memory"; None when they
-        do not."""
+        """How its frames enter, None when they do not.
+
+        The kinds are "tap", "stream", "dgram", "unixgram", "vhost-user" and "memory".
+        """
         return self._attached
 
     @property
     def listener(self) -> str | None:
-        """The path of the listener that it came to, None for one that was created."""
+        """The path of the listener that it came to, None for an endpoint that was created."""
         return self._listener
 
     @property
     def addresses(self) -> tuple[IPv4Address, ...]:
-        """All addresses: the one that DHCP gives, then those that the guest was seen to use besides."""
+        """All addresses: the one that DHCP gives, then others that the guest was seen to use."""
         return (self._ip, *(address for address in self._seen if address != self._ip))
 
     def publish(self, spec: str | ForwardSpec) -> Forward:
-        """Publishes ports of this guest on the host, `[host_ip:]port[-end]:port[-end][/tcp|/udp]`; see
-        `NatNetwork.publish`. Raises ConfigError for the name of another guest, NotRunning, PortInUse."""
+        """Publishes ports of this guest on the host. See `NatNetwork.publish`.
+
+        Args:
+            spec: `[host_ip:]port[-end]:port[-end][/tcp|/udp]`, or a `ForwardSpec`.
+
+        Returns:
+            The published ports.
+
+        Raises:
+            ConfigError: The text is wrong, or names another guest.
+            NotRunning: The network does not run.
+            PortInUse: A port of the host is in use.
+        """
         return self._live().publish(self._own(spec))
 
     async def apublish(self, spec: str | ForwardSpec) -> Forward:
-        """As `publish`."""
+        """The asyncio counterpart of `publish`."""
         return await self._live().apublish(self._own(spec))
 
     def stats(self) -> NetworkStats:
-        """The counters of this endpoint. Raises NotRunning, or EndpointNotFound when it was removed."""
+        """Returns the counters of this endpoint.
+
+        Returns:
+            The counters.
+
+        Raises:
+            NotRunning: The network does not run.
+            EndpointNotFound: The endpoint was removed.
+        """
         return self._counters(self._live().endpoint_stats())
 
     async def astats(self) -> NetworkStats:
-        """As `stats`."""
+        """The asyncio counterpart of `stats`."""
         return self._counters(await self._live().aendpoint_stats())
 
     def _live(self) -> NatNetwork:

@@ -1,13 +1,14 @@
-"""Forwards: published ports, their grammar (Docker's, and a guest's name) and the host's sockets for them.
+"""Forwards: the grammar of published ports (Docker's, with a guest in addition), and the host's sockets for
+them.
 
     [HOST_IP:]HOST_PORT[-END]:[GUEST:]GUEST_PORT[-END][/tcp|/udp]
     [[HOST_IP:]:]GUEST_PORT[/tcp|/udp]
 
-Without HOST_PORT the kernel chooses a free one; without HOST_IP the port is opened on every address of the
+Without HOST_PORT the kernel chooses a free port. Without HOST_IP the port is opened on every address of the
 host, IPv4 and IPv6.
 
-The sockets are opened here, all of a range or none, so that "port taken" is said before any guest starts.
-Imported before `guestnet run` forks: light, and no thread.
+The sockets are opened here, all of a range or none, so that a port that is in use is reported before a guest
+starts. The module is imported before `guestnet run` forks: it is small, and starts no thread.
 """
 
 from __future__ import annotations
@@ -31,13 +32,24 @@ _NO_PORT = ""
 
 @dataclass(frozen=True)
 class ForwardSpec:
-    """A range of ports of the host (often of one) that leads to ports of a guest.
+    """A range of ports of the host, often of one port, that leads to ports of a guest.
 
-    `ForwardSpec(8080, 80)` is one port, `ForwardSpec(range(8000, 8010), range(80, 90))` ten. `host_ip` may be
-    text. Raises ConfigError for a value that is wrong, TypeError for what is no port, address or name.
+    Args:
+        host_ports: A port, or a range of ports, of the host. 0: the kernel chooses.
+        guest_ports: As many ports of the guest.
+        protocol: "tcp" or "udp".
+        host_ip: An address of the host; None for every address.
+        guest: The id, the host name or the address of an endpoint; None for the only endpoint.
 
-    >>> print(ForwardSpec(8080, 80, host_ip="127.0.0.1", guest="vm1"))
-    127.0.0.1:8080/tcp -> vm1:80
+    Raises:
+        ConfigError: A value is wrong.
+        TypeError: A value is not a port, an address or a name.
+
+    Example:
+        >>> print(ForwardSpec(8080, 80, host_ip="127.0.0.1", guest="vm1"))
+        127.0.0.1:8080/tcp -> vm1:80
+        >>> ForwardSpec.parse("8000-8009:80-89/udp").guest_ports
+        range(80, 90)
     """
 
     host_ports: range
@@ -77,7 +89,17 @@ class ForwardSpec:
 
     @classmethod
     def parse(cls, text: str) -> ForwardSpec:
-        """Reads the grammar of this module."""
+        """Reads a published port in the grammar of this module.
+
+        Args:
+            text: Such as "8080:80" or "127.0.0.1:53:vm1:53/udp".
+
+        Returns:
+            The specification.
+
+        Raises:
+            ConfigError: The text is wrong. The message says what to write.
+        """
         body, slash, protocol = text.strip().rpartition("/")
         if not slash:
             body, protocol = protocol, "tcp"
@@ -120,7 +142,18 @@ class ForwardSpec:
 
     @classmethod
     def of(cls, spec: object) -> ForwardSpec:
-        """A specification as it is, or text in the grammar of this module."""
+        """Returns a specification as it is, or reads text.
+
+        Args:
+            spec: A `ForwardSpec`, or text in the grammar of this module.
+
+        Returns:
+            The specification.
+
+        Raises:
+            ConfigError: The text is wrong.
+            TypeError: It is neither text nor a `ForwardSpec`.
+        """
         if isinstance(spec, ForwardSpec):
             return spec
         if isinstance(spec, str):
@@ -132,7 +165,7 @@ class ForwardSpec:
 
     @property
     def guest_address(self) -> IPv4Address | None:
-        """The guest's address, where it was given and not a name."""
+        """The address of the guest, None when the guest is named otherwise."""
         try:
             address = ip_address(self.guest or "")
         except ValueError:

@@ -1,8 +1,9 @@
-"""Published ports of a running network: which guest each leads to, also before it comes and after it left.
+"""The published ports of a running network: which guest each of them leads to.
 
-A forward names its guest by id, by the host name that its owner gave it, by address, or not at all (the only
-guest). The worker has the sockets from the first moment; while the guest is not there it refuses every
-client, as a host does whose server is not running.
+A forward may be published before its guest comes, and stays after the guest left. It names its guest by id,
+by the host name that the owner gave it, by address, or not at all (the only guest). The worker has the
+sockets from the first moment. While the guest is away it refuses every client, as a host does whose server
+does not run.
 """
 
 from __future__ import annotations
@@ -37,7 +38,16 @@ _TRIES = 64
 
 
 class Forward:
-    """A published port, or a range of them."""
+    """A published port, or a range of them. `NatNetwork.publish` returns it.
+
+    Example:
+        >>> from guestnet import NatNetwork
+        >>> with NatNetwork() as network:
+        ...     vm = network.create_endpoint("vm1")
+        ...     forward = network.publish("127.0.0.1:0:vm1:80")
+        ...     str(forward.target), forward.protocol, forward.host_port > 0
+        ('192.168.64.2', 'tcp', True)
+    """
 
     def __init__(
         self,
@@ -67,19 +77,21 @@ class Forward:
 
     @property
     def protocol(self) -> str:
-        """ "tcp" or "udp"."""
+        """The protocol, 'tcp' or 'udp'."""
         return self.spec.protocol
 
     def close(self) -> None:
-        """Takes the ports back, as `NatNetwork.unpublish`; connections that run live on. Nothing happens when
-        that was done already, or the network has ended."""
+        """Closes the ports, as `NatNetwork.unpublish` does. Connections stay open.
+
+        Nothing happens if they are closed already, or if the network has ended.
+        """
         network = self._owner()
         if network is not None and network._running() is not None:
             with contextlib.suppress(ForwardNotFound):
                 network.unpublish(self)
 
     async def aclose(self) -> None:
-        """As `close`."""
+        """The asyncio counterpart of `close`."""
         network = self._owner()
         if network is not None and network._running() is not None:
             with contextlib.suppress(ForwardNotFound):

@@ -61,7 +61,18 @@ def _nobody_hears(_lease: object) -> None:
 
 
 class Services:
-    """What the gateway serves, as its owner sees it; each made when it is first needed."""
+    """The services of a gateway, for the owner of the network: `NatNetwork.services`.
+
+    Example:
+        >>> from guestnet import NatNetwork
+        >>> services = NatNetwork().services
+        >>> services.dns.add_record("later.example", "192.0.2.6")
+        >>> services.dhcp.leases()
+        []
+        >>> services.pcp
+        Traceback (most recent call last):
+        guestnet.errors.ConfigError: Guests of this network open no ports: ...
+    """
 
     def __init__(self, config: NatConfig, registry: Registry) -> None:
         self._config = config

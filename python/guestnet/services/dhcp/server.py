@@ -85,7 +85,13 @@ class _Client:
 
 
 class DhcpServer:
-    """Answers DHCP and BOOTP clients."""
+    """Answers DHCP and BOOTP clients. `network.services.dhcp` is the server of a network.
+
+    Example:
+        >>> from guestnet import NatNetwork
+        >>> NatNetwork().services.dhcp.leases()
+        []
+    """
 
     def __init__(
         self,
@@ -134,7 +140,11 @@ class DhcpServer:
         return values
 
     def leases(self) -> list[LeaseRecord]:
-        """The leases that hold. From any thread."""
+        """Lists the current leases. From any thread.
+
+        Returns:
+            One record for each.
+        """
         now = self._clock()
         to_wall = self._wall_clock() - now
         return [
@@ -143,17 +153,35 @@ class DhcpServer:
         ]
 
     def expire(self, now: float) -> None:
-        """Ends the leases that are over. `handle` does it too."""
+        """Ends the leases that are over. `handle` does so too.
+
+        Args:
+            now: The time in seconds.
+        """
         for lease in self._store.expire(now):
             self.on_release(lease)
 
     def remove_endpoint(self, endpoint_id: str) -> None:
-        """Ends what the guest of an endpoint held: the endpoint is gone."""
+        """Ends the leases of an endpoint that was removed.
+
+        Args:
+            endpoint_id: The endpoint.
+        """
         for lease in self._store.remove(endpoint_id):
             self.on_release(lease)
 
     def handle(self, payload: bytes, *, endpoint_id: str, mac: bytes, now: float) -> DhcpReply | None:
-        """The answer to a datagram from `mac` (six bytes) at `now` (seconds); None: none, and counted why."""
+        """Answers a datagram of a client. A message that is refused is counted by reason.
+
+        Args:
+            payload: The datagram.
+            endpoint_id: The endpoint that sent it.
+            mac: The sender's MAC, six bytes.
+            now: The time in seconds.
+
+        Returns:
+            The answer, None when there is none.
+        """
         try:
             self.expire(now)
             return self._handle(payload, _Client(endpoint_id, mac, now))

@@ -69,10 +69,18 @@ class Reply:
 
 
 class DnsServer:
-    """Answers the guests of one network. `counters` names what became of their queries.
+    """Answers the DNS queries of one network. `network.services.dns` is the server of a network.
 
-    `handle`, `serve_unix` and `close` belong to one event loop at a time; after `close` to another one if
-    need be. Records may be added and removed from any thread.
+    `counters` counts what became of the queries. `handle`, `serve_unix` and `close` belong to one event loop
+    at a time; after `close` another loop may use them. Records may be added and removed from any thread.
+
+    Example:
+        >>> from guestnet import NatNetwork
+        >>> dns = NatNetwork().services.dns
+        >>> dns.add_record("later.example", "192.0.2.6")
+        >>> dns.add_record("later.example", "TXT:some text")
+        >>> dns.remove_record("later.example"), dns.remove_record("later.example")
+        (True, False)
     """
 
     def __init__(self, config: DnsConfig, clock: Callable[[], float] = time.monotonic) -> None:
@@ -94,12 +102,27 @@ class DnsServer:
         name servers."""
 
     def add_record(self, name: str, value: str) -> None:
-        """Adds `name` with an address or `TYPE:value`. Raises ConfigError."""
+        """Adds a record. It takes effect at once.
+
+        Args:
+            name: The name; `*.example` stands for all names below `example`.
+            value: An address, or `TYPE:value`.
+
+        Raises:
+            ConfigError: The name or the value is wrong.
+        """
         self._zones.add(name, value)
         self.changed()
 
     def remove_record(self, name: str) -> bool:
-        """Removes the records of a name that were added or configured. False when there were none."""
+        """Removes the records of a name, whether they were added or configured.
+
+        Args:
+            name: The name.
+
+        Returns:
+            Whether there were any.
+        """
         removed = self._zones.remove(name)
         if removed:
             self.changed()

@@ -35,7 +35,16 @@ class GuestGone(Exception):
 
 
 class PcpServer:
-    """Answers PCP and NAT-PMP clients, from `start` to `stop`. Set `on_open` and `on_close` before."""
+    """Answers PCP and NAT-PMP clients, from `start` to `stop`. `network.services.pcp` is the server of a
+    network.
+
+    Set `on_open` and `on_close` before `start`.
+
+    Example:
+        >>> from guestnet import NatNetwork
+        >>> NatNetwork(pcp_ports=(40000, 40999)).services.pcp.mappings()
+        []
+    """
 
     def __init__(
         self,
@@ -58,7 +67,11 @@ class PcpServer:
         and the reason)."""
 
     def start(self, ports: PortsOfHost) -> None:
-        """Begins with no mappings, and an epoch of zero (RFC 6887 section 8.5)."""
+        """Starts without mappings, at epoch zero (RFC 6887 section 8.5).
+
+        Args:
+            ports: Opens and closes ports of the host.
+        """
         mapper = self._mapper = Mapper(self._config, self._clock, self._draw)
         mapper.ports = self._ports = ports
         mapper.on_open, mapper.on_close = self.on_open, self.on_close
@@ -72,7 +85,11 @@ class PcpServer:
         self._mapper.remove_all()
 
     def mappings(self) -> list[MappingRecord]:
-        """Ports that guests have opened, oldest first. From any thread."""
+        """Lists the ports that guests opened, oldest first. From any thread.
+
+        Returns:
+            One record for each.
+        """
         to_wall = self._wall_clock() - self._clock()
         return [
             MappingRecord(
@@ -87,29 +104,54 @@ class PcpServer:
         ]
 
     def next_expiry(self) -> float | None:
-        """In how many seconds `expire` is to look again; None while there is nothing that ends."""
+        """Says when `expire` should be called next.
+
+        Returns:
+            In how many seconds, None while no mapping expires.
+        """
         return self._mapper.next_expiry()
 
     def expire(self) -> None:
-        """Ends the mappings that are over. `handle` does it too."""
+        """Ends the mappings that are over. `handle` does so too."""
         self._mapper.expire()
 
     def remove_endpoint(self, endpoint_id: str) -> None:
-        """Ends what the guest of an endpoint has opened: the endpoint is gone."""
+        """Ends the mappings of an endpoint that was removed.
+
+        Args:
+            endpoint_id: The endpoint.
+        """
         self._mapper.remove_endpoint(endpoint_id)
 
     def remove_address(self, address: IPv4Address) -> None:
-        """Ends what leads to an address: it is nobody's any more, or another guest's."""
+        """Ends the mappings to an address that its guest no longer has.
+
+        Args:
+            address: The address.
+        """
         self._mapper.remove_address(address)
 
     def closed(self, handle: object) -> None:
-        """Somebody else has taken a port back."""
+        """Notes that a port was closed by someone else.
+
+        Args:
+            handle: What opening the port returned.
+        """
         self._mapper.closed(handle)
 
     # --- requests ---
 
     async def handle(self, payload: bytes, *, endpoint_id: str, source: IPv4Address) -> bytes | None:
-        """The answer to a datagram that a guest sent from `source`; None: none, and counted why."""
+        """Answers a datagram of a guest. A request that is refused is counted by reason.
+
+        Args:
+            payload: The datagram.
+            endpoint_id: The endpoint that sent it.
+            source: Its source address.
+
+        Returns:
+            The answer, None when there is none.
+        """
         if len(payload) < 2:
             self._refused("too_short")
             return None
