@@ -25,17 +25,18 @@ from guestnet.errors import NotRunning
 class Runtime:
     """Threads that several networks share.
 
-    By default all networks of a process share one. A runtime of your own keeps networks apart, for example
-    from networks whose programs create and remove many endpoints:
+    By default all networks of a process share one runtime. A runtime of your own keeps networks apart, for
+    example from networks whose programs create and remove many endpoints.
 
-    >>> from guestnet import NatNetwork, Runtime
-    >>> with Runtime() as runtime, NatNetwork(runtime=runtime) as network:
-    ...     network.runtime is runtime
-    True
+    The networks of a runtime share the control thread, which answers DHCP and DNS and executes calls, and up
+    to 16 threads for callbacks. A callback that blocks delays later callbacks of its own network only, unless
+    16 of them block at once. A network that fails does not affect the others.
 
-    Networks of one runtime share the control thread, which answers DHCP and DNS and carries out calls, and up
-    to 16 threads for callbacks. A callback that blocks delays later callbacks of its own network alone,
-    unless 16 of them block at once. A network that fails does not affect the others.
+    Example:
+        >>> from guestnet import NatNetwork, Runtime
+        >>> with Runtime() as runtime, NatNetwork(runtime=runtime) as network:
+        ...     network.runtime is runtime, runtime.networks
+        (True, 1)
     """
 
     def __init__(self) -> None:
@@ -54,7 +55,10 @@ class Runtime:
         return self._networks if self._process == os.getpid() else 0
 
     def acquire(self) -> ControlThread:
-        """Gives the control thread to one more network, and starts it when it does not run.
+        """Gives the control thread to one more network, and starts it if it does not run. Called by networks.
+
+        Returns:
+            The control thread.
 
         Raises:
             NotRunning: The runtime was closed.
@@ -69,28 +73,37 @@ class Runtime:
             return self._thread
 
     def release(self) -> None:
-        """A network has ended."""
+        """Notes that a network has ended. Called by networks."""
         with self._lock:
             self._networks -= 1
         self._end_unused()
 
     def start(self) -> None:
-        """Keeps the threads also while no network runs, until `close`."""
+        """Keeps the threads also while no network runs, until `close`.
+
+        Raises:
+            NotRunning: The runtime was closed.
+        """
         self.acquire()
         with self._lock:
             self._held = True
             self._networks -= 1
 
     def close(self) -> None:
-        """Takes no more networks. The threads end with the last network that runs, or now."""
+        """Accepts no more networks. The threads end with the last network that runs, or now."""
         self._leave_parent()
         with self._lock:
             self._closed, self._held = True, False
         self._end_unused()
 
     def call_in_threads(self, function: Callable[[], object]) -> None:
-        """Calls `function` in the control thread. Threads for callbacks end, and the control thread starts
-        new ones, which inherit from it what threads have of their own (capabilities, for example)."""
+        """Calls a function in the control thread, and lets the threads for callbacks start anew.
+
+        New threads inherit from the control thread what belongs to a thread, such as capabilities.
+
+        Args:
+            function: What to call.
+        """
         thread = self._thread
         if thread is not None and self._process == os.getpid():
             thread.call(function)

@@ -63,8 +63,8 @@ class Attachment:
 class MemoryAttachment(Attachment):
     """A guest in this process.
 
-    `send` gives its frames to the network. Frames for the guest go to `on_frame`, in the control thread;
-    without `on_frame` they wait for `recv`, 4096 at most, and the oldest are dropped.
+    `send` gives its frames to the network. Frames for the guest go to `on_frame`, in a thread for callbacks;
+    without `on_frame` they wait for `recv`. 4096 frames wait at most.
 
     Example:
         >>> from guestnet import NatNetwork
