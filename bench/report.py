@@ -121,7 +121,7 @@ def about(results: Results) -> str:
 def markdown(results: Results) -> str:
     """The whole report."""
     parts = [
-        "# The race",
+        "# Benchmark results",
         about(results),
         "A cell is the median of the rounds with [lowest highest]. The last columns are ratios of medians: of"
         " guestnet to the best peer at its best MTU, and to the limit, which is the kernel's own NAT (for"
