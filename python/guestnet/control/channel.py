@@ -18,11 +18,11 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
-from concurrent.futures import CancelledError as FutureCancelled
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from guestnet.control.portal import drive, outcome
 from guestnet.control.thread import Party, end_tasks
 from guestnet.errors import BusyError, DataPlaneError, GuestnetError, NotRunning
 
@@ -129,14 +129,7 @@ class Control:
 
     def wait(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Runs a coroutine in the control thread and waits for it."""
-        future = self.submit(work)
-        try:
-            return future.result()
-        except FutureCancelled:
-            raise NotRunning("The network was stopped meanwhile: start it again.") from None
-        except BaseException:
-            future.cancel()  # a KeyboardInterrupt here must not leave the work running
-            raise
+        return drive(outcome(self.submit(work)))
 
     # --- in the control thread ---
 

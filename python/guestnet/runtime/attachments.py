@@ -16,6 +16,7 @@ from threading import Condition
 from typing import TYPE_CHECKING
 
 from guestnet.control.callbacks import CallbackQueue
+from guestnet.control.portal import blocking
 from guestnet.errors import AttachError, BusyError, ConfigError, NotRunning
 from guestnet.model.spec import path as checked_path
 
@@ -235,7 +236,7 @@ class Listener:
         self.kind = kind
         self.path = path
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
         """Accepts no more guests, and removes the socket.
 
         Guests with a connection of their own stay; others leave. Nothing happens if it is closed already, or
@@ -243,13 +244,9 @@ class Listener:
         """
         network = self._owner()
         if network is not None and (session := network._running()) is not None:
-            network._run(session.stop_listening(self))
+            await network._do(session.stop_listening(self))
 
-    async def aclose(self) -> None:
-        """The asyncio counterpart of `close`."""
-        network = self._owner()
-        if network is not None and (session := network._running()) is not None:
-            await network._arun(session.stop_listening(self))
+    close = blocking(aclose)
 
     def unlink(self) -> None:
         """Removes the file of the socket."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING
 
+from guestnet.control.portal import blocking
 from guestnet.errors import ConfigError, EndpointNotFound, NotRunning
 from guestnet.model.spec import NetMode
 from guestnet.runtime.forwards import ForwardSpec
@@ -102,7 +103,7 @@ class Endpoint:
         """All addresses: the one that DHCP gives, then others that the guest was seen to use."""
         return (self._ip, *(address for address in self._seen if address != self._ip))
 
-    def publish(self, spec: str | ForwardSpec) -> Forward:
+    async def apublish(self, spec: str | ForwardSpec) -> Forward:
         """Publishes ports of this guest on the host. See `NatNetwork.publish`.
 
         Args:
@@ -116,13 +117,11 @@ class Endpoint:
             NotRunning: The network does not run.
             PortInUse: A port of the host is in use.
         """
-        return self._live().publish(self._own(spec))
-
-    async def apublish(self, spec: str | ForwardSpec) -> Forward:
-        """The asyncio counterpart of `publish`."""
         return await self._live().apublish(self._own(spec))
 
-    def stats(self) -> NetworkStats:
+    publish = blocking(apublish)
+
+    async def astats(self) -> NetworkStats:
         """Returns the counters of this endpoint.
 
         Returns:
@@ -132,11 +131,12 @@ class Endpoint:
             NotRunning: The network does not run.
             EndpointNotFound: The endpoint was removed.
         """
-        return self._counters(self._live().endpoint_stats())
+        found = (await self._live().aendpoint_stats()).get(self._id)
+        if found is None:
+            raise EndpointNotFound(f"Endpoint {self._id!r} is no longer on its network.")
+        return found
 
-    async def astats(self) -> NetworkStats:
-        """The asyncio counterpart of `stats`."""
-        return self._counters(await self._live().aendpoint_stats())
+    stats = blocking(astats)
 
     def _live(self) -> NatNetwork:
         network = self._network()
@@ -152,12 +152,6 @@ class Endpoint:
                 "NatNetwork.publish."
             )
         return replace(wanted, guest=self._id)
-
-    def _counters(self, all_of_them: dict[str, NetworkStats]) -> NetworkStats:
-        found = all_of_them.get(self._id)
-        if found is None:
-            raise EndpointNotFound(f"Endpoint {self._id!r} is no longer on its network.")
-        return found
 
     def __repr__(self) -> str:
         how = f" by {self._attached}" if self._attached else ""

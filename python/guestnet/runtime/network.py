@@ -1,13 +1,16 @@
 """NatNetwork: a network for guests, from synchronous and from asyncio programs.
 
-The work is done in a control thread of its own (`runtime.control`), so guests are served whatever the
-program does. Each method that changes something waits until it is done; its twin with an `a` in front
-(`acreate_endpoint`) is the same for asyncio.
+Theory of operation:
+
+- The work is done in the control thread (`control.thread`), so guests are served whatever the program does.
+- Each method that waits is a coroutine whose name begins with `a` (`acreate_endpoint`). Its synchronous
+  counterpart (`create_endpoint`) is generated from it (`control.portal`).
+- The control thread holds the session, and the session holds the network weakly: a network that nobody holds
+  ends (`session_end`).
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import socket
@@ -20,7 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from guestnet.control.callbacks import CallbackQueue
-from guestnet.control.in_thread import in_thread
+from guestnet.control.portal import blocking, in_thread, is_blocking, outcome
 from guestnet.control.runtime import Runtime, implicit_runtime
 from guestnet.errors import (
     AlreadyRunning,
@@ -61,8 +64,9 @@ class NatNetwork:
 
     >>> with NatNetwork(NatConfig()) as network:
     ...     vm = network.create_endpoint("vm1")
-    ...     network.attach("vm1", "stream", sock=ours)       # QEMU has the other end
-    ...     network.publish("8080:80")
+    ...     guest = network.attach("vm1", "memory")          # or "stream", sock=...: QEMU has the other end
+    ...     network.publish("127.0.0.1:0:vm1:80").spec.guest
+    'vm1'
 
     `NatNetwork(subnet="10.9.0.0/24")` is short for `NatNetwork(NatConfig(subnet="10.9.0.0/24"))`: every
     setting of `NatConfig` can be given. Raises ConfigError for a wrong one.
@@ -141,8 +145,26 @@ class NatNetwork:
 
     # --- life ---
 
-    def start(self) -> None:
-        """Starts it. Raises AlreadyRunning when it runs, DataPlaneError when the system does not let it."""
+    async def astart(self) -> None:
+        """Starts it. When it is cancelled, the network does not run.
+
+        Raises:
+            AlreadyRunning: It runs.
+            DataPlaneError: The system does not let it.
+        """
+        await in_thread(self._start, self._stop)
+
+    start = blocking(astart)
+
+    async def aclose(self) -> None:
+        """Stops it; nothing happens when it does not run. Flows end, and guests lose their network."""
+        await in_thread(self._stop)
+
+    astop = aclose
+    close = blocking(aclose)
+    stop = blocking(aclose)
+
+    def _start(self) -> None:
         self._leave_parent()
         with self._changing:
             if self._session is not None:
@@ -159,8 +181,7 @@ class NatNetwork:
             self._finalizer = weakref.finalize(self, end_unheld, session)
             self._finalizer.atexit = False
 
-    def stop(self) -> None:
-        """Stops it; nothing happens when it does not run. Flows end, and guests lose their network."""
+    def _stop(self) -> None:
         self._leave_parent()
         with self._changing:
             session = self._session
@@ -191,20 +212,6 @@ class NatNetwork:
             end(session)
         finally:
             self._last_stats = NetworkStats.from_native(session.control.plane.stats())
-
-    async def astart(self) -> None:
-        """As `start`. When it is cancelled, the network does not run."""
-        await in_thread(self.start, self.stop)
-
-    async def aclose(self) -> None:
-        """As `stop`."""
-        await asyncio.to_thread(self.stop)
-
-    astop = aclose
-
-    def close(self) -> None:
-        """As `stop`."""
-        self.stop()
 
     def __enter__(self) -> Self:
         self.start()
@@ -259,21 +266,6 @@ class NatNetwork:
     def __bool__(self) -> bool:
         return True  # also without endpoints
 
-    def create_endpoint(
-        self,
-        id: str,
-        *,
-        mac: str | bytes | None = None,
-        ip: str | IPv4Address | None = None,
-        hostname: str | None = None,
-    ) -> Endpoint:
-        """A new endpoint. Its address is the next free one, or `ip`; its MAC is generated, or `mac`.
-
-        `hostname` is another name for DNS. Raises EndpointExists, AddressPoolExhausted, AddressInUse, or
-        ConfigError for a value that is wrong in itself.
-        """
-        return self._run(self._create(id, mac, ip, hostname))
-
     async def acreate_endpoint(
         self,
         id: str,
@@ -282,8 +274,26 @@ class NatNetwork:
         ip: str | IPv4Address | None = None,
         hostname: str | None = None,
     ) -> Endpoint:
-        """As `create_endpoint`."""
-        return await self._arun(self._create(id, mac, ip, hostname))
+        """A new endpoint.
+
+        Args:
+            id: Its name, also for DNS: 1 to 63 letters, digits, hyphens, underscores or dots.
+            mac: Its MAC; by default one is generated.
+            ip: Its address; by default the next that is free.
+            hostname: Another name for DNS.
+
+        Raises:
+            EndpointExists: There is one with this id or host name.
+            AddressInUse: The address or the MAC is another's.
+            AddressPoolExhausted: No address is free.
+            ConfigError: A value is wrong in itself.
+
+        >>> NatNetwork().create_endpoint("vm1", mac="02:00:00:00:00:01")
+        <Endpoint 'vm1' 02:00:00:00:00:01 192.168.64.2 nat>
+        """
+        return await self._do(self._create(id, mac, ip, hostname))
+
+    create_endpoint = blocking(acreate_endpoint)
 
     async def _create(
         self, id: str, mac: str | bytes | None, ip: str | IPv4Address | None, hostname: str | None
@@ -292,13 +302,11 @@ class NatNetwork:
             return await self._session.create_endpoint(id, mac, ip, hostname)
         return self._registry.create(id, mac, ip, hostname)
 
-    def remove_endpoint(self, id: str) -> None:
-        """Removes an endpoint: its flows end, its address is free. Raises EndpointNotFound."""
-        self._run(self._remove(id))
-
     async def aremove_endpoint(self, id: str) -> None:
-        """As `remove_endpoint`."""
-        await self._arun(self._remove(id))
+        """Removes an endpoint: its flows end, its address is free. Raises EndpointNotFound."""
+        await self._do(self._remove(id))
+
+    remove_endpoint = blocking(aremove_endpoint)
 
     async def _remove(self, id: str) -> None:
         if self._session is not None:
@@ -319,11 +327,11 @@ class NatNetwork:
     # --- attachments ---
 
     @overload
-    def attach(
+    async def aattach(
         self, endpoint_id: str, kind: Literal["memory"], *, on_frame: Callable[[bytes], object] | None = None
     ) -> MemoryAttachment: ...
     @overload
-    def attach(
+    async def aattach(
         self,
         endpoint_id: str,
         kind: str,
@@ -333,7 +341,7 @@ class NatNetwork:
         on_frame: Callable[[bytes], object] | None = None,
     ) -> Attachment: ...
 
-    def attach(
+    async def aattach(
         self,
         endpoint_id: str,
         kind: str,
@@ -342,63 +350,41 @@ class NatNetwork:
         sock: socket.socket | None = None,
         on_frame: Callable[[bytes], object] | None = None,
     ) -> Attachment:
-        """Joins a guest: `kind` is "tap" (a TAP device), "stream" (QEMU's framing), "dgram" (a frame per
-        packet), "vhost-user" (the guest's own memory; a connected socket, or a listening one where the
-        front-end may come, go and come again) or "memory" (frames of this process).
+        """Joins a guest.
 
-        `fd` or `sock` belongs to the network from then on; when it cannot be used (AttachError) it stays
-        yours. `on_frame` is called in a thread for callbacks, one frame at a time and in order.
+        Args:
+            endpoint_id: The endpoint that it is.
+            kind: "tap" (a TAP device), "stream" (QEMU's framing), "dgram" (a frame per packet), "vhost-user"
+                (the guest's own memory; a connected socket, or a listening one where the front-end may come,
+                go and come again) or "memory" (frames of this process).
+            fd, sock: One of them, but not for "memory". It belongs to the network from then on; when it
+                cannot be used it stays yours.
+            on_frame: For "memory": called with each frame for the guest, one at a time and in order, in a
+                thread for callbacks.
+
+        Raises:
+            AttachError: The descriptor cannot be used, or the endpoint is attached already.
+            EndpointNotFound: There is no such endpoint.
         """
         number = taken_descriptor(kind, fd, sock, on_frame)
-        made = self._run(self._live().attach(endpoint_id, kind, number, on_frame))
+        made = await self._do(self._live().attach(endpoint_id, kind, number, on_frame))
         release_descriptor(fd, sock)
         return made
 
-    @overload
-    async def aattach(
-        self, endpoint_id: str, kind: Literal["memory"], *, on_frame: Callable[[bytes], object] | None = None
-    ) -> MemoryAttachment: ...
-    @overload
-    async def aattach(
-        self,
-        endpoint_id: str,
-        kind: str,
-        *,
-        fd: int | None = None,
-        sock: socket.socket | None = None,
-        on_frame: Callable[[bytes], object] | None = None,
-    ) -> Attachment: ...
+    attach = blocking(aattach)
 
-    async def aattach(
-        self,
-        endpoint_id: str,
-        kind: str,
-        *,
-        fd: int | None = None,
-        sock: socket.socket | None = None,
-        on_frame: Callable[[bytes], object] | None = None,
-    ) -> Attachment:
-        """As `attach`."""
-        number = taken_descriptor(kind, fd, sock, on_frame)
-        made = await self._arun(self._live().attach(endpoint_id, kind, number, on_frame))
-        release_descriptor(fd, sock)
-        return made
-
-    def listen(self, kind: str, path: str | os.PathLike[str]) -> Listener:
+    async def alisten(self, kind: str, path: str | os.PathLike[str]) -> Listener:
         """Makes a socket where guests arrive: "stream" (QEMU), "dgram", "unixgram" (vfkit), or "vhost-user".
 
         Each guest that comes is an endpoint of its own, as soon as its MAC shows: named by its static lease,
-        else vm1, vm2 and so on. A guest that leaves is removed.
+        else vm1, vm2 and so on. A guest that leaves is removed. Raises AttachError for a path that does not
+        suit.
         """
         session = self._live()
         with listening_socket(kind, path) as sock:
-            return self._run(session.listen(kind, os.fspath(path), sock))
+            return await self._do(session.listen(kind, os.fspath(path), sock))
 
-    async def alisten(self, kind: str, path: str | os.PathLike[str]) -> Listener:
-        """As `listen`."""
-        session = self._live()
-        with listening_socket(kind, path) as sock:
-            return await self._arun(session.listen(kind, os.fspath(path), sock))
+    listen = blocking(alisten)
 
     # --- published ports ---
 
@@ -408,7 +394,7 @@ class NatNetwork:
         session = self._session
         return [] if session is None else session.publishing.all()
 
-    def publish(self, spec: str | ForwardSpec) -> Forward:
+    async def apublish(self, spec: str | ForwardSpec) -> Forward:
         """Publishes ports of a guest on the host: `[host_ip:]port[-end]:[guest:]port[-end][/tcp|/udp]`.
 
         The guest is an endpoint's id, its host name or its address; it need not be there yet. Without one
@@ -421,28 +407,18 @@ class NatNetwork:
         session = self._live()
         sockets = open_sockets(wanted) if session.needs_sockets(wanted) else []
         try:
-            return self._run(session.publish(wanted, sockets))
+            return await self._do(session.publish(wanted, sockets))
         finally:
             close_sockets(sockets)
 
-    async def apublish(self, spec: str | ForwardSpec) -> Forward:
-        """As `publish`."""
-        wanted = ForwardSpec.of(spec)
-        session = self._live()
-        sockets = open_sockets(wanted) if session.needs_sockets(wanted) else []
-        try:
-            return await self._arun(session.publish(wanted, sockets))
-        finally:
-            close_sockets(sockets)
-
-    def unpublish(self, forward: Forward) -> None:
-        """Takes published ports back; connections that run live on. Raises ForwardNotFound, or TypeError for
-        what is no Forward."""
-        self._run(self._live().unpublish(_checked_forward(forward)))
+    publish = blocking(apublish)
 
     async def aunpublish(self, forward: Forward) -> None:
-        """As `unpublish`."""
-        await self._arun(self._live().unpublish(_checked_forward(forward)))
+        """Takes published ports back; connections that run live on. Raises ForwardNotFound, or TypeError for
+        what is no Forward."""
+        await self._do(self._live().unpublish(_checked_forward(forward)))
+
+    unpublish = blocking(aunpublish)
 
     # --- looking ---
 
@@ -526,13 +502,11 @@ class NatNetwork:
         session = self._session
         return session is not None and session.uplink is not None
 
-    def endpoint_stats(self) -> dict[str, NetworkStats]:
-        """The counters of each endpoint."""
-        return self._run(self._live().endpoint_stats())
-
     async def aendpoint_stats(self) -> dict[str, NetworkStats]:
-        """As `endpoint_stats`."""
-        return await self._arun(self._live().endpoint_stats())
+        """The counters of each endpoint."""
+        return await self._do(self._live().endpoint_stats())
+
+    endpoint_stats = blocking(aendpoint_stats)
 
     @property
     def external(self) -> tuple[IPv4Address, ...]:
@@ -546,22 +520,18 @@ class NatNetwork:
         session = self._session
         return None if session is None or session.uplink is None else session.uplink.device
 
-    def flows(self) -> list[FlowRecord]:
-        """The conversations that the network carries now."""
-        return self._run(self._live().flows())
-
     async def aflows(self) -> list[FlowRecord]:
-        """As `flows`."""
-        return await self._arun(self._live().flows())
+        """The conversations that the network carries now."""
+        return await self._do(self._live().flows())
 
-    def maintenance(self) -> None:
-        """Does now what is done some time by itself: leases that are over end, and addresses that were
-        declined become free. Flows expire without it."""
-        self._run(self._maintain())
+    flows = blocking(aflows)
 
     async def amaintenance(self) -> None:
-        """As `maintenance`."""
-        await self._arun(self._maintain())
+        """Does now what is done some time by itself: leases that are over end, and addresses that were
+        declined become free. Flows expire without it."""
+        await self._do(self._maintain())
+
+    maintenance = blocking(amaintenance)
 
     async def _maintain(self) -> None:
         if self._session is not None:
@@ -571,25 +541,21 @@ class NatNetwork:
         if self._datapath is not None:
             self._datapath.maintenance()
 
-    def start_capture(self, file: str | os.PathLike[str] | int) -> None:
+    async def astart_capture(self, file: str | os.PathLike[str] | int) -> None:
         """Writes every frame to a file (pcapng), in place of one that is being written.
 
         `file` is a path, or a descriptor, which stays yours. An earlier capture at that path is replaced; a
         file with other content is not: it raises ConfigError.
         """
-        self._run(self._live().start_capture(_capture_target(file)))
+        await self._do(self._live().start_capture(_capture_target(file)))
 
-    async def astart_capture(self, file: str | os.PathLike[str] | int) -> None:
-        """As `start_capture`."""
-        await self._arun(self._live().start_capture(_capture_target(file)))
-
-    def stop_capture(self) -> None:
-        """Ends the capture; its file is complete then."""
-        self._run(self._live().stop_capture())
+    start_capture = blocking(astart_capture)
 
     async def astop_capture(self) -> None:
-        """As `stop_capture`."""
-        await self._arun(self._live().stop_capture())
+        """Ends the capture; its file is complete then."""
+        await self._do(self._live().stop_capture())
+
+    stop_capture = blocking(astop_capture)
 
     def on_event(self, callback: EventCallback, *, flows: bool = False) -> Callable[[], None]:
         """Calls `callback` for every NetworkEvent, one at a time and in order, in a thread for callbacks.
@@ -660,8 +626,8 @@ class NatNetwork:
             raise NotRunning("The network does not run: start it first.")
         return session
 
-    def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """Does work in the control thread and waits; here, when there is no such thread."""
+    async def _do(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Does work in the control thread; here, when there is no such thread."""
         try:
             session = self._here()
         except NotRunning:
@@ -669,32 +635,17 @@ class NatNetwork:
             raise
         if session is None:
             return _finish(work)
-        if session.control.is_own_thread:
+        if not session.control.is_own_thread:
+            return await outcome(session.control.submit(work))
+        if is_blocking():
             work.close()
             raise GuestnetError(
                 "This was called in the control thread, which it would wait for: "
-                "call it from another thread, or await its twin for asyncio in a task."
+                "call it from another thread, or await its asynchronous counterpart in a task."
             )
-        return session.control.wait(work)
+        return await work
 
-    async def _arun(self, work: Coroutine[Any, Any, _T]) -> _T:
-        try:
-            session = self._here()
-        except NotRunning:
-            work.close()
-            raise
-        if session is None:
-            return _finish(work)
-        if session.control.is_own_thread:
-            return await work
-        future = session.control.submit(work)
-        try:
-            return await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            raise NotRunning("The network was stopped meanwhile: start it again.") from None
+    _run = blocking(_do)
 
 
 def _capture_target(value: object) -> str | int:

@@ -18,6 +18,7 @@ from functools import partial
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TYPE_CHECKING
 
+from guestnet.control.portal import blocking
 from guestnet.errors import ConfigError, ForwardNotFound, PortInUse
 from guestnet.runtime.forwards import ForwardSpec, close_sockets, show
 
@@ -80,7 +81,7 @@ class Forward:
         """The protocol, 'tcp' or 'udp'."""
         return self.spec.protocol
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
         """Closes the ports, as `NatNetwork.unpublish` does. Connections stay open.
 
         Nothing happens if they are closed already, or if the network has ended.
@@ -88,14 +89,9 @@ class Forward:
         network = self._owner()
         if network is not None and network._running() is not None:
             with contextlib.suppress(ForwardNotFound):
-                network.unpublish(self)
-
-    async def aclose(self) -> None:
-        """The asyncio counterpart of `close`."""
-        network = self._owner()
-        if network is not None and network._running() is not None:
-            with contextlib.suppress(ForwardNotFound):
                 await network.aunpublish(self)
+
+    close = blocking(aclose)
 
     def __str__(self) -> str:
         by = "" if self.asked_by is None else f" (opened by {self.asked_by})"
