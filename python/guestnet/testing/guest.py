@@ -24,7 +24,7 @@ _EVERYWHERE, _NOWHERE = b"\xff" * 4, bytes(4)
 
 
 class GuestError(Exception):
-    """Something that the guest tried did not come about."""
+    """Something that the guest tried failed."""
 
 
 def _handle(handler: Callable[[Connection], None], connection: Connection) -> None:
@@ -33,7 +33,13 @@ def _handle(handler: Callable[[Connection], None], connection: Connection) -> No
 
 
 class Guest:
-    """An in-memory guest. `send` takes its frames; its frames from the network go to `receive`."""
+    """An in-memory guest. `send` takes its frames; frames from the network go to `receive`.
+
+    Args:
+        mac: Its MAC address, six bytes.
+        send: Takes each frame of the guest.
+        mtu: Its IP MTU.
+    """
 
     def __init__(self, mac: bytes, send: Callable[[bytes], None], mtu: int = 1500) -> None:
         self.mac = mac
@@ -55,7 +61,14 @@ class Guest:
     # --- calls of the guest's program ---
 
     def lease(self) -> messages.DhcpAnswer:
-        """Gets an address by DHCP and configures the guest with it."""
+        """Gets an address by DHCP, and configures the guest with it.
+
+        Returns:
+            The answer of the server.
+
+        Raises:
+            GuestError: No server answered.
+        """
         transaction = os.urandom(4)
         offer = self._dhcp(transaction, messages.DISCOVER, messages.OFFER, {})
         got = self._dhcp(transaction, messages.REQUEST, messages.ACK, offer.request())
@@ -63,7 +76,17 @@ class Guest:
         return got
 
     def resolve(self, name: str) -> IPv4Address:
-        """The address of a name, asked of the lease's name server."""
+        """Resolves a name by the name server of the lease.
+
+        Args:
+            name: The name.
+
+        Returns:
+            Its first address.
+
+        Raises:
+            GuestError: The lease has no name server, no answer came, or the name has no address.
+        """
         if self.name_server is None:
             raise GuestError("the lease names no name server")
         identity = int.from_bytes(os.urandom(2), "big")
@@ -82,12 +105,33 @@ class Guest:
         raise GuestError(f"no answer about {name}")
 
     def send_udp(self, host: str, port: int, own_port: int, payload: bytes) -> None:
-        """Sends a datagram."""
+        """Sends a datagram.
+
+        Args:
+            host: The destination address.
+            port: The destination port.
+            own_port: The source port.
+            payload: The data.
+
+        Raises:
+            GuestError: The next hop does not answer to ARP.
+        """
         target = IPv4Address(host).packed
         self._send_ip(target, frames.udp(self._own(), target, own_port, port, payload))
 
     def connect(self, host: str, port: int) -> Connection:
-        """A TCP connection."""
+        """Opens a TCP connection.
+
+        Args:
+            host: The destination address.
+            port: The destination port.
+
+        Returns:
+            The connection.
+
+        Raises:
+            GuestError: It was refused, or not answered.
+        """
         connection = self._connection((IPv4Address(host).packed, port, self._port()))
         with self._changed:
             connection.open()
@@ -98,7 +142,19 @@ class Guest:
         return connection
 
     def ping(self, host: str, payload: bytes = b"guestnet", patience: float = _ANSWER_SECONDS) -> float:
-        """The seconds that an echo takes. Raises GuestError when none comes back, or an error does."""
+        """Sends an echo request and waits for the reply.
+
+        Args:
+            host: The destination address.
+            payload: The data of the request.
+            patience: How many seconds to wait.
+
+        Returns:
+            The round-trip time in seconds.
+
+        Raises:
+            GuestError: No reply came, or an ICMP error.
+        """
         target = IPv4Address(host).packed
         key = (int.from_bytes(os.urandom(2), "big"), 1)
         self._pings[key] = ""
@@ -115,9 +171,13 @@ class Guest:
         return time.monotonic() - start
 
     def serve(self, port: int, handler: Callable[[Connection], None]) -> None:
-        """Calls `handler` in a thread of its own for every TCP connection to `port`.
+        """Calls a function, in a thread of its own, for every TCP connection to a port.
 
-        It ends without a word when the network was stopped under it.
+        The threads end when the network is stopped.
+
+        Args:
+            port: The port.
+            handler: Takes the connection.
         """
         with self._changed:
             self._servers[port] = handler
@@ -125,7 +185,11 @@ class Guest:
     # --- frames ---
 
     def receive(self, frame: bytes) -> None:
-        """A frame from the network."""
+        """Takes a frame from the network.
+
+        Args:
+            frame: The frame.
+        """
         if len(frame) < 14 or frame[:6] not in (self.mac, frames.BROADCAST):
             return
         kind, payload = int.from_bytes(frame[12:14], "big"), bytes(frame[14:])
