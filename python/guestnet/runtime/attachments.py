@@ -148,7 +148,17 @@ class MemoryAttachment(Attachment):
             return None
 
     async def arecv(self, timeout: float | None = None) -> bytes | None:  # noqa: ASYNC109 - as `recv`
-        """The asyncio counterpart of `recv`. If it is cancelled, the next call returns the frame."""
+        """Waits for the next frame for the guest.
+
+        Args:
+            timeout: Seconds to wait; None waits without limit.
+
+        Returns:
+            The frame, None when none arrived in time.
+
+        Raises:
+            NotRunning: No frame will arrive any more.
+        """
         loop = asyncio.get_running_loop()
         came: asyncio.Future[None] = loop.create_future()
 

@@ -1,12 +1,8 @@
-"""NatNetwork: a network for guests, from synchronous and from asyncio programs.
+"""NatNetwork: a network for guests, for synchronous and for asyncio programs.
 
-Theory of operation:
-
-- The work is done in the control thread (`control.thread`), so guests are served whatever the program does.
-- Each method that waits is a coroutine whose name begins with `a` (`acreate_endpoint`). Its synchronous
-  counterpart (`create_endpoint`) is generated from it (`control.portal`).
-- The control thread holds the session, and the session holds the network weakly: a network that nobody holds
-  ends (`session_end`).
+A control thread does the work, so guests are served whatever the program does. Each method that changes
+something waits until the change is done. Its counterpart with an `a` in front (`acreate_endpoint`) does the
+same for asyncio.
 """
 
 from __future__ import annotations
@@ -62,19 +58,31 @@ _T = TypeVar("_T")
 class NatNetwork:
     """A network: one virtual segment with a gateway, its services, and a way out.
 
-    >>> with NatNetwork(NatConfig()) as network:
-    ...     vm = network.create_endpoint("vm1")
-    ...     guest = network.attach("vm1", "memory")          # or "stream", sock=...: QEMU has the other end
-    ...     network.publish("127.0.0.1:0:vm1:80").spec.guest
-    'vm1'
-
     `NatNetwork(subnet="10.9.0.0/24")` is short for `NatNetwork(NatConfig(subnet="10.9.0.0/24"))`: every
-    setting of `NatConfig` can be given. Raises ConfigError for a wrong one.
+    setting of `NatConfig` is accepted.
 
-    `with` and `async with` start it and stop it. It can be started again: endpoints that were created stay,
-    while attachments, listeners and forwards end with `stop`. A network that runs and that nobody holds any
-    more is stopped, with a ResourceWarning; what it handed out (endpoints, forwards, listeners) does not
-    hold it.
+    `with` and `async with` start it and stop it. It can be started again. Endpoints that were created stay;
+    attachments, listeners and forwards end with `stop`. A running network that nobody refers to is stopped,
+    with a ResourceWarning. What it returned (endpoints, forwards, listeners) does not keep it.
+
+    Args:
+        config: The configuration.
+        runtime: The threads to use; by default those that all networks of the process share.
+        **settings: Settings of a `NatConfig`, instead of `config`.
+
+    Raises:
+        ConfigError: A setting is wrong, or there are settings beside a `config`.
+        TypeError: `runtime` is not a `Runtime`.
+
+    Example:
+        >>> with NatNetwork(NatConfig(dns_records={"db.example": "192.0.2.5"})) as network:
+        ...     vm = network.create_endpoint("vm1", hostname="web")
+        ...     guest = network.attach("vm1", "memory")
+        ...     forward = network.publish("127.0.0.1:0:web:80")
+        ...     len(network), network["vm1"].attachment, str(forward.target)
+        (1, 'memory', '192.168.64.2')
+        >>> network.is_running
+        False
     """
 
     def __init__(
@@ -106,7 +114,11 @@ class NatNetwork:
 
     @classmethod
     def with_defaults(cls) -> Self:
-        """A network with the default configuration."""
+        """Makes a network with the default configuration.
+
+        Returns:
+            The network.
+        """
         return cls(NatConfig())
 
     # --- what it is ---
@@ -123,7 +135,7 @@ class NatNetwork:
 
     @property
     def gateway(self) -> IPv4Address:
-        """The gateway's address."""
+        """The address of the gateway."""
         return self._config.gateway
 
     @property
@@ -133,7 +145,7 @@ class NatNetwork:
 
     @property
     def services(self) -> Services:
-        """What the gateway serves: `services.dns`, `services.dhcp`."""
+        """What the gateway serves: `services.dns`, `services.dhcp`, `services.pcp`."""
         return self._services
 
     def __repr__(self) -> str:
@@ -146,18 +158,22 @@ class NatNetwork:
     # --- life ---
 
     async def astart(self) -> None:
-        """Starts it. When it is cancelled, the network does not run.
+        """Starts the network. When `astart` is cancelled, the network does not run.
 
         Raises:
-            AlreadyRunning: It runs.
-            DataPlaneError: The system does not let it.
+            AlreadyRunning: It runs already.
+            DataPlaneError: The system does not allow it.
         """
         await in_thread(self._start, self._stop)
 
     start = blocking(astart)
 
     async def aclose(self) -> None:
-        """Stops it; nothing happens when it does not run. Flows end, and guests lose their network."""
+        """Stops the network. Flows end, and guests lose their network. Nothing happens when it does not run.
+
+        Raises:
+            GuestnetError: It was called in the control thread, which it would wait for.
+        """
         await in_thread(self._stop)
 
     astop = aclose
@@ -244,11 +260,22 @@ class NatNetwork:
         return len(self._registry)
 
     def get_endpoint(self, id: str) -> Endpoint | None:
-        """The endpoint with this id, None when there is none."""
+        """Finds an endpoint.
+
+        Args:
+            id: Its id.
+
+        Returns:
+            The endpoint, None when there is none.
+        """
         return self._registry.get(id)
 
     def __getitem__(self, id: str) -> Endpoint:
-        """The endpoint with this id. Raises EndpointNotFound, which is a LookupError."""
+        """Returns the endpoint with this id.
+
+        Raises:
+            EndpointNotFound: There is none. It is a LookupError too.
+        """
         endpoint = self._registry.get(id) if isinstance(id, str) else None
         if endpoint is None:
             raise EndpointNotFound(f"There is no endpoint {id!r}: `endpoints` lists those that are there.")
@@ -274,22 +301,22 @@ class NatNetwork:
         ip: str | IPv4Address | None = None,
         hostname: str | None = None,
     ) -> Endpoint:
-        """A new endpoint.
+        """Creates an endpoint.
 
         Args:
-            id: Its name, also for DNS: 1 to 63 letters, digits, hyphens, underscores or dots.
-            mac: Its MAC; by default one is generated.
-            ip: Its address; by default the next that is free.
+            id: Its name, also in DNS.
+            mac: Its MAC address; generated by default.
+            ip: Its address; the next free one by default.
             hostname: Another name for DNS.
 
-        Raises:
-            EndpointExists: There is one with this id or host name.
-            AddressInUse: The address or the MAC is another's.
-            AddressPoolExhausted: No address is free.
-            ConfigError: A value is wrong in itself.
+        Returns:
+            The endpoint.
 
-        >>> NatNetwork().create_endpoint("vm1", mac="02:00:00:00:00:01")
-        <Endpoint 'vm1' 02:00:00:00:00:01 192.168.64.2 nat>
+        Raises:
+            EndpointExists: There is an endpoint with this id.
+            AddressPoolExhausted: No address is free.
+            AddressInUse: The address belongs to another endpoint.
+            ConfigError: A value is wrong in itself.
         """
         return await self._do(self._create(id, mac, ip, hostname))
 
@@ -303,7 +330,14 @@ class NatNetwork:
         return self._registry.create(id, mac, ip, hostname)
 
     async def aremove_endpoint(self, id: str) -> None:
-        """Removes an endpoint: its flows end, its address is free. Raises EndpointNotFound."""
+        """Removes an endpoint. Its flows end, and its address becomes free.
+
+        Args:
+            id: Its id.
+
+        Raises:
+            EndpointNotFound: There is none.
+        """
         await self._do(self._remove(id))
 
     remove_endpoint = blocking(aremove_endpoint)
@@ -315,12 +349,21 @@ class NatNetwork:
             self._registry.remove(id)
 
     def recall_guest(self, mac: str | bytes, id: str, ip: str | IPv4Address | None = None) -> None:
-        """Makes the guest with this MAC the endpoint `id` when it comes to a listener, with the address `ip`
-        where that is free. Without it ids go by order of arrival. A static lease of the MAC counts more.
-        Raises ConfigError for a value that is wrong.
+        """Decides which endpoint a guest becomes when it comes to a listener.
 
-        >>> network = NatNetwork()
-        >>> network.recall_guest("52:54:00:12:34:56", "vm1", "192.168.64.7")
+        Otherwise, ids depend on the order of arrival. A static lease of the MAC takes precedence.
+
+        Args:
+            mac: The MAC address of the guest.
+            id: The id of its endpoint.
+            ip: The address of its endpoint, if it is free then.
+
+        Raises:
+            ConfigError: A value is wrong.
+
+        Example:
+            >>> network = NatNetwork()
+            >>> network.recall_guest("52:54:00:12:34:56", "vm1", "192.168.64.7")
         """
         self._registry.recall(mac, id, ip)
 
@@ -350,21 +393,34 @@ class NatNetwork:
         sock: socket.socket | None = None,
         on_frame: Callable[[bytes], object] | None = None,
     ) -> Attachment:
-        """Joins a guest.
+        """Attaches an endpoint: from now on its frames enter and leave.
+
+        The kinds are:
+
+        - "tap": a TAP device, with virtio headers (IFF_VNET_HDR) or without.
+        - "stream": a connected stream socket that carries each frame with its length in front, as QEMU's
+          `-netdev stream`.
+        - "dgram": a connected datagram socket, one frame for each datagram.
+        - "vhost-user": a connection of a front-end, or a listening socket where it may connect and connect
+          again.
+        - "memory": this process is the guest.
 
         Args:
-            endpoint_id: The endpoint that it is.
-            kind: "tap" (a TAP device), "stream" (QEMU's framing), "dgram" (a frame per packet), "vhost-user"
-                (the guest's own memory; a connected socket, or a listening one where the front-end may come,
-                go and come again) or "memory" (frames of this process).
-            fd, sock: One of them, but not for "memory". It belongs to the network from then on; when it
-                cannot be used it stays yours.
-            on_frame: For "memory": called with each frame for the guest, one at a time and in order, in a
-                thread for callbacks.
+            endpoint_id: The endpoint.
+            kind: One of the kinds above.
+            fd: The descriptor. It belongs to the network afterwards; after an error it stays yours.
+            sock: The socket, instead of `fd`.
+            on_frame: For "memory": takes each frame for the guest, in a thread for callbacks, one at a time
+                and in order.
+
+        Returns:
+            The attachment.
 
         Raises:
-            AttachError: The descriptor cannot be used, or the endpoint is attached already.
             EndpointNotFound: There is no such endpoint.
+            AttachError: The descriptor does not suit the kind.
+            ConfigError: There is no such kind, or an argument does not belong to it.
+            NotRunning: The network does not run.
         """
         number = taken_descriptor(kind, fd, sock, on_frame)
         made = await self._do(self._live().attach(endpoint_id, kind, number, on_frame))
@@ -374,11 +430,22 @@ class NatNetwork:
     attach = blocking(aattach)
 
     async def alisten(self, kind: str, path: str | os.PathLike[str]) -> Listener:
-        """Makes a socket where guests arrive: "stream" (QEMU), "dgram", "unixgram" (vfkit), or "vhost-user".
+        """Creates a socket where guests arrive.
 
-        Each guest that comes is an endpoint of its own, as soon as its MAC shows: named by its static lease,
-        else vm1, vm2 and so on. A guest that leaves is removed. Raises AttachError for a path that does not
-        suit.
+        Each guest that comes becomes an endpoint as soon as its MAC is seen. Its static lease names it;
+        otherwise it is vm1, vm2 and so on. A guest that leaves is removed.
+
+        Args:
+            kind: "stream" (QEMU), "dgram", "unixgram" (vfkit, libkrun) or "vhost-user".
+            path: The path of the socket.
+
+        Returns:
+            The listener.
+
+        Raises:
+            AttachError: The socket cannot be created there.
+            ConfigError: There is no such kind, or the path is wrong.
+            NotRunning: The network does not run.
         """
         session = self._live()
         with listening_socket(kind, path) as sock:
@@ -395,13 +462,24 @@ class NatNetwork:
         return [] if session is None else session.publishing.all()
 
     async def apublish(self, spec: str | ForwardSpec) -> Forward:
-        """Publishes ports of a guest on the host: `[host_ip:]port[-end]:[guest:]port[-end][/tcp|/udp]`.
+        """Publishes ports of a guest on the host.
 
-        The guest is an endpoint's id, its host name or its address; it need not be there yet. Without one
-        the only guest is meant. All ports of a range are published or none. Raises PortInUse.
+        With the uplink "tun", a port without `host_ip` belongs to the external address and leads to the guest
+        by translation. A port with an address of the host is a socket there, as with the uplink "sockets".
 
-        With the uplink "tun" a port without `host_ip` is one of the external address, and is led to the guest
-        by translation; one with an address of the host's own is a socket there, as with the uplink "sockets".
+        Args:
+            spec: `[host_ip:]port[-end]:[guest:]port[-end][/tcp|/udp]`, or a `ForwardSpec`. The guest is an
+                endpoint's id, host name or address; it need not exist yet. Without a guest, the only one is
+                meant.
+
+        Returns:
+            The published ports. All ports of a range are published, or none.
+
+        Raises:
+            PortInUse: A port of the host is in use.
+            ConfigError: The text is wrong, or does not say which of several guests is meant.
+            TooManyFiles: The process can open no more descriptors.
+            NotRunning: The network does not run.
         """
         wanted = ForwardSpec.of(spec)
         session = self._live()
@@ -414,8 +492,15 @@ class NatNetwork:
     publish = blocking(apublish)
 
     async def aunpublish(self, forward: Forward) -> None:
-        """Takes published ports back; connections that run live on. Raises ForwardNotFound, or TypeError for
-        what is no Forward."""
+        """Closes published ports. Connections stay open.
+
+        Args:
+            forward: What `publish` returned.
+
+        Raises:
+            ForwardNotFound: It is not published.
+            TypeError: It is not a `Forward`.
+        """
         await self._do(self._live().unpublish(_checked_forward(forward)))
 
     unpublish = blocking(aunpublish)
@@ -423,15 +508,22 @@ class NatNetwork:
     # --- looking ---
 
     def stats(self) -> NetworkStats:
-        """All counters since the start, of at most some 10 milliseconds ago; never waits. After `stop`, those
-        of the last run."""
+        """Returns the counters since the start, at most some 10 milliseconds old. It never waits.
+
+        Returns:
+            The counters; after `stop`, those of the last run.
+        """
         session = self._running()
         if session is None:
             return self._last_stats
         return NetworkStats.from_native(session.control.plane.stats())
 
     def worker_stats(self) -> list[NetworkStats]:
-        """The counters of each worker (`NatConfig.workers`), as `stats`; empty while it does not run."""
+        """Returns the counters of each worker (`NatConfig.workers`).
+
+        Returns:
+            One snapshot for each worker, none while the network does not run.
+        """
         session = self._running()
         if session is None:
             return []
@@ -441,8 +533,10 @@ class NatNetwork:
 
     @property
     def datapath(self) -> NetworkDatapath:
-        """Pool and rings, to send and receive as guests of this program: `DatapathPoller.poll_once(network)`
-        polls them."""
+        """The pool and the rings by which this program sends and receives as its guests.
+
+        `DatapathPoller.poll_once(network)` polls it.
+        """
         if self._datapath is None:
             from guestnet.datapath.network_datapath import NetworkDatapath
 
@@ -461,40 +555,73 @@ class NatNetwork:
 
     @property
     def rx_ring(self) -> Ring:
-        """Buffers with frames to guests; who takes one frees it."""
+        """Buffers with frames for guests. Whoever takes one frees it."""
         return self.datapath.rx_ring
 
     def process_tx_packet(self, frame: Any, *, now: float | None = None) -> NatResult:
-        """Translates a guest's frame in place, in any writable buffer, by the datapath's own engine."""
+        """Translates a frame from a guest in place, by the engine of `datapath`.
+
+        Args:
+            frame: A writable buffer.
+            now: The time in seconds. None asks the clock.
+
+        Returns:
+            What became of the packet.
+        """
         return self.datapath.process_tx_packet(frame, now=now)
 
     def process_rx_packet(self, frame: Any, *, now: float | None = None) -> NatResult:
-        """Translates a frame for a guest in place, in any writable buffer, by the datapath's own engine."""
+        """Translates a frame for a guest in place, by the engine of `datapath`.
+
+        Args:
+            frame: A writable buffer.
+            now: The time in seconds. None asks the clock.
+
+        Returns:
+            What became of the packet.
+        """
         return self.datapath.process_rx_packet(frame, now=now)
 
     def nat_stats(self) -> NatStats:
-        """What the engine did: that of the uplink "tun" while the network runs, else the datapath's own."""
+        """Returns what the engine did.
+
+        It is the engine of the uplink "tun" while the network runs, else the one of `datapath`.
+
+        Returns:
+            The counters.
+        """
         if self._has_engine:
             return self._run(self._live().nat_stats())[0]
         return self.datapath.nat_stats()
 
     def conntrack_stats(self) -> ConnTrackStats:
-        """What the engine holds: that of the uplink "tun" while the network runs, else the datapath's own."""
+        """Returns what the engine holds.
+
+        It is the engine of the uplink "tun" while the network runs, else the one of `datapath`.
+
+        Returns:
+            The counters.
+        """
         if self._has_engine:
             return self._run(self._live().nat_stats())[1]
         return self.datapath.conntrack_stats()
 
     @property
     def connection_count(self) -> int:
-        """Connections tracked now: of the network while it runs, and of the datapath's own engine."""
+        """How many connections are tracked now, by the network and by the engine of `datapath`."""
         by_hand = 0 if self._datapath is None else self._datapath.connection_count
         if self._has_engine:
             return self.conntrack_stats().connections + by_hand
         return by_hand + (self.stats().connections if self.is_running else 0)
 
     def expire_connections(self) -> int:
-        """Ends connections of the datapath's own engine whose time is over; returns how many. Those of a
-        network that runs end by themselves."""
+        """Ends connections of the engine of `datapath` whose timeout has passed.
+
+        Those of a running network end by themselves.
+
+        Returns:
+            How many ended.
+        """
         return 0 if self._datapath is None else self._datapath.expire_connections()
 
     @property
@@ -503,14 +630,21 @@ class NatNetwork:
         return session is not None and session.uplink is not None
 
     async def aendpoint_stats(self) -> dict[str, NetworkStats]:
-        """The counters of each endpoint."""
+        """Returns the counters of each endpoint.
+
+        Returns:
+            The counters by id.
+
+        Raises:
+            NotRunning: The network does not run.
+        """
         return await self._do(self._live().endpoint_stats())
 
     endpoint_stats = blocking(aendpoint_stats)
 
     @property
     def external(self) -> tuple[IPv4Address, ...]:
-        """The addresses that guests have outside while it runs with the uplink "tun"; else none."""
+        """The external addresses of the guests while it runs with the uplink "tun", else none."""
         session = self._session
         return () if session is None or session.uplink is None else session.uplink.external
 
@@ -521,14 +655,23 @@ class NatNetwork:
         return None if session is None or session.uplink is None else session.uplink.device
 
     async def aflows(self) -> list[FlowRecord]:
-        """The conversations that the network carries now."""
+        """Lists the flows that the network carries now.
+
+        Returns:
+            One record for each.
+
+        Raises:
+            NotRunning: The network does not run.
+        """
         return await self._do(self._live().flows())
 
     flows = blocking(aflows)
 
     async def amaintenance(self) -> None:
-        """Does now what is done some time by itself: leases that are over end, and addresses that were
-        declined become free. Flows expire without it."""
+        """Ends leases that are over and frees addresses that were declined, now and not some time later.
+
+        Flows expire without it.
+        """
         await self._do(self._maintain())
 
     maintenance = blocking(amaintenance)
@@ -542,27 +685,55 @@ class NatNetwork:
             self._datapath.maintenance()
 
     async def astart_capture(self, file: str | os.PathLike[str] | int) -> None:
-        """Writes every frame to a file (pcapng), in place of one that is being written.
+        """Writes every frame to a file in the pcapng format. It replaces a capture that is being written.
 
-        `file` is a path, or a descriptor, which stays yours. An earlier capture at that path is replaced; a
-        file with other content is not: it raises ConfigError.
+        An earlier capture at that path is replaced. A file with other content is not.
+
+        Args:
+            file: A path, or a descriptor, which stays yours.
+
+        Raises:
+            ConfigError: The file cannot be written, or has other content.
+            NotRunning: The network does not run.
         """
         await self._do(self._live().start_capture(_capture_target(file)))
 
     start_capture = blocking(astart_capture)
 
     async def astop_capture(self) -> None:
-        """Ends the capture; its file is complete then."""
+        """Ends the capture. Its file is complete then.
+
+        Raises:
+            NotRunning: The network does not run.
+        """
         await self._do(self._live().stop_capture())
 
     stop_capture = blocking(astop_capture)
 
     def on_event(self, callback: EventCallback, *, flows: bool = False) -> Callable[[], None]:
-        """Calls `callback` for every NetworkEvent, one at a time and in order, in a thread for callbacks.
-        With `flows` also for each flow. Returns a function that ends it.
+        """Calls a function for every event, one at a time and in order, in a thread for callbacks.
 
-        A callback may use the network. While it has not returned, up to 4096 later events wait; further ones
-        are lost and counted (`events_lost`). Raises TypeError for what cannot be called.
+        The function may use the network. While it has not returned, up to 4096 later events wait; further
+        ones are lost and counted (`events_lost`).
+
+        Args:
+            callback: Takes a `NetworkEvent`.
+            flows: Deliver an event for each flow too.
+
+        Returns:
+            A function that ends the delivery.
+
+        Raises:
+            TypeError: The callback cannot be called.
+
+        Example:
+            >>> network, kinds = NatNetwork(), []
+            >>> stop_listening = network.on_event(lambda event: kinds.append(event.kind))
+            >>> with network:
+            ...     vm = network.create_endpoint("vm1")
+            ...     guest = network.attach("vm1", "memory")
+            >>> kinds[0]
+            'guest_up'
         """
         if not callable(callback):
             raise TypeError(f"{callback!r} cannot be called: give a function that takes a NetworkEvent.")
@@ -578,7 +749,7 @@ class NatNetwork:
 
     @property
     def events_lost(self) -> int:
-        """Events that callbacks did not get in this run, because they had not returned from earlier ones."""
+        """How many events of this run callbacks missed, because they had not returned from earlier ones."""
         session = self._running()
         return 0 if session is None else session.callbacks.lost
 
