@@ -148,7 +148,7 @@ class MemoryAttachment(Attachment):
             return None
 
     async def arecv(self, timeout: float | None = None) -> bytes | None:  # noqa: ASYNC109 - as `recv`
-        """Waits for the next frame for the guest.
+        """Waits for the next frame for the guest. If it is cancelled, the next call returns that frame.
 
         Args:
             timeout: Seconds to wait; None waits without limit.
