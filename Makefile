@@ -42,6 +42,7 @@ docs: build ## Build the API reference for Python and Rust into target/docs; war
 check: build ## Format, lint, types and unit tests: under two minutes once built
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
+	$(BIN)/python scripts/unused_dependencies.py
 	$(BIN)/ruff check $(PYTHON_DIRS)
 	$(BIN)/ruff format --check $(PYTHON_DIRS)
 	$(BIN)/mypy

@@ -87,16 +87,22 @@ pub fn pseudo(src: IpAddr, dst: IpAddr, proto: u8, len: u32) -> u64 {
     addr(src).wrapping_add(addr(dst)).wrapping_add(u64::from(proto)).wrapping_add(len)
 }
 
-/// RFC 1624 equation 3: the checksum field after a 16-bit word changed from `old` to `new`.
+/// What replacing `old` by `new` adds to a one's complement sum, for [`adjust`].
 #[inline]
 #[must_use]
-pub fn update16(field: u16, old: u16, new: u16) -> u16 {
-    // What does not need the field comes first: in a row of updates only the rest is waited for.
-    !add16(!field, add16(!old, new))
+pub fn difference(old: u16, new: u16) -> u16 {
+    add16(!old, new)
+}
+
+/// RFC 1624 equation 3: the checksum field after `difference` was added to the sum that it covers.
+#[inline(always)]
+#[must_use]
+pub fn adjust(field: u16, difference: u16) -> u16 {
+    !add16(!field, difference)
 }
 
 /// One's complement addition: the carry comes back in at the end.
-#[inline]
+#[inline(always)]
 fn add16(a: u16, b: u16) -> u16 {
     let (sum, carry) = a.overflowing_add(b);
     // After a carry the sum is 0xfffe at the most.
@@ -124,7 +130,7 @@ mod tests {
             for old in edges {
                 for new in edges {
                     let sum = u64::from(!field) + u64::from(!old) + u64::from(new);
-                    assert_eq!(update16(field, old, new), finish(sum), "{field:x} {old:x} {new:x}");
+                    assert_eq!(adjust(field, difference(old, new)), finish(sum), "{field:x} {old:x} {new:x}");
                 }
             }
         }
@@ -145,7 +151,7 @@ mod tests {
             let before = checksum(&data);
             let old = crate::be16(&data, at);
             crate::put(&mut data, at, &new.to_be_bytes());
-            prop_assert_eq!(update16(before, old, new), checksum(&data));
+            prop_assert_eq!(adjust(before, difference(old, new)), checksum(&data));
         }
     }
 }

@@ -134,12 +134,6 @@ pub fn fill_checksum(b: &mut [u8]) {
     put(b, 10, &c.to_be_bytes());
 }
 
-/// The checksum field of the header at the front of `b`.
-#[must_use]
-pub fn checksum_field(b: &[u8]) -> u16 {
-    be16(b, 10)
-}
-
 /// Cuts a packet into fragments of at most `mtu` bytes (RFC 791 3.2) and calls `out` with the header and the data of
 /// each, in order. The packet may be a fragment itself. False, and nothing is called, where `mtu` has no room for
 /// eight bytes of data.

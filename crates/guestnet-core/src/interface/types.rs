@@ -83,15 +83,6 @@ impl IpFields {
     }
 }
 
-/// How an address of an Endpoint came to be known.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum AddressSource {
-    /// A lease or configuration by the control side: no other port may use the address.
-    Assigned,
-    /// Seen in the guest's own frames.
-    Learned,
-}
-
 /// What the core must know of a port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PortConfig {

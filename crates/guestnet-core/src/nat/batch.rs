@@ -8,12 +8,12 @@ use crate::interface::stats::DropReason;
 use crate::interface::types::Time;
 use crate::nat::config::unicast;
 use crate::nat::engine::NatEngine;
-use crate::nat::packet::adjust;
 use crate::nat::table::index::Index;
 use crate::nat::table::prefetch::GROUP;
 use crate::nat::table::records::Key;
 use crate::nat::table::state::ConnState;
 use crate::nat::{NatDirection, NatResult};
+use guestnet_wire::checksum::adjust;
 use guestnet_wire::proto;
 use guestnet_wire::tcp::flags::{FIN, RST, SYN};
 

@@ -3,7 +3,6 @@
 //! free, held (somebody has its index) or borrowed (somebody has its bytes). `alloc` makes it held, `free`
 //! gives it back, and `borrow` turns an index into bytes; a second free, a second borrow or a foreign index
 //! is an error and never aliased memory, so indices may travel through rings and through Python.
-//! [`PoolCache`] keeps a few free indices for one thread, so that most allocations touch no shared line.
 
 // One block of raw memory is shared out by the state words.
 #![allow(unsafe_code)]
@@ -12,7 +11,6 @@ use crate::memory::sync::{AtomicU32, AtomicU64, Ordering, Padded, UnsafeCell};
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
-use std::sync::Arc;
 
 /// Buffers in a pool where nothing else is asked for.
 pub const DEFAULT_POOL_CAPACITY: usize = 8192;
@@ -179,33 +177,25 @@ impl PacketPool {
     /// as it was.
     #[inline]
     pub fn free(&self, index: u32) -> Result<(), PoolError> {
-        self.release(index)?;
-        self.push(index, index, 1);
+        let slot = self.slots.get(index as usize).ok_or(PoolError::NoSuchBuffer(index))?;
+        match slot.state.compare_exchange(HELD, FREE, Ordering::AcqRel, Ordering::Relaxed) {
+            Ok(_) => self.push(index, slot),
+            Err(FREE) => return Err(PoolError::AlreadyFree(index)),
+            Err(_) => return Err(PoolError::Borrowed(index)),
+        }
         Ok(())
     }
 
-    /// Held to free, without putting it on the stack yet.
-    #[inline]
-    fn release(&self, index: u32) -> Result<(), PoolError> {
-        let slot = self.slots.get(index as usize).ok_or(PoolError::NoSuchBuffer(index))?;
-        match slot.state.compare_exchange(HELD, FREE, Ordering::AcqRel, Ordering::Relaxed) {
-            Ok(_) => Ok(()),
-            Err(FREE) => Err(PoolError::AlreadyFree(index)),
-            Err(_) => Err(PoolError::Borrowed(index)),
-        }
-    }
-
-    /// Puts a chain of free buffers, linked from `first` to `last`, on the stack.
-    fn push(&self, first: u32, last: u32, count: u32) {
-        let Some(slot) = self.slots.get(last as usize) else { return };
+    /// Puts a free buffer on the stack.
+    fn push(&self, index: u32, slot: &Slot) {
         let mut head = self.head.0.load(Ordering::Relaxed);
         // Counted before it can be taken, so that the number never goes below zero.
-        self.available.0.fetch_add(count, Ordering::Relaxed);
+        self.available.0.fetch_add(1, Ordering::Relaxed);
         loop {
             slot.next.store(head as u32, Ordering::Relaxed);
             match self.head.0.compare_exchange_weak(
                 head,
-                tagged(head, first),
+                tagged(head, index),
                 Ordering::AcqRel,
                 Ordering::Relaxed,
             ) {
@@ -351,88 +341,11 @@ impl Drop for PoolBuffer<'_> {
     }
 }
 
-const CACHE: usize = 64;
-
-/// A thread's own stock of up to 64 free buffers of a pool, refilled and emptied in halves.
-pub struct PoolCache {
-    pool: Arc<PacketPool>,
-    stock: [u32; CACHE],
-    len: usize,
-}
-
-impl PoolCache {
-    /// An empty stock.
-    #[must_use]
-    pub fn new(pool: Arc<PacketPool>) -> PoolCache {
-        PoolCache { pool, stock: [NONE; CACHE], len: 0 }
-    }
-
-    /// The pool.
-    #[must_use]
-    pub fn pool(&self) -> &Arc<PacketPool> {
-        &self.pool
-    }
-
-    /// As [`PacketPool::alloc`].
-    #[inline]
-    pub fn alloc(&mut self) -> Option<u32> {
-        if self.len == 0 {
-            while self.len < CACHE / 2 {
-                let Some(index) = self.pool.alloc() else { break };
-                self.stock[self.len] = index;
-                self.len += 1;
-            }
-            for i in &self.stock[..self.len] {
-                // In stock is free to everybody else: a double free is found as ever.
-                self.pool.slots[*i as usize].state.store(FREE, Ordering::Relaxed);
-            }
-        }
-        self.len = self.len.checked_sub(1)?;
-        let index = self.stock[self.len];
-        let slot = &self.pool.slots[index as usize];
-        slot.len.store(0, Ordering::Relaxed);
-        slot.state.store(HELD, Ordering::Release);
-        Some(index)
-    }
-
-    /// As [`PacketPool::free`].
-    ///
-    /// # Errors
-    /// As [`PacketPool::free`].
-    #[inline]
-    pub fn free(&mut self, index: u32) -> Result<(), PoolError> {
-        self.pool.release(index)?;
-        if self.len == CACHE {
-            self.flush(CACHE / 2);
-        }
-        self.stock[self.len] = index;
-        self.len += 1;
-        Ok(())
-    }
-
-    /// Gives all but `keep` buffers back to the pool in one chain.
-    fn flush(&mut self, keep: usize) {
-        let chain = &self.stock[keep..self.len];
-        if let (Some(first), Some(last)) = (chain.first(), chain.last()) {
-            for w in chain.windows(2) {
-                self.pool.slots[w[0] as usize].next.store(w[1], Ordering::Relaxed);
-            }
-            self.pool.push(*first, *last, chain.len() as u32);
-            self.len = keep;
-        }
-    }
-}
-
-impl Drop for PoolCache {
-    fn drop(&mut self) {
-        self.flush(0);
-    }
-}
-
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use std::collections::HashSet;
+    use std::sync::Arc;
     use std::thread;
 
     #[cfg(target_os = "linux")]
@@ -505,34 +418,17 @@ mod tests {
     }
 
     #[test]
-    fn a_cache_returns_everything() {
-        let pool = Arc::new(PacketPool::with_buffer_size(200, 64).unwrap());
-        let mut cache = PoolCache::new(Arc::clone(&pool));
-        let got: Vec<u32> = std::iter::from_fn(|| cache.alloc()).collect();
-        assert_eq!(got.iter().collect::<HashSet<_>>().len(), 200);
-        for i in &got {
-            cache.free(*i).unwrap();
-            assert_eq!(cache.free(*i), Err(PoolError::AlreadyFree(*i)));
-        }
-        drop(cache);
-        assert_eq!(pool.available(), 200);
-    }
-
-    #[test]
     fn many_threads_never_share_a_buffer() {
         let pool = Arc::new(PacketPool::with_buffer_size(16, 64).unwrap());
         let threads: Vec<_> = (0..4u8)
             .map(|t| {
                 let pool = Arc::clone(&pool);
                 thread::spawn(move || {
-                    let mut cache = PoolCache::new(Arc::clone(&pool));
-                    for n in 0..20_000u32 {
-                        let direct = n % 2 == 0;
-                        let got = if direct { pool.alloc() } else { cache.alloc() };
-                        let Some(i) = got else { continue };
+                    for _ in 0..20_000 {
+                        let Some(i) = pool.alloc() else { continue };
                         pool.borrow(i).unwrap().fill(&[t; 64]).unwrap();
                         assert_eq!(pool.get(i).unwrap(), [t; 64]);
-                        if direct { pool.free(i).unwrap() } else { cache.free(i).unwrap() }
+                        pool.free(i).unwrap();
                     }
                 })
             })

@@ -9,7 +9,7 @@ pub(crate) mod output;
 use crate::interface::stats::DropReason;
 use crate::l2::switch::wire_drop;
 use crate::nat::table::records::Key;
-use guestnet_wire::checksum::fold;
+use guestnet_wire::checksum::{adjust, difference};
 use guestnet_wire::ipv4::{self, Header};
 use guestnet_wire::parse::{Packet, Transport};
 use guestnet_wire::{be16, be32, proto, put};
@@ -182,14 +182,6 @@ pub(crate) fn read(p: &[u8]) -> Result<View, DropReason> {
     v.with_transport(p.get(h.len..h.total).unwrap_or(&[]))
 }
 
-/// RFC 1624: the checksum field after `delta` was added to the sum that it covers.
-#[inline(always)]
-pub(crate) fn adjust(field: u16, delta: u16) -> u16 {
-    // Two folds of a sum of two 16-bit numbers.
-    let s = u32::from(!field) + u32::from(delta);
-    !((s & 0xffff) + (s >> 16)) as u16
-}
-
 /// One end of a packet, as it will be.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct End {
@@ -254,7 +246,7 @@ pub(crate) fn decrement_ttl(p: &mut [u8]) {
 
 /// Replaces the identification.
 pub(crate) fn set_id(p: &mut [u8], id: u16) {
-    let delta = fold(u64::from(!be16(p, 4)) + u64::from(id));
+    let delta = difference(be16(p, 4), id);
     put(p, 4, &id.to_be_bytes());
     let sum = adjust(be16(p, 10), delta);
     put(p, 10, &sum.to_be_bytes());
