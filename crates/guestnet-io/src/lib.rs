@@ -1,5 +1,6 @@
 //! Theory of operation: everything of guestnet that touches the machine: packet pool, rings, attachments,
-//! uplink sockets and the worker that drives the core with them. The only crate with `unsafe`.
+//! uplink sockets and the worker that drives the core with them. Unsafe code is here and in `buffers.rs`
+//! of guestnet-py, nowhere else.
 //!
 //! - [`runtime`]: the packet threads, which drive the core.
 //! - [`control`]: commands from the control side, events to it.

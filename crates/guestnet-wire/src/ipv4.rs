@@ -1,5 +1,9 @@
-//! Theory of operation: IPv4 header (RFC 791): offsets, and an emitter for headers without options.
-//! Validation lives in [`crate::parse`]; the setters here keep the header checksum right incrementally.
+//! Theory of operation: the IPv4 header (RFC 791).
+//!
+//! - [`Header::parse`] reads a header and checks its lengths against the bytes present; [`crate::parse`] goes on to the
+//!   transport header.
+//! - [`Ipv4::emit`] writes a header without options, its checksum included.
+//! - [`fragments`] splits a packet for a smaller MTU.
 
 use crate::parse::Fragment;
 use crate::{WireError, be16, be32, checksum, put};

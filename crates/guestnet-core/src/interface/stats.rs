@@ -74,7 +74,7 @@ reasons! {
     WorkerFull = "worker_full",
 }
 
-/// Counters of one worker or one port. Snapshots can be subtracted.
+/// Counters of one worker or one port. They never fall.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Counters {
     /// Frames from guests.

@@ -1,5 +1,5 @@
-//! Theory of operation: counters that the engine owns and increments; a snapshot is a copy, and two snapshots
-//! can be subtracted.
+//! Theory of operation: what a NAT engine counts, and what it shows of its connections. The engine owns the counters
+//! and only ever increments them; a snapshot is a copy.
 
 use crate::interface::stats::DropReason;
 
