@@ -378,7 +378,7 @@ impl World {
 
     fn client(&mut self, input: &mut Input<'_>) {
         let (what, peer, len) = (input.u8(), input.u8(), input.u16());
-        let (peer, local) = (outside(peer), SocketAddr::from(([203, 0, 113, 1], 8080)));
+        let peer = outside(peer);
         if what & 1 == 0 {
             let sock = self.fx.new_sock();
             let forward = ForwardId(1 + u32::from(what >> 1 & 1) * 8);
@@ -391,7 +391,7 @@ impl World {
             let segment = if what & 2 != 0 { (len / 3).max(1) } else { 0 };
             let sock = SockId(0xffff);
             let f = ForwardId(2);
-            self.core.udp_forward_received(self.now, f, sock, peer, local, payload, segment, &mut self.fx);
+            self.core.udp_forward_received(self.now, f, sock, peer, payload, segment, &mut self.fx);
         }
     }
 

@@ -14,7 +14,7 @@
 //! - [`interface`] is the contract with the callers.
 #![forbid(unsafe_code)]
 
-mod audit;
+mod context;
 mod dns;
 pub mod interface;
 mod l2;

@@ -1,175 +1,95 @@
-//! Theory of operation: [`Network`] holds a Network together and is all that a worker calls. Each call does its
-//! work to the end and says what is to happen through [`Effects`]; nothing is left for later but what a
-//! timer or [`Network::batch_end`] is asked for. The work itself is in the modules that the crate's head names,
-//! each an `impl Network` over the fields below.
+//! Theory of operation: [`Network`] is all that a worker calls. It holds the components and routes each call to the one that
+//! handles it; it keeps no other state. Each call does its work to the end and says what is to happen through [`Effects`].
+//! Nothing is left for later but what a timer or [`Network::batch_end`] is asked for.
+//!
+//! A frame of a guest takes this way ([`Network::frame`]):
+//! 1. `l2` checks and learns addresses, answers ARP and floods. For an IP packet it returns a [`Verdict`].
+//! 2. A packet to another guest is delivered. A broadcast of a DHCP client goes to the service.
+//! 3. A packet to the gateway's MAC goes to the uplink of packets, where there is one and no relayed flow has it, else to
+//!    the relay of its protocol, fragments put together first.
+//! 4. A datagram to a service goes to the DNS forwarder where that serves it, else to the control side.
 
+use crate::context::Layers;
 use crate::dns::DnsForwarder;
 use crate::interface::config::{AddressInUse, DatagramError, FlowInfo, ForwardSpec, NetworkConfig, PortInfo};
 use crate::interface::effects::{Effects, SockError};
-use crate::interface::stats::Counters;
-use crate::interface::types::{FlowId, ForwardId, FrameMeta, PortConfig, PortId, ServiceId, SockId, Time};
-use crate::l3::reassembly::Reassembly;
-use crate::nat::l3_uplink::Tun;
-use crate::policy::Policy;
-use crate::relay::turns::{NO_FLOW, Turns};
-use crate::shard::{PeerUpdate, Sharing};
-use crate::tables::flow::{List, NONE};
-use crate::tables::flow_table::FlowTable;
-use crate::tables::mac::Macs;
-use crate::tables::neighbour::{Binding, Neighbours};
-use crate::tables::port::{Port, Ports};
-use crate::tables::service::Services;
-use crate::util::siphash::SipKey;
-use crate::util::timer_wheel::Wheel;
-use guestnet_wire::ether::Mac;
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, SocketAddr};
+use crate::interface::stats::{Counters, DropReason};
+use crate::interface::types::{
+    FlowId, ForwardId, FrameMeta, Gso, PortConfig, PortId, ServiceId, SockId, Time,
+};
+use crate::l2::lan::{Notice, Sender, Verdict};
+use crate::l3::gateway::Datagram;
+use crate::nat::l3_uplink::L3Uplink;
+use crate::nat::{ConnTrackStats, ForwardError, NatConfigError, NatEngineConfig, NatStats};
+use crate::relay::Relay;
+use crate::shard::PeerUpdate;
+use guestnet_wire::ether::{self, Mac};
+use guestnet_wire::parse::{self, Packet};
+use guestnet_wire::proto;
+use std::net::{IpAddr, SocketAddr, SocketAddrV4};
 
-/// Room for one frame of the largest size: Ethernet header and 65535 bytes of IP.
-pub(crate) const FRAME_MAX: usize = 14 + 65535;
+/// A frame between guests that is no part of a bulk transfer.
+const SMALL_FRAME: usize = 1024;
 
-/// Flows whose timers are worked off before other work has its turn; many end in the same second.
-const TIMERS: usize = 256;
-
-/// The logic of one Network. See the module head.
+/// The logic of one network. See the module head.
 pub struct Network {
-    pub(crate) cfg: NetworkConfig,
-    pub(crate) policy: Policy,
-    pub(crate) ports: Ports,
-    pub(crate) macs: Macs,
-    pub(crate) neighbours: Neighbours,
-    pub(crate) reassembly: Reassembly,
-    pub(crate) services: Services,
-    pub(crate) forwards: BTreeMap<u32, ForwardSpec>,
-    /// UDP clients of Forwards, by Forward and the client's true address.
-    pub(crate) clients: BTreeMap<(u32, SocketAddr), u32>,
-    pub(crate) flows: FlowTable,
-    pub(crate) wheel: Wheel,
-    /// TCP flows that asked for [`Network::batch_end`]: those with little to send, then bulk flows in turn.
-    pub(crate) batch: List,
-    pub(crate) turns: Turns,
-    /// Keys the ISNs of RFC 6528.
-    pub(crate) isn_key: SipKey,
-    /// The frame that is being made.
-    pub(crate) scratch: Vec<u8>,
-    /// A fragment of it.
-    pub(crate) piece: Vec<u8>,
-    /// Flows whose timers fired and that have not had their turn yet.
-    due: Vec<u32>,
-    /// What belongs to no port, and what ports that are gone had counted.
-    pub(crate) base: Counters,
-    /// Where the ports are shared out among several cores.
-    pub(crate) sharing: Option<Sharing>,
-    pub(crate) now: Time,
-    /// Bytes of the kernel's memory that the flows of all ports hold, as measured.
-    pub(crate) socket_memory: usize,
-    /// Stations of the segment that `macs` holds, in mode `bridged`.
-    pub(crate) stations: u32,
-    /// MACs that an address is reserved for.
-    pub(crate) reserved_macs: BTreeSet<Mac>,
-    /// What is known of names.
-    pub(crate) names: DnsForwarder,
+    config: NetworkConfig,
+    now: Time,
+    layers: Layers,
+    relay: Relay,
+    dns: DnsForwarder,
     /// The uplink of packets, where there is one.
-    pub(crate) tun: Option<Box<Tun>>,
+    uplink: Option<Box<L3Uplink>>,
 }
 
 impl Network {
-    /// A Network without ports.
+    /// A network without ports.
     #[must_use]
     pub fn new(config: NetworkConfig, now: Time) -> Network {
-        let key = SipKey::from_secret(&config.secret, 0);
-        let limits = &config.limits;
         Network {
-            reserved_macs: config.reserved.values().copied().collect(),
-            policy: Policy::new(&config),
-            ports: Ports::default(),
-            macs: Macs::new(key),
-            neighbours: Neighbours::new(key, limits.neighbour_waiting),
-            reassembly: Reassembly::new(
-                limits.reassembly_bytes,
-                limits.reassemblies_per_port,
-                config.timeouts.reassembly,
-            ),
-            services: Services::default(),
-            forwards: BTreeMap::new(),
-            clients: BTreeMap::new(),
-            flows: FlowTable::new(limits.flows, key),
-            wheel: Wheel::new(now.as_ms()),
-            batch: List::default(),
-            turns: Turns::new(),
-            isn_key: SipKey::from_secret(&config.secret, 16),
-            names: DnsForwarder::new(
-                SipKey::from_secret(&config.secret, 16).derive(u64::from(u32::MAX)),
-                limits,
-            ),
-            scratch: vec![0; FRAME_MAX],
-            piece: Vec::with_capacity(2048),
-            due: Vec::new(),
-            base: Counters::default(),
-            sharing: None,
+            layers: Layers::new(&config),
+            relay: Relay::new(&config, now),
+            dns: DnsForwarder::new(&config),
+            uplink: None,
             now,
-            socket_memory: 0,
-            tun: None,
-            stations: 0,
-            cfg: config,
+            config,
         }
     }
 
+    // ---- ports and addresses ------------------------------------------------------------------------
+
     /// Adds a port; one that exists already stays as it is. Addresses that are in use by others are left out.
     pub fn add_port(&mut self, port: PortId, config: PortConfig) {
-        let addresses = config.addresses.clone();
-        let mac = config.mac.filter(|m| m.is_unicast() && *m != self.cfg.gateway_mac);
-        let mtu = config.mtu;
-        let mut new = Port::new(port, config, &self.cfg.limits, self.now);
-        new.mac = None;
-        new.ip_id = (self.isn_key.hash(&[self.now.0, u64::from(port.0)]) & 0xffff) as u16;
-        let Some(slot) = self.ports.insert(new) else { return };
-        self.tell(PeerUpdate::PortUp { port, mac, mtu });
-        if let Some(mac) = mac {
-            self.claim_mac(slot, mac);
+        let now = self.now;
+        let Some(slot) = self.layers.lan.add_port(now, port, config) else { return };
+        self.layers.gateway.add_port(now, slot, port.0);
+        self.relay.add_port(now, slot);
+        self.dns.add_port(slot);
+        if let Some(uplink) = &mut self.uplink {
+            uplink.add_port(slot);
         }
-        for ip in addresses {
-            // The caller decides who has which address; one that it gave twice stays with the first.
-            let _taken = self.bind_address(port, ip, mac);
-        }
+        self.note_released();
     }
 
     /// Closes up to `most` flows of a port that is to be removed. True when it has more: a port with many is
     /// removed in steps, so that others do not wait for all of them.
     pub fn close_flows_of<E: Effects>(&mut self, now: Time, port: PortId, most: usize, fx: &mut E) -> bool {
         self.now = now;
-        let Some(slot) = self.ports.slot(port) else { return false };
-        self.close_flows(slot, most, fx);
-        self.ports.get(slot).is_some_and(|p| p.records.len > 0)
-    }
-
-    fn close_flows<E: Effects>(&mut self, slot: u32, most: usize, fx: &mut E) {
-        for _ in 0..most {
-            let Some(index) = self.ports.get(slot).map(|p| p.records.head).filter(|i| *i != NONE) else {
-                return;
-            };
-            self.close_flow(index, fx);
-        }
+        let Some(slot) = self.layers.lan.slot(port) else { return false };
+        self.relay.close_flows(&mut self.layers.context(now, fx), slot, most)
     }
 
     /// Removes a port: closes all its flows and frees its addresses.
     pub fn remove_port<E: Effects>(&mut self, now: Time, port: PortId, fx: &mut E) {
         self.now = now;
-        let Some(slot) = self.ports.slot(port) else { return };
-        match self.ports.get(slot).and_then(|p| p.remote) {
-            Some(worker) => self.count_remote(worker, false),
-            None => self.tell(PeerUpdate::PortDown { port }),
+        let Some(slot) = self.layers.lan.slot(port) else { return };
+        self.relay.remove_port(&mut self.layers.context(now, fx), slot);
+        if let Some(uplink) = &mut self.uplink {
+            uplink.remove_port(&mut self.layers.context(now, fx), slot);
         }
-        self.close_flows(slot, usize::MAX, fx);
-        self.tunnel_remove_port(slot, fx);
-        while self.neighbours.give_up_port(slot).is_some() {}
-        self.neighbours.remove_port(slot);
-        self.macs.remove_port(slot);
-        self.reassembly.remove_port(slot);
-        self.names_remove_port(port);
-        if let Some(p) = self.ports.remove(slot) {
-            self.base.add(&p.counters);
-        }
+        self.dns.remove_port(slot, port);
+        self.layers.gateway.remove_port(slot);
+        self.layers.lan.remove_port(slot);
     }
 
     /// Gives an address to a port. A port that only learned it loses it.
@@ -178,67 +98,86 @@ impl Network {
     /// [`AddressInUse`] when it is assigned to another port, belongs to the gateway or a service, or the port
     /// does not exist.
     pub fn bind_address(&mut self, port: PortId, ip: IpAddr, mac: Option<Mac>) -> Result<(), AddressInUse> {
-        let slot = self.ports.slot(port).ok_or(AddressInUse(ip))?;
-        if self.is_own(ip) {
-            return Err(AddressInUse(ip));
-        }
-        let old = self.neighbours.get(ip).copied();
-        if let Some(b) = old {
-            // Of ports elsewhere the control side knows more than this core does yet.
-            if b.assigned && b.slot != slot && !self.is_remote(b.slot) {
-                return Err(AddressInUse(ip));
-            }
-            self.forget_learned(b.slot, ip);
-            if b.slot != slot {
-                self.tunnel_left(ip);
-            }
-        }
-        let known = old.filter(|b| b.slot == slot).and_then(|b| b.mac);
-        let own = self.ports.get(slot).and_then(|p| p.mac);
-        let mac = mac.or(known).or(own);
-        let b = Binding { ip, slot, mac, assigned: true, seen: self.now };
-        self.neighbours.set(b);
-        self.tell_binding(&b, None);
-        Ok(())
+        let done = self.layers.lan.bind_address(self.now, port, ip, mac);
+        self.note_released();
+        done
     }
 
     /// Takes an address back. Flows of it live on until they end by themselves.
     pub fn unbind_address<E: Effects>(&mut self, now: Time, ip: IpAddr, fx: &mut E) {
         self.now = now;
-        if let Some(b) = self.neighbours.remove(ip) {
-            self.forget_learned(b.slot, ip);
-            self.tunnel_left(ip);
-            if !self.is_remote(b.slot) {
-                self.tell(PeerUpdate::AddressGone { ip });
+        self.layers.lan.unbind_address(ip);
+        self.follow_notices(fx);
+    }
+
+    /// The uplink ends the connections of addresses that their port lost.
+    fn note_released(&mut self) {
+        while let Some(ip) = self.layers.lan.take_released() {
+            if let Some(uplink) = &mut self.uplink {
+                uplink.address_released(ip);
             }
         }
-        if let Some(w) = self.neighbours.resolved(ip) {
-            self.give_up(w, fx);
+    }
+
+    /// Passes on what the switch found out about guests to the flows that it concerns.
+    #[cold]
+    fn follow_notices<E: Effects>(&mut self, fx: &mut E) {
+        self.note_released();
+        while let Some(notice) = self.layers.lan.take_notice() {
+            let cx = &mut self.layers.context(self.now, fx);
+            match notice {
+                Notice::Restarted(slot) => self.relay.recheck(cx, slot),
+                Notice::Resolved(flows, mac) => self.relay.resume(cx, flows, mac),
+                Notice::Unanswered(flows) => self.relay.give_up(cx, flows),
+            }
         }
     }
+
+    // ---- services and forwards ----------------------------------------------------------------------
 
     /// Adds a service of the gateway: UDP datagrams come as [`crate::interface::effects::Event::Datagram`], TCP
     /// connects to [`crate::interface::types::Target::Service`]. UDP port 67 also takes what is broadcast.
     pub fn add_service(&mut self, service: ServiceId, proto: u8, address: IpAddr, port: u16) {
-        self.services.add(service, proto, address, port);
+        self.layers.lan.addressing_mut().add_service(service, proto, address, port);
     }
 
-    /// Adds a Forward.
-    pub fn add_forward(&mut self, id: ForwardId, spec: ForwardSpec) {
-        self.forwards.insert(id.0, spec);
-    }
-
-    /// Removes a Forward. Its TCP flows live on; its UDP flows end, because their socket goes with it.
-    pub fn remove_forward<E: Effects>(&mut self, now: Time, id: ForwardId, fx: &mut E) {
+    /// Sends the answer of a UDP service to a guest.
+    #[allow(clippy::too_many_arguments)] // The fields of a datagram.
+    pub fn service_send<E: Effects>(
+        &mut self,
+        now: Time,
+        port: PortId,
+        dst_mac: Mac,
+        src: SocketAddr,
+        dst: SocketAddr,
+        payload: &[u8],
+        fx: &mut E,
+    ) {
         self.now = now;
-        self.forwards.remove(&id.0);
-        let gone: Vec<u32> = self.clients.iter().filter(|(k, _)| k.0 == id.0).map(|(_, i)| *i).collect();
-        for index in gone {
-            self.close_flow(index, fx);
+        let Some(slot) = self.layers.lan.slot(port) else {
+            self.layers.lan.base_mut().drop(DropReason::NoEndpoint);
+            return;
+        };
+        let cx = &mut self.layers.context(now, fx);
+        if let Err(why) = cx.gateway.frames().send_udp(&mut cx.link, slot, dst_mac, src, dst, payload, 0) {
+            cx.link.lan.count_drop(slot, why);
         }
     }
 
-    /// A frame from a guest.
+    /// Adds a forward: a published port whose sockets the I/O side has.
+    pub fn add_forward(&mut self, id: ForwardId, spec: ForwardSpec) {
+        self.relay.add_forward(id, spec);
+    }
+
+    /// Removes a forward. Its TCP flows live on; its UDP flows end, because their socket goes with it.
+    pub fn remove_forward<E: Effects>(&mut self, now: Time, id: ForwardId, fx: &mut E) {
+        self.now = now;
+        self.relay.remove_forward(&mut self.layers.context(now, fx), id);
+    }
+
+    // ---- frames of guests ---------------------------------------------------------------------------
+
+    /// Handles a frame from a guest.
     pub fn frame<E: Effects>(
         &mut self,
         now: Time,
@@ -248,31 +187,156 @@ impl Network {
         fx: &mut E,
     ) {
         self.now = now;
-        self.ingress(port, frame, meta, fx);
+        let Some(slot) = self.layers.lan.count_received(port, frame.len()) else { return };
+        if let Err(why) = self.receive(slot, frame, meta, fx) {
+            self.layers.lan.count_drop(slot, why);
+        }
+        if self.layers.lan.has_notices() {
+            self.follow_notices(fx);
+        }
+    }
+
+    #[inline]
+    fn receive<E: Effects>(
+        &mut self,
+        slot: u32,
+        frame: &mut [u8],
+        meta: FrameMeta,
+        fx: &mut E,
+    ) -> Result<(), DropReason> {
+        let (now, lan) = (self.now, &mut self.layers.lan);
+        let Some(eth) = lan.receive(now, slot, frame, meta, fx)? else { return Ok(()) };
+        let p = parse::parse_ip(frame, ether::HEADER_LEN)?;
+        match lan.receive_packet(now, slot, eth, frame, &p, meta, fx)? {
+            Verdict::Done => {}
+            Verdict::Forward { to, meta } => {
+                if frame.len() <= SMALL_FRAME {
+                    self.relay.others_active(now);
+                }
+                lan.deliver(to, frame, meta, fx);
+            }
+            Verdict::Route => return self.route(Sender { slot, mac: eth.src }, frame, &p, meta, fx),
+            Verdict::Serve(service) => {
+                self.serve(service, Sender { slot, mac: eth.src }, frame, &p, 0, fx);
+            }
+        }
+        Ok(())
+    }
+
+    /// Routes a packet that is addressed to the gateway's MAC.
+    fn route<E: Effects>(
+        &mut self,
+        from: Sender,
+        frame: &mut [u8],
+        p: &Packet,
+        meta: FrameMeta,
+        fx: &mut E,
+    ) -> Result<(), DropReason> {
+        let now = self.now;
+        let cx = &mut self.layers.context(now, fx);
+        if let Some(uplink) = &mut self.uplink
+            && L3Uplink::takes(cx.link.lan.addressing(), p.dst)
+            && !self.relay.claims(cx, from.slot, frame, p)
+        {
+            return uplink.packet_out(cx, from, frame, p, meta);
+        }
+        if let Some(f) = p.fragment {
+            if cx.gateway.route_to_guest(&mut cx.link, from, frame, p, meta)? {
+                return Ok(());
+            }
+            return match cx.gateway.reassemble(&mut cx.link, from.slot, frame, p, f)? {
+                Some(whole) => self.route_whole(from, whole, fx),
+                None => Ok(()),
+            };
+        }
+        cx.link.lan.verify(from.slot, frame, p, meta)?;
+        if p.proto == proto::TCP {
+            return self.relay.tcp_out(cx, from, frame, p, meta);
+        }
+        self.relay.others_active(now);
+        match p.proto {
+            proto::UDP => {
+                if let Some(service) = self.relay.udp_out(cx, from, frame, p, meta)? {
+                    let segment = if let Some(Gso::Udp(n)) = meta.gso { n } else { 0 };
+                    self.serve(service, from, frame, p, segment, fx);
+                }
+                Ok(())
+            }
+            proto::ICMP => self.relay.icmp_out(cx, from, frame, p, meta),
+            _ => self.relay.other_out(cx, from, frame, p, meta),
+        }
+    }
+
+    /// Routes a packet that was put together from fragments.
+    fn route_whole<E: Effects>(
+        &mut self,
+        from: Sender,
+        mut whole: Vec<u8>,
+        fx: &mut E,
+    ) -> Result<(), DropReason> {
+        let p = parse::parse_ip(&whole, ether::HEADER_LEN)?;
+        if p.fragment.is_some() {
+            return Err(DropReason::Malformed);
+        }
+        self.route(from, &mut whole, &p, FrameMeta::default(), fx)
+    }
+
+    /// Passes a datagram, or several of `segment` bytes each when that is not 0, to a UDP service of the gateway.
+    fn serve<E: Effects>(
+        &mut self,
+        service: ServiceId,
+        from: Sender,
+        frame: &[u8],
+        p: &Packet,
+        segment: u16,
+        fx: &mut E,
+    ) {
+        let cx = &mut self.layers.context(self.now, fx);
+        let payload = frame.get(p.payload..p.end).unwrap_or(&[]);
+        let (src, dst) = (SocketAddr::new(p.src, p.src_port), SocketAddr::new(p.dst, p.dst_port));
+        let size = if segment == 0 { payload.len() } else { usize::from(segment) };
+        let mut rest = payload;
+        loop {
+            let (payload, more) = rest.split_at(size.min(rest.len()));
+            let datagram = Datagram { from, src, dst, payload };
+            if self.dns.is_service(service) {
+                self.dns.query(cx, service, &datagram);
+            } else {
+                cx.gateway.punt(&mut cx.link, service, &datagram);
+            }
+            if more.is_empty() {
+                return;
+            }
+            rest = more;
+        }
     }
 
     /// The end of a batch of frames and socket events: sends the ACKs that are due, one per flow.
     pub fn batch_end<E: Effects>(&mut self, now: Time, fx: &mut E) {
         self.now = now;
-        self.flush_batch(fx);
+        self.relay.batch_end(&mut self.layers.context(now, fx));
     }
 
     /// Before [`Network::batch_end`]: frames and socket events took so many nanoseconds since the last one.
     pub fn others_took(&mut self, ns: u64) {
-        self.turns.others_took(ns);
+        self.relay.others_took(ns);
     }
 
     /// True when flows have more to send, and only let others have their turn: [`Network::batch_end`] is due again.
     #[must_use]
     pub fn has_more(&self) -> bool {
-        self.batch.len > 0
+        self.relay.has_more()
     }
 
     /// A port that was full takes frames again.
     pub fn port_writable<E: Effects>(&mut self, now: Time, port: PortId, fx: &mut E) {
         self.now = now;
-        self.kick_port(port, fx);
+        if let Some(slot) = self.layers.lan.slot(port) {
+            self.relay.port_writable(&mut self.layers.context(now, fx), slot, port);
+        }
     }
+
+    // ---- events of sockets --------------------------------------------------------------------------
 
     /// The outcome of [`Effects::tcp_connect`].
     pub fn tcp_connected<E: Effects>(
@@ -283,7 +347,7 @@ impl Network {
         fx: &mut E,
     ) {
         self.now = now;
-        self.with_flow(flow, fx, |tcb, cx| tcb.connected(cx, result));
+        self.relay.tcp_connected(&mut self.layers.context(now, fx), flow, result);
     }
 
     /// A TCP socket became readable or writable; both on hang-up or error.
@@ -296,11 +360,10 @@ impl Network {
         fx: &mut E,
     ) {
         self.now = now;
-        self.with_flow(flow, fx, |tcb, cx| tcb.ready(cx, readable, writable));
-        self.measure_arrival(flow, fx);
+        self.relay.tcp_ready(&mut self.layers.context(now, fx), flow, readable, writable);
     }
 
-    /// A client connected to a Forward's TCP socket. `None`: refused, and the caller resets the socket.
+    /// A client connected to a forward's TCP socket. `None`: refused, and the caller resets the socket.
     pub fn tcp_accepted<E: Effects>(
         &mut self,
         now: Time,
@@ -310,13 +373,8 @@ impl Network {
         fx: &mut E,
     ) -> Option<FlowId> {
         self.now = now;
-        match self.accept_tcp(forward, sock, peer, fx) {
-            Ok(flow) => Some(flow),
-            Err(why) => {
-                self.base.drop(why);
-                None
-            }
-        }
+        let accepted = self.relay.accept_tcp(&mut self.layers.context(now, fx), forward, sock, peer);
+        accepted.map_err(|why| self.layers.lan.base_mut().drop(why)).ok()
     }
 
     /// A datagram came in on the socket of `flow`, or several of `segment` bytes each when that is not 0.
@@ -330,14 +388,15 @@ impl Network {
         fx: &mut E,
     ) {
         self.now = now;
-        self.turns.active(now, NO_FLOW);
+        self.relay.others_active(now);
+        let cx = &mut self.layers.context(now, fx);
         if DnsForwarder::is_flow(flow) {
-            return self.names_in(flow, from, payload, segment, fx);
+            return self.dns.receive(cx, flow, from, payload, segment);
         }
-        self.udp_in(flow, from, payload, segment, fx);
+        self.relay.udp_in(cx, flow, from, payload, segment);
     }
 
-    /// A datagram came in on a Forward's socket.
+    /// A datagram came in on a forward's socket.
     #[allow(clippy::too_many_arguments)] // One call from one place; a struct would only rename them.
     pub fn udp_forward_received<E: Effects>(
         &mut self,
@@ -345,15 +404,15 @@ impl Network {
         forward: ForwardId,
         sock: SockId,
         from: SocketAddr,
-        _local: SocketAddr,
         payload: &[u8],
         segment: u16,
         fx: &mut E,
     ) {
         self.now = now;
-        self.turns.active(now, NO_FLOW);
-        if let Err(why) = self.forward_in(forward, sock, from, payload, segment, fx) {
-            self.base.drop(why);
+        self.relay.others_active(now);
+        let cx = &mut self.layers.context(now, fx);
+        if let Err(why) = self.relay.forward_in(cx, forward, sock, from, payload, segment) {
+            self.layers.lan.base_mut().drop(why);
         }
     }
 
@@ -370,118 +429,261 @@ impl Network {
         fx: &mut E,
     ) {
         self.now = now;
-        self.turns.active(now, NO_FLOW);
-        self.echo_in(flow, from, seq, ttl, body, fx);
+        self.relay.others_active(now);
+        self.relay.echo_in(&mut self.layers.context(now, fx), flow, from, seq, ttl, body);
     }
 
     /// The kernel reported an error for a datagram, echo request or connect of `flow`.
     pub fn sock_error<E: Effects>(&mut self, now: Time, flow: FlowId, error: DatagramError<'_>, fx: &mut E) {
         self.now = now;
+        let cx = &mut self.layers.context(now, fx);
         if DnsForwarder::is_flow(flow) {
-            return self.names_error(flow, error.dst, error.payload, fx);
+            return self.dns.sock_error(cx, flow, error.dst, error.payload);
         }
-        self.relay_error(flow, &error, fx);
+        self.relay.sock_error(cx, flow, &error);
     }
 
-    /// The answer of a UDP service to a guest.
-    #[allow(clippy::too_many_arguments)] // As above.
-    pub fn service_send<E: Effects>(
-        &mut self,
-        now: Time,
-        port: PortId,
-        dst_mac: Mac,
-        src: SocketAddr,
-        dst: SocketAddr,
-        payload: &[u8],
-        fx: &mut E,
-    ) {
-        self.now = now;
-        let Some(slot) = self.ports.slot(port) else {
-            self.base.drop(crate::interface::stats::DropReason::NoEndpoint);
-            return;
-        };
-        if let Err(why) = self.send_udp(slot, dst_mac, src, dst, payload, 0, fx) {
-            self.drop_at(slot, why);
-        }
-    }
+    // ---- timers -------------------------------------------------------------------------------------
 
     /// When [`Network::timers`] is to be called next. `None`: not until something else happens.
     #[must_use]
     pub fn next_timer(&self) -> Option<Time> {
-        if !self.due.is_empty() {
-            return Some(self.now);
-        }
-        let wheel = self.wheel.next().map(|ms| Time(ms.saturating_mul(1_000_000)));
-        let tunnel = self.tunnel_next_timer();
-        let names = self.names.next_timer();
-        [wheel, tunnel, names, self.reassembly.next_timer(), self.neighbours.next_timer()]
-            .into_iter()
-            .flatten()
-            .min()
+        let uplink = self.uplink.as_ref().and_then(|u| u.next_timer(self.now));
+        let Layers { lan, gateway, .. } = &self.layers;
+        [
+            self.relay.next_timer(self.now),
+            uplink,
+            self.dns.next_timer(),
+            gateway.next_timer(),
+            lan.next_timer(),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
     }
 
     /// Does what is due.
     pub fn timers<E: Effects>(&mut self, now: Time, fx: &mut E) {
         self.now = now;
-        if self.due.is_empty() {
-            self.wheel.expire(now.as_ms(), &mut self.due);
+        self.relay.timers(&mut self.layers.context(now, fx));
+        self.layers.lan.timers(now, fx);
+        if self.layers.lan.has_notices() {
+            self.follow_notices(fx);
         }
-        let mut due = std::mem::take(&mut self.due);
-        for index in due.drain(..due.len().min(TIMERS)) {
-            self.flow_timer(index, fx);
+        let cx = &mut self.layers.context(now, fx);
+        cx.gateway.timers(&mut cx.link);
+        if let Some(uplink) = &mut self.uplink {
+            uplink.timers(cx);
         }
-        self.due = due;
-        self.neighbour_timers(fx);
-        self.reassembly_timers(fx);
-        self.tunnel_timers(fx);
-        self.names_timers(fx);
-        self.flush_batch(fx);
+        self.dns.timers(cx);
+        self.relay.batch_end(cx);
     }
 
-    /// All counters of the Network: those of its ports, of ports that are gone, and what belongs to none.
+    // ---- names --------------------------------------------------------------------------------------
+
+    /// What the control side says of the network's own names: `own` are names as labels in lower case; these and
+    /// those below them may be its own. All that is known is forgotten. `generation` counts the changes of the
+    /// service's records; what is older than what was said already is not taken.
+    pub fn set_names(&mut self, service: ServiceId, generation: u64, own: Vec<Box<[u8]>>) {
+        self.dns.set_names(service, generation, own);
+    }
+
+    /// The guests that have names have changed.
+    pub fn forget_guest_names(&mut self, generation: u64) {
+        self.dns.forget_guest_names(generation);
+    }
+
+    /// Allows for a while to ask `server` for names that are not the network's own, and to give answers of it again.
+    pub fn allow_names(&mut self, now: Time, generation: u64, server: Option<SocketAddr>) {
+        self.now = now;
+        self.dns.allow_names(now, generation, server);
+    }
+
+    /// An answer of the DNS service to a query of a port's guest, that may be given again to whoever asks the same.
+    /// `own`: it is about the network's own names, and good whatever name servers there are.
+    pub fn keep_name(
+        &mut self,
+        now: Time,
+        port: PortId,
+        generation: u64,
+        own: bool,
+        query: &[u8],
+        answer: &[u8],
+    ) {
+        self.now = now;
+        if self.layers.lan.slot(port).is_some() {
+            self.dns.keep_name(now, port, generation, own, query, answer);
+        }
+    }
+
+    /// Answers kept, bytes of them, and questions under way.
+    #[must_use]
+    pub fn names_held(&self) -> (usize, usize, usize) {
+        self.dns.holds()
+    }
+
+    // ---- the uplink of packets ----------------------------------------------------------------------
+
+    /// Gives the network an uplink of packets. Of `config` the network decides what it knows itself: what is
+    /// inside, its gateway, timeouts and filtering, keys, and that refusals are its own to tell. Limits are those
+    /// of `config`: what is translated holds no descriptor.
+    ///
+    /// # Errors
+    /// What is wrong with `config`.
+    pub fn set_uplink(&mut self, config: NatEngineConfig) -> Result<(), NatConfigError> {
+        let mut uplink = L3Uplink::new(&self.config, config)?;
+        self.layers.lan.local_ports().for_each(|(slot, _)| uplink.add_port(slot));
+        self.uplink = Some(Box::new(uplink));
+        Ok(())
+    }
+
+    /// A packet from the uplink: `frame` has room for an Ethernet header (14 bytes) in front of it.
+    pub fn uplink_packet<E: Effects>(&mut self, now: Time, frame: &mut [u8], meta: FrameMeta, fx: &mut E) {
+        self.now = now;
+        let done = match &mut self.uplink {
+            Some(uplink) => uplink.packet_in(&mut self.layers.context(now, fx), frame, meta),
+            None => Err(DropReason::NoFlow),
+        };
+        if let Err(why) = done {
+            self.layers.lan.base_mut().drop(why);
+        }
+    }
+
+    /// Counters of the uplink's engine, and what it holds; `None` without one.
+    #[must_use]
+    pub fn nat_stats(&self) -> Option<(NatStats, ConnTrackStats)> {
+        self.uplink.as_ref().map(|u| u.stats())
+    }
+
+    /// Publishes a guest's port on an external address of the uplink. A `guest` that no endpoint can have
+    /// (0.0.0.0) keeps the port until [`Network::retarget_uplink_forward`].
+    ///
+    /// # Errors
+    /// [`ForwardError`]; nothing has changed then.
+    pub fn add_uplink_forward(
+        &mut self,
+        id: ForwardId,
+        proto: u8,
+        external: SocketAddrV4,
+        guest: SocketAddr,
+    ) -> Result<(), ForwardError> {
+        let uplink = self.uplink.as_mut().ok_or(ForwardError::NotExternal(*external.ip()))?;
+        uplink.add_forward(id, proto, external, guest)
+    }
+
+    /// Whether a forward with this number is published on the uplink.
+    #[must_use]
+    pub fn has_uplink_forward(&self, id: ForwardId) -> bool {
+        self.uplink.as_ref().is_some_and(|u| u.has_forward(id))
+    }
+
+    /// Makes a published port of the uplink lead to another guest; its connections end. False when no such forward
+    /// is published on the uplink.
+    ///
+    /// # Errors
+    /// [`ForwardError`]; the port leads where it led before then, and its connections live on.
+    pub fn retarget_uplink_forward(
+        &mut self,
+        id: ForwardId,
+        guest: SocketAddr,
+    ) -> Result<bool, ForwardError> {
+        self.uplink.as_mut().map_or(Ok(false), |u| u.retarget_forward(id, guest))
+    }
+
+    /// Takes a published port back, connections live on; false when it is not one of the uplink.
+    pub fn remove_uplink_forward(&mut self, id: ForwardId) -> bool {
+        self.uplink.as_mut().is_some_and(|u| u.remove_forward(id))
+    }
+
+    // ---- other workers ------------------------------------------------------------------------------
+
+    /// Makes this one of several workers; `workers` is how many there are. To be called before anything else.
+    pub fn share(&mut self, workers: u16) {
+        self.layers.lan.share(workers);
+    }
+
+    /// Moves the updates for the other workers to `out`, oldest first. Guests may cause `room` more until the next call.
+    pub fn take_peer_updates(&mut self, room: usize, out: &mut Vec<PeerUpdate>) {
+        self.layers.lan.take_peer_updates(room, out);
+    }
+
+    /// Applies an update of worker `from`. Updates of ports that are not its own are ignored.
+    pub fn peer_update<E: Effects>(&mut self, now: Time, from: u16, update: PeerUpdate, fx: &mut E) {
+        self.now = now;
+        match update {
+            PeerUpdate::PortDown { port } => {
+                if self.layers.lan.slot_at(from, port).is_some() {
+                    self.remove_port(now, port, fx);
+                }
+            }
+            update => self.layers.lan.apply_peer_update(now, from, update),
+        }
+        self.follow_notices(fx);
+    }
+
+    /// A frame of another worker's guest, for a port of this one, or (`None`) for all of them. It was checked
+    /// where it came in.
+    pub fn peer_frame<E: Effects>(
+        &mut self,
+        now: Time,
+        to: Option<PortId>,
+        frame: &[u8],
+        meta: FrameMeta,
+        fx: &mut E,
+    ) {
+        self.now = now;
+        self.layers.lan.receive_from_peer(to, frame, meta, fx);
+    }
+
+    // ---- listings -----------------------------------------------------------------------------------
+
+    /// All counters of the network: those of its ports, of ports that are gone, and what belongs to none.
     #[must_use]
     pub fn counters(&self) -> Counters {
-        let mut sum = self.base.clone();
-        for (_, p) in self.ports.iter() {
-            sum.add(&p.counters);
-        }
-        sum
+        self.layers.lan.counters()
     }
 
     /// Counters of one port.
     #[must_use]
     pub fn port_counters(&self, port: PortId) -> Option<&Counters> {
-        Some(&self.ports.get(self.ports.slot(port)?)?.counters)
+        let lan = &self.layers.lan;
+        Some(&lan.port(lan.slot(port)?)?.counters)
     }
 
     /// All flows.
     pub fn flows(&self) -> impl Iterator<Item = FlowInfo> {
-        let relays = self.flows.iter().filter(|(_, f)| !f.is_mapping()).filter_map(|(id, f)| {
-            let port = self.ports.get(f.key.slot)?.id;
-            Some(f.info(id, port, self.now))
-        });
-        relays.chain(self.tunnel_flows())
+        let (lan, now) = (&self.layers.lan, self.now);
+        let translated = self.uplink.iter().flat_map(move |u| u.flows(lan, now));
+        self.relay.flows(lan, now).chain(translated)
     }
 
     /// All ports.
     pub fn ports(&self) -> impl Iterator<Item = PortInfo> {
-        self.ports.iter().filter(|(_, p)| p.remote.is_none()).map(|(slot, p)| PortInfo {
+        let lan = &self.layers.lan;
+        lan.local_ports().map(move |(slot, p)| PortInfo {
             port: p.id,
             mac: p.mac,
-            addresses: {
-                let mut a: Vec<IpAddr> = self.neighbours.of_port(slot).map(|b| b.ip).collect();
-                a.sort_unstable();
-                a
-            },
+            addresses: lan.addresses_of(slot),
             mtu: p.config.mtu,
-            flows: p.flows + p.translated,
-            buffered: p.budget.used,
+            flows: self.relay.flows_of(slot) + self.uplink.as_ref().map_or(0, |u| u.translated(slot)),
+            buffered: self.relay.buffered(slot),
         })
     }
 
     /// Bytes held for fragments, overhead included.
     #[must_use]
     pub fn reassembly_bytes(&self) -> usize {
-        self.reassembly.bytes()
+        self.layers.gateway.reassembly_bytes()
+    }
+
+    /// Checks that what the components keep twice agrees. Only tests and fuzzers ask.
+    ///
+    /// # Errors
+    /// The first thing that does not agree.
+    #[doc(hidden)]
+    pub fn audit(&self) -> Result<(), String> {
+        self.relay.audit(&self.layers.lan)?;
+        self.uplink.as_ref().map_or(Ok(()), |u| u.audit())?;
+        self.dns.audit(&self.layers.lan)
     }
 }

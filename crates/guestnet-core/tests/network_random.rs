@@ -223,14 +223,14 @@ proptest! {
                 Op::Client { n: v, tcp } => {
                     let forward = ForwardId(u32::from(v % 2) * 2 + u32::from(tcp));
                     let from = addr(&format!("203.0.113.{}:{}", v % 9, 1 + v % 50));
-                    let (now, local) = (n.now, addr("198.51.100.1:80"));
+                    let now = n.now;
                     if tcp {
                         let sock = n.fx.new_sock();
                         n.core.tcp_accepted(now, forward, sock, from, &mut n.fx);
                     } else {
                         let payload = vec![4; usize::from(v) % 3000];
                         let segment = if v % 5 == 0 { 700 } else { 0 };
-                        n.core.udp_forward_received(now, forward, SockId(9), from, local, &payload, segment, &mut n.fx);
+                        n.core.udp_forward_received(now, forward, SockId(9), from, &payload, segment, &mut n.fx);
                     }
                 }
                 Op::Room(port, room) => {

@@ -587,16 +587,7 @@ fn forward(n: &mut Net, proto: u8, port: PortId) {
 
 fn client(n: &mut Net, from: &str, payload: &[u8]) {
     let (sock, now) = (SockId(900), n.now);
-    n.core.udp_forward_received(
-        now,
-        ForwardId(1),
-        sock,
-        addr(from),
-        addr("198.51.100.1:8080"),
-        payload,
-        0,
-        &mut n.fx,
-    );
+    n.core.udp_forward_received(now, ForwardId(1), sock, addr(from), payload, 0, &mut n.fx);
 }
 
 #[test]

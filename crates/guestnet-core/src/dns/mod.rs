@@ -10,16 +10,18 @@
 mod cache;
 mod pending_queries;
 
-use crate::interface::config::Limits;
+use crate::context::Context;
+use crate::interface::config::NetworkConfig;
 use crate::interface::effects::Effects;
 use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, IpFields, PortId, ServiceId, Time};
-use crate::network::Network;
+use crate::l2::lan::{Lan, Sender};
+use crate::l3::gateway::Datagram;
+use crate::tables::per_port::PerPort;
 use crate::util::siphash::SipKey;
 use cache::{Cache, Key};
 use guestnet_wire::be16;
 use guestnet_wire::dns::{Answer, HEADER, NOERROR, NXDOMAIN, Query, flags};
-use guestnet_wire::ether::Mac;
 use pending_queries::{Asked, PendingQueries, QUESTIONS_PER_PORT, Waiter};
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -54,21 +56,24 @@ pub(crate) struct DnsForwarder {
     cache: Cache,
     asking: PendingQueries,
     out: Vec<u8>,
+    /// Questions that each port waits for.
+    waits: PerPort<u32>,
 }
 
 impl DnsForwarder {
-    pub(crate) fn new(sip: SipKey, limits: &Limits) -> DnsForwarder {
+    pub(crate) fn new(config: &NetworkConfig) -> DnsForwarder {
         DnsForwarder {
-            sip,
+            sip: SipKey::from_secret(&config.secret, 16).derive(u64::from(u32::MAX)),
             service: None,
             generation: 0,
             epoch: 0,
             own: BTreeSet::new(),
             grant: None,
             failures: 0,
-            cache: Cache::new(limits.name_bytes),
+            cache: Cache::new(config.limits.name_bytes),
             asking: PendingQueries::default(),
             out: Vec::new(),
+            waits: PerPort::default(),
         }
     }
 
@@ -136,23 +141,34 @@ impl DnsForwarder {
         (self.cache.len(), self.cache.bytes(), self.asking.len())
     }
 
-    /// Whether the books agree.
-    pub(crate) fn is_sound(&self) -> bool {
-        self.asking.is_sound() && self.cache.is_sound()
+    /// Checks that what is kept twice agrees.
+    ///
+    /// # Errors
+    /// The first thing that does not agree.
+    pub(crate) fn audit(&self, lan: &Lan) -> Result<(), String> {
+        for (slot, p) in lan.local_ports() {
+            let waiters = self.asking.waiters().filter(|w| w.port == p.id).count();
+            if waiters != self.waits.get(slot).map_or(0, |n| *n as usize) {
+                return Err(format!("slot {slot} waits for {waiters} names and counts otherwise"));
+            }
+        }
+        if self.asking.is_sound() && self.cache.is_sound() {
+            Ok(())
+        } else {
+            Err("what is known of names does not agree".into())
+        }
     }
 
-    /// Questions that a port waits for.
-    pub(crate) fn waits(&self, port: PortId) -> usize {
-        self.asking.waiters().filter(|w| w.port == port).count()
+    /// A port was added.
+    pub(crate) fn add_port(&mut self, slot: u32) {
+        self.waits.insert(slot, 0);
     }
-}
 
-impl Network {
     /// What the control side says of the network's own names: `own` are names as labels in lower case; these and
     /// those below them may be its own. All that is known is forgotten. `generation` counts the changes of the
     /// service's records; what is older than what was said already is not taken.
-    pub fn set_names(&mut self, service: ServiceId, generation: u64, own: Vec<Box<[u8]>>) {
-        let names = &mut self.names;
+    pub(crate) fn set_names(&mut self, service: ServiceId, generation: u64, own: Vec<Box<[u8]>>) {
+        let names = &mut *self;
         if generation < names.generation {
             return;
         }
@@ -164,24 +180,23 @@ impl Network {
     }
 
     /// The guests that have names have changed.
-    pub fn forget_guest_names(&mut self, generation: u64) {
-        if generation >= self.names.generation {
-            self.names.generation = generation;
-            self.names.cache.clear(true);
+    pub(crate) fn forget_guest_names(&mut self, generation: u64) {
+        if generation >= self.generation {
+            self.generation = generation;
+            self.cache.clear(true);
         }
     }
 
     /// Allows for a while to ask `server` for names that are not the network's own, and to give answers of it again.
-    pub fn allow_names(&mut self, now: Time, generation: u64, server: Option<SocketAddr>) {
-        self.now = now;
-        if generation == self.names.generation && self.names.service.is_some() {
-            self.names.grant = Some(Grant { server, since: now, looked: false });
+    pub(crate) fn allow_names(&mut self, now: Time, generation: u64, server: Option<SocketAddr>) {
+        if generation == self.generation && self.service.is_some() {
+            self.grant = Some(Grant { server, since: now, looked: false });
         }
     }
 
     /// An answer of the DNS service to a query of a port's guest, that may be given again to whoever asks the same.
     /// `own`: it is about the network's own names, and good whatever name servers there are.
-    pub fn keep_name(
+    pub(crate) fn keep_name(
         &mut self,
         now: Time,
         port: PortId,
@@ -190,12 +205,11 @@ impl Network {
         query: &[u8],
         answer: &[u8],
     ) {
-        self.now = now;
-        if generation != self.names.generation || self.ports.slot(port).is_none() {
+        if generation != self.generation {
             return;
         }
         let (Some(q), Some(shape)) = (Query::parse(query), Answer::parse(answer)) else { return };
-        let names = &mut self.names;
+        let names = &mut *self;
         let Some(key) = Key::new(names.sip, &q) else { return };
         let asked = answer.get(shape.question.clone()).unwrap_or(&[]);
         if !asked.eq_ignore_ascii_case(q.question) {
@@ -205,96 +219,99 @@ impl Network {
         names.cache.put(&key, shape, answer, kept, now);
     }
 
-    /// Answers kept, bytes of them, and questions under way.
-    #[must_use]
-    pub fn names_held(&self) -> (usize, usize, usize) {
-        self.names.holds()
-    }
-
     /// Answers a query from what is known, or asks for it; false: it is for the service.
-    #[allow(clippy::too_many_arguments)] // Where it came from.
-    pub(crate) fn answer_name<E: Effects>(
-        &mut self,
-        slot: u32,
-        mac: Mac,
-        src: SocketAddr,
-        dst: SocketAddr,
-        query: &[u8],
-        fx: &mut E,
-    ) -> bool {
-        let now = self.now;
-        let Some(q) = Query::parse(query) else { return false };
-        let names = &mut self.names;
-        let Some(key) = Key::new(names.sip, &q) else { return false };
-        let allowed = names.server(now);
-        if let Some(e) = names.cache.get(&key, now).filter(|e| e.kept.own || allowed.is_some()) {
-            e.emit(&q, now, &mut names.out);
-            if let Some(p) = self.ports.get_mut(slot) {
-                p.counters.dns_hits += 1;
+    fn answer<E: Effects>(&mut self, cx: &mut Context<'_, E>, d: &Datagram<'_>) -> bool {
+        let now = cx.link.now;
+        let slot = d.from.slot;
+        let Some(q) = Query::parse(d.payload) else { return false };
+        let Some(key) = Key::new(self.sip, &q) else { return false };
+        let allowed = self.server(now);
+        if let Some(e) = self.cache.get(&key, now).filter(|e| e.kept.own || allowed.is_some()) {
+            e.emit(&q, now, &mut self.out);
+            if let Some(c) = cx.link.lan.counters_mut(slot) {
+                c.dns_hits += 1;
             }
-            let out = std::mem::take(&mut self.names.out);
-            self.send_name(slot, mac, dst, src, &out, fx);
-            self.names.out = out;
+            send_answer(cx, d.from, d.dst, d.src, &self.out);
             return true;
         }
         let Some(Some(server)) = allowed else { return false };
-        let Some(p) = self.ports.get_mut(slot) else { return false };
-        if p.asking >= QUESTIONS_PER_PORT || names.may_be_own(key.name()) {
+        let Some(port) = cx.link.lan.port(slot).map(|p| p.id) else { return false };
+        if self.waits.get(slot).is_none_or(|n| *n >= QUESTIONS_PER_PORT) || self.may_be_own(key.name()) {
             return false;
         }
-        let waiter = Waiter { port: p.id, mac, src, dst, query: query.into() };
-        let waiter = match names.asking.join(&key, waiter) {
+        let waiter = Waiter { port, mac: d.from.mac, src: d.src, dst: d.dst, query: d.payload.into() };
+        let waiter = match self.asking.join(&key, waiter) {
             Err(Some(waiter)) => Some(waiter),
             Err(None) => return false,
             Ok(()) => None,
         };
         if let Some(waiter) = waiter {
-            let Some((id, sock, socket)) = names.asking.prepare(now, names.sip, server, fx) else {
+            let Some((id, sock, socket)) = self.asking.prepare(now, self.sip, server, cx.link.fx) else {
                 return false;
             };
-            q.emit(id, &mut names.out);
-            if fx.udp_send(sock, server, &names.out, 0, IpFields::ttl(TTL), false).is_err() {
-                names.failed();
+            q.emit(id, &mut self.out);
+            if cx.link.fx.udp_send(sock, server, &self.out, 0, IpFields::ttl(TTL), false).is_err() {
+                self.failed();
                 return false;
             }
-            names.asking.insert(now, id, socket, server, names.epoch, key, waiter);
+            self.asking.insert(now, id, socket, server, self.epoch, key, waiter);
         }
-        p.asking += 1;
-        p.counters.dns_misses += 1;
-        p.counters.dns_asked += 1;
+        if let Some(n) = self.waits.get_mut(slot) {
+            *n += 1;
+        }
+        if let Some(c) = cx.link.lan.counters_mut(slot) {
+            c.dns_misses += 1;
+            c.dns_asked += 1;
+        }
         true
     }
 
-    fn send_name<E: Effects>(
+    /// A query of a guest to the DNS service: answered here when the name is known or may be asked for, else handed up.
+    pub(crate) fn query<E: Effects>(
         &mut self,
-        slot: u32,
-        mac: Mac,
-        from: SocketAddr,
-        to: SocketAddr,
-        answer: &[u8],
-        fx: &mut E,
+        cx: &mut Context<'_, E>,
+        service: ServiceId,
+        d: &Datagram<'_>,
     ) {
-        if let Err(why) = self.send_udp(slot, mac, from, to, answer, 0, fx) {
-            self.drop_at(slot, why);
+        let now = cx.link.now;
+        let look = self.is_look_due(now);
+        if !look && self.answer(cx, d) {
+            return;
+        }
+        // A guest that asks too much is not the one who has it looked at.
+        if look && !cx.gateway.would_punt(now, d.from.slot, d.payload) && self.answer(cx, d) {
+            return;
+        }
+        if let Some(c) = cx.link.lan.counters_mut(d.from.slot) {
+            c.dns_misses += 1;
+        }
+        if cx.gateway.punt(&mut cx.link, service, d) {
+            self.looked(now);
         }
     }
 
     /// Datagrams of a name server.
-    pub(crate) fn names_in<E: Effects>(
+    pub(crate) fn receive<E: Effects>(
         &mut self,
+        cx: &mut Context<'_, E>,
         flow: FlowId,
         from: SocketAddr,
         payload: &[u8],
         segment: u16,
-        fx: &mut E,
     ) {
         let size = if segment == 0 { payload.len().max(1) } else { usize::from(segment) };
         for message in payload.chunks(size) {
-            self.name_in(flow.generation, from, message, fx);
+            self.name_in(cx, flow.generation, from, message);
         }
     }
 
-    fn name_in<E: Effects>(&mut self, socket: u32, from: SocketAddr, message: &[u8], fx: &mut E) {
+    fn name_in<E: Effects>(
+        &mut self,
+        cx: &mut Context<'_, E>,
+        socket: u32,
+        from: SocketAddr,
+        message: &[u8],
+    ) {
         let head = be16(message, 2);
         let shape = Answer::parse(message).filter(|_| head & flags::OPCODE == 0);
         let question = shape.as_ref().and_then(|s| message.get(s.question.clone()));
@@ -304,91 +321,114 @@ impl Network {
             && head & 15 != NOERROR
             && be16(message, 4) == 0
             && head & flags::OPCODE == 0;
-        let asking = &mut self.names.asking;
+        let asking = &mut self.asking;
         let asked = match (question, refusal) {
-            (None, false) => asking.answered(socket, from, be16(message, 0), Some(&[]), fx),
-            (question, _) => asking.answered(socket, from, be16(message, 0), question, fx),
+            (None, false) => asking.answered(socket, from, be16(message, 0), Some(&[]), cx.link.fx),
+            (question, _) => asking.answered(socket, from, be16(message, 0), question, cx.link.fx),
         };
         let Some(asked) = asked else {
-            self.base.drop(DropReason::Filtered);
-            for asked in self.names.asking.give_up(socket, fx) {
-                self.pass_on(asked, fx);
+            cx.link.lan.base_mut().drop(DropReason::Filtered);
+            for asked in self.asking.give_up(socket, cx.link.fx) {
+                self.pass_on(cx, asked);
             }
             return;
         };
-        self.names.failures = 0;
+        self.failures = 0;
         match shape.filter(|s| s.flags & flags::TC == 0 && matches!(s.rcode, NOERROR | NXDOMAIN)) {
-            Some(shape) => self.name_known(asked, shape, message, fx),
-            None => self.pass_on(asked, fx),
+            Some(shape) => self.name_known(cx, asked, shape, message),
+            None => self.pass_on(cx, asked),
         }
     }
 
-    fn name_known<E: Effects>(&mut self, asked: Asked, shape: Answer, message: &[u8], fx: &mut E) {
+    fn name_known<E: Effects>(
+        &mut self,
+        cx: &mut Context<'_, E>,
+        asked: Asked,
+        shape: Answer,
+        message: &[u8],
+    ) {
         let records = message.get(shape.question.end..shape.end).unwrap_or(&[]);
         let explanation = message.get(shape.explanation.clone()).unwrap_or(&[]);
-        let mut out = std::mem::take(&mut self.names.out);
+        let mut out = std::mem::take(&mut self.out);
         for w in &asked.waiters {
-            let (Some(slot), Some(q)) = (self.waits_no_more(w.port), Query::parse(&w.query)) else {
+            let (Some(slot), Some(q)) = (self.waits_no_more(cx.link.lan, w.port), Query::parse(&w.query))
+            else {
                 continue;
             };
             shape.emit(&q, records, explanation, 0, &mut out);
-            self.send_name(slot, w.mac, w.dst, w.src, &out, fx);
+            send_answer(cx, Sender { slot, mac: w.mac }, w.dst, w.src, &out);
         }
-        self.names.out = out;
-        let owner = asked.waiters.first().map(|w| w.port).filter(|p| self.ports.slot(*p).is_some());
-        if let Some(owner) = owner.filter(|_| asked.epoch == self.names.epoch) {
+        self.out = out;
+        let owner = asked.waiters.first().map(|w| w.port).filter(|p| cx.link.lan.slot(*p).is_some());
+        if let Some(owner) = owner.filter(|_| asked.epoch == self.epoch) {
             let kept = cache::Kept { own: false, local: false, owner };
-            self.names.cache.put(&asked.key, shape, message, kept, self.now);
+            self.cache.put(&asked.key, shape, message, kept, cx.link.now);
         }
     }
 
     /// The slot of a port that has waited for an answer.
-    fn waits_no_more(&mut self, port: PortId) -> Option<u32> {
-        let slot = self.ports.slot(port);
-        match slot.and_then(|s| self.ports.get_mut(s)) {
-            Some(p) => p.asking = p.asking.saturating_sub(1),
-            None => self.base.drop(DropReason::NoEndpoint),
+    fn waits_no_more(&mut self, lan: &mut Lan, port: PortId) -> Option<u32> {
+        let slot = lan.slot(port);
+        match slot.and_then(|s| self.waits.get_mut(s)) {
+            Some(n) => *n = n.saturating_sub(1),
+            None => lan.base_mut().drop(DropReason::NoEndpoint),
         }
         slot
     }
 
     /// Hands a question to the service after all.
-    fn pass_on<E: Effects>(&mut self, asked: Asked, fx: &mut E) {
-        let Some(service) = self.names.service else { return };
+    fn pass_on<E: Effects>(&mut self, cx: &mut Context<'_, E>, asked: Asked) {
+        let Some(service) = self.service else { return };
         for w in asked.waiters {
-            if let Some(slot) = self.waits_no_more(w.port) {
-                self.punt_one(service, slot, w.mac, w.src, w.dst, &w.query, fx);
+            if let Some(slot) = self.waits_no_more(cx.link.lan, w.port) {
+                let from = Sender { slot, mac: w.mac };
+                let d = Datagram { from, src: w.src, dst: w.dst, payload: &w.query };
+                cx.gateway.punt(&mut cx.link, service, &d);
             }
         }
     }
 
     /// The kernel reported an error for a question; `payload` is what was sent, as far as is known.
-    pub(crate) fn names_error<E: Effects>(
+    pub(crate) fn sock_error<E: Effects>(
         &mut self,
+        cx: &mut Context<'_, E>,
         flow: FlowId,
         server: SocketAddr,
         payload: &[u8],
-        fx: &mut E,
     ) {
-        self.names.suspend();
+        self.suspend();
         if payload.len() < 2 {
             return;
         }
-        if let Some(asked) = self.names.asking.answered(flow.generation, server, be16(payload, 0), None, fx) {
-            self.pass_on(asked, fx);
+        if let Some(asked) = self.asking.answered(flow.generation, server, be16(payload, 0), None, cx.link.fx)
+        {
+            self.pass_on(cx, asked);
         }
     }
 
-    pub(crate) fn names_timers<E: Effects>(&mut self, fx: &mut E) {
-        while let Some(asked) = self.names.asking.overdue(self.now, fx) {
-            self.names.failed();
-            self.pass_on(asked, fx);
+    pub(crate) fn timers<E: Effects>(&mut self, cx: &mut Context<'_, E>) {
+        while let Some(asked) = self.asking.overdue(cx.link.now, cx.link.fx) {
+            self.failed();
+            self.pass_on(cx, asked);
         }
-        self.names.asking.tidy(self.now, fx);
+        self.asking.tidy(cx.link.now, cx.link.fx);
     }
 
-    pub(crate) fn names_remove_port(&mut self, port: PortId) {
-        self.names.cache.remove_port(port);
-        self.names.asking.remove_port(port);
+    pub(crate) fn remove_port(&mut self, slot: u32, port: PortId) {
+        self.waits.remove(slot);
+        self.cache.remove_port(port);
+        self.asking.remove_port(port);
+    }
+}
+
+fn send_answer<E: Effects>(
+    cx: &mut Context<'_, E>,
+    to: Sender,
+    src: SocketAddr,
+    dst: SocketAddr,
+    answer: &[u8],
+) {
+    if let Err(why) = cx.gateway.frames().send_udp(&mut cx.link, to.slot, to.mac, src, dst, answer, 0) {
+        cx.link.lan.count_drop(to.slot, why);
     }
 }

@@ -1,6 +1,8 @@
 //! Theory of operation: plain counters that one worker owns and increments; the I/O side publishes them.
 //! Every drop has a reason, every reason a counter and a name that does not change between releases.
 
+use guestnet_wire::WireError;
+
 macro_rules! reasons {
     ($($(#[$doc:meta])* $name:ident = $text:literal,)*) => {
         /// Why something was dropped or refused.
@@ -72,6 +74,18 @@ reasons! {
     PortsExhausted = "ports_exhausted",
     /// The ring to the worker that has the port is full.
     WorkerFull = "worker_full",
+}
+
+impl From<WireError> for DropReason {
+    /// The reason to drop bytes that are not the header that they claim to be.
+    fn from(e: WireError) -> DropReason {
+        match e {
+            WireError::Truncated => DropReason::Truncated,
+            WireError::Malformed => DropReason::Malformed,
+            WireError::BadChecksum => DropReason::BadL4Checksum,
+            WireError::Unsupported => DropReason::UnsupportedProtocol,
+        }
+    }
 }
 
 /// Counters of one worker or one port. They never fall.

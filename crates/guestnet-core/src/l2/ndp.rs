@@ -1,17 +1,19 @@
-//! Theory of operation: IPv6 between guests. The gateway does not speak it yet, but guests do among themselves,
-//! so what [`crate::l2::arp`] is to IPv4 neighbour discovery (RFC 4861) gets here: an address belongs to the port
-//! that used it or looked for it first, nobody answers for another's, and a link-layer address that is told
-//! is the teller's own. Router advertisements and redirects are the gateway's alone (RFC 6105), also when they
-//! are hidden behind headers or in fragments (RFC 7113, RFC 6980).
+//! Theory of operation: neighbour discovery (RFC 4861) between guests, filtered as [`super::arp`] filters ARP.
+//!
+//! - An address belongs to the port that used it or solicited it first, and no guest advertises another's.
+//! - A link-layer address in a message is the sender's own.
+//! - Router advertisements and redirects of guests are dropped (RFC 6105), also behind extension headers or in fragments
+//!   (RFC 7113, RFC 6980).
+//! - The gateway itself has no IPv6.
 
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
 use crate::interface::effects::Effects;
 use crate::interface::stats::DropReason;
-use crate::l2::switch::udp_destination;
-use crate::network::Network;
+use crate::interface::types::Time;
+use crate::l2::frame_checks::udp_destination;
+use crate::l2::lan::{Lan, Sender};
 use crate::tables::service::DHCP6_CLIENT;
-use guestnet_wire::ether::Mac;
 use guestnet_wire::parse::{FRAGMENT_HEADER, Packet, is_extension};
 use guestnet_wire::{icmp, proto, tcp, udp};
 use std::net::{IpAddr, Ipv6Addr};
@@ -25,12 +27,12 @@ const REDIRECT: u8 = 137;
 const SOURCE: u8 = 1;
 const TARGET: u8 = 2;
 
-impl Network {
-    /// Checks that a guest may say to others what an IPv6 packet says.
-    pub(crate) fn check_v6<E: Effects>(
+impl Lan {
+    /// Checks that a guest may send an IPv6 packet to others.
+    pub(super) fn check_v6<E: Effects>(
         &mut self,
-        slot: u32,
-        mac: Mac,
+        now: Time,
+        from: Sender,
         frame: &[u8],
         p: &Packet,
         fx: &mut E,
@@ -39,13 +41,13 @@ impl Network {
             return Err(DropReason::SpoofedSource);
         }
         if !p.src.is_unspecified() {
-            self.check_source(slot, mac, p.src, fx)?;
+            self.check_source(now, from, p.src, fx)?;
         }
         let message = frame.get(p.l4..p.end).unwrap_or(&[]);
         let kind = message.first().copied().unwrap_or(0);
         if let Some(f) = p.fragment {
-            // Headers that go on behind the fragment's own could hide anything from us. The transport header
-            // is in the first fragment as a whole (RFC 7112), or what is hidden in the next is not looked at.
+            // Extension headers behind the fragment header could hide anything. The transport header must be in the
+            // first fragment (RFC 7112), since later fragments are not inspected.
             let hidden = p.proto == FRAGMENT_HEADER || is_extension(p.proto);
             let discovery = p.proto == proto::ICMPV6 && (ROUTER_SOLICITATION..=REDIRECT).contains(&kind);
             if hidden || f.offset == 0 && (discovery || message.len() < header_len(p.proto)) {
@@ -53,23 +55,23 @@ impl Network {
             }
         }
         if udp_destination(frame, p) == Some(DHCP6_CLIENT)
-            && (self.is_bridged() || self.services.dhcp().is_some())
+            && (self.bridged || self.addressing.services().dhcp().is_some())
         {
             return Err(DropReason::Policy);
         }
         if p.proto == proto::ICMPV6 {
-            self.check_error(slot, frame, p)?;
+            self.check_icmp_error(from.slot, frame, p)?;
         }
         if p.fragment.is_some() {
             return Ok(());
         }
-        if p.proto == proto::ICMPV6 { self.check_ndp(slot, mac, kind, p.src, message, fx) } else { Ok(()) }
+        if p.proto == proto::ICMPV6 { self.check_ndp(now, from, kind, p.src, message, fx) } else { Ok(()) }
     }
 
     fn check_ndp<E: Effects>(
         &mut self,
-        slot: u32,
-        mac: Mac,
+        now: Time,
+        from: Sender,
         kind: u8,
         src: IpAddr,
         message: &[u8],
@@ -87,7 +89,7 @@ impl Network {
             let len = usize::from(rest.first().copied().unwrap_or(0)) * 8;
             let (option, more) =
                 options.split_at_checked(len).filter(|_| len > 0).ok_or(DropReason::Malformed)?;
-            if kind == lladdr && option.get(2..8) != Some(&mac.0) {
+            if kind == lladdr && option.get(2..8) != Some(&from.mac.0) {
                 return Err(DropReason::SpoofedMac);
             }
             options = more;
@@ -97,10 +99,10 @@ impl Network {
         };
         let target = IpAddr::V6(Ipv6Addr::from(target));
         match kind {
-            ADVERTISEMENT => self.check_source(slot, mac, target, fx),
+            ADVERTISEMENT => self.check_source(now, from, target, fx),
             SOLICITATION if src.is_unspecified() => {
-                // RFC 4862 5.4: it is about to be its own. Who has it already is to hear of this.
-                let _owner_answers = self.check_source(slot, mac, target, fx);
+                // Duplicate address detection (RFC 4862 5.4). A port that has the address already must receive this.
+                let _owner_answers = self.check_source(now, from, target, fx);
                 Ok(())
             }
             _ => Ok(()),
@@ -108,7 +110,7 @@ impl Network {
     }
 }
 
-/// Bytes of a transport header that a filter may have to look at; 0 for protocols that it does not know.
+/// Bytes of a transport header that a filter may have to inspect; 0 for other protocols.
 fn header_len(protocol: u8) -> usize {
     match protocol {
         proto::TCP => tcp::MIN_LEN,

@@ -1,45 +1,91 @@
-//! Theory of operation: frames that are made here. The transport bytes are laid at a fixed place of one
-//! scratch buffer, the headers in front of them; what exceeds the port's MTU goes out as IPv4 fragments, and
-//! several datagrams of one size as one large frame where the port takes those.
+//! Theory of operation: [`FrameBuilder`] makes the frames that the network sends to guests. The caller puts the transport
+//! bytes at a fixed place of one scratch buffer ([`FrameBuilder::transport`]); the headers are written in front of them.
+//! A packet over the port's MTU goes out as IPv4 fragments. Several datagrams of one size go out as one large frame where
+//! the port takes those.
+//!
+//! The IPv4 identification counts for each port: a counter that all ports share would tell each guest how much traffic
+//! the others get (RFC 7739 5).
 
 use crate::interface::effects::Effects;
 use crate::interface::stats::DropReason;
 use crate::interface::types::{Csum, FrameMeta, Gso};
-use crate::l2::switch::transmit;
-use crate::network::{FRAME_MAX, Network};
-use crate::tables::port::Port;
+use crate::l2::frame_checks::FRAME_MAX;
+use crate::l2::lan::Link;
+use crate::tables::per_port::PerPort;
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::ipv4::{self, Ipv4};
 use guestnet_wire::{checksum, proto, put, udp};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 /// Where the IPv4 header is.
-pub(crate) const L3: usize = ether::HEADER_LEN;
+const L3: usize = ether::HEADER_LEN;
 /// Where the transport header is.
-pub(crate) const L4: usize = L3 + ipv4::MIN_LEN;
+const L4: usize = L3 + ipv4::MIN_LEN;
+
+/// TTL of packets that start here, and of relayed ones whose own is not known (RFC 1122 3.2.1.7).
+pub(crate) const TTL: u8 = 64;
 
 /// The addresses of a packet that is made here.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Envelope {
+    /// Destination MAC.
     pub mac: Mac,
+    /// Source address.
     pub src: Ipv4Addr,
+    /// Destination address.
     pub dst: Ipv4Addr,
+    /// IP protocol.
     pub proto: u8,
+    /// Time to live.
     pub ttl: u8,
+    /// DSCP and ECN.
     pub tos: u8,
 }
 
-/// TTL of packets that arise here, and of relayed ones whose own is not known (RFC 1122 3.2.1.7).
-pub(crate) const TTL: u8 = 64;
+/// Makes frames to guests. See the module head.
+pub(crate) struct FrameBuilder {
+    gateway_mac: Mac,
+    /// The frame that is being made.
+    scratch: Vec<u8>,
+    /// A fragment of it.
+    fragment: Vec<u8>,
+    /// Identification of the last packet to each port.
+    ids: PerPort<u16>,
+}
 
-impl Network {
-    /// Room for `len` transport bytes in the scratch buffer.
-    pub(crate) fn l4_buffer(&mut self, len: usize) -> Result<&mut [u8], DropReason> {
+impl FrameBuilder {
+    /// Builds frames from this MAC.
+    #[must_use]
+    pub fn new(gateway_mac: Mac) -> FrameBuilder {
+        FrameBuilder {
+            gateway_mac,
+            scratch: vec![0; FRAME_MAX],
+            fragment: Vec::with_capacity(2048),
+            ids: PerPort::default(),
+        }
+    }
+
+    /// A port was added; its identifications begin after `id`.
+    pub fn add_port(&mut self, slot: u32, id: u16) {
+        self.ids.insert(slot, id);
+    }
+
+    /// A port was removed.
+    pub fn remove_port(&mut self, slot: u32) {
+        self.ids.remove(slot);
+    }
+
+    /// Room for `len` transport bytes of the next packet.
+    ///
+    /// # Errors
+    /// [`DropReason::Oversized`] when that exceeds the largest packet.
+    #[inline]
+    pub fn transport(&mut self, len: usize) -> Result<&mut [u8], DropReason> {
         self.scratch.get_mut(L4..L4 + len).ok_or(DropReason::Oversized)
     }
 
     fn headers(&mut self, e: &Envelope, len: usize, id: u16, frag: u16) {
-        let eth = Ether { dst: e.mac, src: self.cfg.gateway_mac, ethertype: ether::IPV4 };
+        let eth = Ether { dst: e.mac, src: self.gateway_mac, ethertype: ether::IPV4 };
         let ip = Ipv4 {
             src: e.src,
             dst: e.dst,
@@ -56,24 +102,30 @@ impl Network {
         }
     }
 
-    /// Sends the `len` transport bytes in the scratch buffer, in fragments where they exceed the MTU.
-    pub(crate) fn send_ipv4<E: Effects>(
+    /// Sends the `len` bytes of [`FrameBuilder::transport`] to a port, in fragments where they exceed the MTU.
+    ///
+    /// # Errors
+    /// [`DropReason::Oversized`], and [`DropReason::NoEndpoint`] without such a port.
+    #[inline]
+    pub fn send_ipv4<E: Effects>(
         &mut self,
+        link: &mut Link<'_, E>,
         slot: u32,
         e: &Envelope,
         len: usize,
         meta: FrameMeta,
-        fx: &mut E,
     ) -> Result<(), DropReason> {
         if L4 + len > FRAME_MAX {
             return Err(DropReason::Oversized);
         }
-        let mtu = usize::from(self.ports.get(slot).ok_or(DropReason::NoEndpoint)?.config.mtu);
-        let id = self.ports.get_mut(slot).map_or(0, Port::next_ip_id);
+        let mtu = usize::from(link.lan.port(slot).ok_or(DropReason::NoEndpoint)?.config.mtu);
+        let id = self.ids.get_mut(slot).map_or(0, |id| {
+            *id = id.wrapping_add(1);
+            *id
+        });
         if meta.gso.is_some() || ipv4::MIN_LEN + len <= mtu {
             self.headers(e, len, id, 0);
-            let port = self.ports.get_mut(slot).ok_or(DropReason::NoEndpoint)?;
-            transmit(port, self.scratch.get(..L4 + len).unwrap_or(&[]), meta, fx);
+            link.lan.transmit(slot, self.scratch.get(..L4 + len).unwrap_or(&[]), meta, link.fx);
             return Ok(());
         }
         let step = mtu.saturating_sub(ipv4::MIN_LEN) & !7;
@@ -85,42 +137,45 @@ impl Network {
             let n = step.min(len - at);
             let more = if at + n < len { ipv4::MF } else { 0 };
             self.headers(e, n, id, more | (at / 8) as u16);
-            self.piece.clear();
-            self.piece.extend_from_slice(self.scratch.get(..L4).unwrap_or(&[]));
-            self.piece.extend_from_slice(self.scratch.get(L4 + at..L4 + at + n).unwrap_or(&[]));
-            let port = self.ports.get_mut(slot).ok_or(DropReason::NoEndpoint)?;
-            transmit(port, &self.piece, FrameMeta::default(), fx);
+            self.fragment.clear();
+            self.fragment.extend_from_slice(self.scratch.get(..L4).unwrap_or(&[]));
+            self.fragment.extend_from_slice(self.scratch.get(L4 + at..L4 + at + n).unwrap_or(&[]));
+            link.lan.transmit(slot, &self.fragment, FrameMeta::default(), link.fx);
             at += n;
         }
         Ok(())
     }
 
-    /// Sends a datagram, or several of `segment` bytes each when that is not 0, to a guest.
+    /// Sends a datagram to a guest, or several of `segment` bytes each when that is not 0.
+    ///
+    /// # Errors
+    /// As [`FrameBuilder::send_ipv4`]; [`DropReason::UnsupportedProtocol`] for IPv6.
     #[allow(clippy::too_many_arguments)] // One datagram has that many fields.
-    pub(crate) fn send_udp<E: Effects>(
+    #[inline]
+    pub fn send_udp<E: Effects>(
         &mut self,
+        link: &mut Link<'_, E>,
         slot: u32,
         mac: Mac,
         src: SocketAddr,
         dst: SocketAddr,
         payload: &[u8],
         segment: u16,
-        fx: &mut E,
     ) -> Result<(), DropReason> {
-        let port = self.ports.get(slot).ok_or(DropReason::NoEndpoint)?;
+        let port = link.lan.port(slot).ok_or(DropReason::NoEndpoint)?;
         let (gso_max, mtu) = (port.config.gso_max as usize, usize::from(port.config.mtu));
         let size = usize::from(segment);
         if size == 0 || payload.len() <= size {
-            return self.send_datagrams(slot, mac, src, dst, payload, None, fx);
+            return self.send_datagrams(link, slot, mac, src, dst, payload, None);
         }
-        // Pieces over the MTU cannot be left to the port: it would not fragment them.
+        // Segments over the MTU cannot be left to the port: it would not fragment them.
         let room = gso_max.min(65507);
         let large = room >= size * 2 && ipv4::MIN_LEN + udp::LEN + size <= mtu;
-        // Linux takes at most 64 pieces everywhere (UDP_MAX_SEGMENTS before 6.9).
+        // Linux takes at most 64 segments everywhere (UDP_MAX_SEGMENTS before 6.9).
         let step = if large { size * (room / size).min(64) } else { size };
         for chunk in payload.chunks(step) {
             let gso = (chunk.len() > size).then_some(Gso::Udp(segment));
-            self.send_datagrams(slot, mac, src, dst, chunk, gso, fx)?;
+            self.send_datagrams(link, slot, mac, src, dst, chunk, gso)?;
         }
         Ok(())
     }
@@ -128,22 +183,22 @@ impl Network {
     #[allow(clippy::too_many_arguments)] // As above.
     fn send_datagrams<E: Effects>(
         &mut self,
+        link: &mut Link<'_, E>,
         slot: u32,
         mac: Mac,
         src: SocketAddr,
         dst: SocketAddr,
         payload: &[u8],
         gso: Option<Gso>,
-        fx: &mut E,
     ) -> Result<(), DropReason> {
         let (IpAddr::V4(src4), IpAddr::V4(dst4)) = (src.ip(), dst.ip()) else {
             return Err(DropReason::UnsupportedProtocol);
         };
-        let port = self.ports.get(slot).ok_or(DropReason::NoEndpoint)?;
+        let port = link.lan.port(slot).ok_or(DropReason::NoEndpoint)?;
         let len = udp::LEN + payload.len();
         let fits = ipv4::MIN_LEN + len <= usize::from(port.config.mtu);
         let offload = gso.is_some() || port.config.gso_max > 0 && fits;
-        let b = self.l4_buffer(len)?;
+        let b = self.transport(len)?;
         put(b, udp::LEN, payload);
         let mut meta = FrameMeta::default();
         if offload {
@@ -157,6 +212,6 @@ impl Network {
             udp::emit(b, src.ip(), dst.ip(), src.port(), dst.port());
         }
         let e = Envelope { mac, src: src4, dst: dst4, proto: proto::UDP, ttl: TTL, tos: 0 };
-        self.send_ipv4(slot, &e, len, meta, fx)
+        self.send_ipv4(link, slot, &e, len, meta)
     }
 }

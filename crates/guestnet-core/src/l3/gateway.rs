@@ -1,325 +1,330 @@
-//! Theory of operation: what the gateway does as a host and as a router (RFC 1122, RFC 1812). It answers ARP
-//! for its own addresses, echo at its address, and routes what is for its MAC: to a service, to a flow, to
-//! another guest, outside. ICMP errors say why something cannot go on; they are limited in rate per port and
-//! never answer an error, a later fragment, or anything that went to or came from a group.
+//! Theory of operation: [`Gateway`] is the network's host and router at layer 3 (RFC 1122, RFC 1812). The folder's other
+//! files are its parts.
+//!
+//! - It answers echo requests to its address ([`Gateway::answer_echo`]).
+//! - It routes packets on to other guests of the subnet ([`Gateway::route_to_guest`]), with TTL and MTU checked, in
+//!   fragments where those are needed.
+//! - It puts fragments together that cannot be routed on ([`Gateway::reassemble`]).
+//! - It hands datagrams for its services to the control side ([`Gateway::punt`]).
+//! - It tells guests by ICMP errors why a packet cannot go on ([`super::icmp_error`]).
+//!
+//! What guests can cause here is limited for each port: ICMP errors and reports of refusals share one rate, datagrams to
+//! services have another.
 
+use crate::interface::config::{Limits, NetworkConfig};
 use crate::interface::effects::{Effects, Event};
 use crate::interface::stats::DropReason;
-use crate::interface::types::{Csum, FrameMeta};
-use crate::l2::switch::{largest, wire_drop};
-use crate::l3::frame_builder::{Envelope, TTL};
-use crate::l3::reassembly::Outcome;
-use crate::network::Network;
-use crate::relay::turns::NO_FLOW;
+use crate::interface::types::{Csum, FrameMeta, ServiceId, Time};
+use crate::l2::frame_checks::largest_packet;
+use crate::l2::lan::{Link, Sender};
+use crate::l3::frame_builder::{Envelope, FrameBuilder, TTL};
+use crate::l3::icmp_error::IcmpError;
+use crate::l3::reassembly::{Outcome, Reassembly};
+use crate::tables::per_port::PerPort;
+use crate::util::rate_limiter::RateLimiter;
+use crate::util::siphash::SipKey;
 use guestnet_wire::ether::{self, Ether, Mac};
-use guestnet_wire::parse::{self, Packet};
+use guestnet_wire::parse::{Fragment, Packet};
 use guestnet_wire::{gso, icmp, ipv4, proto, put};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-/// Bytes of an ICMP error in all, IP header included (RFC 1812 4.3.2.3).
-const ERROR_MAX: usize = 576;
+/// Bytes of a datagram to a UDP service that count as one datagram.
+const COUNTED: usize = 1500;
 
-/// An ICMP error: type, code, bytes 4 to 7.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct IcmpError(pub u8, pub u8, pub [u8; 4]);
-
-impl IcmpError {
-    pub(crate) fn unreachable(code: u8) -> IcmpError {
-        IcmpError(icmp::UNREACHABLE, code, [0; 4])
-    }
-
-    pub(crate) fn too_big(mtu: u16) -> IcmpError {
-        let m = mtu.to_be_bytes();
-        IcmpError(icmp::UNREACHABLE, icmp::unreachable::FRAG_NEEDED, [0, 0, m[0], m[1]])
-    }
+/// A datagram of a guest to a UDP service of the gateway.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Datagram<'a> {
+    /// The guest.
+    pub from: Sender,
+    /// The guest's address and port.
+    pub src: SocketAddr,
+    /// The address and port that it was sent to.
+    pub dst: SocketAddr,
+    /// The payload.
+    pub payload: &'a [u8],
 }
 
-impl Network {
-    /// Whether the gateway itself answers for an address.
+/// What is kept of each port.
+struct Rates {
+    /// ICMP errors to it, and reports of its refused flows.
+    errors: RateLimiter,
+    /// Its datagrams to UDP services.
+    services: RateLimiter,
+}
+
+/// See the module head.
+pub(crate) struct Gateway {
+    pub(super) mac: Mac,
+    pub(super) address: Ipv4Addr,
+    pub(super) frames: FrameBuilder,
+    pub(super) reassembly: Reassembly,
+    /// The fragment that is being made of a routed packet.
+    fragment: Vec<u8>,
+    rates: PerPort<Rates>,
+    limits: Limits,
+    key: SipKey,
+}
+
+impl Gateway {
+    /// A gateway that has seen nothing.
     #[must_use]
-    pub(crate) fn is_own(&self, ip: IpAddr) -> bool {
-        ip == IpAddr::V4(self.cfg.gateway4)
-            || self.cfg.gateway6.is_some_and(|g| ip == IpAddr::V6(g.0))
-            || self.cfg.host_loopback == Some(ip)
-            || self.services.has_address(ip)
-    }
-
-    /// What is for the gateway's MAC.
-    pub(crate) fn routed<E: Effects>(
-        &mut self,
-        slot: u32,
-        mac: Mac,
-        frame: &mut [u8],
-        p: &Packet,
-        meta: FrameMeta,
-        fx: &mut E,
-    ) -> Result<(), DropReason> {
-        if self.is_tunneled(slot, frame, p, fx) {
-            return self.tunnel_out(slot, mac, frame, p, meta, fx);
-        }
-        if let Some(f) = p.fragment {
-            if self.route_to_guest(slot, mac, frame, p, meta, fx)? {
-                return Ok(());
-            }
-            let outcome = self.reassembly.add(self.now, slot, frame, p, f);
-            while let Some(loser) = self.reassembly.evicted.pop() {
-                self.drop_at(loser, DropReason::Reassembly);
-            }
-            let Outcome::Complete(mut whole) = outcome else {
-                return if outcome == Outcome::Held { Ok(()) } else { Err(DropReason::Reassembly) };
-            };
-            let p = parse::parse_ip(&whole, ether::HEADER_LEN).map_err(wire_drop)?;
-            if p.fragment.is_some() {
-                return Err(DropReason::Malformed);
-            }
-            return self.routed(slot, mac, &mut whole, &p, FrameMeta::default(), fx);
-        }
-        self.verify(slot, frame, p, meta)?;
-        if p.proto != proto::TCP {
-            self.turns.active(self.now, NO_FLOW);
-        }
-        match p.proto {
-            proto::TCP => self.tcp_out(slot, mac, frame, p, meta, fx),
-            proto::UDP => self.udp_out(slot, mac, frame, p, meta, fx),
-            proto::ICMP => self.icmp_out(slot, mac, frame, p, meta, fx),
-            _ => {
-                self.transit(slot, mac, frame, p, meta, fx)?;
-                let e = IcmpError::unreachable(icmp::unreachable::PROTOCOL);
-                self.refuse(slot, mac, frame, p, DropReason::UnsupportedProtocol, e, fx)
-            }
+    pub fn new(config: &NetworkConfig) -> Gateway {
+        let limits = config.limits.clone();
+        Gateway {
+            mac: config.gateway_mac,
+            address: config.gateway4,
+            frames: FrameBuilder::new(config.gateway_mac),
+            reassembly: Reassembly::new(
+                limits.reassembly_bytes,
+                limits.reassemblies_per_port,
+                config.timeouts.reassembly,
+            ),
+            fragment: Vec::with_capacity(2048),
+            rates: PerPort::default(),
+            key: SipKey::from_secret(&config.secret, 16),
+            limits,
         }
     }
 
-    /// Routes a packet on to another guest of the subnet; `Err` with [`DropReason::NoEndpoint`] tells that there is
-    /// none, `Ok(true)` that it went, `Ok(false)` that it is not for a guest.
-    pub(crate) fn route_to_guest<E: Effects>(
+    /// A port was added.
+    pub fn add_port(&mut self, now: Time, slot: u32, port: u32) {
+        let id = self.key.hash(&[now.0, u64::from(port)]);
+        self.frames.add_port(slot, id as u16);
+        self.rates.insert(
+            slot,
+            Rates {
+                errors: RateLimiter::new(self.limits.icmp_errors_per_second, now),
+                services: RateLimiter::new(self.limits.service_datagrams_per_second, now),
+            },
+        );
+    }
+
+    /// A port was removed.
+    pub fn remove_port(&mut self, slot: u32) {
+        self.frames.remove_port(slot);
+        self.reassembly.remove_port(slot);
+        self.rates.remove(slot);
+    }
+
+    /// The gateway's MAC.
+    #[inline]
+    #[must_use]
+    pub fn mac(&self) -> Mac {
+        self.mac
+    }
+
+    /// The gateway's IPv4 address.
+    #[inline]
+    #[must_use]
+    pub fn address(&self) -> Ipv4Addr {
+        self.address
+    }
+
+    /// Makes the frames to guests.
+    #[inline]
+    pub fn frames(&mut self) -> &mut FrameBuilder {
+        &mut self.frames
+    }
+
+    /// Bytes held for fragments, overhead included.
+    #[must_use]
+    pub fn reassembly_bytes(&self) -> usize {
+        self.reassembly.bytes()
+    }
+
+    // ---- packets to the gateway's MAC ---------------------------------------------------------------
+
+    /// Takes a fragment. Returns the whole packet as a frame with its last fragment.
+    ///
+    /// # Errors
+    /// [`DropReason::Reassembly`] when the fragment was refused, and its packet with it.
+    pub fn reassemble<E: Effects>(
         &mut self,
+        link: &mut Link<'_, E>,
         slot: u32,
-        mac: Mac,
+        frame: &[u8],
+        p: &Packet,
+        f: Fragment,
+    ) -> Result<Option<Vec<u8>>, DropReason> {
+        let outcome = self.reassembly.add(link.now, slot, frame, p, f);
+        while let Some(loser) = self.reassembly.evicted.pop() {
+            link.lan.count_drop(loser, DropReason::Reassembly);
+        }
+        match outcome {
+            Outcome::Complete(whole) => Ok(Some(whole)),
+            Outcome::Held => Ok(None),
+            Outcome::Refused => Err(DropReason::Reassembly),
+        }
+    }
+
+    /// Routes a packet on to another guest of the subnet. `Ok(true)`: it was sent. `Ok(false)`: it is not for a guest.
+    ///
+    /// # Errors
+    /// Why it cannot be sent; the guest has been told.
+    pub fn route_to_guest<E: Effects>(
+        &mut self,
+        link: &mut Link<'_, E>,
+        from: Sender,
         frame: &mut [u8],
         p: &Packet,
         meta: FrameMeta,
-        fx: &mut E,
     ) -> Result<bool, DropReason> {
-        if !self.policy.is_host(p.dst) || self.is_own(p.dst) {
+        let addressing = link.lan.addressing();
+        if !addressing.subnet().is_host(p.dst) || addressing.is_own(p.dst) {
             return Ok(false);
         }
-        self.check_ttl(slot, mac, frame, p, fx)?;
-        let Some((to, dst)) = self.neighbours.get(p.dst).and_then(|b| Some((b.slot, b.mac?))) else {
+        self.check_ttl(link, from, frame, p)?;
+        let Some((to, dst)) = link.lan.neighbour(p.dst).and_then(|b| Some((b.slot, b.mac?))) else {
             let e = IcmpError::unreachable(icmp::unreachable::HOST);
-            self.refuse(slot, mac, frame, p, DropReason::NoEndpoint, e, fx)?;
-            return Ok(true);
+            return Err(self.refuse(link, from, frame, p, DropReason::NoEndpoint, e));
         };
-        let Some(mtu) = self.ports.get(to).map(|t| t.config.mtu) else { return Err(DropReason::NoEndpoint) };
-        let meta = self.passable(slot, frame, p, meta);
-        let too_big = largest(p, meta) > usize::from(mtu);
+        let mtu = link.lan.port(to).ok_or(DropReason::NoEndpoint)?.config.mtu;
+        let meta = link.lan.offload_of(from.slot, frame, p, meta);
+        let too_big = largest_packet(p, meta) > usize::from(mtu);
         if too_big && (p.dont_fragment || meta.gso.is_some()) {
-            self.refuse(slot, mac, frame, p, DropReason::Oversized, IcmpError::too_big(mtu), fx)?;
-            return Ok(true);
+            return Err(self.refuse(link, from, frame, p, DropReason::Oversized, IcmpError::too_big(mtu)));
         }
-        Ether { dst, src: self.cfg.gateway_mac, ethertype: ether::IPV4 }.emit(frame);
+        Ether { dst, src: self.mac, ethertype: ether::IPV4 }.emit(frame);
         put(frame, p.l3 + 8, &[p.ttl - 1]);
         if let Some(b) = frame.get_mut(p.l3..) {
             ipv4::fill_checksum(b);
         }
         if too_big {
-            return self.deliver_fragments(to, frame, p, meta, usize::from(mtu), fx).map(|()| true);
+            return self.deliver_fragments(link, to, frame, p, meta, usize::from(mtu)).map(|()| true);
         }
-        self.deliver(to, frame, meta, fx);
+        link.lan.deliver(to, frame, meta, link.fx);
         Ok(true)
     }
 
-    /// Cuts a packet for a port with a smaller MTU (RFC 791 3.2).
+    /// Fragments a packet for a port with a smaller MTU (RFC 791 3.2).
     fn deliver_fragments<E: Effects>(
         &mut self,
+        link: &mut Link<'_, E>,
         to: u32,
         frame: &mut [u8],
         p: &Packet,
         meta: FrameMeta,
         mtu: usize,
-        fx: &mut E,
     ) -> Result<(), DropReason> {
         if let Csum::Partial { start, offset } = meta.csum {
-            gso::complete_checksum(frame, start, offset).map_err(wire_drop)?;
+            gso::complete_checksum(frame, start, offset)?;
         }
-        let mut piece = std::mem::take(&mut self.piece);
+        let fragment = &mut self.fragment;
         let packet = frame.get(p.l3..p.end).unwrap_or(&[]);
         let done = ipv4::fragments(packet, mtu, |header, data| {
-            piece.clear();
-            piece.extend_from_slice(frame.get(..p.l3).unwrap_or(&[]));
-            piece.extend_from_slice(header);
-            piece.extend_from_slice(data);
-            self.deliver(to, &piece, FrameMeta::default(), fx);
+            fragment.clear();
+            fragment.extend_from_slice(frame.get(..p.l3).unwrap_or(&[]));
+            fragment.extend_from_slice(header);
+            fragment.extend_from_slice(data);
+            link.lan.deliver(to, fragment, FrameMeta::default(), link.fx);
         });
-        self.piece = piece;
         if done { Ok(()) } else { Err(DropReason::Oversized) }
     }
 
-    /// What neither flow nor service takes: another guest, or the reason why it goes nowhere.
-    fn transit<E: Effects>(
+    /// The TTL of a packet at its next hop (RFC 1812 5.3.1).
+    ///
+    /// # Errors
+    /// [`DropReason::TtlExpired`]; the guest has been told.
+    #[inline]
+    pub fn check_ttl<E: Effects>(
         &mut self,
-        slot: u32,
-        mac: Mac,
-        frame: &mut [u8],
-        p: &Packet,
-        meta: FrameMeta,
-        fx: &mut E,
-    ) -> Result<(), DropReason> {
-        if !self.is_own(p.dst) && !self.route_to_guest(slot, mac, frame, p, meta, fx)? {
-            self.policy.outbound(p.proto, SocketAddr::new(p.dst, 0))?;
-        }
-        Ok(())
-    }
-
-    /// TTL for the next hop (RFC 1812 5.3.1).
-    pub(crate) fn check_ttl<E: Effects>(
-        &mut self,
-        slot: u32,
-        mac: Mac,
+        link: &mut Link<'_, E>,
+        from: Sender,
         frame: &[u8],
         p: &Packet,
-        fx: &mut E,
     ) -> Result<u8, DropReason> {
-        if p.ttl <= 1 && !self.is_own(p.dst) {
-            self.icmp_error(slot, mac, frame, p, IcmpError(icmp::TIME_EXCEEDED, 0, [0; 4]), fx);
+        if p.ttl <= 1 && !link.lan.addressing().is_own(p.dst) {
+            self.icmp_error(link, from, frame, p, IcmpError(icmp::TIME_EXCEEDED, 0, [0; 4]));
             return Err(DropReason::TtlExpired);
         }
         Ok(p.ttl.saturating_sub(1).max(1))
     }
 
-    /// Refuses a packet that would have opened something: an ICMP error to the guest and an event, both
-    /// within the port's rate.
-    #[allow(clippy::too_many_arguments)] // What is refused, why, and how that is told.
-    pub(crate) fn refuse<E: Effects>(
+    /// Answers an echo request to the gateway's own address.
+    ///
+    /// # Errors
+    /// Why the answer could not be sent.
+    pub fn answer_echo<E: Effects>(
         &mut self,
-        slot: u32,
-        mac: Mac,
+        link: &mut Link<'_, E>,
+        from: Sender,
         frame: &[u8],
         p: &Packet,
-        why: DropReason,
-        error: IcmpError,
-        fx: &mut E,
     ) -> Result<(), DropReason> {
-        if self.icmp_error(slot, mac, frame, p, error, fx) {
-            let guest = SocketAddr::new(p.src, p.src_port);
-            self.denied(slot, p.proto, guest, SocketAddr::new(p.dst, p.dst_port), why, fx);
-        }
-        Err(why)
-    }
-
-    /// Tells the control side of a refusal.
-    pub(crate) fn denied<E: Effects>(
-        &mut self,
-        slot: u32,
-        proto: u8,
-        guest: SocketAddr,
-        remote: SocketAddr,
-        reason: DropReason,
-        fx: &mut E,
-    ) {
-        if let Some(port) = self.ports.get(slot).map(|p| p.id) {
-            fx.event(Event::Denied { port, proto, guest, remote, reason });
-        }
-    }
-
-    /// Sends an ICMP error that quotes the guest's packet; false when the rate or RFC 1812 4.3.2.7 forbids.
-    pub(crate) fn icmp_error<E: Effects>(
-        &mut self,
-        slot: u32,
-        mac: Mac,
-        frame: &[u8],
-        p: &Packet,
-        error: IcmpError,
-        fx: &mut E,
-    ) -> bool {
-        let kind = frame.get(p.l4).copied().unwrap_or(0);
-        let silent = p.proto == proto::ICMP && icmp::is_error(kind)
-            || p.fragment.is_some_and(|f| f.offset != 0)
-            || p.dst.is_multicast()
-            || self.policy.is_broadcast(p.dst)
-            || !self.policy.is_host(p.src);
-        let (IpAddr::V4(guest), false) = (p.src, silent) else { return false };
-        let quote = frame.get(p.l3..p.end.min(p.l3 + ERROR_MAX - 28)).unwrap_or(&[]);
-        self.send_error(slot, mac, self.cfg.gateway4, guest, quote, error, fx)
-    }
-
-    /// Sends an ICMP error with a ready quotation, as if from `src`; false when the rate forbids.
-    #[allow(clippy::too_many_arguments)] // The fields of the message.
-    pub(crate) fn send_error<E: Effects>(
-        &mut self,
-        slot: u32,
-        mac: Mac,
-        src: Ipv4Addr,
-        dst: Ipv4Addr,
-        quote: &[u8],
-        error: IcmpError,
-        fx: &mut E,
-    ) -> bool {
-        let now = self.now;
-        let Some(port) = self.ports.get_mut(slot) else { return false };
-        if !port.icmp.allow(now) {
-            port.counters.drop(DropReason::RateLimit);
-            return false;
-        }
-        port.counters.icmp_errors += 1;
-        let room = usize::from(port.config.mtu).min(ERROR_MAX).saturating_sub(28);
-        let quote = quote.get(..quote.len().min(room)).unwrap_or(quote);
-        let Ok(b) = self.l4_buffer(icmp::LEN + quote.len()) else { return false };
-        let n = icmp::emit(b, error.0, error.1, error.2, quote);
-        let e = Envelope { mac, src, dst, proto: proto::ICMP, ttl: TTL, tos: 0xc0 };
-        if let Err(why) = self.send_ipv4(slot, &e, n, FrameMeta::default(), fx) {
-            self.drop_at(slot, why);
-        }
-        true
-    }
-
-    /// ICMP of a guest: echo to the gateway is answered here, the rest is in `relay::icmp`.
-    fn icmp_out<E: Effects>(
-        &mut self,
-        slot: u32,
-        mac: Mac,
-        frame: &mut [u8],
-        p: &Packet,
-        meta: FrameMeta,
-        fx: &mut E,
-    ) -> Result<(), DropReason> {
-        let (kind, code) = match frame.get(p.l4..p.l4 + 2) {
-            Some(&[kind, code]) => (kind, code),
-            _ => return Err(DropReason::Truncated),
-        };
-        if icmp::is_error(kind) && (self.is_own(p.dst) || !self.policy.in_subnet(p.dst)) {
-            return self.guest_error(slot, frame, p, fx);
-        }
-        if !self.is_own(p.dst) && self.route_to_guest(slot, mac, frame, p, meta, fx)? {
-            return Ok(());
-        }
-        if kind != icmp::ECHO || code != 0 {
-            return Err(DropReason::UnsupportedProtocol);
-        }
-        if p.dst != IpAddr::V4(self.cfg.gateway4) {
-            return self.echo_out(slot, mac, frame, p, fx);
-        }
         let IpAddr::V4(guest) = p.src else { return Err(DropReason::UnsupportedProtocol) };
         let body = frame.get(p.payload..p.end).unwrap_or(&[]);
         let rest = match frame.get(p.l4 + 4..p.l4 + 8) {
             Some(&[a, b, c, d]) => [a, b, c, d],
             _ => return Err(DropReason::Truncated),
         };
-        let src = self.cfg.gateway4;
-        let n = icmp::emit(self.l4_buffer(icmp::LEN + body.len())?, icmp::ECHO_REPLY, 0, rest, body);
+        let b = self.frames.transport(icmp::LEN + body.len())?;
+        let n = icmp::emit(b, icmp::ECHO_REPLY, 0, rest, body);
+        let (mac, src) = (from.mac, self.address);
         let e = Envelope { mac, src, dst: guest, proto: proto::ICMP, ttl: TTL, tos: p.tos };
-        self.send_ipv4(slot, &e, n, FrameMeta::default(), fx)
+        self.frames.send_ipv4(link, from.slot, &e, n, FrameMeta::default())
     }
 
-    /// Tells guests whose datagrams ran out of time in reassembly (RFC 1122 3.3.2).
-    pub(crate) fn reassembly_timers<E: Effects>(&mut self, fx: &mut E) {
-        while let Some(old) = self.reassembly.expire(self.now) {
-            self.drop_at(old.slot, DropReason::Reassembly);
-            let Some(first) = old.first else { continue };
-            if let (Ok(p), Ok(eth)) = (parse::parse_ip(&first, ether::HEADER_LEN), Ether::parse(&first)) {
-                let e = IcmpError(icmp::TIME_EXCEEDED, 1, [0; 4]);
-                self.icmp_error(old.slot, eth.src, &first, &p, e, fx);
-            }
+    // ---- services and refusals ----------------------------------------------------------------------
+
+    /// Hands a datagram up to a UDP service; false when it was dropped because its guest sends too many. All guests
+    /// share the queue to the control side, so each has a rate, which counts bytes too.
+    pub fn punt<E: Effects>(&mut self, link: &mut Link<'_, E>, service: ServiceId, d: &Datagram<'_>) -> bool {
+        let slot = d.from.slot;
+        let Some(port) = link.lan.port(slot).map(|p| p.id) else { return false };
+        let now = link.now;
+        if !self.rates.get_mut(slot).is_some_and(|r| r.services.allow_n(now, cost(d.payload))) {
+            link.lan.count_drop(slot, DropReason::RateLimit);
+            return false;
         }
+        let Datagram { from: Sender { mac, .. }, src, dst, payload } = *d;
+        link.fx.event(Event::Datagram { service, port, mac, src, dst, payload: payload.into() });
+        true
     }
+
+    /// Whether [`Gateway::punt`] would take a datagram now.
+    #[must_use]
+    pub fn would_punt(&self, now: Time, slot: u32, payload: &[u8]) -> bool {
+        self.rates.get(slot).is_some_and(|r| { r.services }.allow_n(now, cost(payload)))
+    }
+
+    /// Takes one from a port's rate of ICMP errors and reports; false when there is none left.
+    pub fn may_report(&mut self, now: Time, slot: u32) -> bool {
+        self.rates.get_mut(slot).is_some_and(|r| r.errors.allow(now))
+    }
+
+    /// Refuses a packet that would have opened a flow, and returns `why`. The guest gets an ICMP error and the control
+    /// side an event, both within the port's rate.
+    pub fn refuse<E: Effects>(
+        &mut self,
+        link: &mut Link<'_, E>,
+        from: Sender,
+        frame: &[u8],
+        p: &Packet,
+        why: DropReason,
+        error: IcmpError,
+    ) -> DropReason {
+        if self.icmp_error(link, from, frame, p, error) {
+            let guest = SocketAddr::new(p.src, p.src_port);
+            report_denied(link, from.slot, p.proto, guest, SocketAddr::new(p.dst, p.dst_port), why);
+        }
+        why
+    }
+}
+
+/// Reports a refused flow to the control side.
+pub(crate) fn report_denied<E: Effects>(
+    link: &mut Link<'_, E>,
+    slot: u32,
+    proto: u8,
+    guest: SocketAddr,
+    remote: SocketAddr,
+    reason: DropReason,
+) {
+    if let Some(port) = link.lan.port(slot).map(|p| p.id) {
+        link.fx.event(Event::Denied { port, proto, guest, remote, reason });
+    }
+}
+
+fn cost(payload: &[u8]) -> usize {
+    payload.len().div_ceil(COUNTED).max(1)
 }

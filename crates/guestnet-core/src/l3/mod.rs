@@ -1,6 +1,8 @@
-//! Layer 3: [`gateway`] handles packets that are addressed to the gateway's MAC, [`reassembly`] puts IPv4 fragments
-//! together, [`frame_builder`] makes the packets that start here.
+//! Layer 3. [`gateway`] is the component and holds its state: it routes packets that are addressed to the gateway's MAC.
+//! [`icmp_error`] tells guests why one cannot go on, [`reassembly`] puts IPv4 fragments together, [`frame_builder`] makes
+//! the packets that start here.
 
 pub(crate) mod frame_builder;
 pub(crate) mod gateway;
-pub(crate) mod reassembly;
+pub(crate) mod icmp_error;
+mod reassembly;

@@ -3,23 +3,25 @@
 //! engine knows addresses and connections, the core knows guests: so policy, TTL, size and refusals of what a
 //! guest sends are decided here, where the guest's own limits hold, and each connection that begins or ends is
 //! counted at its port and told. Services, the host's loopback and ports that are published on sockets stay
-//! relays. A checksum that is begun (virtio) covers only addresses so far and is begun anew; a frame that
+//! relays. A checksum that is partial (virtio) covers only addresses so far and is partial anew; a frame that
 //! stands for several stays whole.
 
-use crate::interface::config::{Filtering, FlowInfo};
+use crate::context::Context;
+use crate::interface::config::{Filtering, FlowInfo, NetworkConfig};
 use crate::interface::effects::{Effects, Event, TxError};
 use crate::interface::stats::DropReason;
 use crate::interface::types::{Csum, FlowId, ForwardId, FrameMeta, Time};
-use crate::l2::switch::{check_offload, largest, wire_drop};
-use crate::l3::gateway::IcmpError;
+use crate::l2::frame_checks::{check_offload, largest_packet};
+use crate::l2::lan::{Lan, Sender};
+use crate::l3::icmp_error::IcmpError;
 use crate::nat::packet::View;
 use crate::nat::{
     Behaviour, ConnTrackStats, ForwardError, NatConfigError, NatDirection, NatEngine, NatEngineConfig,
     NatEvent, NatResult, NatStats, Prefix, Refusal,
 };
-use crate::network::Network;
 use crate::policy::never_a_destination;
-use crate::tables::flow::Key;
+use crate::tables::addressing::Addressing;
+use crate::tables::per_port::PerPort;
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::parse::{self, Packet};
 use guestnet_wire::{be32, checksum, gso, icmp, proto, put};
@@ -49,7 +51,8 @@ struct Published {
 }
 
 /// See the module head.
-pub(crate) struct Tun {
+pub(crate) struct L3Uplink {
+    gateway: Ipv4Addr,
     engine: NatEngine,
     opened: Vec<Opened>,
     generation: u32,
@@ -57,186 +60,171 @@ pub(crate) struct Tun {
     published: BTreeMap<u32, Published>,
     /// Addresses that have another owner, or none: their connections are to end.
     left: Vec<Ipv4Addr>,
+    /// Connections of each port.
+    translated: PerPort<u32>,
+    /// The packet of the engine that is being sent.
+    frame: Vec<u8>,
 }
 
-impl Network {
-    /// Gives the Network an uplink of packets. Of `config` the network decides what it knows itself: what is
-    /// inside, its gateway, timeouts and filtering, keys, and that refusals are its own to tell. Limits are those
-    /// of `config`: what is translated holds no descriptor.
+impl L3Uplink {
+    /// An uplink of packets. Of `config` the network decides what it knows itself: what is inside, its gateway, timeouts
+    /// and filtering, keys, and that refusals are its own to tell. Limits are those of `config`: what is translated holds
+    /// no descriptor.
     ///
     /// # Errors
     /// What is wrong with `config`.
-    pub fn set_uplink(&mut self, mut config: NatEngineConfig) -> Result<(), NatConfigError> {
-        if let Some(internal) = Prefix::new(self.cfg.subnet4.0, self.cfg.subnet4.1) {
+    pub(crate) fn new(
+        network: &NetworkConfig,
+        mut config: NatEngineConfig,
+    ) -> Result<L3Uplink, NatConfigError> {
+        if let Some(internal) = Prefix::new(network.subnet4.0, network.subnet4.1) {
             config.internal = internal;
         }
-        config.gateway = Some(self.cfg.gateway4);
+        config.gateway = Some(network.gateway4);
         config.refusal = Refusal::Silent;
-        let t = &self.cfg.timeouts;
+        let t = &network.timeouts;
         config.timeouts.udp = t.udp;
         config.timeouts.udp_dns = t.udp_dns;
         config.timeouts.icmp = t.icmp;
         config.timeouts.tcp_established = t.tcp_established;
         (config.timeouts.tcp_opening, config.timeouts.tcp_closing) = (t.tcp_transitory, t.tcp_transitory);
-        config = config.with_filtering(match self.cfg.filtering {
+        config = config.with_filtering(match network.filtering {
             Filtering::EndpointIndependent => Behaviour::EndpointIndependent,
             Filtering::AddressDependent => Behaviour::AddressDependent,
             Filtering::AddressAndPortDependent => Behaviour::AddressAndPortDependent,
         });
         config.decrement_ttl = true;
         config.shares = true;
-        config.secret = self.cfg.secret;
+        config.secret = network.secret;
         let mut engine = NatEngine::new(config)?;
         engine.keep_news();
-        self.tun = Some(Box::new(Tun {
+        Ok(L3Uplink {
+            gateway: network.gateway4,
             engine,
             opened: Vec::new(),
             generation: 0,
             news: Vec::new(),
             published: BTreeMap::new(),
             left: Vec::new(),
-        }));
-        Ok(())
+            translated: PerPort::default(),
+            frame: Vec::new(),
+        })
     }
 
-    /// A packet from the uplink: `frame` has room for an Ethernet header (14 bytes) in front of it.
-    pub fn uplink_packet<E: Effects>(&mut self, now: Time, frame: &mut [u8], meta: FrameMeta, fx: &mut E) {
-        self.now = now;
-        let done = self.tunnel_in(frame, meta, fx);
-        self.tunnel_after(fx);
-        if let Err(why) = done {
-            self.base.drop(why);
-        }
+    /// A port was added.
+    pub(crate) fn add_port(&mut self, slot: u32) {
+        self.translated.insert(slot, 0);
     }
 
-    /// Counters of the uplink's engine, and what it holds; `None` without one.
+    /// Handles a packet from the uplink: `frame` has room for an Ethernet header (14 bytes) in front of it.
+    ///
+    /// # Errors
+    /// Why it is dropped.
+    pub(crate) fn packet_in<E: Effects>(
+        &mut self,
+        cx: &mut Context<'_, E>,
+        frame: &mut [u8],
+        meta: FrameMeta,
+    ) -> Result<(), DropReason> {
+        let done = self.translate_in(cx, frame, meta);
+        self.after(cx);
+        done
+    }
+
+    /// Counters of the engine, and what it holds.
     #[must_use]
-    pub fn nat_stats(&self) -> Option<(NatStats, ConnTrackStats)> {
-        self.tun.as_ref().map(|t| (t.engine.stats(), t.engine.conntrack_stats()))
+    pub(crate) fn stats(&self) -> (NatStats, ConnTrackStats) {
+        (self.engine.stats(), self.engine.conntrack_stats())
     }
 
-    /// Publishes a guest's port on an external address of the uplink. A `guest` that no endpoint can have
-    /// (0.0.0.0) keeps the port until [`Network::retarget_uplink_forward`].
+    /// Publishes a guest's port on an external address. A `guest` that no endpoint can have (0.0.0.0) keeps the port until
+    /// [`L3Uplink::retarget_forward`].
     ///
     /// # Errors
     /// [`ForwardError`]; nothing has changed then.
-    pub fn add_uplink_forward(
+    pub(crate) fn add_forward(
         &mut self,
         id: ForwardId,
         proto: u8,
         external: SocketAddrV4,
         guest: SocketAddr,
     ) -> Result<(), ForwardError> {
-        let gateway = self.cfg.gateway4;
-        let tun = self.tun.as_mut().ok_or(ForwardError::NotExternal(*external.ip()))?;
-        if tun.published.contains_key(&id.0) {
+        if self.published.contains_key(&id.0) {
             return Err(ForwardError::Exists(id.0));
         }
-        tun.engine.add_forward(proto, external, internal_end(gateway, guest)?)?;
-        tun.published.insert(id.0, Published { proto, external });
+        self.engine.add_forward(proto, external, internal_end(self.gateway, guest)?)?;
+        self.published.insert(id.0, Published { proto, external });
         Ok(())
     }
 
-    /// Whether a forward with this number is published on the uplink.
+    /// Whether a forward with this number is published here.
     #[must_use]
-    pub fn has_uplink_forward(&self, id: ForwardId) -> bool {
-        self.tun.as_ref().is_some_and(|t| t.published.contains_key(&id.0))
+    pub(crate) fn has_forward(&self, id: ForwardId) -> bool {
+        self.published.contains_key(&id.0)
     }
 
-    /// Makes a published port of the uplink lead to another guest; its connections end. False when no such forward
-    /// is published on the uplink.
+    /// Makes a published port lead to another guest; its connections end. False when no such forward is published here.
     ///
     /// # Errors
     /// [`ForwardError`]; the port leads where it led before then, and its connections live on.
-    pub fn retarget_uplink_forward(
+    pub(crate) fn retarget_forward(
         &mut self,
         id: ForwardId,
         guest: SocketAddr,
     ) -> Result<bool, ForwardError> {
-        let gateway = self.cfg.gateway4;
-        let Some(tun) = self.tun.as_mut() else { return Ok(false) };
-        let Tun { engine, published, .. } = &mut **tun;
-        let Some(p) = published.get(&id.0) else { return Ok(false) };
-        engine.retarget_forward(p.proto, p.external, internal_end(gateway, guest)?)?;
+        let Some(p) = self.published.get(&id.0) else { return Ok(false) };
+        self.engine.retarget_forward(p.proto, p.external, internal_end(self.gateway, guest)?)?;
         Ok(true)
     }
 
     /// Takes a published port back, connections live on; false when it is not one of the uplink.
-    pub fn remove_uplink_forward(&mut self, id: ForwardId) -> bool {
-        let Some(tun) = self.tun.as_mut() else { return false };
-        let Some(p) = tun.published.remove(&id.0) else { return false };
-        tun.engine.remove_forward(p.proto, p.external);
+    pub(crate) fn remove_forward(&mut self, id: ForwardId) -> bool {
+        let Some(p) = self.published.remove(&id.0) else { return false };
+        self.engine.remove_forward(p.proto, p.external);
         true
     }
 
     // ---- out ----------------------------------------------------------------------------------------
 
-    /// Whether a packet for the gateway's MAC is one for the uplink of packets.
+    /// Whether a packet for the gateway's MAC has a destination outside.
     #[inline]
-    pub(crate) fn is_tunneled<E: Effects>(
-        &mut self,
-        slot: u32,
-        frame: &[u8],
-        p: &Packet,
-        fx: &mut E,
-    ) -> bool {
-        if self.tun.is_none()
-            || self.policy.in_subnet(p.dst)
-            || self.policy.is_broadcast(p.dst)
-            || self.is_own(p.dst)
-        {
-            return false;
-        }
-        if self.flows.count() == 0 {
-            return true;
-        }
-        // Relays to clients of ports that are published on sockets.
-        match p.proto {
-            _ if p.fragment.is_some() => self.clients.is_empty(),
-            proto::TCP | proto::UDP => {
-                let guest = SocketAddr::new(p.src, p.src_port);
-                let remote = SocketAddr::new(p.dst, p.dst_port);
-                self.flows.find(&Key { slot, proto: p.proto, guest, remote }).is_none()
-            }
-            proto::ICMP if icmp::is_error(frame.get(p.l4).copied().unwrap_or(0)) => {
-                self.guest_error(slot, frame, p, fx).is_err()
-            }
-            _ => true,
-        }
+    pub(crate) fn takes(addressing: &Addressing, dst: IpAddr) -> bool {
+        let subnet = addressing.subnet();
+        !subnet.contains(dst) && !subnet.is_broadcast(dst) && !addressing.is_own(dst)
     }
 
     /// Sends a guest's packet out.
-    pub(crate) fn tunnel_out<E: Effects>(
+    ///
+    /// # Errors
+    /// Why it is dropped; the guest has been told, where it should be.
+    pub(crate) fn packet_out<E: Effects>(
         &mut self,
-        slot: u32,
-        mac: Mac,
+        cx: &mut Context<'_, E>,
+        from: Sender,
         frame: &mut [u8],
         p: &Packet,
         meta: FrameMeta,
-        fx: &mut E,
     ) -> Result<(), DropReason> {
-        let done = self.tunnel_guest(slot, mac, frame, p, meta, fx);
-        self.tunnel_after(fx);
+        let done = self.translate_out(cx, from, frame, p, meta);
+        self.after(cx);
         done
     }
 
-    fn tunnel_guest<E: Effects>(
+    fn translate_out<E: Effects>(
         &mut self,
-        slot: u32,
-        mac: Mac,
+        cx: &mut Context<'_, E>,
+        from: Sender,
         frame: &mut [u8],
         p: &Packet,
         meta: FrameMeta,
-        fx: &mut E,
     ) -> Result<(), DropReason> {
-        self.outbound(slot, mac, frame, p, SocketAddr::new(p.dst, p.dst_port), fx)?;
-        let mut meta = self.passable(slot, frame, p, meta);
+        cx.outbound(from, frame, p, SocketAddr::new(p.dst, p.dst_port))?;
+        let mut meta = cx.link.lan.offload_of(from.slot, frame, p, meta);
         let large = large(p, meta);
-        let now = self.now;
-        let Some(tun) = self.tun.as_mut() else { return Err(DropReason::NoFlow) };
+        let now = cx.link.now;
         let mtu = match p.dst {
-            IpAddr::V4(dst) => tun.engine.mtu_to(dst),
-            IpAddr::V6(_) => tun.engine.config().mtu_outside,
+            IpAddr::V4(dst) => self.engine.mtu_to(dst),
+            IpAddr::V6(_) => self.engine.config().mtu_outside,
         };
         let mut view = View::new(frame, p);
         let (mut end, mut size) = (p.end, p.end - p.l3);
@@ -246,11 +234,11 @@ impl Network {
         }
         let too_big = size > usize::from(mtu);
         if too_big && (p.dont_fragment || large.is_some()) {
-            self.icmp_error(slot, mac, frame, p, IcmpError::too_big(mtu), fx);
+            cx.gateway.icmp_error(&mut cx.link, from, frame, p, IcmpError::too_big(mtu));
             return Err(DropReason::Oversized);
         }
         let frame = frame.get_mut(..end).ok_or(DropReason::Truncated)?;
-        match tun.translate(
+        match self.translate(
             now,
             frame,
             (p, view.as_ref().map_err(|why| *why)),
@@ -258,11 +246,11 @@ impl Network {
             too_big,
             NatDirection::Outbound,
         ) {
-            NatResult::Translated => fx.uplink(frame, meta).map_err(|e| match e {
+            NatResult::Translated => cx.link.fx.uplink(frame, meta).map_err(|e| match e {
                 TxError::Full => DropReason::PortFull,
                 TxError::Gone => DropReason::HostError,
             }),
-            NatResult::Hairpinned => self.tunnel_to_guest(frame, meta, fx),
+            NatResult::Hairpinned => deliver(cx, frame, meta),
             NatResult::Held | NatResult::Fragmented => Ok(()),
             NatResult::PassThrough => Err(DropReason::SpoofedSource),
             NatResult::TooBig(_) => Err(DropReason::Oversized),
@@ -273,7 +261,7 @@ impl Network {
                 | DropReason::PortsExhausted),
             ) => {
                 let e = IcmpError::unreachable(icmp::unreachable::ADMIN_PROHIBITED);
-                self.refuse(slot, mac, frame, p, why, e, fx)
+                Err(cx.gateway.refuse(&mut cx.link, from, frame, p, why, e))
             }
             NatResult::Dropped(why) => Err(why),
         }
@@ -281,25 +269,24 @@ impl Network {
 
     // ---- in -----------------------------------------------------------------------------------------
 
-    fn tunnel_in<E: Effects>(
+    fn translate_in<E: Effects>(
         &mut self,
+        cx: &mut Context<'_, E>,
         frame: &mut [u8],
         mut meta: FrameMeta,
-        fx: &mut E,
     ) -> Result<(), DropReason> {
-        let p = parse::parse_ip(frame, L3).map_err(wire_drop)?;
+        let p = parse::parse_ip(frame, L3)?;
         if !p.src.is_ipv4() {
             return Err(DropReason::UnsupportedProtocol);
         }
         // Nobody outside speaks for a guest, for the gateway or for the host's loopback.
-        if never_a_destination(p.src) || self.policy.in_subnet(p.src) {
+        if never_a_destination(p.src) || cx.link.lan.addressing().subnet().contains(p.src) {
             return Err(DropReason::SpoofedSource);
         }
         check_offload(frame, &p, meta)?;
         let large = large(&p, meta);
-        let now = self.now;
-        let Some(tun) = self.tun.as_mut() else { return Err(DropReason::NoFlow) };
-        let mtu = usize::from(tun.engine.config().mtu_inside);
+        let now = cx.link.now;
+        let mtu = usize::from(self.engine.config().mtu_inside);
         let mut view = View::new(frame, &p);
         let mut end = p.end;
         if let Ok(v) = &mut view {
@@ -308,7 +295,7 @@ impl Network {
         }
         let too_big = large.is_none() && end - p.l3 > mtu;
         let frame = frame.get_mut(..end).ok_or(DropReason::Truncated)?;
-        match tun.translate(
+        match self.translate(
             now,
             frame,
             (&p, view.as_ref().map_err(|why| *why)),
@@ -316,7 +303,7 @@ impl Network {
             too_big,
             NatDirection::Inbound,
         ) {
-            NatResult::Translated | NatResult::Hairpinned => self.tunnel_to_guest(frame, meta, fx),
+            NatResult::Translated | NatResult::Hairpinned => deliver(cx, frame, meta),
             NatResult::Held | NatResult::Fragmented => Ok(()),
             NatResult::PassThrough => Err(DropReason::BadDestination),
             NatResult::TooBig(_) => Err(DropReason::Oversized),
@@ -324,100 +311,70 @@ impl Network {
         }
     }
 
-    /// Puts a translated packet on the port of the guest that it is for.
-    fn tunnel_to_guest<E: Effects>(
-        &mut self,
-        frame: &mut [u8],
-        meta: FrameMeta,
-        fx: &mut E,
-    ) -> Result<(), DropReason> {
-        let ip = IpAddr::V4(Ipv4Addr::from(be32(frame, L3 + 16)));
-        let b = self.neighbours.get(ip).ok_or(DropReason::NoEndpoint)?;
-        let (slot, mac) = (b.slot, b.mac);
-        let dst = mac.unwrap_or(Mac::BROADCAST);
-        Ether { dst, src: self.cfg.gateway_mac, ethertype: ether::IPV4 }.emit(frame);
-        if mac.is_some() {
-            self.deliver(slot, frame, meta, fx);
-            return Ok(());
-        }
-        // The guest is asked for its MAC, and the packet waits; the sender sends a large one again.
-        if meta.gso.is_some() {
-            return Err(DropReason::NoEndpoint);
-        }
-        if let Csum::Partial { start, offset } = meta.csum {
-            gso::complete_checksum(frame, start, offset).map_err(wire_drop)?;
-        }
-        let waits = self.neighbours.wait_frame(self.now, slot, ip, frame);
-        if waits.map_err(|()| DropReason::RateLimit)? {
-            self.ask(slot, ip, fx);
-        }
-        Ok(())
-    }
-
     // ---- what follows -------------------------------------------------------------------------------
 
     /// After each call of the engine: what it has to send itself, and what began and ended.
-    fn tunnel_after<E: Effects>(&mut self, fx: &mut E) {
-        let Some(mut tun) = self.tun.take() else { return };
-        while let Some(ip) = tun.left.pop() {
-            tun.engine.end_endpoint(ip);
+    fn after<E: Effects>(&mut self, cx: &mut Context<'_, E>) {
+        while let Some(ip) = self.left.pop() {
+            self.engine.end_endpoint(ip);
         }
-        if tun.engine.output_len() > 0 {
-            self.tunnel_output(&mut tun, fx);
+        if self.engine.output_len() > 0 {
+            self.send_output(cx);
         }
-        let mut news = std::mem::take(&mut tun.news);
-        tun.engine.take_peer_updates(&mut news);
+        let mut news = std::mem::take(&mut self.news);
+        self.engine.take_peer_updates(&mut news);
         for n in news.drain(..) {
             match n {
-                NatEvent::Began { id, inbound } => self.tunnel_began(&mut tun, id, inbound, fx),
+                NatEvent::Began { id, inbound } => self.connection_began(cx, id, inbound),
                 NatEvent::Ended { id, bytes_out, bytes_in } => {
-                    self.tunnel_ended(&mut tun, id, bytes_out, bytes_in, fx);
+                    self.connection_ended(cx, id, bytes_out, bytes_in);
                 }
             }
         }
-        tun.news = news;
-        self.tun = Some(tun);
+        self.news = news;
     }
 
-    fn tunnel_output<E: Effects>(&mut self, tun: &mut Tun, fx: &mut E) {
-        let mut frame = std::mem::take(&mut self.piece);
-        while let Some((direction, packet)) = tun.engine.poll_output() {
+    fn send_output<E: Effects>(&mut self, cx: &mut Context<'_, E>) {
+        let mut frame = std::mem::take(&mut self.frame);
+        while let Some((direction, packet)) = self.engine.poll_output() {
             frame.clear();
             frame.resize(L3, 0);
             frame.extend_from_slice(&packet);
             let done = match direction {
                 NatDirection::Outbound => {
-                    fx.uplink(&frame, FrameMeta::default()).map_err(|_| DropReason::HostError)
+                    cx.link.fx.uplink(&frame, FrameMeta::default()).map_err(|_| DropReason::HostError)
                 }
-                NatDirection::Inbound => self.tunnel_to_guest(&mut frame, FrameMeta::default(), fx),
+                NatDirection::Inbound => deliver(cx, &mut frame, FrameMeta::default()),
             };
             if let Err(why) = done {
-                self.base.drop(why);
+                cx.link.lan.base_mut().drop(why);
             }
         }
-        self.piece = frame;
+        self.frame = frame;
     }
 
-    fn tunnel_began<E: Effects>(&mut self, tun: &mut Tun, id: u32, inbound: bool, fx: &mut E) {
-        let Some(c) = tun.engine.connection(id) else { return };
-        let slot = self.neighbours.get(IpAddr::V4(*c.internal.ip())).map(|b| b.slot);
-        tun.generation = tun.generation.wrapping_add(1);
-        let opened = Opened { slot, generation: tun.generation, at: self.now, inbound };
-        if tun.opened.len() <= id as usize {
-            tun.opened.resize(id as usize + 1, Opened::default());
+    fn connection_began<E: Effects>(&mut self, cx: &mut Context<'_, E>, id: u32, inbound: bool) {
+        let Some(c) = self.engine.connection(id) else { return };
+        let slot = cx.link.lan.neighbour(IpAddr::V4(*c.internal.ip())).map(|b| b.slot);
+        self.generation = self.generation.wrapping_add(1);
+        let opened = Opened { slot, generation: self.generation, at: cx.link.now, inbound };
+        if self.opened.len() <= id as usize {
+            self.opened.resize(id as usize + 1, Opened::default());
         }
-        if let Some(o) = tun.opened.get_mut(id as usize) {
+        if let Some(o) = self.opened.get_mut(id as usize) {
             *o = opened;
         }
-        let Some(port) = slot.and_then(|s| self.ports.get_mut(s)) else {
-            self.base.flows_opened += 1;
+        let Some((port, _, counters)) = slot.and_then(|s| cx.link.lan.port_and_counters(s)) else {
+            cx.link.lan.base_mut().flows_opened += 1;
             return;
         };
-        port.translated += 1;
-        port.counters.flows_opened += 1;
-        fx.event(Event::FlowOpened {
+        counters.flows_opened += 1;
+        if let Some(n) = slot.and_then(|s| self.translated.get_mut(s)) {
+            *n += 1;
+        }
+        cx.link.fx.event(Event::FlowOpened {
             flow: FlowId { index: TRANSLATED | id, generation: opened.generation },
-            port: port.id,
+            port,
             proto: c.proto,
             guest: c.internal.into(),
             remote: c.remote.into(),
@@ -425,87 +382,94 @@ impl Network {
         });
     }
 
-    fn tunnel_ended<E: Effects>(&mut self, tun: &mut Tun, id: u32, out: u64, inn: u64, fx: &mut E) {
-        let Some(o) = tun.opened.get_mut(id as usize).map(std::mem::take) else { return };
-        let Some(port) = o.slot.and_then(|s| self.ports.get_mut(s)) else {
-            self.base.flows_closed += 1;
+    fn connection_ended<E: Effects>(&mut self, cx: &mut Context<'_, E>, id: u32, out: u64, inn: u64) {
+        let Some(o) = self.opened.get_mut(id as usize).map(std::mem::take) else { return };
+        let Some((port, _, counters)) = o.slot.and_then(|s| cx.link.lan.port_and_counters(s)) else {
+            cx.link.lan.base_mut().flows_closed += 1;
             return;
         };
-        port.translated = port.translated.saturating_sub(1);
-        port.counters.flows_closed += 1;
+        counters.flows_closed += 1;
+        if let Some(n) = o.slot.and_then(|s| self.translated.get_mut(s)) {
+            *n = n.saturating_sub(1);
+        }
         let flow = FlowId { index: TRANSLATED | id, generation: o.generation };
-        fx.event(Event::FlowClosed { flow, port: port.id, bytes_out: out, bytes_in: inn });
+        cx.link.fx.event(Event::FlowClosed { flow, port, bytes_out: out, bytes_in: inn });
     }
 
     /// Ends the connections of a port that goes.
-    pub(crate) fn tunnel_remove_port<E: Effects>(&mut self, slot: u32, fx: &mut E) {
-        if self.ports.get(slot).is_none_or(|p| p.translated == 0) {
+    pub(crate) fn remove_port<E: Effects>(&mut self, cx: &mut Context<'_, E>, slot: u32) {
+        if self.translated(slot) == 0 {
             return;
         }
-        let Some(tun) = self.tun.as_mut() else { return };
-        let mut addresses: Vec<Ipv4Addr> = tun
+        let mut addresses: Vec<Ipv4Addr> = self
             .opened
             .iter()
             .enumerate()
             .filter(|(_, o)| o.slot == Some(slot))
-            .filter_map(|(id, _)| Some(*tun.engine.connection(id as u32)?.internal.ip()))
+            .filter_map(|(id, _)| Some(*self.engine.connection(id as u32)?.internal.ip()))
             .collect();
         addresses.sort_unstable();
         addresses.dedup();
-        tun.left.append(&mut addresses);
-        self.tunnel_after(fx);
+        self.left.append(&mut addresses);
+        self.after(cx);
     }
 
     /// An address has another owner from now on, or none: who has it next gets nothing of the old one's.
-    pub(crate) fn tunnel_left(&mut self, ip: IpAddr) {
-        if let (Some(tun), IpAddr::V4(ip)) = (self.tun.as_mut(), ip) {
-            tun.left.push(ip);
+    pub(crate) fn address_released(&mut self, ip: IpAddr) {
+        if let IpAddr::V4(ip) = ip {
+            self.left.push(ip);
         }
     }
 
     /// Translated flows of a port.
-    pub(crate) fn tunnel_count(&self, slot: u32) -> usize {
-        self.tun.iter().flat_map(|t| &t.opened).filter(|o| o.slot == Some(slot)).count()
+    pub(crate) fn translated(&self, slot: u32) -> u32 {
+        self.translated.get(slot).copied().unwrap_or(0)
+    }
+
+    /// Checks that what is kept twice agrees.
+    ///
+    /// # Errors
+    /// The first thing that does not agree.
+    pub(crate) fn audit(&self) -> Result<(), String> {
+        for (slot, n) in self.translated.iter() {
+            if self.opened.iter().filter(|o| o.slot == Some(slot)).count() != *n as usize {
+                return Err(format!("slot {slot} says that {n} flows are translated"));
+            }
+        }
+        Ok(())
     }
 
     /// Does what is due.
-    pub(crate) fn tunnel_timers<E: Effects>(&mut self, fx: &mut E) {
-        if let Some(tun) = self.tun.as_mut() {
-            tun.engine.expire(self.now, VISITS);
-            self.tunnel_after(fx);
-        }
+    pub(crate) fn timers<E: Effects>(&mut self, cx: &mut Context<'_, E>) {
+        self.engine.expire(cx.link.now, VISITS);
+        self.after(cx);
     }
 
-    /// When [`Network::tunnel_timers`] has something to do.
-    pub(crate) fn tunnel_next_timer(&self) -> Option<Time> {
-        let tun = self.tun.as_ref()?;
-        if tun.left.is_empty() { tun.engine.next_timer() } else { Some(self.now) }
+    /// When [`L3Uplink::timers`] has something to do.
+    pub(crate) fn next_timer(&self, now: Time) -> Option<Time> {
+        if self.left.is_empty() { self.engine.next_timer() } else { Some(now) }
     }
 
     /// The translated flows.
-    pub(crate) fn tunnel_flows(&self) -> impl Iterator<Item = FlowInfo> {
-        self.tun.iter().flat_map(|tun| tun.engine.numbered_connections().map(move |c| (tun, c))).filter_map(
-            |(tun, (id, c, idle_ms))| {
-                let o = tun.opened.get(id as usize)?;
-                Some(FlowInfo {
-                    flow: FlowId { index: TRANSLATED | id, generation: o.generation },
-                    port: self.ports.get(o.slot?)?.id,
-                    proto: c.proto,
-                    guest: c.internal.into(),
-                    remote: c.remote.into(),
-                    inbound: o.inbound,
-                    state: c.state.name(),
-                    bytes_out: c.bytes_out,
-                    bytes_in: c.bytes_in,
-                    age_ms: self.now.since(o.at) / 1_000_000,
-                    idle_ms,
-                })
-            },
-        )
+    pub(crate) fn flows(&self, lan: &Lan, now: Time) -> impl Iterator<Item = FlowInfo> {
+        self.engine.numbered_connections().filter_map(move |(id, c, idle_ms)| {
+            let o = self.opened.get(id as usize)?;
+            Some(FlowInfo {
+                flow: FlowId { index: TRANSLATED | id, generation: o.generation },
+                port: lan.port(o.slot?)?.id,
+                proto: c.proto,
+                guest: c.internal.into(),
+                remote: c.remote.into(),
+                inbound: o.inbound,
+                state: c.state.name(),
+                bytes_out: c.bytes_out,
+                bytes_in: c.bytes_in,
+                age_ms: now.since(o.at) / 1_000_000,
+                idle_ms,
+            })
+        })
     }
-}
 
-impl Tun {
     /// Translates the packet behind the Ethernet header, and keeps `meta` true.
     fn translate(
         &mut self,
@@ -540,7 +504,7 @@ impl Tun {
 /// The largest packet that a frame which stands for several will be cut into, IP header included.
 fn large(p: &Packet, meta: FrameMeta) -> Option<u16> {
     meta.gso?;
-    Some(largest(p, meta).min(0xffff) as u16)
+    Some(largest_packet(p, meta).min(0xffff) as u16)
 }
 
 /// Where a published port leads. Without a guest (an unspecified address) it leads to the gateway, which takes no
@@ -551,4 +515,25 @@ fn internal_end(gateway: Ipv4Addr, guest: SocketAddr) -> Result<SocketAddrV4, Fo
         none if none.ip().is_unspecified() => Ok(SocketAddrV4::new(gateway, none.port())),
         other => Err(ForwardError::NotIpv4(other.ip())),
     }
+}
+
+/// Puts a translated packet on the port of the guest that it is for.
+fn deliver<E: Effects>(cx: &mut Context<'_, E>, frame: &mut [u8], meta: FrameMeta) -> Result<(), DropReason> {
+    let ip = IpAddr::V4(Ipv4Addr::from(be32(frame, L3 + 16)));
+    let b = cx.link.lan.neighbour(ip).ok_or(DropReason::NoEndpoint)?;
+    let (slot, mac) = (b.slot, b.mac);
+    let dst = mac.unwrap_or(Mac::BROADCAST);
+    Ether { dst, src: cx.gateway.mac(), ethertype: ether::IPV4 }.emit(frame);
+    if mac.is_some() {
+        cx.link.lan.deliver(slot, frame, meta, cx.link.fx);
+        return Ok(());
+    }
+    // The guest is asked for its MAC, and the packet waits; the sender sends a large one again.
+    if meta.gso.is_some() {
+        return Err(DropReason::NoEndpoint);
+    }
+    if let Csum::Partial { start, offset } = meta.csum {
+        gso::complete_checksum(frame, start, offset)?;
+    }
+    cx.link.lan.wait_frame(cx.link.now, slot, ip, frame, cx.link.fx)
 }

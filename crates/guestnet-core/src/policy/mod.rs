@@ -6,6 +6,7 @@
 use crate::interface::config::NetworkConfig;
 use crate::interface::stats::DropReason;
 use crate::interface::types::NetMode;
+use crate::tables::addressing::Subnet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// The rules of one Network.
@@ -13,49 +14,19 @@ pub struct Policy {
     mode: NetMode,
     host_loopback: Option<IpAddr>,
     gateway4: Ipv4Addr,
-    net4: u32,
-    mask4: u32,
+    subnet: Subnet,
 }
 
 impl Policy {
     /// Takes them from the configuration.
     #[must_use]
     pub fn new(c: &NetworkConfig) -> Policy {
-        let mask4 = u32::MAX.checked_shl(32 - u32::from(c.subnet4.1.min(32))).unwrap_or(0);
         Policy {
             mode: c.mode,
             host_loopback: c.host_loopback,
             gateway4: c.gateway4,
-            net4: u32::from(c.subnet4.0) & mask4,
-            mask4,
+            subnet: Subnet::new(c.subnet4.0, c.subnet4.1),
         }
-    }
-
-    /// Whether an address lies in the Network's subnet.
-    #[inline]
-    #[must_use]
-    pub fn in_subnet(&self, ip: IpAddr) -> bool {
-        match ip {
-            IpAddr::V4(a) => u32::from(a) & self.mask4 == self.net4,
-            IpAddr::V6(_) => false,
-        }
-    }
-
-    /// Whether it is the subnet's broadcast address or the limited broadcast.
-    #[inline]
-    #[must_use]
-    pub fn is_broadcast(&self, ip: IpAddr) -> bool {
-        match ip {
-            IpAddr::V4(a) => a.is_broadcast() || u32::from(a) == self.net4 | !self.mask4,
-            IpAddr::V6(_) => false,
-        }
-    }
-
-    /// Whether an endpoint may have the address: in the subnet, neither its first nor its last.
-    #[inline]
-    #[must_use]
-    pub fn is_host(&self, ip: IpAddr) -> bool {
-        self.in_subnet(ip) && !self.is_broadcast(ip) && ip != IpAddr::V4(Ipv4Addr::from(self.net4))
     }
 
     /// Where a new flow to `remote` goes in truth.
@@ -65,11 +36,11 @@ impl Policy {
     /// subnet that is not to be reached through the gateway, [`DropReason::Policy`].
     pub fn outbound(&self, _proto: u8, remote: SocketAddr) -> Result<SocketAddr, DropReason> {
         let ip = remote.ip();
-        if never_a_destination(ip) || self.is_broadcast(ip) {
+        if never_a_destination(ip) || self.subnet.is_broadcast(ip) {
             return Err(DropReason::BadDestination);
         }
         let mapped = self.host_loopback == Some(ip);
-        if !mapped && self.in_subnet(ip) {
+        if !mapped && self.subnet.contains(ip) {
             return Err(DropReason::NoEndpoint);
         }
         if self.mode == NetMode::HostOnly {
@@ -87,7 +58,7 @@ impl Policy {
     pub fn name_of(&self, outside: IpAddr) -> Option<IpAddr> {
         match outside {
             IpAddr::V4(a) if a.is_loopback() => self.host_loopback,
-            other if never_a_destination(other) || self.in_subnet(other) => None,
+            other if never_a_destination(other) || self.subnet.contains(other) => None,
             other => Some(other),
         }
     }
@@ -97,7 +68,7 @@ impl Policy {
     #[must_use]
     pub fn client_name(&self, client: IpAddr) -> IpAddr {
         match client.to_canonical() {
-            ip @ IpAddr::V4(_) if !never_a_destination(ip) && !self.in_subnet(ip) => ip,
+            ip @ IpAddr::V4(_) if !never_a_destination(ip) && !self.subnet.contains(ip) => ip,
             _ => IpAddr::V4(self.gateway4),
         }
     }

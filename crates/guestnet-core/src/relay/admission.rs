@@ -1,20 +1,24 @@
-//! Theory of operation: how records of the flow table come and go. A new flow must be admitted: within the
-//! port's cap, the table's, and for sockets the port's cap of those; one-shot datagram flows and TCP flows
-//! that are being opened or in TIME-WAIT of the same port make room, least recently used first, never anybody
-//! else's. (A program that gave up on a connect says nothing; one that still waits repeats its SYN, which opens
-//! the flow again.) Timers are lazy: a flow that is used only notes its new end, and the wheel finds out when the old one comes.
+//! Theory of operation: how flows are opened and closed, and their timers.
+//!
+//! - A new flow must be admitted: within the cap of its guest, that of the table, and the guest's cap of sockets.
+//! - Where there is no room, flows of the same guest are evicted, least recently used first: one-shot datagram flows, and
+//!   TCP flows that are being opened or in TIME-WAIT. Flows of other guests are never evicted. (A program that gave up a
+//!   connect sends nothing; one that still waits repeats its SYN, which opens the flow again.)
+//! - Timers are lazy. A flow that is used only notes its new deadline; when the old one comes, the wheel is set again.
 
+use crate::context::Context;
 use crate::interface::effects::{Close, Effects, Event};
 use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, PortId, Time};
-use crate::network::Network;
+use crate::l2::lan::Link;
+use crate::relay::Relay;
 use crate::relay::tcp::Fate;
 use crate::tables::flow::{Chain, Flow, Key, State};
 use guestnet_wire::proto;
 
 /// Evictions that one new flow may cause; more only happens when many flows share one socket.
 const EVICTIONS: u32 = 32;
-/// Ends further away than this many milliseconds are rounded up to a second, so that they fire together.
+/// Deadlines further away than this many milliseconds are rounded up to a second, so that they fire together.
 const COARSE_MS: u64 = 10_000;
 
 /// Rounds a far deadline up; milliseconds.
@@ -26,88 +30,85 @@ fn coarse(now: u64, deadline: u64) -> u64 {
     }
 }
 
-impl Network {
+impl Relay {
     /// Makes room for a new flow of a port, and a new socket where `socket`.
     ///
     /// # Errors
     /// [`DropReason::FlowLimit`] or [`DropReason::TableFull`] when nothing can be evicted.
-    pub(crate) fn admit<E: Effects>(
+    pub(super) fn admit<E: Effects>(
         &mut self,
+        link: &mut Link<'_, E>,
         slot: u32,
         socket: bool,
-        fx: &mut E,
     ) -> Result<(), DropReason> {
-        let limits = self.cfg.limits.clone();
         let records = 1 + usize::from(socket);
         for _ in 0..=EVICTIONS {
-            let most = limits.of_one_port(u32::try_from(self.flows.count()).unwrap_or(u32::MAX));
-            let port = self.ports.get(slot).ok_or(DropReason::NoEndpoint)?;
+            let most = self.limits.of_one_port(u32::try_from(self.flows.count()).unwrap_or(u32::MAX));
+            let guest = self.guests.get(slot).ok_or(DropReason::NoEndpoint)?;
             let over = if !self.flows.has_room(records) {
                 DropReason::TableFull
-            } else if port.flows >= most || socket && port.sockets >= limits.udp_sockets_per_port {
+            } else if guest.flows >= most || socket && guest.sockets >= self.limits.udp_sockets_per_port {
                 DropReason::FlowLimit
             } else {
                 return Ok(());
             };
-            let oldest = port.lru.head;
+            let oldest = guest.lru.head;
             if self.flows.at(oldest).is_none() {
                 return Err(over);
             }
-            self.close_flow(oldest, fx);
+            self.close_flow(link, oldest);
         }
         Err(DropReason::FlowLimit)
     }
 
-    /// Puts an admitted flow in the table, counts it and tells of it.
-    pub(crate) fn open_flow<E: Effects>(&mut self, mut flow: Flow, fx: &mut E) -> FlowId {
+    /// Puts an admitted flow in the table, counts it and reports it.
+    pub(super) fn open_flow<E: Effects>(&mut self, link: &mut Link<'_, E>, mut flow: Flow) -> FlowId {
         let Key { slot, proto, guest, remote } = flow.key;
         let inbound = flow.inbound;
         let tcp = matches!(flow.state, State::Tcp(_));
         flow.parked = tcp;
         let id = self.flows.insert(flow);
-        if let Some(p) = self.ports.get_mut(slot) {
+        if let Some(g) = self.guests.get_mut(slot) {
             if tcp {
-                self.flows.push(&mut p.lru, Chain::Lru, id.index);
+                self.flows.push(&mut g.lru, Chain::Lru, id.index);
             }
-            p.flows += 1;
-            p.counters.flows_opened += 1;
-            self.flows.push(&mut p.records, Chain::Port, id.index);
-            fx.event(Event::FlowOpened { flow: id, port: p.id, proto, guest, remote, inbound });
+            g.flows += 1;
+            self.flows.push(&mut g.records, Chain::Port, id.index);
+        }
+        if let Some((port, _, counters)) = link.lan.port_and_counters(slot) {
+            counters.flows_opened += 1;
+            link.fx.event(Event::FlowOpened { flow: id, port, proto, guest, remote, inbound });
         }
         id
     }
 
-    /// Ends a flow and closes its socket (that of a mapping with the last flow of it). Says nothing to the
-    /// guest.
-    pub(crate) fn close_flow<E: Effects>(&mut self, index: u32, fx: &mut E) {
+    /// Ends a flow and closes its socket (that of a mapping with the last flow of it). Nothing is sent to the guest.
+    pub(super) fn close_flow<E: Effects>(&mut self, link: &mut Link<'_, E>, index: u32) {
         let Some(f) = self.flows.at(index) else { return };
         if f.is_mapping() {
             return;
         }
         let id = self.flows.id(index);
         let (slot, tcp, parked) = (f.key.slot, matches!(f.state, State::Tcp(_)), f.parked);
-        if let Some(port) = self.ports.get_mut(slot) {
-            let list = if tcp && !parked { &mut port.waiting } else { &mut port.lru };
+        if let Some(guest) = self.guests.get_mut(slot) {
+            let list = if tcp && !parked { &mut guest.waiting } else { &mut guest.lru };
             self.flows.unlink(list, Chain::Lru, index);
-            self.flows.unlink(&mut port.records, Chain::Port, index);
+            self.flows.unlink(&mut guest.records, Chain::Port, index);
         }
         if tcp {
             self.flows.unlink(&mut self.batch, Chain::Siblings, index);
         }
         if let Some(State::Datagram { mapping, .. }) = self.flows.at(index).map(|f| &f.state) {
             let mapping = *mapping;
-            self.leave_mapping(index, mapping, fx);
+            self.leave_mapping(link.fx, index, mapping);
         }
         self.wheel.cancel(index);
         let Some(mut f) = self.flows.remove(index) else { return };
         let (mut bytes_out, mut bytes_in) = (f.bytes_out, f.bytes_in);
-        let mut port_id = PortId(u32::MAX);
-        if let Some(port) = self.ports.get_mut(slot) {
-            port_id = port.id;
-            port.flows = port.flows.saturating_sub(1);
-            port.counters.flows_closed += 1;
+        if let Some(guest) = self.guests.get_mut(slot) {
+            guest.flows = guest.flows.saturating_sub(1);
             if let State::Tcp(tcb) = &mut f.state {
-                tcb.discard(fx, &mut port.budget);
+                tcb.discard(link.fx, &mut guest.budget);
                 let held = tcb.note_memory(0);
                 self.book_memory(slot, held, 0);
                 (bytes_out, bytes_in) = tcb.totals();
@@ -116,11 +117,16 @@ impl Network {
         if let State::Forwarded { forward, client, .. } = f.state {
             self.clients.remove(&(forward.0, client));
         }
-        fx.event(Event::FlowClosed { flow: id, port: port_id, bytes_out, bytes_in });
+        let mut port_id = PortId(u32::MAX);
+        if let Some((port, _, counters)) = link.lan.port_and_counters(slot) {
+            port_id = port;
+            counters.flows_closed += 1;
+        }
+        link.fx.event(Event::FlowClosed { flow: id, port: port_id, bytes_out, bytes_in });
     }
 
     /// Takes a flow off its mapping; the last one takes the mapping along.
-    fn leave_mapping<E: Effects>(&mut self, index: u32, mapping: u32, fx: &mut E) {
+    fn leave_mapping<E: Effects>(&mut self, fx: &mut E, index: u32, mapping: u32) {
         if let Some(remote) = self.flows.at(index).map(|f| f.key.remote.ip()) {
             self.flows.drop_peer(mapping, remote);
         }
@@ -135,14 +141,14 @@ impl Network {
         }
         if let Some(m) = self.flows.remove(mapping) {
             fx.close(sock, Close::Graceful);
-            if let Some(p) = self.ports.get_mut(m.key.slot) {
-                p.sockets = p.sockets.saturating_sub(1);
+            if let Some(g) = self.guests.get_mut(m.key.slot) {
+                g.sockets = g.sockets.saturating_sub(1);
             }
         }
     }
 
     /// Puts a flow on the list of its mapping.
-    pub(crate) fn join_mapping(&mut self, index: u32, mapping: u32) {
+    pub(super) fn join_mapping(&mut self, index: u32, mapping: u32) {
         let Some(remote) = self.flows.at(index).map(|f| f.key.remote.ip()) else { return };
         self.flows.add_peer(mapping, remote);
         let Some(State::Mapping { flows, .. }) = self.flows.at(mapping).map(|m| &m.state) else { return };
@@ -153,13 +159,13 @@ impl Network {
         }
     }
 
-    /// Notes that a datagram flow was used: a new end, and its place among those that may be evicted.
-    pub(crate) fn touch(&mut self, index: u32) {
-        let now = self.now.as_ms();
-        let t = self.cfg.timeouts;
-        // A mapping ends with its flows, and is never in the list of what may be evicted.
+    /// Notes that a datagram flow was used: it gets a new deadline and a new place among those that may be evicted.
+    pub(super) fn touch(&mut self, at: Time, index: u32) {
+        let now = at.as_ms();
+        let t = self.timeouts;
+        // A mapping ends with its flows, and is never evicted by itself.
         let Some(f) = self.flows.at_mut(index).filter(|f| !f.is_mapping()) else { return };
-        f.last = self.now;
+        f.last = at;
         let seconds = if f.key.proto == proto::ICMP {
             t.icmp
         } else if f.is_dns() && f.packets_in > 0 {
@@ -171,61 +177,60 @@ impl Network {
         f.expires = deadline;
         let (slot, assured) = (f.key.slot, f.assured());
         self.wake_at(index, deadline);
-        if let Some(port) = self.ports.get_mut(slot)
-            && (assured || port.lru.tail != index)
+        if let Some(guest) = self.guests.get_mut(slot)
+            && (assured || guest.lru.tail != index)
         {
-            self.flows.unlink(&mut port.lru, Chain::Lru, index);
+            self.flows.unlink(&mut guest.lru, Chain::Lru, index);
             if !assured {
-                self.flows.push(&mut port.lru, Chain::Lru, index);
+                self.flows.push(&mut guest.lru, Chain::Lru, index);
             }
         }
     }
 
     /// Makes sure that the flow's timer fires at `deadline` milliseconds or before.
-    pub(crate) fn wake_at(&mut self, index: u32, deadline: u64) {
+    pub(super) fn wake_at(&mut self, index: u32, deadline: u64) {
         if self.wheel.deadline(index).is_none_or(|d| d > deadline) {
             self.wheel.set(index, deadline);
         }
     }
 
-    /// As [`Network::wake_at`], for the exact times of TCP.
-    pub(crate) fn wake_tcp(&mut self, index: u32) {
+    /// Makes sure that the timer of a TCP flow fires when the flow needs it.
+    pub(super) fn wake_tcp(&mut self, now: Time, index: u32) {
         let Some(State::Tcp(tcb)) = self.flows.at(index).map(|f| &f.state) else { return };
         let due = tcb.deadline();
-        self.wake_by(index, due);
+        self.wake_by(now, index, due);
     }
 
     /// Makes sure that the flow's timer fires not long after `due`.
     #[inline]
-    pub(crate) fn wake_by(&mut self, index: u32, due: Option<Time>) {
+    pub(super) fn wake_by(&mut self, now: Time, index: u32, due: Option<Time>) {
         let Some(ms) = due.map(|at| at.0.div_ceil(1_000_000)) else { return };
-        // It mostly does already.
         if self.wheel.deadline(index).is_none_or(|d| d > ms) {
-            let deadline = coarse(self.now.as_ms(), ms);
+            let deadline = coarse(now.as_ms(), ms);
             self.wake_at(index, deadline);
         }
     }
 
-    /// The wheel has fired for a record.
-    pub(crate) fn flow_timer<E: Effects>(&mut self, index: u32, fx: &mut E) {
-        let now = self.now;
+    /// Handles the timer of a flow.
+    pub(super) fn flow_timer<E: Effects>(&mut self, cx: &mut Context<'_, E>, index: u32) {
+        let now = cx.link.now;
         let Some(f) = self.flows.at(index) else { return };
         match &f.state {
             State::Tcp(tcb) => match tcb.deadline() {
                 Some(at) if at <= now => {
-                    let fate = self.with_index(index, fx, |tcb, cx| tcb.timer(cx));
+                    let fate = self.with_index(cx, index, |tcb, cx| tcb.timer(cx));
                     if fate == Some(Fate::Live) {
-                        self.measure_idle(index, fx);
+                        self.measure_idle(cx.link.fx, index);
                     }
                 }
-                _ => self.wake_tcp(index),
+                _ => self.wake_tcp(now, index),
             },
             State::Mapping { .. } => {}
             _ if f.expires > now.as_ms() => {
                 let at = f.expires;
                 self.wake_at(index, at);
             }
-            _ => self.close_flow(index, fx),
+            _ => self.close_flow(&mut cx.link, index),
         }
     }
 }

@@ -1,71 +1,71 @@
-//! Theory of operation: what stands between the flow table and the TCP state machine of [`crate::relay::tcp`]. A
-//! segment finds its flow or opens one; every call into a [`Tcb`] goes through [`Network::with_index`], which
-//! lends it the port's counters and budget and then does what its [`Fate`] and its wishes (a timer, the end
-//! of the batch, the port taking frames again) ask for.
+//! Theory of operation: what stands between the flow table and the TCP state machine in [`crate::relay::tcp`]. A segment
+//! finds its flow or opens one. Every call into a [`Tcb`] goes through [`Relay::with_index`], which lends it the guest's
+//! counters and budget, and then does what the returned [`Fate`] asks for and what the flow wants: a timer, the end of the
+//! batch, or a notice when the port takes frames again.
 
-use crate::interface::config::DatagramError;
+use crate::context::Context;
 use crate::interface::effects::{Effects, SockError};
 use crate::interface::stats::DropReason;
-use crate::interface::types::{FlowId, FrameMeta, IpFields, PortId, Target};
-use crate::l2::switch::wire_drop;
+use crate::interface::types::{FlowId, FrameMeta, IpFields, PortId, Target, Time};
+use crate::l2::lan::Sender;
 use crate::l3::frame_builder::{Envelope, TTL};
-use crate::l3::gateway::IcmpError;
-use crate::network::Network;
-use crate::relay::icmp::error_to_tell;
+use crate::l3::gateway::report_denied;
+use crate::policy::never_a_destination;
+use crate::relay::Relay;
+use crate::relay::errors::{connect_failed, icmp_for};
 use crate::relay::socket_memory::FEW_FLOWS;
 use crate::relay::tcp::{Ctx, Fate, Path, Tcb, Timeouts};
 use crate::relay::turns::TURN_SHORT;
-use crate::relay::udp::{icmp_for, v4};
 use crate::tables::flow::{Chain, Flow, Key, State};
-use crate::tables::port::Port;
+use crate::util::siphash::address_words;
 use guestnet_wire::ether::Mac;
-use guestnet_wire::ipv4::{self, Ipv4};
 use guestnet_wire::parse::Packet;
 use guestnet_wire::tcp::{Options, Tcp, flags};
 use guestnet_wire::{be16, checksum, proto, put};
 use std::net::{IpAddr, SocketAddr};
 
-/// How often a guest is asked about all its idle connections, and about how many of them at once; the others
-/// have timers of their own.
+/// How often all idle connections of a guest are checked, and how many at once; the others have timers of their own.
 const RECHECK_MS: u64 = 10_000;
 const RECHECK_MOST: usize = 1024;
 
-impl Network {
-    /// A TCP segment of a guest to the gateway's MAC.
-    pub(crate) fn tcp_out<E: Effects>(
+impl Relay {
+    /// Relays a TCP segment of a guest.
+    ///
+    /// # Errors
+    /// Why it is dropped; the guest has been told, where it should be.
+    pub fn tcp_out<E: Effects>(
         &mut self,
-        slot: u32,
-        mac: Mac,
+        cx: &mut Context<'_, E>,
+        from: Sender,
         frame: &mut [u8],
         p: &Packet,
         meta: FrameMeta,
-        fx: &mut E,
     ) -> Result<(), DropReason> {
         let bytes = frame.get(p.l4..p.end).unwrap_or(&[]);
-        let seg = Tcp::parse(bytes).map_err(wire_drop)?;
+        let seg = Tcp::parse(bytes)?;
         let options = Options::parse(bytes.get(20..usize::from(seg.header_len)).unwrap_or(&[]));
         let guest = SocketAddr::new(p.src, p.src_port);
         let remote = SocketAddr::new(p.dst, p.dst_port);
-        let key = Key { slot, proto: proto::TCP, guest, remote };
+        let key = Key { slot: from.slot, proto: proto::TCP, guest, remote };
         if let Some(index) = self.flows.find(&key) {
-            self.check_ttl(slot, mac, frame, p, fx)?;
+            cx.gateway.check_ttl(&mut cx.link, from, frame, p)?;
             if let Some(f) = self.flows.at_mut(index) {
-                f.mac = mac;
-                f.last = self.now;
+                f.mac = from.mac;
+                f.last = cx.link.now;
                 if p.end - p.payload >= TURN_SHORT as usize / 2
                     && let State::Tcp(tcb) = &mut f.state
                 {
-                    tcb.moves_bulk(self.now);
+                    tcb.moves_bulk(cx.link.now);
                 }
                 if f.parked
-                    && let Some(port) = self.ports.get_mut(slot)
+                    && let Some(guest) = self.guests.get_mut(from.slot)
                 {
-                    self.flows.unlink(&mut port.lru, Chain::Lru, index);
-                    self.flows.push(&mut port.lru, Chain::Lru, index);
+                    self.flows.unlink(&mut guest.lru, Chain::Lru, index);
+                    self.flows.push(&mut guest.lru, Chain::Lru, index);
                 }
             }
             let payload = frame.get(p.payload..p.end).unwrap_or(&[]);
-            let fate = self.with_index(index, fx, |tcb, cx| {
+            let fate = self.with_index(cx, index, |tcb, cx| {
                 tcb.note_tos(cx, p.tos);
                 tcb.segment(cx, &seg, &options, payload)
             });
@@ -75,70 +75,78 @@ impl Network {
         }
         let syn = seg.flags & (flags::SYN | flags::ACK | flags::RST | flags::FIN) == flags::SYN;
         if p.src_port == 0 || p.dst_port == 0 || !syn {
-            if !self.is_own(p.dst) && self.route_to_guest(slot, mac, frame, p, meta, fx)? {
+            let own = cx.link.lan.addressing().is_own(p.dst);
+            if !own && cx.gateway.route_to_guest(&mut cx.link, from, frame, p, meta)? {
                 return Ok(());
             }
             let why = if syn { DropReason::BadDestination } else { DropReason::NoFlow };
-            return self.reset(slot, mac, p, &seg, why, fx);
+            return Err(reset(cx, from, p, &seg, why));
         }
-        let target = match self.services.find(proto::TCP, remote) {
+        let addressing = cx.link.lan.addressing();
+        let target = match addressing.services().find(proto::TCP, remote) {
             Some(service) => {
-                let Some(port) = self.ports.get(slot) else { return Ok(()) };
+                let Some(port) = cx.link.lan.port(from.slot) else { return Ok(()) };
                 Target::Service(service, port.id)
             }
-            None if self.is_own(p.dst) && self.cfg.host_loopback != Some(p.dst) => {
-                return self.reset(slot, mac, p, &seg, DropReason::BadDestination, fx);
+            None if addressing.ends_here(p.dst) => {
+                return Err(reset(cx, from, p, &seg, DropReason::BadDestination));
             }
             None => {
-                if self.route_to_guest(slot, mac, frame, p, meta, fx)? {
+                if cx.gateway.route_to_guest(&mut cx.link, from, frame, p, meta)? {
                     return Ok(());
                 }
-                Target::Address(self.outbound(slot, mac, frame, p, remote, fx)?)
+                Target::Address(cx.outbound(from, frame, p, remote)?)
             }
         };
-        if let Err(why) = self.admit(slot, false, fx).and_then(|()| self.admit_memory(slot)) {
-            if self.ports.get_mut(slot).is_some_and(|p| p.icmp.allow(self.now)) {
-                self.denied(slot, proto::TCP, guest, remote, why, fx);
+        let slot = from.slot;
+        if let Err(why) = self.admit(&mut cx.link, slot, false).and_then(|()| self.admit_memory(slot)) {
+            if cx.gateway.may_report(cx.link.now, slot) {
+                report_denied(&mut cx.link, slot, proto::TCP, guest, remote, why);
             }
-            return self.reset(slot, mac, p, &seg, why, fx);
+            return Err(reset(cx, from, p, &seg, why));
         }
         let id = self.flows.next_id();
         let ip = IpFields { ttl: p.ttl.saturating_sub(1).max(1), tos: p.tos };
         let tight = self.holds_too_much(slot);
-        let sock = match fx.tcp_connect(id, target, ip, tight) {
+        let now = cx.link.now;
+        let sock = match cx.link.fx.tcp_connect(id, target, ip, tight) {
             Ok(sock) => sock,
             Err(SockError::Refused | SockError::Reset | SockError::Exhausted) => {
-                return self.reset(slot, mac, p, &seg, DropReason::HostError, fx);
+                return Err(reset(cx, from, p, &seg, DropReason::HostError));
             }
-            Err(e) => return self.refuse(slot, mac, frame, p, DropReason::HostError, icmp_for(e, 0), fx),
+            Err(e) => {
+                let (why, error) = (DropReason::HostError, icmp_for(e, 0));
+                return Err(cx.gateway.refuse(&mut cx.link, from, frame, p, why, error));
+            }
         };
-        let mut tcb = Tcb::outbound(id, sock, &seg, &options, self.isn(&key), self.tcp_timeouts(), self.now)
+        let mut tcb = Tcb::outbound(id, sock, &seg, &options, self.isn(now, &key), self.tcp_timeouts(), now)
             .with_ip(be16(frame, p.l3 + 4), p.tos);
         tcb.memory.tight = tight;
-        let id = self.open_flow(Flow::new(key, mac, false, self.now, State::Tcp(Box::new(tcb))), fx);
-        self.wake_tcp(id.index);
+        let flow = Flow::new(key, from.mac, false, now, State::Tcp(Box::new(tcb)));
+        let id = self.open_flow(&mut cx.link, flow);
+        self.wake_tcp(now, id.index);
         Ok(())
     }
 
-    /// The guest on a port may have rebooted: it is asked about its idle connections, within a rate.
-    pub(crate) fn recheck<E: Effects>(&mut self, slot: u32, fx: &mut E) {
-        let now = self.now;
-        let Some(port) = self.ports.get_mut(slot).filter(|p| p.rechecked.plus_ms(RECHECK_MS) <= now) else {
+    /// Checks the idle connections of a guest that may have restarted, within a rate.
+    pub fn recheck<E: Effects>(&mut self, cx: &mut Context<'_, E>, slot: u32) {
+        let now = cx.link.now;
+        let Some(guest) = self.guests.get_mut(slot).filter(|g| g.rechecked.plus_ms(RECHECK_MS) <= now) else {
             return;
         };
-        port.rechecked = now;
+        guest.rechecked = now;
         let of_port = |(id, f): (FlowId, &Flow)| {
             (f.key.slot == slot && matches!(f.state, State::Tcp(_))).then_some(id.index)
         };
         let some: Vec<u32> = self.flows.iter().filter_map(of_port).take(RECHECK_MOST).collect();
         for index in some {
-            self.with_index(index, fx, |tcb, cx| tcb.recheck(cx));
+            self.with_index(cx, index, |tcb, cx| tcb.recheck(cx));
         }
     }
 
-    /// The timeouts that flows of this Network live by.
-    pub(crate) fn tcp_timeouts(&self) -> Timeouts {
-        let t = &self.cfg.timeouts;
+    /// The timeouts of TCP flows.
+    pub(super) fn tcp_timeouts(&self) -> Timeouts {
+        let t = &self.timeouts;
         Timeouts {
             established_ms: t.tcp_established.saturating_mul(1000),
             transitory_ms: t.tcp_transitory.saturating_mul(1000),
@@ -147,64 +155,61 @@ impl Network {
     }
 
     /// Initial sequence number: a clock of 4.096 us steps plus a keyed hash of the flow (RFC 6528).
-    pub(crate) fn isn(&self, key: &Key) -> u32 {
-        let (g, r) = (
-            crate::tables::flow_table::address_words(key.guest.ip()),
-            crate::tables::flow_table::address_words(key.remote.ip()),
-        );
+    pub(super) fn isn(&self, now: Time, key: &Key) -> u32 {
+        let (g, r) = (address_words(key.guest.ip()), address_words(key.remote.ip()));
         let ports = u64::from(key.guest.port()) << 16 | u64::from(key.remote.port());
         let hash = self.isn_key.hash(&[u64::from(key.slot), g[0], g[1], r[0], r[1], ports]);
-        (hash as u32).wrapping_add((self.now.0 >> 12) as u32)
+        (hash as u32).wrapping_add((now.0 >> 12) as u32)
     }
 
-    /// As [`Network::with_index`], unless the identifier is stale.
-    pub(crate) fn with_flow<E: Effects>(
+    /// As [`Relay::with_index`], unless the identifier is stale.
+    pub(super) fn with_flow<E: Effects>(
         &mut self,
+        cx: &mut Context<'_, E>,
         id: FlowId,
-        fx: &mut E,
         f: impl FnOnce(&mut Tcb, &mut Ctx<'_, E>) -> Fate,
     ) -> Option<Fate> {
-        self.flows.get_mut(id)?.last = self.now;
-        self.with_index(id.index, fx, f)
+        self.flows.get_mut(id)?.last = cx.link.now;
+        self.with_index(cx, id.index, f)
     }
 
-    /// Calls into the state machine of a flow and does what follows from it.
-    pub(crate) fn with_index<E: Effects>(
+    /// Calls into the state machine of a flow and does what follows.
+    pub(super) fn with_index<E: Effects>(
         &mut self,
+        cx: &mut Context<'_, E>,
         index: u32,
-        fx: &mut E,
         f: impl FnOnce(&mut Tcb, &mut Ctx<'_, E>) -> Fate,
     ) -> Option<Fate> {
-        let now = self.now;
+        let now = cx.link.now;
         let flow = self.flows.at_mut(index)?;
-        let port = self.ports.get_mut(flow.key.slot)?;
+        let guest = self.guests.get_mut(flow.key.slot)?;
+        let (port, config, counters) = cx.link.lan.port_and_counters(flow.key.slot)?;
         let path = Path {
-            port: port.id,
-            gateway_mac: self.cfg.gateway_mac,
+            port,
+            gateway_mac: cx.gateway.mac(),
             guest_mac: flow.mac,
             guest: flow.key.guest,
             remote: flow.key.remote,
-            mtu: port.config.mtu,
-            gso_max: port.config.gso_max,
+            mtu: config.mtu,
+            gso_max: config.gso_max,
         };
         let State::Tcp(tcb) = &mut flow.state else { return None };
-        let before = port.counters.tx_bytes;
+        let before = counters.tx_bytes;
         let turn = if tcb.is_bulk(now) { self.turns.left(now, index) } else { TURN_SHORT };
-        let Port { counters, budget, .. } = &mut *port;
-        let mut cx = Ctx { now, fx, counters, path: &path, budget, turn };
-        let fate = f(tcb, &mut cx);
+        let budget = &mut guest.budget;
+        let fate = f(tcb, &mut Ctx { now, fx: &mut *cx.link.fx, counters, path: &path, budget, turn });
         let bulk = tcb.is_bulk(now);
         if bulk {
-            self.turns.sent(port.counters.tx_bytes - before);
+            self.turns.sent(counters.tx_bytes - before);
         } else {
             self.turns.active(now, index);
         }
         if fate == Fate::Live {
             let (batch, waits) = (tcb.wants_batch_end(), tcb.waits_for_port() && !tcb.is_over());
-            // A flow that waits for the port is in that list alone, since it is in one at a time.
+            // A flow is in one of the two lists at a time; waiting for the port takes precedence.
             let park = tcb.may_be_evicted() && !waits;
             let parked = std::mem::replace(&mut flow.parked, park);
-            let (measure, due) = (tcb.wants_measure(port.flows > FEW_FLOWS), tcb.deadline());
+            let (measure, due) = (tcb.wants_measure(guest.flows > FEW_FLOWS), tcb.deadline());
             if batch && bulk {
                 self.flows.push(&mut self.batch, Chain::Siblings, index);
             } else if batch {
@@ -212,8 +217,8 @@ impl Network {
             }
             if parked != park {
                 let (from, to) = match park {
-                    true => (&mut port.waiting, Some(&mut port.lru)),
-                    false => (&mut port.lru, None),
+                    true => (&mut guest.waiting, Some(&mut guest.lru)),
+                    false => (&mut guest.lru, None),
                 };
                 self.flows.unlink(from, Chain::Lru, index);
                 if let Some(to) = to {
@@ -221,140 +226,110 @@ impl Network {
                 }
             }
             if waits {
-                self.flows.push(&mut port.waiting, Chain::Lru, index);
+                self.flows.push(&mut guest.waiting, Chain::Lru, index);
             }
-            self.wake_by(index, due);
+            self.wake_by(now, index, due);
             if measure {
-                self.measure(index, fx);
+                self.measure(cx.link.fx, index);
             }
             return Some(fate);
         }
         let (key, mac, id) = (flow.key, flow.mac, tcb.ip_id());
-        self.close_flow(index, fx);
+        self.close_flow(&mut cx.link, index);
         match fate {
             Fate::Unreachable { error, seq } => {
-                self.tell_unreachable(&key, mac, icmp_for(error, 0), None, seq, id, fx);
+                connect_failed(cx, &key, mac, icmp_for(error, 0), None, seq, id);
             }
-            Fate::Forgotten => self.recheck(key.slot, fx),
+            Fate::Forgotten => self.recheck(cx, key.slot),
             Fate::Live | Fate::Closed | Fate::Reopen => {}
         }
         Some(fate)
     }
 
-    /// A router or the destination answered a connect with an ICMP error: it goes on to the guest as it came, from
-    /// whoever sent it, and the connect is over.
-    pub(crate) fn connect_error<E: Effects>(&mut self, id: FlowId, err: &DatagramError<'_>, fx: &mut E) {
-        let Some(f) = self.flows.get_mut(id) else { return };
-        let State::Tcp(tcb) = &f.state else { return };
-        let Some(seq) = tcb.connecting() else { return };
-        let (key, mac, ip_id) = (f.key, f.mac, tcb.ip_id());
-        let error = match error_to_tell(err, 40) {
-            Ok(error) => error,
-            // Nobody ends a connect by an MTU that cannot be.
-            Err(why @ DropReason::Malformed) => return self.drop_at(key.slot, why),
-            Err(_) => {
-                self.with_flow(id, fx, |tcb, cx| tcb.connected(cx, Err(err.kind)));
-                return;
-            }
-        };
-        self.close_flow(id.index, fx);
-        self.tell_unreachable(&key, mac, error, err.offender, seq, ip_id, fx);
-    }
-
-    /// The connect failed in a way that only ICMP can tell: quotes the guest's SYN. From the gateway, where nobody
-    /// else said so.
-    #[allow(clippy::too_many_arguments)] // The error, and what is quoted.
-    fn tell_unreachable<E: Effects>(
-        &mut self,
-        key: &Key,
-        mac: Mac,
-        error: IcmpError,
-        offender: Option<IpAddr>,
-        seq: u32,
-        id: u16,
-        fx: &mut E,
-    ) {
-        let (Some(guest), Some(remote)) = (v4(key.guest.ip()), v4(key.remote.ip())) else { return };
-        let src = offender.and_then(|o| v4(self.policy.name_of(o.to_canonical())?));
-        let mut quote = [0u8; 40];
-        Ipv4 {
-            src: guest,
-            dst: remote,
-            proto: proto::TCP,
-            ttl: 1,
-            tos: 0,
-            id,
-            frag: ipv4::DF,
-            payload_len: 20,
-        }
-        .emit(&mut quote);
-        let (_, syn) = quote.split_at_mut(ipv4::MIN_LEN);
-        let (src_port, dst_port) = (key.guest.port(), key.remote.port());
-        Tcp { src_port, dst_port, seq, flags: flags::SYN, ..Tcp::default() }.emit(&Options::default(), syn);
-        let src = src.unwrap_or(self.cfg.gateway4);
-        self.send_error(key.slot, mac, src, guest, &quote, error, fx);
-    }
-
-    /// Refuses a segment with a reset (RFC 9293 3.10.7.1), never one with RST set.
-    fn reset<E: Effects>(
-        &mut self,
-        slot: u32,
-        mac: Mac,
-        p: &Packet,
-        seg: &Tcp,
-        why: DropReason,
-        fx: &mut E,
-    ) -> Result<(), DropReason> {
-        let martian = crate::policy::never_a_destination(p.dst) || self.policy.is_broadcast(p.dst);
-        if seg.flags & flags::RST != 0 || martian || p.src_port == 0 {
-            return Err(if martian { DropReason::BadDestination } else { why });
-        }
-        let (IpAddr::V4(guest), IpAddr::V4(remote)) = (p.src, p.dst) else { return Err(why) };
-        let len = (p.end - p.payload) as u32
-            + u32::from(seg.flags & flags::SYN != 0)
-            + u32::from(seg.flags & flags::FIN != 0);
-        let (seq, ack, flags) = if seg.flags & flags::ACK != 0 {
-            (seg.ack, 0, flags::RST)
-        } else {
-            (0, seg.seq.wrapping_add(len), flags::RST | flags::ACK)
-        };
-        let (src_port, dst_port) = (seg.dst_port, seg.src_port);
-        let b = self.l4_buffer(20)?;
-        Tcp { src_port, dst_port, seq, ack, flags, ..Tcp::default() }.emit(&Options::default(), b);
-        let sum = checksum::pseudo(p.dst, p.src, proto::TCP, 20);
-        let c = checksum::finish(checksum::sum(b, sum));
-        put(b, 16, &c.to_be_bytes());
-        let e = Envelope { mac, src: remote, dst: guest, proto: proto::TCP, ttl: TTL, tos: 0 };
-        self.send_ipv4(slot, &e, 20, FrameMeta::default(), fx)?;
-        Err(why)
-    }
-
-    /// Lets the flows that asked for it send what the batch called for, bulk flows until the round is full.
-    pub(crate) fn flush_batch<E: Effects>(&mut self, fx: &mut E) {
+    /// The end of a batch of frames and socket events: the flows that asked for it send what the batch called for, bulk
+    /// flows until the round is full.
+    pub fn batch_end<E: Effects>(&mut self, cx: &mut Context<'_, E>) {
+        let now = cx.link.now;
         for _ in 0..self.batch.len {
             let index = self.batch.head;
-            let full = self.turns.left(self.now, index) == 0;
-            if full && self.flows.at(index).is_some_and(|f| f.is_bulk(self.now)) {
+            let full = self.turns.left(now, index) == 0;
+            if full && self.flows.at(index).is_some_and(|f| f.is_bulk(now)) {
                 break;
             }
             self.flows.unlink(&mut self.batch, Chain::Siblings, index);
-            self.with_index(index, fx, |tcb, cx| tcb.batch_end(cx));
+            self.with_index(cx, index, |tcb, cx| tcb.batch_end(cx));
         }
         self.turns.round_ended();
     }
 
     /// A port takes frames again: the flows that waited for it go on, in turn, until it is full.
-    pub(crate) fn kick_port<E: Effects>(&mut self, id: PortId, fx: &mut E) {
-        let Some(slot) = self.ports.slot(id) else { return };
-        let waiting = self.ports.get(slot).map_or(0, |p| p.waiting.len);
+    pub fn port_writable<E: Effects>(&mut self, cx: &mut Context<'_, E>, slot: u32, port: PortId) {
+        let waiting = self.guests.get(slot).map_or(0, |g| g.waiting.len);
         for _ in 0..waiting {
-            let Some(port) = self.ports.get_mut(slot) else { return };
-            let index = port.waiting.head;
-            if self.flows.at(index).is_none() || fx.port_room(id) == 0 {
+            let Some(guest) = self.guests.get_mut(slot) else { return };
+            let index = guest.waiting.head;
+            if self.flows.at(index).is_none() || cx.link.fx.port_room(port) == 0 {
                 return;
             }
-            self.flows.unlink(&mut port.waiting, Chain::Lru, index);
-            self.with_index(index, fx, |tcb, cx| tcb.port_writable(cx));
+            self.flows.unlink(&mut guest.waiting, Chain::Lru, index);
+            self.with_index(cx, index, |tcb, cx| tcb.port_writable(cx));
         }
+    }
+
+    /// The MAC of guests is known that flows waited for: they open.
+    pub fn resume<E: Effects>(&mut self, cx: &mut Context<'_, E>, flows: Vec<FlowId>, mac: Mac) {
+        for id in flows {
+            if let Some(f) = self.flows.get_mut(id) {
+                f.mac = mac;
+            }
+            self.with_flow(cx, id, |tcb, cx| tcb.kick(cx));
+        }
+    }
+
+    /// Closes flows that waited for a guest that did not answer.
+    pub fn give_up<E: Effects>(&mut self, cx: &mut Context<'_, E>, flows: Vec<FlowId>) {
+        for id in flows {
+            if let Some(slot) = self.flows.get_mut(id).map(|f| f.key.slot) {
+                cx.link.lan.count_drop(slot, DropReason::NoEndpoint);
+                self.close_flow(&mut cx.link, id.index);
+            }
+        }
+    }
+}
+
+/// Refuses a segment with a reset (RFC 9293 3.10.7.1), never one with RST set. Returns why it is dropped.
+fn reset<E: Effects>(
+    cx: &mut Context<'_, E>,
+    from: Sender,
+    p: &Packet,
+    seg: &Tcp,
+    why: DropReason,
+) -> DropReason {
+    let martian = never_a_destination(p.dst) || cx.link.lan.addressing().subnet().is_broadcast(p.dst);
+    if seg.flags & flags::RST != 0 || martian || p.src_port == 0 {
+        return if martian { DropReason::BadDestination } else { why };
+    }
+    let (IpAddr::V4(guest), IpAddr::V4(remote)) = (p.src, p.dst) else { return why };
+    let len = (p.end - p.payload) as u32
+        + u32::from(seg.flags & flags::SYN != 0)
+        + u32::from(seg.flags & flags::FIN != 0);
+    let (seq, ack, flags) = if seg.flags & flags::ACK != 0 {
+        (seg.ack, 0, flags::RST)
+    } else {
+        (0, seg.seq.wrapping_add(len), flags::RST | flags::ACK)
+    };
+    let (src_port, dst_port) = (seg.dst_port, seg.src_port);
+    let b = match cx.gateway.frames().transport(20) {
+        Ok(b) => b,
+        Err(e) => return e,
+    };
+    Tcp { src_port, dst_port, seq, ack, flags, ..Tcp::default() }.emit(&Options::default(), b);
+    let sum = checksum::pseudo(p.dst, p.src, proto::TCP, 20);
+    let c = checksum::finish(checksum::sum(b, sum));
+    put(b, 16, &c.to_be_bytes());
+    let e = Envelope { mac: from.mac, src: remote, dst: guest, proto: proto::TCP, ttl: TTL, tos: 0 };
+    match cx.gateway.frames().send_ipv4(&mut cx.link, from.slot, &e, 20, FrameMeta::default()) {
+        Ok(()) => why,
+        Err(e) => e,
     }
 }

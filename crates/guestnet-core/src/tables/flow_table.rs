@@ -5,7 +5,7 @@
 
 use crate::interface::types::FlowId;
 use crate::tables::flow::{Chain, Flow, Key, Links, List, NONE};
-use crate::util::siphash::SipKey;
+use crate::util::siphash::{SipKey, address_words};
 use hashbrown::HashTable;
 use hashbrown::hash_table::Entry;
 use std::net::{IpAddr, SocketAddr};
@@ -30,17 +30,6 @@ pub struct FlowTable {
     peers: HashTable<Peer>,
     key: SipKey,
     cap: u32,
-}
-
-/// The words of an address for hashing; families never collide because v6 takes more of them.
-pub(crate) fn address_words(ip: IpAddr) -> [u64; 2] {
-    match ip {
-        IpAddr::V4(a) => [0, u64::from(u32::from(a))],
-        IpAddr::V6(a) => {
-            let a = u128::from(a);
-            [(a >> 64) as u64, a as u64]
-        }
-    }
 }
 
 fn hash_key(sip: SipKey, k: &Key) -> u64 {

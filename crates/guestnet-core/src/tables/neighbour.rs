@@ -4,8 +4,7 @@
 //! (inbound flows, one datagram or a few) is kept here too, bounded, for three requests a second apart.
 
 use crate::interface::types::{FlowId, Time};
-use crate::tables::flow_table::address_words;
-use crate::util::siphash::SipKey;
+use crate::util::siphash::{SipKey, address_words};
 use guestnet_wire::ether::Mac;
 use hashbrown::HashTable;
 use std::net::IpAddr;

@@ -1,21 +1,20 @@
-//! Theory of operation: what the core keeps of each port of the switch. Ports sit in slots, which flows and
-//! bindings refer to by number; a slot is given to another port only after everything of the old one is gone.
+//! Theory of operation: the ports of the switch. A port sits in a slot, and everything else refers to it by the number of
+//! that slot. A slot is given to another port only after everything of the old port is gone.
 
+use crate::interface::config::Limits;
 use crate::interface::stats::Counters;
 use crate::interface::types::{PortConfig, PortId, Time};
-use crate::relay::tcp::Budget;
-use crate::tables::flow::List;
 use crate::util::rate_limiter::RateLimiter;
 use guestnet_wire::ether::Mac;
 use std::collections::VecDeque;
 use std::net::IpAddr;
 
-/// Addresses a second of one port that the control side hears of.
-const NEWS_PER_SECOND: u32 = 100;
+/// Events a second about the addresses of one port.
+const EVENTS_PER_SECOND: u32 = 100;
 
-/// ARP requests a second of the gateway to one port. Each port has its own: those to a guest that answers none
-/// are as many as clients outside like.
-const ASKS_PER_SECOND: u32 = 100;
+/// ARP requests a second from the gateway to one port. The limit is per port because clients outside decide how many
+/// requests a guest that answers none gets.
+const REQUESTS_PER_SECOND: u32 = 100;
 
 /// One port.
 pub struct Port {
@@ -33,43 +32,13 @@ pub struct Port {
     pub learned6: VecDeque<IpAddr>,
     /// Its counters.
     pub counters: Counters,
-    /// Records in the flow table, mappings not counted.
-    pub flows: u32,
-    /// Flows that are translated, which hold no descriptor and have limits of their own.
-    pub translated: u32,
-    /// Mappings, each with one socket.
-    pub sockets: u32,
-    /// All its flows, mappings not counted.
-    pub records: List,
-    /// One-shot flows, and TCP flows that are being opened or in TIME-WAIT: what makes room for another flow,
-    /// least recently used first.
-    pub lru: List,
-    /// TCP flows that wait for the port to take frames again.
-    pub waiting: List,
-    /// Bytes of the kernel's memory that its TCP flows hold, as measured.
-    pub socket_memory: usize,
-    /// Flows of it that hold some.
-    pub stuck: u32,
-    /// Buffered bytes of its TCP flows.
-    pub budget: Budget,
-    /// ICMP errors (and refusals told) to it.
-    pub icmp: RateLimiter,
-    /// Datagrams of it to UDP services.
-    pub service: RateLimiter,
-    /// ARP requests of the gateway to it.
-    pub asks: RateLimiter,
-    /// Questions about names that it waits for.
-    pub asking: u32,
-    /// When the guest was last asked about all its idle TCP connections.
-    pub rechecked: Time,
-    /// PeerUpdate of its addresses to the control side.
-    pub news: RateLimiter,
-    /// Frames of it that go to several ports.
+    /// Rate of ARP requests from the gateway to it.
+    pub requests: RateLimiter,
+    /// Rate of events about its addresses to the control side.
+    pub events: RateLimiter,
+    /// Rate of its frames that go to several ports.
     pub flood: RateLimiter,
-    /// Identification of the last IPv4 packet that was made for it. Its own: a counter that all share would
-    /// tell each guest how much the others get (RFC 7739 5).
-    pub ip_id: u16,
-    /// MACs and addresses of it that other workers hear of.
+    /// Rate at which it may use new MACs and addresses, where other workers have to learn them.
     pub learn: RateLimiter,
     /// The worker that has the port, where that is another one.
     pub remote: Option<u16>,
@@ -142,42 +111,22 @@ impl Ports {
 }
 
 impl Port {
-    /// A port that nothing has happened on.
+    /// A port without traffic.
     #[must_use]
-    pub fn new(id: PortId, config: PortConfig, limits: &crate::interface::config::Limits, now: Time) -> Port {
+    pub fn new(id: PortId, config: PortConfig, limits: &Limits, now: Time) -> Port {
         Port {
             id,
-            mac: config.mac,
+            mac: None,
             config,
             macs: VecDeque::new(),
             learned: VecDeque::new(),
             learned6: VecDeque::new(),
             counters: Counters::default(),
-            flows: 0,
-            translated: 0,
-            sockets: 0,
-            asking: 0,
-            records: List::default(),
-            lru: List::default(),
-            waiting: List::default(),
-            socket_memory: 0,
-            stuck: 0,
-            budget: Budget { used: 0, limit: limits.buffer_per_port },
-            icmp: RateLimiter::new(limits.icmp_errors_per_second, now),
-            service: RateLimiter::new(limits.service_datagrams_per_second, now),
-            rechecked: now,
-            asks: RateLimiter::new(ASKS_PER_SECOND, now),
-            news: RateLimiter::new(NEWS_PER_SECOND, now),
+            requests: RateLimiter::new(REQUESTS_PER_SECOND, now),
+            events: RateLimiter::new(EVENTS_PER_SECOND, now),
             flood: RateLimiter::new(limits.floods_per_second, now),
-            ip_id: 0,
-            learn: RateLimiter::new(NEWS_PER_SECOND, now),
+            learn: RateLimiter::new(EVENTS_PER_SECOND, now),
             remote: None,
         }
-    }
-
-    /// The identification of the next IPv4 packet for it.
-    pub fn next_ip_id(&mut self) -> u16 {
-        self.ip_id = self.ip_id.wrapping_add(1);
-        self.ip_id
     }
 }

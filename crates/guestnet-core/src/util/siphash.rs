@@ -2,6 +2,8 @@
 //! the flow table's hash is keyed with a secret (Aumasson and Bernstein, "SipHash", 2012); the same function
 //! with another key gives the ISNs of RFC 6528.
 
+use std::net::IpAddr;
+
 /// A 128-bit key.
 #[derive(Clone, Copy)]
 pub struct SipKey(u64, u64);
@@ -65,6 +67,17 @@ fn round(v: &mut [u64; 4]) {
     v[1] = v[1].rotate_left(17) ^ v[2];
     v[3] = v[3].rotate_left(21) ^ v[0];
     v[2] = v[2].rotate_left(32);
+}
+
+/// The words of an address for hashing.
+pub(crate) fn address_words(ip: IpAddr) -> [u64; 2] {
+    match ip {
+        IpAddr::V4(a) => [0, u64::from(u32::from(a))],
+        IpAddr::V6(a) => {
+            let a = u128::from(a);
+            [(a >> 64) as u64, a as u64]
+        }
+    }
 }
 
 #[cfg(test)]

@@ -331,14 +331,12 @@ impl Worker {
                     (SockKind::Forward { forward, origins, .. }, _) => {
                         let forward = *forward;
                         origins.note(r.from, r.local);
-                        let local = r.local.map_or(r.from, |ip| SocketAddr::new(ip, 0));
                         let sock = SockId(ready.token.index);
                         self.core.udp_forward_received(
                             self.now,
                             forward,
                             sock,
                             r.from,
-                            local,
                             payload,
                             r.segment,
                             &mut self.io,

@@ -7,7 +7,6 @@ pub(crate) mod icmp;
 pub(crate) mod output;
 
 use crate::interface::stats::DropReason;
-use crate::l2::switch::wire_drop;
 use crate::nat::table::records::Key;
 use guestnet_wire::checksum::{adjust, difference};
 use guestnet_wire::ipv4::{self, Header};
@@ -101,7 +100,7 @@ impl View {
             self.kind = Kind::Tail;
             return Ok(self);
         }
-        let t = Transport::parse(self.proto, b, self.fragment.is_none()).map_err(wire_drop)?;
+        let t = Transport::parse(self.proto, b, self.fragment.is_none())?;
         (self.sport, self.dport) = (t.src_port, t.dst_port);
         match self.proto {
             proto::TCP => self.flags = b.get(13).copied().unwrap_or(0),
@@ -162,7 +161,7 @@ impl View {
 /// `Truncated` or `Malformed` for headers that cannot be, `UnsupportedProtocol` for ICMP that no NAT should carry.
 #[inline(always)]
 pub(crate) fn read(p: &[u8]) -> Result<View, DropReason> {
-    let h = Header::parse(p).map_err(wire_drop)?;
+    let h = Header::parse(p)?;
     let v = View {
         kind: Kind::Flow,
         ihl: h.len,

@@ -34,11 +34,11 @@ mod seq;
 mod timers;
 mod types;
 
+use types::SocketMemory;
 pub use types::{Budget, Ctx, Fate, Path, Timeouts};
 
 use crate::interface::effects::{Close, Effects, SockError};
 use crate::interface::types::{FlowId, SockId, Time};
-use crate::relay::socket_memory::SocketMemory;
 use crate::relay::turns::BULK;
 use crate::util::account::count;
 use buffer::Buffer;

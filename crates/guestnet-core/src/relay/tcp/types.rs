@@ -101,3 +101,25 @@ pub enum Fate {
     /// The record goes, and the SYN that was handed in opens a new flow (RFC 1122 4.2.2.13).
     Reopen,
 }
+
+/// What a flow sends before its socket's memory is measured for the first time.
+const FIRST_SAMPLE: u64 = 8 << 10;
+
+/// What is known of the kernel's memory behind one flow, see `relay::socket_memory`.
+#[derive(Debug)]
+pub(crate) struct SocketMemory {
+    /// Bytes, as measured last.
+    pub held: u32,
+    /// The kernel takes a few kilobytes at most.
+    pub tight: bool,
+    /// Nothing has come to it since it was measured.
+    pub settled: bool,
+    /// It is measured again when the guest has sent so many bytes.
+    pub sample_at: u64,
+}
+
+impl Default for SocketMemory {
+    fn default() -> Self {
+        SocketMemory { held: 0, tight: false, settled: true, sample_at: FIRST_SAMPLE }
+    }
+}

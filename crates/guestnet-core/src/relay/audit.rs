@@ -1,55 +1,46 @@
-//! Theory of operation: whether the core's own books agree with each other: lists that run through the flow
-//! table, counts that say how long they are, sockets that hang on mappings. A wrong link would let one guest
-//! reach the flows of another, and no frame would show it. Only tests and the fuzzer ask.
+//! Checks that the accounts of the relay agree with each other: lists that run through the flow table, counts, sockets of
+//! mappings. A wrong link would let one guest reach the flows of another, and no frame would show it. Only tests and
+//! fuzzers ask.
 
-use crate::network::Network;
+use crate::l2::lan::Lan;
+use crate::relay::Relay;
 use crate::tables::flow::{Chain, Flow, List, NONE, State};
 
-impl Network {
-    /// Looks through everything that is kept twice.
+impl Relay {
+    /// Checks everything that is kept twice.
     ///
     /// # Errors
     /// The first thing that does not agree.
-    #[doc(hidden)]
-    pub fn audit(&self) -> Result<(), String> {
+    pub fn audit(&self, lan: &Lan) -> Result<(), String> {
         let of = |slot: u32| self.flows.iter().map(|(_, f)| f).filter(move |f| f.key.slot == slot);
-        for (slot, p) in self.ports.iter() {
+        for (slot, g) in self.guests.iter() {
             let conversations = of(slot).filter(|f| !f.is_mapping()).count();
-            if self.tunnel_count(slot) != p.translated as usize {
-                return Err(format!("slot {slot} says that {} flows are translated", p.translated));
-            }
-            if conversations != p.flows as usize {
-                return Err(format!("slot {slot} has {conversations} flows and says {}", p.flows));
-            }
-            if p.remote.is_none() && self.names.waits(p.id) != p.asking as usize {
-                return Err(format!("slot {slot} says that it waits for {} names", p.asking));
+            if conversations != g.flows as usize {
+                return Err(format!("slot {slot} has {conversations} flows and counts {}", g.flows));
             }
             let held: usize = of(slot).filter_map(held_by).sum();
             let stuck = of(slot).filter_map(held_by).filter(|held| *held > 0).count();
-            if held != p.socket_memory || stuck != p.stuck as usize {
-                return Err(format!("slot {slot} holds {held} bytes and says {}", p.socket_memory));
+            if held != g.socket_memory || stuck != g.stuck as usize {
+                return Err(format!("slot {slot} holds {held} bytes and counts {}", g.socket_memory));
             }
             let mappings = of(slot).filter(|f| f.is_mapping()).count();
-            if mappings != p.sockets as usize {
-                return Err(format!("slot {slot} has {mappings} sockets and says {}", p.sockets));
+            if mappings != g.sockets as usize {
+                return Err(format!("slot {slot} has {mappings} sockets and counts {}", g.sockets));
             }
             let tcp = |f: &Flow| matches!(f.state, State::Tcp(_));
-            self.walk(&p.lru, Chain::Lru, |f| f.key.slot == slot && !f.is_mapping() && tcp(f) == f.parked)?;
-            self.walk(&p.records, Chain::Port, |f| f.key.slot == slot && !f.is_mapping())?;
-            if p.records.len != p.flows {
-                return Err(format!("slot {slot} lists {} of {} flows", p.records.len, p.flows));
+            self.walk(&g.lru, Chain::Lru, |f| f.key.slot == slot && !f.is_mapping() && tcp(f) == f.parked)?;
+            self.walk(&g.records, Chain::Port, |f| f.key.slot == slot && !f.is_mapping())?;
+            if g.records.len != g.flows {
+                return Err(format!("slot {slot} lists {} of {} flows", g.records.len, g.flows));
             }
-            self.walk(&p.waiting, Chain::Lru, |f| f.key.slot == slot && tcp(f) && !f.parked)?;
+            self.walk(&g.waiting, Chain::Lru, |f| f.key.slot == slot && tcp(f) && !f.parked)?;
         }
         if self.flows.iter().filter_map(|(_, f)| held_by(f)).sum::<usize>() != self.socket_memory {
             return Err("the kernel's memory in all is not that of the flows".into());
         }
-        if !self.names.is_sound() {
-            return Err("what is known of names does not agree".into());
-        }
         self.walk(&self.batch, Chain::Siblings, |f| matches!(f.state, State::Tcp(_)))?;
         for (id, f) in self.flows.iter() {
-            if self.ports.get(f.key.slot).is_none() {
+            if lan.port(f.key.slot).is_none() {
                 return Err(format!("{id:?} is of slot {}, which is empty", f.key.slot));
             }
             if self.flows.find(&f.key) != Some(id.index) {

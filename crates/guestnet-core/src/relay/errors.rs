@@ -1,0 +1,234 @@
+//! Theory of operation: errors that flows cause.
+//!
+//! - Errors that the kernel reports for what a guest sent become ICMP errors that quote the guest's own packet, with the
+//!   router that reported them as their source. So traceroute and path MTU discovery work. They neither refresh nor end a
+//!   flow (RFC 5508 REQ-6).
+//! - ICMP errors that a guest sends about its flows are checked and accepted. A socket has no way to pass them on, but a
+//!   smaller MTU behind the guest makes the segments of its connection smaller.
+
+use crate::context::Context;
+use crate::interface::config::DatagramError;
+use crate::interface::effects::{Effects, SockError};
+use crate::interface::stats::DropReason;
+use crate::interface::types::FlowId;
+use crate::l2::lan::Sender;
+use crate::l3::icmp_error::IcmpError;
+use crate::relay::Relay;
+use crate::tables::flow::{Key, State};
+use guestnet_wire::ether::Mac;
+use guestnet_wire::ipv4::{self, Ipv4};
+use guestnet_wire::parse::Packet;
+use guestnet_wire::tcp::{Options, Tcp, flags};
+use guestnet_wire::{be16, be32, checksum, icmp, proto, put, udp};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+/// Payload that an error quotes at most: 576 bytes less both pairs of headers.
+const QUOTED: usize = 576 - 28 - 28;
+
+impl Relay {
+    /// Handles an error of the kernel about something that a guest sent: the guest gets an ICMP error.
+    pub fn sock_error<E: Effects>(&mut self, cx: &mut Context<'_, E>, id: FlowId, err: &DatagramError<'_>) {
+        let Some(key) = self.flows.get_mut(id).map(|f| f.key) else {
+            cx.link.lan.base_mut().drop(DropReason::NoFlow);
+            return;
+        };
+        if key.proto == proto::TCP {
+            return self.connect_error(cx, id, err);
+        }
+        let name = cx.policy.name_of(err.dst.ip().to_canonical());
+        let port = if key.proto == proto::UDP { err.dst.port() } else { 0 };
+        let flow = name.and_then(|ip| self.flows.find(&Key { remote: SocketAddr::new(ip, port), ..key }));
+        let Some(f) = flow.and_then(|i| self.flows.at(i)) else {
+            cx.link.lan.count_drop(key.slot, DropReason::NoFlow);
+            return;
+        };
+        let State::Datagram { ip_id, .. } = f.state else { return };
+        let mut quote = [0u8; 28 + QUOTED];
+        let payload = err.payload.get(..err.payload.len().min(QUOTED)).unwrap_or(err.payload);
+        let (key, mac) = (f.key, f.mac);
+        let Some(n) = requote(&mut quote, &key, ip_id, err, payload) else { return };
+        let error = match relayed_error(err, n) {
+            Ok(error) => error,
+            Err(why) => return cx.link.lan.count_drop(key.slot, why),
+        };
+        let offender = err.offender.and_then(|o| v4(cx.policy.name_of(o.to_canonical())?));
+        let src = offender.unwrap_or(cx.gateway.address());
+        let Some(guest) = v4(key.guest.ip()) else { return };
+        let to = Sender { slot: key.slot, mac };
+        cx.gateway.send_error(&mut cx.link, to, src, guest, quote.get(..n).unwrap_or(&[]), error);
+    }
+
+    /// Handles an ICMP error in answer to a connect: it is passed on to the guest as it came, as if from its sender, and the
+    /// connect ends.
+    fn connect_error<E: Effects>(&mut self, cx: &mut Context<'_, E>, id: FlowId, err: &DatagramError<'_>) {
+        let Some(f) = self.flows.get_mut(id) else { return };
+        let State::Tcp(tcb) = &f.state else { return };
+        let Some(seq) = tcb.connecting() else { return };
+        let (key, mac, ip_id) = (f.key, f.mac, tcb.ip_id());
+        let error = match relayed_error(err, 40) {
+            Ok(error) => error,
+            // An impossible MTU does not end a connect.
+            Err(why @ DropReason::Malformed) => return cx.link.lan.count_drop(key.slot, why),
+            Err(_) => {
+                self.with_flow(cx, id, |tcb, cx| tcb.connected(cx, Err(err.kind)));
+                return;
+            }
+        };
+        self.close_flow(&mut cx.link, id.index);
+        connect_failed(cx, &key, mac, error, err.offender, seq, ip_id);
+    }
+
+    /// Handles an ICMP error of a guest about a packet of one of its flows.
+    ///
+    /// # Errors
+    /// Why it is dropped; [`DropReason::NoFlow`] when it is about no flow.
+    pub fn guest_error<E: Effects>(
+        &mut self,
+        cx: &mut Context<'_, E>,
+        slot: u32,
+        frame: &[u8],
+        p: &Packet,
+    ) -> Result<(), DropReason> {
+        let quote = frame.get(p.payload..p.end).unwrap_or(&[]);
+        let ihl = usize::from(quote.first().copied().unwrap_or(0) & 0xf) * 4;
+        if quote.first().is_none_or(|b| b >> 4 != 4) || ihl < ipv4::MIN_LEN {
+            return Err(DropReason::Malformed);
+        }
+        let Some(header) = quote.get(..ihl).filter(|_| quote.len() >= ihl + 8) else {
+            return Err(DropReason::Truncated);
+        };
+        // RFC 5508 REQ-3a; by 3c the transport checksum is not verified.
+        if checksum::fold(checksum::sum(header, 0)) != 0xffff {
+            return Err(DropReason::BadIpChecksum);
+        }
+        let ip = |at: usize| {
+            let a = be32(header, at);
+            IpAddr::V4(Ipv4Addr::from(a))
+        };
+        let proto = header.get(9).copied().unwrap_or(0);
+        let (from, to) = (be16(quote, ihl), be16(quote, ihl + 2));
+        let (guest, remote) = match proto {
+            proto::ICMP => (be16(quote, ihl + 4), 0),
+            _ => (to, from),
+        };
+        let key = Key {
+            slot,
+            proto,
+            guest: SocketAddr::new(ip(16), guest),
+            remote: SocketAddr::new(ip(12), remote),
+        };
+        let index = self.flows.find(&key).ok_or(DropReason::NoFlow)?;
+        let too_big = frame.get(p.l4..p.l4 + 2) == Some(&[icmp::UNREACHABLE, icmp::unreachable::FRAG_NEEDED]);
+        if too_big && !icmp::is_path_mtu(be16(frame, p.l4 + 6)) {
+            return Err(DropReason::Malformed);
+        }
+        if proto == proto::TCP && too_big {
+            let mtu = match be16(frame, p.l4 + 6) {
+                0 => plateau(usize::from(be16(quote, 2))),
+                mtu => mtu,
+            };
+            let seq = be32(quote, ihl + 4);
+            self.with_index(cx, index, |tcb, cx| tcb.path_mtu(cx, mtu, seq));
+        }
+        Ok(())
+    }
+}
+
+/// Tells a guest by an ICMP error that quotes its SYN that a connect failed. The error comes from `offender` where a router
+/// or host sent it, else from the gateway.
+pub(super) fn connect_failed<E: Effects>(
+    cx: &mut Context<'_, E>,
+    key: &Key,
+    mac: Mac,
+    error: IcmpError,
+    offender: Option<IpAddr>,
+    seq: u32,
+    id: u16,
+) {
+    let (Some(guest), Some(remote)) = (v4(key.guest.ip()), v4(key.remote.ip())) else { return };
+    let src = offender.and_then(|o| v4(cx.policy.name_of(o.to_canonical())?));
+    let mut quote = [0u8; 40];
+    Ipv4 { src: guest, dst: remote, proto: proto::TCP, ttl: 1, tos: 0, id, frag: ipv4::DF, payload_len: 20 }
+        .emit(&mut quote);
+    let (_, syn) = quote.split_at_mut(ipv4::MIN_LEN);
+    let (src_port, dst_port) = (key.guest.port(), key.remote.port());
+    Tcp { src_port, dst_port, seq, flags: flags::SYN, ..Tcp::default() }.emit(&Options::default(), syn);
+    let src = src.unwrap_or(cx.gateway.address());
+    let to = Sender { slot: key.slot, mac };
+    cx.gateway.send_error(&mut cx.link, to, src, guest, &quote, error);
+}
+
+/// The ICMP error for an error of a host socket.
+pub(super) fn icmp_for(e: SockError, packet_len: usize) -> IcmpError {
+    use icmp::unreachable::{ADMIN_PROHIBITED, HOST, NET, PORT};
+    IcmpError::unreachable(match e {
+        SockError::Refused | SockError::Reset => PORT,
+        SockError::NetUnreachable => NET,
+        SockError::Prohibited => ADMIN_PROHIBITED,
+        SockError::MessageTooBig(mtu) if mtu >= icmp::MIN_MTU => return IcmpError::too_big(mtu),
+        SockError::MessageTooBig(_) => return IcmpError::too_big(plateau(packet_len)),
+        SockError::HostUnreachable | SockError::TimedOut | SockError::Exhausted | SockError::Other(_) => HOST,
+    })
+}
+
+/// The next lower MTU in use (RFC 1191 7.1), for errors that do not say which.
+pub(super) fn plateau(packet_len: usize) -> u16 {
+    [32000u16, 17914, 8166, 4352, 2002, 1492, 1006, 508, 296]
+        .into_iter()
+        .find(|m| usize::from(*m) < packet_len)
+        .unwrap_or(68)
+}
+
+/// An IPv4 address, for packets that are made here.
+pub(super) fn v4(ip: IpAddr) -> Option<Ipv4Addr> {
+    match ip {
+        IpAddr::V4(a) => Some(a),
+        IpAddr::V6(_) => None,
+    }
+}
+
+/// Writes the guest's packet to the front of `b`, as far as it is known; returns its length.
+fn requote(b: &mut [u8], key: &Key, id: u16, err: &DatagramError<'_>, payload: &[u8]) -> Option<usize> {
+    let (src, dst) = (v4(key.guest.ip())?, v4(key.remote.ip())?);
+    let len = udp::LEN + payload.len();
+    // The full length, though only a part may be quoted.
+    let whole = (udp::LEN + err.payload.len()).min(65515) as u16;
+    Ipv4 { src, dst, proto: key.proto, ttl: 1, tos: 0, id, frag: 0, payload_len: whole }.emit(b);
+    let l4 = b.get_mut(ipv4::MIN_LEN..ipv4::MIN_LEN + len)?;
+    if key.proto == proto::UDP {
+        put(l4, udp::LEN, payload);
+        udp::emit(l4, key.guest.ip(), key.remote.ip(), key.guest.port(), key.remote.port());
+        put(l4, 4, &whole.to_be_bytes());
+    } else {
+        let (i, s) = (key.guest.port().to_be_bytes(), err.seq.to_be_bytes());
+        icmp::emit(l4, icmp::ECHO, 0, [i[0], i[1], s[0], s[1]], payload);
+    }
+    Some(ipv4::MIN_LEN + len)
+}
+
+/// The ICMP error for a reported one: as it came from the network, or made from the kernel's own errno.
+///
+/// # Errors
+/// [`DropReason::Malformed`] for an MTU that no link has: the kernel passes on what a message says unchecked, and anybody
+/// may have sent it. [`DropReason::UnsupportedProtocol`] for messages that are not for guests.
+pub(super) fn relayed_error(err: &DatagramError<'_>, quoted: usize) -> Result<IcmpError, DropReason> {
+    match (err.icmp_type, err.icmp_code) {
+        (0, _) => Ok(icmp_for(err.kind, quoted.max(28 + err.payload.len()))),
+        (icmp::UNREACHABLE, icmp::unreachable::FRAG_NEEDED) => {
+            let told = match (err.mtu, err.kind) {
+                (0, SockError::MessageTooBig(m)) => m,
+                (m, _) => m,
+            };
+            match told {
+                0 => Ok(IcmpError::too_big(plateau(28 + err.payload.len()))),
+                told if icmp::is_path_mtu(told) => Ok(IcmpError::too_big(told)),
+                _ => Err(DropReason::Malformed),
+            }
+        }
+        (kind @ (icmp::UNREACHABLE | icmp::TIME_EXCEEDED | icmp::PARAMETER_PROBLEM), code) => {
+            Ok(IcmpError(kind, code, [0; 4]))
+        }
+        // Source quench and redirects end here (RFC 6633, RFC 1122 3.2.2.2).
+        _ => Err(DropReason::UnsupportedProtocol),
+    }
+}
