@@ -12,6 +12,24 @@ pub const REQUEST: u16 = 1;
 pub const REPLY: u16 = 2;
 
 /// An ARP message.
+///
+/// # Examples
+/// ```
+/// use guestnet_wire::arp::{self, Arp};
+/// use guestnet_wire::ether::Mac;
+///
+/// let question = Arp {
+///     op: arp::REQUEST,
+///     sha: Mac([2, 0, 0, 0, 0, 1]),
+///     spa: "192.168.64.2".parse()?,
+///     tha: Mac::default(),
+///     tpa: "192.168.64.1".parse()?,
+/// };
+/// let mut message = [0; arp::LEN];
+/// question.emit(&mut message);
+/// assert_eq!(Arp::parse(&message), Ok(question));
+/// # Ok::<(), std::net::AddrParseError>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Arp {
     /// 1 request, 2 reply.

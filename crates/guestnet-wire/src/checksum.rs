@@ -67,6 +67,16 @@ pub fn finish(s: u64) -> u16 {
 }
 
 /// Checksum of `data` alone (IPv4 header, ICMPv4).
+///
+/// # Examples
+/// ```
+/// use guestnet_wire::checksum::checksum;
+///
+/// let mut header = [0x45, 0, 0, 28, 0, 1, 0, 0, 64, 17, 0, 0, 192, 168, 64, 2, 203, 0, 113, 9];
+/// let field = checksum(&header);
+/// header[10..12].copy_from_slice(&field.to_be_bytes());
+/// assert_eq!(checksum(&header), 0);
+/// ```
 #[inline]
 #[must_use]
 pub fn checksum(data: &[u8]) -> u16 {
@@ -95,6 +105,15 @@ pub fn difference(old: u16, new: u16) -> u16 {
 }
 
 /// RFC 1624 equation 3: the checksum field after `difference` was added to the sum that it covers.
+///
+/// # Examples
+/// ```
+/// use guestnet_wire::checksum::{adjust, checksum, difference};
+///
+/// let (old, new) = ([0x12, 0x34, 0xab, 0xcd], [0x12, 0x34, 0x00, 0x50]);
+/// let field = adjust(checksum(&old), difference(0xabcd, 0x0050));
+/// assert_eq!(field, checksum(&new));
+/// ```
 #[inline(always)]
 #[must_use]
 pub fn adjust(field: u16, difference: u16) -> u16 {

@@ -18,6 +18,15 @@ pub const VLAN: u16 = 0x8100;
 pub const QINQ: u16 = 0x88a8;
 
 /// A 48-bit MAC address.
+///
+/// # Examples
+/// ```
+/// use guestnet_wire::ether::Mac;
+///
+/// let mac = Mac([0x52, 0x54, 0, 0x12, 0x34, 0x56]);
+/// assert_eq!(mac.to_string(), "52:54:00:12:34:56");
+/// assert!(mac.is_unicast() && Mac::BROADCAST.is_multicast());
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct Mac(pub [u8; 6]);
 
@@ -52,6 +61,18 @@ impl fmt::Debug for Mac {
 }
 
 /// The fields of an Ethernet II header.
+///
+/// # Examples
+/// ```
+/// use guestnet_wire::WireError;
+/// use guestnet_wire::ether::{self, Ether, Mac};
+///
+/// let header = Ether { dst: Mac::BROADCAST, src: Mac([2, 0, 0, 0, 0, 1]), ethertype: ether::IPV4 };
+/// let mut frame = [0; ether::HEADER_LEN];
+/// header.emit(&mut frame);
+/// assert_eq!(Ether::parse(&frame), Ok(header));
+/// assert_eq!(Ether::parse(&frame[..13]), Err(WireError::Truncated));
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ether {
     /// Destination MAC.

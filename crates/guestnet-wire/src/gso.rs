@@ -54,6 +54,32 @@ pub fn complete_checksum(frame: &mut [u8], start: u16, offset: u16) -> Result<()
 ///
 /// # Errors
 /// [`WireError`] when the frame is not what `gso` says.
+///
+/// # Examples
+/// ```
+/// use guestnet_wire::gso::{Gso, segment};
+/// use guestnet_wire::{WireError, ether, ipv4, proto, udp};
+///
+/// let mut frame = [0; ether::HEADER_LEN + ipv4::MIN_LEN + udp::LEN + 10];
+/// let (src, dst) = ([192, 168, 64, 2], [203, 0, 113, 9]);
+/// ether::Ether { dst: ether::Mac([2; 6]), src: ether::Mac([4; 6]), ethertype: ether::IPV4 }.emit(&mut frame);
+/// let header = ipv4::Ipv4 {
+///     src: src.into(),
+///     dst: dst.into(),
+///     proto: proto::UDP,
+///     ttl: 64,
+///     tos: 0,
+///     id: 1,
+///     frag: 0,
+///     payload_len: 18,
+/// };
+/// header.emit(&mut frame[14..]);
+/// udp::emit(&mut frame[34..], src.into(), dst.into(), 50000, 53);
+/// let mut pieces = Vec::new();
+/// segment(&frame, Gso::Udp(4), |headers, payload| pieces.push((headers.len(), payload.len())))?;
+/// assert_eq!(pieces, [(42, 4), (42, 4), (42, 2)]);
+/// # Ok::<(), WireError>(())
+/// ```
 pub fn segment(frame: &[u8], gso: Gso, mut out: impl FnMut(&[u8], &[u8])) -> Result<(), WireError> {
     let p = parse::parse_ip(frame, ether::HEADER_LEN)?;
     let (want, size) = match gso {

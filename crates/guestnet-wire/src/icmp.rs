@@ -61,6 +61,16 @@ pub fn is_path_mtu(mtu: u16) -> bool {
 
 /// Writes an ICMPv4 message: header with `rest` as bytes 4 to 7, then `body`, checksum included, at the
 /// front of `b`, which must hold `8 + body.len()` bytes. Returns that length.
+///
+/// # Examples
+/// ```
+/// use guestnet_wire::{checksum, icmp};
+///
+/// let mut message = [0; icmp::LEN + 4];
+/// let len = icmp::emit(&mut message, 8, 0, [0, 7, 0, 1], b"ping");
+/// assert_eq!(len, message.len());
+/// assert_eq!(checksum::checksum(&message), 0);
+/// ```
 pub fn emit(b: &mut [u8], icmp_type: u8, code: u8, rest: [u8; 4], body: &[u8]) -> usize {
     let n = LEN + body.len();
     put(b, 0, &[icmp_type, code, 0, 0]);

@@ -93,6 +93,29 @@ impl Header {
 }
 
 /// What an emitted header says.
+///
+/// # Examples
+/// ```
+/// use guestnet_wire::ipv4::{self, Header, Ipv4};
+/// use guestnet_wire::proto;
+///
+/// let header = Ipv4 {
+///     src: "192.168.64.2".parse()?,
+///     dst: "203.0.113.9".parse()?,
+///     proto: proto::UDP,
+///     ttl: 64,
+///     tos: 0,
+///     id: 1,
+///     frag: ipv4::DF,
+///     payload_len: 8,
+/// };
+/// let mut packet = [0; ipv4::MIN_LEN + 8];
+/// header.emit(&mut packet);
+/// let read = Header::parse(&packet).expect("a header that was just written");
+/// assert!(read.dont_fragment());
+/// assert_eq!((read.total, read.ttl), (28, 64));
+/// # Ok::<(), std::net::AddrParseError>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ipv4 {
     /// Source address.

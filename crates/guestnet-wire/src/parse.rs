@@ -61,6 +61,22 @@ pub struct Packet {
 ///
 /// # Errors
 /// [`WireError`] naming what is wrong; the packet must then be dropped.
+///
+/// # Examples
+/// ```
+/// use guestnet_wire::WireError;
+/// use guestnet_wire::parse::parse_ip;
+///
+/// let packet = [
+///     0x45, 0, 0, 28, 0, 1, 0, 0, 64, 17, 0, 0, 192, 168, 64, 2, 203, 0, 113, 9, // IPv4
+///     0xc3, 0x50, 0, 53, 0, 8, 0, 0, // UDP from port 50000 to port 53
+/// ];
+/// let read = parse_ip(&packet, 0)?;
+/// assert_eq!((read.src_port, read.dst_port), (50000, 53));
+/// assert_eq!((read.l4, read.payload, read.end), (20, 28, 28));
+/// assert_eq!(parse_ip(&packet[..27], 0), Err(WireError::Truncated));
+/// # Ok::<(), WireError>(())
+/// ```
 #[inline]
 pub fn parse_ip(frame: &[u8], l3: usize) -> Result<Packet, WireError> {
     match frame.get(l3).ok_or(WireError::Truncated)? >> 4 {

@@ -28,6 +28,19 @@ pub mod flags {
 }
 
 /// The fixed part of a TCP header.
+///
+/// # Examples
+/// ```
+/// use guestnet_wire::tcp::{Options, Tcp, flags};
+///
+/// let syn = Tcp { src_port: 50000, dst_port: 80, seq: 7, flags: flags::SYN, ..Tcp::default() };
+/// let options = Options { mss: Some(1460), ..Options::default() };
+/// let mut segment = [0; 60];
+/// let len = syn.emit(&options, &mut segment);
+/// let read = Tcp::parse(&segment[..len]).expect("a header that was just written");
+/// assert_eq!((read.seq, read.flags, usize::from(read.header_len)), (7, flags::SYN, len));
+/// assert_eq!(Options::parse(&segment[20..len]).mss, Some(1460));
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Tcp {
     /// Source port.

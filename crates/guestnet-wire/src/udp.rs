@@ -7,6 +7,19 @@ use std::net::IpAddr;
 pub const LEN: usize = 8;
 
 /// Writes a UDP header in front of the payload that is already in `b[8..]` (all of it), checksum included.
+///
+/// # Examples
+/// ```
+/// use guestnet_wire::{checksum, proto, udp};
+///
+/// let (src, dst) = ("192.168.64.2".parse()?, "203.0.113.9".parse()?);
+/// let mut datagram = [0; udp::LEN + 5];
+/// datagram[udp::LEN..].copy_from_slice(b"hello");
+/// udp::emit(&mut datagram, src, dst, 50000, 53);
+/// let sum = checksum::sum(&datagram, checksum::pseudo(src, dst, proto::UDP, 13));
+/// assert_eq!(checksum::finish(sum), 0);
+/// # Ok::<(), std::net::AddrParseError>(())
+/// ```
 pub fn emit(b: &mut [u8], src: IpAddr, dst: IpAddr, src_port: u16, dst_port: u16) {
     let len = b.len().min(0xffff) as u16;
     put(b, 0, &src_port.to_be_bytes());

@@ -28,6 +28,16 @@ pub enum Refusal {
 }
 
 /// An IPv4 prefix.
+///
+/// # Examples
+/// ```
+/// use guestnet_core::nat::Prefix;
+///
+/// let inside = Prefix::new("192.168.64.0".parse()?, 24).expect("a length of at most 32");
+/// assert!(inside.contains("192.168.64.2".parse()?));
+/// assert!(!inside.contains("192.168.65.2".parse()?));
+/// # Ok::<(), std::net::AddrParseError>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Prefix {
     pub(crate) net: u32,

@@ -67,6 +67,22 @@ const ROOM_SLICES: usize = 16;
 /// Time is whatever the caller counts in, in nanoseconds: since boot, since 1970, since the first packet of a capture.
 /// The first call that gives a time sets the start; from then on a time earlier than the latest counts as
 /// the latest.
+///
+/// # Examples
+/// ```
+/// use guestnet_core::nat::{NatDirection, NatEngine, NatEngineConfig, NatResult};
+/// use guestnet_core::types::Time;
+///
+/// let mut engine = NatEngine::new(NatEngineConfig::new("203.0.113.1".parse()?))?;
+/// let mut packet = [
+///     0x45, 0, 0, 28, 0, 1, 0, 0, 64, 17, 0x3e, 0x1c, 192, 168, 64, 2, 203, 0, 113, 9, // IPv4
+///     0xc3, 0x50, 0, 53, 0, 8, 0, 0, // UDP from port 50000 to port 53, no checksum
+/// ];
+/// assert_eq!(engine.translate(&mut packet, NatDirection::Outbound, Time(0)), NatResult::Translated);
+/// assert_eq!(packet[12..16], [203, 0, 113, 1]);
+/// assert_eq!(engine.connection_count(), 1);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct NatEngine {
     pub(super) config: NatEngineConfig,
     pub(super) table: Table,

@@ -57,6 +57,19 @@ struct Slot {
 }
 
 /// Preallocated packet buffers of one size.
+///
+/// # Examples
+/// ```
+/// use guestnet_io::memory::pool::{PacketPool, PoolError};
+///
+/// let pool = PacketPool::with_buffer_size(16, 2048)?;
+/// let index = pool.alloc().expect("an empty pool has room");
+/// pool.borrow(index)?.fill(b"a frame")?;
+/// assert_eq!(pool.get(index)?, b"a frame");
+/// pool.free(index)?;
+/// assert_eq!(pool.free(index), Err(PoolError::AlreadyFree(index)));
+/// # Ok::<(), PoolError>(())
+/// ```
 pub struct PacketPool {
     /// Where the buffers begin, at a page's boundary.
     memory: NonNull<u8>,

@@ -34,6 +34,19 @@ unsafe impl<T: Copy + Send> Sync for Shared<T> {}
 unsafe impl<T: Copy + Send> Send for Shared<T> {}
 
 /// A single-producer single-consumer queue, before it is split into its halves.
+///
+/// # Examples
+/// ```
+/// use guestnet_io::memory::ring::{Ring, RingCapacityError};
+///
+/// let (mut producer, mut consumer) = Ring::new(4)?.split();
+/// std::thread::scope(|threads| {
+///     threads.spawn(move || assert_eq!(producer.enqueue_batch(&[1, 2, 3]), 3));
+/// });
+/// assert_eq!(consumer.dequeue(), Some(1));
+/// assert_eq!(consumer.len(), 2);
+/// # Ok::<(), RingCapacityError>(())
+/// ```
 pub struct Ring<T> {
     shared: Arc<Shared<T>>,
 }
