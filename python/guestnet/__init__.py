@@ -1,4 +1,4 @@
-"""guestnet: a network for guests that nobody trusts.
+"""A network for guests that nobody trusts: virtual machines, microVMs and programs in network namespaces.
 
 A `NatNetwork` is one virtual Ethernet segment with a gateway. It gives each guest an address (DHCP), names
 (DNS), a way out (NAT) and a way in (published ports). Packet threads in Rust carry the traffic; a control
@@ -20,7 +20,7 @@ Guests attach in one of these ways:
     network.attach("vm1", "tap", fd=fd)     a descriptor that the program has: tap, stream, dgram, vhost-user
     network.attach("vm1", "memory")         the program itself is the guest, one frame at a time
 
-This guest asks who has the gateway's address, and gets an answer:
+This guest asks which MAC the gateway's address has (an ARP request), and gets a reply:
 
     >>> question = "ffffffffffff 020000000001 0806 0001 0800 06 04 0001"
     >>> addresses = "020000000001 c0a84002 000000000000 c0a84001"
@@ -71,6 +71,7 @@ Every error is a `GuestnetError`, and its text says what to do:
 What else there is:
 
 - `NatConfig` lists every setting, and checks them.
+- `Runtime` has the threads that the networks of a process share.
 - `NatEngine` translates packets in place, without a network. `Datapath`, `PacketPool` and `Ring` move frames
   in batches.
 - `guestnet.testing` has a guest that speaks ARP, DHCP, DNS and TCP, for tests.
