@@ -86,6 +86,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from guestnet.control.event_hub import EventStream as EventStream
     from guestnet.control.runtime import Runtime as Runtime
     from guestnet.datapath.network_datapath import NetworkDatapath as NetworkDatapath
     from guestnet.datapath.poller import Datapath as Datapath
@@ -105,7 +106,23 @@ if TYPE_CHECKING:
     from guestnet.errors import PortInUse as PortInUse
     from guestnet.errors import TooManyFiles as TooManyFiles
     from guestnet.errors import UnsupportedError as UnsupportedError
+    from guestnet.model.events import AddressChanged as AddressChanged
+    from guestnet.model.events import AddressSeen as AddressSeen
+    from guestnet.model.events import EventsLost as EventsLost
+    from guestnet.model.events import FlowClosed as FlowClosed
+    from guestnet.model.events import FlowDenied as FlowDenied
+    from guestnet.model.events import FlowEvent as FlowEvent
+    from guestnet.model.events import FlowOpened as FlowOpened
+    from guestnet.model.events import GuestDown as GuestDown
+    from guestnet.model.events import GuestUp as GuestUp
+    from guestnet.model.events import LeaseReleased as LeaseReleased
+    from guestnet.model.events import LeaseTaken as LeaseTaken
+    from guestnet.model.events import LogMessage as LogMessage
     from guestnet.model.events import NetworkEvent as NetworkEvent
+    from guestnet.model.events import NetworkFailed as NetworkFailed
+    from guestnet.model.events import PortClosed as PortClosed
+    from guestnet.model.events import PortOpened as PortOpened
+    from guestnet.model.handles import Handles as Handles
     from guestnet.model.ipam import IpAllocator as IpAllocator
     from guestnet.model.ipam import generate_mac as generate_mac
     from guestnet.model.spec import Filtering as Filtering
@@ -133,9 +150,9 @@ if TYPE_CHECKING:
     from guestnet.runtime.attachments import Listener as Listener
     from guestnet.runtime.attachments import MemoryAttachment as MemoryAttachment
     from guestnet.runtime.endpoint import Endpoint as Endpoint
+    from guestnet.runtime.forward import Forward as Forward
     from guestnet.runtime.forwards import ForwardSpec as ForwardSpec
     from guestnet.runtime.network import NatNetwork as NatNetwork
-    from guestnet.runtime.publishing import Forward as Forward
     from guestnet.runtime.service_host import Services as Services
     from guestnet.services.dhcp import DhcpServer as DhcpServer
     from guestnet.services.dns import DnsServer as DnsServer
@@ -165,7 +182,26 @@ _HOME = {
         "TooManyFiles",
         "UnsupportedError",
     ),
-    "guestnet.model.events": ("NetworkEvent",),
+    "guestnet.model.events": (
+        "AddressChanged",
+        "AddressSeen",
+        "EventsLost",
+        "FlowClosed",
+        "FlowDenied",
+        "FlowEvent",
+        "FlowOpened",
+        "GuestDown",
+        "GuestUp",
+        "LeaseReleased",
+        "LeaseTaken",
+        "LogMessage",
+        "NetworkEvent",
+        "NetworkFailed",
+        "PortClosed",
+        "PortOpened",
+    ),
+    "guestnet.model.handles": ("Handles",),
+    "guestnet.control.event_hub": ("EventStream",),
     "guestnet.runtime.forwards": ("ForwardSpec",),
     "guestnet.model.ipam": ("IpAllocator", "generate_mac"),
     "guestnet.nat.engine": (
@@ -179,7 +215,7 @@ _HOME = {
         "Ring",
     ),
     "guestnet.runtime.network": ("NatNetwork",),
-    "guestnet.runtime.publishing": ("Forward",),
+    "guestnet.runtime.forward": ("Forward",),
     "guestnet.datapath.network_datapath": ("NetworkDatapath",),
     "guestnet.runtime.service_host": ("Services",),
     "guestnet.services.dhcp": ("DhcpServer",),

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from ipaddress import IPv4Address
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from guestnet.datapath.poller import ETHERNET, Datapath, MemoryUplink
 from guestnet.errors import GuestnetError
@@ -23,7 +24,8 @@ from guestnet.nat.engine import NatEngineConfig
 from guestnet.runtime.attachments import MemoryAttachment
 
 if TYPE_CHECKING:
-    from guestnet.runtime.network import NatNetwork
+    from guestnet.model.spec import NatConfig
+    from guestnet.runtime.endpoint import Endpoint
 
 _IPV4, _ARP = b"\x08\x00", b"\x08\x06"
 _EXTERNAL = (IPv4Address("100.64.0.2"), IPv4Address("198.18.0.2"))
@@ -52,6 +54,22 @@ class _Arrivals(MemoryUplink):
                 self._came.wait(seconds)
 
 
+class RingNetwork(Protocol):
+    """What the rings need of their network."""
+
+    @property
+    def config(self) -> NatConfig: ...
+
+    @property
+    def is_running(self) -> bool: ...
+
+    def endpoint_at(self, address: IPv4Address, /) -> Endpoint | None: ...
+
+    def attach(
+        self, endpoint_id: str, kind: Literal["memory"], *, on_frame: Callable[[bytes], object]
+    ) -> MemoryAttachment: ...
+
+
 class NetworkDatapath(Datapath):
     """The pool and the rings of a network. One thread polls it; other threads may use the rings and the pool.
 
@@ -66,7 +84,7 @@ class NetworkDatapath(Datapath):
         False
     """
 
-    def __init__(self, network: NatNetwork) -> None:
+    def __init__(self, network: RingNetwork) -> None:
         config = network.config
         self._network = network
         self._arrivals = _Arrivals()
@@ -138,7 +156,7 @@ class NetworkDatapath(Datapath):
 
     def _mac_of(self, ip: bytes) -> bytes | None:
         """The hardware address of a guest: an endpoint's is its own, whatever frames say."""
-        endpoint = self._network._registry.owner(IPv4Address(ip))
+        endpoint = self._network.endpoint_at(IPv4Address(ip))
         return super()._mac_of(ip) if endpoint is None else parse_mac(endpoint.mac)
 
     def _send(self, frame: bytes) -> bool:
@@ -157,13 +175,13 @@ class NetworkDatapath(Datapath):
         at = {_IPV4: ETHERNET + 12, _ARP: ETHERNET + 14}.get(frame[12:ETHERNET])
         if at is None or len(frame) < at + 4:
             return None
-        endpoint = self._network._registry.owner(IPv4Address(frame[at : at + 4]))
+        endpoint = self._network.endpoint_at(IPv4Address(frame[at : at + 4]))
         if endpoint is None:
             return None
-        if endpoint._attached is None:
+        if endpoint.attachment is None:
             self._guests[endpoint.id] = self._network.attach(
                 endpoint.id, "memory", on_frame=self._arrivals.came
             )
-        elif endpoint._attached != "memory":
+        elif endpoint.attachment != "memory":
             return None
         return self._guests.get(endpoint.id)

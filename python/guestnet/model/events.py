@@ -1,29 +1,235 @@
-"""The events of a network."""
+"""The events of a network, one class for each kind.
+
+Each event names its network, has the time, and a sequence number that counts the events of its network.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, fields
+from ipaddress import IPv4Address, IPv6Address
+from typing import Any, ClassVar
+
+Side = tuple[IPv4Address | IPv6Address, int]
+"""An address and a port; for ICMP the port is 0, or the identifier of an echo."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NetworkEvent:
-    """Something that happened in a network. `NatNetwork.on_event` delivers it.
-
-    `kind` is one of `guest_up`, `guest_down`, `lease`, `release`, `address_seen`, `address_changed`,
-    `port_opened` and `port_closed` (a port that a guest opened by PCP), `log`, `failed`, and for those who
-    ask for flows `flow_opened`, `flow_closed` and `denied`. `endpoint` is the id of the guest that the event
-    is about. `details` has values that JSON can carry; docs/reference/events.md lists them.
+    """Something that happened in a network. `NatNetwork.on_event` and `NatNetwork.events` deliver it.
 
     Example:
-        >>> NetworkEvent("guest_up", "vm1", {"ip": "192.168.64.2"}).details["ip"]
-        '192.168.64.2'
+        >>> event = GuestUp(endpoint="vm1", mac="02:00:00:00:00:01", ip=IPv4Address("192.168.64.2"))
+        >>> event.kind, event.details()["ip"]
+        ('guest_up', '192.168.64.2')
     """
 
-    kind: str
+    kind: ClassVar[str] = "event"
+    """The name of the kind, as `guestnet up --json` prints it."""
+    optional: ClassVar[frozenset[str]] = frozenset()
+    """Fields that `details` leaves out when they are None."""
+
+    network: str = ""
+    """The name of the network."""
+    time: float = 0.0
+    """Seconds since the epoch, as of `time.time()`."""
+    sequence: int = 0
+    """Events of a network have ascending numbers, also across its starts. A gap is events of a kind that was
+    not asked for, or events that were lost."""
     endpoint: str | None = None
-    details: Mapping[str, Any] = field(default_factory=dict)
+    """The id of the endpoint that the event is about."""
+
+    def details(self) -> dict[str, Any]:
+        """The fields of this kind.
+
+        Returns:
+            The names of the fields, with values that JSON can carry.
+        """
+        own = (field.name for field in fields(self) if field.name not in _COMMON)
+        values = {name: getattr(self, name) for name in own}
+        return {
+            name: plain(value)
+            for name, value in values.items()
+            if value is not None or name not in self.optional
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, and the kind.
+
+        Returns:
+            The names of the fields, with values that JSON can carry.
+        """
+        return {"kind": self.kind, **{name: getattr(self, name) for name in _COMMON}, **self.details()}
 
 
-EventCallback = Callable[[NetworkEvent], object]
+_COMMON = tuple(field.name for field in fields(NetworkEvent))
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can carry it: addresses as text, tuples as lists."""
+    if isinstance(value, IPv4Address | IPv6Address):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuestUp(NetworkEvent):
+    """A guest is attached, or came to a listener and showed its MAC."""
+
+    kind = "guest_up"
+    optional = frozenset(("attachment", "listener"))
+    mac: str
+    ip: IPv4Address
+    hostname: str | None = None
+    attachment: str | None = None
+    """The kind of its attachment, when it was attached by the program."""
+    listener: str | None = None
+    """The path of the listener that it came to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuestDown(NetworkEvent):
+    """A guest was detached, disconnected, or removed."""
+
+    kind = "guest_down"
+    mac: str
+    ip: IPv4Address
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaseTaken(NetworkEvent):
+    """A guest took an address by DHCP."""
+
+    kind = "lease"
+    mac: str
+    ip: IPv4Address
+    hostname: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaseReleased(NetworkEvent):
+    """A guest gave an address back."""
+
+    kind = "release"
+    mac: str
+    ip: IPv4Address
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddressSeen(NetworkEvent):
+    """A guest uses another address of the subnet too; in the mode "bridged", its first address."""
+
+    kind = "address_seen"
+    ip: IPv4Address
+    mac: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddressChanged(NetworkEvent):
+    """The network changed the address of an endpoint."""
+
+    kind = "address_changed"
+    ip: IPv4Address
+    old: IPv4Address
+
+
+@dataclass(frozen=True, kw_only=True)
+class PortOpened(NetworkEvent):
+    """A guest opened a port of the host by PCP or NAT-PMP."""
+
+    kind = "port_opened"
+    protocol: str
+    port: int
+    """Of the host."""
+    guest: Side
+
+
+@dataclass(frozen=True, kw_only=True)
+class PortClosed(NetworkEvent):
+    """A port that a guest had opened is closed."""
+
+    kind = "port_closed"
+    protocol: str
+    port: int
+    guest: Side
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogMessage(NetworkEvent):
+    """Something that the owner should know went wrong. It is logged too."""
+
+    kind = "log"
+    level: str
+    """As of the module logging, in lower case."""
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkFailed(NetworkEvent):
+    """A packet thread failed: the network has to be started again."""
+
+    kind = "failed"
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventsLost(NetworkEvent):
+    """Events were lost for this receiver, because it had not taken earlier ones."""
+
+    kind = "events_lost"
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowEvent(NetworkEvent):
+    """What happens to flows. Guests cause as many of these as they like, so they are delivered to receivers
+    that ask for them."""
+
+    kind = "flow"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowOpened(FlowEvent):
+    """A connection, a datagram flow or an echo was opened."""
+
+    kind = "flow_opened"
+    flow: str
+    """Its id, as `FlowRecord.id`."""
+    protocol: int
+    """The number of the IP protocol."""
+    guest: Side
+    remote: Side
+    inbound: bool
+    """Whether the outside opened it, through a published port."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowClosed(FlowEvent):
+    """A flow ended."""
+
+    kind = "flow_closed"
+    flow: str
+    bytes_out: int
+    """Payload from the guest."""
+    bytes_in: int
+    """Payload to the guest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowDenied(FlowEvent):
+    """A new flow was refused."""
+
+    kind = "denied"
+    protocol: int
+    guest: Side
+    remote: Side
+    reason: str
+    """As in `NetworkStats.drops`."""
+
+
+EventCallback = Callable[[Any], object]

@@ -259,6 +259,8 @@ class FlowRecord:
         []
     """
 
+    id: str
+    """Its id, unique for the life of the network; `FlowOpened.flow` has the same."""
     endpoint: str | None
     """The id of the guest, None when it has just left."""
     protocol: str

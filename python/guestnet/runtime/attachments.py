@@ -10,10 +10,10 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from threading import Condition
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from guestnet.control.callbacks import CallbackQueue
 from guestnet.control.portal import blocking
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from guestnet.control.callbacks import CallbackPool
     from guestnet.control.channel import Control
-    from guestnet.runtime.network import NatNetwork
 
 _log = logging.getLogger("guestnet")
 
@@ -50,15 +49,17 @@ class Attachment:
         >>> with theirs, NatNetwork() as network:
         ...     vm = network.create_endpoint("vm1")
         ...     network.attach("vm1", "stream", sock=ours)
-        <Attachment stream of 'vm1'>
+        <Attachment attachment-1 stream of 'vm1'>
     """
 
-    def __init__(self, endpoint_id: str, kind: str) -> None:
+    def __init__(self, id: str, endpoint_id: str, kind: str) -> None:
+        self.id = id
+        """Its id, unique for the life of the network."""
         self.endpoint_id = endpoint_id
         self.kind = kind
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.kind} of {self.endpoint_id!r}>"
+        return f"<{type(self).__name__} {self.id} {self.kind} of {self.endpoint_id!r}>"
 
 
 class MemoryAttachment(Attachment):
@@ -78,13 +79,14 @@ class MemoryAttachment(Attachment):
 
     def __init__(
         self,
+        id: str,
         endpoint_id: str,
         control: Control,
         port: int,
         on_frame: Callable[[bytes], object] | None,
         callbacks: CallbackPool,
     ) -> None:
-        super().__init__(endpoint_id, "memory")
+        super().__init__(id, endpoint_id, "memory")
         self._control: Control | None = control
         self._port = port
         self._on_frame = on_frame
@@ -226,6 +228,11 @@ class MemoryAttachment(Attachment):
             _log.exception("on_frame of %r failed", self.endpoint_id)
 
 
+class KeptAttachments(dict[int, Attachment]):
+    """Attachments of a running network, by port. The network has it, and what serves the network knows it
+    weakly: a callback of a memory attachment may hold the network."""
+
+
 class Listener:
     """A socket where guests arrive. `NatNetwork.listen` returns it.
 
@@ -240,8 +247,17 @@ class Listener:
         ('stream', True)
     """
 
-    def __init__(self, owner: Callable[[], NatNetwork | None], number: int, kind: str, path: str) -> None:
-        self._owner = owner
+    def __init__(
+        self,
+        id: str,
+        number: int,
+        kind: str,
+        path: str,
+        close: Callable[[Listener], Coroutine[Any, Any, None]],
+    ) -> None:
+        self._close = close
+        self.id = id
+        """Its id, unique for the life of the network."""
         self.number = number
         self.kind = kind
         self.path = path
@@ -252,9 +268,7 @@ class Listener:
         Guests with a connection of their own stay; others leave. Nothing happens if it is closed already, or
         if its network has ended.
         """
-        network = self._owner()
-        if network is not None and (session := network._running()) is not None:
-            await network._do(session.stop_listening(self))
+        await self._close(self)
 
     close = blocking(aclose)
 
@@ -264,7 +278,7 @@ class Listener:
             os.unlink(self.path)
 
     def __repr__(self) -> str:
-        return f"<Listener {self.kind} {self.path}>"
+        return f"<Listener {self.id} {self.kind} {self.path}>"
 
 
 def listening_socket(kind: str, path: str | os.PathLike[str]) -> socket.socket:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from guestnet.control.portal import blocking
 from guestnet.errors import ConfigError, EndpointNotFound, NotRunning
@@ -14,8 +14,31 @@ from guestnet.runtime.forwards import ForwardSpec
 
 if TYPE_CHECKING:
     from guestnet.model.stats import NetworkStats
-    from guestnet.runtime.network import NatNetwork
-    from guestnet.runtime.publishing import Forward
+    from guestnet.runtime.forward import Forward
+
+
+@dataclass(slots=True)
+class EndpointRecord:
+    """What a network knows of an endpoint. The registry alone has it and changes it."""
+
+    id: str
+    mac: str
+    ip: IPv4Address
+    mode: NetMode = NetMode.NAT
+    hostname: str | None = None
+    listener: str | None = None
+    told: bool = False
+    """The guest told the hostname itself."""
+    attached: str | None = None
+    seen: dict[IPv4Address, None] = field(default_factory=dict)
+
+
+class EndpointNetwork(Protocol):
+    """What an endpoint needs of its network."""
+
+    async def apublish(self, spec: str | ForwardSpec) -> Forward: ...
+
+    async def aendpoint_stats(self) -> dict[str, NetworkStats]: ...
 
 
 class Endpoint:
@@ -31,41 +54,23 @@ class Endpoint:
         ('vm1', '192.168.64.2', 'web', None)
     """
 
-    __slots__ = (
-        *("_attached", "_hostname", "_id", "_ip", "_listener", "_mac", "_mode", "_network", "_seen", "_told"),
-    )
+    __slots__ = ("_network", "_record")
 
     def __init__(
-        self,
-        id: str,
-        mac: str,
-        ip: IPv4Address,
-        mode: NetMode = NetMode.NAT,
-        hostname: str | None = None,
-        listener: str | None = None,
-        network: Callable[[], NatNetwork | None] = lambda: None,
+        self, record: EndpointRecord, network: Callable[[], EndpointNetwork | None] = lambda: None
     ) -> None:
+        self._record = record
         self._network = network
-        self._id = id
-        self._mac = mac
-        self._ip = ip
-        self._mode = mode
-        self._hostname = hostname
-        self._listener = listener
-        self._told = False
-        """The guest told the hostname itself."""
-        self._attached: str | None = None
-        self._seen: dict[IPv4Address, None] = {}
 
     @property
     def id(self) -> str:
         """The name that identifies it, also in DNS."""
-        return self._id
+        return self._record.id
 
     @property
     def mac(self) -> str:
         """Its MAC address. A generated one is provisional until the guest has shown its own."""
-        return self._mac
+        return self._record.mac
 
     @property
     def ip(self) -> IPv4Address:
@@ -73,17 +78,17 @@ class Endpoint:
 
         In the mode "bridged", it is the first address that the guest was seen to use, and 0.0.0.0 until then.
         """
-        return self._ip
+        return self._record.ip
 
     @property
     def mode(self) -> NetMode:
         """What it can reach."""
-        return self._mode
+        return self._record.mode
 
     @property
     def hostname(self) -> str | None:
         """Another name that it has in DNS: given by the owner, or by the guest itself."""
-        return self._hostname
+        return self._record.hostname
 
     @property
     def attachment(self) -> str | None:
@@ -91,17 +96,18 @@ class Endpoint:
 
         The kinds are "tap", "stream", "dgram", "unixgram", "vhost-user" and "memory".
         """
-        return self._attached
+        return self._record.attached
 
     @property
     def listener(self) -> str | None:
         """The path of the listener that it came to, None for an endpoint that was created."""
-        return self._listener
+        return self._record.listener
 
     @property
     def addresses(self) -> tuple[IPv4Address, ...]:
         """All addresses: the one that DHCP gives, then others that the guest was seen to use."""
-        return (self._ip, *(address for address in self._seen if address != self._ip))
+        record = self._record
+        return (record.ip, *(address for address in record.seen if address != record.ip))
 
     async def apublish(self, spec: str | ForwardSpec) -> Forward:
         """Publishes ports of this guest on the host. See `NatNetwork.publish`.
@@ -131,28 +137,28 @@ class Endpoint:
             NotRunning: The network does not run.
             EndpointNotFound: The endpoint was removed.
         """
-        found = (await self._live().aendpoint_stats()).get(self._id)
+        found = (await self._live().aendpoint_stats()).get(self._record.id)
         if found is None:
-            raise EndpointNotFound(f"Endpoint {self._id!r} is no longer on its network.")
+            raise EndpointNotFound(f"Endpoint {self._record.id!r} is no longer on its network.")
         return found
 
     stats = blocking(astats)
 
-    def _live(self) -> NatNetwork:
+    def _live(self) -> EndpointNetwork:
         network = self._network()
         if network is None:
-            raise NotRunning(f"The network of endpoint {self._id!r} is gone: keep a reference to it.")
+            raise NotRunning(f"The network of endpoint {self._record.id!r} is gone: keep a reference to it.")
         return network
 
     def _own(self, spec: str | ForwardSpec) -> ForwardSpec:
         wanted = ForwardSpec.of(spec)
-        if wanted.guest not in (None, self._id, self._hostname, str(self._ip)):
+        if wanted.guest not in (None, self._record.id, self._record.hostname, str(self._record.ip)):
             raise ConfigError(
-                f"{wanted} names {wanted.guest!r}, and this is {self._id!r}: leave the name out, or use "
-                "NatNetwork.publish."
+                f"{wanted} names {wanted.guest!r}, and this is {self._record.id!r}: leave the name out, or "
+                "use NatNetwork.publish."
             )
-        return replace(wanted, guest=self._id)
+        return replace(wanted, guest=self._record.id)
 
     def __repr__(self) -> str:
-        how = f" by {self._attached}" if self._attached else ""
-        return f"<Endpoint {self._id!r} {self._mac} {self._ip} {self._mode}{how}>"
+        how = f" by {self._record.attached}" if self._record.attached else ""
+        return f"<Endpoint {self._record.id!r} {self._record.mac} {self._record.ip} {self._record.mode}{how}>"

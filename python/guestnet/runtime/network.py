@@ -8,6 +8,7 @@ same for asyncio.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 import threading
@@ -18,22 +19,25 @@ from ipaddress import IPv4Address
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
-from guestnet.control.callbacks import CallbackQueue
+from guestnet.control.event_hub import Emitter, EventHub, EventStream
 from guestnet.control.portal import blocking, in_thread, is_blocking, outcome
 from guestnet.control.runtime import Runtime, implicit_runtime
 from guestnet.errors import (
     AlreadyRunning,
     ConfigError,
     EndpointNotFound,
+    ForwardNotFound,
     GuestnetError,
     NotRunning,
 )
-from guestnet.model.events import EventCallback, NetworkEvent
+from guestnet.model.events import NetworkEvent
+from guestnet.model.handles import Handles, Ids
 from guestnet.model.spec import NatConfig, whole_number
 from guestnet.model.spec import path as checked_path
 from guestnet.model.stats import ConnTrackStats, FlowRecord, NatStats, NetworkStats
 from guestnet.runtime.attachments import (
     Attachment,
+    KeptAttachments,
     Listener,
     MemoryAttachment,
     listening_socket,
@@ -41,11 +45,11 @@ from guestnet.runtime.attachments import (
     taken_descriptor,
 )
 from guestnet.runtime.endpoint import Endpoint
+from guestnet.runtime.forward import Forward
 from guestnet.runtime.forwards import ForwardSpec, close_sockets, open_sockets
-from guestnet.runtime.publishing import Forward
 from guestnet.runtime.registry import Registry
 from guestnet.runtime.service_host import Services
-from guestnet.runtime.session import Session
+from guestnet.runtime.session import Doors, Session, SessionParts
 from guestnet.runtime.session_end import began, claim, end, end_unheld
 
 if TYPE_CHECKING:
@@ -53,6 +57,10 @@ if TYPE_CHECKING:
     from guestnet.nat.engine import NatResult, PacketPool, Ring
 
 _T = TypeVar("_T")
+_E = TypeVar("_E", bound=NetworkEvent)
+
+_numbers = itertools.count(1)
+"""Of networks without a name."""
 
 
 class NatNetwork:
@@ -67,6 +75,7 @@ class NatNetwork:
 
     Args:
         config: The configuration.
+        name: What its events call it; by default network-1, network-2 and so on.
         runtime: The threads to use; by default those that all networks of the process share.
         **settings: Settings of a `NatConfig`, instead of `config`.
 
@@ -86,7 +95,12 @@ class NatNetwork:
     """
 
     def __init__(
-        self, config: NatConfig | None = None, *, runtime: Runtime | None = None, **settings: Any
+        self,
+        config: NatConfig | None = None,
+        *,
+        name: str | None = None,
+        runtime: Runtime | None = None,
+        **settings: Any,
     ) -> None:
         if config is None:
             config = NatConfig(**settings)
@@ -98,16 +112,23 @@ class NatNetwork:
             )
         if runtime is not None and not isinstance(runtime, Runtime):
             raise TypeError(f"{runtime!r} is not a Runtime: make one with Runtime(), or leave it out.")
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name {name!r} is not text: give one such as 'lab'.")
+        self._name = name or f"network-{next(_numbers)}"
         self._config = config
         self._runtime = runtime or implicit_runtime()
         self._registry = Registry(self._config)
         self._registry.network = weakref.ref(self)
-        self._memory: dict[int, MemoryAttachment] = {}
+        self._kept = KeptAttachments()
         self._finalizer: weakref.finalize[[Session], NatNetwork] | None = None
         self._services = Services(self._config, self._registry)
         self._session: Session | None = None
         self._changing = threading.Lock()
-        self._callbacks: list[tuple[EventCallback, bool]] = []
+        self._ids = Ids()
+        self._runs = 0
+        this = weakref.ref(self)  # nothing that the network holds, or gives away, is to hold it
+        self._events = EventHub(self._name, partial(_tell_flows, this))
+        self._doors = Doors(partial(_close_forward, this), partial(_close_listener, this))
         self._last_stats = NetworkStats()
         self._datapath: NetworkDatapath | None = None
         self._process = os.getpid()
@@ -127,6 +148,11 @@ class NatNetwork:
     def config(self) -> NatConfig:
         """The configuration."""
         return self._config
+
+    @property
+    def name(self) -> str:
+        """The name, unique in this process unless the program gave the same one twice."""
+        return self._name
 
     @property
     def runtime(self) -> Runtime:
@@ -185,7 +211,21 @@ class NatNetwork:
         with self._changing:
             if self._session is not None:
                 raise AlreadyRunning("The network runs already: stop it before you start it again.")
-            session = Session(weakref.ref(self), self._config, self._registry, self._services, self._runtime)
+            self._runs += 1
+            session = Session(
+                SessionParts(
+                    self._config,
+                    self._registry,
+                    self._services,
+                    self._runtime,
+                    Emitter(self._events),
+                    self._ids,
+                    self._runs,
+                    self._doors,
+                    self._kept,
+                )
+            )
+            self._events.open(self._runtime.callbacks)
             session.control.start()
             try:
                 session.control.wait(session.open())
@@ -213,7 +253,7 @@ class NatNetwork:
                 self._finalizer.detach()
             if claim(session):
                 self._end(session)
-        session.callbacks.wait()
+        self._events.close()
 
     def _leave_parent(self) -> None:
         """In a process that was forked from the one with the network: what runs there does not run here."""
@@ -253,6 +293,17 @@ class NatNetwork:
     def endpoints(self) -> list[Endpoint]:
         """All endpoints, oldest first."""
         return self._registry.all()
+
+    def endpoint_at(self, address: IPv4Address | str) -> Endpoint | None:
+        """Finds the endpoint with an address.
+
+        Args:
+            address: The address that the network gave it.
+
+        Returns:
+            The endpoint, None when there is none.
+        """
+        return self._registry.owner(IPv4Address(address))
 
     @property
     def endpoint_count(self) -> int:
@@ -456,10 +507,23 @@ class NatNetwork:
     # --- published ports ---
 
     @property
-    def forwards(self) -> list[Forward]:
-        """All published ports."""
+    def forwards(self) -> Handles[Forward]:
+        """All published ports, oldest first, with those that guests opened. `forwards[id]` finds one."""
         session = self._session
-        return [] if session is None else session.publishing.all()
+        found = [] if session is None else session.publishing.all()
+        return Handles(found, "published port", ForwardNotFound)
+
+    @property
+    def listeners(self) -> Handles[Listener]:
+        """All sockets where guests arrive. `listeners[id]` finds one."""
+        session = self._session
+        return Handles([] if session is None else session.listeners(), "listener")
+
+    @property
+    def attachments(self) -> Handles[Attachment]:
+        """All attachments that the program made. `attachments[id]` finds one."""
+        session = self._session
+        return Handles([] if session is None else session.attachments(), "attachment")
 
     async def apublish(self, spec: str | ForwardSpec) -> Forward:
         """Publishes ports of a guest on the host.
@@ -483,7 +547,7 @@ class NatNetwork:
         """
         wanted = ForwardSpec.of(spec)
         session = self._live()
-        sockets = open_sockets(wanted) if session.needs_sockets(wanted) else []
+        sockets = open_sockets(wanted) if session.publishing.needs_sockets(wanted) else []
         try:
             return await self._do(session.publish(wanted, sockets))
         finally:
@@ -491,17 +555,22 @@ class NatNetwork:
 
     publish = blocking(apublish)
 
-    async def aunpublish(self, forward: Forward) -> None:
+    async def aunpublish(self, forward: Forward | str) -> None:
         """Closes published ports. Connections stay open.
 
         Args:
-            forward: What `publish` returned.
+            forward: What `publish` returned, or its id.
 
         Raises:
             ForwardNotFound: It is not published.
-            TypeError: It is not a `Forward`.
+            TypeError: It is not a `Forward`, nor an id.
         """
-        await self._do(self._live().unpublish(_checked_forward(forward)))
+        session = self._live()
+        if isinstance(forward, str):
+            forward = self.forwards[forward]
+        elif not isinstance(forward, Forward):
+            raise TypeError(f"{forward!r} is not a Forward: give one that `publish` returned, or its id.")
+        await self._do(session.unpublish(forward))
 
     unpublish = blocking(aunpublish)
 
@@ -696,7 +765,7 @@ class NatNetwork:
             ConfigError: The file cannot be written, or has other content.
             NotRunning: The network does not run.
         """
-        await self._do(self._live().start_capture(_capture_target(file)))
+        await self._do(self._live().capture.start(_capture_target(file)))
 
     start_capture = blocking(astart_capture)
 
@@ -706,72 +775,94 @@ class NatNetwork:
         Raises:
             NotRunning: The network does not run.
         """
-        await self._do(self._live().stop_capture())
+        await self._do(self._live().capture.stop())
 
     stop_capture = blocking(astop_capture)
 
-    def on_event(self, callback: EventCallback, *, flows: bool = False) -> Callable[[], None]:
+    @overload
+    def on_event(self, callback: Callable[[NetworkEvent], object]) -> Callable[[], None]: ...
+    @overload
+    def on_event(
+        self, callback: Callable[[_E], object], first: type[_E], /, *more: type[_E]
+    ) -> Callable[[], None]: ...
+
+    def on_event(self, callback: Callable[[Any], object], *types: type[NetworkEvent]) -> Callable[[], None]:
         """Calls a function for every event, one at a time and in order, in a thread for callbacks.
 
-        The function may use the network. While it has not returned, up to 4096 later events wait; further
-        ones are lost and counted (`events_lost`).
+        The function may use the network. While it has not returned, up to 4096 later events wait, of which
+        each guest has a share; further ones are lost and counted (`events_lost`, and an `EventsLost`).
 
         Args:
-            callback: Takes a `NetworkEvent`.
-            flows: Deliver an event for each flow too.
+            callback: Takes an event.
+            *types: The classes of events to deliver. By default all but `FlowEvent`, of which guests cause
+                as many as they like.
 
         Returns:
             A function that ends the delivery.
 
         Raises:
-            TypeError: The callback cannot be called.
+            TypeError: The callback cannot be called, or a type is no class of events.
 
         Example:
-            >>> network, kinds = NatNetwork(), []
-            >>> stop_listening = network.on_event(lambda event: kinds.append(event.kind))
+            >>> from guestnet import GuestUp
+            >>> network, came = NatNetwork(), []
+            >>> stop_listening = network.on_event(lambda event: came.append(event.endpoint), GuestUp)
             >>> with network:
             ...     vm = network.create_endpoint("vm1")
             ...     guest = network.attach("vm1", "memory")
-            >>> kinds[0]
-            'guest_up'
+            >>> came
+            ['vm1']
         """
         if not callable(callback):
             raise TypeError(f"{callback!r} cannot be called: give a function that takes a NetworkEvent.")
-        entry = (callback, flows)
-        self._callbacks = [*self._callbacks, entry]
-        self._flows_wanted()
+        return self._events.add_callback(callback, types)
 
-        def end() -> None:
-            self._callbacks = [one for one in self._callbacks if one is not entry]
-            self._flows_wanted()
+    @overload
+    def events(self, *, most: int = 4096) -> EventStream[NetworkEvent]: ...
+    @overload
+    def events(self, first: type[_E], /, *more: type[_E], most: int = 4096) -> EventStream[_E]: ...
 
-        return end
+    def events(self, *types: type[NetworkEvent], most: int = 4096) -> EventStream[Any]:
+        """The events from now on, for `async for`. Ends when the network stops.
+
+        Args:
+            *types: The classes of events, as of `on_event`.
+            most: How many events wait for a task that has not taken them; each guest has a share. Further
+                ones are lost and counted (`EventStream.lost`, and an `EventsLost`).
+
+        Returns:
+            The iterator. `close` ends it, and so does the end of its `with` block.
+
+        Example:
+            >>> import asyncio
+            >>> from guestnet import GuestUp
+            >>> async def first_guest():
+            ...     async with NatNetwork() as network:
+            ...         with network.events(GuestUp) as events:
+            ...             await network.acreate_endpoint("vm1")
+            ...             await network.aattach("vm1", "memory")
+            ...             async for event in events:
+            ...                 return event.endpoint
+            >>> asyncio.run(first_guest())
+            'vm1'
+        """
+        return self._events.add_stream(types, whole_number("most", most, 1, 1_000_000))
 
     @property
     def events_lost(self) -> int:
-        """How many events of this run callbacks missed, because they had not returned from earlier ones."""
-        session = self._running()
-        return 0 if session is None else session.callbacks.lost
+        """How many events receivers missed, because they had not taken earlier ones."""
+        return self._events.lost
 
     # --- inside ---
 
-    @property
-    def _tells_flows(self) -> bool:
-        return any(flows for _, flows in self._callbacks)
-
-    def _flows_wanted(self) -> None:
-        session = self._session
+    def _ask_for_flows(self, on: bool) -> None:
+        """Says to the packet threads whether events of flows are wanted."""
+        session = self._running()
         if session is not None:
-            control, tells = session.control, self._tells_flows
-            if not control.post(control.plane.tell_flows, tells):
+            control = session.control
+            if not control.post(control.plane.tell_flows, on):
                 with contextlib.suppress(RuntimeError):  # it has ended meanwhile
-                    control.loop.call_soon_threadsafe(control.ensure, control.plane.tell_flows, tells)
-
-    def _tell(self, event: NetworkEvent, calls: CallbackQueue) -> None:
-        of_flow = event.kind in ("flow_opened", "flow_closed", "denied")
-        for callback, flows in self._callbacks:
-            if flows or not of_flow:
-                calls.put(partial(callback, event))
+                    control.loop.call_soon_threadsafe(control.ensure, control.plane.tell_flows, on)
 
     @property
     def _is_fork(self) -> bool:
@@ -825,10 +916,20 @@ def _capture_target(value: object) -> str | int:
     return checked_path("The capture file", value)
 
 
-def _checked_forward(value: object) -> Forward:
-    if not isinstance(value, Forward):
-        raise TypeError(f"{value!r} is not a Forward: give one that `publish` returned.")
-    return value
+def _tell_flows(this: weakref.ref[NatNetwork], on: bool) -> None:
+    if (network := this()) is not None:
+        network._ask_for_flows(on)
+
+
+async def _close_forward(this: weakref.ref[NatNetwork], forward: Forward) -> None:
+    if (network := this()) is not None and network._running() is not None:
+        with contextlib.suppress(ForwardNotFound):
+            await network.aunpublish(forward)
+
+
+async def _close_listener(this: weakref.ref[NatNetwork], listener: Listener) -> None:
+    if (network := this()) is not None and (session := network._running()) is not None:
+        await network._do(session.stop_listening(listener))
 
 
 def _finish(work: Coroutine[Any, Any, _T]) -> _T:

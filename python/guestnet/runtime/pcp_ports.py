@@ -10,8 +10,10 @@ from guestnet.errors import GuestnetError, PortInUse
 from guestnet.runtime.forwards import ForwardSpec, close_sockets, open_sockets
 
 if TYPE_CHECKING:
-    from guestnet.runtime.publishing import Forward
-    from guestnet.runtime.session import Session
+    from guestnet.model.spec import NatConfig
+    from guestnet.runtime.forward import Forward
+    from guestnet.runtime.publishing import Publishing
+    from guestnet.runtime.registry import Registry
 
 _EVERYWHERE = IPv4Address("0.0.0.0")
 _OUTSIDE = ("192.0.2.1", "198.51.100.1", "203.0.113.1")
@@ -19,20 +21,20 @@ _OUTSIDE = ("192.0.2.1", "198.51.100.1", "203.0.113.1")
 
 
 class GuestPorts:
-    """The ports of one session."""
+    """The ports of one running network."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, config: NatConfig, registry: Registry, publishing: Publishing) -> None:
+        self._config, self._registry, self._publishing = config, registry, publishing
 
     def check(self) -> None:
         """Tries the first port, so that a range that this process may not open is refused at once.
 
         Raises GuestnetError. A port that is in use is no fault: guests get another one.
         """
-        config = self._session.config
+        config = self._config
         assert config.pcp_ports is not None
         spec = self._spec("tcp", config.pcp_ports[0], config.subnet[2], 1)
-        if not self._session.needs_sockets(spec):
+        if not self._publishing.needs_sockets(spec):
             return
         try:
             close_sockets(open_sockets(spec))
@@ -43,23 +45,23 @@ class GuestPorts:
 
     def external(self) -> IPv4Address | None:
         """The address that the outside reaches the ports by; None while the host has no way out."""
-        config, uplink = self._session.config, self._session.uplink
-        if config.pcp_address is not None:
-            return config.pcp_address
-        return uplink.external[0] if uplink is not None else address_outside()
+        if self._config.pcp_address is not None:
+            return self._config.pcp_address
+        external = self._publishing.external
+        return external[0] if external else address_outside()
 
     def holds(self, endpoint_id: str, address: IPv4Address) -> bool:
         """Whether the endpoint's guest was given the address."""
-        return self._session.registry.holds(endpoint_id, address)
+        return self._registry.holds(endpoint_id, address)
 
     async def open(
         self, endpoint_id: str, protocol: str, guest: tuple[IPv4Address, int], port: int
     ) -> Forward:
         """Leads a port to a guest's. Raises PortInUse, or another GuestnetError where no other would do."""
-        session, publishing = self._session, self._session.publishing
+        publishing = self._publishing
         spec = self._spec(protocol, port, *guest)
-        if not session.needs_sockets(spec):
-            forward = await publishing.add_external(spec, session.outside(spec))
+        if not publishing.needs_sockets(spec):
+            forward = await publishing.add_external(spec)
         else:
             sockets = open_sockets(spec)
             try:
@@ -70,19 +72,19 @@ class GuestPorts:
         return forward
 
     def _spec(self, protocol: str, port: int, address: IPv4Address, guest_port: int) -> ForwardSpec:
-        host_ip = self._session.config.pcp_address
-        if host_ip is None and self._session.uplink is None:
+        host_ip = self._config.pcp_address
+        if host_ip is None and self._publishing.external is None:
             host_ip = _EVERYWHERE  # of IPv4: that is what the guest asked for
         ports = range(port, port + 1), range(guest_port, guest_port + 1)
         return ForwardSpec(*ports, protocol, host_ip, str(address))
 
     async def close(self, handle: Forward) -> None:
         """Takes it back; nobody gets in by it any more when this is done."""
-        await self._session.publishing.remove(handle)
+        await self._publishing.remove(handle)
 
     def drop(self, handle: Forward) -> None:
         """Takes it back, soon."""
-        self._session.publishing.drop(handle)
+        self._publishing.drop(handle)
 
 
 def address_outside() -> IPv4Address | None:

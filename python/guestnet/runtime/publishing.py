@@ -8,26 +8,25 @@ does not run.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import random
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from functools import partial
-from ipaddress import IPv4Address, IPv6Address, ip_address
-from typing import TYPE_CHECKING
+from ipaddress import IPv4Address, ip_address
+from typing import TYPE_CHECKING, Any
 
-from guestnet.control.portal import blocking
-from guestnet.errors import ConfigError, ForwardNotFound, PortInUse
-from guestnet.runtime.forwards import ForwardSpec, close_sockets, show
+from guestnet.errors import ConfigError, PortInUse
+from guestnet.runtime.forward import Forward
+from guestnet.runtime.forwards import ForwardSpec, close_sockets
 
 if TYPE_CHECKING:
     from guestnet.control.channel import Control
     from guestnet.errors import GuestnetError
+    from guestnet.model.handles import Ids
     from guestnet.model.spec import NatConfig
     from guestnet.runtime.endpoint import Endpoint
-    from guestnet.runtime.network import NatNetwork
     from guestnet.runtime.registry import Registry
 
 _log = logging.getLogger("guestnet")
@@ -37,85 +36,35 @@ _CHOSEN = range(20000, 49152)
 """Below the ports that the engine gives to connections."""
 _TRIES = 64
 
-
-class Forward:
-    """A published port, or a range of them. `NatNetwork.publish` returns it.
-
-    Example:
-        >>> from guestnet import NatNetwork
-        >>> with NatNetwork() as network:
-        ...     vm = network.create_endpoint("vm1")
-        ...     forward = network.publish("127.0.0.1:0:vm1:80")
-        ...     str(forward.target), forward.protocol, forward.host_port > 0
-        ('192.168.64.2', 'tcp', True)
-    """
-
-    def __init__(
-        self,
-        spec: ForwardSpec,
-        host_ports: tuple[int, ...],
-        numbers: tuple[int, ...],
-        owner: Callable[[], NatNetwork | None],
-    ) -> None:
-        self._owner = owner
-        self.spec = spec
-        self.host_ports = host_ports
-        """The ports of the host; where the kernel was to choose one, the one it chose."""
-        self.addresses: tuple[IPv4Address | IPv6Address, ...] = ()
-        """The addresses of the host that they are open on; 0.0.0.0 and :: stand for all of a family."""
-        self.numbers = numbers
-        self.endpoint_id: str | None = None
-        """The guest that a forward without a name found."""
-        self.target: IPv4Address | None = None
-        """Where it leads now, None while its guest is not there."""
-        self.asked_by: str | None = None
-        """The id of the guest that opened it itself (PCP); None of what the network's owner published."""
-
-    @property
-    def host_port(self) -> int:
-        """The first port of the host."""
-        return self.host_ports[0]
-
-    @property
-    def protocol(self) -> str:
-        """The protocol, 'tcp' or 'udp'."""
-        return self.spec.protocol
-
-    async def aclose(self) -> None:
-        """Closes the ports, as `NatNetwork.unpublish` does. Connections stay open.
-
-        Nothing happens if they are closed already, or if the network has ended.
-        """
-        network = self._owner()
-        if network is not None and network._running() is not None:
-            with contextlib.suppress(ForwardNotFound):
-                await network.aunpublish(self)
-
-    close = blocking(aclose)
-
-    def __str__(self) -> str:
-        by = "" if self.asked_by is None else f" (opened by {self.asked_by})"
-        return show(self.spec, self.host_ports, self.addresses, self.endpoint_id) + by
-
-    def __repr__(self) -> str:
-        return f"<Forward {self}>"
+CloseForward = Callable[[Forward], Coroutine[Any, Any, None]]
+"""Takes a forward back, when its program closes it."""
 
 
 class Publishing:
     """All forwards of a session."""
 
-    def __init__(
-        self, control: Control, registry: Registry, owner: Callable[[], NatNetwork | None] = lambda: None
-    ) -> None:
-        self._owner = owner
+    def __init__(self, control: Control, registry: Registry, ids: Ids, close: CloseForward) -> None:
+        self._close = close
+        self._ids = ids
         self._control = control
         self._registry = registry
+        self.external: tuple[IPv4Address, ...] | None = None
+        """The external addresses of the uplink 'tun', on which ports are published without sockets."""
         self._forwards: dict[int, Forward] = {}
         self._next = 1
 
     def all(self) -> list[Forward]:
         """All forwards, oldest first."""
         return list(self._forwards.values())
+
+    def needs_sockets(self, spec: ForwardSpec) -> bool:
+        """False for ports of the external addresses: those have no sockets."""
+        return self.external is None or (spec.host_ip is not None and spec.host_ip not in self.external)
+
+    def _outside(self, spec: ForwardSpec) -> IPv4Address:
+        """The external address that a forward without sockets is of."""
+        assert self.external is not None
+        return spec.host_ip if isinstance(spec.host_ip, IPv4Address) else self.external[0]
 
     def check(self, spec: ForwardSpec, config: NatConfig) -> None:
         """Refuses what could lead to several guests, or to none ever."""
@@ -140,7 +89,7 @@ class Publishing:
         numbers = tuple(range(self._next, self._next + len(sockets)))
         self._next += len(sockets)
         ports = tuple(int(group[0].getsockname()[1]) for group in sockets)
-        forward = Forward(spec, ports, numbers, self._owner)
+        forward = Forward(self._ids.next("forward"), spec, ports, numbers, self._close)
         forward.addresses = tuple(ip_address(one.getsockname()[0]) for one in sockets[0])
         forward.target = self._target(forward)
         plane = self._control.plane
@@ -159,14 +108,15 @@ class Publishing:
         self.refresh()  # the guest may have come or gone meanwhile
         return forward
 
-    async def add_external(self, spec: ForwardSpec, address: IPv4Address) -> Forward:
+    async def add_external(self, spec: ForwardSpec) -> Forward:
         """Publishes ports of an external address of the uplink: all of the range, or none. Where the host's
         port is 0 a free one is chosen."""
+        address = self._outside(spec)
         count = len(spec.host_ports)
         numbers = tuple(range(self._next, self._next + count))
         self._next += count
         spec = replace(spec, host_ip=address)
-        forward = Forward(spec, tuple(spec.host_ports), numbers, self._owner)
+        forward = Forward(self._ids.next("forward"), spec, tuple(spec.host_ports), numbers, self._close)
         forward.target = self._target(forward)
         plane, chosen = self._control.plane, []
         try:

@@ -13,7 +13,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from ipaddress import IPv4Address
 from threading import RLock
-from typing import TYPE_CHECKING
 
 from guestnet.errors import (
     AddressInUse,
@@ -25,10 +24,7 @@ from guestnet.errors import (
 from guestnet.model.ipam import IpAllocator, format_mac, generate_mac, parse_mac
 from guestnet.model.shares import fair_share
 from guestnet.model.spec import NatConfig, NetMode, StaticLease, domain
-from guestnet.runtime.endpoint import Endpoint
-
-if TYPE_CHECKING:
-    from guestnet.runtime.network import NatNetwork
+from guestnet.runtime.endpoint import Endpoint, EndpointNetwork, EndpointRecord
 
 NOWHERE = IPv4Address(0)
 """The address of an endpoint that has shown none, where addresses are not given here."""
@@ -36,6 +32,8 @@ _REMEMBERED = 1024
 """Guests that left whose name and address are kept for when they come again."""
 _EXTRA_MACS = 15
 """Addresses that one endpoint can have besides its own, for what is bridged behind it."""
+_SEEN_MOST = 16
+"""Addresses that are kept of those that a guest was seen to use."""
 _DECLINED_SECONDS = 600.0
 """How long an address is not given again after a guest found that somebody else uses it."""
 _DECLINED_PART = 4
@@ -95,6 +93,7 @@ class Registry:
         self._outside: set[IPv4Address] = set()
         """Taken addresses of the subnet that are not of the pool."""
         self._endpoints: dict[str, Endpoint] = {}
+        self._records: dict[str, EndpointRecord] = {}
         self._by_ip: dict[IPv4Address, Endpoint] = {}
         self._proposed: set[str] = set()
         """Endpoints whose MAC was generated, and whose guest has not shown another yet."""
@@ -109,7 +108,7 @@ class Registry:
         self.renamed: Callable[[], object] = lambda: None
         self.owned: Callable[[str], bool] = lambda _name: False
         """Whether a name is one of the records of the network's owner."""
-        self.network: Callable[[], NatNetwork | None] = lambda: None
+        self.network: Callable[[], EndpointNetwork | None] = lambda: None
         """The network, for what endpoints do by themselves; endpoints do not keep it running."""
         for address in (config.gateway, config.loopback_address, *(x.ip for x in config.static_leases)):
             if address is not None:
@@ -151,7 +150,9 @@ class Registry:
                 raise ConfigError(
                     f"ip {ip} of endpoint {name!r}: in the mode 'bridged' the segment gives it, leave it out."
                 )
-            endpoint = Endpoint(name, own, address, self._config.mode, alias, listener, self.network)
+            record = EndpointRecord(name, own, address, self._config.mode, alias, listener)
+            endpoint = Endpoint(record, self.network)
+            self._records[name] = record
             self._endpoints[name] = endpoint
             if not self._bridged:
                 self._by_ip[address] = endpoint
@@ -162,9 +163,9 @@ class Registry:
 
     def _take_back(self, name: str | None) -> None:
         """Takes a name from a guest that gave it itself."""
-        for one in self._endpoints.values():
-            if name is not None and one._told and one.hostname == name.lower():
-                one._hostname, one._told = None, False
+        for one in self._records.values():
+            if name is not None and one.told and one.hostname == name.lower():
+                one.hostname, one.told = None, False
 
     def arrive(self, mac: bytes, listener: str, seen: IPv4Address | None = None) -> Endpoint:
         """An endpoint for a guest that came to a listener: named by its lease, else as before, else vmN.
@@ -227,6 +228,7 @@ class Registry:
                 raise EndpointNotFound(
                     f"There is no endpoint {id!r}: `endpoints` lists those that are there."
                 )
+            del self._records[id]
             self._proposed.discard(id)
             if not self._bridged:
                 del self._by_ip[endpoint.ip]
@@ -264,11 +266,11 @@ class Registry:
             return endpoint
         lower = name.lower()
         with self._lock:
-            for one in self._endpoints.values():
+            for one in self._records.values():
                 if one.id.lower() == lower or (
-                    (told or not one._told) and (one.hostname or "").lower() == lower
+                    (told or not one.told) and (one.hostname or "").lower() == lower
                 ):
-                    return one
+                    return self._endpoints[one.id]
         return None
 
     def address_named(self, name: str, *, told: bool = True) -> IPv4Address | None:
@@ -293,7 +295,8 @@ class Registry:
             # The names of guests that are yet to come are not for others.
             left = any(name.lower() == alias for name, _ in self._left.values())
             if self.address_named(alias) is None and not _NUMBERED.fullmatch(alias) and not left:
-                endpoint._hostname, endpoint._told = alias, True
+                record = self._records[endpoint.id]
+                record.hostname, record.told = alias, True
                 self.renamed()
 
     def name_of(self, address: IPv4Address) -> str | None:
@@ -314,6 +317,28 @@ class Registry:
             return endpoint.ip == address or any(
                 own == address for (owner, _), own in self._extra.items() if owner == endpoint_id
             )
+
+    def set_attachment(self, endpoint_id: str, kind: str | None) -> None:
+        """How the frames of an endpoint enter now; None when they do not. Nothing happens when it is gone."""
+        if (record := self._records.get(endpoint_id)) is not None:
+            record.attached = kind
+
+    def note_address(self, endpoint_id: str, address: IPv4Address) -> bool:
+        """The guest was seen to use an address. False when that was known.
+
+        Where addresses are not given here, the first one becomes the endpoint's own.
+        """
+        with self._lock:
+            record = self._records.get(endpoint_id)
+            if record is None or address in (record.ip, NOWHERE) or address in record.seen:
+                return False
+            if self._bridged and record.ip == NOWHERE:
+                record.ip = address
+                return True
+            while len(record.seen) >= _SEEN_MOST:
+                record.seen.pop(next(iter(record.seen)))
+            record.seen[address] = None
+            return True
 
     def lease_of(self, mac: str) -> StaticLease | None:
         """The static lease of a MAC."""
@@ -345,7 +370,7 @@ class Registry:
         """The guest has a MAC of its own instead of the one that was proposed."""
         if any(other.mac == mac for other in self._endpoints.values()):
             return
-        endpoint._mac = mac
+        self._records[endpoint.id].mac = mac
         lease = self._leases.get(mac)
         if lease is not None and lease.ip not in self._by_ip:
             self._move(endpoint, lease.ip)
@@ -410,7 +435,7 @@ class Registry:
         del self._by_ip[old]
         if free:
             self._free(old)
-        endpoint._ip = to
+        self._records[endpoint.id].ip = to
         self._by_ip[to] = endpoint
         self.renamed()
         self.moved(endpoint, old)

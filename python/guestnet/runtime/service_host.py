@@ -11,11 +11,12 @@ import logging
 import os
 import secrets
 import time
-import weakref
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Any
 
 from guestnet.errors import ConfigError
+from guestnet.model.events import LeaseReleased, LeaseTaken, PortClosed, PortOpened
+from guestnet.model.ipam import format_mac
 from guestnet.model.spec import NetMode
 from guestnet.runtime.dns_offload import Names
 
@@ -23,11 +24,14 @@ if TYPE_CHECKING:
     import asyncio
 
     from guestnet import _native
+    from guestnet.control.channel import Control
+    from guestnet.control.event_hub import Emitter
     from guestnet.model.spec import NatConfig
     from guestnet.runtime.endpoint import Endpoint
-    from guestnet.runtime.publishing import Forward
+    from guestnet.runtime.forward import Forward
+    from guestnet.runtime.port_table import PortTable
+    from guestnet.runtime.publishing import Publishing
     from guestnet.runtime.registry import Registry
-    from guestnet.runtime.session import Session
     from guestnet.services.dhcp import DhcpServer
     from guestnet.services.dns import DnsServer
     from guestnet.services.dns.server import Reply
@@ -153,11 +157,18 @@ class Services:
 class ServiceHost:
     """The services of one session."""
 
-    def __init__(self, session: Session, services: Services) -> None:
-        # The session has this one. Nothing of it is to wait for the garbage collector: it holds descriptors.
-        self._session: Session = weakref.proxy(session)
-        self._services = services
-        self._config = session.config
+    def __init__(
+        self,
+        services: Services,
+        config: NatConfig,
+        registry: Registry,
+        control: Control,
+        publishing: Publishing,
+        ports: PortTable,
+        emit: Emitter,
+    ) -> None:
+        self._services, self._config, self._registry, self._control = services, config, registry, control
+        self._publishing, self._ports, self._emit = publishing, ports, emit
         self._asking: dict[str, int] = {}
         self._directory: str | None = None
         self._dns_is_open = False
@@ -173,7 +184,7 @@ class ServiceHost:
 
     async def open(self) -> None:
         """Adds the services that the configuration asks for."""
-        control, plane, gateway = self._session.control, self._session.control.plane, self._config.gateway
+        control, plane, gateway = self._control, self._control.plane, self._config.gateway
         if self._config.dhcp:
             dhcp = self._services.dhcp
             dhcp.on_lease = self._leased
@@ -183,7 +194,7 @@ class ServiceHost:
             dns = self._services.dns
             self._dns_is_open = True
             await control.do(plane.add_service, _DNS_UDP, "udp", gateway, DNS_PORT)
-            self._names = Names(control, dns, self._session.registry, _DNS_UDP)
+            self._names = Names(control, dns, self._registry, _DNS_UDP)
             self._names.open()
             path = self._private_path("dns")
             if path is not None:
@@ -195,7 +206,7 @@ class ServiceHost:
 
             pcp = self._pcp = self._services.pcp
             pcp.on_open, pcp.on_close = self._opened, self._closed
-            ports = GuestPorts(self._session)
+            ports = GuestPorts(self._config, self._registry, self._publishing)
             ports.check()
             pcp.start(ports)
             await control.do(plane.add_service, _PCP, "udp", gateway, PCP_PORT)
@@ -269,7 +280,7 @@ class ServiceHost:
                 self.refused += 1
                 return
             self._mapping[endpoint.id] = mapping + 1
-            self._session.control.spawn(self._answer_pcp(event, endpoint.id))
+            self._control.spawn(self._answer_pcp(event, endpoint.id))
 
     def _question(self, event: _native.Datagram, endpoint_id: str) -> None:
         names = self._names
@@ -287,7 +298,7 @@ class ServiceHost:
             self.refused += 1
             return
         self._asking[endpoint_id] = asking + 1
-        self._session.control.spawn(self._answer_dns(event, endpoint_id, generation))
+        self._control.spawn(self._answer_dns(event, endpoint_id, generation))
 
     def forget(self, endpoint_id: str) -> None:
         """An endpoint goes: what its guest held ends before its address is free."""
@@ -320,10 +331,8 @@ class ServiceHost:
         if reply is None:
             return
         source, target = (self._config.gateway, DHCP_PORT), (reply.dst_ip, reply.dst_port)
-        plane = self._session.control.plane
-        self._session.control.post(
-            plane.service_send, event.port, reply.dst_mac, source, target, reply.payload
-        )
+        plane = self._control.plane
+        self._control.post(plane.service_send, event.port, reply.dst_mac, source, target, reply.payload)
 
     async def _answer_dns(self, event: _native.Datagram, endpoint_id: str, generation: int) -> None:
         try:
@@ -339,7 +348,7 @@ class ServiceHost:
     def _reply_dns(self, event: _native.Datagram, reply: Reply, generation: int) -> None:
         if reply.answer is None:
             return
-        control = self._session.control
+        control = self._control
         # From the address that was asked, or the guest does not take it for an answer.
         control.post(control.plane.service_send, event.port, event.mac, event.dst, event.src, reply.answer)
         if self._names is not None:
@@ -360,10 +369,8 @@ class ServiceHost:
                 del self._mapping[endpoint_id]
             self._await_expiry()
         if answer is not None:
-            plane = self._session.control.plane
-            self._session.control.post(
-                plane.service_send, event.port, event.mac, event.dst, event.src, answer
-            )
+            plane = self._control.plane
+            self._control.post(plane.service_send, event.port, event.mac, event.dst, event.src, answer)
 
     def _await_expiry(self) -> None:
         """Sets the alarm for the mapping that ends first; without mappings there is none."""
@@ -372,7 +379,7 @@ class ServiceHost:
             self._expiry.cancel()
             self._expiry = None
         if (seconds := self._pcp.next_expiry()) is not None:
-            self._expiry = self._session.control.loop.call_later(seconds, self._mapping_is_over)
+            self._expiry = self._control.loop.call_later(seconds, self._mapping_is_over)
 
     def _mapping_is_over(self) -> None:
         assert self._pcp is not None
@@ -380,22 +387,36 @@ class ServiceHost:
         self._await_expiry()
 
     def _opened(self, mapping: Mapping) -> None:
-        self._tell_port("port_opened", mapping)
+        self._emit_port(PortOpened, mapping)
 
     def _closed(self, mapping: Mapping) -> None:
-        self._tell_port("port_closed", mapping)
+        self._emit_port(PortClosed, mapping)
 
-    def _tell_port(self, kind: str, mapping: Mapping) -> None:
-        self._session.emit(
+    def _emit_port(self, kind: type[PortOpened | PortClosed], mapping: Mapping) -> None:
+        self._emit(
             kind,
             mapping.endpoint_id,
             protocol=mapping.protocol,
             port=mapping.external_port,
-            guest=[str(mapping.address), mapping.internal_port],
+            guest=(mapping.address, mapping.internal_port),
         )
 
     def _leased(self, lease: Any) -> None:
-        self._session.leased(lease.endpoint_id, lease.mac, lease.ip, lease.hostname)
+        """A guest has taken an address."""
+        id, ip = lease.endpoint_id, lease.ip
+        endpoint, port = self._registry.get(id), self._ports.port(id)
+        if endpoint is None or port is None:
+            return
+        self._registry.note_hostname(endpoint, lease.mac, lease.hostname)
+        # Also an address besides the endpoint's own, for what is bridged behind it.
+        self._control.ensure(self._control.plane.bind_address, port, ip, lease.mac)
+        self._emit(LeaseTaken, id, mac=format_mac(lease.mac), ip=ip, hostname=endpoint.hostname)
 
     def _released(self, lease: Any) -> None:
-        self._session.released(lease.endpoint_id, lease.mac, lease.ip)
+        """A guest gave an address back. The endpoint's own stays reserved for it."""
+        id, ip = lease.endpoint_id, lease.ip
+        self.address_left(ip)
+        endpoint = self._registry.get(id)
+        if endpoint is not None and endpoint.ip != ip and self._registry.owner(ip) is None:
+            self._control.ensure(self._control.plane.unbind_address, ip)
+        self._emit(LeaseReleased, id, mac=format_mac(lease.mac), ip=ip)

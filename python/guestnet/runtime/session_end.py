@@ -79,6 +79,6 @@ def _end_all() -> None:
     for session in list(reversed(_running)):
         if claim(session):
             end(session)
-            session.callbacks.wait(_EXIT_SECONDS)
+            session.emit.close()
     for done in list(_ending):
         done.wait(_EXIT_SECONDS)  # its sockets are to be removed

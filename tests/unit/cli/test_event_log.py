@@ -7,12 +7,13 @@ import os
 import threading
 from argparse import Namespace
 from collections.abc import Iterator
+from ipaddress import IPv4Address
 from typing import Any
 
 import pytest
 from guestnet.cli.runner import event_log as teller_module
 from guestnet.cli.runner.event_log import WAITING, Teller
-from guestnet.model.events import NetworkEvent
+from guestnet.model.events import AddressSeen, GuestUp, LeaseTaken
 
 
 @pytest.fixture
@@ -23,6 +24,9 @@ def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
     monkeypatch.setattr(teller_module, "STDERR", write)
     yield read, write
     os.close(read)
+
+
+MAC, ADDRESS = "02:00:00:00:00:01", IPv4Address("192.168.64.2")
 
 
 def options(**values: bool) -> Namespace:
@@ -36,19 +40,19 @@ def lines(read: int, write: int) -> list[str]:
 
 
 def test_programs_get_json_and_people_sentences(pipe: tuple[int, int]) -> None:
-    event = NetworkEvent("lease", "vm1", {"ip": "192.168.64.2", "hostname": None})
+    event = LeaseTaken(endpoint="vm1", mac=MAC, ip=ADDRESS)
     for values in ({"json": True}, {}, {"quiet": True}):
         teller = Teller(options(**values))
         teller.event(event)
-        teller.event(NetworkEvent("address_seen", "vm1", {"ip": "192.168.64.2"}))
+        teller.event(AddressSeen(endpoint="vm1", ip=ADDRESS, mac=MAC))
         teller.say("sum")
         teller.close()
     said = lines(*pipe)
     assert [json.loads(line) for line in said[:2]] == [
-        {"event": "lease", "endpoint": "vm1", "ip": "192.168.64.2", "hostname": None},
-        {"event": "address_seen", "endpoint": "vm1", "ip": "192.168.64.2"},
+        {"event": "lease", "endpoint": "vm1", "mac": MAC, "ip": "192.168.64.2", "hostname": None},
+        {"event": "address_seen", "endpoint": "vm1", "ip": "192.168.64.2", "mac": MAC},
     ]
-    assert said[2:] == ["sum", "guestnet: vm1 has an address (ip 192.168.64.2)", "sum", "sum"]
+    assert said[2:] == ["sum", f"guestnet: vm1 has an address (mac {MAC}, ip 192.168.64.2)", "sum", "sum"]
 
 
 def test_a_reader_that_does_not_read_keeps_nobody_waiting(pipe: tuple[int, int]) -> None:
@@ -59,7 +63,7 @@ def test_a_reader_that_does_not_read_keeps_nobody_waiting(pipe: tuple[int, int])
 
     def guests() -> None:
         for number in range(count):
-            teller.event(NetworkEvent("lease", "vm1", {"number": number, "more": "x" * 200}))
+            teller.event(LeaseTaken(endpoint="vm1", mac="x" * 200, ip=ADDRESS, hostname=str(number)))
         told.append(True)
 
     thread = threading.Thread(target=guests, daemon=True)
@@ -74,7 +78,7 @@ def test_a_reader_that_does_not_read_keeps_nobody_waiting(pipe: tuple[int, int])
             if line["event"] == "lines_lost":
                 lost += line["count"]
             else:
-                numbers.append(line["number"])
+                numbers.append(int(line["hostname"]))
     assert lost > 0
     assert numbers == sorted(set(numbers)), "in order, and none twice"
     teller.close()
@@ -87,8 +91,8 @@ def test_lines_of_one_guest_leave_room_for_those_of_another(pipe: tuple[int, int
     read, _write = pipe
     teller = Teller(options(json=True))
     for number in range(WAITING * 4):
-        teller.event(NetworkEvent("lease", "vm1", {"number": number, "more": "x" * 200}))
-    teller.event(NetworkEvent("guest_up", "vm2", {}))
+        teller.event(LeaseTaken(endpoint="vm1", mac="x" * 200, ip=ADDRESS, hostname=str(number)))
+    teller.event(GuestUp(endpoint="vm2", mac=MAC, ip=ADDRESS))
     teller.tell("ready", "ready")
     seen = []
     with os.fdopen(os.dup(read), encoding="utf-8") as file:

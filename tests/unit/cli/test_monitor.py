@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from ipaddress import IPv4Address
 
 import dns.message
 import pytest
 from guestnet.cli.runner.monitor import _KINDS_MOST, _LINES_MOST, Monitor, drop_lines
 from guestnet.errors import NotRunning
-from guestnet.model.events import NetworkEvent
+from guestnet.model.events import FlowDenied, NetworkEvent
 from guestnet.model.stats import NetworkStats
 from guestnet.services.dns.resolvers import parse_resolv_conf
 from guestnet.services.dns.upstream import Upstream
@@ -22,11 +23,13 @@ class Network:
 
     def __init__(self) -> None:
         self.drops: dict[str, dict[str, int]] = {}
-        self.callback: Callable[[NetworkEvent], object] | None = None
+        self.callback: Callable[[FlowDenied], object] | None = None
         self.asked = threading.Semaphore(0)
 
-    def on_event(self, callback: Callable[[NetworkEvent], object], *, flows: bool) -> Callable[[], None]:
-        assert flows, "refusals are events of flows"
+    def on_event(
+        self, callback: Callable[[FlowDenied], object], kind: type[NetworkEvent]
+    ) -> Callable[[], None]:
+        assert kind is FlowDenied
         self.callback = callback
 
         def end() -> None:
@@ -39,14 +42,14 @@ class Network:
         return {name: NetworkStats(drops=drops) for name, drops in self.drops.items()}
 
 
-def denied(port: int, *, protocol: int = 6) -> NetworkEvent:
-    details = {
-        "protocol": protocol,
-        "guest": ["192.168.64.2", 50000],
-        "remote": ["169.254.169.254", port],
-        "reason": "bad_destination",
-    }
-    return NetworkEvent("denied", "vm1", details)
+def denied(port: int, *, protocol: int = 6) -> FlowDenied:
+    return FlowDenied(
+        endpoint="vm1",
+        protocol=protocol,
+        guest=(IPv4Address("192.168.64.2"), 50000),
+        remote=(IPv4Address("169.254.169.254"), port),
+        reason="bad_destination",
+    )
 
 
 def test_refusals_and_drops_are_said_by_the_end() -> None:
@@ -56,7 +59,6 @@ def test_refusals_and_drops_are_said_by_the_end() -> None:
         network.callback(denied(80))
         network.callback(denied(80))
         network.callback(denied(0, protocol=1))
-        network.callback(NetworkEvent("flow_opened", "vm1", {}))
         network.drops = {"vm1": {"spoofed_mac": 3, "policy": 0}, "vm2": {"policy": 0}}
     assert network.callback is None
     assert not monitor._thread.is_alive()

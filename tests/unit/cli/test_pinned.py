@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from guestnet import ForwardSpec, NatNetwork, NetworkEvent
+from guestnet import ForwardSpec, GuestUp, NatNetwork
 from guestnet.cli.runner.pinned import PinnedGuests, automatic_ids
 from guestnet.errors import GuestnetError
 from guestnet.model.ipam import parse_mac
@@ -28,7 +28,7 @@ class Run:
 
     def arrive(self, mac: str) -> Endpoint:
         endpoint = self.network._registry.arrive(parse_mac(mac), "net.sock")
-        self.pinned.event(NetworkEvent("guest_up", endpoint.id))
+        self.pinned.event(GuestUp(endpoint=endpoint.id, mac=endpoint.mac, ip=endpoint.ip))
         return endpoint
 
 

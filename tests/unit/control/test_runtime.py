@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from guestnet import NatConfig, NatNetwork, NetworkEvent, NotRunning, Runtime
 from guestnet.control.channel import Control
+from guestnet.model.events import GuestUp
 from unit.runtime.conftest import Events, add_memory_guest, until
 
 PLAIN = NatConfig(dhcp=False, dns=False)
@@ -140,7 +141,7 @@ def test_a_callback_that_blocks_delays_no_other_network() -> None:
         guest = add_memory_guest(slow, "vm1")
         seen = Events(other)
         add_memory_guest(other, "vm1").ping(str(other.gateway))
-        assert seen.next("guest_up").endpoint == "vm1"
+        assert seen.next(GuestUp).endpoint == "vm1"
         guest.ping(str(slow.gateway))
         release.set()
 
@@ -150,7 +151,7 @@ def test_a_callback_may_use_and_stop_the_network() -> None:
     ended = threading.Event()
 
     def callback(event: NetworkEvent) -> None:
-        if event.kind == "guest_up":
+        if isinstance(event, GuestUp):
             done.append(network.flows())
             done.append(network.create_endpoint("vm2").id)
             network.stop()

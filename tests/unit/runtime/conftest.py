@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from ipaddress import IPv4Interface
+from typing import TypeVar
 
 import pytest
 from guestnet import NatConfig, NatNetwork, NetworkEvent
@@ -16,6 +17,7 @@ from guestnet.model.ipam import parse_mac
 from guestnet.testing.guest import Guest
 
 PATIENCE = 10.0
+E = TypeVar("E", bound=NetworkEvent)
 
 
 class Events:
@@ -23,13 +25,13 @@ class Events:
 
     def __init__(self, network: NatNetwork, *, flows: bool = False) -> None:
         self.queue: queue.Queue[NetworkEvent] = queue.Queue()
-        network.on_event(self.queue.put, flows=flows)
+        network.on_event(self.queue.put, *((NetworkEvent,) if flows else ()))
 
-    def next(self, kind: str) -> NetworkEvent:
-        """The next one of a kind; what comes before it is skipped."""
+    def next(self, kind: type[E]) -> E:
+        """The next one of a class; what comes before it is skipped."""
         while True:
             event = self.queue.get(timeout=PATIENCE)
-            if event.kind == kind:
+            if isinstance(event, kind):
                 return event
 
 

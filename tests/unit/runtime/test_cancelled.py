@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from guestnet import AlreadyRunning, NatConfig, NatNetwork
+from guestnet.model.handles import Ids
 from guestnet.model.ipam import parse_mac
 from guestnet.runtime.forwards import ForwardSpec, close_sockets, open_sockets
 from guestnet.runtime.publishing import Publishing
@@ -156,10 +157,11 @@ async def test_a_port_of_the_uplink_that_was_not_published_is_taken_back() -> No
             raise asyncio.CancelledError
 
     plane = SimpleNamespace(add_uplink_forward=None, remove_forward=None)
-    control = SimpleNamespace(plane=plane, do=do, ensure=lambda _command, number: ensured.append(number))
-    publishing = Publishing(control, registry)  # type: ignore[arg-type]
+    control: Any = SimpleNamespace(plane=plane, do=do, ensure=lambda _command, number: ensured.append(number))
+    publishing = Publishing(control, registry, Ids(), do)
+    publishing.external = (IPv4Address("192.0.2.1"),)
     with pytest.raises(asyncio.CancelledError):
-        await publishing.add_external(ForwardSpec.parse("8080-8082:80-82"), IPv4Address("192.0.2.1"))
+        await publishing.add_external(ForwardSpec.parse("8080-8082:80-82"))
     assert (ensured, publishing.all()) == ([1, 2, 3], [])
 
 

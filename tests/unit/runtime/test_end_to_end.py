@@ -9,6 +9,7 @@ from ipaddress import IPv4Address, IPv4Interface
 
 import pytest
 from guestnet import NatConfig, NatNetwork
+from guestnet.model.events import LeaseTaken
 from guestnet.model.ipam import generate_mac, parse_mac
 from guestnet.testing import messages
 from guestnet.testing.guest import Guest, GuestError
@@ -51,8 +52,8 @@ def test_leases(network: NatNetwork, boot: Callable[..., Guest]) -> None:
     assert one.address == IPv4Interface("192.168.64.2/24")
     assert alpha.address == IPv4Interface("192.168.64.10/24")
     assert one.router == one.name_server == network.gateway
-    lease = events.next("lease")
-    assert (lease.endpoint, lease.details["ip"]) == ("vm1", "192.168.64.2")
+    lease = events.next(LeaseTaken)
+    assert (lease.endpoint, str(lease.ip)) == ("vm1", "192.168.64.2")
     held = {(x.endpoint_id, str(x.ip)) for x in network.services.dhcp.leases()}
     assert held == {("vm1", "192.168.64.2"), ("alpha", "192.168.64.10")}
     # The same client asks again and gets the same.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from guestnet import AttachError, ConfigError, NatConfig, NatNetwork
+from guestnet.model.events import GuestDown, GuestUp
 from guestnet.model.ipam import parse_mac
 from guestnet.testing.guest import Guest
 
@@ -86,11 +87,11 @@ def test_guests_come_and_go(network: NatNetwork, tmp_path: Path) -> None:
     one = SocketGuest("stream", path, "02:00:00:00:00:01")
     alpha = SocketGuest("stream", path, ALPHA)
     one.appear("192.168.64.77/24")
-    up = events.next("guest_up")
-    assert (up.endpoint, up.details["ip"]) == ("vm1", "192.168.64.77")
-    assert up.details["listener"] == str(path)
+    up = events.next(GuestUp)
+    assert (up.endpoint, str(up.ip)) == ("vm1", "192.168.64.77")
+    assert up.listener == str(path)
     alpha.appear("192.168.64.10/24")
-    assert events.next("guest_up").endpoint == "alpha"
+    assert events.next(GuestUp).endpoint == "alpha"
     assert {(e.id, e.attachment, e.listener) for e in network.endpoints} == {
         ("vm1", "stream", str(path)),
         ("alpha", "stream", str(path)),
@@ -100,15 +101,15 @@ def test_guests_come_and_go(network: NatNetwork, tmp_path: Path) -> None:
     one.guest.send_udp("192.168.64.10", 5000, 9, b"from one to alpha")
 
     alpha.close()
-    down = events.next("guest_down")
-    assert (down.endpoint, down.details["mac"]) == ("alpha", ALPHA)
+    down = events.next(GuestDown)
+    assert (down.endpoint, down.mac) == ("alpha", ALPHA)
     assert network.get_endpoint("alpha") is None
     with pytest.raises(ConnectionError):
         fetch(forward.host_port)
     again = SocketGuest("stream", path, ALPHA)
     again.appear("192.168.64.10/24")
     again.guest.serve(80, lambda connection: (connection.send(b"again"), connection.close()))
-    assert events.next("guest_up").endpoint == "alpha"
+    assert events.next(GuestUp).endpoint == "alpha"
     assert fetch(forward.host_port) == b"again"
 
     listener.close()
@@ -133,7 +134,7 @@ def test_guests_on_datagram_sockets(network: NatNetwork, tmp_path: Path, kind: s
     ]
     for n, guest in enumerate(guests):
         guest.appear(f"192.168.64.{20 + n}/24")
-        assert events.next("guest_up").details["ip"] == f"192.168.64.{20 + n}"
+        assert str(events.next(GuestUp).ip) == f"192.168.64.{20 + n}"
     assert [e.attachment for e in network.endpoints] == [kind, kind]
     listener.close()
     until(lambda: network.endpoint_count == 0, "guests of a datagram socket to go with it")
@@ -150,7 +151,7 @@ def test_stop_removes_sockets_and_guests(tmp_path: Path) -> None:
         network.listen("stream", path)
         guest = SocketGuest("stream", path, ALPHA)
         guest.appear("192.168.64.30/24")
-        events.next("guest_up")
+        events.next(GuestUp)
     assert not path.exists()
     assert [e.id for e in network.endpoints] == ["stays"]
     guest.close()
@@ -161,7 +162,7 @@ def test_two_cards_with_one_mac(network: NatNetwork, tmp_path: Path) -> None:
     network.listen("stream", tmp_path / "net.sock")
     guests = [SocketGuest("stream", tmp_path / "net.sock", "02:00:00:00:00:01") for _ in range(2)]
     guests[0].appear("192.168.64.20/24")
-    assert events.next("guest_up").endpoint == "vm1"
+    assert events.next(GuestUp).endpoint == "vm1"
     guests[1].guest.address = IPv4Interface("192.168.64.21/24")
     for guest in guests:
         guest.close()
@@ -183,7 +184,7 @@ def test_listen_misuse(network: NatNetwork, tmp_path: Path) -> None:
 
 async def test_asyncio(network: NatNetwork, tmp_path: Path) -> None:
     listener = await network.alisten("stream", tmp_path / "x")
-    assert repr(listener) == f"<Listener stream {tmp_path / 'x'}>"
+    assert repr(listener) == f"<Listener listener-1 stream {tmp_path / 'x'}>"
     await listener.aclose()
     assert not (tmp_path / "x").exists()
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from guestnet import ConfigError, ForwardNotFound, NatConfig, NatNetwork
+from guestnet.model.events import PortClosed, PortOpened
 from guestnet.runtime import pcp_ports as under_test
 from guestnet.testing.guest import Guest
 from unit.services.dhcp_wire import DECLINE, RELEASE, ask, ip
@@ -84,9 +85,9 @@ def test_mapped_port_is_reached_until_it_is_deleted(network: NatNetwork, guest: 
     assert result == 0
     assert FIRST <= port <= LAST
     assert fetch(port) == b"a page"
-    told = events.next("port_opened")
+    told = events.next(PortOpened)
     details = {"protocol": "tcp", "port": port, "guest": ["192.168.64.2", 80]}
-    assert (told.endpoint, told.details) == ("vm1", details)
+    assert (told.endpoint, told.details()) == ("vm1", details)
     (forward,) = network.forwards
     assert (forward.asked_by, forward.host_port) == ("vm1", port)
     assert str(forward) == f"127.0.0.1:{port}/tcp -> 192.168.64.2:80 (opened by vm1)"
@@ -96,7 +97,7 @@ def test_mapped_port_is_reached_until_it_is_deleted(network: NatNetwork, guest: 
     with pytest.raises(ConnectionRefusedError):
         fetch(port)
     assert network.forwards == []
-    assert events.next("port_closed").details == details
+    assert events.next(PortClosed).details() == details
 
 
 def test_mapped_port_of_udp(network: NatNetwork, guest: Guest) -> None:
@@ -151,7 +152,7 @@ def test_mappings_end_with_the_lease(kind: int) -> None:
         old = "192.168.64.2"
         message = ask(kind, [(50, ip(old))], mac=guest.mac, ciaddr=old if kind == RELEASE else "0.0.0.0")
         guest.send_udp("192.168.64.1", 67, 68, message)
-        assert events.next("port_closed").details["port"] == port
+        assert events.next(PortClosed).port == port
         assert network.forwards == []
         until(lambda: is_refused(port), "the port to be closed")
 
@@ -160,7 +161,7 @@ def test_mappings_end_with_the_network(network: NatNetwork, guest: Guest) -> Non
     _, port = Client(guest).map(80)
     events = Events(network)
     network.stop()
-    assert events.next("port_closed").details["port"] == port
+    assert events.next(PortClosed).port == port
     assert network.services.pcp.mappings() == []
     with pytest.raises(ConnectionRefusedError):
         fetch(port)

@@ -6,10 +6,12 @@ import logging
 from collections.abc import Callable
 from ipaddress import IPv4Address
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from guestnet import NatNetwork
 from guestnet.errors import BusyError, GuestnetError
+from guestnet.model.handles import Ids
 from guestnet.runtime.forwards import ForwardSpec
 from guestnet.runtime.publishing import Publishing
 
@@ -29,8 +31,10 @@ async def test_a_refused_retarget_is_tried_again(caplog: pytest.LogCaptureFixtur
         refusals.append(refused)
 
     plane = SimpleNamespace(add_uplink_forward=None, retarget_forward=None)
-    publishing = Publishing(SimpleNamespace(plane=plane, do=do, ensure=ensure), network._registry)  # type: ignore[arg-type]
-    forward = await publishing.add_external(ForwardSpec.parse("8080:vm1:80"), IPv4Address("192.0.2.1"))
+    control: Any = SimpleNamespace(plane=plane, do=do, ensure=ensure)
+    publishing = Publishing(control, network._registry, Ids(), do)
+    publishing.external = (IPv4Address("192.0.2.1"),)
+    forward = await publishing.add_external(ForwardSpec.parse("8080:vm1:80"))
     assert (forward.target, asked) == (None, [])
     vm1 = network.create_endpoint("vm1")
     with caplog.at_level(logging.WARNING, logger="guestnet"):

@@ -16,6 +16,7 @@ import dns.rcode
 import dns.reversename
 import pytest
 from guestnet import ConfigError, NatConfig, NatNetwork
+from guestnet.model.events import LeaseReleased, LeaseTaken
 from guestnet.model.ipam import parse_mac
 from guestnet.services.dns.server import Reply as DnsReply
 from guestnet.testing import messages
@@ -136,9 +137,9 @@ def test_a_lease_by_frames(served: Served, network: NatNetwork) -> None:
     attachment = network.attach("vm1", "memory", on_frame=guest.receive)
     got = guest.lease()
     assert got.interface == IPv4Interface("192.168.64.2/24")
-    lease = events.next("lease")
-    assert (lease.endpoint, lease.details["ip"]) == ("vm1", "192.168.64.2")
-    assert lease.details["mac"] == "02:00:00:00:00:77"
+    lease = events.next(LeaseTaken)
+    assert (lease.endpoint, str(lease.ip)) == ("vm1", "192.168.64.2")
+    assert lease.mac == "02:00:00:00:00:77"
     endpoint = network.get_endpoint("vm1")
     assert endpoint is not None
     assert (endpoint.mac, endpoint.hostname) == ("02:00:00:00:00:77", "told")
@@ -154,7 +155,7 @@ def test_a_release_is_told(served: Served, network: NatNetwork) -> None:
     add_memory_guest(network, "vm1")
     lease = SimpleNamespace(endpoint_id="vm1", mac=bytes(6), ip=IPv4Address("192.168.64.2"))
     served.dhcp.on_release(lease)
-    assert events.next("release").details["ip"] == "192.168.64.2"
+    assert str(events.next(LeaseReleased).ip) == "192.168.64.2"
 
 
 def test_leases_end_with_their_endpoint(served: Served, network: NatNetwork) -> None:

@@ -25,8 +25,9 @@ from guestnet import (
     PortInUse,
     UnsupportedError,
 )
+from guestnet.model.events import FlowClosed, FlowDenied, FlowOpened, GuestUp
 from guestnet.model.ipam import parse_mac
-from guestnet.runtime import session
+from guestnet.runtime import capture
 from guestnet.testing.guest import GuestError
 from guestnet.testing.tcp import Connection
 
@@ -274,17 +275,17 @@ def test_frames_wait_for_recv(network: NatNetwork) -> None:
 def test_events_of_flows(network: NatNetwork, add_guest: AddGuest, echo: int) -> None:
     quiet, events = Events(network), Events(network, flows=True)
     guest = add_guest("vm1")
-    assert events.next("guest_up").endpoint == "vm1"
+    assert events.next(GuestUp).endpoint == "vm1"
     connection = guest.connect(LOOPBACK, echo)
-    opened = events.next("flow_opened")
-    assert (opened.endpoint, opened.details["remote"]) == ("vm1", [LOOPBACK, echo])
+    opened = events.next(FlowOpened)
+    assert (opened.endpoint, opened.remote) == ("vm1", (IPv4Address(LOOPBACK), echo))
     connection.send(b"12345")
     connection.recv(5)
     connection.close()
-    closed = events.next("flow_closed")
+    closed = events.next(FlowClosed)
     assert closed.endpoint == opened.endpoint
-    assert closed.details["flow"] == opened.details["flow"]
-    assert closed.details["bytes_out"] == 5
+    assert closed.flow == opened.flow
+    assert closed.bytes_out == 5
     kinds = {quiet.queue.get_nowait().kind for _ in range(quiet.queue.qsize())}
     assert not kinds & {"flow_opened", "flow_closed"}
 
@@ -343,7 +344,7 @@ def test_host_only_lets_nothing_out() -> None:
     with NatNetwork(NatConfig(mode="host_only", dhcp=False, dns=False)) as network:
         seen = Events(network, flows=True)
         add_memory_guest(network, "vm1").send_udp("192.0.2.1", 53, 5000, b"x")
-        assert seen.next("denied").details["reason"] == "policy"
+        assert seen.next(FlowDenied).reason == "policy"
         until(lambda: network.stats().drops["policy"] == 1, "the drop to be counted")
 
 
@@ -377,7 +378,7 @@ def test_the_end_does_not_wait_long_for_the_reader_of_a_capture(
     network: NatNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pipe is full, and nobody reads it: it has less time than a file."""
-    monkeypatch.setattr(session, "_CAPTURE_SECONDS", 3600.0)
+    monkeypatch.setattr(capture, "_FILE_SECONDS", 3600.0)
     path = tmp_path / "pipe"
     os.mkfifo(path)
     reader = os.open(path, os.O_RDWR | os.O_NONBLOCK)

@@ -18,6 +18,7 @@ from collections import Counter
 from typing import Any
 
 from guestnet.cli.runner import confined
+from guestnet.model.events import LogMessage, NetworkEvent
 from guestnet.model.shares import fair_share
 
 STDOUT, STDERR = 1, 2
@@ -65,17 +66,18 @@ class Teller:
         """A line for people, in any case."""
         self._put(STDERR, line)
 
-    def event(self, event: Any) -> None:
-        """An event of the network, called in its control thread."""
-        if event.kind == "log" and not self._json:
+    def event(self, event: NetworkEvent) -> None:
+        """Reports an event of the network."""
+        if isinstance(event, LogMessage) and not self._json:
             return  # on stderr already
         text = _SAID.get(event.kind)
         if text is None and not self._verbose and not self._json:
             return
         who = event.endpoint or "the network"
-        details = ", ".join(f"{key} {value}" for key, value in event.details.items() if value is not None)
+        fields = event.details()
+        details = ", ".join(f"{key} {value}" for key, value in fields.items() if value is not None)
         said = f"{who} {text or event.kind.replace('_', ' ')}" + (f" ({details})" if details else "")
-        self.tell(event.kind, said, endpoint=event.endpoint, **event.details)
+        self.tell(event.kind, said, endpoint=event.endpoint, **fields)
 
     def close(self) -> None:
         """Ends it when all is written, or the reader does not read."""

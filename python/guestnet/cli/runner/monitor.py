@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from guestnet.cli.runner import confined
 from guestnet.errors import GuestnetError
+from guestnet.model.events import FlowDenied
 
 if TYPE_CHECKING:
-    from guestnet.model.events import NetworkEvent
     from guestnet.model.stats import NetworkStats
     from guestnet.runtime.network import NatNetwork
 
@@ -39,7 +39,7 @@ class Monitor:
         self._more = 0
         self._before: dict[str, Mapping[str, int]] = {}
         self._ending = threading.Event()
-        self._end_events = network.on_event(self.note, flows=True)
+        self._end_events = network.on_event(self.note, FlowDenied)
         self._thread = threading.Thread(target=self._run, name="guestnet-monitor", daemon=True)
         self._thread.start()
 
@@ -51,15 +51,12 @@ class Monitor:
     ) -> None:
         self.close()
 
-    def note(self, event: NetworkEvent) -> None:
-        """Counts a refusal. Called in the network's control thread."""
-        if event.kind != "denied":
-            return
-        details = event.details
-        protocol = _PROTOCOLS.get(details["protocol"], f"protocol {details['protocol']}")
-        address, port = details["remote"]
+    def note(self, event: FlowDenied) -> None:
+        """Counts a refusal."""
+        protocol = _PROTOCOLS.get(event.protocol, f"protocol {event.protocol}")
+        address, port = event.remote
         target = f"{address}:{port}" if port else str(address)
-        key = (event.endpoint or "a guest", f"{protocol} to {target} ({details['reason'].replace('_', ' ')})")
+        key = (event.endpoint or "a guest", f"{protocol} to {target} ({event.reason.replace('_', ' ')})")
         with self._lock:
             if key in self._refused or len(self._refused) < _KINDS_MOST:
                 self._refused[key] += 1

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from guestnet.cli.runner import confined
 from guestnet.errors import ConfigError, GuestnetError
+from guestnet.model.events import AddressChanged, GuestUp, LeaseTaken, NetworkEvent
 
 if TYPE_CHECKING:
-    from guestnet.model.events import NetworkEvent
     from guestnet.runtime.forwards import ForwardSpec
     from guestnet.runtime.network import NatNetwork
 
@@ -40,8 +40,8 @@ def automatic_ids(publications: Iterable[ForwardSpec], leased: Iterable[str | No
 class PinnedGuests:
     """Remembers the guests that have one of `ids`.
 
-    `event` is for `NatNetwork.on_event`. Events come in the thread that serves all guests, and a disk may be
-    slow, so a thread of its own writes the file. Raises GuestnetError for a file that cannot be read.
+    `event` is for `NatNetwork.on_event`. A disk may be slow, so a thread of its own writes the file. Raises
+    GuestnetError for a file that cannot be read.
     """
 
     def __init__(self, network: NatNetwork, ids: Iterable[str], path: str) -> None:
@@ -69,7 +69,7 @@ class PinnedGuests:
 
     def event(self, event: NetworkEvent) -> None:
         """An event of the network."""
-        if event.kind not in ("guest_up", "address_changed", "lease") or event.endpoint not in self._ids:
+        if not isinstance(event, GuestUp | AddressChanged | LeaseTaken) or event.endpoint not in self._ids:
             return
         endpoint = self._network.get_endpoint(event.endpoint or "")
         if endpoint is None or endpoint.listener is None:

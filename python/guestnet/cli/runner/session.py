@@ -153,7 +153,7 @@ def note_replaced(options: argparse.Namespace) -> None:
     """Says that an earlier capture is about to be replaced. What is no capture is refused later."""
     if options.quiet or options.pcap in (None, "-"):
         return
-    from guestnet.runtime.session import is_capture
+    from guestnet.runtime.capture import is_capture
 
     with suppress(OSError):
         if os.path.isfile(options.pcap) and is_capture(options.pcap):
