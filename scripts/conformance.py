@@ -30,7 +30,7 @@ NOT_APPLICABLE = "not applicable"
 NO_EXTERNAL = "the host picks the port of its own sockets"
 UNLESS_EVICTED = "unless it is a one-shot flow that is evicted at the guest's cap (6888-11)"
 ECHO_ALONE = "the host's ping sockets send no other query"
-ENGINE_ALONE = "a setting of `NatEngineConfig` alone, not of a network"
+ENGINE_ALONE = "a setting of `NatEngineConfig` only, not of a network"
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ TABLE: dict[str, list[Requirement]] = {
         r(
             "4787-2",
             "pooling is paired",
-            note="while the guest has a flow; what it sends from a port that is published on another address "
-            "has that one",
+            note="while the guest has a flow; packets from a port that is published on another "
+            "address use that address",
             relay=f"{KERNEL}: one route, one address",
         ),
         r("4787-3", "no port overloading", relay=f"{KERNEL}: a port has one socket"),
@@ -93,15 +93,15 @@ TABLE: dict[str, list[Requirement]] = {
         r(
             "4787-5",
             "mapping lives 300 s",
-            note="the default, with 4787-5a the only exception",
+            note="the default; 4787-5a is the only exception",
             relay=f"met by default, {UNLESS_EVICTED}",
             by=("req_5_and_6_timeouts",),
         ),
         r(
             "4787-5a",
             "shorter for well-known destinations",
-            note="port 53, 10 s once an answer came",
-            relay="met for port 53, 10 s once an answer came",
+            note="port 53: 10 s after an answer",
+            relay="met for port 53: 10 s after an answer",
             by=("req_5_and_6_timeouts",),
         ),
         r("4787-6", "outbound packets refresh", relay="met", by=("req_5_and_6_timeouts",)),
@@ -115,7 +115,7 @@ TABLE: dict[str, list[Requirement]] = {
         r(
             "4787-7",
             "address conflict is an error",
-            note="an external address among the guests is refused; no other subnet is chosen",
+            note="an external address inside the guests' subnet is refused; no other subnet is chosen",
             relay=f"{NOT_APPLICABLE}: the guests' subnet never leaves",
         ),
         r(
@@ -128,7 +128,7 @@ TABLE: dict[str, list[Requirement]] = {
         r(
             "4787-9",
             "hairpinning",
-            note="what the filtering of the other guest's mapping lets in",
+            note="as far as the filtering of the other guest's mapping allows",
             relay=f"{KERNEL}: a socket reaches another on the same host",
         ),
         r("4787-9a", "hairpinned source is the external end", relay=KERNEL),
@@ -139,8 +139,8 @@ TABLE: dict[str, list[Requirement]] = {
             "4787-13",
             "DF and too big: ICMP 3/4",
             note="within the rate of ICMP errors (5508-8)",
-            relay="met, as far as the host's socket tells, within the rate of ICMP errors; what a guest "
-            "answers through a published port is cut by the host instead",
+            relay="met, as far as the host's socket reports it, within the rate of ICMP errors; "
+            "the host fragments what a guest sends through a published port",
             by=("errors_at_once_are_told", "an_echo_keeps_dont_fragment"),
         ),
         r(
@@ -153,7 +153,8 @@ TABLE: dict[str, list[Requirement]] = {
         r(
             "4787-14",
             "fragments in any order",
-            note="those before the first wait 15 s, within the sender's share of 1 MiB; overlaps are refused",
+            note="fragments before the first wait 15 s, within the sender's share of 1 MiB; overlaps are "
+            "refused",
             relay="met within the guest's share of buffers, 30 s; overlaps are refused",
             by=("req_13_and_14_fragments",),
         ),
@@ -177,20 +178,22 @@ TABLE: dict[str, list[Requirement]] = {
             "5382-3",
             "filtering",
             note="address-dependent by default",
-            relay=f"{KERNEL}: address and port dependent, but for published ports",
+            relay=f"{KERNEL}: address and port dependent, except for published ports",
         ),
         r(
             "5382-4",
             "unsolicited SYN waits six seconds",
-            note="128 at a time; more are dropped without an answer, as what is over the rate of ICMP errors",
+            note="128 at a time; more are dropped without an answer, as are those beyond the rate of "
+            "ICMP errors",
             relay=f"{KERNEL}: RST at once, as any host",
         ),
         r(
             "5382-5",
             "established 7440 s, transitory 240 s",
             note="the defaults",
-            relay="met by default; a guest at its limit loses the oldest connection that is being opened "
-            "to a new one, and a guest that denies that a connection exists loses that one",
+            relay="met by default; for a guest at its limit, a new connection replaces the oldest one "
+            "that is "
+            "being opened; a connection that its guest denies ends",
             by=("idle_limits",),
         ),
         r("5382-6", "no ALG", relay="met", by=("payload_goes_straight",)),
@@ -198,13 +201,13 @@ TABLE: dict[str, list[Requirement]] = {
         r(
             "5382-8",
             "hairpinning",
-            note="what the filtering of the other guest's mapping lets in",
+            note="as far as the filtering of the other guest's mapping allows",
             relay=f"{KERNEL}: through published ports",
         ),
         r(
             "5382-9",
             "ICMP unreachable reaches the guest",
-            note="when it quotes a connection or mapping that lives",
+            note="when it quotes a live connection or mapping",
             relay="met",
             by=("unreachable_is_told",),
         ),
@@ -228,15 +231,15 @@ TABLE: dict[str, list[Requirement]] = {
         r(
             "5508-3",
             "bad outer checksum is dropped",
-            note="of errors, types 3, 11 and 12; the sums of queries are left to their receiver, and an "
-            "error in fragments is dropped unread",
+            note="for errors of types 3, 11 and 12; the receiver checks the checksums of "
+            "queries; a fragmented error is dropped",
             relay="met",
             by=("bad_checksums_and_sizes",),
         ),
         r("5508-3a", "bad inner IP checksum is dropped", relay="met", by=("errors_of_a_guest_are_checked",)),
         r("5508-3b", "inner options are understood", relay=KERNEL),
         r("5508-3c", "inner transport checksum is not verified", relay=KERNEL),
-        r("5508-3d", "extensions are left alone", relay=f"{NOT_APPLICABLE}: the error is built anew"),
+        r("5508-3d", "extensions are left alone", relay=f"{NOT_APPLICABLE}: the error is rebuilt"),
         r(
             "5508-4",
             "errors from outside are reverted; one that names an MTU under 68 is dropped",
@@ -257,7 +260,7 @@ TABLE: dict[str, list[Requirement]] = {
         r("5508-7a", "hairpinned errors", relay=f"{NOT_APPLICABLE}: sockets cannot send them"),
         r(
             "5508-8",
-            "refusals are told, at a limited rate",
+            "refusals are reported, at a limited rate",
             note="100 a second for a guest, 1600 for all; `refusal` can turn it off",
             relay="met",
             by=("icmp_errors_are_limited_in_rate",),
@@ -274,16 +277,16 @@ TABLE: dict[str, list[Requirement]] = {
         r(
             "6888-4",
             "cap of ports per guest",
-            note="in a network a share of those that are left, and the cap of 6888-5; in an engine of one's "
-            "own `ports_per_endpoint`, whose default, 65536, caps nothing",
+            note="in a network: a share of the remaining ports, and the cap of 6888-5; in an "
+            "engine alone: `ports_per_endpoint`, whose default, 65536, is no cap",
             relay="met: 1024 UDP sockets by default, and the cap of 6888-5",
             by=("the_cap_evicts_one_shot_flows",),
         ),
         r(
             "6888-5",
             "cap of state per guest",
-            note="in a network 65536 flows by default, half of the table, and a share of what is left; none "
-            "by default in an engine of one's own",
+            note="in a network: 65536 flows by default (half of the table), and a share of what "
+            "is left; in an engine alone: none by default",
             relay="met: 16384 flows by default, fewer where descriptors are scarce",
             by=("a_flood_of_flows_stays_within_the_caps",),
         ),
@@ -304,7 +307,8 @@ TABLE: dict[str, list[Requirement]] = {
             "6888-8",
             "a freed port rests 120 s",
             note="UDP and ICMP with endpoint-independent filtering; TCP and other filtering need no rest "
-            "(exceptions A and C); the guest that had it may have it before, and it may be published",
+            "(exceptions A and C); the guest that had the port may get it earlier, and it may be "
+            "published earlier",
             relay=f"not met: {NO_EXTERNAL}",
         ),
         r(
@@ -312,7 +316,7 @@ TABLE: dict[str, list[Requirement]] = {
             "Port Control Protocol",
             tests=("rfc6887_", "rfc6886_", "rfc6888_req9_"),
             note="a service of the gateway, with NAT-PMP; for guests that are allowed ports (`--pcp`)",
-            relay="met; what the guest itself begins from a mapped UDP port leaves by another",
+            relay="met; datagrams that the guest sends first from a mapped UDP port leave from another port",
             by=("mapped_port_",),
         ),
         r(
@@ -326,13 +330,13 @@ TABLE: dict[str, list[Requirement]] = {
             "destinations are not logged",
             tests=(),
             note="met by construction: the engine logs nothing",
-            relay="flow events are for the owner of the network alone",
+            relay="only the owner of the network gets flow events",
         ),
         r(
             "6888-15",
             "unguessable ports",
-            note="of those that are drawn; by default a guest keeps its own port where that is free, which "
-            "is as guessable as the guest makes it",
+            note="for ports that are drawn; by default a guest keeps its own port if it is free, "
+            "which is as guessable as the guest's choice",
             relay=KERNEL,
         ),
     ],
@@ -380,7 +384,8 @@ TABLE: dict[str, list[Requirement]] = {
             "7857-9",
             "port randomisation",
             tests=("rfc7857_9_",),
-            note="of ports that are drawn; by default a free port of the guest's is kept (see 6888-15)",
+            note="for ports that are drawn; by default the guest's own port is kept if it is free (see "
+            "6888-15)",
             relay=KERNEL,
         ),
         r(
@@ -455,10 +460,10 @@ def main() -> int:
         "Written by `make conformance`, which runs the tests that it counts. Do not edit.",
         "",
         "`tun` is the packet engine behind `--uplink tun`, tested with a simulated outside and a virtual",
-        "clock. `sockets` is the relay over host sockets: what a requirement asks of packets that the relay",
-        "never sees or makes is done by the host's kernel, or does not apply. Ports that guests open (PCP)",
-        'are opened by the control side, for both alike. What is "the default" can be set to something else,',
-        "which then is what its owner asked for.",
+        "clock. `sockets` is the relay over host sockets. The relay sees no packets of the outside, so the",
+        "host's kernel meets requirements about them, or they do not apply. The control side opens the ports",
+        'that guests ask for (PCP), for both alike. Where a row says "the default", the owner can choose',
+        "another setting.",
     ]
     met = total = 0
     for title, rows in TABLE.items():
