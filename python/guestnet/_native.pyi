@@ -35,6 +35,7 @@ __all__ = [
     "PortInfo",
     "PortUp",
     "Ring",
+    "Runtime",
     "__version__",
     "after_fork_in_child",
     "after_fork_in_parent",
@@ -47,12 +48,40 @@ __all__ = [
 __version__: Final[str]
 
 @final
+class Runtime:
+    """Packet threads that networks of this process share.
+
+    A network is placed on the threads that have the fewest, one for each of its workers. A thread starts
+    with its first network and ends with its last one.
+    """
+
+    def __new__(cls, *, workers: int | None = None, name: str = "guestnet") -> Runtime:
+        """A runtime of up to `workers` threads, 1 to 64 (None: one for each processor), called `name`,
+        `name-1` and so on. Raises ConfigError for another number."""
+
+    @staticmethod
+    def of_process() -> Runtime:
+        """The runtime of networks that name none. It has a thread for each processor, and more where a
+        network asks for more workers. A fork of the process gets one of its own."""
+
+    @property
+    def workers(self) -> int:
+        """Most threads."""
+    @property
+    def threads(self) -> int:
+        """Threads that run now."""
+    @property
+    def networks(self) -> int:
+        """Networks on them; one with several workers counts once for each."""
+
+@final
 class DataPlane:
-    """A running worker: a packet thread with everything that it owns.
+    """A running network: its part of the packet threads of a `Runtime`.
 
     Each command is a method that queues it and returns its number; a `Done` event brings the number back.
-    Raises BusyError when the queue is full or the worker has ended, ConfigError for a value out of range,
-    AttachError for a descriptor that is not open. Descriptors are duplicated: close yours when you like.
+    Raises BusyError when the queue is full or the network has ended, ConfigError for a value out of range,
+    AttachError for a descriptor that is not open, NotRunning in a fork of the process. Descriptors are
+    duplicated: close yours when you like.
     """
 
     def __new__(
@@ -76,25 +105,34 @@ class DataPlane:
         name: str = "guestnet",
         workers: int = 1,
         io_uring: bool = True,
+        runtime: Runtime | None = None,
     ) -> DataPlane:
-        """Starts the workers, 1 to 64. `secret` is 32 random bytes that key its hashes and sequence
-        numbers. An address that is `reserved` for a MAC is taken by no other guest. Raises DataPlaneError
-        when the system has no descriptor or thread for it."""
+        """Starts the network with 1 to 64 workers, on `runtime` or on that of the process. `secret` is 32
+        random bytes that key its hashes and sequence numbers. An address that is `reserved` for a MAC is
+        taken by no other guest. Raises DataPlaneError when the system has no descriptor or thread for it,
+        ConfigError when it asks for more workers than the runtime has, NotRunning when the runtime is that
+        of a parent process."""
 
     @property
     def event_fd(self) -> int:
         """Readable when there are events."""
     @property
     def is_healthy(self) -> bool:
-        """False when the worker has ended, by `stop` or by a failure."""
+        """False when the network has ended or is about to, by `stop` or by a failure."""
     def drain(self, max: int) -> list[_Event]:
         """Takes up to `max` events, oldest first; `event_fd` is readable again when there are more."""
     def stats(self) -> dict[str, Any]:
         """The counters of one moment; `drops` and `io` are dictionaries in it."""
     def worker_stats(self) -> list[dict[str, Any]]:
         """As `stats`, for each worker."""
+    def begin_stop(self) -> None:
+        """Asks the network to end, and does not wait: `event_fd` becomes readable when it has."""
+    @property
+    def has_ended(self) -> bool:
+        """True when nothing of the network runs any more. `stop` does not wait then, but for the end of a
+        thread whose last network this was."""
     def stop(self) -> None:
-        """Ends the worker and waits for it; may be called again."""
+        """Ends the network and waits for that; may be called again."""
     def add_port(
         self,
         port: int,

@@ -18,9 +18,11 @@ pub mod os;
 pub mod runtime;
 mod uplink;
 
-pub use control::{Command, CommandError, Event, Level, ListenKind, PortNames, QueueFull, Value};
+pub use control::{
+    Command, CommandError, Event, Level, ListenKind, PortNames, QueueFull, SubmitError, Value,
+};
 pub use os::{duplicate, error_text, io_uring_works};
 pub use runtime::{
-    IoCounters, IoError, PollingStrategy, StatsSnapshot, WORKERS_MAX, WorkerConfig, WorkerGroup,
-    confinement_works, spawn,
+    IoCounters, IoError, PollingStrategy, Runtime, StatsSnapshot, WORKERS_MAX, WorkerConfig, WorkerGroup,
+    confinement_works, processors, spawn,
 };

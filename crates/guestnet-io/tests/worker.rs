@@ -6,7 +6,8 @@ mod common;
 
 use common::{Net, port_config, tcp_echo, udp_echo};
 use guestnet_core::types::{ForwardId, PortId};
-use guestnet_io::{Command, CommandError, Event, ListenKind, PollingStrategy, Value};
+use guestnet_io::{Command, CommandError, Event, ListenKind, PollingStrategy, Runtime, Value};
+use std::net::{SocketAddrV4, UdpSocket};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::time::{Duration, Instant};
 
@@ -42,10 +43,7 @@ fn nothing_wakes_an_idle_worker() {
     for (strategy, name) in
         [(PollingStrategy::Adaptive, "gn-adaptive"), (PollingStrategy::EventDriven, "gn-event")]
     {
-        let net = Net::with(|c| {
-            c.strategy = strategy;
-            c.name = name.into();
-        });
+        let net = Net::on(&Runtime::new(name, 1), |c| c.strategy = strategy);
         let mut g = net.stream_guest(1);
         let echo = udp_echo();
         g.udp_send(5000, echo, b"x");
@@ -260,7 +258,11 @@ fn a_datagram_socket_whose_peer_is_gone_is_noticed_when_it_is_sent_to() {
     let (ours, theirs) = UnixDatagram::pair().unwrap();
     net.command(Command::AttachDgram { port, fd: theirs.into() });
     let mut g = common::Guest::new(ours, 1);
-    g.udp_send(5000, udp_echo(), b"bye");
+    let server = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let at = SocketAddrV4::new(common::HOST, server.local_addr().unwrap().port());
+    g.udp_send(5000, at, b"bye");
+    let (_, from) = server.recv_from(&mut [0; 8]).unwrap();
     drop(g);
+    server.send_to(b"too late", from).unwrap();
     assert_eq!(net.port_down().0, port);
 }

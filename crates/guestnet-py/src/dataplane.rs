@@ -5,12 +5,13 @@
 use crate::addresses::{Pair, V4, mac, socket};
 use crate::buffers::with_bytes;
 use crate::config::{self, Named};
-use crate::errors::{config_error, descriptor_error, queue_full, start_error};
+use crate::errors::{config_error, descriptor_error, start_error, submit_error};
+use crate::runtime::Runtime;
 use crate::{events, records};
 use guestnet_core::nat::NatEngineConfig;
 use guestnet_core::types::{ForwardId, PortConfig, PortId, ServiceId};
 use guestnet_io::WORKERS_MAX;
-use guestnet_io::{Command, Event, WorkerConfig, WorkerGroup, duplicate, spawn};
+use guestnet_io::{Command, Event, WorkerConfig, WorkerGroup, duplicate};
 use guestnet_wire::proto;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
@@ -35,7 +36,7 @@ pub fn confinement_lack(py: Python<'_>) -> Option<String> {
     py.detach(|| guestnet_io::confinement_works().err())
 }
 
-/// A running worker.
+/// A running network.
 #[pyclass(frozen, module = "guestnet._native")]
 pub struct DataPlane {
     workers: WorkerGroup,
@@ -72,7 +73,7 @@ fn protocol(py: Python<'_>, name: &str) -> PyResult<u8> {
 
 impl DataPlane {
     fn submit(&self, py: Python<'_>, command: Command) -> PyResult<u64> {
-        self.workers.submit(command).map_err(|e| queue_full(py, e))
+        self.workers.submit(command).map_err(|e| submit_error(py, e))
     }
 }
 
@@ -83,7 +84,7 @@ impl DataPlane {
     #[pyo3(signature = (*, gateway, prefix, gateway_mac, secret, mode="nat", host_loopback=None, reserved=Vec::new(),
         filtering="address_dependent", limits=Named::new(), timeouts=Named::new(), strategy="adaptive",
         batch_size=64, max_spins=1000, event_ring=8192, command_ring=1024, name="guestnet", workers=1,
-        io_uring=true))]
+        io_uring=true, runtime=None))]
     fn new(
         py: Python<'_>,
         gateway: IpAddr,
@@ -104,6 +105,7 @@ impl DataPlane {
         name: &str,
         workers: usize,
         io_uring: bool,
+        runtime: Option<&Runtime>,
     ) -> PyResult<Self> {
         let core = config::core(
             py,
@@ -142,7 +144,9 @@ impl DataPlane {
             name: name.replace('\0', ""),
             ..WorkerConfig::new(core)
         };
-        let workers = py.detach(|| spawn(config)).map_err(|e| start_error(py, &e))?;
+        // Looked up while this thread has the GIL: a fork that another thread makes cannot come in between.
+        let runtime = runtime.map_or_else(guestnet_io::Runtime::of_process, |r| r.inner.clone());
+        let workers = py.detach(|| runtime.spawn(config)).map_err(|e| start_error(py, &e))?;
         Ok(DataPlane { workers, translated })
     }
 
@@ -178,7 +182,18 @@ impl DataPlane {
         self.workers.stats_of_each().iter().map(|s| records::snapshot(py, s)).collect()
     }
 
-    /// Ends the workers and waits for them.
+    /// Asks the network to end, and does not wait: `event_fd` becomes readable when it has.
+    fn begin_stop(&self) {
+        self.workers.begin_stop();
+    }
+
+    /// True when nothing of the network runs any more.
+    #[getter]
+    fn has_ended(&self) -> bool {
+        self.workers.has_ended()
+    }
+
+    /// Ends the network and waits for that.
     fn stop(&self, py: Python<'_>) {
         py.detach(|| self.workers.stop());
     }

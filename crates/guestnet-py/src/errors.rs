@@ -2,7 +2,7 @@
 //! classes live in Python, where people look for them, and are looked up when one is needed.
 
 use guestnet_core::nat::ForwardError;
-use guestnet_io::{CommandError, IoError, QueueFull};
+use guestnet_io::{CommandError, IoError, SubmitError};
 use pyo3::prelude::*;
 use std::io;
 
@@ -21,14 +21,28 @@ pub fn config_error(py: Python<'_>, message: String) -> PyErr {
     error(py, "ConfigError", message)
 }
 
-/// The worker could not start.
+/// The network could not start.
 pub fn start_error(py: Python<'_>, e: &IoError) -> PyErr {
-    error(py, "DataPlaneError", e.to_string())
+    match e {
+        IoError::System { .. } => error(py, "DataPlaneError", e.to_string()),
+        IoError::TooFewWorkers { .. } => {
+            let remedy = "give the runtime more workers, or the network fewer";
+            error(py, "ConfigError", format!("{e}: {remedy}"))
+        }
+        IoError::Forked => error(py, "NotRunning", format!("{e}: make a new one here")),
+    }
 }
 
-/// The queue of commands is full, or nobody reads it any more.
-pub fn queue_full(py: Python<'_>, e: QueueFull) -> PyErr {
-    error(py, "BusyError", format!("{e}: wait for commands to be done, or start the network again"))
+/// A command was not taken.
+pub fn submit_error(py: Python<'_>, e: SubmitError) -> PyErr {
+    match e {
+        SubmitError::QueueFull(_) => {
+            error(py, "BusyError", format!("{e}: wait for commands to be done, or start the network again"))
+        }
+        SubmitError::Forked => {
+            error(py, "NotRunning", format!("{e}: use it there, or start a network of this process"))
+        }
+    }
 }
 
 /// A descriptor that cannot be taken over.

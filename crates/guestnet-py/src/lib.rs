@@ -1,5 +1,5 @@
-//! Theory of operation: the only place where Rust knows Python, and nothing else. [`dataplane`] is one worker
-//! with a method per command, [`events`] are the records that it brings up, [`errors`] leads from Rust's
+//! Theory of operation: the only place where Rust knows Python, and nothing else. [`dataplane`] is one network
+//! with a method per command, on the threads of a [`runtime`]; [`events`] are the records that it brings up, [`errors`] leads from Rust's
 //! errors to those of `guestnet.errors`. Packet threads never come here: Python asks, and takes what is there.
 //!
 //! Every class is frozen, and what can wait is done detached from the interpreter. The contract with Python
@@ -15,6 +15,7 @@ mod nat;
 mod numbers;
 mod pool;
 mod records;
+mod runtime;
 
 /// The module `guestnet._native`.
 #[pyo3::pymodule]
@@ -33,6 +34,8 @@ mod _native {
     use super::pool::{PacketPool, Ring};
     #[pymodule_export]
     use super::records::{FlowInfo, PortInfo};
+    #[pymodule_export]
+    use super::runtime::Runtime;
 
     /// The version of the crate.
     #[pymodule_export]

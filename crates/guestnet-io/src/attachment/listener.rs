@@ -12,8 +12,8 @@ use crate::control::command::{AcceptedGuest, Command, CommandError, ListenKind, 
 use crate::control::event::{Event, Level};
 use crate::os::epoll::{Kind, Token};
 use crate::os::sys;
+use crate::runtime::shard::Shard;
 use crate::runtime::turn::Turn;
-use crate::runtime::worker::Worker;
 use guestnet_core::types::{FrameMeta, PortConfig, PortId, Time};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -110,7 +110,7 @@ fn bad(message: &str) -> CommandError {
     CommandError::BadDescriptor(message.into())
 }
 
-impl Worker {
+impl Shard {
     /// The slots of a listener: its socket, and those that were left to guests.
     fn slots(&self, number: u32) -> Vec<u32> {
         self.listeners.iter().filter(|(_, l)| l.number == number).map(|(i, _)| i).collect()

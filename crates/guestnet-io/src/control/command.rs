@@ -260,8 +260,11 @@ pub enum Command {
     ListFlows,
     /// Lists the ports and their counters: [`Value::Ports`].
     PortStats,
-    /// Ends the worker.
+    /// Ends the network.
     Stop,
+    /// Panics, for tests of what happens then.
+    #[cfg(test)]
+    Panic,
 }
 
 impl Command {
@@ -344,6 +347,17 @@ pub enum CommandError {
 #[error("the worker's command queue is full")]
 pub struct QueueFull;
 
+/// A command was not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    /// The queue is full, or the worker is gone.
+    #[error(transparent)]
+    QueueFull(#[from] QueueFull),
+    /// The network runs in the process that this one was forked from.
+    #[error("the network belongs to the process that this one was forked from")]
+    Forked,
+}
+
 /// Wakes a worker. A wake-up that is not yet taken is not repeated.
 pub(crate) struct Waker {
     fd: OwnedFd,
@@ -388,7 +402,7 @@ impl Waker {
 
 /// The control side's half of the queue.
 pub(crate) struct CommandSender {
-    inner: Mutex<(rtrb::Producer<(u64, Command)>, u64)>,
+    inner: Mutex<(rtrb::Producer<Queued>, u64)>,
 }
 
 impl CommandSender {
@@ -405,14 +419,17 @@ impl CommandSender {
         if ring.is_abandoned() {
             return Err(QueueFull);
         }
-        ring.push((*next, command)).map_err(|_| QueueFull)?;
+        ring.push((*next, Box::new(command))).map_err(|_| QueueFull)?;
         *next += 1;
         Ok(*next - 1)
     }
 }
 
+/// A command with its number. In the queue it is a pointer, because all places of the queue come in use over time.
+pub(crate) type Queued = (u64, Box<Command>);
+
 /// A queue for `capacity` commands.
-pub(crate) fn channel(capacity: usize) -> (CommandSender, rtrb::Consumer<(u64, Command)>) {
+pub(crate) fn channel(capacity: usize) -> (CommandSender, rtrb::Consumer<Queued>) {
     let (producer, consumer) = rtrb::RingBuffer::new(capacity.max(16));
     (CommandSender { inner: Mutex::new((producer, 1)) }, consumer)
 }

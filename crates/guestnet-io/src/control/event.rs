@@ -168,7 +168,7 @@ struct Shared {
 
 /// The worker's half.
 pub(crate) struct EventSender {
-    ring: rtrb::Producer<Event>,
+    ring: rtrb::Producer<Box<Event>>,
     capacity: usize,
     shared: Arc<Shared>,
     overflow: VecDeque<Event>,
@@ -180,9 +180,18 @@ pub(crate) struct EventSender {
 
 /// The control side's half.
 pub(crate) struct EventReceiver {
-    ring: Mutex<rtrb::Consumer<Event>>,
+    ring: Mutex<rtrb::Consumer<Box<Event>>>,
     shared: Arc<Shared>,
     waker: Arc<Waker>,
+}
+
+/// Wakes the control side.
+pub(crate) struct EventSignal(Arc<Shared>);
+
+impl EventSignal {
+    pub(crate) fn signal(&self) {
+        sys::eventfd_signal(&self.0.fd);
+    }
 }
 
 /// A ring for `capacity` events.
@@ -258,9 +267,14 @@ impl EventSender {
         self.owners.of(port) < left * SHARE
     }
 
-    fn push(&mut self, event: Event) -> Result<(), rtrb::PushError<Event>> {
+    /// Puts an event in the ring, or gives it back. In the ring it is a pointer: all places of the ring come in use over
+    /// time, and a process may have a thousand rings.
+    fn push(&mut self, event: Event) -> Result<(), Event> {
+        if self.ring.is_full() {
+            return Err(event);
+        }
         let owner = guest(&event);
-        self.ring.push(event)?;
+        self.ring.push(Box::new(event)).map_err(|rtrb::PushError::Full(event)| *event)?;
         self.owners.settle(self.capacity - self.ring.slots() - 1);
         self.owners.note(owner);
         Ok(())
@@ -271,7 +285,7 @@ impl EventSender {
         self.dirty = true;
         if !self.overflow.is_empty() {
             self.overflow.push_back(event);
-        } else if let Err(rtrb::PushError::Full(event)) = self.push(event) {
+        } else if let Err(event) = self.push(event) {
             self.overflow.push_back(event);
         }
     }
@@ -288,7 +302,7 @@ impl EventSender {
             self.want_room();
             fence(Ordering::SeqCst);
             while let Some(event) = self.overflow.pop_front() {
-                if let Err(rtrb::PushError::Full(event)) = self.push(event) {
+                if let Err(event) = self.push(event) {
                     self.overflow.push_front(event);
                     break;
                 }
@@ -304,6 +318,10 @@ impl EventSender {
 }
 
 impl EventReceiver {
+    pub(crate) fn signal(&self) -> EventSignal {
+        EventSignal(Arc::clone(&self.shared))
+    }
+
     pub(crate) fn fd(&self) -> RawFd {
         self.shared.fd.as_raw_fd()
     }
@@ -319,7 +337,7 @@ impl EventReceiver {
             while out.len() < max {
                 let Ok(event) = ring.pop() else { break };
                 bytes += event.payload_len();
-                out.push(event);
+                out.push(*event);
             }
             if out.len() >= max {
                 rest = true;

@@ -15,7 +15,7 @@ use crate::control::event::Event;
 use crate::os::epoll::{Kind, Token};
 use crate::os::sockaddr::RawAddr;
 use crate::os::sys;
-use crate::runtime::worker::Worker;
+use crate::runtime::shard::Shard;
 use crate::uplink::forward::{ForwardParts, Listening, Origins};
 use crate::uplink::sockets::{Sock, SockKind};
 use crate::uplink::tun::Tun;
@@ -32,7 +32,7 @@ use std::path::PathBuf;
 /// Commands done before the network has its turn.
 const BATCH: usize = 64;
 
-impl Worker {
+impl Shard {
     /// Does what waits in the queue.
     pub(crate) fn commands(&mut self) {
         for _ in 0..BATCH {
@@ -46,15 +46,15 @@ impl Worker {
                 return;
             };
             self.io.counters.commands += 1;
-            if matches!(command, Command::StopCapture) && self.stop_capture(sequence) {
+            if matches!(*command, Command::StopCapture) && self.stop_capture(sequence) {
                 continue;
             }
-            if let Command::RemovePort { port } = command
+            if let Command::RemovePort { port } = *command
                 && self.remove_in_steps(sequence, port)
             {
                 continue;
             }
-            let result = self.command(command);
+            let result = self.command(*command);
             self.io.events.send_reliable(Event::Done { sequence, result });
         }
     }
@@ -184,6 +184,12 @@ impl Worker {
                 return Ok(Value::Ports(all.collect()));
             }
             Command::Stop => self.stopping = true,
+            #[cfg(test)]
+            Command::Panic => {
+                // As a panic in the middle of a read does, which has the buffer.
+                self.stream_buffer = Vec::new();
+                panic!("as it was told");
+            }
         }
         Ok(Value::None)
     }

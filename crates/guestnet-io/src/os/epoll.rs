@@ -27,6 +27,10 @@ pub(crate) enum Kind {
     Kick,
     /// The uplink of packets.
     Tun,
+    /// The worker itself has something to do.
+    Worker,
+    /// A network of the worker, by slot.
+    Shard,
 }
 
 /// Names what is watched.
@@ -50,6 +54,8 @@ impl Token {
             4 => Kind::Forward,
             5 => Kind::Kick,
             6 => Kind::Tun,
+            7 => Kind::Worker,
+            8 => Kind::Shard,
             _ => Kind::Waker,
         };
         Token { kind, index: v as u32, generation: (v >> 32) as u32 & 0xff_ffff }
@@ -143,6 +149,13 @@ impl Poller {
         self.ctl(libc::EPOLL_CTL_MOD, fd, token, events)
     }
 
+    /// Watches a descriptor that another owner keeps open no more.
+    pub(crate) fn remove_raw(&self, fd: RawFd) {
+        let none = Token { kind: Kind::Waker, index: 0, generation: 0 };
+        // It can fail only when it is not watched.
+        let _gone = self.ctl_raw(libc::EPOLL_CTL_DEL, fd, none, 0);
+    }
+
     /// Watches a descriptor no more. Needed only where others hold it too.
     pub(crate) fn remove(&self, fd: &OwnedFd) {
         let none = Token { kind: Kind::Waker, index: 0, generation: 0 };
@@ -224,9 +237,16 @@ mod tests {
 
     #[test]
     fn a_token_comes_back_as_it_went() {
-        for kind in
-            [Kind::Waker, Kind::Port, Kind::Sock, Kind::Listener, Kind::Forward, Kind::Kick, Kind::Tun]
-        {
+        for kind in [
+            Kind::Waker,
+            Kind::Port,
+            Kind::Sock,
+            Kind::Listener,
+            Kind::Forward,
+            Kind::Kick,
+            Kind::Tun,
+            Kind::Shard,
+        ] {
             let t = Token { kind, index: u32::MAX - 3, generation: 0xab_cdef };
             assert_eq!(Token::unpack(t.pack()), t);
         }

@@ -6,9 +6,9 @@ use crate::attachment::port_set::{Attachment, Port};
 use crate::attachment::stream::{self, Filled};
 use crate::os::epoll::{Kind, Ready, Token};
 use crate::os::sys;
+use crate::runtime::shard::Shard;
 use crate::runtime::stats::IoCounters;
 use crate::runtime::turn::Turn;
-use crate::runtime::worker::Worker;
 use crate::uplink::error_queue;
 use crate::uplink::forward::Listening;
 use crate::uplink::ping;
@@ -28,7 +28,7 @@ const ACCEPTS: usize = 64;
 const RECEIVES: usize = 4;
 const HUNG_UP: i32 = libc::EPOLLHUP | libc::EPOLLERR;
 
-impl Worker {
+impl Shard {
     pub(crate) fn dispatch(&mut self, ready: Ready) {
         match ready.token.kind {
             Kind::Waker => self.commands_waiting = self.waker.take() || self.commands_waiting,
@@ -39,6 +39,7 @@ impl Worker {
             Kind::Forward => self.on_forward(ready.token),
             Kind::Kick => self.on_kick(ready.token),
             Kind::Tun => self.on_tun(),
+            Kind::Worker | Kind::Shard => self.worker_called = true,
         }
     }
 

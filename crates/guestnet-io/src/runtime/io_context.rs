@@ -9,6 +9,7 @@ use crate::control::port_names::PortNames;
 use crate::os::epoll::Poller;
 use crate::os::io_uring::{OPS_MAX, SMALL, Submitter};
 use crate::os::sys;
+use crate::runtime::buffers::Buffers;
 use crate::runtime::shard_links::ShardLinks;
 use crate::runtime::stats::IoCounters;
 use crate::uplink::deferred_writes::Done;
@@ -47,18 +48,15 @@ pub(crate) struct IoContext {
 }
 
 impl IoContext {
-    /// `batched`: small writes of a batch are to be one call, where the system can.
-    pub(crate) fn new(poller: Poller, events: EventSender, batched: bool) -> IoContext {
-        let submitter = Submitter::new(batched);
-        let mut socks = Socks::new();
-        socks.deferred.on = submitter.is_on();
+    /// Without buffers: see [`IoContext::exchange`].
+    pub(crate) fn new(poller: Poller, events: EventSender) -> IoContext {
         IoContext {
             poller,
             ports: PortSet::default(),
-            socks,
+            socks: Socks::new(),
             tun: None,
             events,
-            submitter,
+            submitter: Submitter::new(false),
             capture: None,
             port_names: PortNames::default(),
             links: None,
@@ -69,6 +67,17 @@ impl IoContext {
             peeked: 0,
             done: Vec::new(),
             frames: Vec::new(),
+        }
+    }
+
+    /// Swaps the buffers of the thread for the empty ones in their place, or back. `batched`: small writes of a batch are
+    /// to be one call, where the system can.
+    pub(crate) fn exchange(&mut self, b: &mut Buffers, batched: bool) {
+        std::mem::swap(&mut self.scratch, &mut b.peek);
+        std::mem::swap(self.ports.linear(), &mut b.linear);
+        if batched {
+            std::mem::swap(&mut self.submitter, &mut b.submitter);
+            self.socks.deferred.on = self.submitter.is_on();
         }
     }
 
@@ -320,7 +329,8 @@ mod tests {
     fn what_is_put_off_does_not_wait_for_the_turn_of_a_large_flow() {
         for batched in [true, false] {
             let (events, _heard) = event::channel(64, Arc::new(Waker::new().unwrap())).unwrap();
-            let mut io = IoContext::new(Poller::new(8).unwrap(), events, batched);
+            let mut io = IoContext::new(Poller::new(8).unwrap(), events);
+            io.exchange(&mut Buffers::new(), batched);
             io.socks.deferred.on = true;
             let flow = |index| FlowId { index, generation: 0 };
             let l = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -1,21 +1,25 @@
-//! Theory of operation: the packet threads. [`worker`] is the loop of one thread, which
-//! [`worker_thread`] starts and ends; [`dispatch`] passes ready
-//! descriptors to the core, and [`io_context`] passes what the core wants done to attachments and uplink.
-//! [`worker_group`] makes several workers look like one, and [`shard_links`] connects them to each other.
+//! Theory of operation: the packet threads. [`placement`] starts threads and places networks on them. [`worker`] is the
+//! loop of one thread, and serves a [`shard`] of each of its networks; [`dispatch`] passes ready descriptors to the core,
+//! and [`io_context`] passes what the core wants done to attachments and uplink. [`worker_group`] makes the shards of a
+//! network look like one to the control side ([`shard_handle`] for each), and [`shard_links`] connects them to each other.
 
+pub(crate) mod adaptive;
+pub(crate) mod buffers;
 mod confinement;
 mod dispatch;
 pub(crate) mod io_context;
+pub(crate) mod placement;
+pub(crate) mod shard;
+pub(crate) mod shard_handle;
 pub(crate) mod shard_links;
 pub(crate) mod stats;
 pub(crate) mod turn;
 pub mod wake_flag;
 pub(crate) mod worker;
 pub(crate) mod worker_group;
-pub(crate) mod worker_thread;
 
 pub use confinement::confinement_works;
+pub use placement::{IoError, Runtime, processors};
+pub use shard::{PollingStrategy, WorkerConfig};
 pub use stats::{IoCounters, StatsSnapshot};
-pub use worker::{PollingStrategy, WorkerConfig};
 pub use worker_group::{WORKERS_MAX, WorkerGroup, spawn};
-pub use worker_thread::IoError;

@@ -8,8 +8,8 @@ use crate::attachment::FRAME_MAX;
 use crate::control::command::{Command, CommandSender, Waker};
 use crate::memory::pool::PacketPool;
 use crate::memory::ring::{Consumer, Producer, Ring};
+use crate::runtime::shard::Shard;
 use crate::runtime::wake_flag::WakeFlag;
-use crate::runtime::worker::Worker;
 use guestnet_core::effects::TxError;
 use guestnet_core::shard::PeerUpdate;
 use guestnet_core::types::{FrameMeta, PortId};
@@ -241,7 +241,7 @@ impl ShardLinks {
     }
 }
 
-impl Worker {
+impl Shard {
     /// Does what other workers sent; false when there was nothing.
     pub(crate) fn receive_from_shards(&mut self) -> bool {
         let mut any = false;

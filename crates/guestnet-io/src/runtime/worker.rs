@@ -1,447 +1,537 @@
-//! Theory of operation: a worker is one plain thread that owns a core and everything it touches, and finishes
-//! what it reads. A round: wait; hand what is ready to the core, a batch per descriptor; do timers and
-//! commands; tell the core what came up meanwhile; send what was put off. With nothing to do it sleeps until
-//! a descriptor or the next timer; the adaptive strategy first polls a little, as long as that has paid of late.
-//! A panic ends the worker, not the process, and is told as an event.
+//! Theory of operation: a worker is one plain thread of a [`crate::runtime::placement::Runtime`]. It serves the shards
+//! of many networks and finishes what it reads.
+//!
+//! - With one network it lets that wait on its own epoll instance, so that nothing stands between the kernel and the
+//!   network ([`Worker::serve_one`]).
+//! - With several it watches their epoll instances from one of its own, keeps their next timers in one ordered set, and
+//!   gives those that are due a turn of [`TURN`] each, in the order in which they became ready
+//!   ([`Worker::serve_several`]). A network that has more to do goes to the end of the queue, so that a flood costs others
+//!   one turn of it.
+//! - A panic in a turn ends its network and is reported as its event. Buffers that the panic may have left half used are
+//!   replaced, and the other networks go on.
+//! - New networks come through a [`Mailbox`]; networks end in steps between the turns of others.
 
-use crate::attachment::listener::{FIRST_DYNAMIC, Listener};
-use crate::attachment::{FRAME_MAX, stream, vhost_user, vnet};
-use crate::control::capture::Closing;
-use crate::control::command::{Command, Value, Waker};
 use crate::control::event::Event;
-use crate::control::port_names::PortNames;
 use crate::memory::slab::Slab;
-use crate::os::epoll::{Token, until};
+use crate::os::epoll::{Kind, Poller, Token, until};
 use crate::os::sys;
-use crate::runtime::io_context::IoContext;
-use crate::runtime::stats::{IoCounters, Published, StatsSnapshot};
-use crate::runtime::turn::Turn;
-use crate::runtime::worker_group;
-use crate::uplink::forward::{ForwardParts, Listening, Resting};
-use crate::uplink::udp::Inbox;
-use guestnet_core::Network;
-use guestnet_core::config::NetworkConfig;
+use crate::runtime::adaptive::Spinner;
+use crate::runtime::buffers::Buffers;
+use crate::runtime::confinement;
+use crate::runtime::shard::{PollingStrategy, Shard};
+use crate::runtime::shard_handle::{NewShard, Presence};
 use guestnet_core::types::Time;
-use std::collections::HashMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::collections::{BTreeSet, VecDeque};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Counters are published at least this often while there is work, in nanoseconds.
-const PUBLISH: u64 = 10_000_000;
-/// Captured frames are handed to the writer at least this often.
-const CAPTURE_FLUSH: u64 = 100_000_000;
-/// How often a capture that is ending is looked at.
-const CLOSING_POLL: u64 = 5_000_000;
-/// How soon updates of ports are sent again for which a ring had no room.
-const UPDATE_RETRY: u64 = 200_000;
-/// Flows of one of several workers: the rest of the number says which worker.
-pub(crate) const FLOWS_MAX: u32 = 1 << 26;
-/// Rounds of telling the core and sending before other descriptors have their turn.
-const SETTLE_ROUNDS: usize = 4;
-/// Polls that the adaptive strategy begins with.
-const SPINS_FIRST: u32 = 16;
-/// A poll that took longer, in nanoseconds: somebody else had the processor.
-const TAKEN_AWAY: u64 = 30_000;
-/// How long there is no spinning then, in milliseconds; doubled as long as it stays so.
-const CROWDED_MIN: u64 = 2;
-const CROWDED_MAX: u64 = 64;
+/// Time of one network's turn while it shares its worker, in nanoseconds.
+const TURN: u64 = 250_000;
+/// Networks reported at once.
+const READY_MAX: usize = 256;
+/// Most polls before a worker with several networks sleeps.
+const SPINS_MAX: u32 = 1000;
 
-/// What a worker does when nothing is ready.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum PollingStrategy {
-    /// Polls for ever: shortest delay, one processor.
-    Busy,
-    /// Polls for a moment after work, then sleeps.
-    #[default]
-    Adaptive,
-    /// Sleeps.
-    EventDriven,
+/// How new networks come to a worker.
+pub(crate) struct Mailbox {
+    fd: OwnedFd,
+    /// `None`: the worker takes no more.
+    waiting: Mutex<Option<Vec<NewShard>>>,
 }
 
-/// What a worker is to be like.
-#[derive(Clone)]
-pub struct WorkerConfig {
-    /// The Network.
-    pub core: NetworkConfig,
-    /// What to do when nothing is ready.
-    pub strategy: PollingStrategy,
-    /// Frames of one guest before others have their turn, 1 to 1024.
-    pub batch_size: usize,
-    /// Most polls of the adaptive strategy before it sleeps.
-    pub max_spins: u32,
-    /// Events that wait for the control side, at least 128.
-    pub event_ring: usize,
-    /// Commands that wait for the worker, at least 16.
-    pub command_ring: usize,
-    /// Name of the thread.
-    pub name: String,
-    /// Threads that share the ports, 1 to 64.
-    pub workers: usize,
-    /// Small writes of a batch are one call by io_uring, where the system has it.
-    pub io_uring: bool,
-    /// What captures call the ports.
-    pub port_names: PortNames,
-}
-
-impl WorkerConfig {
-    /// With the usual sizes.
-    #[must_use]
-    pub fn new(core: NetworkConfig) -> WorkerConfig {
-        WorkerConfig {
-            core,
-            strategy: PollingStrategy::default(),
-            batch_size: 64,
-            max_spins: 1000,
-            event_ring: 8192,
-            command_ring: 1024,
-            name: "guestnet".into(),
-            workers: 1,
-            io_uring: true,
-            port_names: PortNames::default(),
-        }
-    }
-}
-
-/// Everything of a worker.
-pub(crate) struct Worker {
-    pub core: Network,
-    pub io: IoContext,
-    pub queue: rtrb::Consumer<(u64, Command)>,
-    pub waker: Arc<Waker>,
-    pub commands_waiting: bool,
-    pub stopping: bool,
-    stop: Arc<AtomicBool>,
-    published: Arc<Published>,
-    published_at: Time,
-    unpublished: bool,
-    strategy: PollingStrategy,
-    max_spins: u32,
-    /// Polls that are tried now; moves with how often they pay.
-    spins: u32,
-    /// Others want the processor: none are tried until then.
-    crowded_until: Option<Time>,
-    /// How long that is next time, in milliseconds.
-    crowded_for: u64,
-    pub batch_size: usize,
-    pub now: Time,
-    /// A frame from a guest, behind its virtio header.
-    pub frame: Vec<u8>,
-    /// Many frames of a stream.
-    pub stream_buffer: Vec<u8>,
-    pub inbox: Inbox,
-    pub listeners: Slab<Listener>,
-    /// A listener that stays even when its last guest has gone.
-    pub listener_in_use: Option<u32>,
-    pub next_port: u32,
-    pub port_range: (u32, u32),
-    pub listening: Slab<Listening>,
-    pub forwards: HashMap<u32, ForwardParts>,
-    pub resting: Resting<Token>,
-    /// Captures that are being finished, and what is to be acknowledged then.
-    pub closing: Vec<(Closing, Option<u64>)>,
-    capture_flush: Option<Time>,
-    /// When it was seen last whether front-ends made this thread wait.
-    pub looked_at: Time,
-    /// It waited since the last round began.
-    may_have_slept: bool,
-    /// Until when they are looked at more closely.
-    pub suspicious_until: Option<Time>,
-}
-
-impl Worker {
-    pub(super) fn new(
-        config: WorkerConfig,
-        io: IoContext,
-        queue: rtrb::Consumer<(u64, Command)>,
-        waker: Arc<Waker>,
-        published: Arc<Published>,
-        stop: Arc<AtomicBool>,
-    ) -> Worker {
-        let now = sys::now();
-        let mut core = Network::new(config.core, now);
-        let (mut first, mut last) = (FIRST_DYNAMIC, u32::MAX);
-        if let Some(p) = &io.links {
-            core.share(p.count() as u16);
-            core.take_peer_updates(p.room(), &mut Vec::new());
-            first += p.me() as u32 * worker_group::DYNAMIC_PORTS;
-            last = first + (worker_group::DYNAMIC_PORTS - 1);
-        }
-        Worker {
-            core,
-            io,
-            queue,
-            waker,
-            commands_waiting: false,
-            stopping: false,
-            stop,
-            published,
-            published_at: now,
-            unpublished: true,
-            strategy: config.strategy,
-            max_spins: config.max_spins,
-            spins: SPINS_FIRST.min(config.max_spins),
-            crowded_until: None,
-            crowded_for: CROWDED_MIN,
-            batch_size: config.batch_size.clamp(1, 1024),
-            now,
-            frame: vec![0; FRAME_MAX + vnet::LEN_MRG],
-            stream_buffer: vec![0; stream::READ_BUFFER],
-            inbox: Inbox::new(),
-            listeners: Slab::default(),
-            listener_in_use: None,
-            next_port: first,
-            port_range: (first, last),
-            listening: Slab::default(),
-            forwards: HashMap::new(),
-            resting: Resting::default(),
-            closing: Vec::new(),
-            capture_flush: None,
-            looked_at: now,
-            may_have_slept: true,
-            suspicious_until: None,
-        }
+impl Mailbox {
+    pub(crate) fn new() -> Result<Mailbox, i32> {
+        Ok(Mailbox { fd: sys::eventfd()?, waiting: Mutex::new(Some(Vec::new())) })
     }
 
-    pub(super) fn run(&mut self) -> Result<(), i32> {
-        while !self.stopping {
-            let n = self.wait()?;
-            self.round(n);
+    fn lock(&self) -> MutexGuard<'_, Option<Vec<NewShard>>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives the worker a network.
+    ///
+    /// # Errors
+    /// The network, where the worker has ended.
+    pub(crate) fn put(&self, new: NewShard) -> Result<(), Box<NewShard>> {
+        match &mut *self.lock() {
+            Some(waiting) => waiting.push(new),
+            None => return Err(Box::new(new)),
         }
+        sys::eventfd_signal(&self.fd);
         Ok(())
     }
 
-    /// One round, with `n` descriptors ready.
-    fn round(&mut self, n: usize) {
-        self.now = sys::now();
-        self.io.now = self.now;
-        self.looked_at = self.now;
-        if self.io.ports.had_front_ends {
-            vhost_user::begin_round(std::mem::take(&mut self.may_have_slept));
-        }
-        if self.waker.take_urgent() {
-            self.urgent_commands();
-        }
-        for token in self.io.ports.take_again() {
-            self.on_again(token);
-        }
-        for i in 0..n {
-            if let Some(ready) = self.io.poller.ready(i) {
-                self.dispatch(ready);
-            }
-        }
-        let received = self.io.links.is_some() && self.receive_from_shards();
-        if self.core.next_timer().is_some_and(|t| t <= self.now) {
-            self.core.timers(self.now, &mut self.io);
-        }
-        self.housekeeping();
-        if self.commands_waiting {
-            self.commands();
-        }
-        self.stopping |= self.stop.load(Ordering::Relaxed);
-        if self.core.has_more() {
-            self.core.others_took(sys::now().since(self.now));
-        }
-        self.settle();
-        self.io.events.flush();
-        self.unpublished |= n > 0 || received;
-        if self.unpublished && self.now.since(self.published_at) >= PUBLISH {
-            self.publish();
+    /// The worker is to end once it has no network.
+    pub(crate) fn close(&self) {
+        *self.lock() = None;
+        sys::eventfd_signal(&self.fd);
+    }
+
+    /// Takes what waits; `None` after the end.
+    fn take(&self) -> Option<Vec<NewShard>> {
+        sys::eventfd_clear(&self.fd);
+        self.lock().as_mut().map(std::mem::take)
+    }
+}
+
+/// A network on a worker.
+struct Hosted {
+    shard: Box<Shard>,
+    /// Its place in the set of timers.
+    due: Option<Time>,
+    /// It is in the queue of those that have a turn.
+    queued: bool,
+    /// It is about to end, and its descriptors are not looked at any more.
+    ending: bool,
+    /// Tells the control side of the end, after everything else is dropped.
+    presence: Presence,
+}
+
+/// Everything of one thread.
+pub(crate) struct Worker {
+    mailbox: Arc<Mailbox>,
+    /// Watches the mailbox, and the epoll instances of networks while there are several.
+    poller: Poller,
+    watching: bool,
+    networks: Slab<Hosted>,
+    due: BTreeSet<(Time, u32)>,
+    ready: VecDeque<u32>,
+    /// A network had a turn since the worker slept.
+    active: bool,
+    spinner: Spinner,
+    buffers: Buffers,
+    /// What this thread could not give up.
+    unconfined: Option<String>,
+}
+
+/// The body of a packet thread.
+pub(crate) fn main(mailbox: Arc<Mailbox>, poller: Poller) {
+    sys::block_signals();
+    let unconfined = confinement::confine().err();
+    let worker = Worker::new(Arc::clone(&mailbox), poller, unconfined);
+    // Networks that are left when this fails end with it, and their control sides hear of it.
+    let _failed = catch_unwind(AssertUnwindSafe(|| worker.run()));
+    mailbox.close();
+}
+
+/// The poller of a worker.
+pub(crate) fn poller(mailbox: &Mailbox) -> Result<Poller, i32> {
+    let poller = Poller::new(READY_MAX)?;
+    poller.add(&mailbox.fd, Token { kind: Kind::Worker, index: 0, generation: 0 }, libc::EPOLLIN)?;
+    Ok(poller)
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
+    let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+    format!("the worker panicked: {}", text.unwrap_or_default())
+}
+
+impl Worker {
+    /// For the calling thread.
+    fn new(mailbox: Arc<Mailbox>, poller: Poller, unconfined: Option<String>) -> Worker {
+        Worker {
+            mailbox,
+            poller,
+            watching: false,
+            networks: Slab::default(),
+            due: BTreeSet::new(),
+            ready: VecDeque::new(),
+            active: false,
+            spinner: Spinner::new(SPINS_MAX),
+            buffers: Buffers::new(),
+            unconfined,
         }
     }
 
-    /// Tells the core what came up and sends what was put off, until there is nothing left of both.
-    fn settle(&mut self) {
-        let mut turn = Turn::new(self.now);
-        for _ in 0..SETTLE_ROUNDS {
-            let (now, io) = (self.now, &mut self.io);
-            for (flow, result) in std::mem::take(&mut io.socks.outcomes) {
-                self.core.tcp_connected(now, flow, result, io);
+    fn run(mut self) {
+        loop {
+            let open = self.take_new();
+            if !open && self.networks.len() == 0 {
+                return;
             }
-            for e in std::mem::take(&mut io.socks.errors) {
-                self.core.sock_error(now, e.flow, e.as_core(), io);
-            }
-            for port in std::mem::take(&mut io.ports.writable) {
-                self.core.port_writable(now, port, io);
-            }
-            for port in std::mem::take(&mut self.io.ports.stalled) {
-                self.socket_stalled(port);
-            }
-            while turn.has_time()
-                && let Some((port, why)) = self.io.ports.down.pop_front()
-            {
-                self.remove_gone(port, why);
-                turn.frame(0);
-            }
-            self.core.batch_end(self.now, &mut self.io);
-            if let Some(p) = &mut self.io.links {
-                p.tell(|room, out| self.core.take_peer_updates(room, out));
-            }
-            self.io.flush();
-            if !self.io.has_news() || !turn.has_time() {
+            let served = match self.only() {
+                Some(slot) => self.serve_one(slot),
+                None => self.serve_several(),
+            };
+            if let Err(errno) = served {
+                let slots: Vec<u32> = self.networks.iter().map(|(slot, _)| slot).collect();
+                for slot in slots {
+                    self.fail(slot, crate::attachment::reason("polling failed", errno));
+                    while self.networks.get(slot).is_some() {
+                        self.end_step(slot);
+                    }
+                }
                 return;
             }
         }
     }
 
-    /// What is due besides the core's timers.
-    fn housekeeping(&mut self) {
-        self.resume();
-        self.io.socks.end_old_lingering(&mut self.io.counters, self.now);
-        if let Some(c) = &mut self.io.capture {
-            if self.capture_flush.is_some_and(|t| t <= self.now) {
-                self.capture_flush = None;
-                if !c.flush(self.now) {
-                    self.io.counters.capture_dropped += c.dropped();
-                    self.io.capture = None;
-                    self.warn("the capture ended: its file cannot be written".into());
-                }
-            } else if c.is_dirty() && self.capture_flush.is_none() {
-                self.capture_flush = Some(Time(self.now.0 + CAPTURE_FLUSH));
+    /// Takes new networks in. False: there will be no more.
+    fn take_new(&mut self) -> bool {
+        let Some(new) = self.mailbox.take() else { return false };
+        for new in new {
+            let made = catch_unwind(AssertUnwindSafe(|| new.build()));
+            // Its control side hears of the end when what is left of it is dropped.
+            let Ok((mut shard, presence)) = made else { continue };
+            if let Some(what) = &self.unconfined {
+                shard.warn(format!("the packet thread is not confined as it should be: {what}"));
             }
+            let slot =
+                self.networks.insert(Hosted { shard, due: None, queued: false, ending: false, presence });
+            if self.watching {
+                self.watch(slot);
+            }
+            self.enqueue(slot);
         }
-        let mut i = 0;
-        while let Some((closing, sequence)) = self.closing.get_mut(i) {
-            let Some(written) = closing.poll() else {
-                i += 1;
-                continue;
-            };
-            let sequence = *sequence;
-            self.closing.swap_remove(i);
-            if !written {
-                self.warn("the capture is not whole: its file could not be written to the end".into());
-            }
-            if let Some(sequence) = sequence {
-                self.io.events.send_reliable(Event::Done { sequence, result: Ok(Value::None) });
-            }
-        }
+        true
     }
 
-    /// How long to sleep at most; `None` without end.
-    fn timeout(&self) -> Option<u64> {
-        let busy = self.io.has_news()
-            || self.core.has_more()
-            || self.io.ports.has_again()
-            || self.commands_waiting && !self.io.is_behind()
-            || self.io.links.as_ref().is_some_and(|p| p.has_items());
-        if busy || self.strategy == PollingStrategy::Busy {
-            return Some(0);
+    /// The one network of this worker, where it has one that goes on.
+    fn only(&self) -> Option<u32> {
+        let (slot, hosted) = self.networks.iter().next()?;
+        (self.networks.len() == 1 && !hosted.ending).then_some(slot)
+    }
+
+    // ---- one network --------------------------------------------------------------------------------
+
+    fn serve_one(&mut self, slot: u32) -> Result<(), i32> {
+        if std::mem::take(&mut self.watching) {
+            self.unwatch(slot);
+        }
+        self.ready.clear();
+        let Worker { networks, buffers, mailbox, .. } = self;
+        let Some(hosted) = networks.get_mut(slot) else { return Ok(()) };
+        hosted.queued = false;
+        let shard = &mut hosted.shard;
+        let token = Token { kind: Kind::Worker, index: 0, generation: 0 };
+        shard.io.poller.add(&mailbox.fd, token, libc::EPOLLIN)?;
+        shard.exchange(buffers);
+        let ended = catch_unwind(AssertUnwindSafe(|| shard.run_alone()));
+        shard.io.poller.remove_raw(mailbox.fd.as_raw_fd());
+        match ended {
+            Ok(result) => {
+                shard.exchange(buffers);
+                match result {
+                    Ok(()) if shard.stopping => self.begin_end(slot),
+                    Ok(()) => self.enqueue(slot),
+                    Err(errno) => self.fail(slot, crate::attachment::reason("polling failed", errno)),
+                }
+            }
+            Err(panic) => self.panicked(slot, panic.as_ref()),
+        }
+        Ok(())
+    }
+
+    // ---- several networks ---------------------------------------------------------------------------
+
+    fn serve_several(&mut self) -> Result<(), i32> {
+        if !std::mem::replace(&mut self.watching, true) {
+            let slots: Vec<u32> = self.networks.iter().map(|(slot, _)| slot).collect();
+            for slot in slots {
+                self.watch(slot);
+            }
+        }
+        let n = self.wait()?;
+        for i in 0..n {
+            let Some(event) = self.poller.ready(i) else { break };
+            let Token { kind, index, generation } = event.token;
+            if kind == Kind::Shard && self.networks.generation(index) == generation {
+                self.enqueue(index);
+            }
         }
         let now = sys::now();
-        let publish = self.unpublished.then_some(Time(self.published_at.0 + PUBLISH));
-        let closing = (!self.closing.is_empty()).then_some(Time(self.now.0 + CLOSING_POLL));
-        let capture = self.capture_flush;
-        let linger = self.io.socks.lingering_until();
-        let (retry, rest) = (self.io.ports.retry_at, self.resting.until);
-        let late = self.io.links.as_ref().is_some_and(|p| p.is_behind());
-        let late = late.then_some(Time(self.now.0 + UPDATE_RETRY));
-        until(now, [self.core.next_timer(), publish, closing, capture, linger, retry, rest, late])
+        while let Some((time, slot)) = self.due.first().copied()
+            && time <= now
+        {
+            self.enqueue(slot);
+        }
+        for _ in 0..self.ready.len() {
+            let Some(slot) = self.ready.pop_front() else { break };
+            let Some(hosted) = self.networks.get_mut(slot) else { continue };
+            hosted.queued = false;
+            if hosted.ending {
+                self.end_step(slot);
+            } else {
+                self.turn(slot);
+            }
+        }
+        Ok(())
     }
 
     fn wait(&mut self) -> Result<usize, i32> {
-        self.look_at_queues();
-        self.look_for_stalls();
-        let mut timeout = self.timeout();
-        let mut n = 0;
-        if timeout != Some(0) && self.strategy == PollingStrategy::Adaptive && self.unpublished {
-            n = self.spin()?;
+        if !self.ready.is_empty() {
+            return self.poller.wait(Some(0));
         }
-        if n == 0 {
-            // What spinning found in a queue, or of one, is not slept over.
-            let found = self.io.has_news() || self.io.ports.has_again();
-            let lingering = !self.io.ports.lingering.is_empty();
-            if lingering {
-                self.looked_at = sys::now();
-            }
-            if timeout != Some(0) && (found || self.rest_queues()) {
-                timeout = Some(0);
-            }
-            if lingering {
-                self.look_for_stalls();
-                timeout = if self.io.has_news() { Some(0) } else { timeout };
-            }
-            let sleeps = timeout != Some(0);
-            self.may_have_slept |= sleeps;
-            if let Some(p) = self.io.links.as_ref().filter(|_| sleeps)
-                && !p.fall_asleep()
-            {
-                timeout = Some(0);
-            }
-            n = self.io.poller.wait(timeout)?;
-            if let Some(p) = self.io.links.as_ref().filter(|_| sleeps) {
-                p.wake_up();
-            }
-            self.io.counters.polls += 1;
-            self.io.counters.wakeups += u64::from(timeout != Some(0));
-        }
-        self.io.counters.ready_events += n as u64;
-        if let Some(b) = self.io.counters.poll_histogram.get_mut(IoCounters::bucket(n)) {
-            *b += 1;
-        }
-        Ok(n)
-    }
-
-    /// Polls without sleeping. How often follows from whether it found anything of late. Between two polls
-    /// whoever else wants this processor has it, and where they keep it, it is not ours to spin on: a guest
-    /// or server that waits for it would wait for us to stop waiting for them.
-    fn spin(&mut self) -> Result<usize, i32> {
-        if self.crowded_until.is_some_and(|t| self.now < t) {
-            return Ok(0);
-        }
-        let mut before = sys::now();
-        for _ in 0..self.spins {
-            let n = self.io.poller.wait(Some(0))?;
-            self.io.counters.polls += 1;
-            if n > 0 || self.look_at_queues() || self.io.links.as_ref().is_some_and(|p| p.has_items()) {
-                self.spins = (self.spins * 2).clamp(1, self.max_spins);
-                self.crowded_for = CROWDED_MIN;
+        let timeout = until(sys::now(), [self.due.first().map(|(time, _)| *time)]);
+        if timeout != Some(0) && std::mem::take(&mut self.active) {
+            let Worker { poller, spinner, .. } = self;
+            let found = spinner.spin(sys::now(), || Ok(Some(poller.wait(Some(0))?).filter(|n| *n > 0)))?;
+            if let Some(n) = found {
                 return Ok(n);
             }
-            self.io.counters.empty_spins += 1;
-            sys::yield_now();
-            let now = sys::now();
-            if now.since(before) > TAKEN_AWAY {
-                self.crowded_until = Some(now.plus_ms(self.crowded_for));
-                self.crowded_for = (self.crowded_for * 2).min(CROWDED_MAX);
-                return Ok(0);
+        }
+        // The time has passed on.
+        let timeout = until(sys::now(), [self.due.first().map(|(time, _)| *time)]);
+        self.poller.wait(timeout)
+    }
+
+    /// Watches the epoll instance of a network.
+    fn watch(&mut self, slot: u32) {
+        let token = Token { kind: Kind::Shard, index: slot, generation: self.networks.generation(slot) };
+        let Some(hosted) = self.networks.get(slot).filter(|h| !h.ending) else { return };
+        if let Err(errno) = self.poller.add_raw(hosted.shard.io.poller.fd(), token, libc::EPOLLIN) {
+            self.fail(slot, crate::attachment::reason("the network cannot be watched", errno));
+        }
+    }
+
+    fn unwatch(&self, slot: u32) {
+        if let Some(hosted) = self.networks.get(slot) {
+            self.poller.remove_raw(hosted.shard.io.poller.fd());
+        }
+    }
+
+    /// A network is to have a turn, behind those that wait for theirs.
+    fn enqueue(&mut self, slot: u32) {
+        let Some(hosted) = self.networks.get_mut(slot) else { return };
+        if let Some(time) = hosted.due.take() {
+            self.due.remove(&(time, slot));
+        }
+        if !std::mem::replace(&mut hosted.queued, true) {
+            self.ready.push_back(slot);
+        }
+    }
+
+    /// A network is to have a turn at a time.
+    fn schedule(&mut self, slot: u32, time: Option<Time>) {
+        let Some(hosted) = self.networks.get_mut(slot) else { return };
+        if hosted.due == time {
+            return;
+        }
+        if let Some(old) = std::mem::replace(&mut hosted.due, time) {
+            self.due.remove(&(old, slot));
+        }
+        if let Some(time) = time {
+            self.due.insert((time, slot));
+        }
+    }
+
+    fn turn(&mut self, slot: u32) {
+        let Worker { networks, buffers, .. } = self;
+        let Some(hosted) = networks.get_mut(slot) else { return };
+        let shard = &mut hosted.shard;
+        shard.exchange(buffers);
+        let turn = match catch_unwind(AssertUnwindSafe(|| shard.turn(TURN))) {
+            Ok(turn) => turn,
+            Err(panic) => return self.panicked(slot, panic.as_ref()),
+        };
+        shard.exchange(buffers);
+        self.active |= shard.strategy() == PollingStrategy::Adaptive;
+        match turn {
+            Ok(_) if shard.stopping => self.begin_end(slot),
+            Ok(Some(0)) => self.enqueue(slot),
+            Ok(ns) => self.schedule(slot, ns.map(|ns| Time(sys::now().0 + ns))),
+            Err(errno) => self.fail(slot, crate::attachment::reason("polling failed", errno)),
+        }
+    }
+
+    // ---- the end of a network -----------------------------------------------------------------------
+
+    fn panicked(&mut self, slot: u32, panic: &(dyn std::any::Any + Send)) {
+        // The network keeps the old ones, in which anything may be left.
+        self.buffers = Buffers::new();
+        self.fail(slot, panic_text(panic));
+    }
+
+    fn fail(&mut self, slot: u32, message: String) {
+        if let Some(hosted) = self.networks.get_mut(slot) {
+            hosted.shard.io.events.send_reliable(Event::Failed { message });
+        }
+        self.begin_end(slot);
+    }
+
+    fn begin_end(&mut self, slot: u32) {
+        if self.watching {
+            self.unwatch(slot);
+        }
+        if let Some(hosted) = self.networks.get_mut(slot) {
+            hosted.ending = true;
+            hosted.presence.unhealthy();
+        }
+        self.enqueue(slot);
+    }
+
+    fn end_step(&mut self, slot: u32) {
+        let Worker { networks, buffers, .. } = self;
+        let Some(hosted) = networks.get_mut(slot) else { return };
+        let shard = &mut hosted.shard;
+        shard.exchange(buffers);
+        match catch_unwind(AssertUnwindSafe(|| shard.end_step())) {
+            Ok(next) => {
+                shard.exchange(buffers);
+                if next.is_some() {
+                    return self.schedule(slot, next);
+                }
             }
-            before = now;
+            Err(_panic) => self.buffers = Buffers::new(),
         }
-        self.spins = (self.spins / 2).max(1).min(self.max_spins);
-        Ok(0)
+        self.schedule(slot, None);
+        let gone = self.networks.remove(slot);
+        let _panic = catch_unwind(AssertUnwindSafe(|| drop(gone)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::command::{Command, Value};
+    use crate::runtime::shard::WorkerConfig;
+    use crate::runtime::shard_handle::ShardHandle;
+    use guestnet_core::config::NetworkConfig;
+    use guestnet_core::types::{PortConfig, PortId};
+    use guestnet_wire::ether::Mac;
+    use std::io::Write;
+    use std::net::Ipv4Addr;
+    use std::os::unix::net::UnixStream;
+
+    fn config() -> WorkerConfig {
+        let (gateway, subnet) = (Ipv4Addr::new(10, 0, 0, 1), Ipv4Addr::new(10, 0, 0, 0));
+        WorkerConfig::new(NetworkConfig::new(Mac([2, 0, 0, 0, 0, 1]), gateway, (subnet, 24), [7; 32]))
     }
 
-    fn publish(&mut self) {
-        self.hear_isolated();
-        self.io.counters.events_dropped = self.io.events.dropped;
-        let mut io = self.io.counters;
-        if let Some(c) = &self.io.capture {
-            io.capture_dropped += c.dropped();
+    /// A worker without a thread, and the control sides of its networks.
+    fn worker(networks: usize) -> (Worker, Vec<ShardHandle>) {
+        let mailbox = Arc::new(Mailbox::new().unwrap());
+        let mut handles = Vec::new();
+        for _ in 0..networks {
+            let (new, handle) = NewShard::alone(config());
+            assert!(mailbox.put(new).is_ok());
+            handles.push(handle);
         }
-        self.published.write(&StatsSnapshot { core: self.core.counters(), io });
-        self.published_at = self.now;
-        self.unpublished = false;
+        let poller = poller(&mailbox).unwrap();
+        let mut worker = Worker::new(mailbox, poller, None);
+        assert!(worker.take_new());
+        (worker, handles)
     }
 
-    /// The last things: connections (those that guests have not ended are reset, or a part would look to the
-    /// outside like the whole), counters, captures, events.
-    pub(super) fn end(&mut self) {
-        let ports: Vec<_> = self.core.ports().map(|p| p.port).collect();
-        for port in ports {
-            self.core.remove_port(sys::now(), port, &mut self.io);
+    /// Guests on streams, each of which has sent `frames` broadcasts.
+    fn guests(network: &ShardHandle, n: u32, frames: usize) -> Vec<UnixStream> {
+        let guest = |i: u32| {
+            let (mut ours, theirs) = UnixStream::pair().unwrap();
+            let mut frame = [0; 4 + 60];
+            frame[..4].copy_from_slice(&60u32.to_be_bytes());
+            frame[4..10].copy_from_slice(&[0xff; 6]);
+            frame[10..16].copy_from_slice(&[0x52, 0, 0, 0, 0, i as u8]);
+            ours.write_all(&frame.repeat(frames)).unwrap();
+            let addresses = vec![];
+            let config = PortConfig {
+                mac: None,
+                addresses,
+                mtu: 1500,
+                gso_max: 65_450,
+                lax_offload: false,
+                uplink: false,
+            };
+            network.submit(Command::AddPort { port: PortId(i), config }).unwrap();
+            network.submit(Command::AttachStream { port: PortId(i), fd: theirs.into() }).unwrap();
+            ours
+        };
+        (1..=n).map(guest).collect()
+    }
+
+    fn frames(worker: &Worker, slot: u32) -> u64 {
+        worker.networks.get(slot).map_or(0, |h| h.shard.core.counters().rx_frames)
+    }
+
+    fn acknowledged(network: &ShardHandle) -> usize {
+        network
+            .drain(1000)
+            .iter()
+            .filter(|e| matches!(e, Event::Done { result: Ok(Value::None), .. }))
+            .count()
+    }
+
+    #[test]
+    fn a_network_that_floods_leaves_another_its_turns() {
+        let (mut worker, handles) = worker(2);
+        let (many, each) = (100, 800);
+        let _flood = guests(&handles[0], many, each);
+        let _quiet = guests(&handles[1], 1, each);
+        let mut rounds = 0;
+        while frames(&worker, 1) < each as u64 {
+            worker.serve_several().unwrap();
+            rounds += 1;
+            assert!(rounds < 1000, "the quiet network has its frames handled");
         }
-        self.io.flush();
-        self.io.socks.end_lingering();
-        // Those that end already were waited for by who ended them.
-        let mut deadline = sys::now();
-        if let Some(c) = self.io.capture.take() {
-            self.end_capture(c, None);
-            deadline = deadline.plus_s(1);
+        // One hundredth of the frames is the quiet network's. It would be done after nearly all of the other's in turns
+        // without a bound.
+        let flood = frames(&worker, 0);
+        assert!(flood < u64::from(many) * each as u64 / 2, "{flood} frames in {rounds} rounds");
+        while frames(&worker, 0) < u64::from(many) * each as u64 {
+            worker.serve_several().unwrap();
+            rounds += 1;
+            assert!(rounds < 100_000, "none of the frames that a turn left is lost");
         }
-        while !self.closing.is_empty() && sys::now() < deadline {
-            self.housekeeping();
-            std::thread::sleep(std::time::Duration::from_millis(1));
+        // Before the control sides, which wait for the end.
+        drop(worker);
+    }
+
+    #[test]
+    fn a_panic_ends_one_network_and_leaves_the_others_their_buffers() {
+        let (mut worker, handles) = worker(3);
+        let _guests = guests(&handles[0], 1, 1);
+        handles[1].submit(Command::Panic).unwrap();
+        while worker.networks.len() == 3 {
+            worker.serve_several().unwrap();
         }
-        self.publish();
-        self.io.events.flush();
+        assert!(handles[1].has_ended() && !handles[1].is_healthy());
+        let told = handles[1].drain(1000);
+        assert!(
+            told.iter().any(|e| matches!(e, Event::Failed { message } if message.contains("as it was told"))),
+            "{told:?}"
+        );
+        assert!(handles[1].submit(Command::ListFlows).is_err());
+        let _more = guests(&handles[2], 3, 100);
+        while frames(&worker, 2) < 300 {
+            worker.serve_several().unwrap();
+        }
+        assert!(frames(&worker, 0) == 1 && acknowledged(&handles[0]) == 2 && acknowledged(&handles[2]) == 6);
+        assert!(handles[0].is_healthy() && handles[2].is_healthy());
+        drop(worker);
+        assert!(handles.iter().all(ShardHandle::has_ended));
+    }
+
+    #[test]
+    fn a_network_is_served_by_itself_and_among_others_in_turn() {
+        let (mut worker, mut handles) = worker(1);
+        let mailbox = Arc::clone(&worker.mailbox);
+        let _guests = guests(&handles[0], 1, 10);
+        // Another comes: the one network lets the worker go, with nothing lost.
+        let (new, handle) = NewShard::alone(config());
+        assert!(mailbox.put(new).is_ok());
+        handles.push(handle);
+        assert_eq!(worker.only(), Some(0));
+        worker.serve_one(0).unwrap();
+        assert!(worker.take_new() && worker.only().is_none());
+        let _others = guests(&handles[1], 1, 10);
+        while frames(&worker, 0) + frames(&worker, 1) < 20 {
+            worker.serve_several().unwrap();
+        }
+        // It goes: the worker is for the first one again.
+        handles[1].end();
+        while worker.networks.len() == 2 {
+            worker.serve_several().unwrap();
+        }
+        let _more = guests(&handles[0], 2, 10);
+        handles[0].end();
+        while worker.networks.len() == 1 {
+            match worker.only() {
+                Some(slot) => worker.serve_one(slot).unwrap(),
+                None => worker.serve_several().unwrap(),
+            }
+        }
+        assert!(handles.iter().all(ShardHandle::has_ended));
+        assert!(worker.due.is_empty() && !worker.networks.iter().any(|_| true));
     }
 }

@@ -6,15 +6,16 @@
 
 use crate::attachment::listener::FIRST_DYNAMIC;
 use crate::control::capture::{Capture, SharedCapture};
-use crate::control::command::{Command, CommandError, QueueFull, Value};
+use crate::control::command::{Command, CommandError, QueueFull, SubmitError, Value};
 use crate::control::event::Event;
 use crate::control::port_names::PortNames;
 use crate::os::epoll::{Kind, Poller, Token};
 use crate::os::sys;
+use crate::runtime::placement::{IoError, Runtime, system};
+use crate::runtime::shard::{FLOWS_MAX, WorkerConfig};
+use crate::runtime::shard_handle::{self, ShardHandle};
 use crate::runtime::shard_links;
 use crate::runtime::stats::StatsSnapshot;
-use crate::runtime::worker::{FLOWS_MAX, WorkerConfig};
-use crate::runtime::worker_thread::{self, IoError, WorkerThread};
 use guestnet_core::effects;
 use guestnet_core::types::{FlowId, ForwardId, PortId};
 use std::collections::{HashMap, VecDeque};
@@ -32,7 +33,7 @@ const ADDRESSES_MAX: usize = 65_536;
 
 /// The running workers of a Network.
 pub struct WorkerGroup {
-    threads: Vec<WorkerThread>,
+    shards: Vec<ShardHandle>,
     router: Option<Router>,
     port_names: PortNames,
 }
@@ -85,28 +86,32 @@ struct Published {
     at: usize,
 }
 
-/// Starts the workers of a Network. Raises the process's soft limit of descriptors to its hard limit, since
+/// Starts a network on the runtime of the process. Raises the process's soft limit of descriptors to its hard limit, since
 /// every relayed connection is one.
 ///
 /// # Errors
 /// [`IoError`] when the system has no descriptor, memory or thread for it.
 pub fn spawn(config: WorkerConfig) -> Result<WorkerGroup, IoError> {
+    spawn_on(&Runtime::of_process(), config)
+}
+
+pub(crate) fn spawn_on(runtime: &Runtime, config: WorkerConfig) -> Result<WorkerGroup, IoError> {
     let n = config.workers.clamp(1, WORKERS_MAX);
     let loads: Arc<[AtomicU32]> = (0..n).map(|_| AtomicU32::new(0)).collect();
     let port_names = config.port_names.clone();
-    let threads = worker_thread::start(config, &loads)?;
-    let router = if n > 1 { Some(Router::new(&threads, loads)?) } else { None };
-    Ok(WorkerGroup { threads, router, port_names })
+    let shards = shard_handle::start(runtime, config, &loads)?;
+    let router = if n > 1 { Some(Router::new(&shards, loads)?) } else { None };
+    Ok(WorkerGroup { shards, router, port_names })
 }
 
 impl Router {
-    fn new(threads: &[WorkerThread], loads: Arc<[AtomicU32]>) -> Result<Router, IoError> {
-        let poller = Poller::new(1).map_err(worker_thread::io_error("no epoll"))?;
-        let ready_fd = sys::eventfd().map_err(worker_thread::io_error("no eventfd"))?;
+    fn new(shards: &[ShardHandle], loads: Arc<[AtomicU32]>) -> Result<Router, IoError> {
+        let poller = Poller::new(1).map_err(system("no epoll"))?;
+        let ready_fd = sys::eventfd().map_err(system("no eventfd"))?;
         let token = Token { kind: Kind::Waker, index: 0, generation: 0 };
-        let fds = threads.iter().map(WorkerThread::event_fd).chain([ready_fd.as_raw_fd()]);
+        let fds = shards.iter().map(ShardHandle::event_fd).chain([ready_fd.as_raw_fd()]);
         for fd in fds {
-            poller.add_raw(fd, token, libc::EPOLLIN).map_err(worker_thread::io_error("no epoll"))?;
+            poller.add_raw(fd, token, libc::EPOLLIN).map_err(system("no epoll"))?;
         }
         Ok(Router { poller, ready_fd, loads, table: Mutex::default() })
     }
@@ -128,7 +133,7 @@ impl WorkerGroup {
     /// Readable when there are events.
     #[must_use]
     pub fn event_fd(&self) -> RawFd {
-        match (&self.router, self.threads.first()) {
+        match (&self.router, self.shards.first()) {
             (Some(s), _) => s.poller.fd(),
             (None, Some(t)) => t.event_fd(),
             (None, None) => -1,
@@ -140,17 +145,17 @@ impl WorkerGroup {
     #[must_use]
     pub fn drain(&self, max: usize) -> Vec<Event> {
         let Some(s) = &self.router else {
-            return self.threads.first().map_or(Vec::new(), |t| t.drain(max));
+            return self.shards.first().map_or(Vec::new(), |t| t.drain(max));
         };
         let mut table = s.table();
         sys::eventfd_clear(&s.ready_fd);
         let mut out: Vec<Event> = table.ready.drain(..).collect();
-        let n = self.threads.len();
+        let n = self.shards.len();
         table.turn = (table.turn + 1) % n;
         for k in 0..n {
             let i = (table.turn + k) % n;
             let room = max.saturating_sub(out.len());
-            let Some(t) = self.threads.get(i).filter(|_| room > 0) else { continue };
+            let Some(t) = self.shards.get(i).filter(|_| room > 0) else { continue };
             for event in t.drain(room) {
                 out.extend(self.handle_event(s, &mut table, i, event));
             }
@@ -168,20 +173,24 @@ impl WorkerGroup {
     /// Gives the workers something to do. The number comes back in [`Event::Done`].
     ///
     /// # Errors
-    /// [`QueueFull`]; the command, and the descriptors in it, are dropped.
-    pub fn submit(&self, command: Command) -> Result<u64, QueueFull> {
-        match (&self.router, self.threads.first()) {
+    /// [`SubmitError`]; the command, and the descriptors in it, are dropped.
+    pub fn submit(&self, command: Command) -> Result<u64, SubmitError> {
+        if self.shards.first().is_some_and(ShardHandle::is_copy) {
+            return Err(SubmitError::Forked);
+        }
+        let number = match (&self.router, self.shards.first()) {
             (Some(s), _) => self.route(s, &mut s.table(), command),
             (None, Some(t)) => t.submit(command),
             (None, None) => Err(QueueFull),
-        }
+        };
+        number.map_err(SubmitError::from)
     }
 
     /// The counters of all workers, at most some 10 milliseconds old. `sockets_peak` is the sum of each one's.
     #[must_use]
     pub fn stats(&self) -> StatsSnapshot {
         let mut sum = StatsSnapshot::default();
-        for t in &self.threads {
+        for t in &self.shards {
             sum.add(&t.stats());
         }
         sum
@@ -190,27 +199,38 @@ impl WorkerGroup {
     /// The counters of each worker.
     #[must_use]
     pub fn stats_of_each(&self) -> Vec<StatsSnapshot> {
-        self.threads.iter().map(WorkerThread::stats).collect()
+        self.shards.iter().map(ShardHandle::stats).collect()
     }
 
     /// False when a worker has ended, by [`WorkerGroup::stop`] or by a failure.
     #[must_use]
     pub fn is_healthy(&self) -> bool {
-        self.threads.iter().all(WorkerThread::is_healthy)
+        self.shards.iter().all(ShardHandle::is_healthy)
+    }
+
+    /// Asks the workers to end, and does not wait: [`WorkerGroup::event_fd`] becomes readable when they have.
+    pub fn begin_stop(&self) {
+        self.shards.iter().for_each(ShardHandle::end);
+    }
+
+    /// True when nothing of the network runs any more.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.shards.iter().all(ShardHandle::has_ended)
     }
 
     /// Ends the workers and waits for them. May be called again. What is being written to a capture gets a
     /// second to be finished; nothing else can make it wait.
     pub fn stop(&self) {
-        self.threads.iter().for_each(WorkerThread::end);
-        self.threads.iter().for_each(WorkerThread::stop);
+        self.shards.iter().for_each(ShardHandle::end);
+        self.shards.iter().for_each(ShardHandle::stop);
     }
 
     // ---- commands of several workers ----------------------------------------------------------------
 
     fn route(&self, router: &Router, table: &mut RoutingTable, command: Command) -> Result<u64, QueueFull> {
         // So that a command for all is not done by some.
-        if !self.threads.iter().all(WorkerThread::has_room) {
+        if !self.shards.iter().all(ShardHandle::has_room) {
             return Err(QueueFull);
         }
         match command {
@@ -227,7 +247,7 @@ impl WorkerGroup {
                 Ok(n)
             }
             Command::RemovePort { port } => {
-                let to = table.at(port, self.threads.len());
+                let to = table.at(port, self.shards.len());
                 self.submit_to(table, [(to, command)], Rollback::PortGone(port))
             }
             Command::AttachTap { port, .. }
@@ -238,11 +258,11 @@ impl WorkerGroup {
             | Command::ServiceSend { port, .. }
             | Command::KeepName { port, .. }
             | Command::Inject { port, .. } => {
-                let to = table.at(port, self.threads.len());
+                let to = table.at(port, self.shards.len());
                 self.submit_to(table, [(to, command)], Rollback::None)
             }
             Command::BindAddress { port, ip, .. } => {
-                let to = table.at(port, self.threads.len());
+                let to = table.at(port, self.shards.len());
                 let n = self.submit_to(table, [(to, command)], Rollback::None)?;
                 self.bind_addresses(table, vec![ip], port);
                 Ok(n)
@@ -252,7 +272,7 @@ impl WorkerGroup {
                 self.submit_to_all(table, || Command::UnbindAddress { ip })
             }
             Command::Listen { listener, .. } | Command::StopListening { listener } => {
-                let to = listener as usize % self.threads.len();
+                let to = listener as usize % self.shards.len();
                 self.submit_to(table, [(to, command)], Rollback::None)
             }
             Command::AddService { service, proto, address, port, unix_path } => {
@@ -303,6 +323,8 @@ impl WorkerGroup {
             Command::ListFlows => self.submit_to_all(table, || Command::ListFlows),
             Command::PortStats => self.submit_to_all(table, || Command::PortStats),
             Command::Stop => self.submit_to_all(table, || Command::Stop),
+            #[cfg(test)]
+            Command::Panic => self.submit_to(table, [(0, command)], Rollback::None),
             // The translator has one table, which is one worker's.
             Command::AttachTun { .. } => Ok(router.acknowledge(table, Err(CommandError::OneWorker))),
             Command::AddUplinkForward { .. } | Command::NatStats => {
@@ -322,7 +344,7 @@ impl WorkerGroup {
         let sequence = table.number();
         let mut left = 0;
         for (to, command) in commands {
-            let number = self.threads.get(to).ok_or(QueueFull)?.submit(command)?;
+            let number = self.shards.get(to).ok_or(QueueFull)?.submit(command)?;
             table.in_flight.insert((to, number), sequence);
             left += 1;
         }
@@ -331,7 +353,7 @@ impl WorkerGroup {
     }
 
     fn submit_to_all(&self, table: &mut RoutingTable, make: impl Fn() -> Command) -> Result<u64, QueueFull> {
-        self.submit_to(table, (0..self.threads.len()).map(|i| (i, make())), Rollback::None)
+        self.submit_to(table, (0..self.shards.len()).map(|i| (i, make())), Rollback::None)
     }
 
     // ---- published ports ----------------------------------------------------------------------------
@@ -348,7 +370,7 @@ impl WorkerGroup {
             // Refused there.
             return self.submit_to(table, [(at, add_forward(forward, proto, guest, fds))], Rollback::None);
         }
-        let at = table.of_address(guest.ip(), self.threads.len()).unwrap_or(0);
+        let at = table.of_address(guest.ip(), self.shards.len()).unwrap_or(0);
         let kept = copies(&fds).ok_or(QueueFull)?;
         table.forwards.insert(forward, Published { proto, guest, fds: kept, at });
         self.submit_to(table, [(at, add_forward(forward, proto, guest, fds))], Rollback::Forward(forward))
@@ -360,7 +382,7 @@ impl WorkerGroup {
         forward: ForwardId,
         guest: SocketAddr,
     ) -> Result<u64, QueueFull> {
-        let to = table.of_address(guest.ip(), self.threads.len());
+        let to = table.of_address(guest.ip(), self.shards.len());
         let Some(f) = table.forwards.get_mut(&forward) else {
             return self.submit_to(table, [(0, Command::RetargetForward { forward, guest })], Rollback::None);
         };
@@ -384,7 +406,7 @@ impl WorkerGroup {
 
     /// Addresses are at a port: forwards to them go where it is.
     fn bind_addresses(&self, table: &mut RoutingTable, addresses: Vec<IpAddr>, port: PortId) {
-        let to = table.at(port, self.threads.len());
+        let to = table.at(port, self.shards.len());
         for ip in addresses {
             if table.addresses.len() < ADDRESSES_MAX || table.addresses.contains_key(&ip) {
                 table.addresses.insert(ip, port);
@@ -392,7 +414,7 @@ impl WorkerGroup {
             let RoutingTable { forwards, stale_forwards, .. } = &mut *table;
             for (id, f) in forwards.iter_mut().filter(|(_, f)| f.guest.ip() == ip && f.at != to) {
                 let Some(fds) = copies(&f.fds) else { continue };
-                let moved = self.threads.get(to).map(|t| t.submit(add_forward(*id, f.proto, f.guest, fds)));
+                let moved = self.shards.get(to).map(|t| t.submit(add_forward(*id, f.proto, f.guest, fds)));
                 // A worker whose queue is full will do when the address is next heard of.
                 if let Some(Ok(_)) = moved {
                     stale_forwards.push((f.at, *id));
@@ -409,7 +431,7 @@ impl WorkerGroup {
         stale_forwards.retain(|(at, forward)| {
             // It may have come back meanwhile.
             forwards.get(forward).is_none_or(|f| f.at != *at)
-                && self.threads.get(*at).is_some_and(|t| {
+                && self.shards.get(*at).is_some_and(|t| {
                     t.is_healthy() && t.submit(Command::RemoveForward { forward: *forward }).is_err()
                 })
         });

@@ -8,7 +8,7 @@ pub mod vhost;
 
 use guestnet_core::config::NetworkConfig;
 use guestnet_core::types::{PortConfig, PortId};
-use guestnet_io::{Command, CommandError, Event, StatsSnapshot, Value, WorkerConfig, WorkerGroup, spawn};
+use guestnet_io::{Command, CommandError, Event, Runtime, StatsSnapshot, Value, WorkerConfig, WorkerGroup};
 use guestnet_wire::arp::{self, Arp};
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::ipv4::{self, Ipv4};
@@ -43,6 +43,11 @@ impl Net {
     }
 
     pub fn with(change: impl FnOnce(&mut WorkerConfig)) -> Net {
+        Net::on(&Runtime::of_process(), change)
+    }
+
+    /// On the threads of a runtime.
+    pub fn on(runtime: &Runtime, change: impl FnOnce(&mut WorkerConfig)) -> Net {
         let mut core = NetworkConfig::new(
             Mac([2, 0, 0, 0, 0, 1]),
             GATEWAY,
@@ -52,7 +57,7 @@ impl Net {
         core.host_loopback = Some(HOST.into());
         let mut config = WorkerConfig::new(core);
         change(&mut config);
-        Net { workers: spawn(config).unwrap(), events: RefCell::default() }
+        Net { workers: runtime.spawn(config).unwrap(), events: RefCell::default() }
     }
 
     fn pump(&self) {

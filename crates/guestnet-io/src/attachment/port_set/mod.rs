@@ -127,6 +127,11 @@ pub(crate) struct PortSet {
 }
 
 impl PortSet {
+    /// Room for a large frame in one piece, which the thread lends.
+    pub(crate) fn linear(&mut self) -> &mut Vec<u8> {
+        &mut self.linear
+    }
+
     pub(crate) fn slot(&self, id: PortId) -> Option<u32> {
         self.by_id.get(&id).copied()
     }

@@ -8,10 +8,10 @@ use crate::attachment::port_set::{Attachment, Port};
 use crate::attachment::vhost_user::{self, LONG_ROUND, VhostUser};
 use crate::os::epoll::{Kind, Ready, Token};
 use crate::os::sys;
-use crate::runtime::worker::Worker;
+use crate::runtime::shard::Shard;
 use guestnet_core::types::PortId;
 
-impl Worker {
+impl Shard {
     fn vhost(&mut self, slot: u32) -> Option<&mut VhostUser> {
         match self.io.ports.get_mut(slot) {
             Some(Port { attachment: Attachment::VhostUser(v), .. }) => Some(v),
