@@ -365,14 +365,14 @@ impl NatEngine {
             let mut dead = [0u32; 16];
             let mut n = 0;
             while n < dead.len() && left > 0 {
-                let Some(id) = self.table.wheel.pop(&mut self.table.sessions, self.tick) else {
+                let Some(id) = self.table.wheel.pop(&mut self.table.sessions, u64::from(self.tick)) else {
                     done = true;
                     break;
                 };
                 left -= 1;
                 match self.table.sessions.get(id).map(|s| s.expires) {
                     Some(expires) if expires > self.tick => {
-                        self.table.wheel.arm(&mut self.table.sessions, id, expires);
+                        self.table.wheel.arm(&mut self.table.sessions, id, u64::from(expires));
                     }
                     _ => {
                         dead[n] = id;
@@ -388,7 +388,7 @@ impl NatEngine {
             gone += n;
         }
         if done {
-            self.table.due = self.table.wheel.next().unwrap_or(u32::MAX);
+            self.table.due = self.table.next_deadline().unwrap_or(u32::MAX);
         }
         self.stats.expired += gone as u64;
         gone
@@ -408,7 +408,7 @@ impl NatEngine {
     /// When [`NatEngine::expire`] has something to do next.
     #[must_use]
     pub fn next_timer(&self) -> Option<Time> {
-        let ticks = [self.table.wheel.next(), self.table.next_release()].into_iter().flatten().min();
+        let ticks = [self.table.next_deadline(), self.table.next_release()].into_iter().flatten().min();
         // What lies past the end of time never comes.
         let ticks = ticks.and_then(|t| self.base.unwrap_or(0).checked_add(u64::from(t) << TICK_BITS));
         let syn = self.unsolicited.front().map(|s| s.until);

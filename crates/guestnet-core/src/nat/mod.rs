@@ -26,7 +26,7 @@ pub use engine::{ForwardError, NatEngine};
 pub use events::NatEvent;
 pub use stats::{ConnTrackStats, Connection, NatStats};
 pub use table::state::ConnState;
-pub use table::{hash, index, ports, wheel};
+pub use table::{hash, index, ports};
 
 use crate::interface::stats::DropReason;
 

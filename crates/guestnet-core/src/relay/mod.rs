@@ -40,7 +40,7 @@ use crate::tables::flow::{Key, List, NONE};
 use crate::tables::flow_table::FlowTable;
 use crate::tables::per_port::PerPort;
 use crate::util::siphash::SipKey;
-use crate::util::timer_wheel::Wheel;
+use crate::util::timers::Timers;
 use guest::Guest;
 use guestnet_wire::parse::Packet;
 use guestnet_wire::proto;
@@ -57,7 +57,7 @@ pub(crate) struct Relay {
     timeouts: Timeouts,
     filtering: Filtering,
     flows: FlowTable,
-    wheel: Wheel,
+    wheel: Timers,
     /// Flows whose timers fired and that have not had their turn yet.
     due: Vec<u32>,
     /// TCP flows that asked for [`Relay::batch_end`]: those with little to send, then bulk flows in turn.
@@ -80,7 +80,7 @@ impl Relay {
     pub fn new(config: &NetworkConfig, now: Time) -> Relay {
         Relay {
             flows: FlowTable::new(config.limits.flows, SipKey::from_secret(&config.secret, 0)),
-            wheel: Wheel::new(now.as_ms()),
+            wheel: Timers::new(now.as_ms()),
             due: Vec::new(),
             batch: List::default(),
             turns: Turns::new(),

@@ -4,3 +4,4 @@ pub(crate) mod account;
 pub(crate) mod rate_limiter;
 pub(crate) mod siphash;
 pub(crate) mod timer_wheel;
+pub(crate) mod timers;

@@ -1,159 +1,156 @@
-//! Theory of operation: a hashed hierarchical timer wheel (Varghese and Lauck) over slot numbers of the flow
-//! table. Each slot number is in at most one list, so memory is one link per flow and moving a timer costs a
-//! few writes. Ticks are milliseconds; seven levels of 64 slots reach 139 years.
+//! Theory of operation: a hierarchical timer wheel (Varghese and Lauck) whose lists run through the records themselves,
+//! so arming and disarming are a few stores and nothing is allocated.
 //!
-//! A list also keeps the earliest deadline in it, so [`Wheel::next`] is exact and nothing wakes up only to
-//! cascade. The owner reschedules lazily: it leaves an earlier timer alone when a deadline moves back, and
-//! sets it again when it fires. A removed timer may leave the list's minimum too early, which costs at most
-//! one idle wake-up per removal.
+//! - Level 0 has a list for each tick of the current 64, level 1 one for each 64 ticks of the current 4096, and so on.
+//!   Deadlines beyond the last level are armed at its end, from where they are armed again.
+//! - Each list keeps the earliest deadline in it, so [`TimerWheel::next`] is exact and nothing wakes up only to move
+//!   records to finer lists. A record that was disarmed may leave that deadline too early, which costs one wake-up.
+//! - A record's deadline may have moved since it was armed. [`TimerWheel::pop`] hands records out when their list is
+//!   due; the caller arms those again that are not due themselves.
+//! - Work can stop after any record, so a million deadlines at once cost no pause.
 
-const LEVELS: usize = 7;
-const SLOTS: usize = 64;
-const NONE: u32 = u32::MAX;
-const UNUSED: u16 = u16::MAX;
+const BITS: u32 = 6;
+const SLOTS: usize = 1 << BITS;
+/// No record.
+pub const NONE: u32 = u32::MAX;
+const UNARMED: u16 = u16::MAX;
 
-#[derive(Clone, Copy)]
-struct Link {
+/// What the wheel keeps in each record.
+#[derive(Debug, Clone, Copy)]
+pub struct Links {
     next: u32,
     prev: u32,
     list: u16,
-    deadline: u64,
+    /// Room that alignment leaves over; the record may use it.
+    pub spare: u16,
 }
 
-/// The wheel. See the module head.
-pub struct Wheel {
-    now: u64,
-    links: Vec<Link>,
-    heads: Box<[u32; LEVELS * SLOTS]>,
-    mins: Box<[u64; LEVELS * SLOTS]>,
-    occupied: [u64; LEVELS],
+impl Links {
+    /// Not armed.
+    pub const UNARMED: Links = Links { next: NONE, prev: NONE, list: UNARMED, spare: 0 };
+
+    /// True while the record is on the wheel.
+    #[must_use]
+    pub fn is_armed(&self) -> bool {
+        self.list != UNARMED
+    }
 }
 
-impl Wheel {
-    /// An empty wheel at `now` milliseconds.
+/// Records that the wheel can run through.
+pub trait Records {
+    /// The links of a record; `None` for a number out of range.
+    fn links(&mut self, record: u32) -> Option<&mut Links>;
+}
+
+/// A wheel that keeps delays of up to `64.pow(LEVELS) * 63 / 64` ticks exactly.
+#[derive(Debug)]
+pub struct TimerWheel<const LEVELS: usize> {
+    levels: Box<[Level; LEVELS]>,
+    /// All deadlines before this tick have been handed out.
+    tick: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Level {
+    /// Lists that have records.
+    filled: u64,
+    heads: [u32; SLOTS],
+    /// The earliest deadline of each filled list, or an earlier tick.
+    earliest: [u64; SLOTS],
+}
+
+impl<const LEVELS: usize> TimerWheel<LEVELS> {
+    /// The longest delay that is kept exactly.
+    pub const MAX_DELAY: u64 = (1 << (BITS * LEVELS as u32)) - (1 << (BITS * (LEVELS as u32 - 1)));
+
+    /// An empty wheel at `tick`.
     #[must_use]
-    pub fn new(now: u64) -> Wheel {
-        Wheel {
-            now,
-            links: Vec::new(),
-            heads: Box::new([NONE; LEVELS * SLOTS]),
-            mins: Box::new([u64::MAX; LEVELS * SLOTS]),
-            occupied: [0; LEVELS],
+    pub fn new(tick: u64) -> Self {
+        let level = Level { filled: 0, heads: [NONE; SLOTS], earliest: [u64::MAX; SLOTS] };
+        TimerWheel { levels: Box::new([level; LEVELS]), tick }
+    }
+
+    /// Arms a record that is not armed.
+    pub fn arm(&mut self, records: &mut impl Records, record: u32, deadline: u64) {
+        let deadline = deadline.clamp(self.tick, self.tick.saturating_add(Self::MAX_DELAY));
+        // The highest digit in which the deadline differs from the present.
+        let level = ((deadline ^ self.tick | 1).ilog2() / BITS).min(LEVELS as u32 - 1);
+        let slot = (deadline >> (level * BITS)) as usize % SLOTS;
+        let Some(l) = self.levels.get_mut(level as usize) else { return };
+        let old = std::mem::replace(&mut l.heads[slot], record);
+        l.earliest[slot] = l.earliest[slot].min(deadline);
+        l.filled |= 1 << slot;
+        if let Some(links) = records.links(record) {
+            let list = (level as usize * SLOTS + slot) as u16;
+            *links = Links { next: old, prev: NONE, list, spare: links.spare };
+        }
+        if let Some(links) = records.links(old) {
+            links.prev = record;
         }
     }
 
-    /// When the timer of `index` is to fire, if it is set.
-    #[must_use]
-    pub fn deadline(&self, index: u32) -> Option<u64> {
-        self.links.get(index as usize).filter(|l| l.list != UNUSED).map(|l| l.deadline)
-    }
-
-    /// Sets or moves the timer of `index` to `deadline` milliseconds.
-    pub fn set(&mut self, index: u32, deadline: u64) {
-        self.cancel(index);
-        let i = index as usize;
-        if i >= self.links.len() {
-            self.links.resize(i + 1, Link { next: NONE, prev: NONE, list: UNUSED, deadline: 0 });
-        }
-        // A deadline in the past sits in the current slot, where the next expiry finds it.
-        let list = self.list_of(deadline.max(self.now));
-        let head = self.heads[list];
-        self.links[i] = Link { next: head, prev: NONE, list: list as u16, deadline };
-        if let Some(h) = self.links.get_mut(head as usize) {
-            h.prev = index;
-        }
-        self.heads[list] = index;
-        self.mins[list] = self.mins[list].min(deadline);
-        self.occupied[list / SLOTS] |= 1 << (list % SLOTS);
-    }
-
-    /// Takes the timer of `index` out, if it is set.
-    pub fn cancel(&mut self, index: u32) {
-        let Some(&l) = self.links.get(index as usize) else { return };
-        if l.list == UNUSED {
+    /// Disarms a record; nothing happens when it is not armed.
+    pub fn disarm(&mut self, records: &mut impl Records, record: u32) {
+        let Some(links) = records.links(record) else { return };
+        let Links { next, prev, list, spare } = *links;
+        *links = Links { spare, ..Links::UNARMED };
+        if list == UNARMED {
             return;
         }
-        let list = usize::from(l.list);
-        match self.links.get_mut(l.prev as usize) {
-            Some(p) => p.next = l.next,
-            None => self.heads[list] = l.next,
+        if let Some(n) = records.links(next) {
+            n.prev = prev;
         }
-        if let Some(n) = self.links.get_mut(l.next as usize) {
-            n.prev = l.prev;
-        }
-        self.links[index as usize].list = UNUSED;
-        if self.heads[list] == NONE {
-            self.empty(list);
+        if let Some(p) = records.links(prev) {
+            p.next = next;
+        } else if let Some(l) = self.levels.get_mut(usize::from(list) / SLOTS) {
+            let slot = usize::from(list) % SLOTS;
+            l.heads[slot] = next;
+            if next == NONE {
+                l.filled &= !(1 << slot);
+                l.earliest[slot] = u64::MAX;
+            }
         }
     }
 
-    /// The earliest deadline, in milliseconds.
+    /// The first tick at which [`TimerWheel::pop`] has something to hand out.
     #[must_use]
     pub fn next(&self) -> Option<u64> {
-        (0..LEVELS).filter_map(|level| self.first(level)).map(|list| self.mins[list]).min()
+        self.first().map(|(at, _)| at)
     }
 
-    /// Takes out all timers with `deadline <= now` and appends their indices to `out`.
-    pub fn expire(&mut self, now: u64, out: &mut Vec<u32>) {
-        let from = out.len();
-        for level in 0..LEVELS {
-            while let Some(list) = self.first(level) {
-                if self.mins[list] > now {
-                    break;
-                }
-                let mut at = self.heads[list];
-                while let Some(l) = self.links.get_mut(at as usize) {
-                    l.list = UNUSED;
-                    out.push(at);
-                    at = l.next;
-                }
-                self.empty(list);
+    /// The list that is due first: its tick, and its first record.
+    #[inline]
+    fn first(&self) -> Option<(u64, u32)> {
+        let mut best: Option<(u64, u32)> = None;
+        for (level, l) in self.levels.iter().enumerate() {
+            if l.filled == 0 {
+                continue;
+            }
+            // The lists of a level follow each other in time, the present one first.
+            let here = (self.tick >> (level as u32 * BITS)) as u32 % SLOTS as u32;
+            let slot = (here + l.filled.rotate_right(here).trailing_zeros()) as usize % SLOTS;
+            let at = l.earliest[slot];
+            if best.is_none_or(|(b, _)| at < b) {
+                best = Some((at, l.heads[slot]));
             }
         }
-        self.now = self.now.max(now);
-        // What shared a list with something due goes back, now in a finer list.
-        let mut keep = from;
-        for i in from..out.len() {
-            let index = out[i];
-            let deadline = self.links[index as usize].deadline;
-            if deadline > now {
-                self.set(index, deadline);
-            } else {
-                out[keep] = index;
-                keep += 1;
+        best
+    }
+
+    /// Takes the next record whose list is due at `now` off the wheel. Its own deadline may be later: then the caller
+    /// arms it again. `None` when nothing is due.
+    pub fn pop(&mut self, records: &mut impl Records, now: u64) -> Option<u32> {
+        match self.first() {
+            Some((at, record)) if at <= now => {
+                self.tick = self.tick.max(at);
+                self.disarm(records, record);
+                Some(record)
+            }
+            _ => {
+                self.tick = self.tick.max(now);
+                None
             }
         }
-        out.truncate(keep);
-    }
-
-    fn empty(&mut self, list: usize) {
-        self.heads[list] = NONE;
-        self.mins[list] = u64::MAX;
-        self.occupied[list / SLOTS] &= !(1 << (list % SLOTS));
-    }
-
-    /// The finest level whose 64 slots, seen from the present, reach the deadline.
-    fn list_of(&self, deadline: u64) -> usize {
-        for level in 0..LEVELS {
-            let shift = 6 * level as u32;
-            if (deadline >> shift) - (self.now >> shift) < SLOTS as u64 {
-                return level * SLOTS + (deadline >> shift) as usize % SLOTS;
-            }
-        }
-        // Beyond the last level: its farthest slot, from where it is placed again.
-        let shift = 6 * (LEVELS as u32 - 1);
-        (LEVELS - 1) * SLOTS + ((self.now >> shift) as usize + SLOTS - 1) % SLOTS
-    }
-
-    /// The first list of a level that holds something, in order of time.
-    fn first(&self, level: usize) -> Option<usize> {
-        let occupied = self.occupied[level];
-        if occupied == 0 {
-            return None;
-        }
-        let at = (self.now >> (6 * level as u32)) as u32 % SLOTS as u32;
-        let ahead = occupied.rotate_right(at).trailing_zeros();
-        Some(level * SLOTS + ((at + ahead) as usize) % SLOTS)
     }
 }
 
@@ -161,59 +158,44 @@ impl Wheel {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use std::collections::BTreeMap;
 
-    #[test]
-    fn one_timer_one_wake_up() {
-        let mut w = Wheel::new(5);
-        w.set(3, 300_005);
-        assert_eq!(w.next(), Some(300_005));
-        let mut out = Vec::new();
-        w.expire(300_004, &mut out);
-        assert!(out.is_empty() && w.next() == Some(300_005));
-        w.expire(300_005, &mut out);
-        assert_eq!((out.as_slice(), w.next()), ([3u32].as_slice(), None));
+    struct Recs(Vec<Links>);
+    impl Records for Recs {
+        fn links(&mut self, record: u32) -> Option<&mut Links> {
+            self.0.get_mut(record as usize)
+        }
     }
 
     proptest! {
-        // The wheel against a sorted map, with the same operations.
         #[test]
-        fn same_as_a_sorted_map(
-            ops in proptest::collection::vec((0u8..4, 0u32..40, 0u64..1_000_000_000, 0u32..30), 1..300),
+        fn hands_out_at_the_deadline_and_not_before(
+            start in 0u64..100_000,
+            ops in proptest::collection::vec((0u32..30, 0u64..20_000_000, 0u64..3_000_000, any::<bool>()), 1..200),
         ) {
-            let mut w = Wheel::new(1000);
-            let mut model: BTreeMap<u32, u64> = BTreeMap::new();
-            let mut now = 1000u64;
-            for (op, index, delta, shift) in ops {
-                match op {
-                    0 | 1 => {
-                        let at = now + (delta >> shift);
-                        w.set(index, at);
-                        model.insert(index, at);
-                    }
-                    2 => {
-                        w.cancel(index);
-                        model.remove(&index);
-                    }
-                    _ => {
-                        now += delta >> shift;
-                        let mut out = Vec::new();
-                        w.expire(now, &mut out);
-                        out.sort_unstable();
-                        let due: Vec<u32> = model.iter().filter(|(_, d)| **d <= now).map(|(i, _)| *i).collect();
-                        prop_assert_eq!(&out, &due);
-                        model.retain(|_, d| *d > now);
+            let mut recs = Recs(vec![Links::UNARMED; 30]);
+            let mut wheel = TimerWheel::<4>::new(start);
+            let mut due: Vec<Option<u64>> = vec![None; 30];
+            let mut now = start;
+            for (r, delay, step, moved) in ops {
+                if !moved || due[r as usize].is_none() {
+                    wheel.disarm(&mut recs, r);
+                    wheel.arm(&mut recs, r, now + delay);
+                }
+                // A deadline that moves later is not armed again.
+                due[r as usize] = due[r as usize].filter(|_| moved).max(Some(now + delay));
+                now += step;
+                while let Some(r) = wheel.pop(&mut recs, now) {
+                    let d = due[r as usize];
+                    prop_assert!(d.is_some());
+                    if d > Some(now) {
+                        wheel.arm(&mut recs, r, d.unwrap_or(0));
+                    } else {
+                        due[r as usize] = None;
                     }
                 }
-                for (i, d) in &model {
-                    prop_assert_eq!(w.deadline(*i), Some(*d));
-                }
-                // Never late; early only by what a cancelled timer left behind.
-                match (w.next(), model.values().min()) {
-                    (Some(n), Some(m)) => prop_assert!(n <= *m),
-                    (None, m) => prop_assert!(m.is_none()),
-                    (Some(_), None) => prop_assert!(false, "a wake-up for nothing"),
-                }
+                prop_assert!(due.iter().flatten().all(|d| *d > now));
+                prop_assert_eq!(wheel.next().is_some(), due.iter().any(Option::is_some));
+                prop_assert!(wheel.next().is_none_or(|n| n > now), "nothing is left that is due");
             }
         }
     }

@@ -11,7 +11,6 @@ pub mod ports;
 pub(crate) mod prefetch;
 pub(crate) mod records;
 pub(crate) mod state;
-pub mod wheel;
 
 use crate::interface::stats::DropReason;
 use crate::nat::config::{Behaviour, NatEngineConfig};
@@ -22,7 +21,7 @@ use crate::nat::table::index::Index;
 use crate::nat::table::ports::PortSet;
 use crate::nat::table::records::*;
 use crate::nat::table::state::ConnState;
-use crate::nat::table::wheel::{NONE, Wheel};
+use crate::util::timer_wheel::{NONE, TimerWheel};
 use guestnet_wire::proto;
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -98,7 +97,7 @@ pub(crate) struct Table {
     held: VecDeque<Held>,
     /// How many of those an internal address had last.
     held_of: BTreeMap<u32, u32>,
-    pub wheel: Wheel,
+    pub wheel: TimerWheel<4>,
     /// No look at the wheel is needed before this tick.
     pub due: u32,
     range: (u16, u16),
@@ -140,7 +139,7 @@ impl Table {
             outermost: (ips().min().unwrap_or(u32::MAX), ips().max().unwrap_or(0)),
             held: VecDeque::new(),
             held_of: BTreeMap::new(),
-            wheel: Wheel::new(0),
+            wheel: TimerWheel::new(0),
             due: u32::MAX,
             range: c.ports,
             preserve: c.port_preservation,
@@ -635,14 +634,14 @@ impl Table {
     /// Counts ticks from `ticks` later on. What was due before is due at tick 0.
     pub fn move_base(&mut self, ticks: u64) {
         let moved = |tick: u32| u64::from(tick).saturating_sub(ticks) as u32;
-        self.wheel = Wheel::new(0);
+        self.wheel = TimerWheel::new(0);
         for id in 0..self.sessions.items.len() as u32 {
             let Some(s) = self.sessions.get_mut(id).filter(|s| s.proto != 0) else { continue };
             s.expires = moved(s.expires);
             let expires = s.expires;
-            self.wheel.arm(&mut self.sessions, id, expires);
+            self.wheel.arm(&mut self.sessions, id, u64::from(expires));
         }
-        self.due = self.wheel.next().unwrap_or(u32::MAX);
+        self.due = self.next_deadline().unwrap_or(u32::MAX);
         for h in &mut self.held {
             h.until = moved(h.until);
         }
@@ -717,7 +716,7 @@ impl Table {
         }
         self.out.insert(k.hash(&self.keys), id);
         self.inn.insert(in_key.hash(&self.keys), id);
-        self.wheel.arm(&mut self.sessions, id, expires);
+        self.wheel.arm(&mut self.sessions, id, u64::from(expires));
         self.due = self.due.min(expires);
         Ok(id)
     }
@@ -759,13 +758,19 @@ impl Table {
     }
 
     /// Moves a session's deadline to an earlier tick (a later one needs no move: the wheel looks again).
+    #[inline(never)]
     pub fn shorten(&mut self, id: u32, expires: u32) {
         if let Some(s) = self.sessions.get_mut(id) {
             s.expires = expires;
             self.wheel.disarm(&mut self.sessions, id);
-            self.wheel.arm(&mut self.sessions, id, expires);
+            self.wheel.arm(&mut self.sessions, id, u64::from(expires));
             self.due = self.due.min(expires);
         }
+    }
+
+    /// The tick at which the wheel has something to hand out.
+    pub fn next_deadline(&self) -> Option<u32> {
+        self.wheel.next().map(|tick| u32::try_from(tick).unwrap_or(u32::MAX))
     }
 
     /// Sessions tracked now.

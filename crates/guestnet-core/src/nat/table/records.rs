@@ -3,7 +3,7 @@
 
 use crate::nat::table::hash::Keys;
 use crate::nat::table::state::ConnState;
-use crate::nat::table::wheel::{Links, NONE, Records};
+use crate::util::timer_wheel::{Links, NONE, Records};
 use guestnet_wire::checksum::fold;
 use guestnet_wire::proto;
 
