@@ -20,7 +20,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
-build: $(VENV)/.built ## Build the release and leave .venv/bin/guestnet ready (nothing to do the second time)
+build: $(VENV)/.built ## Build the release into .venv, so that .venv/bin/guestnet is ready
 
 $(VENV)/.deps: requirements.lock scripts/make-venv.sh
 	scripts/make-venv.sh $(VENV) requirements.lock
@@ -60,27 +60,27 @@ demo: ## Show what guestnet does, with a guest, in a minute
 	@$(MAKE) --no-print-directory build
 	$(BIN)/guestnet demo
 
-bench: ## Race guestnet with kernel NAT, pasta, passt, slirp4netns, QEMU, gvproxy; under 10 minutes (BENCH_ARGS=--full)
+bench: ## Compare guestnet with kernel NAT, pasta, passt, slirp4netns, QEMU, gvproxy; under 10 minutes (BENCH_ARGS=--full)
 	scripts/system-packages.sh bench
 	@$(MAKE) --no-print-directory build
 	$(BIN)/python bench/race.py $(BENCH_ARGS)
 
-bench-forwarding: ## Packets through the uplink tun and through nftables, side by side (root)
+bench-forwarding: ## Compare forwarding through the uplink tun with nftables (root)
 	scripts/system-packages.sh bench
 	@$(MAKE) --no-print-directory build
 	$(BIN)/python bench/forwarding.py $(BENCH_ARGS)
 
-instructions: ## Count the instructions of the hot paths against benches/instructions.json (part of make test)
+instructions: ## Compare the instruction counts of the hot paths with benches/instructions.json (part of make test)
 	python3 scripts/instructions.py
 
-instructions-renew: ## Write new counts
+instructions-renew: ## Write new instruction counts
 	python3 scripts/instructions.py --renew
 
-conformance: build ## Prove the NAT against its RFCs and write docs/conformance.md
+conformance: build ## Test the NAT against its RFCs and write docs/conformance.md
 	python3 scripts/conformance.py
 
 # The peer is downloaded from the registry for this alone.
-bench-engine: build ## Race the NAT engine with arcbox-conntrack; writes target/bench/engine.json
+bench-engine: build ## Compare the NAT engine with arcbox-conntrack; writes target/bench/engine.json
 	mkdir -p target/bench
 	cargo build --release --locked --manifest-path benches/engine/Cargo.toml --target-dir $(TARGET)/bench-engine
 	$(TARGET)/bench-engine/release/guestnet-engine-bench target/bench/engine.json
@@ -92,7 +92,7 @@ fuzz: ## Fuzz each target for a short time (FUZZ_SECONDS=20 each)
 loom: ## Model-check the rings and wakers
 	scripts/loom.sh
 
-lock: ## Renew requirements.lock from pyproject.toml
+lock: ## Update requirements.lock from pyproject.toml
 	scripts/lock.sh $(BIN)/python
 
 format: ## Format all sources
