@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from guestnet.cli.commands.run import HOST_IDS_NOTE
+from guestnet.cli.runner.session import HOST_IDS_NOTE
 
 from lab.dataplane import add_dataplane_guest
 from lab.namespaces import Lab

@@ -12,8 +12,8 @@ import fcntl
 import os
 import socket
 import struct
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from typing import NamedTuple
 
 TUN_DEVICE = "/dev/net/tun"
 
@@ -38,8 +38,7 @@ _RTF_GATEWAY = 0x2
 _ARPHRD_ETHER = 1
 
 
-@dataclass(frozen=True)
-class Interface:
+class Interface(NamedTuple):
     """What the guest's interface is to be: `address` None leaves it without one, to be had by DHCP."""
 
     mac: bytes

@@ -25,7 +25,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from guestnet._linux import libc, links, mounts, terminal_filter
 from guestnet._linux.child_process import EXIT_NOT_EXECUTABLE, Command, Held, StartError, fork_held
@@ -34,8 +34,7 @@ from guestnet._linux.init_process import fork_init
 __all__ = ["Guest", "Namespace", "StartError", "launch", "write_id_maps"]
 
 
-@dataclass(frozen=True)
-class Guest:
+class Guest(NamedTuple):
     """What the namespace is to be."""
 
     interface: links.Interface

@@ -33,6 +33,7 @@ COMMANDS = {
     "run": "run a command in a namespace whose only way out is guestnet",
     "vm": "run QEMU with a network card attached to guestnet",
     "up": "run a network that guests attach to by sockets",
+    "join": "connect a namespace that is there already",
     "nat": "translate a capture as a NAT would have done",
     "demo": "see guestnet at work, with nothing but itself",
     "doctor": "see what this system supports and how to get the rest",

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 from guestnet.cli import UsageError
 from guestnet.cli.terminal import answer
@@ -25,6 +25,7 @@ MTU_LOWEST, MTU_HIGHEST = 68, 65520
 WORKERS_MOST = 64
 # Network, gateway, one guest and the broadcast address.
 _LONGEST_PREFIX = 30
+_GUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,63}")
 
 _T = TypeVar("_T")
 
@@ -425,6 +426,49 @@ def add_network_options(parser: Parser) -> None:
     )
 
 
+def add_guest_options(parser: Parser) -> None:
+    """The options that describe one guest of a network."""
+    add = parser.add_argument
+    add("--id", type=checked(guest_id), metavar="ID", help="the guest's id, default vm1, vm2 and so on")
+    add("--hostname", type=checked(hostname), metavar="NAME", help="the guest's host name")
+    add("--mac", type=checked(mac), metavar="MAC", help="its hardware address, default a random one")
+
+
+def guest_id(text: str) -> str:
+    """The id of a guest."""
+    if not _GUEST_ID.fullmatch(text):
+        raise UsageError(
+            f"--id {text!r} is not 1 to 63 letters, digits, hyphens, underscores or dots: "
+            "write one such as web1."
+        )
+    return text
+
+
+def guest_settings(options: argparse.Namespace) -> dict[str, str | None]:
+    """The options of `add_guest_options` as what a network is asked for."""
+    mac = None if options.mac is None else format_mac(options.mac)
+    return {"id": options.id, "mac": mac, "hostname": options.hostname}
+
+
+OF_A_GUEST = frozenset(("publish", "publish_address", "quiet", "verbose"))
+"""Options of `add_network_options` that are about a guest, or about the command itself."""
+
+
+def refuse_network_settings(parser: Parser, options: argparse.Namespace, besides: Iterable[str] = ()) -> None:
+    """Raises UsageError if an option is given that a network that runs has decided already."""
+    described = Parser("", "", "", "")
+    add_network_options(described)
+    decided = {action.dest for action in described._actions} - OF_A_GUEST - {"help"} | set(besides)
+    for action in parser._actions:
+        if action.dest in decided and getattr(options, action.dest) != action.default:
+            raise UsageError(
+                f"{action.option_strings[-1]} is a setting of the network {options.network!r}, which runs "
+                "already: give it to its `guestnet up`."
+            )
+    if options.publish_address is not None:
+        settle(options, command=True)
+
+
 def resolver(text: str) -> str:
     """The address of a name server."""
     try:
@@ -477,8 +521,7 @@ def external(text: str) -> IPv4Address:
         ) from None
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """The addresses that a network of one guest will have: known before the network is made."""
 
     subnet: IPv4Network

@@ -55,12 +55,11 @@ for _names, _hint in (
     ("--listen-vfkit -listen-vfkit", "write `guestnet up --unixgram PATH`"),
     ("--listen-bess -listen-bess", "write `guestnet up --dgram PATH`"),
     ("--ssh-port -ssh-port", "write -p 2222:vm1:22"),
-    ("--pid", "write --pid-file FILE with `guestnet up`"),
     ("-r", "write --ready-fd FD with `guestnet up`"),
     ("-l --log-file", "messages go to stderr: write 2>FILE"),
     ("-w", "write --pcap FILE"),
     ("-netdev --netdev -nic --nic", "write it behind `guestnet vm -- qemu-system-x86_64`"),
-    ("--net --network", "write --mode host_only to cut guests off, or leave it out"),
+    ("--net", "write --mode host_only to cut guests off, or leave it out"),
     ("--name", "write --hostname NAME with `guestnet run` or `guestnet vm`"),
     (
         "--rm -i --interactive -it --tty",

@@ -164,6 +164,20 @@ class ForwardSpec:
         return show(self, self.host_ports)
 
     @property
+    def text(self) -> str:
+        """The specification in the grammar of this module: `ForwardSpec.parse` reads it back.
+
+        >>> ForwardSpec.parse("127.0.0.1:8080:web:80").text
+        '127.0.0.1:8080:web:80/tcp'
+        """
+        parts = [_ports(self.host_ports)]
+        if self.host_ip is not None:
+            parts.insert(0, f"[{self.host_ip}]" if self.host_ip.version == 6 else str(self.host_ip))
+        if self.guest is not None:
+            parts.append(f"[{self.guest}]" if ":" in self.guest else self.guest)
+        return f"{':'.join([*parts, _ports(self.guest_ports)])}/{self.protocol}"
+
+    @property
     def guest_address(self) -> IPv4Address | None:
         """The address of the guest, None when the guest is named otherwise."""
         try:

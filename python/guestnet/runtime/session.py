@@ -247,8 +247,10 @@ class Session:
         return port, {"mac": mac, "addresses": addresses, "mtu": self.config.mtu}
 
     async def remove_endpoint(self, id: str) -> None:
-        port = self._ports.port(id)
+        port, endpoint = self._ports.port(id), self.registry.get(id)
         self._remove(id)
+        if endpoint is not None and endpoint.attachment is not None:
+            self.emit(GuestDown, id, mac=endpoint.mac, ip=endpoint.ip, reason="it was removed")
         self.publishing.refresh()
         if port is not None:
             self._forget_port(port)

@@ -9,7 +9,7 @@ import sys
 import pytest
 from guestnet import cli
 from guestnet.cli import UsageError, arguments
-from guestnet.cli.commands import demo, doctor, nat, run, up, vm
+from guestnet.cli.commands import demo, doctor, join, nat, run, up, vm
 from guestnet.errors import ConfigError
 
 
@@ -57,6 +57,8 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["run", "--mode", "hostonly", "true"], "did you mean host_only?"),
         (["run", "--mode", "host-only", "true"], "did you mean host_only?"),
         (["run", "--uplink", "x", "true"], "write sockets or tun"),
+        (["run", "--network=none", "--", "true"], "write --mode host_only"),
+        (["join", "lab"], "Say which namespace"),
         (["nat", "--external", "1.2.3.4", "--mapping", "none", "a", "b"], "write endpoint_independent, "),
     ],
 )
@@ -76,7 +78,6 @@ def test_what_was_meant_is_named(argv: list[str], words: str, capsys: pytest.Cap
         ("-6", "IPv4 only"),
         ("-4", "IPv4 only"),
         ("--disable-host-loopback", "by default"),
-        ("--network=none", "--mode host_only"),
         ("--net", "--mode host_only"),
         ("-it", "leave it out"),
         ("-d", "&"),
@@ -100,15 +101,17 @@ def test_options_of_other_tools_lead_to_ours(
 def test_a_hint_names_options_that_there_are() -> None:
     from guestnet.cli import hints
 
-    known = {name for command in (run, vm, up, nat, demo, doctor) for name in command.parser().option_names()}
+    known = {
+        name for command in (run, vm, up, join, nat, demo, doctor) for name in command.parser().option_names()
+    }
     known |= {"--version", "--help"}
     for hint in hints._PEERS.values():
         assert set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", hint.replace("-- ", ""))) <= known, hint
     # What a command has itself needs no hint there, and must not get one.
-    for command in (run, vm, up):
+    for command in (run, vm, up, join):
         for name in command.parser().option_names():
             if name in hints._PEERS:
-                assert name in ("-h", "--help", "--name"), name
+                assert name in ("-h", "--help", "--name", "--pid"), name
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from guestnet.cli import UsageError, arguments
 from guestnet.cli.runner import supervise
-from guestnet.cli.runner.session import ENDPOINT, network_of_one
+from guestnet.cli.runner.session import ENDPOINT, HOST_IDS_NOTE, network_of_one
 from guestnet.cli.terminal import complain, say
 
 if TYPE_CHECKING:
@@ -22,17 +22,20 @@ CMD's status."""
 _EXAMPLE = """\
   guestnet run -- curl https://example.org
   guestnet run -p 8080:80 -- python3 -m http.server 80"""
-HOST_IDS_NOTE = (
-    "Note: with --host-ids the command is root of this host's files and can change anything on it: leave "
-    "--host-ids out unless you trust the command."
-)
-"""Printed before the command starts, unless --quiet is given."""
 
 
 def parser() -> arguments.Parser:
     """The options of `guestnet run`."""
     made = arguments.Parser("run", "[OPTIONS] -- CMD [ARGS...]", _ABOUT, _EXAMPLE)
     arguments.add_network_options(made)
+    made.add_argument(
+        "--network",
+        metavar="NETWORK",
+        help="join this network, started by `guestnet up --name NETWORK`, instead of having one alone",
+    )
+    made.add_argument(
+        "--id", type=arguments.checked(arguments.guest_id), help="with --network: the guest's id"
+    )
     made.add_argument("--hostname", type=arguments.checked(arguments.hostname), help="the guest's host name")
     made.add_argument(
         "--host-ids",
@@ -44,10 +47,25 @@ def parser() -> arguments.Parser:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line after `guestnet run`; returns the exit status."""
-    options, command = arguments.parse_with_command(parser(), argv, "CMD")
-    arguments.settle(options, command=True)
+    made = parser()
+    options, command = arguments.parse_with_command(made, argv, "CMD")
     if options.host_ids and os.geteuid() != 0:
         raise UsageError("--host-ids is for root: CMD has the rights of an ordinary user without it.")
+    if options.network is not None:
+        if options.network in ("none", "host", "bridge"):  # Docker's words
+            raise UsageError(
+                f"--network {options.network}: it takes the name of a network that runs. To cut the guest "
+                "off write --mode host_only."
+            )
+        arguments.refuse_network_settings(made, options)
+        from guestnet.cli.runner.joined import run_joined
+
+        return run_joined(options, command)
+    if options.id is not None:
+        raise UsageError(
+            "--id is for a guest of a network that runs: add --network NETWORK, or leave it out."
+        )
+    arguments.settle(options, command=True)
     where = arguments.plan(options.subnet)
     mac = arguments.random_mac()
     mask = supervise.block_signals()

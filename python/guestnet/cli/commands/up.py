@@ -14,7 +14,7 @@ from ipaddress import IPv4Address
 from typing import TYPE_CHECKING
 
 from guestnet.cli import EXIT_OK, UsageError, arguments
-from guestnet.cli.runner import confined, supervise
+from guestnet.cli.runner import confined, ready, supervise
 from guestnet.cli.runner.event_log import Teller
 from guestnet.cli.runner.session import note_overlap, note_replaced, say_stats, start_capture
 from guestnet.cli.runner.sockets import check_path, remove_stale
@@ -31,7 +31,8 @@ _TAKEN = (supervise.FORWARDED | _STOPPING | {signal.SIGHUP}) - {signal.SIGWINCH,
 
 _ABOUT = """\
 Runs a network until SIGINT or SIGTERM. Each guest that attaches to one of its sockets is an endpoint of its
-own: vm1, vm2, ... or as its lease names it. Guests reach each other by name. SIGUSR1 prints the counters."""
+own: vm1, vm2, ... or as its lease names it. With --name, namespaces join too. Guests reach each other by
+name. SIGUSR1 prints the counters."""
 _EXAMPLE = """\
   guestnet up --stream /tmp/net.sock --lease 52:54:00:12:34:56=192.168.64.10,web -p 2222:web:22
   qemu-system-x86_64 ... -netdev stream,id=n,server=off,addr.type=unix,addr.path=/tmp/net.sock \\
@@ -69,8 +70,10 @@ def lease(text: str) -> StaticLease:
     )
 
 
-def _descriptor(text: str) -> int:
-    return arguments.number("--ready-fd", text, 0, 0x7FFFFFFF, "3, and redirect it, as in 3>ready")
+def _network_name(text: str) -> str:
+    from guestnet.runtime.network_socket import check_name
+
+    return check_name(text)
 
 
 def _pid_path(text: str) -> str:
@@ -84,6 +87,12 @@ def parser() -> arguments.Parser:
     made = arguments.Parser("up", "[OPTIONS]", _ABOUT, _EXAMPLE)
     path = arguments.checked(check_path)
     add = made.add_argument
+    add(
+        "--name",
+        type=arguments.checked(_network_name),
+        metavar="NAME",
+        help="let guests of this user join by `guestnet join NAME` and `guestnet run --network NAME`",
+    )
     add(
         "--stream",
         action="append",
@@ -123,7 +132,7 @@ def parser() -> arguments.Parser:
     add("--json", action="store_true", help="say what happens as JSON lines on stdout")
     add(
         "--ready-fd",
-        type=arguments.checked(_descriptor),
+        type=arguments.checked(ready.descriptor),
         metavar="FD",
         help="write a line to this descriptor when guests can attach",
     )
@@ -145,7 +154,10 @@ def main(argv: Sequence[str]) -> int:
     _check(options, listeners)
     # Blocked before any thread starts, and taken by this one alone.
     signal.pthread_sigmask(signal.SIG_BLOCK, _TAKEN)
-    paths = [path for _, path in listeners] + ([options.pid_file] if options.pid_file is not None else [])
+    socket_path = _socket_path(options.name)
+    paths = [path for _, path in listeners] + [
+        path for path in (options.pid_file, socket_path) if path is not None
+    ]
     confined.begin(options, paths=paths, by_path=bool(options.dgram or options.unixgram))
     teller = Teller(options)
     tell_log(quiet=options.quiet, verbose=options.verbose)
@@ -158,7 +170,8 @@ def main(argv: Sequence[str]) -> int:
     with ExitStack() as stack:
         stack.callback(teller.close)
         network.on_event(teller.event)
-        _pin_guests(options, network, listeners[0][1], teller, stack)
+        if listeners:
+            _pin_guests(options, network, listeners[0][1], teller, stack)
         stack.enter_context(network)
         start_capture(network, options)
         if options.verbose:
@@ -175,12 +188,14 @@ def main(argv: Sequence[str]) -> int:
             network.listen(kind, path)
             stack.callback(_unlink, path)
             teller.tell("listening", f"guests can attach to {path} ({kind})", kind=kind, path=path)
+        if socket_path is not None:
+            _let_guests_join(network, options.name, socket_path, teller, stack)
         if options.pid_file is not None:
             stack.enter_context(_pid_file(options.pid_file))
         confined.settle(network)
         if options.verbose and (in_force := confined.in_force()) is not None:
             teller.tell("confined", str(in_force), **in_force.details())
-        _announce(options.ready_fd)
+        ready.announce(options.ready_fd)
         out = network.external
         details = {"external": list(map(str, out)), "device": network.uplink_device} if out else {}
         teller.tell(
@@ -233,8 +248,10 @@ def _tell_stats(teller: Teller, network: NatNetwork, options: argparse.Namespace
 
 
 def _check(options: argparse.Namespace, listeners: list[tuple[str, str]]) -> None:
-    if not listeners:
-        raise UsageError("Say where guests attach: --stream, --vhost-user, --dgram or --unixgram PATH.")
+    if not listeners and options.name is None:
+        raise UsageError(
+            "Say where guests attach: --name NAME, --stream, --vhost-user, --dgram or --unixgram PATH."
+        )
     paths = [os.path.abspath(path) for _, path in listeners]
     if len(set(paths)) != len(paths):
         raise UsageError("A socket path is given twice: give each listener its own.")
@@ -253,13 +270,7 @@ def _check(options: argparse.Namespace, listeners: list[tuple[str, str]]) -> Non
                 text = arguments.format_mac(value) if isinstance(value, bytes) else value
                 raise UsageError(f"--lease names {text} twice: give each guest its own.")
             seen.add(value)
-    if options.ready_fd is not None:
-        try:
-            os.fstat(options.ready_fd)
-        except (OSError, OverflowError):
-            raise UsageError(
-                f"--ready-fd {options.ready_fd} is not open: redirect it, as in 3>ready."
-            ) from None
+    ready.check(options.ready_fd)
 
 
 def _ends(where: arguments.Plan) -> tuple[IPv4Address, IPv4Address]:
@@ -306,6 +317,23 @@ def _pin_guests(
         )
 
 
+def _socket_path(name: str | None) -> str | None:
+    """The path of the network's own socket, whose directory is there afterwards; None without a name."""
+    if name is None:
+        return None
+    from guestnet.runtime import network_socket
+
+    network_socket.make_directory()
+    return network_socket.path_of(name)
+
+
+def _let_guests_join(network: NatNetwork, name: str, path: str, teller: Teller, stack: ExitStack) -> None:
+    from guestnet.runtime.join_server import JoinServer
+
+    stack.callback(JoinServer(network, path).close)
+    teller.tell("joinable", f"guests can join by `guestnet join {name}`", name=name, path=path)
+
+
 def _unlink(path: str) -> None:
     with contextlib.suppress(OSError):
         os.unlink(path)
@@ -332,15 +360,6 @@ def _pid_file(path: str) -> Iterator[None]:
         yield
     finally:
         _unlink(path)
-
-
-def _announce(fd: int | None) -> None:
-    if fd is None:
-        return
-    with contextlib.suppress(OSError):  # nobody waits for it any more
-        os.write(fd, b"1\n")
-        if fd > 2:
-            os.close(fd)
 
 
 def _config(options: argparse.Namespace) -> NatConfig:

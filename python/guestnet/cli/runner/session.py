@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from guestnet.runtime.forwards import ForwardSpec
     from guestnet.runtime.network import NatNetwork
 
+HOST_IDS_NOTE = (
+    "Note: with --host-ids the command is root of this host's files and can change anything on it: leave "
+    "--host-ids out unless you trust the command."
+)
+"""Printed before the command of `guestnet run` starts, unless --quiet is given."""
 ENDPOINT = "vm1"
 """The guest's id, as that of the first guest of `guestnet up`."""
 
@@ -58,18 +63,21 @@ _UNFINISHED = frozenset(("connecting", "syn_sent", "syn_received", "established"
 """States of connections whose guest has not ended its side, or whose end the outside does not have yet."""
 
 
-def let_connections_end(network: NatNetwork) -> None:
-    """A command may end before the guest's kernel has sent what it wrote, as on any host. Waits as long as
-    that still moves, no longer than some seconds, and not against a wish (signals are blocked here)."""
+def let_connections_end(is_moving: Callable[[], bool]) -> None:
+    """Waits while connections still carry what a command wrote before it ended, as on any host: no longer
+    than some seconds, and not against a signal to end (signals are blocked here)."""
     deadline = time.monotonic() + _DRAIN_SECONDS
     while time.monotonic() < deadline and not signal.sigpending() & _IMPATIENT:
-        moving = (
-            flow.protocol == "tcp" and flow.state in _UNFINISHED and flow.idle < _QUIET_SECONDS
-            for flow in network.flows()
-        )
-        if not any(moving):
+        if not is_moving():
             return
         time.sleep(_LOOK_SECONDS)
+
+
+def _is_moving(network: NatNetwork) -> bool:
+    return any(
+        flow.protocol == "tcp" and flow.state in _UNFINISHED and flow.idle < _QUIET_SECONDS
+        for flow in network.flows()
+    )
 
 
 @contextmanager
@@ -125,7 +133,7 @@ def network_of_one(
             try:
                 if network.is_running:
                     with suppress(GuestnetError):
-                        let_connections_end(network)
+                        let_connections_end(lambda: _is_moving(network))
             finally:
                 try:
                     supervise.end_descendants()
