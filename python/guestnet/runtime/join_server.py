@@ -33,7 +33,7 @@ from guestnet.runtime import network_socket as wire
 
 if TYPE_CHECKING:
     from guestnet.runtime.network import NatNetwork
-    from guestnet.runtime.publishing import Forward
+    from guestnet.runtime.forward import Forward
 
 _log = logging.getLogger("guestnet")
 
