@@ -1,8 +1,8 @@
-"""Who holds which address until when.
+"""The leases of a network: which client holds which address, and until when.
 
-Addresses are not given out here: the `AddressBook`, which knows the endpoints, does. The store remembers what
-was offered and taken, for how long, and how many addresses an endpoint has made unusable. It holds a bounded
-number of entries per endpoint, and never more than the book has addresses.
+Theory of operation: the `AddressBook`, which knows the endpoints, gives out the addresses. The store
+remembers what was offered and taken, for how long, and how many addresses an endpoint has declined. It holds
+a bounded number of entries per endpoint, and never more than the book has addresses.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Protocol
 from guestnet.services.dhcp.message import DhcpRefusal, Refused
 
 PER_ENDPOINT = 16
-"""Clients of one endpoint: the guest, and what is bridged behind it."""
+"""Clients of one endpoint: the guest, and hosts that are bridged behind it."""
 DECLINES = 4
-"""Addresses of one endpoint that are put aside at a time: without a bound one guest could use up the pool."""
+"""Addresses that one endpoint may have declined at a time: a guest must not use up the pool."""
 ASIDE = 600.0
-"""Seconds that they are put aside for; the book has the same."""
+"""Seconds for which a declined address is not given out; the book has the same value."""
 OFFERED = 60.0
-"""Seconds that an offer stands."""
+"""Seconds for which an offer is valid."""
 
 
 class AddressBook(Protocol):
@@ -31,18 +31,18 @@ class AddressBook(Protocol):
     def address_for(
         self, endpoint_id: str, mac: bytes, client_id: bytes | None, requested: IPv4Address | None
     ) -> IPv4Address | None:
-        """The address of a client, the same each time until it is given back; None: there is none for it."""
+        """The address of a client, the same one until it is given back; None when there is none for it."""
 
     def release(self, endpoint_id: str, mac: bytes, address: IPv4Address) -> None:
-        """The client does not use it any more."""
+        """The client no longer uses the address."""
 
     def decline(self, endpoint_id: str, mac: bytes, address: IPv4Address) -> None:
-        """The client found that somebody else uses it."""
+        """The client found that another host uses the address."""
 
 
 @dataclass(frozen=True)
 class Lease:
-    """An address held by a client. `expires`: seconds of the clock that the server is used with."""
+    """An address held by a client. `expires` is in seconds of the server's clock."""
 
     endpoint_id: str
     mac: bytes
@@ -61,7 +61,7 @@ _Key = tuple[str, bytes]
 
 
 class LeaseStore:
-    """The leases of one network. May be looked at from any thread."""
+    """The leases of one network. Any thread may read them."""
 
     def __init__(self, book: AddressBook) -> None:
         self._book = book
@@ -69,7 +69,7 @@ class LeaseStore:
         self._per_endpoint: dict[str, int] = {}
         self._declined: dict[str, list[float]] = {}
         self._first = math.inf
-        """Nothing expires before."""
+        """Nothing expires before this time."""
         self._lock = RLock()
 
     def __len__(self) -> int:
@@ -78,7 +78,7 @@ class LeaseStore:
     def find(
         self, endpoint_id: str, mac: bytes, client_id: bytes | None, requested: IPv4Address | None
     ) -> IPv4Address:
-        """The client's address. Raises `Refused`."""
+        """Returns the client's address. Raises `Refused`."""
         with self._lock:
             if (endpoint_id, mac) not in self._entries and self._count(endpoint_id) >= PER_ENDPOINT:
                 raise Refused(DhcpRefusal.NO_ADDRESS)
@@ -91,7 +91,7 @@ class LeaseStore:
         return self._per_endpoint.get(endpoint_id, 0)
 
     def hostname(self, endpoint_id: str, mac: bytes) -> str | None:
-        """The name that the client goes by, where the book knows one."""
+        """Returns the name of the client, if the book knows one."""
         ask = getattr(self._book, "hostname_for", None)
         name = None if ask is None else ask(endpoint_id, mac)
         return name if isinstance(name, str) else None
@@ -104,7 +104,7 @@ class LeaseStore:
                 self._put(Lease(endpoint_id, mac, ip, None, now + OFFERED), taken=False)
 
     def take(self, lease: Lease) -> Lease | None:
-        """Records a lease. Returns the one that it replaces, when that was of another address."""
+        """Records a lease. Returns the lease that it replaces, if that was for another address."""
         with self._lock:
             before = self._entries.get((lease.endpoint_id, lease.mac))
             self._put(lease, taken=True)
@@ -120,12 +120,12 @@ class LeaseStore:
         self._first = min(self._first, lease.expires)
 
     def held(self, endpoint_id: str, mac: bytes) -> Lease | None:
-        """What the client holds, or was offered."""
+        """Returns what the client holds, or was offered."""
         entry = self._entries.get((endpoint_id, mac))
         return None if entry is None else entry.lease
 
     def release(self, endpoint_id: str, mac: bytes, ip: IPv4Address) -> Lease:
-        """The client gives its address back. Raises `Refused` when it does not hold it."""
+        """The client gives its address back. Raises `Refused` if it does not hold it."""
         with self._lock:
             entry = self._entries.get((endpoint_id, mac))
             if entry is None or not entry.taken or entry.lease.ip != ip:
@@ -134,7 +134,7 @@ class LeaseStore:
             return entry.lease
 
     def decline(self, endpoint_id: str, mac: bytes, ip: IPv4Address, now: float) -> Lease | None:
-        """Puts the client's address aside. Returns the lease that ends by it. Raises `Refused`."""
+        """Puts the client's address aside. Returns the lease that this ends. Raises `Refused`."""
         with self._lock:
             entry = self._entries.get((endpoint_id, mac))
             if entry is None or entry.lease.ip != ip:
@@ -161,7 +161,7 @@ class LeaseStore:
             del self._per_endpoint[lease.endpoint_id]
 
     def expire(self, now: float) -> list[Lease]:
-        """Ends what is over. Returns the leases, not the offers."""
+        """Ends what has expired. Returns the leases, not the offers."""
         with self._lock:
             if now < self._first:
                 return []
@@ -177,7 +177,7 @@ class LeaseStore:
             return [entry.lease for entry in over if entry.taken]
 
     def remove(self, endpoint_id: str) -> list[Lease]:
-        """The endpoint is gone, and all that its guest held with it."""
+        """Ends everything that the guest of a removed endpoint held. Returns the leases."""
         with self._lock:
             gone = [entry for key, entry in self._entries.items() if key[0] == endpoint_id]
             for entry in gone:
@@ -186,7 +186,7 @@ class LeaseStore:
             return [entry.lease for entry in gone if entry.taken]
 
     def all(self, now: float) -> list[Lease]:
-        """The leases that hold."""
+        """Returns the current leases."""
         with self._lock:
             entries = list(self._entries.values())
         return [entry.lease for entry in entries if entry.taken and entry.lease.expires > now]

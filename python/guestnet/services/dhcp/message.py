@@ -1,8 +1,8 @@
-"""DHCP messages as bytes: RFC 2131 section 2, RFC 2132, long options by RFC 3396.
+"""DHCP messages as bytes: RFC 2131 section 2, RFC 2132, and long options by RFC 3396.
 
-Reading is strict about what could be read in two ways and refuses it with a reason; it never raises
-anything but `Refused`. One thread answers all guests, so a message is bounded in bytes and options: reading
-one that filled a datagram would take as long as answering a hundred.
+Theory of operation: the parser refuses what is ambiguous, with a reason, and raises nothing but `Refused`.
+One thread answers all guests, so a message is bounded in bytes and options: parsing one that fills a datagram
+would take as long as answering a hundred.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ MAGIC = b"\x63\x82\x53\x63"
 HEADER = struct.Struct("!BBBBIHHIIII16s64s128s")
 OPTIONS_AT = HEADER.size + len(MAGIC)
 SMALLEST = 300
-"""Bytes of the shortest answer: clients of old drop shorter ones (RFC 1542 section 2.1)."""
+"""Bytes of the shortest answer: old clients drop shorter ones (RFC 1542 section 2.1)."""
 BROADCAST = 0x8000
-"""The flag of a client that cannot take an answer to its own address yet."""
+"""The flag of a client that cannot receive unicast yet."""
 NOWHERE = IPv4Address(0)
 LONGEST = 1500
-"""Bytes of a client's message: what an Ethernet frame carries. Clients send 300 to 600."""
+"""Bytes of the longest message of a client: what an Ethernet frame carries. Clients send 300 to 600."""
 _OPTIONS = 128
 _SNAME, _FILE = 64, 128
 _PAD, _END, _OVERLOAD = 0, 255, 52
 _IN_FILE, _IN_SNAME = 1, 2
 _CHUNK = 255
 _LENGTHS = {50: 4, 51: 4, 53: 1, 54: 4, 57: 2}
-"""Options that the server reads, and that have one length."""
+"""Options that the server reads and that have a fixed length."""
 
 
 class MessageType(IntEnum):
-    """Option 53."""
+    """The values of option 53."""
 
     DISCOVER = 1
     OFFER = 2
@@ -45,34 +45,34 @@ class MessageType(IntEnum):
 
 
 class DhcpRefusal(StrEnum):
-    """Why a message got no answer."""
+    """Why a message gets no answer."""
 
     TOO_SHORT = "too_short"
     """Not even a BOOTP header (RFC 951: 236 bytes)."""
     TOO_LONG = "too_long"
-    """More than any client has to say."""
+    """Longer than the messages of any client."""
     NOT_A_REQUEST = "not_a_request"
     """A server's message, from a guest."""
     BAD_HARDWARE = "bad_hardware"
     """Not Ethernet, or not the address of one station."""
     MAC_MISMATCH = "mac_mismatch"
-    """The client's hardware address is not the one that the frame came from: one guest speaks for another."""
+    """The client's hardware address is not the source of the frame: one guest speaks for another."""
     RELAYED = "relayed"
     """From a relay agent: a network is one segment."""
     BAD_OPTIONS = "bad_options"
     """Options that are cut off, or have the wrong length."""
     BAD_TYPE = "bad_type"
-    """Option 53 is none that a client sends."""
+    """Option 53 has a value that no client sends."""
     CONTRADICTION = "contradiction"
-    """Addresses that do not go with the type of the message (RFC 2131 table 5)."""
+    """Addresses that contradict the type of the message (RFC 2131 table 5)."""
     OTHER_SERVER = "other_server"
     """Meant for another server."""
     NO_ADDRESS = "no_address"
     """No address is free, or the endpoint has as many as it may."""
     NOT_LEASED = "not_leased"
-    """A release or a decline of what the client does not hold."""
+    """The client releases or declines an address that it does not hold."""
     TOO_MANY_DECLINED = "too_many_declined"
-    """The endpoint has had so many addresses put aside that it gets no others for a while."""
+    """The endpoint has declined so many addresses that it gets no other for a while."""
 
 
 class Refused(Exception):
@@ -85,7 +85,7 @@ class Refused(Exception):
 
 @dataclass
 class Message:
-    """One message; fields are named as in RFC 2131. `options` is None for BOOTP without the magic cookie."""
+    """One message, with the field names of RFC 2131. `options` is None for BOOTP without the magic cookie."""
 
     op: int
     xid: int
@@ -101,13 +101,13 @@ class Message:
     options: dict[int, bytes] | None = field(default_factory=dict)
 
     def address(self, code: int) -> IPv4Address | None:
-        """An option that is one address."""
+        """Returns an option that is one address."""
         value = (self.options or {}).get(code)
         return None if value is None else IPv4Address(value)
 
 
 def parse(data: bytes) -> Message:
-    """Reads a message. Raises `Refused`."""
+    """Parses a message. Raises `Refused`."""
     if len(data) < HEADER.size:
         raise Refused(DhcpRefusal.TOO_SHORT)
     if len(data) > LONGEST:
@@ -141,7 +141,7 @@ def _read_options(area: bytes, file: bytes, sname: bytes) -> dict[int, bytes]:
     if overload is not None:
         if len(overload) != 1 or not 1 <= overload[0] <= _IN_FILE | _IN_SNAME:
             raise Refused(DhcpRefusal.BAD_OPTIONS)
-        # Options of one code go on from the first area to the next (RFC 3396 section 5).
+        # Options with the same code continue from one area to the next (RFC 3396 section 5).
         if overload[0] & _IN_FILE:
             _read_area(file, options)
         if overload[0] & _IN_SNAME:
@@ -176,10 +176,10 @@ def _read_area(area: bytes, into: dict[int, bytes]) -> None:
 
 
 def emit(message: Message, largest: int = 548, *, overload: bool = True) -> tuple[bytes, list[int]]:
-    """The bytes of a message, at most `largest` of them, and the codes of the options that had no room.
+    """Returns the bytes of a message, `largest` at most, and the codes of the options that did not fit.
 
-    Options go in their order: first into the options field, then, by overloading, into `file` and `sname`.
-    One that fits nowhere whole is split over what is left of them (RFC 3396).
+    The options are placed in order: first into the options field, then, by overloading, into `file` and
+    `sname`. An option that fits into none of them as a whole is split over the remaining space (RFC 3396).
     """
     options = list((message.options or {}).items())
     room = max(largest, SMALLEST) - OPTIONS_AT - 1
@@ -218,7 +218,7 @@ def _chunks(code: int, value: bytes) -> bytes:
 
 
 def _fill(options: list[tuple[int, bytes]], rooms: list[int]) -> tuple[list[bytes], list[int]]:
-    """The contents of areas of so many bytes, and the codes of the options that do not fit."""
+    """Returns the contents of areas of these sizes, and the codes of the options that do not fit."""
     areas, left = [b"" for _ in rooms], []
     for code, value in options:
         parts = _place(code, value, [room - len(area) for room, area in zip(rooms, areas, strict=True)])
@@ -230,7 +230,7 @@ def _fill(options: list[tuple[int, bytes]], rooms: list[int]) -> tuple[list[byte
 
 
 def _place(code: int, value: bytes, free: list[int]) -> list[bytes] | None:
-    """What of an option goes into each area: all into one if that can be, else a part into each."""
+    """Divides an option among the areas: all of it into one if possible, else a part into each."""
     whole = _chunks(code, value)
     for number, room in enumerate(free):
         if len(whole) <= room:

@@ -1,4 +1,4 @@
-"""The values of options: what the server tells, and the name that a client tells."""
+"""The values of DHCP options that the server sends, and the host name that a client sends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _REACH = 0x4000
 _LABEL = 63
 
 _KEPT = frozenset(
-    # Names that mean something to other guests: whoever had one would be asked for their proxy, say.
+    # Names with a meaning for other guests: one that is called wpad is asked for their proxy.
     ("wpad", "isatap", "localhost", "localdomain", "broadcasthost", "gateway", "host", "guestnet", "internal")
 )
 _LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
@@ -43,7 +43,7 @@ def search_list(domains: Iterable[str]) -> bytes:
 
 
 def classless_routes(routes: Iterable[tuple[IPv4Network, IPv4Address]]) -> bytes:
-    """Option 121 (RFC 3442): of each destination only the octets that its prefix covers."""
+    """Option 121 (RFC 3442): of each destination, only the octets that its prefix covers."""
     return b"".join(
         bytes((network.prefixlen,))
         + network.network_address.packed[: (network.prefixlen + 7) // 8]
@@ -53,7 +53,7 @@ def classless_routes(routes: Iterable[tuple[IPv4Network, IPv4Address]]) -> bytes
 
 
 def client_name(options: dict[int, bytes]) -> str | None:
-    """What the client calls itself (option 12, else 81), as one label, None when that is no name."""
+    """The host name of the client (option 12, else 81), as one label; None if it is not a valid name."""
     text = options.get(12)
     if text is None and len(full := options.get(81, b"")) > 3:
         # RFC 4702: flags, two result codes, then text or, with the E bit, labels.

@@ -1,7 +1,8 @@
-"""The DHCP server: one message in, at most one out. Opens nothing and reads no clock: the caller gives both.
+"""The DHCP server: one message in, at most one out.
 
-The endpoint that a message came from decides which address its client gets, so the server is the authority
-for the whole segment: whoever asks for an address that is not theirs is told so at once (DHCPNAK).
+Theory of operation: the server opens nothing and reads no clock; the caller gives it the message and the
+time. The endpoint that a message came from decides which address its client gets. So the server is the
+authority for the whole segment, and a client that asks for the address of another gets DHCPNAK at once.
 """
 
 from __future__ import annotations
@@ -37,20 +38,20 @@ _EVERYWHERE = IPv4Address("255.255.255.255")
 _EVERYONE = b"\xff" * 6
 _IP_AND_UDP = 28
 _SMALLEST_MAXIMUM = 576
-"""What every client takes, as an IP datagram (RFC 2132 section 9.10)."""
+"""The length of an IP datagram that every client accepts (RFC 2132 section 9.10)."""
 _SHORTEST_LEASE = 60
-"""Seconds; a client that wants less gets this, or the server's own time where that is shorter."""
+"""Seconds; a client that asks for less gets this, or the server's own lease time if that is shorter."""
 _FOR_EVER = 0xFFFFFFFF
 _BOOTP_LARGEST = 300
 """Bytes: a BOOTP client has 64 for options (RFC 951)."""
 _ALWAYS = (1,)
 _USUAL = (1, 3, 6, 12, 15, 26, 28, 119)
-"""What a client that names no options gets."""
+"""The options for a client that lists none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DhcpConfig:
-    """What the server tells. `lease_time` in seconds, up to 0xFFFFFFFE; `mtu` in bytes."""
+    """The settings of the server. `lease_time` is in seconds, up to 0xFFFFFFFE; `mtu` is in bytes."""
 
     server: IPv4Address
     subnet: IPv4Network
@@ -61,12 +62,12 @@ class DhcpConfig:
     mtu: int = 1500
     lease_time: int = 3600
     routes: tuple[tuple[IPv4Network, IPv4Address], ...] = ()
-    """Ways besides the default route."""
+    """Routes besides the default route."""
 
 
 @dataclass(frozen=True)
 class DhcpReply:
-    """An answer and where it goes to; it comes from the server's address, port 67."""
+    """An answer and its destination. It is sent from the server's address, port 67."""
 
     payload: bytes
     dst_ip: IPv4Address
@@ -77,7 +78,7 @@ class DhcpReply:
 
 @dataclass(frozen=True)
 class _Client:
-    """Who asks, and when."""
+    """The client that sent a message, and the time."""
 
     endpoint_id: str
     mac: bytes
@@ -107,7 +108,7 @@ class DhcpServer:
         self.on_lease: Callable[[Lease], object] = lambda _lease: None
         """Called when a client has taken or renewed an address."""
         self.on_release: Callable[[Lease], object] = lambda _lease: None
-        """Called when a lease ends: given back, declined, or over."""
+        """Called when a lease ends: given back, declined or expired."""
         self.counters: Counter[str] = Counter()
         """Messages by type ("discover", "offer", ...) and refusals by reason ("refused_" and the reason)."""
         self._values = self._make_values()
@@ -135,7 +136,7 @@ class DhcpServer:
         if config.search:
             values[119] = make.search_list(config.search)
         if routes:
-            # A client that takes these ignores option 3, so the default route is among them.
+            # A client that accepts these ignores option 3, so they include the default route.
             values[121] = make.classless_routes(routes)
         return values
 
@@ -238,7 +239,7 @@ class DhcpServer:
             return self._nak(message, asked, client, "not an address of this network")
         own = self._find(message, asked, client, wanted)
         if own != wanted:
-            # What was found for it is an offer that it may come for.
+            # The address that was found for it is offered, and it may ask for it.
             self._store.offer(client.endpoint_id, client.mac, own, client.now)
             return self._nak(message, asked, client, "not your address")
         return self._lease(message, asked, client, wanted, {})
@@ -251,7 +252,7 @@ class DhcpServer:
             raise Refused(DhcpRefusal.CONTRADICTION)
         ended = self._store.decline(client.endpoint_id, client.mac, address, client.now)
         _log.warning(
-            "guest %s says that somebody else uses %s: it is not given again for a while",
+            "guest %s reports that another host uses %s: the address is not given out for a while",
             client.endpoint_id,
             address,
         )
@@ -269,7 +270,7 @@ class DhcpServer:
         return self._reply(message, asked, client, MessageType.ACK, NOWHERE, {})
 
     def _bootp(self, message: Message, client: _Client) -> DhcpReply:
-        """RFC 1534: a BOOTP client keeps its address for ever, as an endpoint does."""
+        """RFC 1534: a BOOTP client keeps its address without a time limit, as an endpoint does."""
         self.counters["bootp"] += 1
         address = self._store.find(client.endpoint_id, client.mac, None, None)
         self._take(Lease(client.endpoint_id, client.mac, address, None, float("inf")))
@@ -364,7 +365,7 @@ class DhcpServer:
         return DhcpReply(payload, _EVERYWHERE, CLIENT_PORT, _EVERYONE, True)
 
     def _largest(self, asked: dict[int, bytes]) -> int:
-        """Bytes of an answer: what the client takes and the MTU carries (option 57)."""
+        """How many bytes an answer may have: what the client accepts and the MTU carries (option 57)."""
         takes = int.from_bytes(asked[57], "big") if 57 in asked else _SMALLEST_MAXIMUM
         return max(_SMALLEST_MAXIMUM, min(takes, self._config.mtu)) - _IP_AND_UDP
 

@@ -1,7 +1,7 @@
-"""What a guest may have mapped, and what becomes of it: the rules that PCP and NAT-PMP share.
+"""The rules for mappings that PCP and NAT-PMP share.
 
-It opens no port itself and knows no network: `PortsOfHost` does. A guest opens ports of the host to itself
-alone, of the range that the network's owner gave for it, and not more than its share.
+Theory of operation: the mapper opens no port and knows no network; `PortsOfHost` does both. A guest opens
+ports of the host for itself only, within the range that the owner allowed, and within its share.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ from guestnet.services.pcp.table import Mapping, MappingTable
 _log = logging.getLogger("guestnet")
 
 _TRIES = 64
-"""Ports that are tried for a mapping, where others of the host's programs have some."""
+"""How many ports are tried for a mapping, because programs of the host may use some."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PcpConfig:
-    """`first` and `last` port of the host that guests may open. Lifetimes in seconds (RFC 6887 section 15);
-    `per_endpoint` mappings of one guest, `most` of all together."""
+    """The settings of the server.
+
+    `first` and `last` are the ports of the host that guests may open. Lifetimes are in seconds (RFC 6887
+    section 15). `per_endpoint` bounds the mappings of one guest, `most` those of all guests.
+    """
 
     first: int
     last: int
@@ -42,7 +45,7 @@ class PcpConfig:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A mapping that a guest wants. `external` is None for any address, `external_port` 0 for any port."""
+    """A mapping that a guest asks for. `external` None is any address, `external_port` 0 any port."""
 
     endpoint_id: str
     address: IPv4Address
@@ -53,7 +56,7 @@ class Wanted:
     external_port: int = 0
     external: IPv4Address | IPv6Address | None = None
     strict: bool = False
-    """This port and this address, or none."""
+    """The guest accepts this port and this address only."""
 
 
 class Mapper:
@@ -70,7 +73,7 @@ class Mapper:
         self._table = MappingTable()
         self._book = PortBook(config.first, config.last, draw)
         self._opening: tuple[str, IPv4Address] | None = None
-        """Whose port is being opened; None when it is not to be any more."""
+        """The guest whose port is being opened; None when the guest has left."""
         self.ports: PortsOfHost
         self.on_open: Callable[[Mapping], object] = lambda _mapping: None
         self.on_close: Callable[[Mapping], object] = lambda _mapping: None
@@ -78,44 +81,44 @@ class Mapper:
     # --- looking ---
 
     def all(self) -> list[Mapping]:
-        """Ports that are open, oldest first."""
+        """Returns the mappings that are open, oldest first."""
         now = self._clock()
         return [mapping for mapping in self._table.all() if mapping.expires > now]
 
     def left(self, mapping: Mapping) -> int:
-        """Seconds that it has left, a part of one counted as one."""
+        """Returns how many seconds a mapping has left, rounded up."""
         return math.ceil(mapping.expires - self._clock())
 
     def next_expiry(self) -> float | None:
-        """In how many seconds `expire` is to look again; None while there is nothing that ends."""
+        """Returns in how many seconds `expire` should be called next; None while no mapping expires."""
         first = self._table.look_at()
         return None if first is None else max(0.0, first - self._clock())
 
     # --- ends ---
 
     def expire(self) -> None:
-        """Ends the mappings that are over."""
+        """Ends the mappings that have expired."""
         self._end(self._table.over(self._clock()))
 
     def remove_endpoint(self, endpoint_id: str) -> None:
-        """Ends what the guest of an endpoint has opened."""
+        """Ends the mappings of the guest of an endpoint."""
         if self._opening is not None and self._opening[0] == endpoint_id:
             self._opening = None
         self._end(mapping for mapping in self._table.all() if mapping.endpoint_id == endpoint_id)
 
     def remove_address(self, address: IPv4Address) -> None:
-        """Ends what leads to an address."""
+        """Ends the mappings to an address."""
         if self._opening is not None and self._opening[1] == address:
             self._opening = None
         self._end(mapping for mapping in self._table.all() if mapping.address == address)
 
     def remove_all(self) -> None:
-        """Ends everything."""
+        """Ends all mappings."""
         self._opening = None
         self._end(self._table.all())
 
     def closed(self, handle: object) -> None:
-        """Somebody else has taken a port back."""
+        """Notes that a port was closed by someone else."""
         for mapping in self._table.all():
             if mapping.handle is handle:
                 self._forget(mapping)
@@ -138,8 +141,11 @@ class Mapper:
         protocol: str | None,
         internal_port: int | None,
     ) -> None:
-        """Ends one mapping of a guest, or with None all of a protocol, or all; one that is not there is gone,
-        which is well (RFC 6887 section 15). Those that another nonce made stay, which is a PcpError."""
+        """Ends one mapping of a guest, or with None all mappings of a protocol, or all of its mappings.
+
+        It is no error if there is no such mapping (RFC 6887 section 15). Mappings with another nonce stay,
+        which is a PcpError.
+        """
         foreign: Mapping | None = None
         for mapping in self._table.all():
             if (mapping.endpoint_id, mapping.address) != (endpoint_id, address):
@@ -159,8 +165,10 @@ class Mapper:
     # --- beginnings ---
 
     async def map(self, wanted: Wanted, external: IPv4Address) -> Mapping | None:
-        """Makes or renews a mapping; `external` is the address that it will have. None: the guest went
-        meanwhile. Raises PcpError."""
+        """Makes or renews a mapping. `external` is the address that it will have.
+
+        Returns None if the guest left meanwhile. Raises PcpError.
+        """
         if not self.ports.holds(wanted.endpoint_id, wanted.address):
             raise PcpError(Result.NOT_AUTHORIZED)
         lifetime = min(max(wanted.lifetime, self._config.shortest), self._config.longest)
@@ -212,5 +220,5 @@ class Mapper:
         protocol, port, who, now = wanted.protocol, wanted.external_port, wanted.endpoint_id, self._clock()
         if wanted.strict and port:
             return (port,) if self._book.may_have(protocol, port, who, now) else ()
-        # Without a wish the guest's own number is as good as any, and easier to remember.
+        # If the guest suggests no port, its own port number is easiest to remember.
         return islice(self._book.candidates(protocol, (port, wanted.internal_port), who, now), _TRIES)

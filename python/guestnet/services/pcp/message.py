@@ -1,7 +1,7 @@
 """PCP messages as bytes: RFC 6887 sections 7, 11.1 and 13.
 
-A request is no larger than 1100 bytes and each byte is looked at once, so there is nothing else to bound.
-Reading raises nothing but `PcpError`, which is what the client is told.
+Theory of operation: a request has 1100 bytes at most, and each byte is read once, so nothing else has to be
+bounded. The parser raises nothing but `PcpError`, which becomes the answer.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ MAP = struct.Struct("!12sB3xHH16s")
 _OPTION = struct.Struct("!BxH")
 ANSWER_BIT = 0x80
 _MAPPED = bytes(10) + b"\xff\xff"
-"""In front of an IPv4 address where there is room for one of IPv6 (RFC 4291 section 2.5.5.2)."""
+"""The prefix of an IPv4 address in a field for IPv6 addresses (RFC 4291 section 2.5.5.2)."""
 _OPTIONAL_FROM = 128
-"""Options from here on may be ignored (RFC 6887 section 7.3)."""
+"""Options with this code or a higher one may be ignored (RFC 6887 section 7.3)."""
 _PREFER_FAILURE = 2
 
 
 class Opcode(IntEnum):
-    """What is asked for."""
+    """The opcode of a request."""
 
     ANNOUNCE = 0
     MAP = 1
@@ -56,16 +56,16 @@ class Result(IntEnum):
 
 
 _SHORT, _LONG = 30, 1800
-"""Seconds for which a client is to take an error for granted (RFC 6887 section 7.4)."""
+"""Lifetimes of errors in seconds (RFC 6887 section 7.4)."""
 _PASSES = frozenset(
     (Result.NETWORK_FAILURE, Result.NO_RESOURCES, Result.USER_EX_QUOTA, Result.CANNOT_PROVIDE_EXTERNAL)
 )
 _UNREAD = frozenset((Result.UNSUPP_VERSION, Result.MALFORMED_REQUEST, Result.MALFORMED_OPTION))
-"""Of requests that could not be read: their answers have what stood where the answer has zeros."""
+"""Results for requests that could not be parsed: their answers copy the fields that are zero elsewhere."""
 
 
 class PcpError(Exception):
-    """What was asked for cannot be. `lifetime`: for how many seconds that is so, where it is known."""
+    """A request cannot be granted. `lifetime` says for how many seconds this is so, if that is known."""
 
     def __init__(self, result: Result, lifetime: int | None = None) -> None:
         super().__init__(result.name)
@@ -75,7 +75,7 @@ class PcpError(Exception):
 
 @dataclass(frozen=True)
 class MapRequest:
-    """What a MAP request says. `lifetime` in seconds, 0 deletes; `external` is None for any."""
+    """A MAP request. `lifetime` is in seconds, 0 deletes. `external` None stands for any address."""
 
     nonce: bytes
     protocol: int
@@ -87,7 +87,7 @@ class MapRequest:
 
 
 def read(payload: bytes, source: IPv4Address) -> MapRequest | None:
-    """A request of version 2 that came from `source`: MAP, or None for ANNOUNCE. Raises PcpError."""
+    """Parses a request of version 2 that came from `source`: MAP, or None for ANNOUNCE. Raises PcpError."""
     if not HEADER.size <= len(payload) <= LONGEST or len(payload) % 4:
         raise PcpError(Result.MALFORMED_REQUEST)
     _version, opcode, _reserved, lifetime, client = HEADER.unpack_from(payload)
@@ -95,7 +95,7 @@ def read(payload: bytes, source: IPv4Address) -> MapRequest | None:
         raise PcpError(Result.ADDRESS_MISMATCH)
     if opcode == Opcode.ANNOUNCE:
         if _options(payload, HEADER.size):
-            raise PcpError(Result.MALFORMED_REQUEST)  # an option that is of MAP alone
+            raise PcpError(Result.MALFORMED_REQUEST)  # this option belongs to MAP
         return None
     if opcode != Opcode.MAP:
         raise PcpError(Result.UNSUPP_OPCODE)
@@ -109,7 +109,7 @@ def read(payload: bytes, source: IPv4Address) -> MapRequest | None:
 
 
 def _options(payload: bytes, at: int) -> bool:
-    """Reads the options; whether PREFER_FAILURE is among them, which is the only one that is served."""
+    """Parses the options. Returns whether PREFER_FAILURE is among them, the only option that is served."""
     found = False
     while at < len(payload):
         code, length = _OPTION.unpack_from(payload, at)
@@ -121,13 +121,13 @@ def _options(payload: bytes, at: int) -> bool:
                 raise PcpError(Result.MALFORMED_OPTION)
             found = True
         elif code < _OPTIONAL_FROM:
-            # THIRD_PARTY too: a guest opens ports to itself alone.
+            # THIRD_PARTY too: a guest opens ports for itself only.
             raise PcpError(Result.UNSUPP_OPTION)
     return found
 
 
 def _address(packed: bytes) -> IPv4Address | IPv6Address | None:
-    """The suggested address; None where any will do (section 5: zeros of either family)."""
+    """The suggested address, None if any will do (section 5: zeros of either family)."""
     if not any(packed) or packed == _MAPPED + bytes(4):
         return None
     return IPv4Address(packed[12:]) if packed.startswith(_MAPPED) else IPv6Address(packed)
@@ -141,7 +141,7 @@ def answer_announce(epoch: int) -> bytes:
 def answer_map(
     asked: MapRequest, external_port: int, external: IPv4Address, lifetime: int, epoch: int
 ) -> bytes:
-    """The answer that a mapping is there: `lifetime` seconds from now."""
+    """The answer that a mapping exists, for `lifetime` seconds from now."""
     head = _ANSWER.pack(VERSION, ANSWER_BIT | Opcode.MAP, 0, Result.SUCCESS, lifetime, epoch) + bytes(12)
     address = _MAPPED + external.packed
     data = MAP.pack(asked.nonce, asked.protocol, asked.internal_port, external_port, address)
@@ -149,7 +149,7 @@ def answer_map(
 
 
 def answer_delete(payload: bytes, epoch: int) -> bytes:
-    """The answer that a mapping is not there (any more): what was suggested is copied (section 15)."""
+    """The answer that a mapping does not exist (any more). The suggestion is copied (section 15)."""
     head = _ANSWER.pack(VERSION, ANSWER_BIT | Opcode.MAP, 0, Result.SUCCESS, 0, epoch) + bytes(12)
     return head + payload[HEADER.size : HEADER.size + MAP.size]
 

@@ -1,9 +1,9 @@
 """The ports of the host that guests may open, and which of them a mapping gets.
 
-A port that was given back rests for two minutes, so that who still looks for one guest there does not find
-another (RFC 6888 REQ-8); the guest itself may have it again at once. The port of the other protocol with the
-same number goes to no other guest (RFC 6886 section 3.3). Where nothing else is left, the one that has rested
-longest is given.
+- A port that was given back rests for two minutes, so that a client that still looks for one guest there does
+  not find another (RFC 6888 REQ-8). The guest itself may have it again at once.
+- The port of the other protocol with the same number goes to no other guest (RFC 6886 section 3.3).
+- If no other port is free, the port that has rested longest is given.
 """
 
 from __future__ import annotations
@@ -19,29 +19,31 @@ from guestnet.model.shares import fair_share
 REST = 120.0
 """Seconds (RFC 6888 REQ-8)."""
 _RESTING_MOST = 2048
-"""Of each protocol; those that have rested longest are forgotten first."""
+"""Resting ports of each protocol; the oldest are forgotten first."""
 _DRAWN = 24
-"""Ports that are drawn at random before they are looked through one by one."""
+"""How many ports are drawn at random before all of them are tried in order."""
 
 
 class PortsOfHost(Protocol):
-    """What opens ports: the network, or a test."""
+    """Opens ports: the network, or a test."""
 
     def external(self) -> IPv4Address | None:
-        """The address that the outside reaches the ports by; None while there is none."""
+        """The address by which the outside reaches the ports; None while there is none."""
 
     def holds(self, endpoint_id: str, address: IPv4Address) -> bool:
-        """Whether the address is one that the endpoint's guest was given."""
+        """Whether the endpoint's guest was given this address."""
 
     async def open(self, endpoint_id: str, protocol: str, guest: tuple[IPv4Address, int], port: int) -> Any:
-        """Leads a port to a guest's; returns what `close` and `drop` want. Raises PortInUse, or another
-        GuestnetError where no port would do better."""
+        """Opens a port that leads to a guest's port. Returns a handle for `close` and `drop`.
+
+        Raises PortInUse, or another GuestnetError if no other port would help.
+        """
 
     async def close(self, handle: Any) -> None:
-        """Takes it back; nobody gets in by it any more when this is done."""
+        """Closes a port. When this is done, no new connection gets in."""
 
     def drop(self, handle: Any) -> None:
-        """Takes it back, soon."""
+        """Closes a port soon, without waiting."""
 
 
 class PortBook:
@@ -57,12 +59,12 @@ class PortBook:
         }
 
     def take(self, protocol: str, port: int, endpoint_id: str) -> None:
-        """It is open now."""
+        """Notes that a port was opened."""
         self._taken[protocol][port] = endpoint_id
         self._resting[protocol].pop(port, None)
 
     def free(self, protocol: str, port: int, now: float) -> None:
-        """It is closed now, and rests."""
+        """Notes that a port was closed; it rests from now on."""
         resting, endpoint_id = self._resting[protocol], self._taken[protocol].pop(port)
         resting[port] = (now + REST, endpoint_id)
         resting.move_to_end(port)
@@ -70,13 +72,13 @@ class PortBook:
             resting.popitem(last=False)
 
     def has_share(self, protocol: str, endpoint_id: str) -> bool:
-        """Whether an endpoint may have one more port of a protocol, as far as its share goes."""
+        """Whether the share of an endpoint allows one more port of a protocol."""
         taken = self._taken[protocol]
         own = sum(1 for who in taken.values() if who == endpoint_id)
         return own < max(1, fair_share(len(self._ports), len(taken)))
 
     def may_have(self, protocol: str, port: int, endpoint_id: str, now: float) -> bool:
-        """Whether a mapping of the endpoint can have it."""
+        """Whether a mapping of the endpoint can have this port."""
         return self._is_there(protocol, port, endpoint_id) and not any(
             until > now and who != endpoint_id
             for until, who in (each[port] for each in self._resting.values() if port in each)
@@ -90,7 +92,7 @@ class PortBook:
     def candidates(
         self, protocol: str, wanted: tuple[int, ...], endpoint_id: str, now: float
     ) -> Iterator[int]:
-        """Ports to try, best first, each once: those that are wanted, then any."""
+        """Ports to try, best first, each once: the wanted ones, then any."""
         tried: set[int] = set()
         for port in self._in_order(protocol, wanted, endpoint_id, now):
             if port not in tried:
@@ -110,7 +112,7 @@ class PortBook:
             port = ports[(start + at) % len(ports)]
             if self.may_have(protocol, port, endpoint_id, now):
                 yield port
-        # It is a pity that it has not rested, and a greater one if there were none.
+        # A port that still rests is better than none.
         for port in list(resting):
             if self._is_there(protocol, port, endpoint_id):
                 yield port

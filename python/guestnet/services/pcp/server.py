@@ -1,6 +1,6 @@
 """The server of PCP (RFC 6887) and of NAT-PMP (RFC 6886): one datagram in, at most one out.
 
-PEER and the options THIRD_PARTY and FILTER are not served, and are refused as the RFC says.
+The opcode PEER and the options THIRD_PARTY and FILTER are refused as the RFC says.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _EPOCH_MASK = 0xFFFFFFFF
 
 
 class GuestGone(Exception):
-    """The guest went while it was served: there is nobody to answer."""
+    """The guest left while it was served, so there is nobody to answer."""
 
 
 class PcpServer:
@@ -61,7 +61,7 @@ class PcpServer:
         self.on_open: Callable[[Mapping], object] = lambda _mapping: None
         """Called when a guest has opened a port."""
         self.on_close: Callable[[Mapping], object] = lambda _mapping: None
-        """Called when it is closed: given back, over, or the guest is gone."""
+        """Called when a port is closed: given back, expired, or the guest has left."""
         self.counters: Counter[str] = Counter()
         """Requests by kind ("map", "delete", "announce", "pmp_map", ...) and refusals by reason ("refused_"
         and the reason)."""
@@ -176,8 +176,10 @@ class PcpServer:
         return int(self._clock() - self._epoch) & _EPOCH_MASK
 
     def _address(self) -> IPv4Address:
-        """The external address. When it is another than before, clients are to map anew, as after a loss of
-        state: the epoch begins again."""
+        """The external address.
+
+        If it has changed, clients have to map again, as after a loss of state: the epoch restarts.
+        """
         external = self._ports.external()
         if external is None:
             raise PcpError(Result.NETWORK_FAILURE)
