@@ -216,6 +216,65 @@ def test_every_network_answers_to_the_names_of_the_seed(config: NatConfig) -> No
     assert not network.is_running
 
 
+def test_the_engine_by_hand_is_one_engine_whether_the_network_runs_or_not() -> None:
+    network = NatNetwork(NatConfig(dhcp=False, dns=False, host_loopback=True))
+    engine = network.datapath.engine
+
+    def look(sent: int) -> None:
+        frame = bytearray(ethernet(udp((GUEST[0], 50000 + sent), OUTSIDE)))
+        assert network.process_tx_packet(frame) is NatResult.TRANSLATED
+        assert network.nat_stats() == engine.stats()
+        assert network.nat_stats().outbound == sent
+        assert network.conntrack_stats() == engine.conntrack()
+        assert network.connection_count == network.conntrack_stats().connections == sent
+
+    look(1)
+    with network, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outside:
+        outside.bind(("127.0.0.1", 0))
+        outside.settimeout(10)
+        me = network.create_endpoint("me")
+        guest = network.attach("me", "memory")
+        macs = parse_mac(network.config.gateway_mac) + parse_mac(me.mac)
+        loopback = (str(network.config.subnet[-2]), outside.getsockname()[1])
+        guest.send(macs + b"\x08\x00" + udp((str(me.ip), 4000), loopback, b"x"))
+        outside.recv(10)
+        # A flow of a guest is the network's, and none of the engine by hand.
+        assert len(network.flows()) == 1
+        look(2)
+        with pytest.raises(guestnet.UnsupportedError, match="no NAT engine"):
+            network.uplink_nat_stats()
+    look(3)
+    with pytest.raises(guestnet.NotRunning):
+        network.uplink_conntrack_stats()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mtu": 68},
+        {"mtu": 65520},
+        {"subnet": "10.0.0.0/8"},
+        {"subnet": "192.168.64.0/30"},
+        {"subnet": "198.18.0.0/15"},
+        {"uplink": "tun", "external": ("203.0.113.1", "203.0.113.2"), "port_range": (1024, 1024)},
+        {"gateway": "192.168.64.254"},
+        {"filtering": "endpoint_independent"},
+        {"limits": {}, "workers": 64},
+    ],
+)
+def test_no_attribute_raises(settings: dict[str, object]) -> None:
+    """So that debuggers and `hasattr` can look at every network."""
+    network = NatNetwork(NatConfig(**settings))  # type: ignore[arg-type]
+    names = [name for name in dir(network) if isinstance(getattr(type(network), name, None), property)]
+    assert {"packet_pool", "tx_ring", "rx_ring", "connection_count", "forwards"} <= set(names)
+    for name in names:
+        getattr(network, name)
+    if settings.get("uplink") != "tun":
+        with network:
+            for name in names:
+                getattr(network, name)
+
+
 def test_the_rings_of_a_running_network_lead_to_its_uplink() -> None:
     """Whichever that is: here sockets of the host, with an echo service behind them."""
     with (

@@ -59,7 +59,8 @@ def main(one: str, two: str, path: str, options: str) -> None:
                 except GuestnetError as error:
                     print(f"refused {error}", flush=True)
             elif word == "stats":
-                told = network.nat_stats().as_dict() | {"connections": network.connection_count}
+                connections = network.uplink_conntrack_stats().connections
+                told = network.uplink_nat_stats().as_dict() | {"connections": connections}
                 told["network"] = network.stats().drops
                 print("stats " + json.dumps(told), flush=True)
             elif word == "rings":

@@ -17,7 +17,7 @@ PUBLIC = (NatNetwork, Endpoint, Forward, Listener)
 PAIRS = [
     (owner, name)
     for owner in PUBLIC
-    for name, member in vars(owner).items()
+    for name, member in inspect.getmembers(owner)
     if not name.startswith("_") and inspect.iscoroutinefunction(member)
 ]
 
@@ -45,7 +45,7 @@ def test_help_shows_real_signatures() -> None:
     text = pydoc.plain(pydoc.render_doc(NatNetwork))
     assert "create_endpoint(self, id: 'str', *, mac: 'str | bytes | None' = None," in text
     assert "async acreate_endpoint(self, id: 'str', *, mac: 'str | bytes | None' = None," in text
-    assert NatNetwork.create_endpoint.__qualname__ == "NatNetwork.create_endpoint"
+    assert NatNetwork.create_endpoint.__qualname__.endswith(".create_endpoint")
 
 
 class Worker:

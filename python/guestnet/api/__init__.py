@@ -1,0 +1,1 @@
+"""The public methods of a network, by topic; `guestnet.runtime.network` joins them."""
