@@ -127,7 +127,9 @@ impl Effects for World {
         Err(SockError::Refused)
     }
     fn close(&mut self, _: SockId, _: Close) {}
-    fn event(&mut self, _: Event) {}
+    fn event(&mut self, _: Event) -> bool {
+        true
+    }
 }
 
 fn mac(port: PortId) -> Mac {

@@ -14,12 +14,22 @@
 //! - [`interface`] is the contract with the callers.
 #![forbid(unsafe_code)]
 
+// The mock of the outside is shared with the tests of whole networks, which name this crate.
+#[cfg(test)]
+extern crate self as guestnet_core;
+
+#[cfg(test)]
+#[path = "../tests/common/mod.rs"]
+mod common;
 mod context;
 mod dns;
 pub mod interface;
 mod l2;
 mod l3;
 pub mod nat;
+#[cfg(test)]
+#[path = "../tests/common/net.rs"]
+mod net;
 pub mod network;
 mod policy;
 mod relay;

@@ -269,6 +269,8 @@ pub trait Effects {
     /// Closes any socket that was opened or accepted; its number may be used again afterwards.
     fn close(&mut self, sock: SockId, how: Close);
 
-    /// Tells the control side; a full ring drops and counts.
-    fn event(&mut self, event: Event);
+    /// Reports to the control side. False when it was lost, for want of room; the core counts that as
+    /// [`DropReason::EventRingFull`].
+    #[must_use]
+    fn event(&mut self, event: Event) -> bool;
 }

@@ -159,8 +159,9 @@ impl Lan {
     ) {
         if let Some(p) = self.ports.get_mut(slot)
             && p.events.allow(now)
+            && !fx.event(Event::AddressSeen { port: p.id, mac, address })
         {
-            fx.event(Event::AddressSeen { port: p.id, mac, address });
+            p.counters.drop(DropReason::EventRingFull);
         }
     }
 

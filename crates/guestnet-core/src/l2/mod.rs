@@ -10,3 +10,5 @@ pub(crate) mod lan;
 mod ndp;
 mod peers;
 mod switch;
+#[cfg(test)]
+mod tests;

@@ -266,8 +266,8 @@ impl Gateway {
 
     // ---- services and refusals ----------------------------------------------------------------------
 
-    /// Hands a datagram up to a UDP service; false when it was dropped because its guest sends too many. All guests
-    /// share the queue to the control side, so each has a rate, which counts bytes too.
+    /// Hands a datagram up to a UDP service. False when it was dropped, because its guest sends too many or because the
+    /// queue to the control side is full. All guests share that queue, so each has a rate, which counts bytes too.
     pub fn punt<E: Effects>(&mut self, link: &mut Link<'_, E>, service: ServiceId, d: &Datagram<'_>) -> bool {
         let slot = d.from.slot;
         let Some(port) = link.lan.port(slot).map(|p| p.id) else { return false };
@@ -277,8 +277,11 @@ impl Gateway {
             return false;
         }
         let Datagram { from: Sender { mac, .. }, src, dst, payload } = *d;
-        link.fx.event(Event::Datagram { service, port, mac, src, dst, payload: payload.into() });
-        true
+        let taken = link.fx.event(Event::Datagram { service, port, mac, src, dst, payload: payload.into() });
+        if !taken {
+            link.lan.count_drop(slot, DropReason::EventRingFull);
+        }
+        taken
     }
 
     /// Whether [`Gateway::punt`] would take a datagram now.
@@ -320,8 +323,10 @@ pub(crate) fn report_denied<E: Effects>(
     remote: SocketAddr,
     reason: DropReason,
 ) {
-    if let Some(port) = link.lan.port(slot).map(|p| p.id) {
-        link.fx.event(Event::Denied { port, proto, guest, remote, reason });
+    if let Some((port, _, counters)) = link.lan.port_and_counters(slot)
+        && !link.fx.event(Event::Denied { port, proto, guest, remote, reason })
+    {
+        counters.drop(DropReason::EventRingFull);
     }
 }
 

@@ -6,3 +6,5 @@ pub(crate) mod frame_builder;
 pub(crate) mod gateway;
 pub(crate) mod icmp_error;
 mod reassembly;
+#[cfg(test)]
+mod tests;

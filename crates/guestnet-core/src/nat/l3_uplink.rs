@@ -372,7 +372,7 @@ impl L3Uplink {
         if let Some(n) = slot.and_then(|s| self.translated.get_mut(s)) {
             *n += 1;
         }
-        cx.link.fx.event(Event::FlowOpened {
+        let reported = cx.link.fx.event(Event::FlowOpened {
             flow: FlowId { index: TRANSLATED | id, generation: opened.generation },
             port,
             proto: c.proto,
@@ -380,6 +380,9 @@ impl L3Uplink {
             remote: c.remote.into(),
             inbound,
         });
+        if !reported {
+            counters.drop(DropReason::EventRingFull);
+        }
     }
 
     fn connection_ended<E: Effects>(&mut self, cx: &mut Context<'_, E>, id: u32, out: u64, inn: u64) {
@@ -393,7 +396,9 @@ impl L3Uplink {
             *n = n.saturating_sub(1);
         }
         let flow = FlowId { index: TRANSLATED | id, generation: o.generation };
-        cx.link.fx.event(Event::FlowClosed { flow, port, bytes_out: out, bytes_in: inn });
+        if !cx.link.fx.event(Event::FlowClosed { flow, port, bytes_out: out, bytes_in: inn }) {
+            counters.drop(DropReason::EventRingFull);
+        }
     }
 
     /// Ends the connections of a port that goes.
@@ -536,4 +541,59 @@ fn deliver<E: Effects>(cx: &mut Context<'_, E>, frame: &mut [u8], meta: FrameMet
         gso::complete_checksum(frame, start, offset)?;
     }
     cx.link.lan.wait_frame(cx.link.now, slot, ip, frame, cx.link.fx)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::common::Mock;
+    use crate::context::Layers;
+    use crate::interface::types::PortConfig;
+    use crate::net::{
+        A, GATEWAY_MAC, addr, config, eth, guest_addr, guest_ip, mac, port_config, udp_bytes, udp_frame,
+    };
+    use guestnet_wire::ipv4::Ipv4;
+
+    const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 9);
+
+    /// The uplink over the layers that it uses, without relays.
+    #[test]
+    fn a_packet_goes_out_translated_and_its_answer_comes_back() {
+        let (now, c, mut fx) = (Time(1_000_000_000), config(), Mock::new());
+        let mut layers = Layers::new(&c);
+        let mut uplink = L3Uplink::new(&c, NatEngineConfig::new(OUTSIDE)).unwrap();
+        let slot = layers.lan.add_port(now, A, PortConfig { mac: Some(mac(A)), ..port_config() }).unwrap();
+        layers.lan.bind_address(now, A, guest_ip(A).into(), None).unwrap();
+        layers.gateway.add_port(now, slot, A.0);
+        uplink.add_port(slot);
+
+        let remote = addr("203.0.113.1:7");
+        assert!(L3Uplink::takes(layers.lan.addressing(), remote.ip()));
+        assert!(!L3Uplink::takes(layers.lan.addressing(), guest_ip(A).into()));
+        let mut frame = udp_frame(A, 4000, remote, b"ping");
+        let p = parse::parse_ip(&frame, L3).unwrap();
+        let from = Sender { slot, mac: mac(A) };
+        let cx = &mut layers.context(now, &mut fx);
+        uplink.packet_out(cx, from, &mut frame, &p, FrameMeta::default()).unwrap();
+        let (sent, _) = fx.uplink.pop().unwrap();
+        let p = parse::parse_ip(&sent, L3).unwrap();
+        assert_eq!((p.src, p.dst, p.ttl), (OUTSIDE.into(), remote.ip(), 63));
+        assert_eq!(uplink.translated(slot), 1);
+        uplink.audit().unwrap();
+
+        let mut packet = vec![0; 20];
+        let answer = udp_bytes(remote.ip(), OUTSIDE.into(), 7, p.src_port, b"pong");
+        let (src, dst, payload_len) = (Ipv4Addr::new(203, 0, 113, 1), OUTSIDE, answer.len() as u16);
+        Ipv4 { src, dst, proto: proto::UDP, ttl: 60, tos: 0, id: 1, frag: 0, payload_len }.emit(&mut packet);
+        packet.extend_from_slice(&answer);
+        let mut frame = eth(Mac::default(), Mac::default(), 0, &packet);
+        uplink.packet_in(&mut layers.context(now, &mut fx), &mut frame, FrameMeta::default()).unwrap();
+        let got = crate::net::read(&fx.take()[0]);
+        assert_eq!((got.src(), got.dst()), (remote, guest_addr(A, 4000)));
+        assert_eq!(Ether::parse(&got.frame).unwrap().src, GATEWAY_MAC);
+
+        uplink.remove_port(&mut layers.context(now, &mut fx), slot);
+        assert_eq!(uplink.translated(slot), 0);
+        uplink.audit().unwrap();
+    }
 }

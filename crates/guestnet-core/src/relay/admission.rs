@@ -9,7 +9,7 @@
 use crate::context::Context;
 use crate::interface::effects::{Close, Effects, Event};
 use crate::interface::stats::DropReason;
-use crate::interface::types::{FlowId, PortId, Time};
+use crate::interface::types::{FlowId, Time};
 use crate::l2::lan::Link;
 use crate::relay::Relay;
 use crate::relay::tcp::Fate;
@@ -77,7 +77,9 @@ impl Relay {
         }
         if let Some((port, _, counters)) = link.lan.port_and_counters(slot) {
             counters.flows_opened += 1;
-            link.fx.event(Event::FlowOpened { flow: id, port, proto, guest, remote, inbound });
+            if !link.fx.event(Event::FlowOpened { flow: id, port, proto, guest, remote, inbound }) {
+                counters.drop(DropReason::EventRingFull);
+            }
         }
         id
     }
@@ -117,12 +119,12 @@ impl Relay {
         if let State::Forwarded { forward, client, .. } = f.state {
             self.clients.remove(&(forward.0, client));
         }
-        let mut port_id = PortId(u32::MAX);
         if let Some((port, _, counters)) = link.lan.port_and_counters(slot) {
-            port_id = port;
             counters.flows_closed += 1;
+            if !link.fx.event(Event::FlowClosed { flow: id, port, bytes_out, bytes_in }) {
+                counters.drop(DropReason::EventRingFull);
+            }
         }
-        link.fx.event(Event::FlowClosed { flow: id, port: port_id, bytes_out, bytes_in });
     }
 
     /// Takes a flow off its mapping; the last one takes the mapping along.

@@ -26,6 +26,8 @@ mod port_forward;
 mod socket_memory;
 pub mod tcp;
 mod tcp_relay;
+#[cfg(test)]
+mod tests;
 mod turns;
 mod udp;
 

@@ -125,6 +125,8 @@ pub struct Mock {
     pub datagrams: Vec<SentDatagram>,
     pub pings: Vec<SentPing>,
     pub events: Vec<Event>,
+    /// Events are lost for want of room.
+    pub event_ring_full: bool,
     /// What left through the uplink of packets, behind 14 bytes that mean nothing.
     pub uplink: Vec<(Vec<u8>, FrameMeta)>,
     /// It takes no more.
@@ -425,7 +427,11 @@ impl Effects for Mock {
         self.dead.insert(sock);
     }
 
-    fn event(&mut self, event: Event) {
+    fn event(&mut self, event: Event) -> bool {
+        if self.event_ring_full {
+            return false;
+        }
         self.events.push(event);
+        true
     }
 }

@@ -308,11 +308,11 @@ impl Effects for IoContext {
         }
     }
 
-    fn event(&mut self, event: effects::Event) {
+    fn event(&mut self, event: effects::Event) -> bool {
         use effects::Event::{Denied, FlowClosed, FlowOpened};
-        if self.flow_events || !matches!(event, FlowOpened { .. } | FlowClosed { .. } | Denied { .. }) {
-            self.events.try_send(Event::Core(event));
-        }
+        let wanted =
+            self.flow_events || !matches!(event, FlowOpened { .. } | FlowClosed { .. } | Denied { .. });
+        !wanted || self.events.try_send(Event::Core(event))
     }
 }
 
@@ -354,5 +354,20 @@ mod tests {
             assert_eq!((connected.read(&mut got).unwrap(), &got[..5]), (5, &b"small"[..]));
             assert_eq!((other.recv(&mut got).unwrap(), &got[..3]), (3, &b"one"[..]));
         }
+    }
+
+    #[test]
+    fn an_event_without_room_is_lost_and_an_unwanted_one_is_not() {
+        let (events, heard) = event::channel(1024, Arc::new(Waker::new().unwrap())).unwrap();
+        let mut io = IoContext::new(Poller::new(8).unwrap(), events, false);
+        let flow = FlowId { index: 1, generation: 0 };
+        let closed = || effects::Event::FlowClosed { flow, port: PortId(1), bytes_out: 0, bytes_in: 0 };
+        io.flow_events = false;
+        assert!((0..2000).all(|_| io.event(closed())));
+        assert_eq!((heard.drain(2000).len(), io.events.dropped), (0, 0));
+        io.flow_events = true;
+        let taken = (0..2000).filter(|_| io.event(closed())).count();
+        assert_eq!((heard.drain(2000).len(), io.events.dropped), (taken, 2000 - taken as u64));
+        assert!(taken > 0 && taken < 2000 && io.event(closed()));
     }
 }
