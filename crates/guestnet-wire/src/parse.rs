@@ -57,6 +57,36 @@ pub struct Packet {
     pub fragment: Option<Fragment>,
 }
 
+impl Packet {
+    /// Bytes of the packet, IP header included.
+    #[inline]
+    #[must_use]
+    pub fn ip_len(&self) -> usize {
+        self.end - self.l3
+    }
+
+    /// Bytes after the IP header: transport header and payload, or fragment data.
+    #[inline]
+    #[must_use]
+    pub fn transport_len(&self) -> usize {
+        self.end - self.l4
+    }
+
+    /// Bytes of the transport payload.
+    #[inline]
+    #[must_use]
+    pub fn payload_len(&self) -> usize {
+        self.end - self.payload
+    }
+
+    /// Bytes of the IP and transport headers.
+    #[inline]
+    #[must_use]
+    pub fn headers_len(&self) -> usize {
+        self.payload - self.l3
+    }
+}
+
 /// Parses the IP packet that starts at `l3` in `frame`; version by its first nibble.
 ///
 /// # Errors

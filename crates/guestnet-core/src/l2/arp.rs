@@ -6,8 +6,6 @@
 //! - A broadcast request for the gateway means that the guest does not know it, as after a restart: the guest's idle
 //!   connections are then checked ([`Notice::Restarted`]).
 
-#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
-
 use crate::interface::effects::Effects;
 use crate::interface::stats::DropReason;
 use crate::interface::types::{FrameMeta, Time};

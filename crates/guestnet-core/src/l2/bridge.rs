@@ -88,7 +88,7 @@ impl Lan {
             self.macs.remove_port(slot);
             self.stations = 0;
         }
-        self.stations += 1;
+        self.stations = self.stations.saturating_add(1);
         self.macs.set(src, slot);
         Ok(())
     }

@@ -18,7 +18,7 @@ pub(crate) fn check_size(port: &Port, p: &Packet, meta: FrameMeta) -> Result<(),
         return Ok(());
     }
     let (want, size) = match meta.gso {
-        None if p.end - p.l3 > mtu => return Err(DropReason::Oversized),
+        None if p.ip_len() > mtu => return Err(DropReason::Oversized),
         None => return Ok(()),
         Some(Gso::Tcp(n)) => (proto::TCP, n),
         Some(Gso::Udp(n)) => (proto::UDP, n),
@@ -26,12 +26,12 @@ pub(crate) fn check_size(port: &Port, p: &Packet, meta: FrameMeta) -> Result<(),
     if p.proto != want
         || size == 0
         || p.fragment.is_some()
-        || has_too_many_segments(p.end - p.payload, size, want)
+        || has_too_many_segments(p.payload_len(), size, want)
     {
         return Err(DropReason::Malformed);
     }
     // virtio counts bytes of payload per segment.
-    if p.payload - p.l3 + usize::from(size) > mtu && p.end - p.l3 > mtu {
+    if p.headers_len().saturating_add(usize::from(size)) > mtu && p.ip_len() > mtu {
         return Err(DropReason::Oversized);
     }
     Ok(())
@@ -40,10 +40,10 @@ pub(crate) fn check_size(port: &Port, p: &Packet, meta: FrameMeta) -> Result<(),
 /// Bytes of the largest IP packet that a frame is, or will be segmented into.
 #[inline]
 pub(crate) fn largest_packet(p: &Packet, meta: FrameMeta) -> usize {
-    let whole = p.end - p.l3;
+    let whole = p.ip_len();
     match meta.gso {
         None => whole,
-        Some(Gso::Tcp(n) | Gso::Udp(n)) => (p.payload - p.l3 + usize::from(n)).min(whole),
+        Some(Gso::Tcp(n) | Gso::Udp(n)) => p.headers_len().saturating_add(usize::from(n)).min(whole),
     }
 }
 
@@ -61,7 +61,7 @@ pub(crate) fn check_offload(frame: &[u8], p: &Packet, meta: FrameMeta) -> Result
         _ if p.fragment.is_some() => false,
         proto::TCP => offset == 16,
         proto::UDP => offset == 6,
-        _ => usize::from(start) + usize::from(offset) + 2 <= frame.len(),
+        _ => usize::from(start).saturating_add(usize::from(offset)).saturating_add(2) <= frame.len(),
     };
     if good && usize::from(start) == p.l4 { Ok(()) } else { Err(DropReason::Malformed) }
 }
@@ -73,7 +73,7 @@ pub(crate) fn udp_destination(frame: &[u8], p: &Packet) -> Option<u16> {
     match p.fragment {
         _ if p.proto != proto::UDP => None,
         None => Some(p.dst_port),
-        Some(f) if f.offset == 0 => Some(be16(frame, p.l4 + 2)),
+        Some(f) if f.offset == 0 => Some(be16(frame, p.l4.saturating_add(2))),
         Some(_) => None,
     }
 }
@@ -93,7 +93,7 @@ pub(crate) fn is_router_message(frame: &[u8], p: &Packet) -> bool {
 /// [`DropReason::Policy`] for an error in fragments, which cannot be checked (none is over 1280 bytes), and
 /// [`DropReason::Malformed`] for one without a quote or with an MTU that no link has.
 pub(crate) fn quoted_destination(frame: &[u8], p: &Packet) -> Result<Option<IpAddr>, DropReason> {
-    let (kind, code) = match frame.get(p.l4..p.l4 + 2) {
+    let (kind, code) = match frame.get(p.l4..).and_then(|b| b.first_chunk()) {
         Some(&[kind, code]) => (kind, code),
         _ => return Ok(None),
     };
@@ -115,7 +115,7 @@ pub(crate) fn quoted_destination(frame: &[u8], p: &Packet) -> Result<Option<IpAd
         return Ok(Some(IpAddr::V6(Ipv6Addr::from(to.ok_or(DropReason::Malformed)?))));
     }
     let too_big = (kind, code) == (icmp::UNREACHABLE, icmp::unreachable::FRAG_NEEDED);
-    if quote.len() < ipv4::MIN_LEN || too_big && !icmp::is_path_mtu(be16(frame, p.l4 + 6)) {
+    if quote.len() < ipv4::MIN_LEN || too_big && !icmp::is_path_mtu(be16(frame, p.l4.saturating_add(6))) {
         return Err(DropReason::Malformed);
     }
     Ok(Some(IpAddr::V4(Ipv4Addr::from(be32(quote, 16)))))

@@ -26,6 +26,7 @@ use crate::tables::addressing::Addressing;
 use crate::tables::mac::Macs;
 use crate::tables::neighbour::{Binding, Neighbours};
 use crate::tables::port::{Port, Ports};
+use crate::util::account::{count, count_bytes};
 use crate::util::siphash::SipKey;
 use guestnet_wire::ether::{self, Mac};
 use guestnet_wire::parse;
@@ -398,8 +399,8 @@ pub(super) fn transmit<E: Effects>(port: &mut Port, frame: &[u8], meta: FrameMet
     }
     match fx.transmit(port.id, frame, meta) {
         Ok(()) => {
-            port.counters.tx_frames += 1;
-            port.counters.tx_bytes += frame.len() as u64;
+            count(&mut port.counters.tx_frames);
+            count_bytes(&mut port.counters.tx_bytes, frame.len());
         }
         Err(TxError::Full) => port.counters.drop(DropReason::PortFull),
         Err(TxError::Gone) => port.counters.drop(DropReason::NoEndpoint),

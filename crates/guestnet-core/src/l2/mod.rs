@@ -2,6 +2,8 @@
 //! [`arp`] and [`ndp`] check and learn who uses which address; [`bridge`] joins the network to a physical segment in mode
 //! `bridged`; [`peers`] stands in for the ports of other workers; [`frame_checks`] needs no state.
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 mod addresses;
 mod arp;
 mod bridge;

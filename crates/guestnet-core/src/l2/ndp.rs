@@ -6,8 +6,6 @@
 //!   (RFC 7113, RFC 6980).
 //! - The gateway itself has no IPv6.
 
-#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
-
 use crate::interface::effects::Effects;
 use crate::interface::stats::DropReason;
 use crate::interface::types::Time;

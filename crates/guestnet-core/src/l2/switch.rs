@@ -17,6 +17,7 @@ use crate::l2::frame_checks::{
 use crate::l2::lan::{Lan, Sender, Verdict};
 use crate::shard::PeerUpdate;
 use crate::tables::service::{DHCP_CLIENT, DHCP_SERVER};
+use crate::util::account::{count, count_bytes};
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::parse::{self, Packet};
 use guestnet_wire::{checksum, proto, put};
@@ -35,8 +36,8 @@ impl Lan {
         let slot = self.ports.slot(port);
         match slot.and_then(|s| self.ports.get_mut(s)) {
             Some(p) => {
-                p.counters.rx_frames += 1;
-                p.counters.rx_bytes += len as u64;
+                count(&mut p.counters.rx_frames);
+                count_bytes(&mut p.counters.rx_bytes, len);
             }
             None => self.base_mut().drop(DropReason::NoEndpoint),
         }
@@ -228,7 +229,7 @@ impl Lan {
             None => 1,
         };
         let frames = len.div_ceil(FLOOD_BYTES).max(segments);
-        let cost = frames * (self.ports.end() as usize).div_ceil(FLOOD_PORTS);
+        let cost = frames.saturating_mul((self.ports.end() as usize).div_ceil(FLOOD_PORTS));
         let port = self.ports.get_mut(slot).ok_or(DropReason::NoEndpoint)?;
         if port.flood.allow_n(now, cost) { Ok(()) } else { Err(DropReason::RateLimit) }
     }
@@ -298,7 +299,7 @@ impl Lan {
         self.may_learn(now, slot)?;
         let port = self.ports.get_mut(slot).ok_or(DropReason::NoEndpoint)?;
         let id = port.id;
-        let oldest = if port.macs.len() + 1 >= cap { port.macs.pop_front() } else { None };
+        let oldest = if port.macs.len().saturating_add(1) >= cap { port.macs.pop_front() } else { None };
         port.macs.push_back(mac);
         if let Some(old) = oldest {
             self.macs.remove(old);
@@ -321,13 +322,12 @@ impl Lan {
         if p.fragment.is_some() || meta != FrameMeta::default() {
             return meta;
         }
-        let sum = checksum::pseudo(p.src, p.dst, p.proto, (p.end - p.l4) as u32);
-        put(frame, p.l4 + usize::from(offset), &checksum::fold(sum).to_be_bytes());
-        let room = usize::from(port.config.mtu).saturating_sub(p.payload - p.l3);
-        let big = p.end - p.payload > room && room > 0;
-        let split = big
-            && p.proto == proto::TCP
-            && !has_too_many_segments(p.end - p.payload, room as u16, proto::TCP);
+        let sum = checksum::pseudo(p.src, p.dst, p.proto, p.transport_len() as u32);
+        put(frame, p.l4.saturating_add(usize::from(offset)), &checksum::fold(sum).to_be_bytes());
+        let room = usize::from(port.config.mtu).saturating_sub(p.headers_len());
+        let big = p.payload_len() > room && room > 0;
+        let split =
+            big && p.proto == proto::TCP && !has_too_many_segments(p.payload_len(), room as u16, proto::TCP);
         let gso = split.then_some(Gso::Tcp(room as u16));
         FrameMeta { csum: Csum::Partial { start: p.l4 as u16, offset }, gso }
     }

@@ -81,7 +81,7 @@ impl FrameBuilder {
     /// [`DropReason::Oversized`] when that exceeds the largest packet.
     #[inline]
     pub fn transport(&mut self, len: usize) -> Result<&mut [u8], DropReason> {
-        self.scratch.get_mut(L4..L4 + len).ok_or(DropReason::Oversized)
+        self.scratch.get_mut(L4..L4.saturating_add(len)).ok_or(DropReason::Oversized)
     }
 
     fn headers(&mut self, e: &Envelope, len: usize, id: u16, frag: u16) {
@@ -115,7 +115,8 @@ impl FrameBuilder {
         len: usize,
         meta: FrameMeta,
     ) -> Result<(), DropReason> {
-        if L4 + len > FRAME_MAX {
+        let end = L4.saturating_add(len);
+        if end > FRAME_MAX {
             return Err(DropReason::Oversized);
         }
         let mtu = usize::from(link.lan.port(slot).ok_or(DropReason::NoEndpoint)?.config.mtu);
@@ -123,25 +124,27 @@ impl FrameBuilder {
             *id = id.wrapping_add(1);
             *id
         });
-        if meta.gso.is_some() || ipv4::MIN_LEN + len <= mtu {
+        if meta.gso.is_some() || len <= mtu.saturating_sub(ipv4::MIN_LEN) {
             self.headers(e, len, id, 0);
-            link.lan.transmit(slot, self.scratch.get(..L4 + len).unwrap_or(&[]), meta, link.fx);
+            link.lan.transmit(slot, self.scratch.get(..end).unwrap_or(&[]), meta, link.fx);
             return Ok(());
         }
         let step = mtu.saturating_sub(ipv4::MIN_LEN) & !7;
         if step == 0 {
             return Err(DropReason::Oversized);
         }
-        let mut at = 0;
+        let mut at = 0_usize;
         while at < len {
-            let n = step.min(len - at);
-            let more = if at + n < len { ipv4::MF } else { 0 };
+            let next = at.saturating_add(step).min(len);
+            let n = next.saturating_sub(at);
+            let more = if next < len { ipv4::MF } else { 0 };
             self.headers(e, n, id, more | (at / 8) as u16);
             self.fragment.clear();
             self.fragment.extend_from_slice(self.scratch.get(..L4).unwrap_or(&[]));
-            self.fragment.extend_from_slice(self.scratch.get(L4 + at..L4 + at + n).unwrap_or(&[]));
+            self.fragment
+                .extend_from_slice(self.scratch.get(L4..end).and_then(|b| b.get(at..next)).unwrap_or(&[]));
             link.lan.transmit(slot, &self.fragment, FrameMeta::default(), link.fx);
-            at += n;
+            at = next;
         }
         Ok(())
     }
@@ -172,7 +175,8 @@ impl FrameBuilder {
         let room = gso_max.min(65507);
         let large = room >= size * 2 && ipv4::MIN_LEN + udp::LEN + size <= mtu;
         // Linux takes at most 64 segments everywhere (UDP_MAX_SEGMENTS before 6.9).
-        let step = if large { size * (room / size).min(64) } else { size };
+        let step =
+            if large { room.checked_div(size).unwrap_or(1).min(64).saturating_mul(size) } else { size };
         for chunk in payload.chunks(step) {
             let gso = (chunk.len() > size).then_some(Gso::Udp(segment));
             self.send_datagrams(link, slot, mac, src, dst, chunk, gso)?;
@@ -195,8 +199,8 @@ impl FrameBuilder {
             return Err(DropReason::UnsupportedProtocol);
         };
         let port = link.lan.port(slot).ok_or(DropReason::NoEndpoint)?;
-        let len = udp::LEN + payload.len();
-        let fits = ipv4::MIN_LEN + len <= usize::from(port.config.mtu);
+        let len = payload.len().saturating_add(udp::LEN);
+        let fits = len <= usize::from(port.config.mtu).saturating_sub(ipv4::MIN_LEN);
         let offload = gso.is_some() || port.config.gso_max > 0 && fits;
         let b = self.transport(len)?;
         put(b, udp::LEN, payload);

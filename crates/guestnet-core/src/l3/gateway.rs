@@ -185,7 +185,7 @@ impl Gateway {
             return Err(self.refuse(link, from, frame, p, DropReason::Oversized, IcmpError::too_big(mtu)));
         }
         Ether { dst, src: self.mac, ethertype: ether::IPV4 }.emit(frame);
-        put(frame, p.l3 + 8, &[p.ttl - 1]);
+        put(frame, p.l3.saturating_add(8), &[p.ttl.saturating_sub(1)]);
         if let Some(b) = frame.get_mut(p.l3..) {
             ipv4::fill_checksum(b);
         }
@@ -253,11 +253,11 @@ impl Gateway {
     ) -> Result<(), DropReason> {
         let IpAddr::V4(guest) = p.src else { return Err(DropReason::UnsupportedProtocol) };
         let body = frame.get(p.payload..p.end).unwrap_or(&[]);
-        let rest = match frame.get(p.l4 + 4..p.l4 + 8) {
-            Some(&[a, b, c, d]) => [a, b, c, d],
-            _ => return Err(DropReason::Truncated),
+        let rest = match frame.get(p.l4..).and_then(|b| b.first_chunk()) {
+            Some(&[_, _, _, _, a, b, c, d]) => [a, b, c, d],
+            None => return Err(DropReason::Truncated),
         };
-        let b = self.frames.transport(icmp::LEN + body.len())?;
+        let b = self.frames.transport(body.len().saturating_add(icmp::LEN))?;
         let n = icmp::emit(b, icmp::ECHO_REPLY, 0, rest, body);
         let (mac, src) = (from.mac, self.address);
         let e = Envelope { mac, src, dst: guest, proto: proto::ICMP, ttl: TTL, tos: p.tos };

@@ -8,6 +8,7 @@ use crate::interface::types::{FrameMeta, Time};
 use crate::l2::lan::{Link, Sender};
 use crate::l3::frame_builder::{Envelope, TTL};
 use crate::l3::gateway::Gateway;
+use crate::util::account::count;
 use guestnet_wire::ether::{self, Ether};
 use guestnet_wire::parse::{self, Packet};
 use guestnet_wire::{icmp, proto};
@@ -51,7 +52,7 @@ impl Gateway {
             || subnet.is_broadcast(p.dst)
             || !subnet.is_host(p.src);
         let (IpAddr::V4(guest), false) = (p.src, silent) else { return false };
-        let quote = frame.get(p.l3..p.end.min(p.l3 + ERROR_MAX - 28)).unwrap_or(&[]);
+        let quote = frame.get(p.l3..p.end.min(p.l3.saturating_add(ERROR_MAX - 28))).unwrap_or(&[]);
         self.send_error(link, from, self.address, guest, quote, error)
     }
 
@@ -72,11 +73,11 @@ impl Gateway {
             return false;
         }
         if let Some(c) = link.lan.counters_mut(slot) {
-            c.icmp_errors += 1;
+            count(&mut c.icmp_errors);
         }
         let room = usize::from(mtu).min(ERROR_MAX).saturating_sub(28);
         let quote = quote.get(..quote.len().min(room)).unwrap_or(quote);
-        let Ok(b) = self.frames.transport(icmp::LEN + quote.len()) else { return false };
+        let Ok(b) = self.frames.transport(quote.len().saturating_add(icmp::LEN)) else { return false };
         let n = icmp::emit(b, error.0, error.1, error.2, quote);
         let e = Envelope { mac, src, dst, proto: proto::ICMP, ttl: TTL, tos: 0xc0 };
         if let Err(why) = self.frames.send_ipv4(link, slot, &e, n, FrameMeta::default()) {

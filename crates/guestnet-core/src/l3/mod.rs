@@ -2,6 +2,8 @@
 //! [`icmp_error`] tells guests why one cannot go on, [`reassembly`] puts IPv4 fragments together, [`frame_builder`] makes
 //! the packets that start here.
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 pub(crate) mod frame_builder;
 pub(crate) mod gateway;
 pub(crate) mod icmp_error;

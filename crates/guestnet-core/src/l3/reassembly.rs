@@ -4,8 +4,6 @@
 //! greediest port goes first. Any overlap poisons the datagram (RFC 5722's rule, which is right for IPv4
 //! too): overlaps come from attacks, and a duplicate is sent again by whoever cares.
 
-#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
-
 use crate::interface::types::Time;
 use crate::util::account::{charge, release};
 use guestnet_wire::parse::{Fragment, Packet};

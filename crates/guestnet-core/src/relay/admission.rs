@@ -14,6 +14,7 @@ use crate::l2::lan::Link;
 use crate::relay::Relay;
 use crate::relay::tcp::Fate;
 use crate::tables::flow::{Chain, Flow, Key, State};
+use crate::util::account::count;
 use guestnet_wire::proto;
 
 /// Evictions that one new flow may cause; more only happens when many flows share one socket.
@@ -41,7 +42,7 @@ impl Relay {
         slot: u32,
         socket: bool,
     ) -> Result<(), DropReason> {
-        let records = 1 + usize::from(socket);
+        let records = if socket { 2 } else { 1 };
         for _ in 0..=EVICTIONS {
             let most = self.limits.of_one_port(u32::try_from(self.flows.count()).unwrap_or(u32::MAX));
             let guest = self.guests.get(slot).ok_or(DropReason::NoEndpoint)?;
@@ -72,11 +73,11 @@ impl Relay {
             if tcp {
                 self.flows.push(&mut g.lru, Chain::Lru, id.index);
             }
-            g.flows += 1;
+            g.flows = g.flows.saturating_add(1);
             self.flows.push(&mut g.records, Chain::Port, id.index);
         }
         if let Some((port, _, counters)) = link.lan.port_and_counters(slot) {
-            counters.flows_opened += 1;
+            count(&mut counters.flows_opened);
             if !link.fx.event(Event::FlowOpened { flow: id, port, proto, guest, remote, inbound }) {
                 counters.drop(DropReason::EventRingFull);
             }
@@ -120,7 +121,7 @@ impl Relay {
             self.clients.remove(&(forward.0, client));
         }
         if let Some((port, _, counters)) = link.lan.port_and_counters(slot) {
-            counters.flows_closed += 1;
+            count(&mut counters.flows_closed);
             if !link.fx.event(Event::FlowClosed { flow: id, port, bytes_out, bytes_in }) {
                 counters.drop(DropReason::EventRingFull);
             }

@@ -59,7 +59,7 @@ impl Relay {
     }
 
     fn walk(&self, list: &List, chain: Chain, fits: impl Fn(&Flow) -> bool) -> Result<(), String> {
-        let (mut at, mut before, mut len) = (list.head, NONE, 0);
+        let (mut at, mut before, mut len) = (list.head, NONE, 0_u32);
         while at != NONE && len <= list.len {
             let Some(f) = self.flows.at(at) else {
                 return Err(format!("a list leads to the empty record {at}"));
@@ -68,7 +68,7 @@ impl Relay {
             if !l.is_linked() || l.prev != before || !fits(f) {
                 return Err(format!("record {at} is in a list that it does not belong to: {:?}", f.key));
             }
-            (before, at, len) = (at, l.next, len + 1);
+            (before, at, len) = (at, l.next, len.saturating_add(1));
         }
         if at == NONE && before == list.tail && len == list.len {
             Ok(())

@@ -94,7 +94,7 @@ impl Relay {
         if quote.first().is_none_or(|b| b >> 4 != 4) || ihl < ipv4::MIN_LEN {
             return Err(DropReason::Malformed);
         }
-        let Some(header) = quote.get(..ihl).filter(|_| quote.len() >= ihl + 8) else {
+        let Some(header) = quote.get(..ihl).filter(|_| quote.len() >= ihl.saturating_add(8)) else {
             return Err(DropReason::Truncated);
         };
         // RFC 5508 REQ-3a; by 3c the transport checksum is not verified.
@@ -106,9 +106,9 @@ impl Relay {
             IpAddr::V4(Ipv4Addr::from(a))
         };
         let proto = header.get(9).copied().unwrap_or(0);
-        let (from, to) = (be16(quote, ihl), be16(quote, ihl + 2));
+        let (from, to) = (be16(quote, ihl), be16(quote, ihl.saturating_add(2)));
         let (guest, remote) = match proto {
-            proto::ICMP => (be16(quote, ihl + 4), 0),
+            proto::ICMP => (be16(quote, ihl.saturating_add(4)), 0),
             _ => (to, from),
         };
         let key = Key {
@@ -118,16 +118,17 @@ impl Relay {
             remote: SocketAddr::new(ip(12), remote),
         };
         let index = self.flows.find(&key).ok_or(DropReason::NoFlow)?;
-        let too_big = frame.get(p.l4..p.l4 + 2) == Some(&[icmp::UNREACHABLE, icmp::unreachable::FRAG_NEEDED]);
-        if too_big && !icmp::is_path_mtu(be16(frame, p.l4 + 6)) {
+        let message = frame.get(p.l4..p.end).unwrap_or(&[]);
+        let too_big = message.starts_with(&[icmp::UNREACHABLE, icmp::unreachable::FRAG_NEEDED]);
+        if too_big && !icmp::is_path_mtu(be16(message, 6)) {
             return Err(DropReason::Malformed);
         }
         if proto == proto::TCP && too_big {
-            let mtu = match be16(frame, p.l4 + 6) {
+            let mtu = match be16(message, 6) {
                 0 => plateau(usize::from(be16(quote, 2))),
                 mtu => mtu,
             };
-            let seq = be32(quote, ihl + 4);
+            let seq = be32(quote, ihl.saturating_add(4));
             self.with_index(cx, index, |tcb, cx| tcb.path_mtu(cx, mtu, seq));
         }
         Ok(())
@@ -190,11 +191,11 @@ pub(super) fn v4(ip: IpAddr) -> Option<Ipv4Addr> {
 /// Writes the guest's packet to the front of `b`, as far as it is known; returns its length.
 fn requote(b: &mut [u8], key: &Key, id: u16, err: &DatagramError<'_>, payload: &[u8]) -> Option<usize> {
     let (src, dst) = (v4(key.guest.ip())?, v4(key.remote.ip())?);
-    let len = udp::LEN + payload.len();
+    let len = payload.len().saturating_add(udp::LEN);
     // The full length, though only a part may be quoted.
-    let whole = (udp::LEN + err.payload.len()).min(65515) as u16;
+    let whole = err.payload.len().saturating_add(udp::LEN).min(65515) as u16;
     Ipv4 { src, dst, proto: key.proto, ttl: 1, tos: 0, id, frag: 0, payload_len: whole }.emit(b);
-    let l4 = b.get_mut(ipv4::MIN_LEN..ipv4::MIN_LEN + len)?;
+    let l4 = b.get_mut(ipv4::MIN_LEN..)?.get_mut(..len)?;
     if key.proto == proto::UDP {
         put(l4, udp::LEN, payload);
         udp::emit(l4, key.guest.ip(), key.remote.ip(), key.guest.port(), key.remote.port());
@@ -203,7 +204,7 @@ fn requote(b: &mut [u8], key: &Key, id: u16, err: &DatagramError<'_>, payload: &
         let (i, s) = (key.guest.port().to_be_bytes(), err.seq.to_be_bytes());
         icmp::emit(l4, icmp::ECHO, 0, [i[0], i[1], s[0], s[1]], payload);
     }
-    Some(ipv4::MIN_LEN + len)
+    Some(len.saturating_add(ipv4::MIN_LEN))
 }
 
 /// The ICMP error for a reported one: as it came from the network, or made from the kernel's own errno.
@@ -213,14 +214,14 @@ fn requote(b: &mut [u8], key: &Key, id: u16, err: &DatagramError<'_>, payload: &
 /// may have sent it. [`DropReason::UnsupportedProtocol`] for messages that are not for guests.
 pub(super) fn relayed_error(err: &DatagramError<'_>, quoted: usize) -> Result<IcmpError, DropReason> {
     match (err.icmp_type, err.icmp_code) {
-        (0, _) => Ok(icmp_for(err.kind, quoted.max(28 + err.payload.len()))),
+        (0, _) => Ok(icmp_for(err.kind, quoted.max(err.payload.len().saturating_add(28)))),
         (icmp::UNREACHABLE, icmp::unreachable::FRAG_NEEDED) => {
             let told = match (err.mtu, err.kind) {
                 (0, SockError::MessageTooBig(m)) => m,
                 (m, _) => m,
             };
             match told {
-                0 => Ok(IcmpError::too_big(plateau(28 + err.payload.len()))),
+                0 => Ok(IcmpError::too_big(plateau(err.payload.len().saturating_add(28)))),
                 told if icmp::is_path_mtu(told) => Ok(IcmpError::too_big(told)),
                 _ => Err(DropReason::Malformed),
             }

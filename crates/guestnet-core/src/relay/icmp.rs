@@ -11,6 +11,7 @@ use crate::relay::Relay;
 use crate::relay::errors::{icmp_for, v4};
 use crate::relay::udp::{Refused, Way};
 use crate::tables::flow::{Key, State};
+use crate::util::account::count_bytes;
 use guestnet_wire::parse::Packet;
 use guestnet_wire::{be16, icmp, proto};
 use std::net::{IpAddr, SocketAddr};
@@ -29,9 +30,9 @@ impl Relay {
         p: &Packet,
         meta: FrameMeta,
     ) -> Result<(), DropReason> {
-        let (kind, code) = match frame.get(p.l4..p.l4 + 2) {
+        let (kind, code) = match frame.get(p.l4..).and_then(|b| b.first_chunk()) {
             Some(&[kind, code]) => (kind, code),
-            _ => return Err(DropReason::Truncated),
+            None => return Err(DropReason::Truncated),
         };
         let addressing = cx.link.lan.addressing();
         let own = addressing.is_own(p.dst);
@@ -79,18 +80,18 @@ impl Relay {
         let ttl = cx.gateway.check_ttl(&mut cx.link, from, frame, p)?;
         let body = frame.get(p.payload..p.end).unwrap_or(&[]);
         let Some(Way::Mapping(mapping, target)) =
-            self.note_out(index, from.mac, be16(frame, p.l3 + 4), body.len())
+            self.note_out(index, from.mac, be16(frame, p.l3.saturating_add(4)), body.len())
         else {
             return Err(DropReason::NoFlow);
         };
         let Some(State::Mapping { sock, .. }) = self.flows.at(mapping).map(|m| &m.state) else {
             return Err(DropReason::NoFlow);
         };
-        let seq = be16(frame, p.l4 + 6);
+        let seq = be16(frame, p.l4.saturating_add(6));
         let sent = cx.link.fx.ping_send(*sock, target.ip(), seq, body, ttl, p.dont_fragment);
         self.touch(cx.link.now, index);
         sent.map_err(|e| {
-            cx.gateway.icmp_error(&mut cx.link, from, frame, p, icmp_for(e, p.end - p.l3));
+            cx.gateway.icmp_error(&mut cx.link, from, frame, p, icmp_for(e, p.ip_len()));
             DropReason::HostError
         })
     }
@@ -126,7 +127,7 @@ impl Relay {
     ) -> Result<(), DropReason> {
         let (index, remote) = self.admit_inbound(cx.policy, id, SocketAddr::new(from, 0))?;
         let f = self.flows.at_mut(index).ok_or(DropReason::NoFlow)?;
-        f.bytes_in += body.len() as u64;
+        count_bytes(&mut f.bytes_in, body.len());
         f.packets_in = f.packets_in.saturating_add(1);
         let (slot, mac, guest) = (f.key.slot, f.mac, f.key.guest);
         self.touch(cx.link.now, index);
@@ -134,7 +135,7 @@ impl Relay {
             return Err(DropReason::UnsupportedProtocol);
         };
         let (i, s) = (guest.port().to_be_bytes(), seq.to_be_bytes());
-        let b = cx.gateway.frames().transport(icmp::LEN + body.len())?;
+        let b = cx.gateway.frames().transport(body.len().saturating_add(icmp::LEN))?;
         let n = icmp::emit(b, icmp::ECHO_REPLY, 0, [i[0], i[1], s[0], s[1]], body);
         let ttl = if ttl == 0 { TTL } else { ttl.saturating_sub(1).max(1) };
         let e = Envelope { mac, src, dst, proto: proto::ICMP, ttl, tos: 0 };

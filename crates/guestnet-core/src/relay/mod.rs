@@ -17,6 +17,8 @@
 //! - What is accounted to a guest is the sum over its flows.
 //! - A mapping has a flow, and its socket is closed with the last one.
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 mod admission;
 mod audit;
 mod errors;

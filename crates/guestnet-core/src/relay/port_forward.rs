@@ -149,7 +149,7 @@ impl Relay {
         }
         let seed = self.isn_key.hash(&[u64::from(key.remote.port()), u64::from(key.guest.port()), now.0]);
         (0..TRIES).find_map(|i| {
-            let port = 1024 + ((seed.wrapping_add(i)) % 64512) as u16;
+            let port = 1024_u16.saturating_add((seed.wrapping_add(i) % 64512) as u16);
             let other = Key { remote: SocketAddr::new(key.remote.ip(), port), ..key };
             free(&other).then_some(other)
         })
@@ -169,12 +169,13 @@ fn hold_datagram<E: Effects>(
     let (IpAddr::V4(src4), IpAddr::V4(dst4)) = (src.ip(), dst.ip()) else {
         return Err(DropReason::UnsupportedProtocol);
     };
-    let len = udp::LEN + payload.len();
+    let len = payload.len().saturating_add(udp::LEN);
+    let packet_len = len.saturating_add(20);
     let mtu = link.lan.port(slot).ok_or(DropReason::NoEndpoint)?.config.mtu;
-    if segment != 0 && payload.len() > usize::from(segment) || 20 + len > usize::from(mtu) {
+    if segment != 0 && payload.len() > usize::from(segment) || packet_len > usize::from(mtu) {
         return Err(DropReason::NoEndpoint);
     }
-    let mut frame = vec![0u8; ether::HEADER_LEN + 20 + len];
+    let mut frame = vec![0u8; packet_len.saturating_add(ether::HEADER_LEN)];
     put(&mut frame, 6, &gateway.0);
     put(&mut frame, 12, &ether::IPV4.to_be_bytes());
     let (_, packet) = frame.split_at_mut(ether::HEADER_LEN);

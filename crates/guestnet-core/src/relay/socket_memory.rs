@@ -44,11 +44,12 @@ impl Relay {
 
     /// Accounts what a flow of a guest holds now and held before.
     pub(super) fn book_memory(&mut self, slot: u32, before: u32, held: u32) {
-        let change = |sum: usize| sum.saturating_sub(before as usize) + held as usize;
+        let change = |sum: usize| sum.saturating_sub(before as usize).saturating_add(held as usize);
         self.socket_memory = change(self.socket_memory);
         if let Some(guest) = self.guests.get_mut(slot) {
             guest.socket_memory = change(guest.socket_memory);
-            guest.stuck = guest.stuck.saturating_sub(u32::from(before > 0)) + u32::from(held > 0);
+            guest.stuck =
+                guest.stuck.saturating_sub(u32::from(before > 0)).saturating_add(u32::from(held > 0));
         }
     }
 

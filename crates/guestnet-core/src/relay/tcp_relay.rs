@@ -52,7 +52,7 @@ impl Relay {
             if let Some(f) = self.flows.at_mut(index) {
                 f.mac = from.mac;
                 f.last = cx.link.now;
-                if p.end - p.payload >= TURN_SHORT as usize / 2
+                if p.payload_len() >= TURN_SHORT as usize / 2
                     && let State::Tcp(tcb) = &mut f.state
                 {
                     tcb.moves_bulk(cx.link.now);
@@ -120,7 +120,7 @@ impl Relay {
             }
         };
         let mut tcb = Tcb::outbound(id, sock, &seg, &options, self.isn(now, &key), self.tcp_timeouts(), now)
-            .with_ip(be16(frame, p.l3 + 4), p.tos);
+            .with_ip(be16(frame, p.l3.saturating_add(4)), p.tos);
         tcb.memory.tight = tight;
         let flow = Flow::new(key, from.mac, false, now, State::Tcp(Box::new(tcb)));
         let id = self.open_flow(&mut cx.link, flow);
@@ -200,7 +200,7 @@ impl Relay {
         let fate = f(tcb, &mut Ctx { now, fx: &mut *cx.link.fx, counters, path: &path, budget, turn });
         let bulk = tcb.is_bulk(now);
         if bulk {
-            self.turns.sent(counters.tx_bytes - before);
+            self.turns.sent(counters.tx_bytes.wrapping_sub(before));
         } else {
             self.turns.active(now, index);
         }
@@ -310,9 +310,9 @@ fn reset<E: Effects>(
         return if martian { DropReason::BadDestination } else { why };
     }
     let (IpAddr::V4(guest), IpAddr::V4(remote)) = (p.src, p.dst) else { return why };
-    let len = (p.end - p.payload) as u32
-        + u32::from(seg.flags & flags::SYN != 0)
-        + u32::from(seg.flags & flags::FIN != 0);
+    let len = (p.payload_len() as u32)
+        .saturating_add(u32::from(seg.flags & flags::SYN != 0))
+        .saturating_add(u32::from(seg.flags & flags::FIN != 0));
     let (seq, ack, flags) = if seg.flags & flags::ACK != 0 {
         (seg.ack, 0, flags::RST)
     } else {

@@ -73,7 +73,7 @@ impl Turns {
     /// Others had the worker for so many nanoseconds of this round.
     #[inline]
     pub(crate) fn others_took(&mut self, ns: u64) {
-        let bytes = u32::try_from(ns * BYTES_IN_2_NS / 2).unwrap_or(u32::MAX);
+        let bytes = u32::try_from(ns.saturating_mul(BYTES_IN_2_NS) / 2).unwrap_or(u32::MAX);
         self.short = bytes.clamp(TURN_SHORT, ROUND);
     }
 

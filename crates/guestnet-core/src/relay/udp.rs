@@ -18,6 +18,7 @@ use crate::relay::Relay;
 use crate::relay::errors::icmp_for;
 use crate::tables::flow::{Flow, Key, State};
 use crate::tables::service::DHCP_SERVER;
+use crate::util::account::count_bytes;
 use guestnet_wire::ether::Mac;
 use guestnet_wire::parse::Packet;
 use guestnet_wire::{be16, icmp, proto};
@@ -49,7 +50,7 @@ impl Relay {
         meta: FrameMeta,
     ) -> Result<Option<ServiceId>, DropReason> {
         let segment = match meta.gso {
-            Some(Gso::Udp(n)) if p.end - p.payload > usize::from(n) => n,
+            Some(Gso::Udp(n)) if p.payload_len() > usize::from(n) => n,
             _ => 0,
         };
         let guest = SocketAddr::new(p.src, p.src_port);
@@ -108,7 +109,7 @@ impl Relay {
                 let sock = sock.map_err(|e| Refused(DropReason::HostError, icmp_for(e, 0)))?;
                 let state = State::Mapping { sock, flows: Default::default() };
                 if let Some(guest) = self.guests.get_mut(key.slot) {
-                    guest.sockets += 1;
+                    guest.sockets = guest.sockets.saturating_add(1);
                 }
                 self.flows.insert(Flow::new(shared, mac, false, cx.link.now, state)).index
             }
@@ -133,7 +134,7 @@ impl Relay {
     ) -> Result<(), DropReason> {
         let ttl = cx.gateway.check_ttl(&mut cx.link, from, frame, p)?;
         let payload = frame.get(p.payload..p.end).unwrap_or(&[]);
-        let sent = match self.note_out(index, from.mac, be16(frame, p.l3 + 4), payload.len()) {
+        let sent = match self.note_out(index, from.mac, be16(frame, p.l3.saturating_add(4)), payload.len()) {
             Some(Way::Mapping(mapping, target)) => {
                 let Some(State::Mapping { sock, .. }) = self.flows.at(mapping).map(|m| &m.state) else {
                     return Err(DropReason::NoFlow);
@@ -157,7 +158,7 @@ impl Relay {
         };
         self.touch(cx.link.now, index);
         sent.map_err(|e| {
-            cx.gateway.icmp_error(&mut cx.link, from, frame, p, icmp_for(e, p.end - p.l3));
+            cx.gateway.icmp_error(&mut cx.link, from, frame, p, icmp_for(e, p.ip_len()));
             DropReason::HostError
         })
     }
@@ -167,7 +168,7 @@ impl Relay {
     pub(super) fn note_out(&mut self, index: u32, mac: Mac, id: u16, bytes: usize) -> Option<Way> {
         let f = self.flows.at_mut(index)?;
         f.mac = mac;
-        f.bytes_out += bytes as u64;
+        count_bytes(&mut f.bytes_out, bytes);
         f.packets_out = f.packets_out.saturating_add(1);
         match &mut f.state {
             State::Datagram { mapping, target, ip_id } => {
@@ -240,7 +241,7 @@ impl Relay {
         segment: u16,
     ) {
         let Some(f) = self.flows.at_mut(index) else { return };
-        f.bytes_in += payload.len() as u64;
+        count_bytes(&mut f.bytes_in, payload.len());
         f.packets_in = f.packets_in.saturating_add(1);
         let (slot, mac, guest, mapping) = (f.key.slot, f.mac, f.key.guest, f.is_mapping());
         if !mapping {
