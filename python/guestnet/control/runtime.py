@@ -2,10 +2,10 @@
 
 Theory of operation:
 
-- A runtime has one control thread (`thread`) and the threads for callbacks (`callbacks`). They run while a
-  network uses the runtime.
-- Networks that are given no runtime share one implicit runtime of the process. Its threads end with the last
-  of its networks.
+- A runtime has packet threads (`guestnet._native.Runtime`), one control thread (`thread`) and the threads for
+  callbacks (`callbacks`). They run while a network uses the runtime.
+- Networks that are given no runtime share one implicit runtime of the process, with a packet thread for each
+  processor. Its threads end with the last of its networks.
 - A fork has the object and not its threads: its first network starts new ones.
 """
 
@@ -15,31 +15,46 @@ import os
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from guestnet.control.callbacks import CallbackPool
 from guestnet.control.thread import ControlThread
 from guestnet.errors import NotRunning
+from guestnet.model.spec import WORKERS_MOST, whole_number
+
+if TYPE_CHECKING:
+    from guestnet import _native
 
 
 class Runtime:
     """Threads that several networks share.
 
     By default all networks of a process share one runtime. A runtime of your own keeps networks apart, for
-    example from networks whose programs create and remove many endpoints.
+    example from networks whose guests send much.
 
-    The networks of a runtime share the control thread, which answers DHCP and DNS and executes calls, and up
-    to 16 threads for callbacks. A callback that blocks delays later callbacks of its own network only, unless
-    16 of them block at once. A network that fails does not affect the others.
+    The networks of a runtime share packet threads, the control thread, which answers DHCP and DNS and
+    executes calls, and up to 16 threads for callbacks. Each network has its turn in a packet thread. A
+    callback that blocks delays later callbacks of its own network only, unless 16 of them block at once. A
+    network that fails does not affect the others.
+
+    Args:
+        workers: Packet threads at most, 1 to 64; by default one for each processor. A network has as many of
+            them as its `NatConfig.workers` says.
+
+    Raises:
+        ConfigError: `workers` is not a number from 1 to 64.
 
     Example:
         >>> from guestnet import NatNetwork, Runtime
-        >>> with Runtime() as runtime, NatNetwork(runtime=runtime) as network:
-        ...     network.runtime is runtime, runtime.networks
-        (True, 1)
+        >>> with Runtime(workers=1) as runtime:
+        ...     with NatNetwork(runtime=runtime) as one, NatNetwork(runtime=runtime) as other:
+        ...         runtime.networks, runtime.threads
+        (2, 1)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, workers: int | None = None) -> None:
+        self._workers = None if workers is None else whole_number("workers", workers, 1, WORKERS_MOST)
+        self._planes: _native.Runtime | None = None
         self.callbacks = CallbackPool()
         """Threads for callbacks; used by networks."""
         self._lock = threading.Lock()
@@ -53,6 +68,31 @@ class Runtime:
     def networks(self) -> int:
         """How many networks run on it."""
         return self._networks if self._process == os.getpid() else 0
+
+    @property
+    def workers(self) -> int:
+        """How many packet threads it has at most."""
+        return self.planes().workers
+
+    @property
+    def threads(self) -> int:
+        """How many packet threads run now."""
+        return self.planes().threads
+
+    def planes(self) -> _native.Runtime:
+        """The packet threads. Called by networks.
+
+        Returns:
+            What a data plane is placed on.
+        """
+        self._leave_parent()
+        with self._lock:
+            if self._planes is None:
+                from guestnet._native import Runtime as PacketThreads
+
+                own = self is not _implicit
+                self._planes = PacketThreads(workers=self._workers) if own else PacketThreads.of_process()
+            return self._planes
 
     def acquire(self) -> ControlThread:
         """Gives the control thread to one more network, and starts it if it does not run. Called by networks.
@@ -131,7 +171,7 @@ class Runtime:
         if self._process != os.getpid():
             self.callbacks = CallbackPool()
             self._lock = threading.Lock()
-            self._thread, self._networks, self._held = None, 0, False
+            self._thread, self._planes, self._networks, self._held = None, None, 0, False
             self._process = os.getpid()
 
     def __repr__(self) -> str:

@@ -32,8 +32,8 @@ from guestnet.errors import AlreadyRunning, AttachError, ConfigError, EndpointEx
 from guestnet.runtime import network_socket as wire
 
 if TYPE_CHECKING:
-    from guestnet.runtime.network import NatNetwork
     from guestnet.runtime.forward import Forward
+    from guestnet.runtime.network import NatNetwork
 
 _log = logging.getLogger("guestnet")
 

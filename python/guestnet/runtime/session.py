@@ -68,7 +68,7 @@ FIRST_DYNAMIC = 0x8000_0000
 _END_SECONDS = 5.0
 
 
-def _make_plane(config: NatConfig) -> _native.DataPlane:
+def _make_plane(config: NatConfig, runtime: Runtime) -> _native.DataPlane:
     from guestnet._native import DataPlane
 
     return DataPlane(
@@ -87,6 +87,7 @@ def _make_plane(config: NatConfig) -> _native.DataPlane:
         max_spins=config.max_spins,
         workers=config.workers,
         io_uring=config.io_uring,
+        runtime=runtime.planes(),
     )
 
 
@@ -125,8 +126,9 @@ class Session:
         self._run = parts.run
         self._doors = parts.doors
         self._kept = weakref.ref(parts.kept)
-        self._runtime = parts.runtime
-        control = self.control = Control(lambda: _make_plane(config), self._handlers, parts.runtime)
+        runtime = self._runtime = parts.runtime
+        # Not the parts: one of them leads to the network.
+        control = self.control = Control(lambda: _make_plane(config, runtime), self._handlers, runtime)
         self.publishing = Publishing(control, registry, parts.ids, parts.doors.close_forward)
         self.capture = Capture(control)
         self._ports = PortTable(lambda port, name: control.plane.name_port(port, name))  # noqa: PLW0108

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from guestnet import NatConfig, NatNetwork, NetworkEvent, NotRunning, Runtime
+from guestnet import ConfigError, NatConfig, NatNetwork, NetworkEvent, NotRunning, Runtime
 from guestnet.control.channel import Control
 from guestnet.model.events import GuestUp
 from unit.runtime.conftest import Events, add_memory_guest, until
@@ -54,6 +54,50 @@ def test_a_runtime_of_its_own_has_its_own_thread_until_it_is_closed() -> None:
         NatNetwork(PLAIN, runtime=runtime).start()
     with pytest.raises(TypeError, match="Runtime"):
         NatNetwork(PLAIN, runtime=4)  # type: ignore[arg-type]
+
+
+def test_networks_share_the_packet_threads_of_their_runtime() -> None:
+    with Runtime(workers=1) as runtime, Runtime(workers=2) as other:
+        assert (runtime.workers, other.workers, runtime.threads) == (1, 2, 0)
+        networks = [NatNetwork(PLAIN, runtime=runtime) for _ in range(5)]
+        for network in networks:
+            network.start()
+        assert (runtime.networks, runtime.threads, other.threads) == (5, 1, 0)
+        with NatNetwork(PLAIN.replace(workers=2), runtime=other) as several:
+            assert (other.threads, len(several.worker_stats())) == (2, 2)
+            guests = [add_memory_guest(network, "vm1") for network in (*networks, several)]
+            for network, guest in zip((*networks, several), guests, strict=True):
+                guest.ping(str(network.gateway))
+            assert [network.endpoint_count for network in networks] == [1] * 5
+        for network in networks:
+            network.stop()
+        assert (runtime.networks, runtime.threads, other.threads) == (0, 0, 0)
+        with pytest.raises(ConfigError, match="workers"):
+            NatNetwork(PLAIN.replace(workers=2), runtime=runtime).start()
+        assert runtime.networks == 0
+
+
+@pytest.mark.parametrize("workers", [0, 65, -1])
+def test_a_number_of_workers_that_cannot_be(workers: int) -> None:
+    with pytest.raises(ConfigError, match="workers"):
+        Runtime(workers=workers)
+
+
+def test_many_networks_have_one_set_of_threads() -> None:
+    def tasks() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    before = tasks()
+    networks = [NatNetwork() for _ in range(100)]
+    for network in networks:
+        network.start()
+        network.create_endpoint("vm1")
+    runtime = networks[0].runtime
+    assert runtime.networks == 100
+    assert tasks() <= before + runtime.workers + 1
+    for network in networks:
+        network.stop()
+    until(lambda: tasks() <= before, "the threads to end")
 
 
 def test_a_runtime_that_is_closed_early_serves_its_networks_to_their_end() -> None:
