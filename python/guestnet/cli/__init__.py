@@ -33,23 +33,23 @@ COMMANDS = {
     "run": "run a command in a namespace whose only way out is guestnet",
     "vm": "run QEMU with a network card attached to guestnet",
     "up": "run a network that guests attach to by sockets",
-    "join": "connect a namespace that is there already",
+    "join": "connect an existing network namespace",
     "nat": "translate a capture as a NAT would have done",
-    "demo": "see guestnet at work, with nothing but itself",
-    "doctor": "see what this system supports and how to get the rest",
+    "demo": "show guestnet at work",
+    "doctor": "report what this system supports and how to get the rest",
 }
 
 _HELP = """usage: guestnet COMMAND [OPTIONS]
        guestnet run [OPTIONS] -- PROGRAM [ARGS...]
 
 The network for guests that nobody trusts: address, names, NAT and published ports for programs and virtual
-machines. No root.
+machines, without root.
 
 commands:
 {commands}
 
 options:
-  -h, --help     show this help; `guestnet help COMMAND` shows a command's own
+  -h, --help     show this help; `guestnet help COMMAND` shows the help of a command
   -V, --version  show the version
 
 example:

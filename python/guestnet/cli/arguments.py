@@ -372,25 +372,26 @@ def add_network_options(parser: Parser) -> None:
         default=[],
         type=checked(external),
         metavar="ADDRESS",
-        help="tun: what guests have outside, routed to this host; default one of 100.64.0.0/10 (repeatable)",
+        help="tun: an external address of the guests, routed to this host (default: one of 100.64.0.0/10; "
+        "repeatable)",
     )
-    add("--forwarding", action="store_true", help="tun: let this host forward while guestnet runs")
+    add("--forwarding", action="store_true", help="tun: enable forwarding on this host while guestnet runs")
     add(
         "--masquerade",
         action="store_true",
-        help="tun: forward, and give what leaves the host's own address (needs nft)",
+        help="tun: enable forwarding, and give packets that leave the host's own address (needs nft)",
     )
     add(
         "--pcp",
         type=checked(guest_ports),
         metavar="[HOST_IP:]FIRST-LAST",
-        help="let guests open these ports of the host to themselves, by PCP or NAT-PMP (default: none)",
+        help="let guests open these ports of the host for themselves, by PCP or NAT-PMP (default: none)",
     )
     add(
         "--bridge",
         metavar="IF",
-        help="join guests to this bridge or Ethernet interface of the host, without a gateway "
-        "(mode bridged; needs CAP_NET_ADMIN or CAP_NET_RAW)",
+        help="join guests to this bridge or Ethernet interface of the host, without a "
+        "gateway (mode bridged; needs CAP_NET_ADMIN or CAP_NET_RAW)",
     )
     add(
         "--workers",
@@ -410,8 +411,8 @@ def add_network_options(parser: Parser) -> None:
         type=checked(choice("--polling", ("adaptive", "busy", "event_driven"))),
         metavar="HOW",
         default="adaptive",
-        help="adaptive (default): poll a moment after work, then sleep; busy: one processor for the "
-        "shortest delay; event_driven: sleep at once",
+        help="adaptive (default): poll for a moment after work, then sleep; busy: poll "
+        "all the time, for the shortest delay; event_driven: sleep at once",
     )
     add(
         "--pcap",
@@ -420,18 +421,21 @@ def add_network_options(parser: Parser) -> None:
         help="write every frame to FILE (pcapng, for Wireshark), - for stdout",
     )
     add("--stats", action="store_true", help="print the counters at the end, on stderr")
-    add("-q", "--quiet", action="store_true", help="say nothing but errors")
+    add("-q", "--quiet", action="store_true", help="print errors only")
     add(
-        "-v", "--verbose", action="store_true", help="say what happens: refusals, drops, name servers, guests"
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="print refusals, drops, name servers that fail, and guests",
     )
 
 
 def add_guest_options(parser: Parser) -> None:
     """The options that describe one guest of a network."""
     add = parser.add_argument
-    add("--id", type=checked(guest_id), metavar="ID", help="the guest's id, default vm1, vm2 and so on")
+    add("--id", type=checked(guest_id), metavar="ID", help="the guest's id (default: vm1, vm2 and so on)")
     add("--hostname", type=checked(hostname), metavar="NAME", help="the guest's host name")
-    add("--mac", type=checked(mac), metavar="MAC", help="its hardware address, default a random one")
+    add("--mac", type=checked(mac), metavar="MAC", help="its MAC address (default: a random one)")
 
 
 def guest_id(text: str) -> str:

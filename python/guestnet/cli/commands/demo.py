@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from guestnet.runtime.network import NatNetwork
 
 _ABOUT = """\
-Brings up a network and a guest in a world of its own, from which nothing can leave the machine, and shows
-what happens: a lease, a name, a page through NAT, a published port, throughput both ways, the counters.
-Exits with 1 when a step failed."""
+Starts a network and a guest in namespaces of their own, so that nothing leaves the machine, and shows what
+happens: a lease, a name, a page through NAT, a published port, throughput both ways, the counters. Exits
+with 1 when a step failed."""
 _EXAMPLE = """\
   guestnet demo
   guestnet demo --seconds 5 --no-namespace"""

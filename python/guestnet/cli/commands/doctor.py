@@ -9,8 +9,8 @@ from guestnet.cli import EXIT_OK, EXIT_PROBLEM, arguments, checks, version
 from guestnet.cli.terminal import answer
 
 _ABOUT = """\
-Tries what guestnet needs of this system and says how to get what lacks. Exits with 1 when `guestnet run`
-cannot work here, with 0 otherwise."""
+Tests what guestnet needs from this system and says how to get what is missing. Exits with 1 when
+`guestnet run` cannot work here, with 0 otherwise."""
 _EXAMPLE = """\
   guestnet doctor
   guestnet doctor --json | jq '.checks[] | select(.state != "ok")'"""
@@ -20,12 +20,12 @@ _MARKS = {checks.OK: "ok", checks.LIMITED: "limited", checks.MISSING: "MISSING"}
 def parser() -> arguments.Parser:
     """The options of `guestnet doctor`."""
     made = arguments.Parser("doctor", "[--json] [--subnet SUBNET]", _ABOUT, _EXAMPLE)
-    made.add_argument("--json", action="store_true", help="for programs")
+    made.add_argument("--json", action="store_true", help="print the report as JSON")
     made.add_argument(
         "--subnet",
         type=arguments.checked(arguments.subnet),
         default=arguments.DEFAULT_SUBNET,
-        help="the subnet to look for conflicts of",
+        help="the subnet to check for conflicts",
     )
     return made
 

@@ -57,7 +57,7 @@ def parser() -> arguments.Parser:
         type=arguments.checked(_interface),
         metavar="NAME",
         default="eth0",
-        help="the interface's name in the namespace, default eth0",
+        help="the name of the interface in the namespace (default: eth0)",
     )
     arguments.add_guest_options(made)
     arguments.add_network_options(made)

@@ -142,10 +142,10 @@ def parser() -> arguments.Parser:
         metavar="N",
         help="connections at once (default 1048576)",
     )
-    add("--seed", default="guestnet", metavar="TEXT", help="what random ports follow from")
-    add("--only-translated", action="store_true", help="leave out what the NAT has no business with")
+    add("--seed", default="guestnet", metavar="TEXT", help="determines the random ports")
+    add("--only-translated", action="store_true", help="leave out packets that do not concern the NAT")
     add("--json", action="store_true", help="print the report as JSON, on stderr")
-    add("-q", "--quiet", action="store_true", help="say nothing but errors")
+    add("-q", "--quiet", action="store_true", help="print errors only")
     return made
 
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 _ABOUT = """\
 Runs CMD in a namespace of its own, as an ordinary user or as root. The namespace has an address, a route
-and names; what leaves it goes through guestnet, and nothing reaches it but published ports. Exits with
-CMD's status."""
+and names. Everything that leaves it goes through guestnet, and only published ports lead into it. Exits
+with CMD's status."""
 _EXAMPLE = """\
   guestnet run -- curl https://example.org
   guestnet run -p 8080:80 -- python3 -m http.server 80"""

@@ -129,7 +129,7 @@ def parser() -> arguments.Parser:
         metavar="MAC=ADDRESS[,NAME]",
         help="the address, and the name, of the guest with this MAC (repeatable)",
     )
-    add("--json", action="store_true", help="say what happens as JSON lines on stdout")
+    add("--json", action="store_true", help="print events as JSON lines on stdout")
     add(
         "--ready-fd",
         type=arguments.checked(ready.descriptor),

@@ -42,7 +42,7 @@ def parser() -> arguments.Parser:
     made.add_argument(
         "--vhost-user",
         action="store_true",
-        help="share the guest's memory with guestnet rather than copy frames through a socket: faster",
+        help="share the guest's memory with guestnet instead of copying frames through a socket: faster",
     )
     made.add_argument(
         "--hostname", type=arguments.checked(arguments.hostname), help="the guest's name for DNS"
