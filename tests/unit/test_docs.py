@@ -224,6 +224,8 @@ def test_tests_that_the_security_page_names_exist() -> None:
     rows = [row.split(" | ") for row in re.findall(r"^\| (.*) \|$", page, re.MULTILINE)]
     cells = [row[3] for row in rows[1:] if len(row) > 3]
     assert cells
+    attacks = [row[1] for row in rows[1:]]
+    assert sorted(set(attacks)) == sorted(attacks), "an attack has two rows"
     text = "\n".join(path.read_text() for path in SOURCES)
     functions = set(re.findall(r"\b(?:fn|def) (\w+)\(", text))
     names = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
