@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(str(error))
         return EXIT_USAGE
     except BrokenPipeError:
-        # The reader of our output has gone (`guestnet doctor | head -1`): nothing to say, and to nobody.
+        # The reader of our output is gone (`guestnet doctor | head -1`): there is nothing to report.
         _close_stdout()
         return EXIT_FAILED
     except OutputError as error:

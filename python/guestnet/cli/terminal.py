@@ -11,7 +11,7 @@ class OutputError(Exception):
 
 
 def answer(text: str) -> None:
-    """What the user asked for, on stdout. Raises OutputError, or BrokenPipeError where nobody reads."""
+    """Prints an answer on stdout. Raises OutputError, or BrokenPipeError if the reader is gone."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()

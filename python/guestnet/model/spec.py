@@ -19,7 +19,7 @@ from guestnet.model.frozen import FrozenMapping
 from guestnet.model.ipam import format_mac, parse_mac
 
 MTU_LOWEST, MTU_HIGHEST = 68, 65520
-"""RFC 791, and what TAP and virtio carry."""
+"""The lowest by RFC 791, and the highest that TAP and virtio carry."""
 PREFIX_SHORTEST, PREFIX_LONGEST = 8, 30
 """A /30 has room for the gateway and one guest."""
 LEASE_SHORTEST, LEASE_LONGEST = 10, 0xFFFFFFFE
@@ -50,7 +50,7 @@ class NetMode(StrEnum):
     HOST_ONLY = "host_only"
     """Each other, the gateway and its services."""
     BRIDGED = "bridged"
-    """All of a segment of the host that they are joined to (`bridge`); no gateway of ours."""
+    """All of the host's segment that they join (`bridge`). There is no gateway of guestnet's."""
 
 
 class Uplink(StrEnum):
@@ -62,9 +62,9 @@ class Uplink(StrEnum):
     """
 
     SOCKETS = "sockets"
-    """As sockets of this process: needs no privilege."""
+    """Through sockets of this process. It needs no privilege."""
     TUN = "tun"
-    """As packets, translated, through a TUN device of the host: needs CAP_NET_ADMIN."""
+    """As translated packets through a TUN device of the host. It needs CAP_NET_ADMIN."""
 
 
 class PollingStrategy(StrEnum):
@@ -76,7 +76,7 @@ class PollingStrategy(StrEnum):
     """
 
     BUSY = "busy"
-    """Polls for ever: shortest delay, one processor."""
+    """Polls all the time: the shortest delay, for a whole processor."""
     ADAPTIVE = "adaptive"
     """Polls for a moment after work, then sleeps."""
     EVENT_DRIVEN = "event_driven"

@@ -34,11 +34,11 @@ class NetworkStats:
     icmp_errors: int = 0
     """ICMP errors sent to guests."""
     dns_hits: int = 0
-    """DNS queries that the packet thread answered from what it knew."""
+    """DNS queries that a packet thread answered from its cache."""
     dns_misses: int = 0
     """Other DNS queries over UDP."""
     dns_asked: int = 0
-    """Those of them that it asked of the name server itself; the rest went to the DNS service."""
+    """The misses that it forwarded to the name server itself; the rest went to the DNS service."""
     drops: Mapping[str, int] = field(default_factory=dict)
     io: Mapping[str, Any] = field(default_factory=dict)
 
@@ -114,7 +114,7 @@ class NatStats(_Subtractable):
     """Packets translated on the way in."""
     hairpinned: int = 0
     passed: int = 0
-    """Packets that are none of its business."""
+    """Packets that do not concern the engine."""
     fragmented: int = 0
     held: int = 0
     too_big: int = 0
@@ -145,9 +145,9 @@ class ConnTrackStats(_Subtractable):
 
     connections: int = 0
     mappings: int = 0
-    """Internal ends that have an external one."""
+    """Internal addresses and ports that have an external port."""
     ports: int = 0
-    """External ports taken, resting ones included."""
+    """External ports in use, resting ones included."""
     capacity: int = 0
     memory: int = 0
     """Bytes of records and indexes."""
@@ -171,9 +171,9 @@ class DatapathStats(_Subtractable):
     """From guests."""
     tx_bytes: int = 0
     tx_errors: int = 0
-    """Those that went nowhere: refused, not held by whoever put them on the ring, or with nobody to go to."""
+    """Frames that were refused, had an index that was not held, or had no destination."""
     tx_passed: int = 0
-    """Those that went on untranslated."""
+    """Frames that passed untranslated."""
     rx_packets: int = 0
     """To guests."""
     rx_bytes: int = 0
@@ -279,4 +279,4 @@ class FlowRecord:
     age: float
     """Seconds since it was opened."""
     idle: float
-    """Seconds since it last carried something."""
+    """Seconds since it last carried data."""

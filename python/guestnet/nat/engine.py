@@ -36,7 +36,7 @@ os.register_at_fork(
 )
 
 _SLICE = 1024
-"""Records that one slice of expiry work looks at: well under a millisecond."""
+"""Records that one slice of expiry work visits, in well under a millisecond."""
 
 
 class NatDirection(Enum):
@@ -54,7 +54,7 @@ class NatDirection(Enum):
 
 
 class Refusal(StrEnum):
-    """What a guest is told when a new connection is refused."""
+    """The reply to a guest whose new connection is refused."""
 
     PROHIBITED = "prohibited"
     """ICMP 3/13, administratively prohibited (RFC 5508)."""
@@ -87,13 +87,13 @@ class NatResult:
     HAIRPINNED: ClassVar[NatResult]
     """Rewritten at both ends; it goes back inside, to another guest."""
     PASS_THROUGH: ClassVar[NatResult]
-    """None of the engine's business."""
+    """It does not concern the engine."""
     HELD: ClassVar[NatResult]
     """A fragment that waits for the first of its packet; it comes out of `output` later."""
     FRAGMENTED: ClassVar[NatResult]
-    """Rewritten, and too big for the next link: its fragments are in `output`."""
+    """Rewritten, and too big for the next link. Its fragments are in `output`."""
     TOO_BIG: ClassVar[NatResult]
-    """Over the MTU and not to be cut; its sender is told by an ICMP error, which is in `output`."""
+    """Over the MTU and must not be fragmented. An ICMP error for its sender is in `output`."""
 
     @property
     def is_dropped(self) -> bool:
@@ -239,15 +239,15 @@ class NatEngineConfig:
     external: IPv4Address | str | Sequence[IPv4Address | str]
     """External addresses; a guest keeps one of them."""
     internal: IPv4Network | str = "192.168.64.0/24"
-    """What is inside."""
+    """The inside network."""
     gateway: IPv4Address | str | None = None
-    """Where ICMP errors to guests come from; None: the first address inside."""
+    """The source address of ICMP errors to guests; by default the first address inside."""
     port_range: tuple[int, int] = (49152, 65535)
     """External ports, both included."""
     table_size: int = 65536
     """The most connections at once."""
     prefault: bool = False
-    """Touch all memory at once, so that no packet waits for a page."""
+    """Touch all memory at the start, so that no packet waits for a page."""
     timeouts: Mapping[str, int] = field(default_factory=dict)
     """Seconds, by name: udp 300, udp_dns 10 (answered), icmp 60, tcp_established 7440, tcp_opening 240,
     tcp_closing 240, other 300, fragment 15, port_hold 120, unsolicited_syn 6."""
@@ -258,9 +258,9 @@ class NatEngineConfig:
     port_preservation: bool = True
     port_parity: bool = True
     inbound_refresh: bool = True
-    """Inbound packets too keep UDP and ICMP alive."""
+    """Inbound packets keep UDP and ICMP mappings alive too."""
     tcp_pickup: bool = True
-    """An outbound segment without SYN may begin a connection."""
+    """An outbound segment without SYN may open a connection."""
     hairpin: bool = True
     decrement_ttl: bool = True
     mtu_outside: int = 65535
@@ -274,9 +274,9 @@ class NatEngineConfig:
     refusal: Refusal = Refusal.PROHIBITED
     answer_unsolicited_syn: bool = True
     icmp_errors_per_second: int = 100
-    """To one guest, and to all of the outside."""
+    """ICMP errors to one guest, and to the whole outside."""
     secret: bytes | None = field(default=None, repr=False)
-    """32 bytes that key hashes and ports; None: random. A fixed one makes runs repeat."""
+    """32 bytes that key hashes and ports; random by default. With a fixed one, runs are reproducible."""
 
     def __post_init__(self) -> None:
         given = self.external

@@ -1,8 +1,8 @@
-"""Says what happens: a line for people on stderr, or a JSON line for programs on stdout.
+"""The event log: a line for people on stderr, or a JSON line for programs on stdout.
 
-Events come in the thread that serves all guests, and guests can cause them, so a reader that does not read
-must keep nobody waiting: lines are written by a thread of their own, and those that find no room are counted.
-What one guest causes takes no more of the room than its share.
+Theory of operation: guests can cause events, so a slow reader must not block the network. A thread of its own
+writes the lines from a bounded queue. A line that does not fit is dropped and counted. The lines of one guest
+take no more of the queue than its share.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from guestnet.model.shares import fair_share
 
 STDOUT, STDERR = 1, 2
 WAITING = 1024
-"""Lines that wait for the reader at most."""
+"""How many lines wait for the reader at most."""
 _CLOSING_SECONDS = 1.0
-"""How long the last lines may take at most."""
+"""How long `close` waits for the last lines."""
 _STALLED_SECONDS = 0.5
-"""A reader that takes nothing for so long does not read."""
+"""A reader that takes nothing for so long is given up."""
 
-# What people are told of without --verbose.
+# Events that are printed without --verbose.
 _SAID = {
     "guest_up": "came",
     "guest_down": "left",
@@ -48,9 +48,9 @@ class Teller:
         self._lines: queue.Queue[tuple[int, str, str | None] | None] = queue.Queue(WAITING)
         self._lost = 0
         self._taken = 0
-        """Lines that the reader took, or that nobody is there to read."""
+        """Lines that were written, or whose reader is gone."""
         self._waiting: Counter[str] = Counter()
-        """Lines that wait, by the endpoint whose guest caused them."""
+        """Waiting lines by the endpoint that caused them."""
         self._counting = threading.Lock()
         self._thread = threading.Thread(target=self._write_all, name="guestnet-teller", daemon=True)
         self._thread.start()

@@ -1,7 +1,8 @@
-"""What goes wrong in a running network, for `--verbose`: refused flows and dropped frames.
+"""Reports refused flows and dropped frames of a running network, for `--verbose`.
 
-Guests cause both, at any rate. So refusals are counted where they arrive, and once a second one line is said
-for each kind of refusal and for each guest's drops; what exceeds the bounds is counted too.
+Theory of operation: guests can cause both at any rate. So refusals are counted where they arrive. Once a
+second, one line reports each kind of refusal and the drops of each guest. What exceeds the bounds is counted
+too.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ if TYPE_CHECKING:
 
 _PERIOD_SECONDS = 1.0
 _KINDS_MOST = 256
-"""Different refusals that are told apart within one period."""
+"""How many kinds of refusals are distinguished within one period."""
 _LINES_MOST = 16
-"""Lines for refusals within one period."""
+"""How many lines report refusals within one period."""
 _PROTOCOLS = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6"}
 
 
 class Monitor:
-    """Says refusals and drops of `network` with `say`, from a thread of its own, until it is closed."""
+    """Reports refusals and drops of `network` with `say`, from a thread of its own, until it is closed."""
 
     def __init__(self, network: NatNetwork, say: Callable[[str], None]) -> None:
         self._network = network
@@ -64,7 +65,7 @@ class Monitor:
                 self._more += 1
 
     def close(self) -> None:
-        """Says what is left and ends. The network still runs."""
+        """Reports what is left, and ends. The network still runs."""
         self._end_events()
         self._ending.set()
         self._thread.join()
@@ -103,7 +104,7 @@ def drop_lines(before: Mapping[str, Mapping[str, int]], now: Mapping[str, Mappin
     lines = []
     for guest, drops in now.items():
         earlier: Mapping[str, Any] = before.get(guest, {})
-        # A guest that left and came again counts from zero.
+        # The counters of a guest that left and came back start at zero.
         new = {
             reason: count - earlier.get(reason, 0) if count >= earlier.get(reason, 0) else count
             for reason, count in drops.items()

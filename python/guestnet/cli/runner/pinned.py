@@ -1,8 +1,9 @@
-"""Which machine a published port means when it names an automatic id (`-p 2222:vm1:22`).
+"""Pins automatic ids of published ports (`-p 2222:vm1:22`) to machines.
 
-Ids vm1, vm2 and so on are given by order of arrival, which a restart may change. So the first guest that gets
-such an id is remembered by its MAC in a file beside the socket, and has the id and its address again in the
-next run. The file is JSON, `{"version": 1, "guests": {MAC: {"id": ..., "ip": ...}}}`, replaced as a whole.
+Theory of operation: ids vm1, vm2 and so on depend on the order of arrival, which a restart may change. So the
+MAC of the first guest that gets such an id is stored in a file beside the socket. In the next run this guest
+gets the id and the address again. The file is JSON, `{"version": 1, "guests": {MAC: {"id": ..., "ip":
+...}}}`, replaced as a whole.
 """
 
 from __future__ import annotations

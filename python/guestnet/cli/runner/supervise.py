@@ -1,10 +1,13 @@
-"""Waiting for a command as if guestnet were not there: its signals, its terminal, its exit status.
+"""Waits for a command as if guestnet were not there: signals, terminal and exit status are the command's.
 
-The command stays in the session that guestnet was started in, and in its process group or in one that has
-the terminal, so a terminal's keys reach it directly; guestnet passes on only what was sent to guestnet
-alone. The main thread blocks all of these signals and takes them one at a time with sigwaitinfo, which says
-where each came from and needs no handler and no polling. A command that is stopped stops guestnet, so that
-the shell sees a job that is stopped.
+Theory of operation:
+
+- The command stays in the session of guestnet, and in its process group or in one that has the terminal. So
+  keys of the terminal reach it directly, and guestnet passes on only signals that were sent to guestnet
+  alone.
+- The main thread blocks these signals and takes them one at a time with sigwaitinfo(2). It needs no handler
+  and no polling, and learns where each signal came from.
+- A command that is stopped stops guestnet too, so that the shell sees a stopped job.
 """
 
 from __future__ import annotations
@@ -31,11 +34,11 @@ _OWN_FAULTS = frozenset(
         signal.SIGXFSZ,
     }
 )
-"""What a process gets for what it did itself."""
+"""Signals that a process causes itself."""
 FORWARDED = frozenset(
     set(signal.valid_signals()) - _STOPPING - _OWN_FAULTS - {signal.SIGKILL, signal.SIGCHLD, signal.SIGURG}
 )
-"""All that somebody else sends, real-time ones too. A stop stops guestnet: see `_stop_with`."""
+"""Signals that others send, real-time signals included. A stop stops guestnet: see `_stop_with`."""
 _WAITED = FORWARDED | {signal.SIGCHLD}
 
 # si_code of a signal that the kernel made itself: a key on the terminal, a window that changed its size. The
