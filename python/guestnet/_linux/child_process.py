@@ -1,8 +1,9 @@
-"""A child process that is forked early, prepares itself, and is held until it may start its command.
+"""A child process that is forked early, prepares itself, and waits until it may start its command.
 
-The fork comes before any thread of this process starts: a forked copy of a process with threads may find
-any lock taken, and unshare(CLONE_NEWUSER) refuses. The command starts only when its network is there. And
-when it cannot be executed, `go` says so at once, since the socket between the two closes on exec.
+Theory of operation: the fork comes before any thread of this process starts. A forked copy of a process with
+threads may find any lock taken, and unshare(CLONE_NEWUSER) fails in it. The command starts only when its
+network is ready. If it cannot be executed, `go` reports this at once, because the socket between the two
+processes closes on exec.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ _PYTHON_IGNORES = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 class StartError(GuestnetError):
-    """The command could not be prepared or started: says what to do.
+    """The command could not be prepared or started. The message says what to do.
 
-    `exit_status` is what a shell's user expects: 127 not found, 126 not executable, 125 for the rest.
+    `exit_status` is what a shell reports: 127 not found, 126 not executable, 125 otherwise.
     """
 
     def __init__(self, message: str, exit_status: int = EXIT_FAILED) -> None:
@@ -44,7 +45,7 @@ class StartError(GuestnetError):
 
 
 class Held:
-    """The parent's side of a held child."""
+    """The parent's side of a waiting child."""
 
     def __init__(self, pid: int, control: socket.socket) -> None:
         self.pid = pid
@@ -52,14 +53,15 @@ class Held:
         self._started = False
 
     def hand_over(self, pid: int) -> None:
-        """The child has ended and left its work to `pid`, a process that it forked and that is ours now: see
-        `libc.set_child_subreaper`."""
+        """The child has exited and left its work to `pid`, which it forked and which is a child of ours now.
+
+        See `libc.set_child_subreaper`.
+        """
         os.waitpid(self.pid, 0)
         self.pid = pid
 
     def receive(self, fds: int = 0) -> tuple[dict[str, Any], list[int]]:
-        """The child's next message and the descriptors that came with it. Raises StartError when it
-        failed."""
+        """The child's next message and the descriptors in it. Raises StartError if the child failed."""
         data, received, _, _ = socket.recv_fds(self._control, _MESSAGE_BYTES, fds)
         for fd in received:
             os.set_inheritable(fd, False)
@@ -74,11 +76,11 @@ class Held:
         return self._started
 
     def answer(self, message: Mapping[str, Any] | None = None) -> None:
-        """Lets the child go on from where it waits."""
+        """Lets the child continue from where it waits."""
         self._control.send(json.dumps(message or {}).encode())
 
     def go(self) -> None:
-        """Lets the command start. Returns when it runs; raises StartError when it could not be executed."""
+        """Lets the command start, and returns when it runs. Raises StartError if it could not be executed."""
         try:
             self.answer()
             problem = self._control.recv(_MESSAGE_BYTES)
@@ -90,12 +92,12 @@ class Held:
         self._started = True
 
     def close(self) -> None:
-        """Ends a child that was never started, and waits for it. Does nothing to one that was."""
+        """Ends a child that was never started, and waits for it. It does nothing to a started one."""
         if not self._started:
             self.kill()
 
     def kill(self) -> None:
-        """Ends the child, started or not, and waits for it. Does nothing when it was waited for before."""
+        """Ends the child, started or not, and waits for it. It does nothing if that was done before."""
         self._control.close()
         self._started = True
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
@@ -111,10 +113,10 @@ def _failure(message: dict[str, Any]) -> StartError:
 def fork_held(
     prepare: Callable[[socket.socket], None], command: Command, signal_mask: Iterable[int] = ()
 ) -> Held:
-    """Forks a child that calls `prepare` with its end of the control socket, waits for `go`, and then
-    executes `command` with `signal_mask` blocked (or calls it, and exits with what it returns).
+    """Forks a child that calls `prepare` with its end of the control socket, and waits for `go`.
 
-    Call this before any thread exists. The child is killed when the thread that called this ends.
+    It then executes `command` with `signal_mask` blocked, or calls it and exits with the result. Call this
+    before any thread exists. The child is killed when the thread that called this ends.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for stream in (sys.stdout, sys.stderr):
@@ -136,8 +138,7 @@ def _child(
     parent: int,
     signal_mask: Iterable[int],
 ) -> NoReturn:
-    """Everything that the child does. It leaves by exec or by _exit: nothing of the parent's clean-up runs
-    here."""
+    """Everything that the child does. It leaves by exec or _exit, so no cleanup of the parent runs in it."""
     status = EXIT_FAILED
     try:
         prepare(control)

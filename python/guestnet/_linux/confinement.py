@@ -1,14 +1,15 @@
-"""What the commands that carry traffic give up, so that a fault in them is worth less to an attacker.
+"""The confinement of commands that carry traffic, so that a fault in them is worth less to an attacker.
 
-- `begin`, before any thread is started and after what is to be executed was forked: no_new_privs, no core
-  dumps, no tracing by processes of the same user, and all capabilities but those for the start.
-- `settle_thread`, in each thread of Python once devices and sockets are open: all capabilities but those for
-  what is left to do.
+- `begin` runs before any thread starts, after the process that will execute the command was forked. It sets
+  no_new_privs, forbids core dumps and tracing by processes of the same user, and drops all capabilities but
+  those for the start.
+- `settle_thread` runs in each thread of Python once devices and sockets are open. It drops all capabilities
+  but those that are still needed.
 - Packet threads confine themselves when they start (`runtime/confinement.rs` of guestnet-io), in every
   program.
 
-What a command executes, CMD or QEMU, has none of this: it was forked before. `in_force.py` reads from the
-kernel what holds.
+What a command executes (CMD or QEMU) has none of this, because it was forked before. `in_force.py` reads from
+the kernel what is in force.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ _settled: list[int] = []
 
 
 def begin(start: Collection[int] = (), kept: Collection[int] = ()) -> None:
-    """Confines the calling thread and those that it starts. `start` are the capabilities that starting needs,
-    `kept` those that are needed as long as the process runs."""
+    """Confines the calling thread and the threads that it starts.
+
+    `start` are the capabilities for the start, `kept` those that are needed as long as the process runs.
+    """
     import resource
 
     libc.set_no_new_privileges()
@@ -39,8 +42,7 @@ def begin(start: Collection[int] = (), kept: Collection[int] = ()) -> None:
 
 
 def settle_thread() -> None:
-    """Leaves the calling thread the capabilities that are kept. Nothing happens in a process that has not
-    begun."""
+    """Drops all capabilities of the calling thread but the kept ones. Without `begin` it does nothing."""
     if _settled:
         libc.limit_capabilities(_settled[0])
 

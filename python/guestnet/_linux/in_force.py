@@ -1,4 +1,4 @@
-"""What confines this process, as the kernel tells it."""
+"""How this process is confined, as the kernel reports it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class InForce:
-    """What holds for all threads of this process."""
+    """What is in force for all threads of this process."""
 
     no_new_privileges: bool
     filtered: int
@@ -27,7 +27,7 @@ class InForce:
     """What any thread holds."""
 
     def details(self) -> dict[str, object]:
-        """For programs."""
+        """The same as values for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -41,7 +41,7 @@ class InForce:
 
 
 def in_force() -> InForce:
-    """What the kernel says of this process now."""
+    """Reads from the kernel how this process is confined."""
     threads = [_status(name) for name in os.listdir("/proc/self/task")]
     threads = [thread for thread in threads if thread]
     held = 0

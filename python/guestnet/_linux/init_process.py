@@ -1,13 +1,15 @@
-"""The first process of the guest's PID namespace: it ends everything in it, and keeps its mounts.
+"""The first process of the guest's PID namespace: it ends everything in the namespace, and keeps its mounts.
 
-When it ends, however it ends, the kernel kills every process of the namespace. It ends when guestnet does,
-since it waits for the end of a pipe that only guestnet can write to. Orphans become its children and are
-reaped by the kernel. No process of the namespace can signal it: the kernel ignores what they send to the
-first process.
+Theory of operation:
 
-It restores files of names that the host took away (`mounts.NameFiles`). inotify reports changes; it sleeps
-otherwise. It has left the session of the command, so that no key on the terminal ends it, holds nothing of
-the command open, and lets nobody look through it.
+- When it ends, for any reason, the kernel kills every process of the namespace. It ends when guestnet does,
+  because it waits for the end of a pipe that only guestnet can write to.
+- Orphans become its children, and the kernel reaps them. No process of the namespace can signal it: the
+  kernel ignores their signals to the first process.
+- It restores files for name resolution that the host has replaced (`mounts.NameFiles`). inotify reports
+  changes; otherwise it sleeps.
+- It has left the session of the command, so no key on the terminal ends it. It holds no descriptor of the
+  command, and cannot be traced.
 """
 
 from __future__ import annotations
@@ -28,12 +30,12 @@ _EVENT_BYTES = 65536
 
 
 def fork_init(lifeline: int, resolv_conf: str | None, *, root: bool) -> tuple[int, list[str]]:
-    """Forks it into the PID namespace that this process has for its children. Returns its process id and what
-    could not be set up, when all is set up.
+    """Forks the process into the PID namespace of this process's children.
 
-    It lives as long as the pipe `lifeline` is open for writing. `resolv_conf` None leaves the host's names in
-    view. `root`: the guest's root is the host's, so files of the kernel are made read-only. Raises StartError
-    when it did not start.
+    Returns its process id and what could not be set up, when everything is set up. It lives as long as the
+    pipe `lifeline` is open for writing. With `resolv_conf` None, the guest sees the host's name files.
+    `root`: the guest's root is the host's root, so the kernel's files are made read-only. Raises StartError
+    if it did not start.
     """
     reader, writer = os.pipe()
     pid = os.fork()
@@ -99,7 +101,7 @@ def _set_up(resolv_conf: str | None, root: bool) -> tuple[list[str], int | None,
 
 
 def _watcher(place: int | None, names: mounts.NameFiles | None, notes: list[str]) -> int | None:
-    """An inotify descriptor for what may have to be restored."""
+    """Returns an inotify descriptor for the directories of files that may have to be restored."""
     if names is None:
         return None
     try:

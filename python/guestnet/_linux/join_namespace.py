@@ -1,12 +1,11 @@
-"""A TAP interface in a network namespace that somebody else made: of a process, or of a file as `ip netns`
-makes them.
+"""A TAP interface in an existing network namespace: that of a process, or of a file as `ip netns` makes them.
 
-A child does the work, because a process cannot leave a user namespace that it has entered. It enters the user
-namespace that owns the network namespace, where it has every capability, then the network namespace. It makes
-and configures the interface and sends its descriptor back.
+Theory of operation: a child does the work, because a process cannot leave a user namespace that it has
+entered. It enters the user namespace that owns the network namespace, where it has every capability, then the
+network namespace. It makes and configures the interface and sends its descriptor back.
 
-An open TAP descriptor keeps its network namespace alive, so the end of the namespace has to be watched for:
-by a pidfd of the process, or by inotify in the directory of the file (`Watch`).
+An open TAP descriptor keeps its network namespace alive, so the end of the namespace has to be watched: by a
+pidfd of the process, or by inotify in the directory of the file (`Watch`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The system calls that Python lacks: unshare, setns, mount, umount2, prctl, inotify.
+"""System calls that Python lacks: unshare, setns, mount, umount2, prctl, inotify.
 
-`os.unshare` came with Python 3.12 and mount never did, so they are called in the C library by ctypes (about
-6 ms to import, measured; the rest of the launcher takes 3 ms).
+`os.unshare` came with Python 3.12, and there is no mount. So they are called in the C library by ctypes
+(about 6 ms to import, measured; the rest of the launcher takes 3 ms).
 """
 
 from __future__ import annotations
@@ -98,8 +98,11 @@ def set_parent_death_signal(number: int) -> None:
 
 
 def hide_from_tracers() -> None:
-    """Keeps processes of the same user from this one's memory, descriptors and root directory (prctl(2),
-    PR_SET_DUMPABLE), unless they have CAP_SYS_PTRACE where it was executed. A change of credentials ends it.
+    """Keeps processes of the same user from the memory, descriptors and root directory of this one (prctl(2),
+    PR_SET_DUMPABLE).
+
+    A process with CAP_SYS_PTRACE in the user namespace of the execution is not stopped. A change of
+    credentials ends this.
     """
     _check(_prctl(_PR_SET_DUMPABLE, 0), "prctl")
 
@@ -115,7 +118,7 @@ def set_process_name(name: str) -> None:
 
 
 def install_seccomp_filter(program: bytes) -> None:
-    """Puts the calling thread under a filter (seccomp(2)); `program` is an array of struct sock_filter."""
+    """Installs a filter for the calling thread (seccomp(2)). `program` is an array of struct sock_filter."""
     steps = ctypes.create_string_buffer(program, len(program))
     described = ctypes.create_string_buffer(struct.pack("@HP", len(program) // 8, ctypes.addressof(steps)))
     address = ctypes.c_ulong(ctypes.addressof(described))
@@ -146,12 +149,12 @@ def watch_directory(fd: int, path: str) -> None:
 
 
 def set_no_new_privileges() -> None:
-    """What this thread and those that it starts execute gains no rights (prctl(2), PR_SET_NO_NEW_PRIVS)."""
+    """Programs that this thread and its threads execute gain no rights (prctl(2), PR_SET_NO_NEW_PRIVS)."""
     _check(_prctl(_PR_SET_NO_NEW_PRIVS, 1), "prctl")
 
 
 def limit_capabilities(kept: int) -> None:
-    """Drops the calling thread's capabilities but those of `kept`, a bit for each number (capset(2))."""
+    """Drops the calling thread's capabilities that are not in `kept`, a bit for each (capset(2))."""
     header = ctypes.create_string_buffer(struct.pack("=Ii", _CAPABILITY_VERSION_3, 0))
     sets = ctypes.create_string_buffer(24)
     _check(_libc.capget(header, sets), "capget")

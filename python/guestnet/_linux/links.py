@@ -1,8 +1,9 @@
-"""Network interfaces by ioctl, and by netlink what ioctl has no word for (a veth pair) or keeps
-for root of the whole machine (the length of a queue).
+"""Network interfaces by ioctl, and by netlink where ioctl is not enough.
 
-ioctl instead of a netlink library: importing pyroute2 takes 140 ms (measured), these few lines take 2 ms, and
-`guestnet run -- true` is to take under 400 ms in all.
+ioctl cannot make a veth pair, and allows only the host's root to set the length of a queue.
+
+A netlink library is not used: importing pyroute2 takes 140 ms (measured), these lines take 2 ms, and
+`guestnet run -- true` may take 400 ms in all.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _ARPHRD_ETHER = 1
 
 
 class Interface(NamedTuple):
-    """What the guest's interface is to be: `address` None leaves it without one, to be had by DHCP."""
+    """The guest's interface. With `address` None it has no address; a DHCP client may get one."""
 
     mac: bytes
     address: IPv4Interface | None
@@ -112,7 +113,7 @@ def add_route(destination: IPv4Network, gateway: IPv4Address) -> None:
 
 
 def configure(interface: Interface) -> None:
-    """Brings up an interface that exists as `interface` says, with a default route."""
+    """Configures and brings up an existing interface, with a default route."""
     name = interface.name
     set_mac(name, interface.mac)
     set_mtu(name, interface.mtu)
@@ -130,15 +131,15 @@ def configure(interface: Interface) -> None:
 
 
 def open_tun_device() -> int:
-    """A descriptor that an interface of this network namespace can be made from (`open_tap`)."""
+    """Returns a descriptor from which an interface of this network namespace can be made (`open_tap`)."""
     return os.open(TUN_DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def open_tap(name: str, device: int | None = None) -> int:
-    """Makes the TAP interface `name` and returns its file descriptor, `device` when that is given.
+    """Makes the TAP interface `name` and returns its descriptor, which is `device` if that is given.
 
-    With a virtio header where the kernel can (it carries checksum and segmentation offload); the receiver
-    asks the kernel (TUNGETIFF) which one it got.
+    It has a virtio header if the kernel supports one, for checksum and segmentation offload. The receiver
+    asks the kernel (TUNGETIFF) whether there is one.
     """
     fd = open_tun_device() if device is None else device
     try:
@@ -166,7 +167,7 @@ def write_sysctl(name: str, value: str) -> bool:
 
 
 def read_sysctl(name: str) -> str | None:
-    """The text of /proc/sys/`name`, None where there is none."""
+    """Returns the text of /proc/sys/`name`, None if there is none."""
     try:
         with open(f"/proc/sys/{name}", encoding="utf-8") as file:
             return file.read().strip()
@@ -175,7 +176,7 @@ def read_sysctl(name: str) -> str | None:
 
 
 def routes_into(subnet: IPv4Network, table: str = "/proc/net/route") -> list[str]:
-    """The routes of this network namespace, the default route aside, that lead to addresses of `subnet`."""
+    """Returns the routes of this network namespace, except the default route, that lead into `subnet`."""
     try:
         with open(table, encoding="utf-8") as file:
             rows = [line.split() for line in file.readlines()[1:]]

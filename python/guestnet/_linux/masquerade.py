@@ -1,9 +1,12 @@
-"""Forwarding and masquerading for a TUN device, when asked for: what stays when a process is killed.
+"""Forwarding and masquerading for a TUN device, and how they are undone after a process was killed.
 
-Each run that changes something has a file with a lock on it, which ends with the process. A file whose lock
-is free is of a dead run: the next start takes back what it says, and nothing else. Rules are in a table of
-their own, named for the device; its first chain bears a random word that the file has too, so a table that
-somebody else made is left alone. The switch for forwarding is turned back by the last run that needs it.
+Theory of operation:
+
+- Each run that changes something has a file with a lock, which ends with the process. A file without a lock
+  belongs to a dead run. The next start undoes what the file records, and nothing else.
+- Rules are in a table of their own, named after the device. Its first chain has a random word that is also in
+  the file, so a table of another program is left alone.
+- The last run that needs forwarding turns it off again.
 """
 
 from __future__ import annotations
@@ -30,11 +33,14 @@ _SECONDS = 20
 
 
 class Masquerade:
-    """What was changed for one device. `close` takes it back; may be called again."""
+    """The changes for one device. `close` undoes them, and may be called again."""
 
     def __init__(self, device: str, external: Sequence[IPv4Address], *, masquerade: bool) -> None:
-        """Lets the host forward, and, with `masquerade`, gives what comes from the external addresses the
-        host's own. Raises UnsupportedError where this process may not, or nft is missing."""
+        """Turns forwarding on, and with `masquerade` gives packets from the external addresses the host's own
+        address.
+
+        Raises UnsupportedError if this process may not, or if nft is missing.
+        """
         if masquerade and shutil.which("nft") is None:
             raise UnsupportedError(
                 "Masquerading needs the program nft, which is not in PATH: install nftables, or write the "
@@ -61,7 +67,7 @@ class Masquerade:
                 raise
 
     def close(self) -> None:
-        """Takes back what was changed."""
+        """Undoes the changes."""
         if self._file is not None:
             with _registry() as place:
                 self._undo(place)
@@ -76,14 +82,14 @@ class Masquerade:
 
 
 def sweep_dead() -> None:
-    """Takes back what dead runs left in this namespace."""
+    """Undoes what dead runs left in this namespace."""
     if _place().is_dir():
         with _registry() as place:
             sweep(place)
 
 
 def sweep(place: Path) -> None:
-    """As `sweep_dead`, with the registry in hand."""
+    """The same as `sweep_dead`, while the registry is locked."""
     swept = False
     for path in place.glob(f"{_namespace()}-*.json"):
         with path.open(encoding="ascii") as file:
@@ -122,7 +128,7 @@ def _switch_on(place: Path) -> None:
 
 
 def _switch_back(place: Path) -> None:
-    """Turns the switch back when no run needs it any more."""
+    """Turns forwarding off when no run needs it any more."""
     prior = _prior(place)
     if not prior.exists() or any(place.glob(f"{_namespace()}-*.json")):
         return
@@ -154,7 +160,7 @@ table ip {_table(device)} {{
 
 
 def _remove_table(device: str, word: str) -> None:
-    """Removes the table of this device, if it is the one that bears the word."""
+    """Removes the table of this device, if it has the word."""
     table = _table(device)
     if shutil.which("nft") is None:
         return
@@ -190,8 +196,10 @@ def _place() -> Path:
 
 
 def _is_closed_to_others(path: Path, owners: tuple[int, ...], shared: int) -> bool:
-    """Whether it is a directory of one of these users, and nobody else can write to it, or (with a bit of
-    `shared`) to what is in it."""
+    """Whether it is a directory of one of these users that no other user can write to.
+
+    With a bit of `shared` others may write to it, but not to files in it.
+    """
     status = path.lstat()
     return (
         stat.S_ISDIR(status.st_mode)
@@ -202,7 +210,7 @@ def _is_closed_to_others(path: Path, owners: tuple[int, ...], shared: int) -> bo
 
 @contextmanager
 def _registry() -> Iterator[Path]:
-    """The directory of the runs, held for ourselves alone."""
+    """The directory of the runs, locked."""
     place = _place()
     try:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,12 +1,12 @@
-"""What a process in a mount namespace of its own sees instead of the host's: names, devices, processes.
-Nothing is left on a disk, and no other process sees it.
+"""What a process in its own mount namespace sees instead of the host's: names, devices, processes.
 
-Names. resolv.conf and nsswitch.conf are in a read-only overlay over /etc. A file that is mounted over one
-of the host's would be lost: the kernel takes a mount away, in every namespace, when the file or the symlink
-under it is replaced by rename or removed, as network managers do. An overlay is on the directory, which
-stays. Sockets of name services have to be mounted over one by one, and so have the two files where an
-overlay cannot be had or is not wanted. `NameFiles.restore` lays again what was lost;
-`_linux/init_process.py` calls it.
+Nothing is written to a disk, and no other process sees it.
+
+Names: resolv.conf and nsswitch.conf are in a read-only overlay over /etc. A file that is mounted over one of
+the host's would be lost: the kernel removes a mount, in every namespace, when the file or the symlink under
+it is replaced by rename or removed, as network managers do. An overlay is on the directory, which stays.
+Sockets of name services have to be mounted over one by one, and so do the two files where an overlay is not
+available or not wanted. `NameFiles.restore` mounts again what was lost; `_linux/init_process.py` calls it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _OWN_SYSCTLS = "/proc/sys/net"
 
 
 def make_private() -> None:
-    """Mounts made from here on stay in this mount namespace; those of the host still arrive (slave)."""
+    """Later mounts stay in this mount namespace. Mounts of the host still arrive (slave)."""
     libc.mount("none", "/", None, libc.MS_REC | libc.MS_SLAVE)
 
 
@@ -55,10 +55,10 @@ def make_private() -> None:
 
 
 def show_own_devices(*, read_only: bool = False) -> None:
-    """Mounts a /sys that shows the devices of this network namespace; the host's shows the host's.
+    """Mounts a /sys that shows the devices of this network namespace instead of the host's.
 
-    What was mounted in the old one (cgroups, say) is in the new one too. With `read_only` nothing of it can
-    be written. A container may forbid it: OSError.
+    Mounts in the old one (cgroups, for example) are in the new one too. With `read_only` nothing in it can be
+    written. Raises OSError if a container forbids it.
     """
     below = _open_outermost("/sys/")
     flags = _SYS | libc.MS_RDONLY
@@ -76,10 +76,10 @@ def show_own_devices(*, read_only: bool = False) -> None:
 
 
 def mount_own_proc() -> int:
-    """Mounts a /proc that shows the processes of this PID namespace, and an empty tmpfs under it, out of
-    sight: what is mounted over other files comes from there. Returns a descriptor of the tmpfs.
+    """Mounts a /proc that shows the processes of this PID namespace, and a hidden empty tmpfs under it.
 
-    Raises OSError where it is forbidden (a container that hides parts of /proc); /proc is as it was then.
+    The files that are mounted over others come from the tmpfs. Returns a descriptor of it. Raises OSError if
+    it is forbidden (a container that hides parts of /proc); /proc is unchanged then.
     """
     libc.mount("tmpfs", "/proc", "tmpfs", libc.MS_NOSUID | libc.MS_NODEV, _TMPFS_OPTIONS)
     place = os.open("/proc", os.O_PATH | os.O_CLOEXEC | os.O_DIRECTORY)
@@ -97,8 +97,10 @@ def mount_own_proc() -> int:
 
 
 def protect_kernel_files() -> None:
-    """Makes what is the kernel's in /proc read-only, but the settings of this network namespace. A guard
-    against mistakes: root of this mount namespace can undo it."""
+    """Makes the kernel's files in /proc read-only, except the settings of this network namespace.
+
+    It protects from mistakes: root of this mount namespace can undo it.
+    """
     own = _open_path(_OWN_SYSCTLS)
     for path in _KERNEL_FILES:
         with contextlib.suppress(OSError):
@@ -110,13 +112,13 @@ def protect_kernel_files() -> None:
 
 
 def _mounts_below(top: str) -> list[str]:
-    """The places of mounts below a directory, outer ones first."""
+    """The mount points below a directory, outer ones first."""
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         return sorted({place for line in file if (place := line.split()[4]).startswith(top)})
 
 
 def _open_outermost(top: str) -> dict[str, int]:
-    """Descriptors of the mounts below a directory, those below another of them left out."""
+    """Descriptors of the mounts below a directory, without those below another of them."""
     found: dict[str, int] = {}
     last = None
     for place in _mounts_below(top):
@@ -128,14 +130,14 @@ def _open_outermost(top: str) -> dict[str, int]:
 
 
 def _mount_again(opened: dict[str, int]) -> None:
-    """Mounts what `_open_outermost` found on the same places, where there is something to mount on."""
+    """Mounts what `_open_outermost` found at the same places, if they exist."""
     for path, fd in opened.items():
         with contextlib.suppress(OSError):
             libc.mount(f"/proc/self/fd/{fd}", path, None, libc.MS_BIND | libc.MS_REC)
 
 
 def _make_read_only(top: str) -> None:
-    """Makes a mount, and all below it, read-only in this namespace."""
+    """Makes a mount, and all mounts below it, read-only in this namespace."""
     for path in (top, *_mounts_below(f"{top}/")):
         with contextlib.suppress(OSError):
             libc.mount("none", path, None, libc.MS_BIND | libc.MS_REMOUNT | libc.MS_RDONLY | _PROC)
@@ -153,7 +155,7 @@ def resolv_conf_text(nameserver: str, search: tuple[str, ...]) -> str:
 
 
 def nsswitch_text(text: str) -> str:
-    """nsswitch.conf with `hosts` left to modules that ask nobody outside the namespace."""
+    """nsswitch.conf whose `hosts` line has only modules that ask nothing outside the namespace."""
     lines = []
     for line in text.splitlines():
         database, colon, rest = line.partition(":")
@@ -167,7 +169,7 @@ def nsswitch_text(text: str) -> str:
 
 @contextmanager
 def scratch() -> Iterator[int]:
-    """A descriptor of a tmpfs that has no name any more when this ends; what was mounted from it stays."""
+    """A descriptor of a tmpfs that has no name any more at the end. What was mounted from it stays."""
     where = next((place for place in _SCRATCH if os.path.isdir(place)), None)
     if where is None:
         raise FileNotFoundError
@@ -183,7 +185,7 @@ def scratch() -> Iterator[int]:
 
 
 class NameFiles:
-    """The files by which programs find names: laid once, restored when they were lost."""
+    """The files by which programs resolve names: mounted once, restored when they were lost."""
 
     def __init__(self, resolv_conf: str) -> None:
         self._texts = {RESOLV_CONF: resolv_conf, "closed": ""}
@@ -196,10 +198,11 @@ class NameFiles:
         self._place = -1
 
     def lay(self, place: int | None = None, *, overlay: bool = True) -> bool:
-        """Puts them where programs look: False when resolv.conf could not be. `place` is a descriptor of a
-        directory for them, which `restore` needs later; without one a tmpfs is used for the moment.
+        """Mounts the files. Returns False if resolv.conf could not be mounted.
 
-        `overlay` False leaves /etc as it is where there is a file to mount over, so that it can be written.
+        `place` is a descriptor of a directory for the files, which `restore` needs later; without it, a
+        temporary tmpfs is used. With `overlay` False, /etc stays as it is if it has a file to mount over, so
+        that /etc can be written.
         """
         found = self._lost()  # before the tmpfs is in the way of what they are mounted over
         if place is not None:
@@ -208,16 +211,16 @@ class NameFiles:
             return self._lay(moment, found, overlay)
 
     def restore(self) -> None:
-        """Lays again what was lost; after `lay` with a place."""
+        """Mounts again what was lost; after `lay` with a place."""
         self._cover(self._lost())
 
     @property
     def is_single(self) -> bool:
-        """Whether something is laid that the host can take away."""
+        """Whether there is a mount that the host can remove."""
         return bool(self._single) or any(map(_is_socket, _NAME_SERVICE_SOCKETS))
 
     def directories(self) -> set[str]:
-        """Where a change can mean that something was lost."""
+        """The directories in which a change can mean that a mount was lost."""
         paths = [*self._single, *_NAME_SERVICE_SOCKETS]
         paths += [os.path.realpath(path) for path in self._single]
         return {parent for path in paths for parent in _parents(path)}
@@ -243,7 +246,7 @@ class NameFiles:
             return False
 
     def _lay_over_etc(self) -> bool:
-        """/etc with our files in front of the host's (overlayfs in a user namespace: Linux 5.11)."""
+        """Mounts /etc with these files in front of the host's (overlayfs in a user namespace: Linux 5.11)."""
         below = _open_outermost("/etc/")
         try:
             layers = f"lowerdir=/proc/self/fd/{self._place}/etc:/etc"
@@ -257,8 +260,10 @@ class NameFiles:
         return True
 
     def _lost(self) -> list[tuple[int, str]]:
-        """What our files have to be mounted over, as descriptors, and which of them. A descriptor leads
-        through a symlink (systemd-resolved), and to what a mount of ours may hide later."""
+        """What the files have to be mounted over, as descriptors, and which file each is for.
+
+        A descriptor follows a symlink (systemd-resolved), and reaches what a mount may hide later.
+        """
         found = []
         for path in self._single:
             if path in self._texts and (fd := _open_path(path)) is not None:
@@ -295,7 +300,7 @@ class NameFiles:
 
 
 def _parents(path: str) -> Iterator[str]:
-    """The directories on the way to a file, without the root."""
+    """The directories of a path, without the root."""
     while (path := os.path.dirname(path)) != "/":
         yield path
 

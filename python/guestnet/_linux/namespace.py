@@ -1,19 +1,18 @@
-"""The launcher of `guestnet run`: a program in new namespaces, and the TAP interface that is its only way
-out.
+"""The launcher of `guestnet run`: a program in new namespaces whose only way out is a TAP interface.
 
-The way of a launch (P is this process, C the child):
+The order of a launch (P is this process, C the child):
 
     P  fork, before any thread of this process starts
-    C  unshare(user, net, mount, uts, pid), say so
-    P  write C's uid and gid maps, say so
+    C  unshare(user, net, mount, uts, pid); report
+    P  write C's uid and gid maps; report
     C  become root of the user namespace; lo up, TAP made and configured, terminal filter
-    C  fork I, the first process of the PID namespace: /proc mounted, resolv.conf and the like laid
-    C  fork K, which waits; send the TAP's descriptor by SCM_RIGHTS; end: I and K are P's children now
+    C  fork I, the first process of the PID namespace: /proc and the name files mounted
+    C  fork K, which waits; send the TAP's descriptor by SCM_RIGHTS; exit: I and K are children of P now
     P  `Namespace.take_tap()` is attached to a network, ports are published
     P  `go()`: K executes the command; P learns at once if it could not
 
-Nothing spawns a program and nothing is written to a disk. When P dies, however that happens, I ends, and with
-it everything in the PID namespace, since its network would be dead as well.
+No program is spawned, and nothing is written to a disk. When P ends, for any reason, I ends, and with it
+everything in the PID namespace, because its network is gone.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ __all__ = ["Guest", "Namespace", "StartError", "launch", "write_id_maps"]
 
 
 class Guest(NamedTuple):
-    """What the namespace is to be."""
+    """The properties of the namespace."""
 
     interface: links.Interface
     nameserver: str | None = None
@@ -72,11 +71,11 @@ class Namespace:
 
     @property
     def pid(self) -> int:
-        """The process id of what is to be the command, known after `take_tap`."""
+        """The process id of the process that becomes the command, known after `take_tap`."""
         return self._held.pid
 
     def take_tap(self) -> int:
-        """The TAP's file descriptor; the caller owns it from here on. Waits for the set-up to be done."""
+        """Waits for the set-up, and returns the descriptor of the TAP, which then belongs to the caller."""
         message, (tap,) = self._held.receive(1)
         self.notes = tuple(message["notes"])
         self._init = int(message["init"])
@@ -84,7 +83,7 @@ class Namespace:
         return tap
 
     def go(self) -> None:
-        """Lets the command start. Returns when it runs; raises StartError when it could not be executed."""
+        """Lets the command start, and returns when it runs. Raises StartError if it could not be executed."""
         try:
             self._held.go()
         except StartError as error:
@@ -94,7 +93,7 @@ class Namespace:
             raise StartError(text, error.exit_status) from None
 
     def close(self) -> None:
-        """Ends a child that was never started, and waits for it. Does nothing to one that was."""
+        """Ends a child that was never started, and waits for it. It does nothing to a started one."""
         if not self._held.started:
             self.kill()
 
@@ -115,11 +114,14 @@ def launch(
     signal_mask: Iterable[int] = (),
     before: Callable[[], None] | None = None,
 ) -> Namespace:
-    """Forks a child into new namespaces set up as `guest` says. It calls `before`, waits for `go()` and then
-    executes `command` with `signal_mask` blocked, or calls it and exits with what it returns.
+    """Forks a child into new namespaces that are set up as `guest` says.
 
-    Call this before any thread exists. Raises StartError with the remedy; no child is left then. Orphaned
-    descendants of this process become its children from here on (`libc.set_child_subreaper`).
+    The child calls `before`, waits for `go()`, and then executes `command` with `signal_mask` blocked, or
+    calls it and exits with the result. Call this before any thread exists. Orphaned descendants of this
+    process become its children from here on (`libc.set_child_subreaper`).
+
+    Raises:
+        StartError: It cannot be done. The message says what to do, and no child is left.
     """
     libc.set_child_subreaper()
     watched, lifeline = os.pipe()
@@ -153,13 +155,15 @@ def launch(
 
 
 def write_id_maps(pid: int, *, host_ids: bool = False) -> dict[str, bool]:
-    """Maps the user ids of the new user namespace of process `pid`. Returns `root`, whether root there is
-    the host's root, and `ids`, whether it has ids of its own, which it has yet to take.
+    """Maps the user ids of the new user namespace of process `pid`.
 
-    An ordinary user becomes root there and nothing else, the only map that the kernel lets them write. Root's
-    guests get ids that own nothing on the host: a range, so that files can be given away and `su` works, or
-    where there is none, nobody's. With `host_ids` root keeps every id as it is. Where root may not map others
-    (a container without CAP_SETUID) it gets the small map too.
+    Returns `root`, whether root in the namespace is the host's root, and `ids`, whether it has ids of its
+    own, which it still has to take.
+
+    An ordinary user becomes root there and nothing else, the only map that the kernel allows them. Guests of
+    root get ids that own nothing on the host: a range, so that files can be given away and `su` works, or the
+    ids of nobody if there is no range. With `host_ids` root keeps every id. If root may not map others (a
+    container without CAP_SETUID), it gets the small map too.
     """
     if os.geteuid() == 0:
         try:
@@ -195,7 +199,7 @@ _MAPS = ("uid_map", "gid_map")
 
 
 def _known_ids(name: str) -> list[tuple[int, int, int]]:
-    """The ids of this user namespace: first inside, first outside, how many."""
+    """The ids of this user namespace: first inside, first outside, count."""
     with open(f"/proc/self/{name}", encoding="utf-8") as file:
         return [(int(inside), int(outside), int(count)) for inside, outside, count in map(str.split, file)]
 
@@ -206,7 +210,7 @@ def _identity_map(name: str) -> str:
 
 
 def _foreign_map(name: str, first: int) -> str | None:
-    """Ids that own nothing, from `first` on; None where there are none but our own."""
+    """A map to ids that own nothing, from `first` on; None if there are only ids of this user."""
     for wanted, count in ((first, _IDS_OF_A_GUEST), (_NOBODY, 1)):
         if any(i <= wanted and wanted + count <= i + n for i, _, n in _known_ids(name)):
             return f"0 {wanted} {count}"
@@ -214,7 +218,7 @@ def _foreign_map(name: str, first: int) -> str | None:
 
 
 def _is_hosts_root() -> bool:
-    """Whether root here is root outside of this user namespace too, as far as can be seen."""
+    """Whether root here is also root outside of this user namespace, as far as it can be seen."""
     return any(inside == outside == 0 for inside, outside, _ in _known_ids("uid_map"))
 
 
@@ -250,8 +254,10 @@ def _enter() -> None:
 
 
 def _set_up(guest: Guest, mapped: dict[str, bool], lifeline: int, control: socket.socket) -> None:
-    """Prepares the namespaces, and returns in the process that is to be the command. The one that calls this
-    ends."""
+    """Prepares the namespaces, and returns in the process that becomes the command.
+
+    The process that calls this exits.
+    """
     notes: list[str] = []
     device = _open_device()  # with the rights of who started guestnet: it may be closed to others
     if mapped["ids"]:
@@ -294,7 +300,7 @@ def _set_up(guest: Guest, mapped: dict[str, bool], lifeline: int, control: socke
 
 
 def _become_root() -> None:
-    """Takes the ids that were mapped, and leaves the groups of who started guestnet."""
+    """Takes the mapped ids, and leaves the groups of the user who started guestnet."""
     os.setgroups([])
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
@@ -334,7 +340,7 @@ def _no_tap(error: OSError) -> str:
 
 
 def why_no_namespaces(error: OSError) -> str:
-    """Why namespaces were refused, as far as this system tells, and what to do about it."""
+    """Why namespaces were refused, as far as the system shows, and what to do about it."""
     for kind in ("user", "pid"):
         if links.read_sysctl(f"user/max_{kind}_namespaces") == "0":
             return (

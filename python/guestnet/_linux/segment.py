@@ -1,6 +1,7 @@
-"""A segment of the host that guests can be joined to: a bridge gets a TAP of ours as a port; of an interface
-that is no bridge a packet socket takes and gives frames. Nothing is left when the descriptor is closed,
-however the process ends: the TAP is not persistent.
+"""A segment of the host that guests can join.
+
+A bridge gets a TAP device as a port. For another interface, a packet socket sends and receives the frames.
+Nothing is left when the descriptor is closed, or the process ends: the TAP is not persistent.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _NO_VLAN = (
 
 @dataclass
 class Segment:
-    """A way to a segment: `fd` is for an attachment of the kind "tap"."""
+    """A connection to a segment: `fd` is for an attachment of the kind "tap"."""
 
     name: str
     fd: int
@@ -48,8 +49,12 @@ class Segment:
 
 
 def join(name: str) -> Segment:
-    """Joins the bridge or interface called `name`. Raises ConfigError when there is none, UnsupportedError
-    when this process may not."""
+    """Joins the bridge or interface `name`.
+
+    Raises:
+        ConfigError: There is none.
+        UnsupportedError: This process may not.
+    """
     try:
         socket.if_nametoindex(name)
     except (OSError, ValueError):

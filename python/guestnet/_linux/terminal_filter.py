@@ -1,10 +1,10 @@
 """A seccomp filter that keeps a command from typing into the terminal that it was started from.
 
-TIOCSTI puts bytes into the terminal's input, and TIOCLINUX pastes on a virtual console: the shell outside
-would read them when the command has ended, and run them. Both calls fail with EPERM under the filter; every
-other system call is allowed. It holds for all that the command starts, in each ABI that the machine runs: a
-32-bit program has other numbers for the same call. Only the low 32 bits of the request count, as in the
-kernel.
+Theory of operation: TIOCSTI puts bytes into the terminal's input, and TIOCLINUX pastes on a virtual console.
+The shell outside would read them after the command has ended, and execute them. Under the filter both calls
+fail with EPERM, and every other system call is allowed. It applies to everything that the command starts, in
+each ABI of the machine, because a 32-bit program has another number for the same call. Only the low 32 bits
+of the request count, as in the kernel.
 
 The caller needs CAP_SYS_ADMIN in its user namespace, so that no_new_privs can stay off.
 """
@@ -35,7 +35,7 @@ _NUMBER_AT, _ARCHITECTURE_AT, _REQUEST_AT = 0, 4, 24
 
 
 def _program() -> bytes:
-    """The filter: a block for each architecture, then the look at the request."""
+    """The filter: a block for each architecture, then the test of the request."""
     code: list[tuple[int, int, int, int]] = [(_LOAD, 0, 0, _ARCHITECTURE_AT)]
     before = 1 + sum(3 + len(numbers) for numbers in _IOCTL.values())
     look = before + 1  # behind the verdict on all other architectures
@@ -55,6 +55,8 @@ def _program() -> bytes:
 
 
 def install() -> None:
-    """Puts the calling thread, and all that it starts, under the filter. Raises OSError where the kernel has
-    no seccomp, or forbids it here."""
+    """Installs the filter for the calling thread and everything that it starts.
+
+    Raises OSError if the kernel has no seccomp, or forbids it here.
+    """
     libc.install_seccomp_filter(_program())

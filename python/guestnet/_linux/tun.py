@@ -1,7 +1,7 @@
-"""The TUN device that translated packets leave through, and what the host has to be told of it.
+"""The TUN device that translated packets leave through, and its addresses and routes on the host.
 
-A device, its addresses and its routes go by themselves when the process that made it ends, however it ends.
-What stays (the switch for forwarding, rules of nftables) is `guestnet._linux.masquerade`'s.
+The device, its addresses and its routes disappear when the process that made it ends, for any reason. What
+would stay (forwarding, rules of nftables) is in `guestnet._linux.masquerade`.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ _NAMES = "guestnet%d"
 
 
 def open_tun(name: str = _NAMES) -> tuple[int, str]:
-    """Makes a TUN device; its descriptor and its name. `%d` in the name is a number that the kernel chooses.
+    """Makes a TUN device. Returns its descriptor and its name; the kernel replaces `%d` in the name with a
+    number.
 
-    Raises UnsupportedError where this process may not, or the kernel has none.
+    Raises UnsupportedError if this process may not, or the kernel has no TUN.
     """
     try:
         fd = os.open(links.TUN_DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -106,7 +107,7 @@ def _add_host_route(name: str, address: IPv4Address) -> None:
 
 
 def check_external(external: Sequence[IPv4Address]) -> None:
-    """Refuses addresses that are the host's own: what is for them never comes to the device."""
+    """Refuses addresses of the host itself, because packets for them never reach the device."""
     for address in external:
         if _is_local(address):
             raise AddressInUse(
@@ -116,7 +117,7 @@ def check_external(external: Sequence[IPv4Address]) -> None:
 
 
 def free_pair() -> tuple[IPv4Address, IPv4Address]:
-    """The host's and the external address, of the first free /30 of the range. Raises AddressInUse."""
+    """The host's and the external address: the first free /30 of the range. Raises AddressInUse."""
     taken = _routes()
     for network in RANGE.subnets(new_prefix=30):
         if not any(network.overlaps(route) for route in taken):
@@ -125,7 +126,7 @@ def free_pair() -> tuple[IPv4Address, IPv4Address]:
 
 
 def _routes() -> list[IPv4Network]:
-    """What this namespace has routes to, the default route left out."""
+    """The destinations of this namespace's routes, without the default route."""
     found = []
     with open("/proc/net/route", encoding="ascii") as file:
         next(file, None)
@@ -138,7 +139,7 @@ def _routes() -> list[IPv4Network]:
 
 
 def _is_local(address: IPv4Address) -> bool:
-    """Whether the host answers for the address itself."""
+    """Whether the address is one of the host."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
         try:
             sock.bind((str(address), 0))
