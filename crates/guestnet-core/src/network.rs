@@ -56,6 +56,27 @@ impl Network {
         }
     }
 
+    /// Swaps the buffer in which frames are made for another one. A caller with many networks lends one buffer to each for
+    /// its turn, and an empty one is in its place between them: a call that makes a frame drops it then.
+    pub fn exchange_scratch(&mut self, other: &mut Vec<u8>) {
+        self.layers.gateway.exchange_scratch(other);
+    }
+
+    /// Changes what flows of all ports together can have of the process: [`Limits::descriptors`] and
+    /// [`Limits::socket_memory`]. Flows that exist stay.
+    ///
+    /// [`Limits::descriptors`]: crate::config::Limits::descriptors
+    /// [`Limits::socket_memory`]: crate::config::Limits::socket_memory
+    pub fn set_shares(&mut self, descriptors: u32, socket_memory: usize) {
+        self.relay.set_shares(descriptors, socket_memory);
+    }
+
+    /// Bytes of the kernel's memory that the flows of all ports hold, as measured.
+    #[must_use]
+    pub fn socket_memory(&self) -> usize {
+        self.relay.socket_memory()
+    }
+
     // ---- ports and addresses ------------------------------------------------------------------------
 
     /// Adds a port; one that exists already stays as it is. Addresses that are in use by others are left out.

@@ -65,6 +65,11 @@ impl FrameBuilder {
         }
     }
 
+    /// Swaps the buffer of the frame that is being made for another one, which may be empty while no frame is made.
+    pub fn exchange_scratch(&mut self, other: &mut Vec<u8>) {
+        std::mem::swap(&mut self.scratch, other);
+    }
+
     /// A port was added; its identifications begin after `id`.
     pub fn add_port(&mut self, slot: u32, id: u16) {
         self.ids.insert(slot, id);

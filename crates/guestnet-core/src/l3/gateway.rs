@@ -86,6 +86,11 @@ impl Gateway {
         }
     }
 
+    /// See [`FrameBuilder::exchange_scratch`].
+    pub fn exchange_scratch(&mut self, other: &mut Vec<u8>) {
+        self.frames.exchange_scratch(other);
+    }
+
     /// A port was added.
     pub fn add_port(&mut self, now: Time, slot: u32, port: u32) {
         let id = self.key.hash(&[now.0, u64::from(port)]);

@@ -99,6 +99,18 @@ impl Relay {
         }
     }
 
+    /// Changes what all flows together can have.
+    pub fn set_shares(&mut self, descriptors: u32, socket_memory: usize) {
+        self.limits.descriptors = descriptors;
+        self.limits.socket_memory = socket_memory;
+    }
+
+    /// Bytes of the kernel's memory that all flows hold.
+    #[must_use]
+    pub fn socket_memory(&self) -> usize {
+        self.socket_memory
+    }
+
     // ---- ports and forwards -------------------------------------------------------------------------
 
     /// A port was added.

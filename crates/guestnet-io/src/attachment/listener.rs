@@ -4,7 +4,7 @@
 
 use crate::attachment::dgram::Dgram;
 use crate::attachment::port_set::{Attachment, Leaving, Port};
-use crate::attachment::quota::{Charge, Pool, Quota, Resource};
+use crate::attachment::quota::{Charge, Quota, Resource};
 use crate::attachment::stream::Stream;
 use crate::attachment::unixgram::{PEERS_MAX, Sender, Unixgram};
 use crate::attachment::vhost_user::{FrontEnds, VhostUser};
@@ -146,7 +146,7 @@ impl Shard {
             ListenKind::Dgram => Arrivals::Datagrams(Unixgram::new(fd, false)),
             ListenKind::Unixgram => Arrivals::Datagrams(Unixgram::new(fd, true)),
         };
-        let front_ends = FrontEnds::new(Quota::new(Pool::of_process()));
+        let front_ends = FrontEnds::new(Quota::within(&self.io.quota));
         let pace = Pace::new(self.now);
         let slot = self.listeners.insert(Listener { number, template, kind, front_ends, pace });
         self.watch_listener(slot).map_err(|errno| {

@@ -1,11 +1,12 @@
-//! Theory of operation: what peers can take of the process besides flows: descriptors, address space for guest
-//! memory, and pages of guest memory that are allocated in this process's name. Each of them is a pool of the
-//! whole process. A quota is what one party holds of every pool; quotas form a tree (a front-end within its
-//! listener), and a charge counts at every level up to the pool.
+//! Theory of operation: what peers can take of the process: descriptors of sockets and of attachments, address space for
+//! guest memory, pages of guest memory that are allocated in this process's name, and the kernel's memory behind sockets.
+//! Each of them is a pool of the whole process. A quota is what one party holds of every pool; quotas form a tree (a
+//! front-end within its listener, that within its network), and a charge counts at every level up to the pool.
 //!
 //! The rule is that of flows (`Limits::descriptors` of the core): a party may hold at most four times what is
 //! left of seven eighths of the pool. A party alone gets 70 %, one that comes when others hold much gets less,
-//! and the last eighth is for parties that have next to nothing.
+//! and the last eighth is for parties that have next to nothing. A network that is the only one of its process may hold
+//! all: its guests have shares of their own, in the core ([`Quota::budget`] tells it of how much).
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -26,22 +27,26 @@ const ALLOCATED_PART: u64 = 4;
 pub(crate) enum Resource {
     /// Descriptors of attachments.
     Descriptors,
+    /// Descriptors of sockets to the outside.
+    Sockets,
     /// Bytes of address space that guest memory is mapped to.
     Mapped,
     /// Bytes of guest memory that were allocated by a write of this process, and are charged to it.
     Allocated,
+    /// Bytes of the kernel's memory that connections hold, as measured.
+    SocketMemory,
 }
 
-const RESOURCES: usize = 3;
+const RESOURCES: usize = 5;
 
 impl Resource {
     /// What a party may hold whatever others hold, as long as there is any.
     fn least(self, all: u64) -> u64 {
         match self {
             // A front-end with one pair of queues and eight regions of memory.
-            Resource::Descriptors => 16,
+            Resource::Descriptors | Resource::Sockets => 16,
             Resource::Mapped => all / 64,
-            Resource::Allocated => 1 << 20,
+            Resource::Allocated | Resource::SocketMemory => 1 << 20,
         }
     }
 }
@@ -53,7 +58,7 @@ pub(crate) struct Exceeded(Resource);
 impl fmt::Display for Exceeded {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.0 {
-            Resource::Descriptors => {
+            Resource::Descriptors | Resource::Sockets => {
                 "it would hold more than its share of the descriptors that guestnet may open; raise the limit \
                  (ulimit -n)"
             }
@@ -62,6 +67,7 @@ impl fmt::Display for Exceeded {
                 "it would allocate more than its share of guestnet's memory for a guest whose memory is not \
                  allocated yet (prealloc=on)"
             }
+            Resource::SocketMemory => "it would hold more than its share of the kernel's memory for sockets",
         })
     }
 }
@@ -71,14 +77,21 @@ impl fmt::Display for Exceeded {
 pub(crate) struct Pool {
     all: [AtomicU64; RESOURCES],
     used: [AtomicU64; RESOURCES],
+    /// Networks of the process.
+    networks: AtomicU64,
 }
 
 impl Pool {
     pub(crate) fn new(descriptors: u64, mapped: u64, allocated: u64) -> Arc<Pool> {
-        Arc::new(Pool {
-            all: [AtomicU64::new(descriptors), AtomicU64::new(mapped), AtomicU64::new(allocated)],
+        let pool = Pool {
+            all: [const { AtomicU64::new(u64::MAX / 8) }; RESOURCES],
             used: [const { AtomicU64::new(0) }; RESOURCES],
-        })
+            networks: AtomicU64::new(0),
+        };
+        pool.set(Resource::Descriptors, descriptors);
+        pool.set(Resource::Mapped, mapped);
+        pool.set(Resource::Allocated, allocated);
+        Arc::new(pool)
     }
 
     /// The pool of this process.
@@ -92,20 +105,35 @@ impl Pool {
         &POOL
     }
 
-    /// The process may have so many descriptors.
-    pub(crate) fn set_descriptors(&self, limit: u64) {
-        if let Some(all) = self.all.first() {
-            all.store(for_attachments(limit), Ordering::Relaxed);
-        }
+    /// The process may have so many descriptors, and its sockets so much of the kernel's memory.
+    pub(crate) fn set_limits(&self, descriptors: u64, socket_memory: u64) {
+        self.set(Resource::Descriptors, for_attachments(descriptors));
+        self.set(Resource::Sockets, descriptors - descriptors / 8);
+        self.set(Resource::SocketMemory, socket_memory);
+    }
+
+    fn set(&self, resource: Resource, all: u64) {
+        Pool::at(&self.all, resource).store(all, Ordering::Relaxed);
+    }
+
+    /// How much there is of a resource.
+    pub(crate) fn all(&self, resource: Resource) -> u64 {
+        Pool::at(&self.all, resource).load(Ordering::Relaxed)
+    }
+
+    fn used(&self, resource: Resource) -> u64 {
+        Pool::at(&self.used, resource).load(Ordering::Relaxed)
     }
 
     fn at(cells: &[AtomicU64; RESOURCES], resource: Resource) -> &AtomicU64 {
         // The enum has as many values as the array places.
-        let [descriptors, mapped, allocated] = cells;
+        let [descriptors, sockets, mapped, allocated, socket_memory] = cells;
         match resource {
             Resource::Descriptors => descriptors,
+            Resource::Sockets => sockets,
             Resource::Mapped => mapped,
             Resource::Allocated => allocated,
+            Resource::SocketMemory => socket_memory,
         }
     }
 }
@@ -123,28 +151,50 @@ pub(crate) struct Quota {
     within: Option<Arc<Quota>>,
     pool: Arc<Pool>,
     used: [AtomicU64; RESOURCES],
+    /// It is a network's, which may hold all while it is the only one.
+    of_network: bool,
 }
 
 impl Quota {
-    /// Of a party of its own: a listener, or a front-end that the owner attached.
+    /// Of a party of its own.
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn new(pool: &Arc<Pool>) -> Arc<Quota> {
-        Arc::new(Quota {
-            within: None,
-            pool: Arc::clone(pool),
-            used: [const { AtomicU64::new(0) }; RESOURCES],
-        })
+        Arc::new(Quota::make(None, pool, false))
     }
 
-    /// Of a party within another.
+    /// Of a network.
+    pub(crate) fn of_network(pool: &Arc<Pool>) -> Arc<Quota> {
+        pool.networks.fetch_add(1, Ordering::Relaxed);
+        Arc::new(Quota::make(None, pool, true))
+    }
+
+    /// Of a party within another: a listener, or a front-end that the owner attached, within its network.
     pub(crate) fn within(outer: &Arc<Quota>) -> Arc<Quota> {
-        Arc::new(Quota {
-            within: Some(Arc::clone(outer)),
-            pool: Arc::clone(&outer.pool),
-            used: [const { AtomicU64::new(0) }; RESOURCES],
-        })
+        Arc::new(Quota::make(Some(Arc::clone(outer)), &outer.pool, false))
     }
 
-    #[cfg(test)]
+    fn make(within: Option<Arc<Quota>>, pool: &Arc<Pool>, of_network: bool) -> Quota {
+        let used = [const { AtomicU64::new(0) }; RESOURCES];
+        Quota { within, pool: Arc::clone(pool), used, of_network }
+    }
+
+    /// True while no other network shares the pool.
+    fn is_alone(&self) -> bool {
+        self.of_network && self.pool.networks.load(Ordering::Relaxed) == 1
+    }
+
+    /// How much a network can come to hold while others hold what they hold now.
+    pub(crate) fn budget(&self, resource: Resource) -> u64 {
+        let all = self.pool.all(resource);
+        if self.is_alone() {
+            return all;
+        }
+        let others = self.pool.used(resource).saturating_sub(self.used(resource));
+        // The amount at which it would hold SHARE times what is left.
+        let left = (all - all / 8).saturating_sub(others);
+        (left / (SHARE + 1) * SHARE).max(resource.least(all))
+    }
+
     pub(crate) fn used(&self, resource: Resource) -> u64 {
         Pool::at(&self.used, resource).load(Ordering::Relaxed)
     }
@@ -165,7 +215,7 @@ impl Quota {
         let most = left.saturating_mul(SHARE).max(resource.least(all));
         let mut fits = used <= all;
         for level in self.levels() {
-            fits &= add(&level.used) <= most;
+            fits &= add(&level.used) <= most || level.is_alone();
         }
         if !fits {
             self.give(resource, n);
@@ -174,10 +224,25 @@ impl Quota {
         Ok(())
     }
 
+    fn note(&self, resource: Resource, n: u64) {
+        Pool::at(&self.pool.used, resource).fetch_add(n, Ordering::Relaxed);
+        for level in self.levels() {
+            Pool::at(&level.used, resource).fetch_add(n, Ordering::Relaxed);
+        }
+    }
+
     fn give(&self, resource: Resource, n: u64) {
         Pool::at(&self.pool.used, resource).fetch_sub(n, Ordering::Relaxed);
         for level in self.levels() {
             Pool::at(&level.used, resource).fetch_sub(n, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for Quota {
+    fn drop(&mut self) {
+        if self.of_network {
+            self.pool.networks.fetch_sub(1, Ordering::Relaxed);
         }
     }
 }
@@ -198,6 +263,16 @@ impl Charge {
 
     pub(crate) fn amount(&self) -> u64 {
         self.amount
+    }
+
+    /// Takes note of an amount that was measured, whether the party may hold it or not.
+    pub(crate) fn measured(&mut self, amount: u64) {
+        if amount > self.amount {
+            self.quota.note(self.resource, amount - self.amount);
+        } else {
+            self.quota.give(self.resource, self.amount - amount);
+        }
+        self.amount = amount;
     }
 
     /// Changes the amount. When it is refused it stays as it was; less is never refused.
@@ -289,6 +364,33 @@ mod tests {
         while first.add(1).is_ok() {}
         let mut late = Charge::new(&Quota::new(&pool), Descriptors);
         assert_eq!(late.set(16), Ok(()), "the last eighth is for parties with next to nothing");
+    }
+
+    #[test]
+    fn networks_share_what_one_alone_may_have() {
+        let pool = Pool::new(16, 0, 0);
+        pool.set_limits(8000, 0);
+        let (all, sockets) = (7000, Resource::Sockets);
+        let first = Quota::of_network(&pool);
+        let mut held = Charge::new(&first, sockets);
+        assert_eq!((first.budget(sockets), held.set(all + 1)), (all, Err(Exceeded(sockets))));
+        assert_eq!(held.set(all), Ok(()), "alone it has all");
+        held.set(1000).unwrap();
+        let second = Quota::of_network(&pool);
+        let mut late = Charge::new(&second, sockets);
+        let budget = second.budget(sockets);
+        assert_eq!(budget, (all - all / 8 - 1000) / 5 * 4);
+        while late.add(1).is_ok() {}
+        assert!(late.amount().abs_diff(budget) <= 5, "{} of {budget}", late.amount());
+        // What one has beyond its share it keeps, and gets no more.
+        assert_eq!(late.add(1), Err(Exceeded(sockets)));
+        let third = Charge::new(&Quota::of_network(&pool), sockets);
+        let mut third = third;
+        assert_eq!(third.set(16), Ok(()));
+        drop((late, second, third));
+        assert_eq!((first.budget(sockets), pool.used(sockets)), (all, 1000));
+        held.measured(all * 2);
+        assert_eq!(first.used(sockets), all * 2);
     }
 
     #[test]

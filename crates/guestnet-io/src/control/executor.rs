@@ -4,7 +4,7 @@
 use crate::attachment::dgram::Dgram;
 use crate::attachment::listener::{FIRST_DYNAMIC, FLOWS_AT_ONCE, PORTS_MAX};
 use crate::attachment::port_set::{Attachment, Leaving};
-use crate::attachment::quota::{Pool, Quota};
+use crate::attachment::quota::Quota;
 use crate::attachment::reason;
 use crate::attachment::stream::Stream;
 use crate::attachment::tap::Tap;
@@ -99,7 +99,7 @@ impl Shard {
                 self.attach(port, || Dgram::new(fd).map(Attachment::Dgram))?;
             }
             Command::AttachVhostUser { port, fd } => {
-                let front_ends = FrontEnds::new(Quota::new(Pool::of_process()));
+                let front_ends = FrontEnds::new(Quota::within(&self.io.quota));
                 self.attach(port, || {
                     VhostUser::new(fd, front_ends).map(|v| Attachment::VhostUser(Box::new(v)))
                 })?;

@@ -18,6 +18,8 @@ pub(crate) struct Buffers {
     pub peek: Vec<u8>,
     /// A large frame in one piece.
     pub linear: Vec<u8>,
+    /// The frame that a core is making.
+    pub scratch: Vec<u8>,
     /// Gathers small writes in one call.
     pub submitter: Submitter,
 }
@@ -31,6 +33,7 @@ impl Buffers {
             inbox: Inbox::new(),
             peek: Vec::new(),
             linear: Vec::new(),
+            scratch: vec![0; FRAME_MAX],
             submitter: Submitter::new(true),
         }
     }

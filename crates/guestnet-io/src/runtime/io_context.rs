@@ -2,6 +2,7 @@
 //! apart from the core so that the worker can lend it to the core's calls.
 
 use crate::attachment::port_set::{PortSet, TxContext};
+use crate::attachment::quota::Quota;
 use crate::attachment::tap::WriteOutcome;
 use crate::control::capture::{Capturing, Direction};
 use crate::control::event::{Event, EventSender};
@@ -19,12 +20,15 @@ use guestnet_core::effects::{self, Close, Effects, Peek, Peer, SockError, TxErro
 use guestnet_core::types::{FlowId, FrameMeta, IpFields, PortId, SockId, Target, Time};
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Everything of a worker but the core.
 pub(crate) struct IoContext {
     pub poller: Poller,
     pub ports: PortSet,
     pub socks: Socks,
+    /// What the network holds of the process.
+    pub quota: Arc<Quota>,
     /// The uplink of packets, where there is one.
     pub tun: Option<Tun>,
     pub events: EventSender,
@@ -49,11 +53,12 @@ pub(crate) struct IoContext {
 
 impl IoContext {
     /// Without buffers: see [`IoContext::exchange`].
-    pub(crate) fn new(poller: Poller, events: EventSender) -> IoContext {
+    pub(crate) fn new(poller: Poller, events: EventSender, quota: Arc<Quota>) -> IoContext {
         IoContext {
             poller,
             ports: PortSet::default(),
-            socks: Socks::new(),
+            socks: Socks::new(&quota),
+            quota,
             tun: None,
             events,
             submitter: Submitter::new(false),
@@ -319,17 +324,17 @@ impl Effects for IoContext {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attachment::quota::Pool;
     use crate::control::{command::Waker, event};
     use guestnet_core::types::{FlowId, Target};
     use std::io::Read;
     use std::net::{TcpListener, UdpSocket};
-    use std::sync::Arc;
 
     #[test]
     fn what_is_put_off_does_not_wait_for_the_turn_of_a_large_flow() {
         for batched in [true, false] {
             let (events, _heard) = event::channel(64, Arc::new(Waker::new().unwrap())).unwrap();
-            let mut io = IoContext::new(Poller::new(8).unwrap(), events);
+            let mut io = IoContext::new(Poller::new(8).unwrap(), events, Quota::new(Pool::of_process()));
             io.exchange(&mut Buffers::new(), batched);
             io.socks.deferred.on = true;
             let flow = |index| FlowId { index, generation: 0 };
@@ -359,7 +364,7 @@ mod tests {
     #[test]
     fn an_event_without_room_is_lost_and_an_unwanted_one_is_not() {
         let (events, heard) = event::channel(1024, Arc::new(Waker::new().unwrap())).unwrap();
-        let mut io = IoContext::new(Poller::new(8).unwrap(), events, false);
+        let mut io = IoContext::new(Poller::new(8).unwrap(), events, Quota::new(Pool::of_process()));
         let flow = FlowId { index: 1, generation: 0 };
         let closed = || effects::Event::FlowClosed { flow, port: PortId(1), bytes_out: 0, bytes_in: 0 };
         io.flow_events = false;

@@ -9,6 +9,7 @@
 //! - A shard ends in steps ([`Shard::end_step`]), so that others on the thread do not wait for it.
 
 use crate::attachment::listener::{FIRST_DYNAMIC, Listener};
+use crate::attachment::quota::{Charge, Resource};
 use crate::attachment::vhost_user;
 use crate::control::capture::Closing;
 use crate::control::command::{Queued, Value, Waker};
@@ -45,6 +46,8 @@ const UPDATE_RETRY: u64 = 200_000;
 pub(crate) const FLOWS_MAX: u32 = 1 << 26;
 /// Rounds of telling the core and sending before other descriptors have their turn.
 const SETTLE_ROUNDS: usize = 4;
+/// Descriptors that a shard has by itself: an epoll instance, and an eventfd each way.
+const OWN_DESCRIPTORS: u64 = 3;
 /// How long the rest of a capture may take to be written when the network ends, in seconds.
 const CAPTURE_END_S: u64 = 1;
 /// Time of a step of the end, in nanoseconds, and between two looks at a capture that is being written then.
@@ -128,6 +131,11 @@ pub(crate) struct Shard {
     pub worker_called: bool,
     /// The end has begun, and captures have until then.
     ending_until: Option<Time>,
+    /// The kernel's memory that connections hold, and the most that they may.
+    memory_held: Charge,
+    most_memory: usize,
+    /// What the epoll instance and the queues take.
+    _own: Charge,
     /// Small writes of a batch are one call where the thread has io_uring.
     batched: bool,
     pub batch_size: usize,
@@ -166,7 +174,10 @@ impl Shard {
         stop: Arc<AtomicBool>,
     ) -> Shard {
         let now = sys::now();
+        let most_memory = config.core.limits.socket_memory;
         let mut core = Network::new(config.core, now);
+        // The worker lends one.
+        core.exchange_scratch(&mut Vec::new());
         let (mut first, mut last) = (FIRST_DYNAMIC, u32::MAX);
         if let Some(p) = &io.links {
             core.share(p.count() as u16);
@@ -174,6 +185,9 @@ impl Shard {
             first += p.me() as u32 * worker_group::DYNAMIC_PORTS;
             last = first + (worker_group::DYNAMIC_PORTS - 1);
         }
+        let quota = Arc::clone(&io.quota);
+        let mut own = Charge::new(&quota, Resource::Sockets);
+        own.measured(OWN_DESCRIPTORS);
         Shard {
             core,
             io,
@@ -190,6 +204,9 @@ impl Shard {
             ready: 0..0,
             worker_called: false,
             ending_until: None,
+            memory_held: Charge::new(&quota, Resource::SocketMemory),
+            most_memory,
+            _own: own,
             batched: config.io_uring,
             batch_size: config.batch_size.clamp(1, 1024),
             now,
@@ -220,6 +237,7 @@ impl Shard {
         std::mem::swap(&mut self.frame, &mut b.frame);
         std::mem::swap(&mut self.stream_buffer, &mut b.stream);
         std::mem::swap(&mut self.inbox, &mut b.inbox);
+        self.core.exchange_scratch(&mut b.scratch);
         self.io.exchange(b, self.batched);
     }
 
@@ -485,9 +503,21 @@ impl Shard {
         if let Some(c) = &self.io.capture {
             io.capture_dropped += c.dropped();
         }
+        self.share();
         self.published.write(&StatsSnapshot { core: self.core.counters(), io });
         self.published_at = self.now;
         self.unpublished = false;
+    }
+
+    /// Tells the process what this network holds, and the core what it may come to hold.
+    fn share(&mut self) {
+        self.memory_held.measured(self.core.socket_memory() as u64);
+        let quota = &self.io.quota;
+        let of_each = |all: u64| all / self.io.links.as_ref().map_or(1, |p| p.count() as u64);
+        let descriptors = of_each(quota.budget(Resource::Sockets));
+        let memory = of_each(quota.budget(Resource::SocketMemory));
+        let memory = usize::try_from(memory).unwrap_or(usize::MAX).min(self.most_memory);
+        self.core.set_shares(u32::try_from(descriptors).unwrap_or(u32::MAX), memory);
     }
 
     /// A step of the end of the network on this worker. Connections that guests have not ended are reset, or a part

@@ -2,7 +2,7 @@
 //! stopped. A shard is made of a [`NewShard`], which travels to its worker; the worker's half holds a [`Presence`], whose
 //! end is what [`ShardHandle::stop`] waits for.
 
-use crate::attachment::quota::Pool;
+use crate::attachment::quota::{Pool, Quota, Resource};
 use crate::control::command::{self, Command, CommandSender, QueueFull, Queued, Waker};
 use crate::control::event::{self, Event, EventReceiver, EventSender, EventSignal};
 use crate::os::epoll::{Kind, Poller, Token};
@@ -66,7 +66,7 @@ impl Drop for Presence {
 /// What a shard is made of, on the way to its worker.
 pub(crate) struct NewShard {
     config: WorkerConfig,
-    descriptors: u32,
+    quota: Arc<Quota>,
     poller: Poller,
     waker: Arc<Waker>,
     events: EventSender,
@@ -80,12 +80,10 @@ pub(crate) struct NewShard {
 impl NewShard {
     /// The shard, on the thread that it is to be on.
     pub(crate) fn build(self) -> (Box<Shard>, Presence) {
-        let NewShard { config, descriptors, poller, waker, events, queue, links, published, stop, presence } =
-            self;
-        let mut io = IoContext::new(poller, events);
+        let NewShard { config, quota, poller, waker, events, queue, links, published, stop, presence } = self;
+        let mut io = IoContext::new(poller, events, quota);
         io.links = links;
         io.port_names = config.port_names.clone();
-        io.socks.most = for_sockets(descriptors) as usize;
         (Box::new(Shard::new(config, io, queue, waker, published, stop)), presence)
     }
 }
@@ -118,11 +116,14 @@ pub(crate) fn start(
 ) -> Result<Vec<ShardHandle>, IoError> {
     let n = loads.len();
     let limit = sys::raise_descriptor_limit();
-    Pool::of_process().set_descriptors(limit.into());
-    let descriptors = limit / n as u32;
+    let pool = Pool::of_process();
     // A third of what TCP of the host may have; the rest is for its own, and for peers that are on it.
-    config.core.limits.socket_memory = config.core.limits.socket_memory.min(sys::tcp_memory() / 3);
-    config.core.limits = shares(config.core.limits, n as u32).within(for_sockets(descriptors));
+    pool.set_limits(limit.into(), (sys::tcp_memory() / 3) as u64);
+    let descriptors = u32::try_from(pool.all(Resource::Sockets)).unwrap_or(u32::MAX);
+    let memory = usize::try_from(pool.all(Resource::SocketMemory)).unwrap_or(usize::MAX);
+    config.core.limits.socket_memory = config.core.limits.socket_memory.min(memory);
+    config.core.limits = shares(config.core.limits, n as u32).within(descriptors / n as u32);
+    let quota = Quota::of_network(pool);
     let places = runtime.places(n)?;
     let all = (0..n).map(|_| parts(&config)).collect::<Result<Vec<_>, _>>()?;
     let mut links: Vec<Option<Box<ShardLinks>>> = (0..n).map(|_| None).collect();
@@ -134,12 +135,8 @@ pub(crate) fn start(
         links = linked.into_iter().map(|p| Some(Box::new(p))).collect();
     }
     let all = all.into_iter().zip(links).zip(places);
-    all.map(|((parts, links), place)| start_one(config.clone(), descriptors, parts, links, place)).collect()
-}
-
-/// Of so many descriptors, those for sockets of flows: an eighth is for attachments and the control side.
-fn for_sockets(descriptors: u32) -> u32 {
-    descriptors - descriptors / 8
+    all.map(|((parts, links), place)| start_one(config.clone(), Arc::clone(&quota), parts, links, place))
+        .collect()
 }
 
 /// What one of `n` workers may use of what the network may use. A guest has its own limits on whichever it is.
@@ -156,12 +153,12 @@ fn shares(mut l: Limits, n: u32) -> Limits {
 
 fn start_one(
     config: WorkerConfig,
-    descriptors: u32,
+    quota: Arc<Quota>,
     parts: Parts,
     links: Option<Box<ShardLinks>>,
     place: Place,
 ) -> Result<ShardHandle, IoError> {
-    let (new, handle) = halves(config, descriptors, parts, links);
+    let (new, handle) = halves(config, quota, parts, links);
     place.start(new)?;
     *handle.place.lock().unwrap_or_else(PoisonError::into_inner) = Some(place);
     Ok(handle)
@@ -170,7 +167,7 @@ fn start_one(
 /// What goes to the worker, and what stays.
 fn halves(
     config: WorkerConfig,
-    descriptors: u32,
+    quota: Arc<Quota>,
     parts: Parts,
     links: Option<Box<ShardLinks>>,
 ) -> (NewShard, ShardHandle) {
@@ -181,7 +178,7 @@ fn halves(
     let presence = Presence { life: Arc::clone(&life), events: receiver.signal() };
     let new = NewShard {
         config,
-        descriptors,
+        quota,
         poller,
         waker: Arc::clone(&waker),
         events,
@@ -271,6 +268,6 @@ impl NewShard {
     /// A network of one worker that is on no thread.
     pub(crate) fn alone(config: WorkerConfig) -> (NewShard, ShardHandle) {
         let parts = parts(&config).unwrap();
-        halves(config, 1024, parts, None)
+        halves(config, Quota::of_network(Pool::of_process()), parts, None)
     }
 }

@@ -271,6 +271,7 @@ impl TcpSock {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attachment::quota::{Pool, Quota};
     use crate::os::epoll::Poller;
     use crate::os::io_uring::Submitter;
     use guestnet_core::types::{FlowId, IpFields, Target};
@@ -286,7 +287,7 @@ mod tests {
     /// With io_uring, where there is one, and without: what is put off is the same.
     fn each(test: impl Fn(&mut Rig)) {
         for wanted in [true, false] {
-            let mut socks = Socks::new();
+            let mut socks = Socks::new(&Quota::new(Pool::of_process()));
             socks.deferred.on = true;
             test(&mut Rig { socks, poller: Poller::new(8).unwrap(), submitter: Submitter::new(wanted) });
         }

@@ -210,6 +210,7 @@ pub(crate) fn receive(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attachment::quota::{Pool, Quota};
 
     /// As root where ping sockets are forbidden: one guest may have a thousand sockets, and each reply that the
     /// host gets would be read by all of them.
@@ -240,7 +241,7 @@ mod tests {
 
     #[test]
     fn an_echo_on_loopback_comes_back() {
-        let (mut socks, poller) = (Socks::new(), Poller::new(4).unwrap());
+        let (mut socks, poller) = (Socks::new(&Quota::new(Pool::of_process())), Poller::new(4).unwrap());
         let mut c = IoCounters::default();
         let lo: IpAddr = "127.0.0.1".parse().unwrap();
         let id = match socks.ping_open(&poller, &mut c, FlowId { index: 0, generation: 0 }, lo) {

@@ -7,6 +7,7 @@ use super::error_queue::QueuedError;
 use super::forward::Origins;
 use super::tcp::{Buffers, TcpSock};
 use super::udp::{UdpOut, UdpSock};
+use crate::attachment::quota::{Charge, Quota, Resource};
 use crate::memory::slab::Slab;
 use crate::os::epoll::{Kind, Poller, Token};
 use crate::os::sockaddr::RawAddr;
@@ -15,6 +16,7 @@ use guestnet_core::effects::SockError;
 use guestnet_core::types::{FlowId, ForwardId, SockId};
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 /// What a socket is for.
 pub(crate) enum SockKind {
@@ -66,12 +68,13 @@ pub(crate) struct Socks {
     pub buffers: Buffers,
     /// The TTL that the host gives its packets.
     pub ttl: u8,
-    /// Sockets at most: the rest of the process's descriptors is for attachments and the control side.
-    pub most: usize,
+    /// The network's share of the process's descriptors.
+    held: Charge,
 }
 
 impl Socks {
-    pub(crate) fn new() -> Socks {
+    /// Sockets of a network with this quota.
+    pub(crate) fn new(quota: &Arc<Quota>) -> Socks {
         Socks {
             slab: Slab::default(),
             services: HashMap::new(),
@@ -83,7 +86,7 @@ impl Socks {
             kept_all: 0,
             buffers: super::tcp::usual_buffers(),
             ttl: super::tcp::host_ttl(),
-            most: usize::MAX,
+            held: Charge::new(quota, Resource::Sockets),
         }
     }
 
@@ -95,14 +98,13 @@ impl Socks {
         sock: Sock,
         events: i32,
     ) -> Result<SockId, i32> {
-        if self.slab.len() >= self.most {
-            return Err(libc::EMFILE);
-        }
+        self.held.add(1).map_err(|_| libc::EMFILE)?;
         let index = self.slab.insert(sock);
         if events != 0
             && let Err(e) = self.watch(poller, SockId(index), events)
         {
             self.slab.remove(index);
+            self.count_held();
             return Err(e);
         }
         counters.sockets_open = self.slab.len() as u64;
@@ -136,7 +138,12 @@ impl Socks {
         if let Some(Sock { kind: SockKind::Tcp(tcp), .. }) = &s {
             self.kept_all = self.kept_all.saturating_sub(tcp.kept());
         }
+        self.count_held();
         counters.sockets_open = self.slab.len() as u64;
         s
+    }
+
+    fn count_held(&mut self) {
+        self.held.measured(self.slab.len() as u64);
     }
 }

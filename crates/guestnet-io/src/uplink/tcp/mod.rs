@@ -325,6 +325,7 @@ pub(crate) fn usual_buffers() -> Buffers {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attachment::quota::{Pool, Quota};
     use guestnet_core::effects::Peek;
     use std::io::Write;
     use std::net::{TcpListener, TcpStream};
@@ -368,7 +369,7 @@ mod tests {
 
     #[test]
     fn urgent_data_is_plain_data() {
-        let mut s = Socks::new();
+        let mut s = Socks::new(&Quota::new(Pool::of_process()));
         let (id, other) = pair(&mut s);
         other.set_nodelay(true).unwrap();
         let raw = OwnedFd::from(other);
@@ -386,7 +387,7 @@ mod tests {
 
     #[test]
     fn an_urgent_byte_of_the_peer_is_read_alone_and_told_as_such() {
-        let mut s = Socks::new();
+        let mut s = Socks::new(&Quota::new(Pool::of_process()));
         let (id, other) = pair(&mut s);
         other.set_nodelay(true).unwrap();
         let raw = OwnedFd::from(other);
@@ -417,7 +418,7 @@ mod tests {
 
     #[test]
     fn an_urgent_byte_of_the_guest_is_urgent_for_the_peer() {
-        let mut s = Socks::new();
+        let mut s = Socks::new(&Quota::new(Pool::of_process()));
         let (id, other) = pair(&mut s);
         let other = OwnedFd::from(other);
         assert_eq!(s.tcp_send(id, b"ab"), Ok(2));
@@ -460,7 +461,7 @@ mod tests {
 
     #[test]
     fn a_tight_connection_holds_little_and_loses_nothing() {
-        let mut s = Socks::new();
+        let mut s = Socks::new(&Quota::new(Pool::of_process()));
         let (poller, mut c) = (Poller::new(4).unwrap(), IoCounters::default());
         let l = TcpListener::bind("127.0.0.1:0").unwrap();
         let target = Target::Address(l.local_addr().unwrap());
@@ -504,7 +505,7 @@ mod tests {
 
     #[test]
     fn a_connection_is_marked_as_its_guest_marks_it() {
-        let mut s = Socks::new();
+        let mut s = Socks::new(&Quota::new(Pool::of_process()));
         let (id, _other) = pair(&mut s);
         for tos in [0xb8, 0x20, 0] {
             s.tcp_tos(id, tos);

@@ -171,6 +171,7 @@ fn peer_closed(fd: &OwnedFd) -> bool {
 mod tests {
     use super::super::tests::{pair, peek, tcp, wait_for};
     use super::*;
+    use crate::attachment::quota::{Pool, Quota};
     use crate::os::epoll::Poller;
     use crate::os::sockaddr::RawAddr;
     use crate::runtime::stats::IoCounters;
@@ -181,7 +182,7 @@ mod tests {
     #[test]
     fn peeking_at_an_offset_with_the_kernel_s_help_and_without() {
         for peek_off in [true, false] {
-            let mut s = Socks::new();
+            let mut s = Socks::new(&Quota::new(Pool::of_process()));
             s.peek_off &= peek_off;
             let (id, mut other) = pair(&mut s);
             other.write_all(b"0123456789").unwrap();
@@ -206,7 +207,8 @@ mod tests {
     fn what_a_service_sent_is_thrown_away_too() {
         let path = std::env::temp_dir().join(format!("gn-tcp-{}", std::process::id()));
         let l = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        let (poller, mut c, mut s) = (Poller::new(4).unwrap(), IoCounters::default(), Socks::new());
+        let (poller, mut c, mut s) =
+            (Poller::new(4).unwrap(), IoCounters::default(), Socks::new(&Quota::new(Pool::of_process())));
         s.services
             .insert(7, RawAddr::unix(std::os::unix::ffi::OsStrExt::as_bytes(path.as_os_str())).unwrap());
         let flow = FlowId { index: 0, generation: 0 };
@@ -237,7 +239,7 @@ mod tests {
     fn what_is_kept_and_what_is_peeked_are_one_stream() {
         let stream: Vec<u8> = (0..30_000u32).map(|i| (i * 7 % 251) as u8).collect();
         for peek_off in [true, false] {
-            let mut s = Socks::new();
+            let mut s = Socks::new(&Quota::new(Pool::of_process()));
             s.peek_off &= peek_off;
             let (id, mut other) = pair(&mut s);
             let (mut from, mut seen, mut written) = (0, 0, 0);
@@ -274,7 +276,7 @@ mod tests {
 
     #[test]
     fn nothing_is_kept_beyond_the_bound_of_all() {
-        let mut s = Socks::new();
+        let mut s = Socks::new(&Quota::new(Pool::of_process()));
         let (id, mut other) = pair(&mut s);
         s.kept_all = KEEP_ALL_MAX;
         other.write_all(b"0123456789").unwrap();
@@ -288,7 +290,7 @@ mod tests {
     #[test]
     fn the_last_bytes_are_told_as_such_unless_urgent_data_may_hide_more() {
         for urgent in [false, true] {
-            let mut s = Socks::new();
+            let mut s = Socks::new(&Quota::new(Pool::of_process()));
             let (id, mut other) = pair(&mut s);
             other.write_all(b"0123456789").unwrap();
             other.shutdown(Shutdown::Write).unwrap();

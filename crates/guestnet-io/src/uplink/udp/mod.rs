@@ -370,16 +370,19 @@ fn send_batch(fd: &OwnedFd, run: &[Pending], arena: &[u8]) -> Result<usize, i32>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attachment::quota::{Pool, Quota};
     use std::net::UdpSocket;
 
     fn world() -> (Socks, Poller, IoCounters) {
-        (Socks::new(), Poller::new(8).unwrap(), IoCounters::default())
+        (Socks::new(&Quota::new(Pool::of_process())), Poller::new(8).unwrap(), IoCounters::default())
     }
 
     #[test]
     fn there_are_no_more_sockets_than_were_meant_for_guests() {
-        let (mut socks, poller, mut c) = world();
-        socks.most = 2;
+        let (_, poller, mut c) = world();
+        let pool = Pool::new(16, 0, 0);
+        pool.set_limits(2, 0);
+        let mut socks = Socks::new(&Quota::new(&pool));
         let (flow, like) = (FlowId { index: 1, generation: 0 }, "127.0.0.1:1".parse().unwrap());
         let mut open = || socks.udp_open(&poller, &mut c, flow, like);
         let first = open().unwrap();
