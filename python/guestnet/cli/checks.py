@@ -1,7 +1,6 @@
-"""What `guestnet doctor` looks at: one function for each thing, each tried for real where that leaves no
-trace.
+"""The checks of `guestnet doctor`: one function for each, which tries the real thing if that leaves no trace.
 
-A check tells what was found and, where something lacks, what it is good for and how to get it.
+A check reports what was found. If something is missing, it says what it is good for and how to get it.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _WANTED_FILES = 65536
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. `needed` is set for what `guestnet run` cannot do without."""
+    """One finding. `needed` is set if `guestnet run` cannot work without it."""
 
     name: str
     state: str
@@ -47,12 +46,12 @@ class Check:
     needed: bool = False
 
     def as_dict(self) -> dict[str, object]:
-        """For --json."""
+        """The finding for --json."""
         return asdict(self)
 
 
 def all_checks(subnet: str) -> Iterator[Check]:
-    """Every check, in the order in which a reader wants them."""
+    """Every check, in the order of the report."""
     yield check_kernel()
     yield check_namespaces()
     yield check_tun()
@@ -84,8 +83,7 @@ def check_kernel() -> Check:
 
 
 def check_namespaces() -> Check:
-    """Whether this user may make user, network, mount and PID namespaces, and be somebody in them: tried in a
-    child."""
+    """Whether this user can make user, network, mount and PID namespaces and map ids; tried in a child."""
     from guestnet._linux.child_process import StartError, fork_held
     from guestnet._linux.namespace import why_no_namespaces, write_id_maps
 
@@ -129,7 +127,7 @@ def check_tun(device: str = links.TUN_DEVICE) -> Check:
 
 
 def check_tap_offloads() -> Check:
-    """Which offloads a TAP takes: they make large transfers several times as fast."""
+    """Which offloads a TAP supports. They make large transfers several times as fast."""
     name = "TAP offloads"
 
     def attempt() -> str:
@@ -155,7 +153,7 @@ def check_tap_offloads() -> Check:
 
 
 def check_resolvers(path: str = "/etc/resolv.conf") -> Check:
-    """The name servers that guests' queries are passed on to."""
+    """The name servers that guests' queries are forwarded to."""
     name = "name servers"
     remedy = f"Write `nameserver ADDRESS` to {path}, unless a name server runs on this host itself."
     try:
@@ -169,7 +167,7 @@ def check_resolvers(path: str = "/etc/resolv.conf") -> Check:
 
 
 def _name_servers(text: str) -> list[str]:
-    """Those that guests' queries would be passed on to."""
+    """The name servers that guests' queries would be forwarded to."""
     import logging
 
     from guestnet.services.dns.resolvers import NOT_NAMED, parse_resolv_conf
@@ -180,7 +178,7 @@ def _name_servers(text: str) -> list[str]:
 
 
 def check_subnet(subnet: str, table: str = "/proc/net/route") -> Check:
-    """Whether the host itself has a route into the guests' subnet: guests could not reach what is there."""
+    """Whether the host has a route into the guests' subnet, whose hosts guests could not reach."""
     name = "subnet"
     taken = links.routes_into(IPv4Network(subnet), table)
     if not taken:
@@ -207,7 +205,7 @@ def check_ping() -> Check:
 
 
 def check_low_ports() -> Check:
-    """From which port on this user may publish."""
+    """The lowest port that this user may publish."""
     start = links.read_sysctl("net/ipv4/ip_unprivileged_port_start") or "1024"
     name = "publishing"
     if os.geteuid() == 0 or int(start) <= 1:
@@ -237,7 +235,7 @@ def check_uplink() -> Check:
 
 
 def check_open_files() -> Check:
-    """How many connections can be open at once: each one takes a file descriptor."""
+    """How many connections can be open at once. Each of them needs a file descriptor."""
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -249,7 +247,7 @@ def check_open_files() -> Check:
 
 
 def check_peek_offset() -> Check:
-    """SO_PEEK_OFF on TCP sockets: data that a guest has not yet acknowledged need not be read twice."""
+    """SO_PEEK_OFF on TCP sockets, so that data without an acknowledgement is not read twice."""
     name = "SO_PEEK_OFF"
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
         try:
@@ -288,7 +286,7 @@ def check_io_uring() -> Check:
 
 
 def check_confinement() -> Check:
-    """Whether packet threads can give up what they never need."""
+    """Whether packet threads can drop what they never need."""
     from guestnet._native import confinement_lack
 
     name = "confinement"
@@ -329,7 +327,7 @@ def check_qemu() -> Check:
 
 
 def _reconnects(version: tuple[int, int]) -> str:
-    """How a machine on `guestnet up --stream` outlives a restart of guestnet."""
+    """How a machine on `guestnet up --stream` stays connected when guestnet restarts."""
     if version >= (9, 2):
         return "-netdev stream connects again with reconnect-ms=1000"
     if version >= (8, 0):
@@ -338,7 +336,7 @@ def _reconnects(version: tuple[int, int]) -> str:
 
 
 def check_kvm(device: str = "/dev/kvm") -> Check:
-    """Hardware virtualisation: without it QEMU works, slowly."""
+    """Hardware virtualisation. Without it QEMU works slowly."""
     if not os.path.exists(device):
         return Check(
             "KVM", LIMITED, f"no {device}", "Turn virtualisation on in the firmware; QEMU is slow without."
@@ -357,7 +355,7 @@ def check_kvm(device: str = "/dev/kvm") -> Check:
 
 
 def check_vhost() -> Check:
-    """Shared memory for guests on vhost-user."""
+    """Shared memory for vhost-user guests."""
     try:
         os.close(os.memfd_create("guestnet-doctor", os.MFD_CLOEXEC))
     except OSError as error:
@@ -366,9 +364,9 @@ def check_vhost() -> Check:
 
 
 def _in_child(attempt: Callable[[], str]) -> tuple[int, str]:
-    """Calls `attempt` in a child process; the errno of the OSError that it raised (0: none), and its answer.
+    """Calls `attempt` in a child process. Returns the errno of its OSError (0: none) and its answer.
 
-    `attempt` moves to other namespaces, from which there would be no way back.
+    `attempt` moves to other namespaces, from which this process could not return.
     """
     reader, writer = os.pipe()
     pid = os.fork()

@@ -1,4 +1,4 @@
-"""The network's counters for people."""
+"""The counters of a network as text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def stats_rows(stats: Any) -> list[tuple[str, str]]:
-    """Name and value of every counter that is not zero; those of a group carry its name."""
+    """The name and value of every counter that is not zero. Those of a group carry its name."""
     return [(name, f"{value:,}") for name, value in _flat("", _mapping(stats)) if value]
 
 

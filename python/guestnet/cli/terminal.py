@@ -1,5 +1,4 @@
-"""What guestnet itself says: on stderr plain sentences, out of the way of the guest's own output; on stdout
-what was asked for."""
+"""Output of guestnet: messages on stderr, apart from the guest's output; requested output on stdout."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ import sys
 
 
 class OutputError(Exception):
-    """stdout cannot be written: its message says why."""
+    """stdout cannot be written. The message says why."""
 
 
 def answer(text: str) -> None:
@@ -25,7 +24,7 @@ _LONGEST = 1000
 
 
 def complain(text: str) -> None:
-    """One sentence on stderr, on one line; of a very long one, which quotes a very long value, both ends."""
+    """Prints one sentence on stderr, on one line. A very long one is shortened in the middle."""
     line = " ".join(text.split())
     if len(line) > _LONGEST:
         line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
@@ -33,12 +32,12 @@ def complain(text: str) -> None:
 
 
 def say(text: str) -> None:
-    """A line on stderr as it is."""
+    """Prints a line on stderr."""
     _write(f"{text}\n")
 
 
 def tell_log(*, quiet: bool, verbose: bool = False) -> None:
-    """From here on, what the network logs is said as our own sentences: warnings, or more, or errors only."""
+    """Prints the log of the network as messages of guestnet: warnings, or more, or errors only."""
     import logging
 
     class Stderr(logging.Handler):

@@ -1,8 +1,9 @@
 """Captures as files, read as a stream: pcap (both byte orders, micro- and nanoseconds) and pcapng.
 
-A `Chunk` is some megabytes of a file with the packets that are whole in it, by their places. Whoever changes
-packets in place and writes the chunk's bytes has a capture of the same format, with every block and option
-that is not understood here kept as it was. Formats: draft-ietf-opsawg-pcap, draft-ietf-opsawg-pcapng.
+Theory of operation: a `Chunk` is some megabytes of a file, with the places of the complete packets in it. A
+caller that changes packets in place and writes the bytes of the chunk gets a capture of the same format.
+Every block and option that this module does not know is kept. Formats: draft-ietf-opsawg-pcap,
+draft-ietf-opsawg-pcapng.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _SHORTEST = {_SECTION: 28, _INTERFACE: 20, _OLD_PACKET: 32, _SIMPLE: 16, _PACKET
 
 
 class CaptureError(ConfigError):
-    """A file is no capture, or ends or contradicts itself in the middle."""
+    """A file is not a capture, or it ends or contradicts itself in the middle."""
 
 
 class Packet(NamedTuple):
@@ -69,9 +70,10 @@ class _Interface(NamedTuple):
 
 
 class CaptureFile:
-    """Reads a capture from a binary stream that need not be seekable.
+    """Reads a capture from a binary stream, which need not be seekable.
 
-    Raises CaptureError, with the place in the file, for what is no capture. `name` is how errors call it.
+    `name` is the name of the file in errors. Raises CaptureError, with the place in the file, for a file that
+    is not a capture.
     """
 
     def __init__(self, stream: BinaryIO, name: str) -> None:
@@ -114,7 +116,7 @@ class CaptureFile:
     # ---- reading ----------------------------------------------------------------------------------------
 
     def chunks(self) -> Iterator[Chunk]:
-        """All of the file, in parts of some megabytes; the first begins with the file's header."""
+        """Returns the whole file in parts of some megabytes. The first begins with the header of the file."""
         first = True
         while True:
             more = self._fill(CHUNK)
@@ -218,7 +220,7 @@ class CaptureFile:
     # ---- writing ----------------------------------------------------------------------------------------
 
     def record(self, data: bytes, like: Packet) -> bytes:
-        """A record of this file's format for another packet, at the time and of the interface of `like`."""
+        """Makes a record of this format for another packet, with the time and interface of `like`."""
         if not self.is_pcapng:
             seconds, left = divmod(like.time, 1_000_000_000)
             unit = self._interfaces[0].unit[0]

@@ -1,4 +1,4 @@
-"""A capture through the NAT engine: what a NAT would have made of it, at the times of the capture."""
+"""Translates a capture with the NAT engine, at the times of the capture."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _KEPT = (0, 2)
 
 @dataclass
 class Report:
-    """What was done."""
+    """What was done with the packets."""
 
     packets: int = 0
     bytes: int = 0
@@ -38,7 +38,7 @@ class Report:
     connections: int = 0
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """The report for JSON."""
         kinds: Counter[str] = Counter()
         dropped: dict[str, int] = {}
         for result, count in self.results.items():
@@ -51,9 +51,12 @@ class Report:
 
 
 class Offline:
-    """Translates captures. A capture of the inside has its packets translated outbound, and those to an
-    external address inbound; one of the outside (`reverse`) has those to an external address translated
-    inbound. What is neither is copied unchanged, what the engine drops is left out."""
+    """Translates captures.
+
+    In a capture of the inside, packets from inside are translated outbound, and packets to an external
+    address inbound. In a capture of the outside (`reverse`), packets to an external address are translated
+    inbound. Other packets are copied unchanged, and packets that the engine drops are left out.
+    """
 
     def __init__(self, config: NatEngineConfig, *, reverse: bool = False, keep_others: bool = True) -> None:
         self._now = 0
@@ -76,9 +79,12 @@ class Offline:
         inside: CaptureFile | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> Report:
-        """Translates `source` to `target`. `inside` is a capture of the inside whose packets are translated
-        at their times too, and written nowhere: it opens the connections that `source` has the other side of.
-        `progress` is called with the bytes read so far."""
+        """Translates `source` to `target`.
+
+        `inside` is a capture of the inside. Its packets are translated at their times too, and not written:
+        they open the connections of which `source` has the other side. `progress` is called with the number
+        of bytes read so far.
+        """
         lessons = None if inside is None else _Lessons(self, inside)
         for chunk in source.chunks():
             self._write(chunk, self._translate(chunk, source, lessons), target)

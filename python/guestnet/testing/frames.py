@@ -1,4 +1,4 @@
-"""Ethernet, ARP, IPv4, UDP and TCP: built and taken apart by `struct`, for an in-memory guest."""
+"""Ethernet, ARP, IPv4, UDP and TCP for an in-memory guest, built and parsed with `struct`."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def ethernet(dst: bytes, src: bytes, kind: int, payload: bytes) -> bytes:
 
 
 def arp(operation: int, mac: bytes, address: bytes, target_mac: bytes, target: bytes) -> bytes:
-    """An ARP message: operation 1 asks, 2 answers."""
+    """An ARP message: operation 1 is a request, 2 a reply."""
     return struct.pack("!HHBBH6s4s6s4s", 1, ETH_IPV4, 6, 4, operation, mac, address, target_mac, target)
 
 
 def ipv4(src: bytes, dst: bytes, protocol: int, payload: bytes) -> bytes:
-    """An IPv4 packet without options, not to be fragmented."""
+    """An IPv4 packet without options that must not be fragmented."""
     head = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(payload), 0, 0x4000, 64, protocol, 0, src, dst)
     return head[:10] + struct.pack("!H", checksum(head)) + head[12:] + payload
 
@@ -97,7 +97,7 @@ def tcp(src: bytes, dst: bytes, segment: Segment, mss: int = 0) -> bytes:
 
 @dataclass(frozen=True)
 class Packet:
-    """An IPv4 packet taken apart."""
+    """A parsed IPv4 packet."""
 
     src: bytes
     dst: bytes
@@ -106,7 +106,7 @@ class Packet:
 
 
 def parse_ipv4(data: bytes) -> Packet | None:
-    """The packet, None when it is not a whole one with a right checksum."""
+    """The packet, None if it is incomplete or its checksum is wrong."""
     if len(data) < 20 or data[0] >> 4 != 4:
         return None
     head, length = (data[0] & 15) * 4, struct.unpack_from("!H", data, 2)[0]
@@ -116,7 +116,7 @@ def parse_ipv4(data: bytes) -> Packet | None:
 
 
 def parse_ipv4_head(data: bytes) -> Packet | None:
-    """A packet of which an ICMP error quotes the beginning."""
+    """The start of a packet, as an ICMP error quotes it."""
     if len(data) < 28 or data[0] >> 4 != 4 or (head := (data[0] & 15) * 4) < 20 or len(data) < head + 8:
         return None
     return Packet(data[12:16], data[16:20], data[9], data[head:])

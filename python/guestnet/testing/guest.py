@@ -1,8 +1,7 @@
-"""A guest in memory: ARP, DHCP, DNS and TCP over frames that are handed to it and that it hands out.
+"""A guest in memory: ARP, DHCP, DNS, ICMP and TCP over frames that it is given and that it gives.
 
-It is a client to try a network with where the system allows no namespace, and in tests. It has one thread's
-worth of blocking calls (`lease`, `resolve`, `connect`) for the caller, while frames come in by `receive` on
-another.
+It serves tests, and the demo where the system allows no namespace. One thread uses its blocking calls
+(`lease`, `resolve`, `connect`), while another gives it frames by `receive`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""DHCP (RFC 2131) and DNS (RFC 1035) messages, as much as a client of one lease and one name needs."""
+"""DHCP (RFC 2131) and DNS (RFC 1035) messages, as far as a client of one lease and one name needs them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WANTED = bytes([1, 3, 6, 15, 26, 51, 119, 121])
 
 @dataclass(frozen=True)
 class DhcpAnswer:
-    """What a server said."""
+    """The answer of a server."""
 
     kind: int
     address: IPv4Address
@@ -49,7 +49,7 @@ class DhcpAnswer:
 
 
 def dhcp_message(transaction: bytes, mac: bytes, kind: int, options: dict[int, bytes] | None = None) -> bytes:
-    """A client's message. It asks for a broadcast answer, since it has no address to be reached at yet."""
+    """A client's message. It asks for a broadcast answer, because the client has no address yet."""
     head = (
         struct.pack("!BBBB4sHH16s", 1, 1, 6, 0, transaction, 0, _BROADCAST_FLAG, b"") + mac + bytes(10 + 192)
     )
@@ -83,12 +83,12 @@ def dns_name(name: str) -> bytes:
 
 
 def dns_query(identity: int, name: str) -> bytes:
-    """A question for the A records of a name."""
+    """A query for the A records of a name."""
     return struct.pack("!HHHHHH", identity, 0x0100, 1, 0, 0, 0) + dns_name(name) + b"\0\1\0\1"
 
 
 def dns_addresses(data: bytes, identity: int) -> list[IPv4Address] | None:
-    """The A records of an answer (empty: there are none), None when it does not answer the query."""
+    """The A records of an answer (empty if there are none), None if it does not answer the query."""
     if len(data) < 12 or struct.unpack_from("!H", data)[0] != identity or not data[2] & 0x80:
         return None
     questions, answers = struct.unpack_from("!HH", data, 4)

@@ -1,7 +1,7 @@
 """TCP of the in-memory guest: enough to move data both ways over a network that loses little.
 
-In order, without window scaling or selective acknowledgement; what is not acknowledged in time is sent
-again from the first byte missing (go-back-N).
+Segments are sent in order, without window scaling or selective acknowledgement. Data that is not acknowledged
+in time is sent again from the first missing byte (go-back-N).
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ def _after(a: int, b: int) -> int:
 
 
 class Connection:
-    """One connection. Every method that waits does so on `changed`, whose lock the network's thread takes
-    too."""
+    """One TCP connection.
+
+    Every method that waits does so on `changed`. The network's thread takes the same lock.
+    """
 
     def __init__(
         self, key: Key, mss: int, send: Callable[[Segment, int], None], changed: threading.Condition
@@ -62,7 +64,7 @@ class Connection:
         self._next = self._first + 1
 
     def send(self, data: bytes) -> None:
-        """Sends all of `data`; returns when the last of it is under way."""
+        """Sends all of `data`. Returns when the last of it was sent."""
         view = memoryview(data)
         with self._changed:
             while view:
@@ -75,7 +77,7 @@ class Connection:
                     self._wait(lambda: len(self._outgoing) < 2 * _WINDOW)
 
     def recv(self, count: int) -> bytes:
-        """Up to `count` bytes; none when the other side has closed."""
+        """Returns up to `count` bytes, none when the other side has closed."""
         with self._changed:
             self._wait(lambda: bool(self._incoming) or self._peer_closed)
             was_small = len(self._incoming) > _WINDOW - 2 * self._mss
@@ -88,20 +90,20 @@ class Connection:
             return data
 
     def close(self) -> None:
-        """Closes the sending side, when all that was sent is acknowledged. Receiving goes on."""
+        """Closes the sending side when everything is acknowledged. Receiving continues."""
         with self._changed:
             self._closing = True
             self._push()
             self._wait(lambda: self._fin_acked)
 
     def abort(self) -> None:
-        """Ends the connection with a reset."""
+        """Resets the connection."""
         with self._changed:
             self.error = self.error or "connection aborted"
             self._emit(self._next, RST | ACK)
 
     def receive(self, segment: Segment) -> None:
-        """A segment from the network, in its thread."""
+        """Takes a segment from the network, in its thread."""
         if segment.flags & RST:
             self.error = "connection refused" if not self.established else "connection reset"
             return

@@ -57,14 +57,14 @@ def _seconds(text: str) -> float:
 
 
 class Steps:
-    """Runs steps, shows each, and remembers whether all went well."""
+    """Runs steps, shows each, and remembers whether all of them succeeded."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self.failed = 0
 
     def run(self, title: str, step: Callable[[], str]) -> bool:
-        """Does one step and shows what it says, or why it failed."""
+        """Runs one step and shows its result, or why it failed."""
         start = time.monotonic()
         try:
             with (

@@ -241,7 +241,7 @@ def _reading(path: str) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def _writing(path: str, source: str) -> Iterator[BinaryIO]:
-    """A file that is there when all went well, and as it was before when not."""
+    """A file that is complete if everything went well, and unchanged if not."""
     if path == "-":
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
@@ -279,7 +279,7 @@ def _writing(path: str, source: str) -> Iterator[BinaryIO]:
 
 
 def _has_other_content(path: str) -> bool:
-    """Whether a file is there that is neither empty nor a capture: it is not overwritten."""
+    """Whether there is a file that is neither empty nor a capture. It is not overwritten."""
     try:
         with open(path, "rb") as file:
             head = file.read(4)
@@ -289,9 +289,9 @@ def _has_other_content(path: str) -> bool:
 
 
 def _unfinished(folder: str, name: str) -> tuple[int, str | None]:
-    """A file in `folder` without a name, so that nothing is left however the process ends.
+    """A file in `folder` without a name, so that nothing is left when the process ends for any reason.
 
-    Where the file system has no such files, it is one with a name of its own.
+    If the file system has no such files, it is a file with a name of its own.
     """
     try:
         return os.open(folder, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600), None
@@ -300,7 +300,7 @@ def _unfinished(folder: str, name: str) -> tuple[int, str | None]:
 
 
 def _give_name(number: int, folder: str, name: str) -> str:
-    """Gives the file without a name one that nobody has."""
+    """Gives the file without a name an unused name."""
     path = os.path.join(folder, f".{name}.{os.urandom(8).hex()}")
     # With a directory, though no path here needs one, this is linkat(), which follows the link in /proc.
     os.link(f"/proc/self/fd/{number}", path, src_dir_fd=number, follow_symlinks=True)
@@ -315,7 +315,7 @@ def _umask() -> int:
 
 @contextlib.contextmanager
 def _progress(options: argparse.Namespace) -> Iterator[Callable[[int], object] | None]:
-    """A bar on a terminal, for a file whose size is known."""
+    """A progress bar on a terminal, for a file whose size is known."""
     if options.quiet or options.source == "-" or not sys.stderr.isatty():
         yield None
         return

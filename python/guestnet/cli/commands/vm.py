@@ -1,4 +1,4 @@
-"""`guestnet vm`: QEMU with a network card whose other end is guestnet."""
+"""`guestnet vm`: QEMU with a network card that is connected to guestnet."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _run(
     theirs: int,
     command: list[str],
 ) -> int:
-    """Runs QEMU, its network attached by `ours`; the descriptor `theirs` is what it inherits."""
+    """Runs QEMU, whose network is attached by `ours`. QEMU inherits the descriptor `theirs`."""
     mask = supervise.block_signals()
     supervise.become_subreaper()
 
@@ -120,20 +120,22 @@ def _run(
 
 
 def _nameless_listener() -> tuple[socket.socket, int]:
-    """A listening socket, and a descriptor by which alone it can be connected to: its name is gone again, so
-    nobody else finds it and nothing of it can be left behind."""
+    """A listening socket, and a descriptor that is the only way to connect to it.
+
+    Its name is removed again, so no other process finds it, and nothing is left behind.
+    """
     with tempfile.TemporaryDirectory(prefix="guestnet-") as directory:
         path = os.path.join(directory, "vhost.sock")
         return listening_socket("vhost-user", path), os.open(path, os.O_PATH | os.O_CLOEXEC)
 
 
 def stream_options(fd: int) -> list[str]:
-    """guestnet's netdev over a socket that QEMU inherits."""
+    """The options of guestnet's netdev over a socket that QEMU inherits."""
     return ["-netdev", f"stream,id={NETDEV},server=off,addr.type=fd,addr.str={fd}"]
 
 
 def vhost_user_options(command: Sequence[str], path: str) -> list[str]:
-    """guestnet's netdev as a vhost-user front-end, and memory that can be shared unless the user has that."""
+    """The options of a vhost-user netdev, and of shared memory unless the user has it."""
     made = ["-chardev", f"socket,id={NETDEV}c,path={path.replace(',', ',,')}"]
     made += ["-netdev", f"vhost-user,id={NETDEV},chardev={NETDEV}c"]
     if not _shares_memory(command):
@@ -166,7 +168,7 @@ def _uses_kvm(command: Sequence[str]) -> bool:
 
 
 def memory_size(command: Sequence[str]) -> int:
-    """Bytes of memory that the command gives its guest."""
+    """How many bytes of memory the command gives its guest."""
     text = "128"  # QEMU's own default
     for option, value in _options(command):
         if option == "m":
@@ -185,7 +187,7 @@ def memory_size(command: Sequence[str]) -> int:
 
 
 def _shares_memory(command: Sequence[str]) -> bool:
-    """Whether the user arranges the guest's memory: guestnet leaves that alone."""
+    """Whether the user configures the guest's memory. guestnet then leaves it alone."""
     for option, value in _options(command):
         if option in ("machine", "M") and "memory-backend=" in value:
             return True
@@ -195,7 +197,7 @@ def _shares_memory(command: Sequence[str]) -> bool:
 
 
 def own_mac(command: Sequence[str]) -> bytes | None:
-    """The MAC that the user's own device on guestnet's netdev names."""
+    """The MAC of the user's own device on guestnet's netdev."""
     for part in (_own_device(command) or "").split(","):
         key, _, value = part.partition("=")
         if key == "mac":
@@ -204,7 +206,7 @@ def own_mac(command: Sequence[str]) -> bytes | None:
 
 
 def other_network(command: Sequence[str]) -> str | None:
-    """A network of the command's own, by which the guest could leave without guestnet."""
+    """Another network in the command, by which the guest could bypass guestnet."""
     for option, value in _options(command):
         if option in ("netdev", "nic", "net") and value.split(",")[0] not in ("none", "nic"):
             return f"-{option} {value}"
@@ -212,7 +214,7 @@ def other_network(command: Sequence[str]) -> str | None:
 
 
 def _options(command: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """QEMU's options with their values: it takes `-x` and `--x` alike."""
+    """QEMU's options with their values. QEMU accepts `-x` and `--x` alike."""
     words = [*command[1:], ""]
     for word, value in pairwise(words):
         if word.startswith("-"):

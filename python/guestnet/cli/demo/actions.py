@@ -1,4 +1,4 @@
-"""What the demo's guest and its outside do: ordinary sockets, as any program would."""
+"""What the guest and the outside of the demo do, with ordinary sockets."""
 
 from __future__ import annotations
 
@@ -62,19 +62,19 @@ def lease(interface: str, mac: str, mtu: int) -> dict[str, str]:
 
 
 def resolve(name: str) -> str:
-    """The address of a name, as the C library finds it."""
+    """Resolves a name with the C library."""
     return str(socket.getaddrinfo(name, 80, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
 
 
 def fetch(url: str) -> dict[str, Any]:
-    """A page by HTTP."""
+    """Fetches a page by HTTP."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy is not in this world
     with opener.open(url, timeout=10) as answer:
         return {"status": answer.status, "text": answer.read(4096).decode()}
 
 
 def serve_http(port: int, text: str, address: str = "0.0.0.0") -> str:
-    """Serves one page on `port`, which says who asked for it."""
+    """Serves one page on `port`. It names the client."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -120,7 +120,7 @@ def serve_transfers(port: int, address: str = "0.0.0.0") -> None:
 
 
 def transfer(host: str, port: int, seconds: float, direction: str) -> dict[str, float]:
-    """Moves bytes over one TCP connection for so long, `up` or `down`; how many, and how long it took."""
+    """Moves bytes over one TCP connection for some time, `up` or `down`. Returns how many, and the time."""
     total = 0
     with socket.create_connection((host, port), timeout=10) as sock:
         start = time.monotonic()
@@ -157,7 +157,7 @@ def _exactly(sock: socket.socket, count: int) -> bytes:
 
 
 def serve_dns(name: str, address: str) -> None:
-    """A name server that knows one name; the others do not exist."""
+    """A name server that knows one name."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.bind(("0.0.0.0", 53))
     wanted = messages.dns_name(name)

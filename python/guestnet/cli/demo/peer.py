@@ -1,7 +1,7 @@
-"""Processes of the demo that do what they are told: requests and answers are JSON lines on a socket.
+"""Processes of the demo that execute requests: requests and answers are JSON lines on a socket.
 
-A peer is forked before the network starts its threads, moves to its own namespace, and from there on calls
-the functions that the demo names. What a function raises is its answer's error.
+A peer is forked before the network starts its threads. It moves to its own namespace and then calls the
+functions that the demo names. What a function raises becomes the error of the answer.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _ANSWER_SECONDS = 30.0
 
 
 class PeerError(Exception):
-    """What a peer was asked for failed; the text is the peer's own."""
+    """A request to a peer failed. The text is the peer's."""
 
 
 class Peer:
-    """The asking side."""
+    """The side that sends requests."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.settimeout(_ANSWER_SECONDS)
@@ -31,7 +31,7 @@ class Peer:
         self._file = sock.makefile("rwb")
 
     def ask(self, action: str, **arguments: Any) -> Any:
-        """Has the peer do `action` and returns its answer."""
+        """Requests `action` from the peer and returns its answer."""
         try:
             self._file.write(json.dumps([action, arguments]).encode() + b"\n")
             self._file.flush()
@@ -48,13 +48,13 @@ class Peer:
         return answer["value"]
 
     def close(self) -> None:
-        """Ends the conversation, and with it the peer."""
+        """Closes the connection, which ends the peer."""
         self._file.close()
         self._sock.close()
 
 
 def serve(sock: socket.socket, actions: Mapping[str, Action]) -> int:
-    """The answering side: until the other end is closed. Returns an exit status."""
+    """The side that executes requests, until the other end is closed. Returns an exit status."""
     with sock, sock.makefile("rwb") as file:
         for line in file:
             name, arguments = json.loads(line)

@@ -1,9 +1,9 @@
-"""The demo's world: a host, an outside and a guest, each in namespaces of its own, joined to nothing else.
+"""The world of the demo: a host, an outside and a guest, each in its own namespaces, without any other link.
 
     guest --TAP-- guestnet --(sockets of the host)-- uplink0 ==veth== outside0
 
-No frame of it can leave the machine. The process of the demo becomes the host: it moves to a network
-namespace whose only neighbour is the outside.
+No frame can leave the machine. The process of the demo becomes the host: it moves to a network namespace
+whose only neighbour is the outside.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which capabilities a command needs, by its options: the rest is dropped (`guestnet._linux.confinement`)."""
+"""Which capabilities a command needs, by its options. The rest is dropped (`guestnet._linux.confinement`)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def begin(
 
 
 def settle(network: NatNetwork) -> None:
-    """Everything is open: drops what only the start needed."""
+    """Drops what only the start needed, when everything is open."""
     if not sys.platform.startswith("linux"):
         return
     from guestnet._linux import confinement
@@ -54,7 +54,7 @@ def settle(network: NatNetwork) -> None:
 
 
 def in_force() -> InForce | None:
-    """What confines this process now."""
+    """What is in force for this process."""
     if not sys.platform.startswith("linux"):
         return None
     from guestnet._linux import in_force
@@ -63,7 +63,7 @@ def in_force() -> InForce | None:
 
 
 def settle_thread() -> None:
-    """The calling thread needs nothing of what the start needs."""
+    """Drops in the calling thread what only the start needed."""
     if sys.platform.startswith("linux"):
         from guestnet._linux import confinement
 
@@ -71,7 +71,7 @@ def settle_thread() -> None:
 
 
 def _low(ports: Iterable[int]) -> bool:
-    """Whether ports are among those that take a capability."""
+    """Whether the ports include one that needs a capability."""
     from guestnet._linux.links import read_sysctl
 
     first = int(read_sysctl("net/ipv4/ip_unprivileged_port_start") or 1024)
@@ -87,7 +87,7 @@ def _may_ping() -> bool:
 
 
 def _are_others(paths: Iterable[str]) -> bool:
-    """Whether files are in, or below, a directory of another user than ours and root."""
+    """Whether a file is in, or below, a directory of a user other than this one and root."""
     us = (0, os.geteuid())
     for path in paths:
         parent = os.path.realpath(path)

@@ -39,7 +39,7 @@ _SAID = {
 
 
 class Teller:
-    """From any thread, and never waits, but `close`, which waits a second at most."""
+    """Writes events. Any thread may use it. No method waits, except `close`, which waits a second at most."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._json = options.json
@@ -56,14 +56,14 @@ class Teller:
         self._thread.start()
 
     def tell(self, event: str, text: str, **details: Any) -> None:
-        """One event. `text` is for people, `details` for programs."""
+        """Reports one event: `text` for people, `details` for programs."""
         if self._json:
             self._put(STDOUT, json.dumps({"event": event, **details}), details.get("endpoint"))
         elif not self._quiet:
             self._put(STDERR, f"guestnet: {text}", details.get("endpoint"))
 
     def say(self, line: str) -> None:
-        """A line for people, in any case."""
+        """Prints a line for people."""
         self._put(STDERR, line)
 
     def event(self, event: NetworkEvent) -> None:
@@ -80,7 +80,7 @@ class Teller:
         self.tell(event.kind, said, endpoint=event.endpoint, **fields)
 
     def close(self) -> None:
-        """Ends it when all is written, or the reader does not read."""
+        """Ends the thread when all lines are written, or the reader does not read."""
         deadline = time.monotonic() + _CLOSING_SECONDS
         asked = False
         while self._thread.is_alive() and time.monotonic() < deadline:
@@ -125,7 +125,7 @@ class Teller:
 
 
 def _write(fd: int, line: str) -> None:
-    """A line, straight to the descriptor: what is in Python's own buffer would be waited for at exit."""
+    """Writes a line directly to the descriptor: at exit, Python would wait for its own buffer."""
     data = f"{line}\n".encode("utf-8", "backslashreplace")
     try:
         while data:

@@ -52,16 +52,16 @@ _ENDING_SECONDS = 5.0
 
 
 def block_signals() -> set[int]:
-    """Blocks the signals that `wait` takes and returns the mask of before, which the command is to have.
+    """Blocks the signals that `wait` takes. Returns the mask from before, which the command gets.
 
-    Done before any thread starts, so that every thread inherits it.
+    This is done before any thread starts, so that every thread inherits it.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # an inherited "ignore" would reap the command for us
     return {int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED)}
 
 
 def wait(pid: int) -> int:
-    """Waits for child `pid`, passing signals on. Returns its exit status, 128 + number for a signal."""
+    """Waits for child `pid` and passes signals on. Returns its exit status, 128 + number for a signal."""
     while True:
         status = _reap(pid)
         if status is not None:
@@ -79,7 +79,9 @@ def _is_hangup(number: int) -> bool:
 
 
 def _reap(pid: int) -> int | None:
-    """Takes in whatever children have ended (orphans come to us as subreaper); the status once `pid` has."""
+    """Reaps the children that have ended (orphans come here, to the subreaper). Returns the status once `pid`
+    has.
+    """
     while True:
         try:
             child, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
@@ -97,10 +99,13 @@ def _reap(pid: int) -> int | None:
 
 
 def _stop_with(pid: int, number: int) -> None:
-    """The command has stopped: by itself (`suspend` in a shell), by a key that its process group got, or
-    since it wants a terminal that it does not have. Whoever sits at the terminal waits for guestnet, so it
-    stops too, and both go on together. Without a terminal, or in its background, nobody is kept waiting, and
-    a stop sent to the command alone is meant for it alone."""
+    """Stops guestnet when the command has stopped, and continues both together.
+
+    The command stops by itself (`suspend` in a shell), by a key that its process group got, or because it
+    wants a terminal that it does not have. The user at the terminal waits for guestnet, so guestnet stops
+    too. Without a terminal, or in its background, no user waits, and a stop that was sent to the command
+    alone applies to it alone.
+    """
     with contextlib.suppress(OSError):
         foreground = os.tcgetpgrp(0)
         waits = number in (signal.SIGTTIN, signal.SIGTTOU) or foreground in (os.getpgrp(), os.getpgid(pid))
@@ -121,9 +126,12 @@ def _lend_terminal(pid: int) -> None:
 
 
 def holds_terminal_alone() -> bool:
-    """Whether guestnet has the terminal and nobody else is in its process group, as where a shell with job
-    control started it by itself. The terminal can be the command's own then (`take_terminal`); in a pipeline
-    the others would lose it."""
+    """Whether guestnet has the terminal and is alone in its process group, as when a shell with job control
+    started it.
+
+    The command can then have the terminal to itself (`take_terminal`). In a pipeline the other processes
+    would lose it.
+    """
     own, group = os.getpid(), os.getpgrp()
     try:
         if os.tcgetpgrp(0) != group:
@@ -136,9 +144,12 @@ def holds_terminal_alone() -> bool:
 
 
 def take_terminal() -> None:
-    """Gives the terminal to a process group of this process's own. Called in the command's process before it
-    is executed: a shell in a PID namespace cannot give the terminal back to a group that is outside, since
-    that has no number there, and some end with an error."""
+    """Gives the terminal to a process group of this process's own. The command's process calls this before it
+    executes.
+
+    A shell in a PID namespace cannot give the terminal back to a group outside, which has no number there,
+    and some shells then end with an error.
+    """
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)
         _give_terminal(os.getpgrp())
@@ -160,12 +171,12 @@ def _give_terminal(group: int) -> None:
 
 
 def become_subreaper() -> None:
-    """Orphaned descendants become ours, to be ended with the command."""
+    """Makes orphaned descendants children of this process, so that they end with the command."""
     libc.set_child_subreaper()
 
 
 def end_descendants() -> None:
-    """Kills what the command left running, children of children included, and leaves no zombie."""
+    """Kills everything that the command left running, and leaves no zombie."""
     deadline = time.monotonic() + _ENDING_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -208,14 +219,14 @@ def _children_of_all() -> list[int]:
 
 
 def _status(pid: int) -> list[bytes]:
-    """State, parent and so on, as /proc tells them."""
+    """The state, the parent and so on, from /proc."""
     with open(f"/proc/{pid}/stat", "rb") as file:
         # The name in parentheses may hold anything, so the fields are counted from its end.
         return file.read().rpartition(b")")[2].split()
 
 
 def restore_terminal() -> None:
-    """Takes the terminal back if a command with job control (a shell) died while it held it."""
+    """Takes the terminal back if a command with job control (a shell) died while it had it."""
     with contextlib.suppress(OSError):  # not a terminal, or another's
         held = os.tcgetpgrp(0)
         if held == os.getpgrp():
