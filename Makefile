@@ -47,6 +47,7 @@ check: build ## Format, lint, types and unit tests: under two minutes once built
 	$(BIN)/ruff format --check $(PYTHON_DIRS)
 	$(BIN)/mypy
 	scripts/stubtest.sh $(BIN)/python
+	$(BIN)/python scripts/import_cycles.py
 	cargo test --workspace --locked --quiet --lib
 	$(BIN)/python -m pytest -q tests/unit
 

@@ -5,7 +5,6 @@
 //! - [`Ipv4::emit`] writes a header without options, its checksum included.
 //! - [`fragments`] splits a packet for a smaller MTU.
 
-use crate::parse::Fragment;
 use crate::{WireError, be16, be32, checksum, put};
 use std::net::Ipv4Addr;
 
@@ -15,6 +14,27 @@ pub const MIN_LEN: usize = 20;
 pub const DF: u16 = 0x4000;
 /// "More fragments" in the flags-and-offset word.
 pub const MF: u16 = 0x2000;
+
+/// Where a packet is a fragment of a larger one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fragment {
+    /// Identification (IPv4: 16 bits).
+    pub id: u32,
+    /// Offset in bytes of this fragment's payload in the whole.
+    pub offset: u32,
+    /// More fragments follow.
+    pub more: bool,
+}
+
+impl Fragment {
+    /// Whether an honest sender makes this fragment with `data` bytes: one that ends past 65535 can only be an attack
+    /// (RFC 791 3.2, RFC 8200 4.5), and all but the last carry a multiple of 8 bytes.
+    #[must_use]
+    pub(crate) fn is_possible(&self, data: usize) -> bool {
+        let past = self.offset as usize + data > 0xffff;
+        !past && !(self.more && (data == 0 || !data.is_multiple_of(8)))
+    }
+}
 
 /// A header that was read and checked against the bytes present.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

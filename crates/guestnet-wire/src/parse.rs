@@ -2,29 +2,9 @@
 //! keeps offsets, so that what follows never measures again. Checksums are not verified here
 //! ([`verify_l4`], [`verify_ipv4_header`]): an attachment may have said that they need not be.
 
+pub use crate::ipv4::Fragment;
 use crate::{WireError, be16, be32, checksum, ipv4, proto, tcp, udp};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-
-/// Where a packet is a fragment of a larger one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Fragment {
-    /// Identification (IPv4: 16 bits).
-    pub id: u32,
-    /// Offset in bytes of this fragment's payload in the whole.
-    pub offset: u32,
-    /// More fragments follow.
-    pub more: bool,
-}
-
-impl Fragment {
-    /// Whether an honest sender makes this fragment with `data` bytes: one that ends past 65535 can only be an attack
-    /// (RFC 791 3.2, RFC 8200 4.5), and all but the last carry a multiple of 8 bytes.
-    #[must_use]
-    pub(crate) fn is_possible(&self, data: usize) -> bool {
-        let past = self.offset as usize + data > 0xffff;
-        !past && !(self.more && (data == 0 || !data.is_multiple_of(8)))
-    }
-}
 
 /// One packet, as offsets from the start of the slice that was parsed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -6,7 +6,7 @@
 //!   fragments where those are needed.
 //! - It puts fragments together that cannot be routed on ([`Gateway::reassemble`]).
 //! - It hands datagrams for its services to the control side ([`Gateway::punt`]).
-//! - It tells guests by ICMP errors why a packet cannot go on ([`super::icmp_error`]).
+//! - It tells guests by ICMP errors why a packet cannot go on ([`Gateway::icmp_error`]).
 //!
 //! What guests can cause here is limited for each port: ICMP errors and reports of refusals share one rate, datagrams to
 //! services have another.
@@ -18,13 +18,14 @@ use crate::interface::types::{Csum, FrameMeta, ServiceId, Time};
 use crate::l2::frame_checks::largest_packet;
 use crate::l2::lan::{Link, Sender};
 use crate::l3::frame_builder::{Envelope, FrameBuilder, TTL};
-use crate::l3::icmp_error::IcmpError;
+use crate::l3::icmp_error::{ERROR_MAX, IcmpError, may_answer};
 use crate::l3::reassembly::{Outcome, Reassembly};
 use crate::tables::per_port::PerPort;
+use crate::util::account::count;
 use crate::util::rate_limiter::RateLimiter;
 use crate::util::siphash::SipKey;
 use guestnet_wire::ether::{self, Ether, Mac};
-use guestnet_wire::parse::{Fragment, Packet};
+use guestnet_wire::parse::{self, Fragment, Packet};
 use guestnet_wire::{gso, icmp, ipv4, proto, put};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
@@ -267,6 +268,73 @@ impl Gateway {
         let (mac, src) = (from.mac, self.address);
         let e = Envelope { mac, src, dst: guest, proto: proto::ICMP, ttl: TTL, tos: p.tos };
         self.frames.send_ipv4(link, from.slot, &e, n, FrameMeta::default())
+    }
+
+    // ---- ICMP errors and timers ---------------------------------------------------------------------
+
+    /// Sends an ICMP error that quotes the guest's packet; false when it must not be sent, or the rate forbids it.
+    pub fn icmp_error<E: Effects>(
+        &mut self,
+        link: &mut Link<'_, E>,
+        from: Sender,
+        frame: &[u8],
+        p: &Packet,
+        error: IcmpError,
+    ) -> bool {
+        let IpAddr::V4(guest) = p.src else { return false };
+        if !may_answer(link.lan.addressing().subnet(), frame, p) {
+            return false;
+        }
+        let quote = frame.get(p.l3..p.end.min(p.l3.saturating_add(ERROR_MAX - 28))).unwrap_or(&[]);
+        self.send_error(link, from, self.address, guest, quote, error)
+    }
+
+    /// Sends an ICMP error with a quotation to a guest, as if from `src`; false when the rate forbids it.
+    pub fn send_error<E: Effects>(
+        &mut self,
+        link: &mut Link<'_, E>,
+        to: Sender,
+        src: Ipv4Addr,
+        dst: Ipv4Addr,
+        quote: &[u8],
+        error: IcmpError,
+    ) -> bool {
+        let Sender { slot, mac } = to;
+        let Some(mtu) = link.lan.port(slot).map(|p| p.config.mtu) else { return false };
+        if !self.may_report(link.now, slot) {
+            link.lan.count_drop(slot, DropReason::RateLimit);
+            return false;
+        }
+        if let Some(c) = link.lan.counters_mut(slot) {
+            count(&mut c.icmp_errors);
+        }
+        let room = usize::from(mtu).min(ERROR_MAX).saturating_sub(28);
+        let quote = quote.get(..quote.len().min(room)).unwrap_or(quote);
+        let Ok(b) = self.frames.transport(quote.len().saturating_add(icmp::LEN)) else { return false };
+        let n = icmp::emit(b, error.0, error.1, error.2, quote);
+        let e = Envelope { mac, src, dst, proto: proto::ICMP, ttl: TTL, tos: 0xc0 };
+        if let Err(why) = self.frames.send_ipv4(link, slot, &e, n, FrameMeta::default()) {
+            link.lan.count_drop(slot, why);
+        }
+        true
+    }
+
+    /// When [`Gateway::timers`] has something to do.
+    #[must_use]
+    pub fn next_timer(&self) -> Option<Time> {
+        self.reassembly.next_timer()
+    }
+
+    /// Gives up packets whose fragments did not come in time, and tells the guests (RFC 1122 3.3.2).
+    pub fn timers<E: Effects>(&mut self, link: &mut Link<'_, E>) {
+        while let Some(old) = self.reassembly.expire(link.now) {
+            link.lan.count_drop(old.slot, DropReason::Reassembly);
+            let Some(first) = old.first else { continue };
+            if let (Ok(p), Ok(eth)) = (parse::parse_ip(&first, ether::HEADER_LEN), Ether::parse(&first)) {
+                let e = IcmpError(icmp::TIME_EXCEEDED, 1, [0; 4]);
+                self.icmp_error(link, Sender { slot: old.slot, mac: eth.src }, &first, &p, e);
+            }
+        }
     }
 
     // ---- services and refusals ----------------------------------------------------------------------

@@ -1,5 +1,5 @@
 //! Layer 3. [`gateway`] is the component and holds its state: it routes packets that are addressed to the gateway's MAC.
-//! [`icmp_error`] tells guests why one cannot go on, [`reassembly`] puts IPv4 fragments together, [`frame_builder`] makes
+//! [`icmp_error`] has the errors that tell guests why one cannot go on, [`reassembly`] puts IPv4 fragments together, [`frame_builder`] makes
 //! the packets that start here.
 
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]

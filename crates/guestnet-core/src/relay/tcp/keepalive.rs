@@ -17,6 +17,7 @@
 use crate::interface::effects::{Close, Effects, Peer};
 use crate::interface::types::Time;
 use crate::relay::tcp::seq::Seq;
+use crate::relay::tcp::types::KeepAlive;
 use crate::relay::tcp::{Ctx, Fate, State, Tcb};
 use guestnet_wire::tcp::{Tcp, flags};
 
@@ -38,31 +39,6 @@ pub(super) const ORPHAN_MS: u32 = 1_800_000;
 /// How soon after a probe to the peer its answer is looked for, and how often, at doubled intervals: 4 s in all.
 const ANSWER_MS: u64 = 4;
 const ANSWER_LOOKS: u8 = 10;
-
-/// What is known of both ends of a flow. It exists once the flow was silent for [`LOOK_MIN_MS`].
-#[derive(Debug, Default)]
-pub(super) struct KeepAlive {
-    /// When the segments of the peer were counted last, and how many there were.
-    looked_at: Time,
-    segments_in: u32,
-    /// Interval to the next count.
-    look_ms: u32,
-    /// When the guest was probed last, and when it answered last.
-    probed_at: Time,
-    heard_at: Time,
-    /// Probes of the guest that are not answered.
-    probes: u8,
-    /// The peer sends probes.
-    peer_probes: bool,
-    /// The guest probes: when the peer's answer is looked for next, how often it was, whether one is still owed, and
-    /// the count of segments before.
-    answer_at: Option<Time>,
-    answer_looks: u8,
-    unanswered: bool,
-    answer_from: u32,
-    /// The guest has forgotten the flow, and something of it still waits for the socket.
-    guest_gone: bool,
-}
 
 impl KeepAlive {
     fn look_at(&self) -> Time {

@@ -32,8 +32,8 @@ mod seq;
 mod timers;
 mod types;
 
-use types::SocketMemory;
-pub use types::{Budget, Ctx, Fate, Path, Timeouts};
+pub use types::{Budget, Ctx, FLOW_BUFFER, Fate, Path, Timeouts};
+use types::{KeepAlive, MAX_FLIGHT, RCV_SHIFT, SocketMemory};
 
 use crate::interface::effects::{Close, Effects, SockError};
 use crate::interface::types::{FlowId, SockId, Time};
@@ -41,17 +41,10 @@ use crate::relay::turns::BULK;
 use crate::util::account::count;
 use buffer::Buffer;
 use guestnet_wire::tcp::{Options, Tcp};
-use keepalive::KeepAlive;
 use recovery::Recovery;
 use seq::Seq;
 use std::num::NonZeroU64;
 
-/// Bytes that wait for one host socket at most, and so the largest window offered.
-pub const FLOW_BUFFER: u32 = 1 << 20;
-/// Window scale that we offer: 65535 << 5 covers [`FLOW_BUFFER`].
-const RCV_SHIFT: u8 = 5;
-/// Bytes in flight to the guest at most; a local link needs no more, and the host's socket holds them all.
-const MAX_FLIGHT: u32 = 1 << 20;
 /// Segment size where the guest names none (RFC 9293 3.7.1).
 const DEFAULT_MSS: u16 = 536;
 /// The smallest segment size that a guest is believed: below, it would make us send a packet per few bytes.

@@ -7,6 +7,13 @@ use crate::interface::types::{PortId, Time};
 use guestnet_wire::ether::Mac;
 use std::net::SocketAddr;
 
+/// Bytes that wait for one host socket at most, and so the largest window offered.
+pub const FLOW_BUFFER: u32 = 1 << 20;
+/// Window scale that we offer: 65535 << 5 covers [`FLOW_BUFFER`].
+pub(super) const RCV_SHIFT: u8 = 5;
+/// Bytes in flight to the guest at most; a local link needs no more, and the host's socket holds them all.
+pub(super) const MAX_FLIGHT: u32 = 1 << 20;
+
 /// Where a flow runs: the guest's side of it, as core knows it now.
 #[derive(Debug, Clone, Copy)]
 pub struct Path {
@@ -100,6 +107,31 @@ pub enum Fate {
     },
     /// The record goes, and the SYN that was handed in opens a new flow (RFC 1122 4.2.2.13).
     Reopen,
+}
+
+/// What is known of both ends of a flow. It exists once the flow was silent for a while.
+#[derive(Debug, Default)]
+pub(super) struct KeepAlive {
+    /// When the segments of the peer were counted last, and how many there were.
+    pub(super) looked_at: Time,
+    pub(super) segments_in: u32,
+    /// Interval to the next count.
+    pub(super) look_ms: u32,
+    /// When the guest was probed last, and when it answered last.
+    pub(super) probed_at: Time,
+    pub(super) heard_at: Time,
+    /// Probes of the guest that are not answered.
+    pub(super) probes: u8,
+    /// The peer sends probes.
+    pub(super) peer_probes: bool,
+    /// The guest probes: when the peer's answer is looked for next, how often it was, whether one is still owed, and
+    /// the count of segments before.
+    pub(super) answer_at: Option<Time>,
+    pub(super) answer_looks: u8,
+    pub(super) unanswered: bool,
+    pub(super) answer_from: u32,
+    /// The guest has forgotten the flow, and something of it still waits for the socket.
+    pub(super) guest_gone: bool,
 }
 
 /// What a flow sends before its socket's memory is measured for the first time.
