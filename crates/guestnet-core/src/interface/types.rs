@@ -1,5 +1,5 @@
-//! Theory of operation: the words that core and its callers share: identifiers, time, addresses, and what is
-//! known of a frame besides its bytes.
+//! Theory of operation: types that the core and its callers share: identifiers, time, addresses, and what is known of a
+//! frame besides its bytes.
 
 use guestnet_wire::ether::Mac;
 pub use guestnet_wire::gso::{Csum, Gso};
@@ -62,11 +62,11 @@ impl Time {
 pub struct FrameMeta {
     /// State of the transport checksum.
     pub csum: Csum,
-    /// Set when the frame is larger than the MTU and is to be cut by whoever takes it.
+    /// Set when the frame is larger than the MTU and has to be segmented by its receiver.
     pub gso: Option<Gso>,
 }
 
-/// What a guest's IP header says that a host socket can say too.
+/// The fields of a guest's IP header that a host socket can set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct IpFields {
     /// TTL for the outside, already decremented.
@@ -76,14 +76,14 @@ pub struct IpFields {
 }
 
 impl IpFields {
-    /// Of an ordinary packet with that TTL.
+    /// The fields of an ordinary packet with this TTL.
     #[must_use]
     pub fn ttl(ttl: u8) -> IpFields {
         IpFields { ttl, tos: 0 }
     }
 }
 
-/// What the core must know of a port.
+/// The configuration of a port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PortConfig {
     /// The guest's MAC where it is known; else the first source MAC seen becomes it.
@@ -111,7 +111,7 @@ pub enum Target {
     Service(ServiceId, PortId),
 }
 
-/// What a Network does with packets for the outside.
+/// What a network does with packets for the outside.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum NetMode {
     /// Relayed or translated.

@@ -1,8 +1,10 @@
-//! Theory of operation: IPv4 fragments of guests (RFC 791 3.2, RFC 815 in spirit) are kept as they came, in
-//! order of offset, until they cover the datagram. Memory is counted by what is held, not by what a header
-//! promises; each port has a bound on datagrams, all ports together one on bytes, and the oldest of the
-//! greediest port goes first. Any overlap poisons the datagram (RFC 5722's rule, which is right for IPv4
-//! too): overlaps come from attacks, and a duplicate is sent again by whoever cares.
+//! Theory of operation: reassembly of IPv4 fragments of guests (RFC 791 3.2). Fragments are kept in order of offset until
+//! they cover the datagram.
+//!
+//! - Memory is charged for what is held, not for what a header announces. Each port has a limit of datagrams, all ports
+//!   together one of bytes. Over the limit, the oldest datagram of the port that holds most is dropped.
+//! - Any overlap makes the whole datagram invalid (RFC 5722, applied to IPv4). Overlaps come from attacks; after a
+//!   duplicated fragment the sender has to retransmit.
 
 use crate::interface::types::Time;
 use crate::util::account::{charge, release};
@@ -11,7 +13,7 @@ use guestnet_wire::{ether, ipv4, proto, put, tcp};
 use std::collections::VecDeque;
 use std::net::IpAddr;
 
-/// What a piece costs beyond its bytes.
+/// Bytes charged for a fragment besides its data.
 const OVERHEAD: usize = 64;
 /// Pieces of one datagram: 64 KiB over the smallest MTU that we allow (68) gives 1365.
 const MAX_PIECES: usize = 1400;
@@ -36,7 +38,7 @@ struct Datagram {
     poisoned: bool,
 }
 
-/// What became of a fragment.
+/// The result of adding a fragment.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// It waits for the others.
@@ -47,7 +49,7 @@ pub enum Outcome {
     Refused,
 }
 
-/// What a datagram that ran out of time leaves: its first fragment, if that came (for the ICMP error).
+/// A datagram whose fragments did not come in time, with its first fragment for the ICMP error, if that came.
 pub struct Expired {
     /// Slot of the port.
     pub slot: u32,
@@ -55,14 +57,14 @@ pub struct Expired {
     pub first: Option<Vec<u8>>,
 }
 
-/// All datagrams that wait for fragments.
+/// All datagrams with missing fragments.
 pub struct Reassembly {
     ports: Vec<Queue>,
     bytes: usize,
     max_bytes: usize,
     per_port: usize,
     timeout_s: u64,
-    /// Ports whose datagrams were given up to make room, one entry each, not yet counted.
+    /// Ports whose datagrams were dropped to make room, one entry for each, not yet counted.
     pub evicted: Vec<u32>,
 }
 
@@ -74,7 +76,7 @@ struct Queue {
 }
 
 impl Reassembly {
-    /// Nothing held.
+    /// No fragments.
     #[must_use]
     pub fn new(max_bytes: usize, per_port: u32, timeout_s: u32) -> Reassembly {
         Reassembly {
@@ -150,7 +152,7 @@ impl Reassembly {
         Outcome::Held
     }
 
-    /// Gives up the oldest datagram of the port that holds most.
+    /// Drops the oldest datagram of the port that holds most.
     fn evict(&mut self) -> bool {
         let Some((slot, q)) = self.ports.iter_mut().enumerate().max_by_key(|(_, q)| q.bytes) else {
             return false;
@@ -162,7 +164,7 @@ impl Reassembly {
         true
     }
 
-    /// When the oldest datagram runs out of time.
+    /// When the oldest datagram times out.
     #[must_use]
     pub fn next_timer(&self) -> Option<Time> {
         if self.bytes == 0 {
@@ -176,7 +178,7 @@ impl Reassembly {
             .map(|t| t.plus_s(self.timeout_s))
     }
 
-    /// Takes out one datagram that ran out of time.
+    /// Removes one datagram that timed out.
     pub fn expire(&mut self, now: Time) -> Option<Expired> {
         let timeout = self.timeout_s;
         if self.bytes == 0 {

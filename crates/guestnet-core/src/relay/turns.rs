@@ -1,14 +1,14 @@
-//! Theory of operation: how much bulk TCP flows send before the worker looks at anything else. A flow that has
-//! much to send sends it in turns; all turns between two calls of [`crate::network::Network::batch_end`] are a round.
+//! Theory of operation: how much bulk TCP flows send before the worker does anything else. A flow with much to send sends
+//! it in turns; all turns between two calls of [`crate::network::Network::batch_end`] are a round.
 //!
 //! - While only bulk flows are active, a turn and a round are long: fewer turns cost less.
 //! - While anything else was active in the last [`QUIET`] (a request, an answer, a datagram, a connect), a round is
-//!   one short turn: what arrives meanwhile waits for one frame and not for many.
+//!   one short turn, so that what arrives meanwhile waits for one frame and not for many.
 //! - A flow's own small segments do not shorten its own turns.
-//! - Bulk flows have as much time as others had in the same round: a round that others made long (a guest that
-//!   floods) sends more than one short turn, or they would take the time of one that downloads.
+//! - Bulk flows have as much time as others had in the same round. If others made a round long (a guest that floods),
+//!   bulk flows send more than one short turn, so that the flood does not take their share.
 //!
-//! Bulk flows have their turns in the order in which they asked; flows with little to send go before them.
+//! Bulk flows take turns in the order in which they asked; flows with little to send go before them.
 
 use crate::interface::types::Time;
 
@@ -20,7 +20,7 @@ pub(crate) const TURN_SHORT: u32 = 32 << 10;
 const ROUND: u32 = 4 * TURN;
 /// Others count as active for this long after they last were, in nanoseconds.
 const QUIET: u64 = 10_000_000;
-/// Bytes that bulk flows send in the time that others had, for two nanoseconds: some 16 Gbit/s.
+/// Bytes that bulk flows may send for every two nanoseconds that others had: some 16 Gbit/s.
 const BYTES_IN_2_NS: u64 = 4;
 /// A flow is a bulk flow for so many milliseconds after it had a short turn's worth to send at once.
 pub(crate) const BULK: u32 = 5;
@@ -28,13 +28,13 @@ pub(crate) const BULK: u32 = 5;
 /// Stands for everything that is not a TCP flow of the relay.
 pub(crate) const NO_FLOW: u32 = u32::MAX;
 
-/// Who was active, and what the round has sent.
+/// Which sources were active, and what the round has sent.
 #[derive(Debug)]
 pub(crate) struct Turns {
-    /// The source that was active last, and when.
+    /// The last active source, and when it was active.
     source: u32,
     last: Time,
-    /// When another source than that one was.
+    /// When another source was active last.
     other: Time,
     sent: u32,
     /// Bytes of all turns of this round while others are active.
@@ -42,7 +42,7 @@ pub(crate) struct Turns {
 }
 
 impl Turns {
-    /// Nobody has been active.
+    /// No activity yet.
     pub(crate) fn new() -> Turns {
         Turns { source: NO_FLOW, last: Time(0), other: Time(0), sent: 0, short: TURN_SHORT }
     }

@@ -5,7 +5,7 @@ use crate::util::siphash::SipKey;
 use guestnet_wire::ether::Mac;
 use hashbrown::HashTable;
 
-/// Which port a MAC belongs to.
+/// The port of each MAC.
 pub struct Macs {
     table: HashTable<(Mac, u32)>,
     key: SipKey,
@@ -17,7 +17,7 @@ fn word(mac: Mac) -> u64 {
 }
 
 impl Macs {
-    /// None known.
+    /// An empty table.
     #[must_use]
     pub fn new(key: SipKey) -> Macs {
         Macs { table: HashTable::new(), key }
@@ -30,21 +30,21 @@ impl Macs {
         self.table.find(self.key.hash(&[word(mac)]), |e| e.0 == mac).map(|e| e.1)
     }
 
-    /// Gives the MAC to a port.
+    /// Sets the port of a MAC.
     pub fn set(&mut self, mac: Mac, slot: u32) {
         self.remove(mac);
         let key = self.key;
         self.table.insert_unique(key.hash(&[word(mac)]), (mac, slot), |e| key.hash(&[word(e.0)]));
     }
 
-    /// Takes a MAC back.
+    /// Removes a MAC.
     pub fn remove(&mut self, mac: Mac) {
         if let Ok(e) = self.table.find_entry(self.key.hash(&[word(mac)]), |e| e.0 == mac) {
             e.remove();
         }
     }
 
-    /// Takes all MACs of a port back.
+    /// Removes all MACs of a port.
     pub fn remove_port(&mut self, slot: u32) {
         self.table.retain(|e| e.1 != slot);
     }
