@@ -1,5 +1,6 @@
-"""Who races: each contender makes a guest whose only way out is the contender. Namespaces here, machines in
-machines.py."""
+"""The contenders in namespaces: each makes a guest whose only way out is the contender. Machines are in
+machines.py.
+"""
 
 from __future__ import annotations
 

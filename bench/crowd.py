@@ -1,4 +1,4 @@
-"""Many guests at once: what they move together, how evenly, and what they cost."""
+"""Many guests at once: their total throughput, how evenly it is shared, and what they cost."""
 
 from __future__ import annotations
 

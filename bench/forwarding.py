@@ -1,10 +1,10 @@
-"""Packets forwarded between two namespaces: through guestnet's uplink tun and through nftables masquerade.
+"""Compares packets that are forwarded through guestnet's uplink tun with packets through nftables masquerade.
 
     sudo .venv/bin/python bench/forwarding.py [--seconds 3] [--rounds 3] [--json FILE]
 
-A guest's namespace and a server's, with *host* between them. Small: UDP datagrams of 64 bytes of payload, as
-fast as one sender can, counted where they arrive. Large: one TCP connection by iperf3, each way. Both run in
-turns, and the medians are printed side by side. Everything is in namespaces of its own.
+There is a guest's namespace and a server's, with *host* between them. Small: UDP datagrams of 64 bytes of
+payload, as fast as one sender can send, counted at the receiver. Large: one TCP connection by iperf3, in each
+direction. Both alternate, and the medians are printed side by side. Everything runs in its own namespaces.
 """
 
 from __future__ import annotations

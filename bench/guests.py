@@ -1,4 +1,4 @@
-"""A guest that is up: it takes commands of bench/load and gives numbers; and the processes that serve it."""
+"""A guest that is up and takes commands of bench/load, and the processes that serve it."""
 
 from __future__ import annotations
 

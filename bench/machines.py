@@ -1,4 +1,4 @@
-"""Virtual machines that race: the same tiny system under QEMU, each with another way out."""
+"""The contenders with virtual machines: the same small system under QEMU, each with another network."""
 
 from __future__ import annotations
 

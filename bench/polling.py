@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""polling.py [--rounds N] [--seconds S]: the three polling strategies, and one worker against two.
+"""polling.py [--rounds N] [--seconds S]: compares the three polling strategies, and one worker with two.
 
-Guests are namespaces with a TAP, the outside is another namespace; all share this machine's processors.
-Rounds alternate between what is compared; a cell is the median with [lowest highest]. Needs root and iperf3.
+Guests are namespaces with a TAP, and the outside is another namespace. All share the processors of this
+machine. Rounds alternate; a cell is the median with [lowest highest]. It needs root and iperf3.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a contender costs: processor time and memory of its own processes, read from /proc."""
+"""The cost of a contender: processor time and memory of its processes, from /proc."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Races guestnet with its peers over the same two namespaces and prints one table.
+"""Compares guestnet with its peers over the same two namespaces and prints one table.
 
-Rounds alternate between the contenders, so a slow moment of the machine hits all of them; a cell is the
-median of the rounds with its lowest and highest. Needs root, for the namespaces; the contenders themselves
-run as an ordinary user.
+Rounds alternate between the contenders, so a slow moment of the machine affects all of them. A cell is the
+median of the rounds with the lowest and the highest. It needs root, for the namespaces; the contenders run as
+an ordinary user.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The results as Markdown: the whole table, a short one for README.md, and the goals."""
+"""The results as Markdown: the complete table, a short one for README.md, and the goals."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""responder.py: the outside's server for latency and requests.
+"""responder.py: the server outside for latency and requests.
 
-Port 9100 answers each byte with a byte, port 9180 each HTTP request with a small page. As little work as
-Python allows, for all contenders alike."""
+Port 9100 answers each byte with a byte, port 9180 each HTTP request with a small page. It does as little work
+as Python allows, for all contenders alike.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was measured, and what follows from it: medians, ranges, ratios, and whether the goals are reached."""
+"""Medians, ranges and ratios of the measurements, and whether the goals are reached."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""How much of the NAT engine's rate a Python program gets: `translate_batch` of 10,000 packets in one call.
+"""Measures how much of the NAT engine's rate a Python program gets from `translate_batch`.
 
-The same packets of the same 10,000 flows as in the engine's race (`make bench-engine`), translated by Rust
-and by Python in alternating rounds; the best round of each counts. Adds its rows to the race's JSON.
+Each call has 10,000 packets. The packets and their 10,000 flows are those of `make bench-engine`. Rust and Python translate them in
+alternating rounds, and the best round of each counts. The rows are added to the JSON of `make bench-engine`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is raced: each workload asks a guest for something and gives numbers, one for each of its rows."""
+"""The workloads: each gives a guest commands and returns numbers, one for each of its rows."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """check_dist.py DIR: tries the wheel and the source distribution in DIR, each in an environment of its own.
 
-What has to hold: the metadata is complete, and the description has no link that leads nowhere outside the
-repository; the package installs with nothing but pip (and cargo, for the source distribution); the installed
-command and library work, without the checkout in sight.
+It checks that the metadata is complete, and that the description has no link that works only in the
+repository. The package must install with nothing but pip (and cargo, for the source distribution). The
+installed command and library must work without the checkout.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Runs the RFC tests and writes docs/conformance.md: requirement, met or not, why not, for both uplinks.
+"""Runs the RFC tests and writes docs/conformance.md: which requirements each uplink meets.
 
-A requirement is met by the packet engine when it has tests (named for it) and all of them pass. For the
-socket relay it is met by guestnet, with tests, or by the host's kernel, or does not apply: the table says.
-The exit status is 1 when a test fails, a test that the table names is gone, or a test names no requirement.
+The packet engine meets a requirement if there are tests named for it and all of them pass. For the socket
+relay, guestnet meets it, with tests, or the host's kernel does, or it does not apply: the table says which.
+The exit status is 1 if a test fails, if a test that the table names is missing, or if a test names no
+requirement.
 """
 
 from __future__ import annotations

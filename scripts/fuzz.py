@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Builds the fuzz targets and runs each for a short time.
 
-Needs cargo and a C++ compiler, no cargo-fuzz and no nightly: coverage comes from LLVM's own pass, which a
-stable compiler also has. (`cargo +nightly fuzz run TARGET` works on the same crate, with AddressSanitizer.)
-Corpora found on the way grow in .build/fuzz/; a crash leaves its input there and fails the run.
+It needs cargo and a C++ compiler, but no cargo-fuzz and no nightly: coverage comes from LLVM's own pass,
+which a stable compiler has too. (`cargo +nightly fuzz run TARGET` works on the same crate, with
+AddressSanitizer.) New corpus entries are kept in .build/fuzz/. A crash leaves its input there and fails the
+run.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Counts the instructions of the hot paths and compares them with the committed counts.
 
-Instructions, not time: a busy machine changes nothing. valgrind counts two runs of each path (the example
-`hotpaths` of guestnet-core) of different lengths; their difference is the path alone. A path that takes more
-than TOLERANCE above benches/instructions.json is a failure. After a change that is worth it, or that saved
-something, write the new counts: `make instructions-renew`.
+Instruction counts do not depend on the load of the machine. valgrind counts two runs of each path (the
+example `hotpaths` of guestnet-core) of different lengths; their difference is the path alone. A path that
+takes more than TOLERANCE above benches/instructions.json is a failure. `make instructions-renew` writes new
+counts, after a change that justifies them.
 """
 
 from __future__ import annotations

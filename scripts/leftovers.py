@@ -1,9 +1,8 @@
-"""What a run of the tests leaves behind: processes, namespaces, nftables tables, files.
+"""Finds what a test run leaves behind: processes, namespaces, nftables tables, files.
 
-Other programs run on the machine at the same time, other runs of these tests among them, so nothing is
-concluded from what is there. What is this run's own is known by marks: a word in the environment that every
-process inherits, a directory for all temporary files, and the process ids of the suites, which are in the
-names of the namespaces that tests/lab makes.
+Other programs use the machine at the same time, including other runs of these tests. So this run marks what
+is its own: by a word in the environment that every process inherits, by a directory for all temporary files,
+and by the process ids of the suites, which are in the names of the namespaces that tests/lab makes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Runs every test suite of the project, in order, and closes with one summary.
+"""Runs every test suite of the project, in order, and ends with a summary.
 
-A suite that fails does not stop the ones after it, so one run shows all that is wrong. The last line is `N
-passed, N failed, N skipped`; the exit status is 1 when anything failed. What a suite leaves behind is a
-failure too (`leftovers.py`).
+A suite that fails does not stop the next ones, so one run shows everything that is wrong. The last line is `N
+passed, N failed, N skipped`. The exit status is 1 if anything failed. What a suite leaves behind is a failure
+too (`leftovers.py`).
 """
 
 from __future__ import annotations

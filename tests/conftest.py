@@ -1,4 +1,4 @@
-"""The same random cases on every run; `GUESTNET_EXPLORE=1` tries others, and more of them."""
+"""Random cases are the same on every run. `GUESTNET_EXPLORE=1` tries others, and more of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A guest behind the kernel's own NAT: the yardstick of bench/, and a proof that the tests are right."""
+"""A guest behind the kernel's own NAT: the reference for bench/, and a check of the tests themselves."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""A guest whose link delays and loses frames: what netem does where the kernel has it. Each frame takes the
-same time, and each is lost with the same probability; a seed decides which. A process of its own carries the
-frames between the guest's TAP and guestnet, or a TAP of *host* where the kernel forwards."""
+"""A guest whose link delays and loses frames, as netem does where the kernel has it.
+
+Each frame takes the same time, and each is lost with the same probability; a seed decides which. A process
+carries the frames between the guest's TAP and guestnet, or a TAP of *host* where the kernel forwards.
+"""
 
 from __future__ import annotations
 

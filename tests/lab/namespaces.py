@@ -1,4 +1,4 @@
-"""The namespaces of a `Lab`: made, joined, entered, and always removed."""
+"""The namespaces of a `Lab`: they are made, joined and entered, and always removed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a test needs from the system. Missing: the test is skipped and says so; with CI=true it fails."""
+"""What a test needs from the system. Without it the test is skipped, and with CI=true it fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes that a test starts: their output by line as it comes, and an end by pid."""
+"""Processes that a test starts: their output line by line, and their end by pid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running commands in guests of `guestnet run`, or of a peer, for tests."""
+"""Runs commands in guests of `guestnet run`, or of a peer."""
 
 from __future__ import annotations
 

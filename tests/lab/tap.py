@@ -1,4 +1,4 @@
-"""A TAP device inside another namespace, its descriptor brought here: what a launcher does for a guest."""
+"""Makes a TAP device in another namespace and brings its descriptor here, as a launcher does for a guest."""
 
 from __future__ import annotations
 

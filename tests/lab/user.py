@@ -1,8 +1,8 @@
 """An ordinary user for tests that run as root, and a way to become it.
 
-The checkout and the Python that it uses may lie under a directory that only root may enter (/root). The
-user's processes get a mount namespace where such a directory is a tmpfs that holds nothing but what they
-need, so nothing of the machine's own permissions is changed.
+The checkout and its Python may be in a directory that only root may enter (/root). The processes of the user
+get a mount namespace where such a directory is a tmpfs that contains only what they need. So no permissions
+of the machine are changed.
 """
 
 from __future__ import annotations
