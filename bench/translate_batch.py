@@ -2,8 +2,8 @@
 """Measures how much of the NAT engine's rate a Python program gets from `translate_batch`.
 
 Each call has 10,000 packets. The packets and their 10,000 flows are those of `make bench-engine`. Rust and
-Python translate them in alternating rounds, and the best round of each counts. The rows are added to the JSON of
-`make bench-engine`.
+Python translate them in alternating rounds, and the best round of each counts. The rows are added to the JSON
+of `make bench-engine`.
 """
 
 from __future__ import annotations
