@@ -1,7 +1,7 @@
 //! Theory of operation: Ethernet II header, 14 bytes, no FCS (attachments never carry one). 802.1Q tags
 //! (0x8100, 0x88a8) are recognised so that a tagged frame is never misread as something else.
 
-use crate::{WireError, be16, put};
+use crate::{WireError, be16};
 use std::fmt;
 
 /// Length of an Ethernet II header.
@@ -102,8 +102,9 @@ impl Ether {
     /// Writes the header at the front of `frame`, which must hold 14 bytes.
     #[inline]
     pub fn emit(&self, frame: &mut [u8]) {
-        put(frame, 0, &self.dst.0);
-        put(frame, 6, &self.src.0);
-        put(frame, 12, &self.ethertype.to_be_bytes());
+        let Some(b) = frame.first_chunk_mut::<HEADER_LEN>() else { return };
+        b[..6].copy_from_slice(&self.dst.0);
+        b[6..12].copy_from_slice(&self.src.0);
+        b[12..].copy_from_slice(&self.ethertype.to_be_bytes());
     }
 }

@@ -160,16 +160,18 @@ impl Ipv4 {
     /// Writes 20 bytes at the front of `b`, checksum included.
     #[inline]
     pub fn emit(&self, b: &mut [u8]) {
+        let Some(b) = b.first_chunk_mut::<MIN_LEN>() else { return };
         let total = self.payload_len.saturating_add(MIN_LEN as u16);
-        put(b, 0, &[0x45, self.tos]);
-        put(b, 2, &total.to_be_bytes());
-        put(b, 4, &self.id.to_be_bytes());
-        put(b, 6, &self.frag.to_be_bytes());
-        put(b, 8, &[self.ttl, self.proto, 0, 0]);
-        put(b, 12, &self.src.octets());
-        put(b, 16, &self.dst.octets());
-        let c = checksum::checksum(b.get(..MIN_LEN).unwrap_or(&[]));
-        put(b, 10, &c.to_be_bytes());
+        let mut h = [0; MIN_LEN];
+        (h[0], h[1], h[8], h[9]) = (0x45, self.tos, self.ttl, self.proto);
+        h[2..4].copy_from_slice(&total.to_be_bytes());
+        h[4..6].copy_from_slice(&self.id.to_be_bytes());
+        h[6..8].copy_from_slice(&self.frag.to_be_bytes());
+        h[12..16].copy_from_slice(&self.src.octets());
+        h[16..].copy_from_slice(&self.dst.octets());
+        let c = checksum::checksum(&h);
+        h[10..12].copy_from_slice(&c.to_be_bytes());
+        *b = h;
     }
 }
 

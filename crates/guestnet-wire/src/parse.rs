@@ -3,7 +3,7 @@
 //! ([`verify_l4`], [`verify_ipv4_header`]): an attachment may have said that they need not be.
 
 pub use crate::ipv4::Fragment;
-use crate::{WireError, be16, be32, checksum, ipv4, proto, tcp, udp};
+use crate::{WireError, be16, be32, checksum, ipv4, ipv6, proto, tcp, udp};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// One packet, as offsets from the start of the slice that was parsed.
@@ -117,8 +117,7 @@ fn parse_v4(frame: &[u8], l3: usize) -> Result<Packet, WireError> {
     with_transport(frame, p)
 }
 
-/// IPv6 fragment header (RFC 8200 4.5).
-pub const FRAGMENT_HEADER: u8 = 44;
+pub use crate::ipv6::FRAGMENT_HEADER;
 /// IPv6 and IPv4 authentication header (RFC 4302).
 const AUTHENTICATION_HEADER: u8 = 51;
 
@@ -131,11 +130,11 @@ pub fn is_extension(next_header: u8) -> bool {
 
 fn parse_v6(frame: &[u8], l3: usize) -> Result<Packet, WireError> {
     let h = frame.get(l3..).unwrap_or(&[]);
-    if h.len() < 40 {
+    if h.len() < ipv6::LEN {
         return Err(WireError::Truncated);
     }
     let len = usize::from(be16(h, 4));
-    if 40 + len > h.len() {
+    if ipv6::LEN + len > h.len() {
         return Err(WireError::Truncated);
     }
     let addr = |at: usize| -> Ipv6Addr {
@@ -143,8 +142,8 @@ fn parse_v6(frame: &[u8], l3: usize) -> Result<Packet, WireError> {
         a.copy_from_slice(&h[at..at + 16]);
         Ipv6Addr::from(a)
     };
-    let (mut next, mut at) = (h[6], 40usize);
-    let end = 40 + len;
+    let (mut next, mut at) = (h[6], ipv6::LEN);
+    let end = ipv6::LEN + len;
     let mut fragment = None;
     // At most 8 extension headers (RFC 8504 5.3 lets a node bound the chain).
     for _ in 0..8 {

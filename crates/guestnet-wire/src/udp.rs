@@ -22,10 +22,11 @@ pub const LEN: usize = 8;
 /// ```
 pub fn emit(b: &mut [u8], src: IpAddr, dst: IpAddr, src_port: u16, dst_port: u16) {
     let len = b.len().min(0xffff) as u16;
-    put(b, 0, &src_port.to_be_bytes());
-    put(b, 2, &dst_port.to_be_bytes());
-    put(b, 4, &len.to_be_bytes());
-    put(b, 6, &[0, 0]);
+    let Some(h) = b.first_chunk_mut::<LEN>() else { return };
+    h[..2].copy_from_slice(&src_port.to_be_bytes());
+    h[2..4].copy_from_slice(&dst_port.to_be_bytes());
+    h[4..6].copy_from_slice(&len.to_be_bytes());
+    h[6..].fill(0);
     let c = checksum::finish(checksum::sum(b, checksum::pseudo(src, dst, crate::proto::UDP, u32::from(len))));
     // RFC 768: a computed zero goes out as all ones.
     let c = if c == 0 { 0xffff } else { c };

@@ -1,10 +1,10 @@
-//! Theory of operation: [`FrameBuilder`] makes the frames that the network sends to guests. The caller puts the transport
-//! bytes at a fixed place of one scratch buffer ([`FrameBuilder::transport`]); the headers are written in front of them.
-//! A packet over the port's MTU goes out as IPv4 fragments. Several datagrams of one size go out as one large frame where
-//! the port takes those.
+//! Theory of operation: [`FrameBuilder`] makes the frames that the network sends to guests, IPv4 or IPv6. The caller puts
+//! the transport bytes at a fixed place of one scratch buffer ([`FrameBuilder::transport`]); the headers are written in
+//! front of them. A packet over the port's MTU goes out in fragments. Several datagrams of one size go out as one large
+//! frame where the port takes those.
 //!
-//! The IPv4 identification counts for each port: a counter that all ports share would tell each guest how much traffic
-//! the others get (RFC 7739 5).
+//! The identification counts for each port: a counter that all ports share would tell each guest how much traffic the
+//! others get (RFC 7739 5).
 
 use crate::interface::effects::Effects;
 use crate::interface::stats::DropReason;
@@ -13,44 +13,25 @@ use crate::l2::frame_checks::FRAME_MAX;
 use crate::l2::lan::Link;
 use crate::tables::per_port::PerPort;
 use guestnet_wire::ether::{self, Ether, Mac};
-use guestnet_wire::ipv4::{self, Ipv4};
-use guestnet_wire::{checksum, proto, put, udp};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use guestnet_wire::frame::{self, IpHeader};
+use guestnet_wire::{checksum, ipv4, ipv6, proto, put, udp};
+use std::net::{IpAddr, SocketAddr};
 
-/// Where the IPv4 header is.
-const L3: usize = ether::HEADER_LEN;
-/// Where the transport header is.
-const L4: usize = L3 + ipv4::MIN_LEN;
+/// Where the transport header is: behind the longest headers.
+const L4: usize = frame::HEADER_MAX;
 
 /// TTL of packets that start here, and of relayed ones whose own is not known (RFC 1122 3.2.1.7).
 pub(crate) const TTL: u8 = 64;
 
-/// The addresses of a packet that is made here.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Envelope {
-    /// Destination MAC.
-    pub mac: Mac,
-    /// Source address.
-    pub src: Ipv4Addr,
-    /// Destination address.
-    pub dst: Ipv4Addr,
-    /// IP protocol.
-    pub proto: u8,
-    /// Time to live.
-    pub ttl: u8,
-    /// DSCP and ECN.
-    pub tos: u8,
-}
-
 /// Makes frames to guests. See the module head.
 pub(crate) struct FrameBuilder {
     gateway_mac: Mac,
-    /// The frame that is being made.
+    /// The frame that is being made; it begins where its headers leave no gap before [`L4`].
     scratch: Vec<u8>,
     /// A fragment of it.
     fragment: Vec<u8>,
     /// Identification of the last packet to each port.
-    ids: PerPort<u16>,
+    ids: PerPort<u32>,
 }
 
 impl FrameBuilder {
@@ -59,7 +40,7 @@ impl FrameBuilder {
     pub fn new(gateway_mac: Mac) -> FrameBuilder {
         FrameBuilder {
             gateway_mac,
-            scratch: vec![0; FRAME_MAX],
+            scratch: vec![0; L4 + usize::from(u16::MAX)],
             fragment: Vec::with_capacity(2048),
             ids: PerPort::default(),
         }
@@ -71,7 +52,7 @@ impl FrameBuilder {
     }
 
     /// A port was added; its identifications begin after `id`.
-    pub fn add_port(&mut self, slot: u32, id: u16) {
+    pub fn add_port(&mut self, slot: u32, id: u32) {
         self.ids.insert(slot, id);
     }
 
@@ -89,75 +70,57 @@ impl FrameBuilder {
         self.scratch.get_mut(L4..L4.saturating_add(len)).ok_or(DropReason::Oversized)
     }
 
-    fn headers(&mut self, e: &Envelope, len: usize, id: u16, frag: u16) {
-        let eth = Ether { dst: e.mac, src: self.gateway_mac, ethertype: ether::IPV4 };
-        let ip = Ipv4 {
-            src: e.src,
-            dst: e.dst,
-            proto: e.proto,
-            ttl: e.ttl,
-            tos: e.tos,
-            id,
-            frag,
-            payload_len: len as u16,
-        };
-        eth.emit(&mut self.scratch);
-        if let Some(b) = self.scratch.get_mut(L3..) {
-            ip.emit(b);
-        }
-    }
-
-    /// Sends the `len` bytes of [`FrameBuilder::transport`] to a port, in fragments where they exceed the MTU.
+    /// Sends the `len` bytes of [`FrameBuilder::transport`] to a port, in fragments where they exceed the MTU. The packet
+    /// gets an identification of the port's. Offsets in `meta` count from the start of the frame.
     ///
     /// # Errors
-    /// [`DropReason::Oversized`], and [`DropReason::NoEndpoint`] without such a port.
+    /// [`DropReason::Oversized`], [`DropReason::NoEndpoint`] without such a port, and
+    /// [`DropReason::UnsupportedProtocol`] for addresses of two families.
     #[inline]
-    pub fn send_ipv4<E: Effects>(
+    pub fn send<E: Effects>(
         &mut self,
         link: &mut Link<'_, E>,
         slot: u32,
-        e: &Envelope,
+        mac: Mac,
+        mut ip: IpHeader,
         len: usize,
         meta: FrameMeta,
     ) -> Result<(), DropReason> {
-        let end = L4.saturating_add(len);
-        if end > FRAME_MAX {
-            return Err(DropReason::Oversized);
-        }
         let mtu = usize::from(link.lan.port(slot).ok_or(DropReason::NoEndpoint)?.config.mtu);
         let id = self.ids.get_mut(slot).map_or(0, |id| {
             *id = id.wrapping_add(1);
             *id
         });
-        if meta.gso.is_some() || len <= mtu.saturating_sub(ipv4::MIN_LEN) {
-            self.headers(e, len, id, 0);
-            link.lan.transmit(slot, self.scratch.get(..end).unwrap_or(&[]), meta, link.fx);
-            return Ok(());
+        if ip.src.is_ipv4() != ip.dst.is_ipv4() {
+            return Err(DropReason::UnsupportedProtocol);
         }
-        let step = mtu.saturating_sub(ipv4::MIN_LEN) & !7;
-        if step == 0 {
+        ip.id = id as u16;
+        let start = L4.saturating_sub(ether::HEADER_LEN).saturating_sub(ip.len());
+        let frame = self.scratch.get_mut(start..L4.saturating_add(len)).ok_or(DropReason::Oversized)?;
+        if frame.len() > FRAME_MAX {
             return Err(DropReason::Oversized);
         }
-        let mut at = 0_usize;
-        while at < len {
-            let next = at.saturating_add(step).min(len);
-            let n = next.saturating_sub(at);
-            let more = if next < len { ipv4::MF } else { 0 };
-            self.headers(e, n, id, more | (at / 8) as u16);
-            self.fragment.clear();
-            self.fragment.extend_from_slice(self.scratch.get(..L4).unwrap_or(&[]));
-            self.fragment
-                .extend_from_slice(self.scratch.get(L4..end).and_then(|b| b.get(at..next)).unwrap_or(&[]));
-            link.lan.transmit(slot, &self.fragment, FrameMeta::default(), link.fx);
-            at = next;
+        Ether { dst: mac, src: self.gateway_mac, ethertype: ip.ethertype() }.emit(frame);
+        ip.emit(frame.get_mut(ether::HEADER_LEN..).unwrap_or(&mut []), len);
+        if meta.gso.is_some() || len <= mtu.saturating_sub(ip.len()) {
+            link.lan.transmit(slot, frame, meta, link.fx);
+            return Ok(());
         }
-        Ok(())
+        let (ethernet, packet) = frame.split_at(ether::HEADER_LEN);
+        let fits = frame::fragments(packet, mtu, id, |header, data| {
+            self.fragment.clear();
+            self.fragment.extend_from_slice(ethernet);
+            self.fragment.extend_from_slice(header);
+            self.fragment.extend_from_slice(data);
+            link.lan.transmit(slot, &self.fragment, FrameMeta::default(), link.fx);
+        });
+        if fits { Ok(()) } else { Err(DropReason::Oversized) }
     }
 
     /// Sends a datagram to a guest, or several of `segment` bytes each when that is not 0.
     ///
     /// # Errors
-    /// As [`FrameBuilder::send_ipv4`]; [`DropReason::UnsupportedProtocol`] for IPv6.
+    /// As [`FrameBuilder::send`].
     #[allow(clippy::too_many_arguments)] // One datagram has that many fields.
     #[inline]
     pub fn send_udp<E: Effects>(
@@ -178,7 +141,7 @@ impl FrameBuilder {
         }
         // Segments over the MTU cannot be left to the port: it would not fragment them.
         let room = gso_max.min(65507);
-        let large = room >= size * 2 && ipv4::MIN_LEN + udp::LEN + size <= mtu;
+        let large = room >= size * 2 && size <= mtu.saturating_sub(udp::LEN.saturating_add(ip_len(dst)));
         // Linux takes at most 64 segments everywhere (UDP_MAX_SEGMENTS before 6.9).
         let step =
             if large { room.checked_div(size).unwrap_or(1).min(64).saturating_mul(size) } else { size };
@@ -200,12 +163,10 @@ impl FrameBuilder {
         payload: &[u8],
         gso: Option<Gso>,
     ) -> Result<(), DropReason> {
-        let (IpAddr::V4(src4), IpAddr::V4(dst4)) = (src.ip(), dst.ip()) else {
-            return Err(DropReason::UnsupportedProtocol);
-        };
         let port = link.lan.port(slot).ok_or(DropReason::NoEndpoint)?;
         let len = payload.len().saturating_add(udp::LEN);
-        let fits = len <= usize::from(port.config.mtu).saturating_sub(ipv4::MIN_LEN);
+        let l3_len = ip_len(dst);
+        let fits = len <= usize::from(port.config.mtu).saturating_sub(l3_len);
         let offload = gso.is_some() || port.config.gso_max > 0 && fits;
         let b = self.transport(len)?;
         put(b, udp::LEN, payload);
@@ -216,11 +177,24 @@ impl FrameBuilder {
             put(b, 4, &(len as u16).to_be_bytes());
             let sum = checksum::pseudo(src.ip(), dst.ip(), proto::UDP, len as u32);
             put(b, 6, &checksum::fold(sum).to_be_bytes());
-            meta = FrameMeta { csum: Csum::Partial { start: L4 as u16, offset: 6 }, gso };
+            meta = FrameMeta {
+                csum: Csum::Partial { start: ether::HEADER_LEN.saturating_add(l3_len) as u16, offset: 6 },
+                gso,
+            };
         } else {
             udp::emit(b, src.ip(), dst.ip(), src.port(), dst.port());
         }
-        let e = Envelope { mac, src: src4, dst: dst4, proto: proto::UDP, ttl: TTL, tos: 0 };
-        self.send_ipv4(link, slot, &e, len, meta)
+        self.send(link, slot, mac, header(src.ip(), dst.ip(), proto::UDP), len, meta)
     }
+}
+
+/// The IP header of a packet that starts here and may be fragmented.
+#[inline]
+pub(crate) fn header(src: IpAddr, dst: IpAddr, proto: u8) -> IpHeader {
+    IpHeader { src, dst, proto, ttl: TTL, tos: 0, id: 0, frag: 0 }
+}
+
+/// Length of the IP header of a packet to this address.
+fn ip_len(dst: SocketAddr) -> usize {
+    if dst.is_ipv4() { ipv4::MIN_LEN } else { ipv6::LEN }
 }

@@ -17,7 +17,7 @@ use crate::interface::stats::DropReason;
 use crate::interface::types::{Csum, FrameMeta, ServiceId, Time};
 use crate::l2::frame_checks::largest_packet;
 use crate::l2::lan::{Link, Sender};
-use crate::l3::frame_builder::{Envelope, FrameBuilder, TTL};
+use crate::l3::frame_builder::{FrameBuilder, header};
 use crate::l3::icmp_error::{ERROR_MAX, IcmpError, may_answer};
 use crate::l3::reassembly::{Outcome, Reassembly};
 use crate::tables::per_port::PerPort;
@@ -25,6 +25,7 @@ use crate::util::account::count;
 use crate::util::rate_limiter::RateLimiter;
 use crate::util::siphash::SipKey;
 use guestnet_wire::ether::{self, Ether, Mac};
+use guestnet_wire::frame::IpHeader;
 use guestnet_wire::parse::{self, Fragment, Packet};
 use guestnet_wire::{gso, icmp, ipv4, proto, put};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -95,7 +96,7 @@ impl Gateway {
     /// A port was added.
     pub fn add_port(&mut self, now: Time, slot: u32, port: u32) {
         let id = self.key.hash(&[now.0, u64::from(port)]);
-        self.frames.add_port(slot, id as u16);
+        self.frames.add_port(slot, id as u32);
         self.rates.insert(
             slot,
             Rates {
@@ -257,7 +258,9 @@ impl Gateway {
         frame: &[u8],
         p: &Packet,
     ) -> Result<(), DropReason> {
-        let IpAddr::V4(guest) = p.src else { return Err(DropReason::UnsupportedProtocol) };
+        if !p.src.is_ipv4() {
+            return Err(DropReason::UnsupportedProtocol);
+        }
         let body = frame.get(p.payload..p.end).unwrap_or(&[]);
         let rest = match frame.get(p.l4..).and_then(|b| b.first_chunk()) {
             Some(&[_, _, _, _, a, b, c, d]) => [a, b, c, d],
@@ -266,8 +269,8 @@ impl Gateway {
         let b = self.frames.transport(body.len().saturating_add(icmp::LEN))?;
         let n = icmp::emit(b, icmp::ECHO_REPLY, 0, rest, body);
         let (mac, src) = (from.mac, self.address);
-        let e = Envelope { mac, src, dst: guest, proto: proto::ICMP, ttl: TTL, tos: p.tos };
-        self.frames.send_ipv4(link, from.slot, &e, n, FrameMeta::default())
+        let ip = IpHeader { tos: p.tos, ..header(src.into(), p.src, proto::ICMP) };
+        self.frames.send(link, from.slot, mac, ip, n, FrameMeta::default())
     }
 
     // ---- ICMP errors and timers ---------------------------------------------------------------------
@@ -312,8 +315,8 @@ impl Gateway {
         let quote = quote.get(..quote.len().min(room)).unwrap_or(quote);
         let Ok(b) = self.frames.transport(quote.len().saturating_add(icmp::LEN)) else { return false };
         let n = icmp::emit(b, error.0, error.1, error.2, quote);
-        let e = Envelope { mac, src, dst, proto: proto::ICMP, ttl: TTL, tos: 0xc0 };
-        if let Err(why) = self.frames.send_ipv4(link, slot, &e, n, FrameMeta::default()) {
+        let ip = IpHeader { tos: 0xc0, ..header(src.into(), dst.into(), proto::ICMP) };
+        if let Err(why) = self.frames.send(link, slot, mac, ip, n, FrameMeta::default()) {
             link.lan.count_drop(slot, why);
         }
         true

@@ -16,10 +16,10 @@ use crate::l3::icmp_error::IcmpError;
 use crate::relay::Relay;
 use crate::tables::flow::{Key, State};
 use guestnet_wire::ether::Mac;
-use guestnet_wire::ipv4::{self, Ipv4};
+use guestnet_wire::frame::IpHeader;
 use guestnet_wire::parse::Packet;
 use guestnet_wire::tcp::{Options, Tcp, flags};
-use guestnet_wire::{be16, be32, checksum, icmp, proto, put, udp};
+use guestnet_wire::{be16, be32, checksum, icmp, ipv4, proto, put, udp};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 /// Payload that an error quotes at most: 576 bytes less both pairs of headers.
@@ -149,8 +149,9 @@ pub(super) fn connect_failed<E: Effects>(
     let (Some(guest), Some(remote)) = (v4(key.guest.ip()), v4(key.remote.ip())) else { return };
     let src = offender.and_then(|o| v4(cx.policy.name_of(o.to_canonical())?));
     let mut quote = [0u8; 40];
-    Ipv4 { src: guest, dst: remote, proto: proto::TCP, ttl: 1, tos: 0, id, frag: ipv4::DF, payload_len: 20 }
-        .emit(&mut quote);
+    let (from, to) = (guest.into(), remote.into());
+    IpHeader { src: from, dst: to, proto: proto::TCP, ttl: 1, tos: 0, id, frag: ipv4::DF }
+        .emit(&mut quote, 20);
     let (_, syn) = quote.split_at_mut(ipv4::MIN_LEN);
     let (src_port, dst_port) = (key.guest.port(), key.remote.port());
     Tcp { src_port, dst_port, seq, flags: flags::SYN, ..Tcp::default() }.emit(&Options::default(), syn);
@@ -194,7 +195,8 @@ fn requote(b: &mut [u8], key: &Key, id: u16, err: &DatagramError<'_>, payload: &
     let len = payload.len().saturating_add(udp::LEN);
     // The full length, though only a part may be quoted.
     let whole = err.payload.len().saturating_add(udp::LEN).min(65515) as u16;
-    Ipv4 { src, dst, proto: key.proto, ttl: 1, tos: 0, id, frag: 0, payload_len: whole }.emit(b);
+    let (src, dst) = (src.into(), dst.into());
+    IpHeader { src, dst, proto: key.proto, ttl: 1, tos: 0, id, frag: 0 }.emit(b, usize::from(whole));
     let l4 = b.get_mut(ipv4::MIN_LEN..)?.get_mut(..len)?;
     if key.proto == proto::UDP {
         put(l4, udp::LEN, payload);

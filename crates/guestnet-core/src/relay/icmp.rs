@@ -6,12 +6,13 @@ use crate::interface::effects::Effects;
 use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, FrameMeta};
 use crate::l2::lan::Sender;
-use crate::l3::frame_builder::{Envelope, TTL};
+use crate::l3::frame_builder::{TTL, header};
 use crate::relay::Relay;
-use crate::relay::errors::{icmp_for, v4};
+use crate::relay::errors::icmp_for;
 use crate::relay::udp::{Refused, Way};
 use crate::tables::flow::{Key, State};
 use crate::util::account::count_bytes;
+use guestnet_wire::frame::IpHeader;
 use guestnet_wire::parse::Packet;
 use guestnet_wire::{be16, icmp, proto};
 use std::net::{IpAddr, SocketAddr};
@@ -131,14 +132,15 @@ impl Relay {
         f.packets_in = f.packets_in.saturating_add(1);
         let (slot, mac, guest) = (f.key.slot, f.mac, f.key.guest);
         self.touch(cx.link.now, index);
-        let (Some(src), Some(dst)) = (v4(remote.ip()), v4(guest.ip())) else {
+        let (src, dst) = (remote.ip(), guest.ip());
+        if !src.is_ipv4() || !dst.is_ipv4() {
             return Err(DropReason::UnsupportedProtocol);
-        };
+        }
         let (i, s) = (guest.port().to_be_bytes(), seq.to_be_bytes());
         let b = cx.gateway.frames().transport(body.len().saturating_add(icmp::LEN))?;
         let n = icmp::emit(b, icmp::ECHO_REPLY, 0, [i[0], i[1], s[0], s[1]], body);
         let ttl = if ttl == 0 { TTL } else { ttl.saturating_sub(1).max(1) };
-        let e = Envelope { mac, src, dst, proto: proto::ICMP, ttl, tos: 0 };
-        cx.gateway.frames().send_ipv4(&mut cx.link, slot, &e, n, FrameMeta::default())
+        let ip = IpHeader { ttl, ..header(src, dst, proto::ICMP) };
+        cx.gateway.frames().send(&mut cx.link, slot, mac, ip, n, FrameMeta::default())
     }
 }

@@ -16,10 +16,10 @@ use crate::relay::Relay;
 use crate::relay::tcp::Tcb;
 use crate::tables::flow::{Flow, Key, State};
 use crate::tables::neighbour::Binding;
-use guestnet_wire::ether::{self, Mac};
-use guestnet_wire::ipv4::Ipv4;
+use guestnet_wire::ether::Mac;
+use guestnet_wire::frame::{FrameHeader, IpHeader};
 use guestnet_wire::{proto, put, udp};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 /// Other ports that are tried for a client whose own is taken.
 const TRIES: u64 = 64;
@@ -166,31 +166,20 @@ fn hold_datagram<E: Effects>(
     payload: &[u8],
     segment: u16,
 ) -> Result<(), DropReason> {
-    let (IpAddr::V4(src4), IpAddr::V4(dst4)) = (src.ip(), dst.ip()) else {
+    if src.is_ipv4() != dst.is_ipv4() {
         return Err(DropReason::UnsupportedProtocol);
-    };
+    }
     let len = payload.len().saturating_add(udp::LEN);
-    let packet_len = len.saturating_add(20);
-    let mtu = link.lan.port(slot).ok_or(DropReason::NoEndpoint)?.config.mtu;
-    if segment != 0 && payload.len() > usize::from(segment) || packet_len > usize::from(mtu) {
+    let mtu = usize::from(link.lan.port(slot).ok_or(DropReason::NoEndpoint)?.config.mtu);
+    // The MAC is not known yet.
+    let ip = IpHeader { src: src.ip(), dst: dst.ip(), proto: proto::UDP, ttl: TTL, tos: 0, id: 0, frag: 0 };
+    let header = FrameHeader { dst: Mac::default(), src: gateway, ip };
+    if segment != 0 && payload.len() > usize::from(segment) || len > mtu.saturating_sub(ip.len()) {
         return Err(DropReason::NoEndpoint);
     }
-    let mut frame = vec![0u8; packet_len.saturating_add(ether::HEADER_LEN)];
-    put(&mut frame, 6, &gateway.0);
-    put(&mut frame, 12, &ether::IPV4.to_be_bytes());
-    let (_, packet) = frame.split_at_mut(ether::HEADER_LEN);
-    Ipv4 {
-        src: src4,
-        dst: dst4,
-        proto: proto::UDP,
-        ttl: TTL,
-        tos: 0,
-        id: 0,
-        frag: 0,
-        payload_len: len as u16,
-    }
-    .emit(packet);
-    let (_, datagram) = packet.split_at_mut(20);
+    let mut frame = vec![0u8; header.len().saturating_add(len)];
+    header.emit(&mut frame, len);
+    let (_, datagram) = frame.split_at_mut(header.len());
     put(datagram, udp::LEN, payload);
     udp::emit(datagram, src.ip(), dst.ip(), src.port(), dst.port());
     link.lan.wait_frame(link.now, slot, dst.ip(), &frame, link.fx)

@@ -8,7 +8,7 @@ use crate::interface::effects::{Effects, SockError};
 use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, FrameMeta, IpFields, PortId, Target, Time};
 use crate::l2::lan::Sender;
-use crate::l3::frame_builder::{Envelope, TTL};
+use crate::l3::frame_builder::header;
 use crate::l3::gateway::report_denied;
 use crate::policy::never_a_destination;
 use crate::relay::Relay;
@@ -22,7 +22,7 @@ use guestnet_wire::ether::Mac;
 use guestnet_wire::parse::Packet;
 use guestnet_wire::tcp::{Options, Tcp, flags};
 use guestnet_wire::{be16, checksum, proto, put};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 /// How often all idle connections of a guest are checked, and how many at once; the others have timers of their own.
 const RECHECK_MS: u64 = 10_000;
@@ -309,7 +309,6 @@ fn reset<E: Effects>(
     if seg.flags & flags::RST != 0 || martian || p.src_port == 0 {
         return if martian { DropReason::BadDestination } else { why };
     }
-    let (IpAddr::V4(guest), IpAddr::V4(remote)) = (p.src, p.dst) else { return why };
     let len = (p.payload_len() as u32)
         .saturating_add(u32::from(seg.flags & flags::SYN != 0))
         .saturating_add(u32::from(seg.flags & flags::FIN != 0));
@@ -327,8 +326,8 @@ fn reset<E: Effects>(
     let sum = checksum::pseudo(p.dst, p.src, proto::TCP, 20);
     let c = checksum::finish(checksum::sum(b, sum));
     put(b, 16, &c.to_be_bytes());
-    let e = Envelope { mac: from.mac, src: remote, dst: guest, proto: proto::TCP, ttl: TTL, tos: 0 };
-    match cx.gateway.frames().send_ipv4(&mut cx.link, from.slot, &e, 20, FrameMeta::default()) {
+    let ip = header(p.dst, p.src, proto::TCP);
+    match cx.gateway.frames().send(&mut cx.link, from.slot, from.mac, ip, 20, FrameMeta::default()) {
         Ok(()) => why,
         Err(e) => e,
     }

@@ -9,8 +9,8 @@ use crate::nat::NatDirection;
 use crate::nat::config::unicast;
 use crate::nat::packet::View;
 use crate::util::account::{charge, release};
-use guestnet_wire::ipv4::{self, Ipv4};
-use guestnet_wire::{be16, icmp, proto};
+use guestnet_wire::frame::IpHeader;
+use guestnet_wire::{be16, icmp, ipv4, proto};
 use std::collections::{BTreeMap, VecDeque};
 use std::net::Ipv4Addr;
 
@@ -130,18 +130,9 @@ impl Output {
         let body = quoted.get(..total.min(548)).unwrap_or(&[]);
         let len = body.len().saturating_add(icmp::LEN);
         let mut p = vec![0; len.saturating_add(ipv4::MIN_LEN)];
-        Ipv4 {
-            src: Ipv4Addr::from(src),
-            dst: Ipv4Addr::from(from),
-            proto: proto::ICMP,
-            ttl: 64,
-            tos: 0xc0,
-            id: 0,
-            frag: 0,
-            payload_len: len as u16,
-        }
-        .emit(&mut p);
-        icmp::emit(p.get_mut(20..).unwrap_or(&mut []), icmp_type, code, rest, body);
+        let (src, dst) = (Ipv4Addr::from(src).into(), Ipv4Addr::from(from).into());
+        IpHeader { src, dst, proto: proto::ICMP, ttl: 64, tos: 0xc0, id: 0, frag: 0 }.emit(&mut p, len);
+        icmp::emit(p.get_mut(ipv4::MIN_LEN..).unwrap_or(&mut []), icmp_type, code, rest, body);
         self.push(direction, from, p)
     }
 

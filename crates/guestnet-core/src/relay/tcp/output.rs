@@ -12,19 +12,15 @@ use crate::relay::tcp::timers::PATIENT;
 use crate::relay::tcp::{Ctx, FLOW_BUFFER, Fate, Path, RCV_SHIFT, State, Tcb};
 use crate::relay::turns::TURN_SHORT;
 use crate::util::account::{count, count_bytes};
+use guestnet_wire::frame::{FrameHeader, IpHeader};
 use guestnet_wire::tcp::{MIN_LEN, Options, SackBlocks, Tcp, flags};
-use guestnet_wire::{checksum, ether, ipv4, proto, put};
-use std::net::IpAddr;
+use guestnet_wire::{checksum, frame, ipv4, ipv6, proto, put};
 use std::num::NonZeroU64;
 
-const IPV6_LEN: usize = 40;
-/// Where the TCP header starts.
-const L4_V4: usize = ether::HEADER_LEN + ipv4::MIN_LEN;
-const L4_V6: usize = ether::HEADER_LEN + IPV6_LEN;
 /// Offset of the checksum in the TCP header.
 const SUM_AT: usize = 16;
 /// Ethernet, IPv6 and TCP with all options that fit; most are sent with SACK blocks.
-const HEADER_MAX: usize = ether::HEADER_LEN + IPV6_LEN + MIN_LEN + 40;
+const HEADER_MAX: usize = frame::HEADER_MAX + MIN_LEN + 40;
 /// TTL and hop limit of what the relay says for the other side (RFC 1122 3.2.1.7).
 const TTL: u8 = 64;
 /// Bytes of the timestamp option with its padding.
@@ -37,7 +33,7 @@ const CHALLENGES_MAX: u8 = 10;
 /// Window that a flow with nothing buffered may always offer: the socket, not the buffer, is to take it.
 const WINDOW_MIN: u32 = 16384;
 /// The largest payload that fits an IP packet with all headers.
-const PAYLOAD_MAX: u32 = 65535 - (IPV6_LEN + MIN_LEN + 24) as u32;
+const PAYLOAD_MAX: u32 = 65535 - (ipv6::LEN + MIN_LEN + 24) as u32;
 
 struct Header {
     bytes: [u8; HEADER_MAX],
@@ -52,48 +48,20 @@ impl Header {
 }
 
 pub(super) fn ip_overhead(path: &Path) -> u16 {
-    if path.guest.is_ipv4() { (ipv4::MIN_LEN + MIN_LEN) as u16 } else { (IPV6_LEN + MIN_LEN) as u16 }
+    if path.guest.is_ipv4() { (ipv4::MIN_LEN + MIN_LEN) as u16 } else { (ipv6::LEN + MIN_LEN) as u16 }
 }
 
 /// Headers of one frame; the checksum field holds the pseudo-header's sum alone.
 fn header(path: &Path, tcp: &Tcp, options: &Options, payload: usize) -> Header {
     let mut bytes = [0u8; HEADER_MAX];
-    let v4 = path.guest.is_ipv4();
-    let l3 = ether::HEADER_LEN;
-    let l4 = if v4 { L4_V4 } else { L4_V6 };
-    let ethertype = if v4 { ether::IPV4 } else { ether::IPV6 };
-    ether::Ether { dst: path.guest_mac, src: path.gateway_mac, ethertype }.emit(&mut bytes);
+    let (src, dst) = (path.remote.ip(), path.guest.ip());
+    // An atomic datagram needs no identification (RFC 6864 4.1).
+    let ip = IpHeader { src, dst, proto: proto::TCP, ttl: TTL, tos: 0, id: 0, frag: ipv4::DF };
+    let frame = FrameHeader { dst: path.guest_mac, src: path.gateway_mac, ip };
+    let l4 = frame.len();
     let n = tcp.emit(options, bytes.get_mut(l4..).unwrap_or(&mut []));
     let l4_len = n.saturating_add(payload);
-    let (src, dst) = (path.remote.ip(), path.guest.ip());
-    match (src, dst) {
-        (IpAddr::V4(src), IpAddr::V4(dst)) => {
-            // An atomic datagram needs no identification (RFC 6864 4.1).
-            let (id, frag, tos) = (0, ipv4::DF, 0);
-            let ip = ipv4::Ipv4 {
-                src,
-                dst,
-                proto: proto::TCP,
-                ttl: TTL,
-                tos,
-                id,
-                frag,
-                payload_len: l4_len as u16,
-            };
-            ip.emit(bytes.get_mut(l3..).unwrap_or(&mut []));
-        }
-        _ => {
-            let six = |a: IpAddr| match a {
-                IpAddr::V4(a) => a.to_ipv6_mapped().octets(),
-                IpAddr::V6(a) => a.octets(),
-            };
-            put(&mut bytes, l3, &[0x60]);
-            put(&mut bytes, l3 + 4, &(l4_len as u16).to_be_bytes());
-            put(&mut bytes, l3 + 6, &[proto::TCP, TTL]);
-            put(&mut bytes, l3 + 8, &six(src));
-            put(&mut bytes, l3 + 24, &six(dst));
-        }
-    }
+    frame.emit(&mut bytes, l4_len);
     let sum = checksum::fold(checksum::pseudo(src, dst, proto::TCP, l4_len as u32));
     put(&mut bytes, l4.saturating_add(SUM_AT), &sum.to_be_bytes());
     Header { bytes, len: l4.saturating_add(n), l4 }
