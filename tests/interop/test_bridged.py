@@ -126,7 +126,7 @@ def test_two_guests_of_a_listener(segment: tuple[Lab, str]) -> None:
     up.stop()
 
 
-def test_who_may_not_is_told_so(own_lab: Lab) -> None:
+def test_a_user_without_the_privilege_gets_an_error(own_lab: Lab) -> None:
     done = GuestRunner(own_lab, "guestnet")(["true"], "--bridge", "up0")
     assert done.returncode == 125
     assert "CAP_NET_RAW" in done.stderr

@@ -215,7 +215,7 @@ def test_nonsense_is_dropped(open_client: Callable[..., Client], kind: str) -> N
     assert check_alive(client, mac) == address
 
 
-def test_a_guest_that_does_not_read_holds_up_nobody(open_client: Callable[..., Client]) -> None:
+def test_a_guest_that_does_not_read_blocks_no_other(open_client: Callable[..., Client]) -> None:
     other, deaf = open_client("stream"), open_client("stream")
     assert isinstance(deaf, Stream)
     mac = MACS[6]

@@ -123,7 +123,7 @@ def test_natpmpc(uplink: str, request: pytest.FixtureRequest) -> None:
     process.wait()
 
 
-def test_nobody_answers_unless_asked_for(guest: GuestRunner) -> None:
+def test_pcp_is_not_served_by_default(guest: GuestRunner) -> None:
     need.program("natpmpc")
     done = guest(["sh", "-c", "timeout 1 natpmpc; echo ended"])
     assert "Public IP address" not in done.stdout

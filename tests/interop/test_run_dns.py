@@ -108,7 +108,7 @@ def test_a_temporary_failure_is_one_for_getaddrinfo(
     assert look_up(guest, name, family, "--dns", resolver) == "EAI_AGAIN"
 
 
-def test_a_name_that_is_not_there_is_none_for_getaddrinfo(guest: GuestRunner) -> None:
+def test_getaddrinfo_fails_for_a_name_that_does_not_exist(guest: GuestRunner) -> None:
     assert look_up(guest, "nowhere.example.test") == "EAI_NONAME"
     assert look_up(guest, "www.example.test") == OUT4
 

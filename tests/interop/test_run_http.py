@@ -44,7 +44,7 @@ def test_a_host_behind_a_router_with_a_smaller_mtu(guest: GuestRunner) -> None:
     listener.wait_line("^3000000$")
 
 
-def test_what_was_written_arrives_though_the_command_has_ended(guest: GuestRunner) -> None:
+def test_data_arrives_after_the_command_has_ended(guest: GuestRunner) -> None:
     """The guest's kernel has megabytes yet to send when the command ends, and the reader is slow."""
     slow = ["socat", "-u", "TCP-LISTEN:9101,reuseaddr,rcvbuf=20000", "SYSTEM:sleep 0.5; wc -c"]
     listener = guest.lab.start(slow, ns=guest.lab.far)

@@ -30,20 +30,20 @@ def test_a_large_echo(guest: GuestRunner) -> None:
     assert status == 0, output
 
 
-def test_nobody_answers_for_an_unused_address(guest: GuestRunner) -> None:
+def test_an_unused_address_does_not_answer(guest: GuestRunner) -> None:
     status, output = ping(guest, "192.168.64.77")
     assert status != 0, output
     assert "0 received" in output
 
 
-def test_unreachable_is_said(guest: GuestRunner) -> None:
+def test_unreachable_is_reported(guest: GuestRunner) -> None:
     status, output = ping(guest, FAR_UNREACHABLE4)
     assert status != 0
     assert f"From {OUT4}" in output, output
     assert "Unreachable" in output, output
 
 
-def test_unreachable_from_the_host_is_said(guest: GuestRunner) -> None:
+def test_unreachable_from_the_host_is_reported(guest: GuestRunner) -> None:
     status, output = ping(guest, UNREACHABLE4)
     assert status != 0
     assert "Unreachable" in output, output
@@ -55,7 +55,7 @@ def test_traceroute(guest: GuestRunner) -> None:
     assert [line.split()[1] for line in lines] == ["192.168.64.1", OUT4, FAR4]
 
 
-def test_a_refused_datagram_is_said(guest: GuestRunner) -> None:
+def test_a_refused_datagram_is_reported(guest: GuestRunner) -> None:
     script = (
         "import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(5)\n"
         f"s.connect(('{OUT4}', 9)); s.send(b'x')\n"
@@ -70,7 +70,7 @@ def test_path_mtu_is_learned(guest: GuestRunner) -> None:
     assert "mtu=1400" in output or "mtu = 1400" in output, output
 
 
-def test_path_mtu_is_told_again_when_the_host_knows_it(guest: GuestRunner) -> None:
+def test_path_mtu_is_reported_again_when_the_host_knows_it(guest: GuestRunner) -> None:
     """The host has learned the path's MTU from the first echo: it does not cut the next one, which forbids
     it. One that allows it is cut."""
     echo = f"ping -n -c 2 -i 0.2 -W 3 -s 1472 {FAR4}"

@@ -75,14 +75,14 @@ def test_one_host_address_only(guest: GuestRunner) -> None:
     assert "refused" in refused.stderr
 
 
-def test_nobody_listens_in_the_guest(guest: GuestRunner) -> None:
+def test_a_published_port_without_a_listener_in_the_guest_is_refused(guest: GuestRunner) -> None:
     """The client outside is told, and not left hanging."""
     guest.start(["sh", "-c", "echo up; exec sleep 60"], "-p", "8082:80", ready="^up$")
     done = guest.lab.run(["socat", "-t", "5", "-", f"TCP:{HOST4}:8082"], ns=guest.lab.out, stdin="hello")
     assert done.stdout == ""
 
 
-def test_a_taken_port_is_said_before_the_guest_starts(guest: GuestRunner) -> None:
+def test_a_port_in_use_is_reported_before_the_guest_starts(guest: GuestRunner) -> None:
     taken = guest.lab.start([sys.executable, str(CLIENTS / "serve.py"), "tcp", "8083"], ready="^ready$")
     done = guest(["echo", "started"], "-p", "8083:80")
     assert done.returncode != 0

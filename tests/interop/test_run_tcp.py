@@ -62,7 +62,7 @@ def test_unreachable(guest: GuestRunner, address: str) -> None:
     assert connect(guest, address, 80) in ("OSError 113", "OSError 101")
 
 
-def test_gateway_refuses_what_it_does_not_serve(guest: GuestRunner) -> None:
+def test_the_gateway_refuses_ports_without_a_service(guest: GuestRunner) -> None:
     assert connect(guest, "192.168.64.1", 81) == "ConnectionRefusedError 111"
 
 
@@ -84,7 +84,7 @@ except ConnectionResetError:
     assert guest.check(["python3", "-c", script]) == "reset\n"
 
 
-def test_stalled_connects_stop_nobody(guest: GuestRunner) -> None:
+def test_stalled_connects_do_not_block_other_connections(guest: GuestRunner) -> None:
     """200 connects that nobody answers are under way; another one is not slowed by them."""
     script = f"""
 import socket, time

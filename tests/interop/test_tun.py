@@ -139,13 +139,13 @@ def test_traceroute(routed: World) -> None:
     assert [line.split()[1] for line in lines] == ["192.168.64.1", HOST4, OUT4, FAR4]
 
 
-def test_path_mtu_is_told_and_then_kept(routed: World) -> None:
+def test_path_mtu_is_reported_and_then_kept(routed: World) -> None:
     out = routed.run(["ping", "-n", "-c", "1", "-W", "3", "-M", "do", "-s", "1472", FAR4]).stdout
     assert f"From {OUT4}" in out
     assert "mtu = 1400" in out
 
 
-def test_unreachable_and_refused_are_said(routed: World) -> None:
+def test_unreachable_and_refused_are_reported(routed: World) -> None:
     # The kernel of the outside sends one such error a second to one address.
     out = routed.run(["ping", "-n", "-c", "4", "-i", "0.5", "-W", "3", "198.18.1.1"]).stdout
     assert f"From {OUT4}" in out
@@ -316,7 +316,7 @@ def test_the_last_of_two_turns_forwarding_back(quiet_lab: Lab) -> None:
     assert (settings(lab)["forward"], settings(lab)["tables"]) == ("0", "")
 
 
-def test_what_is_not_ours_is_left_alone(quiet_lab: Lab) -> None:
+def test_forwarding_and_rules_of_others_are_left_alone(quiet_lab: Lab) -> None:
     """Forwarding that was on stays on; a table of the same name that somebody else made stays."""
     lab = quiet_lab
     lab.sysctl(lab.host, "net.ipv4.ip_forward", "1")

@@ -55,7 +55,7 @@ def test_programs_get_json_and_people_sentences(pipe: tuple[int, int]) -> None:
     assert said[2:] == ["sum", f"guestnet: vm1 has an address (mac {MAC}, ip 192.168.64.2)", "sum", "sum"]
 
 
-def test_a_reader_that_does_not_read_keeps_nobody_waiting(pipe: tuple[int, int]) -> None:
+def test_a_reader_that_does_not_read_blocks_no_writer(pipe: tuple[int, int]) -> None:
     read, write = pipe
     teller = Teller(options(json=True))
     count = WAITING * 4

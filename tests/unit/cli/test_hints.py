@@ -62,7 +62,9 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["nat", "--external", "1.2.3.4", "--mapping", "none", "a", "b"], "write endpoint_independent, "),
     ],
 )
-def test_what_was_meant_is_named(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_intended_option_is_suggested(
+    argv: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert words in refused(argv, capsys)
 
 

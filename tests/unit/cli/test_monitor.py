@@ -52,7 +52,7 @@ def denied(port: int, *, protocol: int = 6) -> FlowDenied:
     )
 
 
-def test_refusals_and_drops_are_said_by_the_end() -> None:
+def test_refusals_and_drops_are_reported_by_the_end() -> None:
     network, lines = Network(), []
     with Monitor(network, lines.append) as monitor:  # type: ignore[arg-type]
         assert network.callback is not None
@@ -80,7 +80,7 @@ def test_a_guest_that_is_refused_at_any_rate_fills_neither_memory_nor_the_screen
     assert told == 20_000
 
 
-def test_only_new_drops_are_said() -> None:
+def test_only_new_drops_are_reported() -> None:
     assert drop_lines({}, {"vm1": {"policy": 2}}) == ["guestnet: vm1: frames dropped: 2 policy"]
     assert drop_lines({"vm1": {"policy": 2}}, {"vm1": {"policy": 2}}) == []
     # A guest that came again counts from zero.
@@ -108,7 +108,7 @@ def _query() -> Query:
     return read_query(dns.message.make_query("example.org", "A").to_wire())
 
 
-async def test_a_dead_name_server_is_said_once_and_again_after_a_while(
+async def test_a_dead_name_server_is_reported_once_and_again_after_a_while(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from guestnet.services.dns import upstream as module

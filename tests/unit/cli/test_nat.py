@@ -88,7 +88,7 @@ def test_a_published_port(tmp_path: Path) -> None:
     assert run(tmp_path, call, "--reverse") == []
 
 
-def test_what_is_cut_off_is_translated_as_far_as_it_goes(tmp_path: Path) -> None:
+def test_truncated_packets_are_translated_as_far_as_they_go(tmp_path: Path) -> None:
     whole = ethernet(tcp(GUEST, OUTSIDE, data=b"x" * 1000))
     expected = run(tmp_path, pcap([(START, whole)]))[0][:96]
     for make in (pcap, pcapng):

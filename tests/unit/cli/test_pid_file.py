@@ -21,7 +21,7 @@ def test_it_is_there_as_long_as_guestnet_runs(tmp_path: Path) -> None:
         pass
 
 
-def test_what_somebody_laid_in_its_way_is_not_followed(tmp_path: Path) -> None:
+def test_a_link_in_place_of_the_pid_file_is_not_followed(tmp_path: Path) -> None:
     """In a directory that others write to too, the name that it has at first can be foreseen."""
     victim = tmp_path / "victim"
     victim.write_text("precious")

@@ -110,7 +110,7 @@ def test_a_file_that_is_a_link_or_a_directory_is_refused(tmp_path: Path) -> None
             Run(path)
 
 
-def test_a_file_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     with run(tmp_path / "missing" / "guests") as made:
         made.arrive(A)
     assert made.pinned.failure == "No such file or directory"

@@ -101,7 +101,7 @@ def test_a_command_that_cannot_start(name: str, status: int) -> None:
     assert len(got.stderr.splitlines()) == 1
 
 
-def test_a_taken_port_is_said_before_the_command_starts() -> None:
+def test_a_port_in_use_is_reported_before_the_command_starts() -> None:
     got = run("-p", "80:80", "--", "echo", "started")
     assert (got.returncode, got.stdout) == (125, "")
     assert got.stderr == "guestnet: Port 80 is taken: choose another.\n"
@@ -249,7 +249,7 @@ def test_the_command_cannot_type_into_the_terminal() -> None:
     assert "done" not in terminal.text
 
 
-def test_what_is_on_its_way_is_not_waited_for_against_a_wish() -> None:
+def test_sigterm_skips_draining_in_flight_data() -> None:
     """The command has ended, and a connection of its guest still moves: seconds, unless somebody says no."""
     words = command("--", "sh", "-c", "trap '' TERM; echo ready")
     process = subprocess.Popen(words, env={**os.environ, "MOVING": "1"}, stdout=subprocess.PIPE)
@@ -310,7 +310,7 @@ def test_signals_pass_through(number: int) -> None:
     process.stdout.close()
 
 
-def test_default_death_by_a_signal_is_told() -> None:
+def test_death_by_a_signal_is_the_exit_status() -> None:
     process = subprocess.Popen(command("--", "sh", "-c", "echo ready; exec sleep 60"), stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()

@@ -70,7 +70,7 @@ def test_memory_size_is_qemus(options: list[str], size: int) -> None:
     assert vm.memory_size(["qemu-system-x86_64", *options]) == size
 
 
-def test_a_memory_size_that_is_none_is_refused() -> None:
+def test_an_invalid_memory_size_is_refused() -> None:
     with pytest.raises(UsageError, match="-m 1G"):
         vm.memory_size(["qemu-system-x86_64", "-m", "much"])
 

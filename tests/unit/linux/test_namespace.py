@@ -321,7 +321,7 @@ def test_the_socket_of_a_name_service_is_closed_when_the_service_starts_later() 
         ("passwd: files systemd sss", "passwd: files systemd sss"),
     ],
 )
-def test_nsswitch_leaves_hosts_to_what_asks_nobody_outside(text: str, hosts: str) -> None:
+def test_nsswitch_leaves_hosts_to_modules_that_ask_nothing_outside(text: str, hosts: str) -> None:
     assert mounts.nsswitch_text(f"group: files\n{text}\n") == f"group: files\n{hosts}\n"
 
 
@@ -386,7 +386,7 @@ def test_a_root_that_may_not_map_ids_is_warned() -> None:
 
 
 @_ROOT
-def test_a_system_that_forbids_a_proc_of_its_own_is_said() -> None:
+def test_a_system_that_forbids_its_own_proc_is_reported() -> None:
     """As in a container that hides parts of /proc. Processes outside stay out of reach, and names are
     kept."""
     code = _DRIVER.replace(

@@ -116,7 +116,7 @@ def test_a_search_list_over_255_bytes_is_split_and_read_whole() -> None:
     assert reply.payload.count(bytes((119, 255))) == 1, "RFC 3396: one full part, then the rest"
 
 
-def test_what_does_not_fit_goes_into_file_and_sname() -> None:
+def test_options_that_do_not_fit_go_into_file_and_sname() -> None:
     search = tuple(f"{chr(97 + n) * 24}.{n}.example" for n in range(10))
     segment = Segment(search=search)
     segment.add("vm1")
@@ -235,14 +235,14 @@ def test_the_client_identifier_comes_back(segment: Segment) -> None:
         ([(12, b"first"), (81, b"\0\0\0second")], "first"),
     ],
 )
-def test_the_name_that_a_client_tells(
+def test_the_host_name_of_a_client(
     segment: Segment, options: list[tuple[int, bytes]], name: str | None
 ) -> None:
     segment.answer(REQUEST, [(50, ip("192.168.64.2")), *options])
     assert segment.server.leases()[0].hostname == name
 
 
-def test_only_the_endpoints_own_mac_is_told_its_name(segment: Segment) -> None:
+def test_only_the_endpoints_own_mac_gets_its_name(segment: Segment) -> None:
     behind = bytes.fromhex("020000000099")
     assert segment.answer(DISCOVER, [(55, bytes((12,)))]).options[12] == b"vm1"
     assert 12 not in segment.answer(DISCOVER, [(55, bytes((12,)))], mac=behind).options

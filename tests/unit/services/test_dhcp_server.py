@@ -113,7 +113,7 @@ def test_renewing_and_rebinding_lengthen_the_lease(segment: Segment, state: str)
     assert segment.released == []
 
 
-def test_renewing_what_is_another_guests_is_refused(segment: Segment) -> None:
+def test_renewing_the_address_of_another_guest_is_refused(segment: Segment) -> None:
     segment.add("vm2", OTHER)
     assert segment.answer(REQUEST, ciaddr="192.168.64.3").kind == NAK
     assert segment.answer(REQUEST, ciaddr="10.1.1.1").kind == NAK
@@ -125,7 +125,7 @@ def test_a_request_that_contradicts_itself_gets_nothing(segment: Segment) -> Non
     assert segment.refusals() == {"contradiction": 2}
 
 
-def test_inform_gets_what_is_to_know_and_no_lease(segment: Segment) -> None:
+def test_inform_gets_options_and_no_lease(segment: Segment) -> None:
     reply = segment.send(ask(INFORM, [(55, bytes((1, 3, 6, 15)))], ciaddr="192.168.64.200", flags=0x8000))
     assert reply is not None
     said = read(reply.payload)
@@ -147,7 +147,7 @@ def test_release_ends_the_lease(segment: Segment) -> None:
     assert segment.answer(DISCOVER).yiaddr == "192.168.64.2", "an endpoint's address stays its own"
 
 
-def test_release_of_what_is_another_guests_ends_nothing(segment: Segment) -> None:
+def test_releasing_the_address_of_another_guest_ends_nothing(segment: Segment) -> None:
     segment.add("vm2", OTHER)
     segment.answer(REQUEST, [(50, ip("192.168.64.3"))], endpoint="vm2", mac=OTHER)
     segment.ask(RELEASE, [SERVER], ciaddr="192.168.64.3")
@@ -177,7 +177,7 @@ def test_declines_of_one_endpoint_are_bounded_and_forgiven(segment: Segment) -> 
     assert segment.refusals() == {"too_many_declined": 8}
 
 
-def test_decline_of_what_the_client_does_not_have(segment: Segment) -> None:
+def test_declining_an_address_that_is_not_held_is_refused(segment: Segment) -> None:
     segment.ask(DECLINE, [SERVER, (50, ip("192.168.64.2"))])
     segment.answer(DISCOVER)
     segment.ask(DECLINE, [SERVER, (50, ip("192.168.64.9"))])
@@ -216,7 +216,7 @@ def test_a_lease_is_over_when_its_time_is(segment: Segment) -> None:
     assert [str(lease.ip) for lease in segment.released] == ["192.168.64.2"]
 
 
-def test_an_offer_that_nobody_takes_is_free_again(segment: Segment) -> None:
+def test_an_offer_that_is_not_taken_becomes_free_again(segment: Segment) -> None:
     """A second MAC behind the endpoint has an address of its own, for as long as it wants it."""
     said = segment.answer(DISCOVER, [(50, ip("192.168.64.99"))], mac=OTHER)
     assert said.yiaddr == "192.168.64.99"
@@ -312,7 +312,9 @@ def test_bootp_clients_get_their_address_for_ever(segment: Segment) -> None:
         (ask(DISCOVER)[:-1] + b"\x0c", MAC, "bad_options"),
     ],
 )
-def test_what_gets_no_answer_and_why(segment: Segment, payload: bytes, mac: bytes, reason: str) -> None:
+def test_refused_messages_get_no_answer_and_are_counted_by_reason(
+    segment: Segment, payload: bytes, mac: bytes, reason: str
+) -> None:
     assert segment.send(payload, mac=mac) is None
     assert segment.refusals() == {reason: 1}
     assert len(segment.store) == 0
