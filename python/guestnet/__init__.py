@@ -122,6 +122,7 @@ if TYPE_CHECKING:
     from guestnet.model.events import NetworkFailed as NetworkFailed
     from guestnet.model.events import PortClosed as PortClosed
     from guestnet.model.events import PortOpened as PortOpened
+    from guestnet.model.forward_spec import ForwardSpec as ForwardSpec
     from guestnet.model.handles import Handles as Handles
     from guestnet.model.ipam import IpAllocator as IpAllocator
     from guestnet.model.ipam import generate_mac as generate_mac
@@ -151,7 +152,6 @@ if TYPE_CHECKING:
     from guestnet.runtime.attachments import MemoryAttachment as MemoryAttachment
     from guestnet.runtime.endpoint import Endpoint as Endpoint
     from guestnet.runtime.forward import Forward as Forward
-    from guestnet.runtime.forwards import ForwardSpec as ForwardSpec
     from guestnet.runtime.network import NatNetwork as NatNetwork
     from guestnet.runtime.service_host import Services as Services
     from guestnet.services.dhcp import DhcpServer as DhcpServer
@@ -202,7 +202,7 @@ _HOME = {
     ),
     "guestnet.model.handles": ("Handles",),
     "guestnet.control.event_hub": ("EventStream",),
-    "guestnet.runtime.forwards": ("ForwardSpec",),
+    "guestnet.model.forward_spec": ("ForwardSpec",),
     "guestnet.model.ipam": ("IpAllocator", "generate_mac"),
     "guestnet.nat.engine": (
         "Connection",

@@ -9,9 +9,10 @@ from guestnet.control.portal import blocking
 from guestnet.errors import (
     ForwardNotFound,
 )
+from guestnet.model.forward_spec import ForwardSpec
 from guestnet.model.handles import Handles
 from guestnet.runtime.forward import Forward
-from guestnet.runtime.forwards import ForwardSpec, close_sockets, open_sockets
+from guestnet.runtime.forwards import close_sockets, open_sockets
 
 if TYPE_CHECKING:
     pass

@@ -17,7 +17,7 @@ from guestnet.cli import UsageError
 from guestnet.cli.terminal import answer
 
 if TYPE_CHECKING:
-    from guestnet.runtime.forwards import ForwardSpec
+    from guestnet.model.forward_spec import ForwardSpec
 
 ZONE = "guestnet.internal"
 DEFAULT_SUBNET = "192.168.64.0/24"
@@ -264,7 +264,7 @@ def format_mac(address: bytes) -> str:
 def publication(text: str) -> Any:
     """A published port in Docker's grammar."""
     from guestnet.errors import ConfigError
-    from guestnet.runtime.forwards import ForwardSpec
+    from guestnet.model.forward_spec import ForwardSpec
 
     try:
         return ForwardSpec.parse(text)

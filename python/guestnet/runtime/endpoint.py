@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from guestnet.control.portal import blocking
 from guestnet.errors import ConfigError, EndpointNotFound, NotRunning
+from guestnet.model.forward_spec import ForwardSpec
 from guestnet.model.spec import NetMode
-from guestnet.runtime.forwards import ForwardSpec
 
 if TYPE_CHECKING:
     from guestnet.model.stats import NetworkStats

@@ -7,7 +7,7 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 from guestnet.control.portal import blocking
-from guestnet.runtime.forwards import ForwardSpec, show
+from guestnet.model.forward_spec import ForwardSpec, show
 
 
 class Forward:

@@ -7,7 +7,8 @@ from ipaddress import IPv4Address
 from typing import TYPE_CHECKING
 
 from guestnet.errors import GuestnetError, PortInUse
-from guestnet.runtime.forwards import ForwardSpec, close_sockets, open_sockets
+from guestnet.model.forward_spec import ForwardSpec
+from guestnet.runtime.forwards import close_sockets, open_sockets
 
 if TYPE_CHECKING:
     from guestnet.model.spec import NatConfig

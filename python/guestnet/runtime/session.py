@@ -42,6 +42,7 @@ from guestnet.model.events import (
     LogMessage,
     NetworkFailed,
 )
+from guestnet.model.forward_spec import ForwardSpec
 from guestnet.model.handles import Ids
 from guestnet.model.ipam import format_mac, parse_mac
 from guestnet.model.spec import NetMode, Uplink
@@ -50,7 +51,6 @@ from guestnet.runtime.attachments import Attachment, KeptAttachments, Listener, 
 from guestnet.runtime.capture import Capture
 from guestnet.runtime.endpoint import Endpoint
 from guestnet.runtime.forward import Forward
-from guestnet.runtime.forwards import ForwardSpec
 from guestnet.runtime.port_table import PortTable
 from guestnet.runtime.publishing import Publishing
 from guestnet.runtime.registry import Registry

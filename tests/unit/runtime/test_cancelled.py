@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 from guestnet import AlreadyRunning, NatConfig, NatNetwork
+from guestnet.model.forward_spec import ForwardSpec
 from guestnet.model.handles import Ids
 from guestnet.model.ipam import parse_mac
-from guestnet.runtime.forwards import ForwardSpec, close_sockets, open_sockets
+from guestnet.runtime.forwards import close_sockets, open_sockets
 from guestnet.runtime.publishing import Publishing
 from guestnet.testing.guest import Guest
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from guestnet.errors import ConfigError, GuestnetError, PortInUse, UnsupportedError
-from guestnet.runtime.forwards import ForwardSpec, close_sockets, open_sockets
+from guestnet.model.forward_spec import ForwardSpec
+from guestnet.runtime.forwards import close_sockets, open_sockets
 from hypothesis import given
 from hypothesis import strategies as st
 

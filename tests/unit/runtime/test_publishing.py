@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from guestnet import NatNetwork
 from guestnet.errors import BusyError, GuestnetError
+from guestnet.model.forward_spec import ForwardSpec
 from guestnet.model.handles import Ids
-from guestnet.runtime.forwards import ForwardSpec
 from guestnet.runtime.publishing import Publishing
 
 

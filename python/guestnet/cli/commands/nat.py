@@ -20,9 +20,9 @@ from guestnet.errors import ConfigError, GuestnetError
 from guestnet.model.spec import Filtering
 
 if TYPE_CHECKING:
+    from guestnet.model.forward_spec import ForwardSpec
     from guestnet.nat.engine import NatEngine, NatEngineConfig
     from guestnet.nat.offline import Report
-    from guestnet.runtime.forwards import ForwardSpec
 
 _ABOUT = """\
 Translates a capture (pcap or pcapng; Ethernet, raw IP, Linux cooked) as a NAT between --internal and
@@ -214,7 +214,7 @@ def _check_publication(spec: ForwardSpec) -> None:
 
 
 def _publish(engine: NatEngine, spec: object, external: IPv4Address) -> None:
-    from guestnet.runtime.forwards import ForwardSpec
+    from guestnet.model.forward_spec import ForwardSpec
 
     assert isinstance(spec, ForwardSpec)
     host = external if spec.host_ip is None or IPv4Address(0) == spec.host_ip else spec.host_ip

@@ -20,7 +20,7 @@ from guestnet.errors import ConfigError, GuestnetError
 from guestnet.model.events import AddressChanged, GuestUp, LeaseTaken, NetworkEvent
 
 if TYPE_CHECKING:
-    from guestnet.runtime.forwards import ForwardSpec
+    from guestnet.model.forward_spec import ForwardSpec
     from guestnet.runtime.network import NatNetwork
 
 SUFFIX = ".guests"

@@ -19,7 +19,7 @@ from guestnet.cli.terminal import complain, say, tell_log
 from guestnet.errors import GuestnetError
 
 if TYPE_CHECKING:
-    from guestnet.runtime.forwards import ForwardSpec
+    from guestnet.model.forward_spec import ForwardSpec
     from guestnet.runtime.network import NatNetwork
 
 HOST_IDS_NOTE = (
