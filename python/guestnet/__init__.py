@@ -126,12 +126,24 @@ if TYPE_CHECKING:
     from guestnet.model.handles import Handles as Handles
     from guestnet.model.ipam import IpAllocator as IpAllocator
     from guestnet.model.ipam import generate_mac as generate_mac
+    from guestnet.model.network_spec import EndpointSpec as EndpointSpec
+    from guestnet.model.network_spec import Spec as Spec
     from guestnet.model.spec import Filtering as Filtering
     from guestnet.model.spec import NatConfig as NatConfig
     from guestnet.model.spec import NetMode as NetMode
     from guestnet.model.spec import PollingStrategy as PollingStrategy
     from guestnet.model.spec import StaticLease as StaticLease
     from guestnet.model.spec import Uplink as Uplink
+    from guestnet.model.spec_diff import Change as Change
+    from guestnet.model.spec_diff import EndpointAdded as EndpointAdded
+    from guestnet.model.spec_diff import EndpointRemoved as EndpointRemoved
+    from guestnet.model.spec_diff import ForwardAdded as ForwardAdded
+    from guestnet.model.spec_diff import ForwardRemoved as ForwardRemoved
+    from guestnet.model.spec_diff import LeaseAdded as LeaseAdded
+    from guestnet.model.spec_diff import LeaseRemoved as LeaseRemoved
+    from guestnet.model.spec_diff import RecordsChanged as RecordsChanged
+    from guestnet.model.spec_diff import SettingChanged as SettingChanged
+    from guestnet.model.spec_diff import diff as diff
     from guestnet.model.stats import ConnTrackStats as ConnTrackStats
     from guestnet.model.stats import DatapathStats as DatapathStats
     from guestnet.model.stats import FlowRecord as FlowRecord
@@ -201,6 +213,19 @@ _HOME = {
         "PortOpened",
     ),
     "guestnet.model.handles": ("Handles",),
+    "guestnet.model.network_spec": ("EndpointSpec", "Spec"),
+    "guestnet.model.spec_diff": (
+        "Change",
+        "EndpointAdded",
+        "EndpointRemoved",
+        "ForwardAdded",
+        "ForwardRemoved",
+        "LeaseAdded",
+        "LeaseRemoved",
+        "RecordsChanged",
+        "SettingChanged",
+        "diff",
+    ),
     "guestnet.control.event_hub": ("EventStream",),
     "guestnet.model.forward_spec": ("ForwardSpec",),
     "guestnet.model.ipam": ("IpAllocator", "generate_mac"),

@@ -6,16 +6,17 @@ Each event names its network, has the time, and a sequence number that counts th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any, ClassVar
+
+from guestnet.model.frozen_record import FrozenRecord
 
 Side = tuple[IPv4Address | IPv6Address, int]
 """An address and a port; for ICMP the port is 0, or the identifier of an echo."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class NetworkEvent:
+class NetworkEvent(FrozenRecord):
     """Something that happened in a network. `NatNetwork.on_event` and `NatNetwork.events` deliver it.
 
     Example:
@@ -76,7 +77,6 @@ def plain(value: Any) -> Any:
     return value
 
 
-@dataclass(frozen=True, kw_only=True)
 class GuestUp(NetworkEvent):
     """A guest is attached, or came to a listener and showed its MAC."""
 
@@ -91,7 +91,6 @@ class GuestUp(NetworkEvent):
     """The path of the listener that it came to."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class GuestDown(NetworkEvent):
     """A guest was detached, disconnected, or removed."""
 
@@ -101,7 +100,6 @@ class GuestDown(NetworkEvent):
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
 class LeaseTaken(NetworkEvent):
     """A guest took an address by DHCP."""
 
@@ -111,7 +109,6 @@ class LeaseTaken(NetworkEvent):
     hostname: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
 class LeaseReleased(NetworkEvent):
     """A guest gave an address back."""
 
@@ -120,7 +117,6 @@ class LeaseReleased(NetworkEvent):
     ip: IPv4Address
 
 
-@dataclass(frozen=True, kw_only=True)
 class AddressSeen(NetworkEvent):
     """A guest uses another address of the subnet too; in the mode "bridged", its first address."""
 
@@ -129,7 +125,6 @@ class AddressSeen(NetworkEvent):
     mac: str
 
 
-@dataclass(frozen=True, kw_only=True)
 class AddressChanged(NetworkEvent):
     """The network changed the address of an endpoint."""
 
@@ -138,7 +133,6 @@ class AddressChanged(NetworkEvent):
     old: IPv4Address
 
 
-@dataclass(frozen=True, kw_only=True)
 class PortOpened(NetworkEvent):
     """A guest opened a port of the host by PCP or NAT-PMP."""
 
@@ -149,7 +143,6 @@ class PortOpened(NetworkEvent):
     guest: Side
 
 
-@dataclass(frozen=True, kw_only=True)
 class PortClosed(NetworkEvent):
     """A port that a guest had opened is closed."""
 
@@ -159,7 +152,6 @@ class PortClosed(NetworkEvent):
     guest: Side
 
 
-@dataclass(frozen=True, kw_only=True)
 class LogMessage(NetworkEvent):
     """Something that the owner should know went wrong. It is logged too."""
 
@@ -169,7 +161,6 @@ class LogMessage(NetworkEvent):
     message: str
 
 
-@dataclass(frozen=True, kw_only=True)
 class NetworkFailed(NetworkEvent):
     """A packet thread failed: the network has to be started again."""
 
@@ -177,7 +168,6 @@ class NetworkFailed(NetworkEvent):
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
 class EventsLost(NetworkEvent):
     """Events were lost for this receiver, because it had not taken earlier ones."""
 
@@ -185,7 +175,6 @@ class EventsLost(NetworkEvent):
     count: int
 
 
-@dataclass(frozen=True, kw_only=True)
 class FlowEvent(NetworkEvent):
     """What happens to flows. Guests cause as many of these as they like, so they are delivered to receivers
     that ask for them."""
@@ -193,7 +182,6 @@ class FlowEvent(NetworkEvent):
     kind = "flow"
 
 
-@dataclass(frozen=True, kw_only=True)
 class FlowOpened(FlowEvent):
     """A connection, a datagram flow or an echo was opened."""
 
@@ -208,7 +196,6 @@ class FlowOpened(FlowEvent):
     """Whether the outside opened it, through a published port."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class FlowClosed(FlowEvent):
     """A flow ended."""
 
@@ -220,7 +207,6 @@ class FlowClosed(FlowEvent):
     """Payload to the guest."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class FlowDenied(FlowEvent):
     """A new flow was refused."""
 

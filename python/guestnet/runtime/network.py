@@ -12,18 +12,20 @@ import itertools
 import os
 import threading
 import weakref
+from collections.abc import Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
+from guestnet.api.description import DescriptionMethods
 from guestnet.api.monitoring import MonitoringMethods
-from guestnet.api.ports import PortMethods
 from guestnet.api.rings import RingMethods
 from guestnet.control.event_hub import Emitter, EventHub
 from guestnet.control.portal import blocking, in_thread
 from guestnet.control.runtime import Runtime, implicit_runtime
 from guestnet.errors import AlreadyRunning, ConfigError, ForwardNotFound, GuestnetError
 from guestnet.model.handles import Ids
+from guestnet.model.network_state import NetworkState
 from guestnet.model.spec import NatConfig
 from guestnet.model.stats import NetworkStats
 from guestnet.runtime.attachments import KeptAttachments, Listener
@@ -37,7 +39,7 @@ _numbers = itertools.count(1)
 """Of networks without a name."""
 
 
-class NatNetwork(PortMethods, MonitoringMethods, RingMethods):
+class NatNetwork(DescriptionMethods, MonitoringMethods, RingMethods):
     """A network: one virtual segment with a gateway, its services, and a way out.
 
     `NatNetwork(subnet="10.9.0.0/24")` is short for `NatNetwork(NatConfig(subnet="10.9.0.0/24"))`: every
@@ -67,6 +69,41 @@ class NatNetwork(PortMethods, MonitoringMethods, RingMethods):
         >>> network.is_running
         False
     """
+
+    @classmethod
+    def from_state(
+        cls, state: Mapping[str, Any], *, name: str | None = None, runtime: Runtime | None = None
+    ) -> Self:
+        """Makes a network as it was when `state` was called.
+
+        Endpoints, guests of listeners, leases and records are there at once. Ports are published, and
+        listeners listen, when the network starts; when one of them cannot, it does not start.
+
+        Args:
+            state: What `state` returned.
+            name: As of `NatNetwork`.
+            runtime: As of `NatNetwork`.
+
+        Returns:
+            The network, which does not run.
+
+        Raises:
+            ConfigError: The state is damaged, or of another version.
+
+        Example:
+            >>> from guestnet import NatNetwork
+            >>> with NatNetwork(subnet="10.9.0.0/24") as network:
+            ...     forward = network.publish("127.0.0.1:0:vm1:80")
+            ...     state = network.state()
+            >>> with NatNetwork.from_state(state) as again:
+            ...     again.config == network.config, again.forwards[0].host_port == forward.host_port
+            (True, True)
+        """
+        known = NetworkState.from_dict(state)
+        made = cls(known.config, name=name, runtime=runtime)
+        made._take_over(known)
+        made._on_start = known
+        return made
 
     def __init__(
         self,
@@ -105,6 +142,8 @@ class NatNetwork(PortMethods, MonitoringMethods, RingMethods):
         self._doors = Doors(partial(_close_forward, this), partial(_close_listener, this))
         self._last_stats = NetworkStats()
         self._datapath = None
+        self._on_start: NetworkState | None = None
+        """What is to be opened with the next start."""
         self._process = os.getpid()
 
     @classmethod
@@ -176,6 +215,16 @@ class NatNetwork(PortMethods, MonitoringMethods, RingMethods):
             began(session)
             self._finalizer = weakref.finalize(self, end_unheld, session)
             self._finalizer.atexit = False
+        if self._on_start is not None:
+            try:
+                for forward in self._on_start.forwards:
+                    self.publish(forward)
+                for kind, path in self._on_start.listeners:
+                    self.listen(kind, path)
+            except BaseException:
+                self._stop()
+                raise
+            self._on_start = None
 
     def _stop(self) -> None:
         self._leave_parent()

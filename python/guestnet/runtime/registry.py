@@ -161,6 +161,24 @@ class Registry:
             self.renamed()
             return endpoint
 
+    def restore(self, id: str, mac: str, ip: str | None, hostname: str | None, *, proposed: bool) -> Endpoint:
+        """An endpoint of an earlier run. `proposed`: its MAC was generated, so its guest may have another."""
+        with self._lock:
+            endpoint = self.create(id, mac, ip, hostname)
+            if proposed:
+                self._proposed.add(id)
+            return endpoint
+
+    def given_hostname(self, id: str) -> str | None:
+        """The host name that the owner gave the endpoint, not one that the guest told."""
+        record = self._records.get(id)
+        return None if record is None or record.told else record.hostname
+
+    def remembered(self) -> dict[str, tuple[str, IPv4Address]]:
+        """Guests of listeners that left, or have not come yet: id and address by MAC; 0.0.0.0 for none."""
+        with self._lock:
+            return dict(self._left)
+
     def _take_back(self, name: str | None) -> None:
         """Takes a name from a guest that gave it itself."""
         for one in self._records.values():

@@ -164,6 +164,7 @@ def main(argv: Sequence[str]) -> int:
     note_overlap(options)
     note_replaced(options)
 
+    from guestnet.model.spec_diff import ForwardAdded
     from guestnet.runtime.network import NatNetwork
 
     network = NatNetwork(_config(options))
@@ -179,8 +180,8 @@ def main(argv: Sequence[str]) -> int:
 
             stack.enter_context(Monitor(network, teller.say))
         # First the ports, then the sockets: no guest comes to a network that cannot start.
-        for publication in options.publish:
-            forward = network.publish(publication)
+        network.apply([ForwardAdded(publication) for publication in options.publish])
+        for forward in network.forwards:
             teller.tell("published", f"published {forward}", forward=str(forward))
         for kind, path in listeners:
             if remove_stale(path):

@@ -3,7 +3,7 @@
 Theory of operation: ids vm1, vm2 and so on depend on the order of arrival, which a restart may change. So the
 MAC of the first guest that gets such an id is stored in a file beside the socket. In the next run this guest
 gets the id and the address again. The file is JSON, `{"version": 1, "guests": {MAC: {"id": ..., "ip":
-...}}}`, replaced as a whole.
+...}}}`, with the guests as `NatNetwork.state` writes them. It is replaced as a whole.
 """
 
 from __future__ import annotations
@@ -137,14 +137,15 @@ class PinnedGuests:
 
 def _parse(text: str) -> dict[str, dict[str, str]] | None:
     """The guests in the file; None when it is not what was written."""
-    from guestnet.model.ipam import format_mac, parse_mac
+    from guestnet.model.network_state import guests_from_dict
 
     try:
         content: Any = json.loads(text)
         if content["version"] != _VERSION or len(text) > _LARGEST:
             return None
-        guests = {format_mac(parse_mac(mac)): one for mac, one in content["guests"].items()}
-        whole = all(isinstance(one["id"], str) and isinstance(one["ip"], str) for one in guests.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        guests = guests_from_dict(content["guests"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # a ConfigError is a ValueError
         return None
-    return {mac: {"id": one["id"], "ip": one["ip"]} for mac, one in guests.items()} if whole else None
+    if any(ip is None for _, ip in guests.values()):
+        return None
+    return {mac: {"id": id, "ip": str(ip)} for mac, (id, ip) in guests.items()}

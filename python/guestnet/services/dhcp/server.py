@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network
 
-from guestnet.model.ipam import format_mac
+from guestnet.model.ipam import format_mac, parse_mac
 from guestnet.model.stats import LeaseRecord
 from guestnet.services.dhcp import options as make
 from guestnet.services.dhcp.leases import Lease, LeaseStore
@@ -152,6 +152,26 @@ class DhcpServer:
             LeaseRecord(one.endpoint_id, format_mac(one.mac), one.ip, one.hostname, one.expires + to_wall)
             for one in self._store.all(now)
         ]
+
+    def restore(self, leases: Iterable[LeaseRecord]) -> None:
+        """Takes over leases of an earlier run, whose endpoints are there again.
+
+        Args:
+            leases: What `leases` returned. Leases that have expired, or whose client does not get the same
+                address any more, are left out.
+        """
+        now = self._clock()
+        from_wall = now - self._wall_clock()
+        for one in leases:
+            mac, expires = parse_mac(one.mac), one.expires + from_wall
+            if expires <= now:
+                continue
+            try:
+                address = self._store.find(one.endpoint_id, mac, None, one.ip)
+            except Refused:
+                continue
+            if address == one.ip:
+                self._store.take(Lease(one.endpoint_id, mac, one.ip, one.hostname, expires))
 
     def expire(self, now: float) -> None:
         """Ends the leases that are over. `handle` does so too.

@@ -128,6 +128,14 @@ class DnsServer:
             self.changed()
         return removed
 
+    def records(self) -> dict[str, tuple[str, ...]]:
+        """The records that were configured or added, and not removed.
+
+        Returns:
+            The values of each name, as they were given.
+        """
+        return self._zones.texts()
+
     def owns(self, name: str) -> bool:
         """Whether a bare name, or that name in the zone, stands for a record of the network's owner."""
         return self._zones.owns(name)

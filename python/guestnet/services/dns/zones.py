@@ -87,7 +87,10 @@ class Zones:
                 own = parse_record(name, config.host)
                 self._fixed.add(own.name)
                 _add(names, own)
+        self._texts: dict[bytes, tuple[str, tuple[str, ...]]] = {}
+        """The records of the network's owner as they were given, by their name as labels."""
         for name, values in config.records.items():
+            self._texts[record_name(name)] = (name, tuple(map(str, values)))
             if record_name(name) in self._fixed:
                 # The user's word counts more.
                 names.pop(record_name(name), None)
@@ -103,17 +106,25 @@ class Zones:
             names = {name: list(records) for name, records in self._content.names.items()}
             _add(names, own)
             done = {name: tuple(records) for name, records in names.items()}
+            given, before = self._texts.get(own.name, (name, ()))
+            self._texts[own.name] = (given, (*before, str(value)))
             self._content = self._index(done, self._content.serial + 1)
 
     def remove(self, name: str) -> bool:
         """Removes all records of a name; False when there were none."""
         with self._lock:
             key = record_name(name)
+            self._texts.pop(key, None)
             if key not in self._content.names:
                 return False
             left = {known: records for known, records in self._content.names.items() if known != key}
             self._content = self._index(left, self._content.serial + 1)
             return True
+
+    def texts(self) -> dict[str, tuple[str, ...]]:
+        """The records of the network's owner as they were given, by name."""
+        with self._lock:
+            return dict(self._texts.values())
 
     def _index(self, names: _Names, serial: int) -> _Content:
         between: set[bytes] = set()
