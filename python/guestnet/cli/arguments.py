@@ -1,7 +1,7 @@
 """Options that several commands share, and how their values are read.
 
-Values are checked here, before anything is started, with a sentence that names the wrong one; importing the
-configuration model for that would take longer than the rest of the start.
+Text is read here. `guestnet.model.spec` alone decides what a value may be, under the name of the option.
+`settle` makes the configuration of all options together, before anything is started.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from guestnet.cli import UsageError
 from guestnet.cli.terminal import answer
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 
 ZONE = "guestnet.internal"
 DEFAULT_SUBNET = "192.168.64.0/24"
-MTU_LOWEST, MTU_HIGHEST = 68, 65520
-WORKERS_MOST = 64
-# Network, gateway, one guest and the broadcast address.
-_LONGEST_PREFIX = 30
 _GUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,63}")
 
 _T = TypeVar("_T")
@@ -140,25 +136,9 @@ def checked(read: Callable[[str], _T]) -> Callable[[str], _T]:
 
 def subnet(text: str) -> IPv4Network:
     """An IPv4 subnet, `10.1.2.0/24`, with room for a gateway and a guest."""
-    try:
-        network = IPv4Network(text, strict=False)
-    except ValueError:
-        raise UsageError(
-            f"--subnet {text!r} is not an IPv4 subnet: write one such as {DEFAULT_SUBNET}."
-        ) from None
-    if "/" not in text or network.prefixlen > _LONGEST_PREFIX or network.prefixlen < 8:
-        raise UsageError(
-            f"--subnet {text!r} must have a prefix of /8 to /{_LONGEST_PREFIX}: write {DEFAULT_SUBNET}."
-        )
-    if str(network.network_address) != text.split("/", maxsplit=1)[0]:
-        raise UsageError(f"--subnet {text!r} is an address within a subnet: write {network}.")
-    if (
-        network.is_loopback
-        or network.is_multicast
-        or network.network_address.packed[0] in (0, *range(240, 256))
-    ):
-        raise UsageError(f"--subnet {text!r} is not for hosts: write a private one such as {DEFAULT_SUBNET}.")
-    return network
+    from guestnet.model.spec import ipv4_subnet
+
+    return ipv4_subnet("--subnet", text)
 
 
 def number(option: str, text: str, lowest: int, highest: int, example: object) -> int:
@@ -195,51 +175,30 @@ def file_path(option: str, example: str = "guests.pcapng") -> Callable[[str], st
 
 def mtu(text: str) -> int:
     """An IP MTU in bytes."""
+    from guestnet.model.spec import MTU_HIGHEST, MTU_LOWEST
+
     return number("--mtu", text, MTU_LOWEST, MTU_HIGHEST, 1500)
 
 
 def dns_record(text: str) -> tuple[str, str]:
-    """`name=address`, the address IPv4 or IPv6, or `name=TYPE:value`, which the configuration reads."""
+    """`name=address`, the address IPv4 or IPv6, or `name=TYPE:value`."""
+    from guestnet.services.dns.records import parse_record
+
     name, equals, value = text.partition("=")
-    name = name.rstrip(".")
-    if not equals or not _is_name(name):
+    if not equals:
         raise UsageError(f"--dns-record {text!r} is not name=address: write web.example=192.0.2.1.")
     try:
-        ip_address(value)
-    except ValueError:
-        kind, colon, _ = value.partition(":")
-        if not colon or not kind.isascii() or not kind.isalnum() or not kind[0].isalpha():
-            raise UsageError(
-                f"--dns-record {text!r}: {value!r} is not an address, write {name}=192.0.2.1."
-            ) from None
-    return name, value
-
-
-def _is_name(name: str) -> bool:
-    labels = name.split(".")
-    return (
-        name.isascii()
-        and len(name) <= 253
-        and all(0 < len(label) <= 63 and not set(label) & set(" \t/=\\") for label in labels)
-    )
+        parse_record(name, value)
+    except ValueError as error:
+        raise UsageError(f"--dns-record {text!r}: {error}") from None
+    return name.rstrip("."), value
 
 
 def mac(text: str, option: str = "--mac") -> bytes:
     """A hardware address of one station, `02:00:5e:10:00:01`."""
-    parts = text.replace("-", ":").split(":")
-    try:
-        if len(parts) != 6 or any(not 1 <= len(part) <= 2 for part in parts):
-            raise ValueError
-        address = bytes(int(part, 16) for part in parts)
-    except ValueError:
-        raise UsageError(
-            f"{option} {text!r} is not a MAC address: write one such as 02:00:5e:10:00:01."
-        ) from None
-    if address[0] & 1 or not any(address):
-        raise UsageError(
-            f"{option} {text!r} is a group address or zero: write one such as 02:00:5e:10:00:01."
-        )
-    return address
+    from guestnet.model.ipam import parse_mac
+
+    return parse_mac(text, option)
 
 
 def random_mac() -> bytes:
@@ -249,11 +208,9 @@ def random_mac() -> bytes:
 
 def hostname(text: str, option: str = "--hostname") -> str:
     """A host name: one label of letters, digits and hyphens."""
-    if not text.isascii() or not 0 < len(text) <= 63 or text[0] == "-" or not text.replace("-", "").isalnum():
-        raise UsageError(
-            f"{option} {text!r} is not a host name: write letters, digits and hyphens, such as web1."
-        )
-    return text
+    from guestnet.model.spec import domain
+
+    return domain(option, text, one_label=True)
 
 
 def format_mac(address: bytes) -> str:
@@ -475,73 +432,50 @@ def refuse_network_settings(parser: Parser, options: argparse.Namespace, besides
 
 def resolver(text: str) -> str:
     """The address of a name server."""
-    try:
-        return str(ip_address(text))
-    except ValueError:
-        raise UsageError(f"--dns {text!r} is not an address: write one such as 192.0.2.53.") from None
+    from guestnet.model.spec import any_address
+
+    return any_address("--dns", text)
 
 
 def search(text: str) -> str:
     """A domain."""
-    name = text.rstrip(".").lower()
-    if not _is_name(name):
-        raise UsageError(f"--search {text!r} is not a domain: write one such as corp.example.")
-    return name
+    from guestnet.model.spec import domain
+
+    return domain("--search", text)
 
 
 def workers(text: str) -> int:
     """A number of packet threads."""
+    from guestnet.model.spec import WORKERS_MOST
+
     return number("--workers", text, 1, WORKERS_MOST, 1)
 
 
 def guest_ports(text: str) -> tuple[IPv4Address | None, int, int]:
     """Ports of the host that guests may open, and the address of the host that they are on: None for all."""
+    from guestnet.model.spec import check_port_range, ipv4_address
+
     host, colon, ports = text.rpartition(":")
-    try:
-        address = IPv4Address(host) if colon else None
-    except ValueError:
-        raise UsageError(
-            f"--pcp {text!r}: {host!r} is not an IPv4 address, write one of the host's or leave it out."
-        ) from None
     first, dash, last = ports.partition("-")
-    numbers = [first, last] if dash else [first]
-    if not all(number.isascii() and number.isdigit() and len(number) <= 5 for number in numbers):
+    numbers = [first, last] if dash else [first, first]
+    if not all(one.isascii() and one.isdigit() and len(one) <= 5 for one in numbers):
         raise UsageError(f"--pcp {text!r} is not a range of ports: write one such as 40000-40999.")
-    lowest, highest = int(numbers[0]), int(numbers[-1])
-    if lowest > highest:
-        raise UsageError(f"--pcp {text!r} starts after its end: write {highest}-{lowest}.")
-    if not 1 <= lowest <= highest <= 65535:
-        raise UsageError(f"--pcp {text!r} is not between 1 and 65535: write a range such as 40000-40999.")
-    return address, lowest, highest
+    lowest, highest = check_port_range(tuple(map(int, numbers)), "--pcp", "40000-40999")
+    return ipv4_address("--pcp", host) if colon else None, lowest, highest
 
 
 def external(text: str) -> IPv4Address:
     """An address that guests have outside."""
-    try:
-        return IPv4Address(text)
-    except ValueError:
-        raise UsageError(
-            f"--external {text!r} is not an IPv4 address: write one such as 192.0.2.9."
-        ) from None
+    from guestnet.model.spec import ipv4_address
 
-
-class Plan(NamedTuple):
-    """The addresses that a network of one guest will have: known before the network is made."""
-
-    subnet: IPv4Network
-    gateway: IPv4Address
-    guest: IPv4Address
-
-
-def plan(network: IPv4Network) -> Plan:
-    """The gateway is the first address of the subnet, the guest the next."""
-    return Plan(network, network[1], network[2])
+    return ipv4_address("--external", text)
 
 
 def settle(options: argparse.Namespace, *, command: bool) -> None:
     """Applies options that change others, and refuses those that contradict each other. Raises UsageError.
 
-    `command`: whether a command is going to run with the same stdout. With `--pcap -` it gets stderr instead.
+    Sets `config`, the NatConfig that the options describe. `command`: whether a command is going to run with
+    the same stdout. With `--pcap -` it gets stderr instead.
     """
     if options.quiet and options.verbose:
         raise UsageError("--quiet and --verbose contradict each other: leave one out.")
@@ -561,6 +495,9 @@ def settle(options: argparse.Namespace, *, command: bool) -> None:
             options.pcp = (options.publish_address, *options.pcp[1:])
     if len(options.publish) > 1:
         _check_published_once(options.publish)
+    from guestnet.model.spec import NatConfig
+
+    options.config = NatConfig(**network_settings(options))
     if options.pcap == "-":
         if os.isatty(1):
             raise UsageError(
@@ -624,4 +561,5 @@ def network_settings(options: argparse.Namespace) -> dict[str, Any]:
         "masquerade": options.masquerade,
         "pcp_ports": None if options.pcp is None else options.pcp[1:],
         "pcp_address": None if options.pcp is None else options.pcp[0],
+        "static_leases": getattr(options, "lease", ()),
     }

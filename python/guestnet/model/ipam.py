@@ -186,8 +186,11 @@ def format_mac(mac: bytes) -> str:
     return ":".join(f"{byte:02x}" for byte in mac)
 
 
-def parse_mac(value: str | bytes) -> bytes:
-    """The six bytes of a hardware address of one station, from `02:00:5e:10:00:01` or from themselves."""
+def parse_mac(value: str | bytes, what: str = "mac") -> bytes:
+    """The six bytes of a hardware address of one station, from `02:00:5e:10:00:01` or from themselves.
+
+    `what` names the value in the ConfigError for a wrong one.
+    """
     try:
         if isinstance(value, str):
             parts = value.replace("-", ":").split(":")
@@ -201,9 +204,12 @@ def parse_mac(value: str | bytes) -> bytes:
         if len(mac) != 6:
             raise ValueError
     except (ValueError, TypeError):
-        raise ConfigError(f"{value!r} is not a MAC address: write one such as 02:00:5e:10:00:01.") from None
+        raise ConfigError(
+            f"{what} {value!r} is not a MAC address: write one such as 02:00:5e:10:00:01."
+        ) from None
     if mac[0] & 1 or not any(mac):
         raise ConfigError(
-            f"The MAC address {format_mac(mac)} is not one station's: write one such as 02:00:5e:10:00:01."
+            f"{what} {format_mac(mac)} is not the MAC address of one station: "
+            "write one such as 02:00:5e:10:00:01."
         )
     return mac

@@ -34,7 +34,7 @@ TIMEOUTS = ("udp", "udp_dns", "icmp", "tcp_established", "tcp_transitory", "reas
 """What the data plane knows by these names; its defaults are in `guestnet-core/src/interface/config.rs`."""
 _OWN = ("`gateway`", "`dhcp_start`", "`dhcp_end`")
 _LINK_LOCAL = IPv4Network("169.254.0.0/16")
-_DEFAULT_SUBNET = "192.168.64.0/24"
+DEFAULT_SUBNET = "192.168.64.0/24"
 
 
 class NetMode(StrEnum):
@@ -141,7 +141,8 @@ def _yes_or_no(what: str, value: object) -> bool:
     return value
 
 
-def _address(what: str, value: object) -> IPv4Address:
+def ipv4_address(what: str, value: object) -> IPv4Address:
+    """An IPv4 address. Raises ConfigError."""
     try:
         if isinstance(value, str | IPv4Address):
             return IPv4Address(value)
@@ -150,34 +151,33 @@ def _address(what: str, value: object) -> IPv4Address:
     raise ConfigError(f"{what} {value!r} is not an IPv4 address: write one such as 192.168.64.10.")
 
 
-def _subnet(value: object) -> IPv4Network:
+def ipv4_subnet(what: str, value: object) -> IPv4Network:
+    """A subnet with room for a gateway and a guest. Raises ConfigError."""
     if isinstance(value, IPv4Network):
         network = value
-    elif not isinstance(value, str):
-        raise ConfigError(f"subnet {value!r} is not an IPv4 subnet: write one such as {_DEFAULT_SUBNET!r}.")
     else:
         try:
-            network = IPv4Network(value, strict=False)
+            network = IPv4Network(value if isinstance(value, str) else "", strict=False)
         except (AddressValueError, NetmaskValueError, ValueError):
             raise ConfigError(
-                f"subnet {value!r} is not an IPv4 subnet: write one such as {_DEFAULT_SUBNET!r}."
+                f"{what} {value!r} is not an IPv4 subnet: write one such as {DEFAULT_SUBNET}."
             ) from None
-        if "/" not in value or str(network.network_address) != value.partition("/")[0]:
-            raise ConfigError(f"subnet {value!r} is an address, not a subnet: write {str(network)!r}.")
+        if "/" not in str(value):
+            raise ConfigError(f"{what} {value!r} has no length of its prefix: write one such as {value}/24.")
+        if str(network.network_address) != str(value).partition("/")[0]:
+            raise ConfigError(f"{what} {value!r} is an address within a subnet: write {network}.")
     if not PREFIX_SHORTEST <= network.prefixlen <= PREFIX_LONGEST:
         raise ConfigError(
-            f"subnet {network} must have a prefix of /{PREFIX_SHORTEST} to /{PREFIX_LONGEST}: "
-            f"write one such as {_DEFAULT_SUBNET!r}."
+            f"{what} {network} must have a prefix of /{PREFIX_SHORTEST} to /{PREFIX_LONGEST}: "
+            f"write one such as {DEFAULT_SUBNET}."
         )
     first, last = network.network_address.packed[0], network.broadcast_address.packed[0]
     if first == 0 or last >= 224 or first == 127:
-        raise ConfigError(
-            f"subnet {network} is not for hosts: write a private one such as {_DEFAULT_SUBNET!r}."
-        )
+        raise ConfigError(f"{what} {network} is not for hosts: write a private one such as {DEFAULT_SUBNET}.")
     if network.overlaps(_LINK_LOCAL):
         raise ConfigError(
-            f"subnet {network} holds link-local addresses, which no gateway leads out (RFC 3927 section 7): "
-            f"write a private one such as {_DEFAULT_SUBNET!r}."
+            f"{what} {network} holds link-local addresses, which no gateway leads out (RFC 3927 section 7): "
+            f"write a private one such as {DEFAULT_SUBNET}."
         )
     return network
 
@@ -228,7 +228,8 @@ def _several(what: str, value: object) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def _ip(what: str, value: object) -> str:
+def any_address(what: str, value: object) -> str:
+    """An address of either family, as text. Raises ConfigError."""
     try:
         if isinstance(value, str | IPv4Address | IPv6Address):
             return str(ip_address(value))
@@ -373,7 +374,7 @@ class NatConfig:
     def __init__(
         self,
         *,
-        subnet: str | IPv4Network = _DEFAULT_SUBNET,
+        subnet: str | IPv4Network = DEFAULT_SUBNET,
         gateway: str | IPv4Address | None = None,
         mtu: int = 1500,
         mode: str | NetMode = NetMode.NAT,
@@ -408,7 +409,7 @@ class NatConfig:
         timeouts: Mapping[str, int] | None = None,
     ) -> None:
         put = object.__setattr__
-        put(self, "subnet", _subnet(subnet))
+        put(self, "subnet", ipv4_subnet("subnet", subnet))
         put(self, "mtu", whole_number("mtu", mtu, MTU_LOWEST, MTU_HIGHEST))
         put(self, "mode", choice(NetMode, "mode", mode))
         put(self, "host_loopback", _yes_or_no("host_loopback", host_loopback))
@@ -423,7 +424,7 @@ class NatConfig:
         names = (self.zone,) if search is None else _several("search", search)
         put(self, "search", tuple(domain("search", name) for name in names))
         servers = resolvers if resolvers is None else _several("resolvers", resolvers)
-        put(self, "resolvers", servers and tuple(_ip("resolvers", server) for server in servers))
+        put(self, "resolvers", servers and tuple(any_address("resolvers", server) for server in servers))
         put(self, "capture", None if capture is None else path("capture", capture))
         put(self, "polling", choice(PollingStrategy, "polling", polling))
         put(self, "batch_size", whole_number("batch_size", batch_size, 1, 1024))
@@ -499,6 +500,19 @@ class NatConfig:
         return NatConfig(**{**kept, **changes})
 
     @property
+    def first_guest_address(self) -> IPv4Address:
+        """The lowest address that a guest can have.
+
+        Example:
+            >>> NatConfig().first_guest_address
+            IPv4Address('192.168.64.2')
+        """
+        first = self.dhcp_start
+        while first in (self.gateway, self.loopback_address):
+            first += 1
+        return first
+
+    @property
     def guest_range(self) -> str:
         """The first and the last address that guests can have, as text."""
         first, last = self.subnet[1], self.subnet[-2]
@@ -522,7 +536,7 @@ class NatConfig:
         Raises:
             ConfigError: It is not an address, or not one of a host in the subnet.
         """
-        address = _address(what, value)
+        address = ipv4_address(what, value)
         ends = (self.subnet.network_address, self.subnet.broadcast_address)
         if address not in self.subnet or address in ends:
             # The gateway's own address is none for a guest.
@@ -534,7 +548,7 @@ class NatConfig:
 
     def _external(self, value: object) -> tuple[IPv4Address, ...]:
         given = [value] if isinstance(value, str | IPv4Address) else _several("external", value)
-        found = tuple(_address("external", one) for one in given)
+        found = tuple(ipv4_address("external", one) for one in given)
         if self.uplink is not Uplink.TUN and (found or self.forwarding or self.masquerade):
             settings = {"external": found, "forwarding": self.forwarding, "masquerade": self.masquerade}
             names = " and ".join(f"`{name}`" for name, value in settings.items() if value)
@@ -555,7 +569,7 @@ class NatConfig:
             )
         if value is None:
             return None
-        address = _address("pcp_address", value)
+        address = ipv4_address("pcp_address", value)
         if self.pcp_ports is None:
             raise ConfigError(f"`pcp_address` {address} needs `pcp_ports`: say which ports guests may open.")
         if address in self.subnet or address.is_unspecified or address.packed[0] >= 224:
@@ -624,8 +638,10 @@ class NatConfig:
                 f"`static_leases` address {ip} is the gateway's own: choose one from {self.guest_range}."
             )
         name = value.get("name")
-        mac = format_mac(parse_mac(value["mac"]))
-        return StaticLease(mac, ip, None if name is None else domain("static_leases", name, one_label=True))
+        mac = format_mac(parse_mac(value["mac"], "`static_leases`"))
+        return StaticLease(
+            mac, ip, None if name is None else domain("`static_leases` name", name, one_label=True)
+        )
 
 
 def _refuse_lease(value: object) -> NoReturn:

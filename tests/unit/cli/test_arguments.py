@@ -11,7 +11,7 @@ from ipaddress import IPv4Address
 import pytest
 from guestnet import ConfigError, NatConfig, cli
 from guestnet._linux import links
-from guestnet.cli import UsageError, arguments
+from guestnet.cli import arguments
 from guestnet.cli.commands import demo, doctor, run, up, vm
 from guestnet.cli.runner import session
 
@@ -49,13 +49,13 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["run", "--mode", "bridge", "--", "true"], "bridge"),
         (["run", "--dns-record", "web", "--", "true"], "'web'"),
         (["run", "--dns-record", "=1.2.3.4", "--", "true"], "'=1.2.3.4'"),
-        (["run", "--dns-record", "web=x", "--", "true"], "'x'"),
+        (["run", "--dns-record", "web=x", "--", "true"], "write web=192.0.2.1"),
         (["run", "--dns-record", "a..b=1.2.3.4", "--", "true"], "a..b"),
         (["run", "--hostname", "a b", "--", "true"], "'a b'"),
         (["run", "--pcp", "x", "--", "true"], "'x'"),
         (["run", "--pcp", "40000-", "--", "true"], "'40000-'"),
-        (["run", "--pcp", "0-9", "--", "true"], "'0-9'"),
-        (["run", "--pcp", "9-8", "--", "true"], "write 8-9"),
+        (["run", "--pcp", "0-9", "--", "true"], "--pcp 0 is not between 1 and 65535"),
+        (["run", "--pcp", "9-8", "--", "true"], "give the lower one first"),
         (["run", "--pcp", "8-65536", "--", "true"], "65535"),
         (["run", "-q", "-v", "--", "true"], "leave one out"),
         (["run", "--publish-address", "x", "--", "true"], "'x'"),
@@ -236,16 +236,44 @@ def test_ports_that_do_not_collide(specs: tuple[str, str]) -> None:
     arguments.settle(options, command=False)
 
 
-def test_plan_of_a_small_subnet() -> None:
-    where = arguments.plan(arguments.subnet("10.9.8.4/30"))
-    assert (str(where.gateway), str(where.guest)) == ("10.9.8.5", "10.9.8.6")
+def test_addresses_of_a_small_subnet() -> None:
+    options, _ = arguments.parse_with_command(run.parser(), ["--subnet", "10.9.8.4/30", "true"], "CMD")
+    arguments.settle(options, command=False)
+    config = options.config
+    assert (str(config.gateway), str(config.first_guest_address)) == ("10.9.8.5", "10.9.8.6")
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        (["--subnet", "10.0.0.1/24"], {"subnet": "10.0.0.1/24"}),
+        (["--subnet", "169.254.0.0/24"], {"subnet": "169.254.0.0/24"}),
+        (["--subnet", "10.0.0.0/31"], {"subnet": "10.0.0.0/31"}),
+        (["--search", "a b"], {"search": ["a b"]}),
+        (["--dns", "x"], {"resolvers": ["x"]}),
+        (["--external", "x"], {"external": ["x"], "uplink": "tun"}),
+        (["--external", "192.0.2.1"], {"external": ["192.0.2.1"]}),
+        (["--workers", "2", "--uplink", "tun"], {"workers": 2, "uplink": "tun"}),
+        (["--mode", "host_only", "--host-loopback"], {"mode": "host_only", "host_loopback": True}),
+        (["--host-loopback", "--subnet", "10.0.0.0/30"], {"host_loopback": True, "subnet": "10.0.0.0/30"}),
+    ],
+)
+def test_the_command_line_and_the_constructor_refuse_the_same(
+    words: list[str], settings: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(["run", *words, "--", "true"], capsys)
+    with pytest.raises(ConfigError) as caught:
+        NatConfig(**settings)  # type: ignore[arg-type]
+    # Both end with the same advice, in which the constructor quotes values.
+    ends = [text.translate(str.maketrans("", "", "'`."))[-8:] for text in (line, str(caught.value))]
+    assert ends[0][-3:] == ends[1][-3:]
 
 
 def test_mac_reads_what_it_writes() -> None:
     address = arguments.random_mac()
     assert arguments.mac(arguments.format_mac(address)) == address
     assert address[0] == 2
-    with pytest.raises(UsageError):
+    with pytest.raises(ConfigError):
         arguments.mac("00:00:00:00:00:00")
 
 

@@ -57,7 +57,6 @@ def module(name, **members):
     vars(sys.modules[name]).update(members)
 
 module("guestnet.runtime.network", NatNetwork=Network)
-module("guestnet.model.spec", NatConfig=dict)
 from guestnet.cli import main
 sys.exit(main(["run", *sys.argv[1:]]))
 """

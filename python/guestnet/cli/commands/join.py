@@ -115,16 +115,16 @@ def _serve(options: argparse.Namespace, target: Target) -> int:
 
     if options.id not in (None, ENDPOINT):
         raise UsageError(f"--id {options.id!r}: without NETWORK the guest is {ENDPOINT!r}; leave it out.")
-    where = arguments.plan(options.subnet)
+    config = options.config
     mac = options.mac or arguments.random_mac()
     watch = Watch.of(target)
     namespace = open_namespace(target)
     bridged = options.bridge is not None
     interface = Interface(
         mac=mac,
-        address=None if bridged else IPv4Interface((where.guest, options.subnet.prefixlen)),
-        gateway=None if bridged else where.gateway,
-        mtu=options.mtu,
+        address=None if bridged else IPv4Interface((config.first_guest_address, config.prefix_len)),
+        gateway=None if bridged else config.gateway,
+        mtu=config.mtu,
         name=options.interface,
     )
     tap = make_tap(target, namespace, interface)
@@ -145,7 +145,11 @@ def _serve(options: argparse.Namespace, target: Target) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, taken)  # before any thread starts
     with network_of_one(options, mac, attach):
         if options.verbose:
-            about = f"on {options.bridge}" if bridged else f"{where.guest}, its gateway {where.gateway}"
+            about = (
+                f"on {options.bridge}"
+                if bridged
+                else f"{config.first_guest_address}, its gateway {config.gateway}"
+            )
             say(f"guestnet: the guest in {target} is {about}")
         ready.announce(options.ready_fd)
         signal.sigwaitinfo(taken)

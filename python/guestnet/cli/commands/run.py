@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
             "--id is for a guest of a network that runs: add --network NETWORK, or leave it out."
         )
     arguments.settle(options, command=True)
-    where = arguments.plan(options.subnet)
+    config = options.config
     mac = arguments.random_mac()
     mask = supervise.block_signals()
 
@@ -76,15 +76,15 @@ def main(argv: Sequence[str]) -> int:
     interface = Interface(
         mac=mac,
         # A segment that is there already gives addresses itself.
-        address=None if options.bridge else IPv4Interface((where.guest, options.subnet.prefixlen)),
-        gateway=None if options.bridge else where.gateway,
-        mtu=options.mtu,
+        address=None if options.bridge else IPv4Interface((config.first_guest_address, config.prefix_len)),
+        gateway=None if options.bridge else config.gateway,
+        mtu=config.mtu,
     )
-    nameserver = None if options.bridge else str(where.gateway)
+    nameserver = None if options.bridge else str(config.gateway)
     guest = Guest(
         interface,
         nameserver=nameserver,
-        search=arguments.search_list(options),
+        search=config.search,
         hostname=options.hostname,
         host_ids=options.host_ids,
     )
@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
                 about = (
                     f"on {options.bridge}"
                     if options.bridge
-                    else f"{where.guest}, its gateway {where.gateway}"
+                    else f"{config.first_guest_address}, its gateway {config.gateway}"
                 )
                 say(f"guestnet: the guest is {about}")
             namespace.go()

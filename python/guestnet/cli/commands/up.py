@@ -9,8 +9,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from ipaddress import IPv4Address
 from typing import TYPE_CHECKING
 
 from guestnet.cli import EXIT_OK, UsageError, arguments
@@ -21,7 +19,6 @@ from guestnet.cli.runner.sockets import check_path, remove_stale
 from guestnet.cli.terminal import tell_log
 
 if TYPE_CHECKING:
-    from guestnet.model.spec import NatConfig
     from guestnet.runtime.network import NatNetwork
 
 _STOPPING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGQUIT})
@@ -42,32 +39,15 @@ _EXAMPLE = """\
   of guestnet."""
 
 
-@dataclass(frozen=True)
-class StaticLease:
-    """An address, and perhaps a name, that a MAC always gets."""
-
-    mac: bytes
-    address: IPv4Address
-    name: str | None
-
-
-def lease(text: str) -> StaticLease:
-    """`mac=ip[,name]`."""
+def lease(text: str) -> dict[str, str | None]:
+    """`mac=ip[,name]`, as the mapping that `NatConfig(static_leases=...)` checks."""
     mac, equals, rest = text.partition("=")
     address, _, name = rest.partition(",")
     if not equals:
         raise UsageError(
             f"--lease {text!r} is not MAC=ADDRESS[,NAME]: write 02:00:5e:10:00:01=192.168.64.10,web."
         )
-    try:
-        parsed = IPv4Address(address)
-    except ValueError:
-        raise UsageError(
-            f"--lease {text!r}: {address!r} is not an IPv4 address, write one such as 192.168.64.10."
-        ) from None
-    return StaticLease(
-        arguments.mac(mac, "--lease"), parsed, arguments.hostname(name, "--lease name") if name else None
-    )
+    return {"mac": mac, "ip": address, "name": name or None}
 
 
 def _network_name(text: str) -> str:
@@ -167,7 +147,7 @@ def main(argv: Sequence[str]) -> int:
     from guestnet.model.spec_diff import ForwardAdded
     from guestnet.runtime.network import NatNetwork
 
-    network = NatNetwork(_config(options))
+    network = NatNetwork(options.config)
     with ExitStack() as stack:
         stack.callback(teller.close)
         network.on_event(teller.event)
@@ -258,24 +238,7 @@ def _check(options: argparse.Namespace, listeners: list[tuple[str, str]]) -> Non
         raise UsageError("A socket path is given twice: give each listener its own.")
     if options.pcap == "-" and options.json:
         raise UsageError("--pcap - and --json both write to stdout: name a file for the capture.")
-    where = arguments.plan(options.subnet)
-    seen: set[object] = set()
-    for entry in options.lease:
-        if entry.address not in where.subnet or entry.address in (where.gateway, *_ends(where)):
-            raise UsageError(
-                f"--lease address {entry.address} is not one for a guest of {where.subnet}: "
-                f"choose one from {where.guest} to {where.subnet[-2]}."
-            )
-        for value in (entry.mac, entry.address, entry.name):
-            if value is not None and value in seen:
-                text = arguments.format_mac(value) if isinstance(value, bytes) else value
-                raise UsageError(f"--lease names {text} twice: give each guest its own.")
-            seen.add(value)
     ready.check(options.ready_fd)
-
-
-def _ends(where: arguments.Plan) -> tuple[IPv4Address, IPv4Address]:
-    return where.subnet.network_address, where.subnet.broadcast_address
 
 
 def _pin_guests(
@@ -284,7 +247,7 @@ def _pin_guests(
     """A published port that names an automatic id leads to the same machine after a restart."""
     from guestnet.cli.runner.pinned import SUFFIX, PinnedGuests, automatic_ids
 
-    ids = automatic_ids(options.publish, (entry.name for entry in options.lease))
+    ids = automatic_ids(options.publish, (lease.name for lease in options.config.static_leases))
     if not ids:
         return
     pinned = PinnedGuests(network, ids, path + SUFFIX)
@@ -361,13 +324,3 @@ def _pid_file(path: str) -> Iterator[None]:
         yield
     finally:
         _unlink(path)
-
-
-def _config(options: argparse.Namespace) -> NatConfig:
-    from guestnet.model.spec import NatConfig
-
-    leases = [
-        {"mac": arguments.format_mac(entry.mac), "ip": str(entry.address), "name": entry.name}
-        for entry in options.lease
-    ]
-    return NatConfig(**arguments.network_settings(options), static_leases=leases)

@@ -70,11 +70,13 @@ class NamespaceGuest:
         from guestnet._linux.links import Interface
 
         world.become_host()
-        where = arguments.plan(arguments.subnet(SUBNET))
+        from guestnet.model.spec import NatConfig
+
+        config = NatConfig(**self.settings)
         mac = arguments.random_mac()
         self.mac = arguments.format_mac(mac)
         interface = Interface(mac=mac, address=None, gateway=None, mtu=MTU)
-        self._world = world.build(interface, str(where.gateway), ("guestnet.internal",))
+        self._world = world.build(interface, str(config.gateway), ("guestnet.internal",))
         self._address = ""
         outside = self._world.outside
         outside.ask("serve_dns", name="web.example", address=str(world.OUTSIDE.ip))

@@ -35,11 +35,13 @@ class MemoryGuest:
 
     def __init__(self) -> None:
         mac = arguments.random_mac()
-        where = arguments.plan(arguments.subnet(arguments.DEFAULT_SUBNET))
+        from guestnet.model.spec import NatConfig
+
+        config = NatConfig()
         self.mac = arguments.format_mac(mac)
-        self._outside = str(where.subnet[-2])
+        self._outside = str(config.subnet[-2])
         self.settings: dict[str, Any] = {
-            "subnet": str(where.subnet),
+            "subnet": str(config.subnet),
             "mtu": 1500,
             "host_loopback": True,
             "dns_records": {"web.example": [self._outside]},

@@ -33,7 +33,7 @@ ENDPOINT = "vm1"
 
 def check_guest(publication: ForwardSpec, options: argparse.Namespace) -> None:
     """Refuses a port for a guest that will never be there. Raises UsageError."""
-    guest, address = publication.guest, arguments.plan(options.subnet).guest
+    guest, address = publication.guest, options.config.first_guest_address
     known = (ENDPOINT, str(address), (options.hostname or ENDPOINT).lower())
     if guest is not None and guest.lower() not in known:
         raise UsageError(
@@ -93,14 +93,13 @@ def network_of_one(
     On leaving, what the command left running is ended first, so that it does not see its network fail.
     """
     _import_asyncio_without_tls()
-    from guestnet.model.spec import NatConfig
     from guestnet.runtime.network import NatNetwork
 
     tell_log(quiet=options.quiet, verbose=options.verbose)
     note_overlap(options)
     note_replaced(options)
     confined.begin(options, kept=kept)
-    network = NatNetwork(NatConfig(**arguments.network_settings(options)))
+    network = NatNetwork(options.config)
     started = False
     with ExitStack() as monitoring:
         try:
@@ -110,7 +109,7 @@ def network_of_one(
             network.create_endpoint(
                 ENDPOINT,
                 mac=arguments.format_mac(mac),
-                ip=None if options.bridge else str(arguments.plan(options.subnet).guest),
+                ip=None if options.bridge else options.config.first_guest_address,
                 hostname=options.hostname,
             )
             attach(network)
