@@ -227,6 +227,24 @@ fn who_wants_all_descriptors_leaves_some_to_the_next() {
 }
 
 #[test]
+fn a_share_that_shrinks_refuses_new_flows_and_one_that_grows_lets_them_in() {
+    let mut n = Net::with_limits(|l| l.descriptors = 1000);
+    let flows = |n: &Net| n.core.ports().next().unwrap().flows;
+    for port in 0..50 {
+        n.open_tcp(A, 4000 + port, "203.0.113.1:80");
+    }
+    // Other networks of the process hold the rest.
+    n.core.set_shares(60, usize::MAX);
+    for port in 0..50 {
+        let _refused = n.try_open_tcp(A, 5000 + port, "203.0.113.1:80");
+    }
+    assert_eq!(flows(&n), 50, "it keeps what it has");
+    n.core.set_shares(1000, usize::MAX);
+    n.open_tcp(A, 6000, "203.0.113.1:80");
+    assert_eq!(flows(&n), 51);
+}
+
+#[test]
 fn tcp_over_the_cap_is_reset() {
     let mut n = Net::with_limits(|l| l.flows_per_port = 3);
     for port in 0..3 {

@@ -1,4 +1,4 @@
-//! Theory of operation: the worker as the control side sees it: commands and their answers, sleep, end,
+//! Theory of operation: the worker as the control side sees it: commands and their answers, end,
 //! counters, captures.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -6,60 +6,10 @@ mod common;
 
 use common::{Net, port_config, tcp_echo, udp_echo};
 use guestnet_core::types::{ForwardId, PortId};
-use guestnet_io::{Command, CommandError, Event, ListenKind, PollingStrategy, Runtime, Value};
+use guestnet_io::{Command, CommandError, Event, ListenKind, Value};
 use std::net::{SocketAddrV4, UdpSocket};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::time::{Duration, Instant};
-
-/// How often the thread of that name went to sleep so far.
-fn sleeps(name: &str) -> u64 {
-    for task in std::fs::read_dir("/proc/self/task").unwrap() {
-        let dir = task.unwrap().path();
-        let comm = std::fs::read_to_string(dir.join("comm")).unwrap_or_default();
-        if comm.trim() == name {
-            let status = std::fs::read_to_string(dir.join("status")).unwrap();
-            let line = status.lines().find(|l| l.starts_with("voluntary_ctxt_switches")).unwrap();
-            return line.split_whitespace().nth(1).unwrap().parse().unwrap();
-        }
-    }
-    panic!("no thread {name}");
-}
-
-/// Waits until the thread has slept for a while.
-fn wait_for_rest(name: &str) {
-    let (end, mut last) = (Instant::now() + common::PATIENCE, (sleeps(name), Instant::now()));
-    while last.1.elapsed() < Duration::from_millis(100) {
-        assert!(Instant::now() < end, "{name} never rests");
-        std::thread::sleep(Duration::from_millis(5));
-        let now = sleeps(name);
-        if now != last.0 {
-            last = (now, Instant::now());
-        }
-    }
-}
-
-#[test]
-fn nothing_wakes_an_idle_worker() {
-    for (strategy, name) in
-        [(PollingStrategy::Adaptive, "gn-adaptive"), (PollingStrategy::EventDriven, "gn-event")]
-    {
-        let net = Net::on(&Runtime::new(name, 1), |c| c.strategy = strategy);
-        let mut g = net.stream_guest(1);
-        let echo = udp_echo();
-        g.udp_send(5000, echo, b"x");
-        g.udp_receive(5000);
-        // The counters are published once the last work is done, before the thread sleeps.
-        net.until("both datagrams counted", |s| s.core.rx_frames >= 2 && s.core.tx_frames >= 2);
-        wait_for_rest(name);
-        let (before, stats) = (sleeps(name), net.workers.stats());
-        // Nothing is waited for here: that nothing happens can only be seen over a time.
-        std::thread::sleep(Duration::from_millis(800));
-        // One for the expiry wheel of the one flow, if it falls in this second.
-        assert!(sleeps(name) - before <= 1, "{} wake-ups", sleeps(name) - before);
-        let polls = net.workers.stats().since(&stats).io.polls;
-        assert!(polls <= 2, "{polls} polls");
-    }
-}
 
 #[test]
 fn stopping_is_quick_and_may_be_repeated() {

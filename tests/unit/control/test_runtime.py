@@ -15,6 +15,7 @@ import pytest
 from guestnet import ConfigError, NatConfig, NatNetwork, NetworkEvent, NotRunning, Runtime
 from guestnet.control.channel import Control
 from guestnet.model.events import GuestUp
+from guestnet.testing.guest import GuestError
 from unit.runtime.conftest import Events, add_memory_guest, until
 
 PLAIN = NatConfig(dhcp=False, dns=False)
@@ -125,6 +126,33 @@ def test_networks_with_the_same_subnet_do_not_meet() -> None:
         guests[0].ping("192.168.64.3")
         assert second.stats().rx_frames + second.stats().tx_frames == before
         assert [network.endpoint_count for network in networks] == [2, 1]
+
+
+def test_each_of_many_guests_with_one_address_reaches_its_own_gateway_and_no_other_guest() -> None:
+    with Runtime(workers=2) as runtime:
+        networks = [NatNetwork(PLAIN, runtime=runtime) for _ in range(50)]
+        for network in networks:
+            network.start()
+        guests = [add_memory_guest(network, "vm1") for network in networks]
+        assert {str(guest.address) for guest in guests} == {"192.168.64.2/24"}
+        other = add_memory_guest(networks[0], "vm2")
+        for network, guest in zip(networks, guests, strict=True):
+            guest.ping(str(network.gateway))
+        guests[0].ping("192.168.64.3")
+        for guest in guests[1:4]:
+            with pytest.raises(GuestError):
+                guest.ping("192.168.64.3", patience=0.2)
+        other.ping("192.168.64.2")
+        assert [network.endpoint_count for network in networks] == [2] + [1] * 49
+        assert all(len(network.endpoint_stats()) == network.endpoint_count for network in networks)
+        assert (runtime.networks, runtime.threads) == (50, 2)
+        # They end in another order than they began, and those that are left go on.
+        for network in networks[::2]:
+            network.stop()
+        for network, guest in list(zip(networks, guests, strict=True))[1::2]:
+            guest.ping(str(network.gateway))
+            network.stop()
+        assert (runtime.networks, runtime.threads) == (0, 0)
 
 
 def test_the_end_of_a_network_ends_its_tasks_and_no_others() -> None:

@@ -400,6 +400,12 @@ impl Waker {
     }
 }
 
+/// Places of the queue that only the control side may fill: it looks whether all workers have room before it gives them a
+/// command, and what workers give to each other meanwhile is not to take that room.
+const CONTROL_PLACES: usize = 8;
+/// Commands of the control side for which there is room where it says that there is.
+const ROOM: usize = 4;
+
 /// The control side's half of the queue.
 pub(crate) struct CommandSender {
     inner: Mutex<(rtrb::Producer<Queued>, u64)>,
@@ -409,14 +415,23 @@ impl CommandSender {
     /// True when there is room for a few commands.
     pub(crate) fn has_room(&self) -> bool {
         let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        inner.0.slots() >= 4 && !inner.0.is_abandoned()
+        inner.0.slots() >= ROOM && !inner.0.is_abandoned()
     }
 
-    /// Queues a command; its number.
+    /// Queues a command of the control side; its number.
     pub(crate) fn send(&self, command: Command) -> Result<u64, QueueFull> {
+        self.send_leaving(0, command)
+    }
+
+    /// Queues a command of another worker.
+    pub(crate) fn send_from_worker(&self, command: Command) -> Result<u64, QueueFull> {
+        self.send_leaving(CONTROL_PLACES, command)
+    }
+
+    fn send_leaving(&self, places: usize, command: Command) -> Result<u64, QueueFull> {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         let (ring, next) = &mut *inner;
-        if ring.is_abandoned() {
+        if ring.is_abandoned() || ring.slots() <= places {
             return Err(QueueFull);
         }
         ring.push((*next, Box::new(command))).map_err(|_| QueueFull)?;
@@ -432,4 +447,27 @@ pub(crate) type Queued = (u64, Box<Command>);
 pub(crate) fn channel(capacity: usize) -> (CommandSender, rtrb::Consumer<Queued>) {
     let (producer, consumer) = rtrb::RingBuffer::new(capacity.max(16));
     (CommandSender { inner: Mutex::new((producer, 1)) }, consumer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workers_leave_room_for_the_commands_of_the_control_side() {
+        let (commands, mut queue) = channel(16);
+        let given = (0..20).filter(|_| commands.send_from_worker(Command::ListFlows).is_ok()).count();
+        assert_eq!(given, 16 - CONTROL_PLACES);
+        // What was promised stays, whatever workers try meanwhile.
+        while commands.has_room() {
+            for _ in 0..ROOM {
+                assert!(commands.send_from_worker(Command::ListFlows).is_err());
+                assert!(commands.send(Command::PortStats).is_ok());
+            }
+        }
+        assert_eq!(queue.slots(), 16);
+        queue.pop().unwrap();
+        drop(queue);
+        assert!(commands.send(Command::ListFlows).is_err() && !commands.has_room());
+    }
 }

@@ -421,8 +421,14 @@ impl Shard {
     }
 
     fn accept_forward(&mut self, conn: OwnedFd, peer: SocketAddr, forward: guestnet_core::types::ForwardId) {
-        let Ok(sock) = self.io.socks.tcp_accepted(&self.io.poller, &mut self.io.counters, conn) else {
-            return;
+        let sock = match self.io.socks.tcp_accepted(&mut self.io.counters, conn) {
+            Ok(sock) => sock,
+            Err(conn) => {
+                // The client hears of it at once, as from a host that cannot serve it.
+                sys::set_abort(&conn);
+                self.io.counters.connections_refused += 1;
+                return;
+            }
         };
         let flow = self.core.tcp_accepted(self.now, forward, sock, peer, &mut self.io);
         match flow {

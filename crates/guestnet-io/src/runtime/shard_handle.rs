@@ -266,8 +266,8 @@ impl Drop for ShardHandle {
 #[cfg(test)]
 impl NewShard {
     /// A network of one worker that is on no thread.
-    pub(crate) fn alone(config: WorkerConfig) -> (NewShard, ShardHandle) {
+    pub(crate) fn alone(config: WorkerConfig, pool: &Arc<Pool>) -> (NewShard, ShardHandle) {
         let parts = parts(&config).unwrap();
-        halves(config, Quota::of_network(Pool::of_process()), parts, None)
+        halves(config, Quota::of_network(pool), parts, None)
     }
 }

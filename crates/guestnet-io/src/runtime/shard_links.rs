@@ -233,7 +233,7 @@ impl ShardLinks {
     /// Gives another worker something to do.
     pub(crate) fn command(&self, worker: usize, command: Command) -> bool {
         let Some(Some(out)) = self.out.get(worker) else { return false };
-        let sent = out.commands.send(command).is_ok();
+        let sent = out.commands.send_from_worker(command).is_ok();
         if sent {
             out.waker.wake();
         }

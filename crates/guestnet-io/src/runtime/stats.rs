@@ -66,6 +66,8 @@ io_counters! {
     front_ends_isolated,
     /// Guests refused on a listener (no name, too many).
     guests_refused,
+    /// Connections to published ports that were reset because the network has no more descriptors for them.
+    connections_refused,
     /// Times a listener was paused because the host had no more descriptors.
     listener_pauses,
     /// Datagrams that the host refused to send.

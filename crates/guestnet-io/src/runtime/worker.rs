@@ -385,14 +385,15 @@ impl Worker {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attachment::quota::Pool;
     use crate::control::command::{Command, Value};
     use crate::runtime::shard::WorkerConfig;
     use crate::runtime::shard_handle::ShardHandle;
     use guestnet_core::config::NetworkConfig;
-    use guestnet_core::types::{PortConfig, PortId};
+    use guestnet_core::types::{ForwardId, PortConfig, PortId};
     use guestnet_wire::ether::Mac;
-    use std::io::Write;
-    use std::net::Ipv4Addr;
+    use std::io::{ErrorKind, Read, Write};
+    use std::net::{Ipv4Addr, TcpListener, TcpStream};
     use std::os::unix::net::UnixStream;
 
     fn config() -> WorkerConfig {
@@ -405,7 +406,7 @@ mod tests {
         let mailbox = Arc::new(Mailbox::new().unwrap());
         let mut handles = Vec::new();
         for _ in 0..networks {
-            let (new, handle) = NewShard::alone(config());
+            let (new, handle) = NewShard::alone(config(), Pool::of_process());
             assert!(mailbox.put(new).is_ok());
             handles.push(handle);
         }
@@ -508,7 +509,7 @@ mod tests {
         let mailbox = Arc::clone(&worker.mailbox);
         let _guests = guests(&handles[0], 1, 10);
         // Another comes: the one network lets the worker go, with nothing lost.
-        let (new, handle) = NewShard::alone(config());
+        let (new, handle) = NewShard::alone(config(), Pool::of_process());
         assert!(mailbox.put(new).is_ok());
         handles.push(handle);
         assert_eq!(worker.only(), Some(0));
@@ -533,5 +534,51 @@ mod tests {
         }
         assert!(handles.iter().all(ShardHandle::has_ended));
         assert!(worker.due.is_empty() && !worker.networks.iter().any(|_| true));
+    }
+
+    #[test]
+    fn a_connection_beyond_the_networks_descriptors_is_reset_and_counted() {
+        let mailbox = Arc::new(Mailbox::new().unwrap());
+        let pool = Pool::new(16, 0, 0);
+        // What the network has by itself, and no more.
+        pool.set_limits(3, 0);
+        let (new, handle) = NewShard::alone(config(), &pool);
+        assert!(mailbox.put(new).is_ok());
+        let poller = poller(&mailbox).unwrap();
+        let mut worker = Worker::new(mailbox, poller, None);
+        assert!(worker.take_new());
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let (forward, proto, guest) = (ForwardId(1), 6, "10.0.0.2:80".parse().unwrap());
+        handle.submit(Command::AddForward { forward, proto, guest, fds: vec![listener.into()] }).unwrap();
+        let mut client = TcpStream::connect(address).unwrap();
+        let refused = |w: &Worker| w.networks.get(0).map_or(0, |h| h.shard.io.counters.connections_refused);
+        while refused(&worker) == 0 {
+            worker.serve_several().unwrap();
+        }
+        assert_eq!(client.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+        assert_eq!(refused(&worker), 1);
+        drop(worker);
+        assert!(handle.has_ended());
+    }
+
+    #[test]
+    fn a_network_that_is_done_needs_no_turn_until_its_next_timer() {
+        for strategy in [PollingStrategy::Adaptive, PollingStrategy::EventDriven] {
+            let mailbox = Arc::new(Mailbox::new().unwrap());
+            let config = WorkerConfig { strategy, ..config() };
+            let (new, handle) = NewShard::alone(config, Pool::of_process());
+            assert!(mailbox.put(new).is_ok());
+            let poller = poller(&mailbox).unwrap();
+            let mut worker = Worker::new(mailbox, poller, None);
+            assert!(worker.take_new());
+            let _guests = guests(&handle, 2, 10);
+            // Counters are published a moment after the last frame; then nothing is left.
+            while frames(&worker, 0) < 20 || worker.due.first().is_some() || !worker.ready.is_empty() {
+                worker.serve_several().unwrap();
+            }
+            assert_eq!(handle.stats().core.rx_frames, 20);
+            drop(worker);
+        }
     }
 }

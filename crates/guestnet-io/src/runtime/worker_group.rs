@@ -17,7 +17,7 @@ use crate::runtime::shard_handle::{self, ShardHandle};
 use crate::runtime::shard_links;
 use crate::runtime::stats::StatsSnapshot;
 use guestnet_core::effects;
-use guestnet_core::types::{FlowId, ForwardId, PortId};
+use guestnet_core::types::{FlowId, ForwardId, PortConfig, PortId};
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -229,23 +229,12 @@ impl WorkerGroup {
     // ---- commands of several workers ----------------------------------------------------------------
 
     fn route(&self, router: &Router, table: &mut RoutingTable, command: Command) -> Result<u64, QueueFull> {
-        // So that a command for all is not done by some.
+        // So that a command for all is not done by some. Only the control side takes this room.
         if !self.shards.iter().all(ShardHandle::has_room) {
             return Err(QueueFull);
         }
         match command {
-            Command::AddPort { port, config } => {
-                let known = table.ports.get(&port).copied();
-                let to = known.unwrap_or_else(|| shard_links::choose(&router.loads));
-                let addresses = config.addresses.clone();
-                let rollback = if known.is_some() { Rollback::None } else { Rollback::Port(port, to) };
-                table.ports.insert(port, to);
-                let n = self.submit_to(table, [(to, Command::AddPort { port, config })], rollback)?;
-                if known.is_none() {
-                    self.bind_addresses(table, addresses, port);
-                }
-                Ok(n)
-            }
+            Command::AddPort { port, config } => self.add_port(router, table, port, config),
             Command::RemovePort { port } => {
                 let to = table.at(port, self.shards.len());
                 self.submit_to(table, [(to, command)], Rollback::PortGone(port))
@@ -268,8 +257,9 @@ impl WorkerGroup {
                 Ok(n)
             }
             Command::UnbindAddress { ip } => {
+                let n = self.submit_to_all(table, || Command::UnbindAddress { ip })?;
                 table.addresses.remove(&ip);
-                self.submit_to_all(table, || Command::UnbindAddress { ip })
+                Ok(n)
             }
             Command::Listen { listener, .. } | Command::StopListening { listener } => {
                 let to = listener as usize % self.shards.len();
@@ -298,8 +288,10 @@ impl WorkerGroup {
             }
             Command::RetargetForward { forward, guest } => self.retarget(table, forward, guest),
             Command::RemoveForward { forward } => {
-                let at = table.forwards.remove(&forward).map_or(0, |f| f.at);
-                self.submit_to(table, [(at, command)], Rollback::None)
+                let at = table.forwards.get(&forward).map_or(0, |f| f.at);
+                let n = self.submit_to(table, [(at, command)], Rollback::None)?;
+                table.forwards.remove(&forward);
+                Ok(n)
             }
             Command::StartCapture { fd, snaplen } => {
                 match Capture::start(fd, snaplen, sys::now(), self.port_names.clone()) {
@@ -356,6 +348,33 @@ impl WorkerGroup {
         self.submit_to(table, (0..self.shards.len()).map(|i| (i, make())), Rollback::None)
     }
 
+    fn add_port(
+        &self,
+        router: &Router,
+        table: &mut RoutingTable,
+        port: PortId,
+        config: PortConfig,
+    ) -> Result<u64, QueueFull> {
+        let addresses = config.addresses.clone();
+        let command = Command::AddPort { port, config };
+        if let Some(at) = table.ports.get(&port).copied() {
+            // Refused there.
+            return self.submit_to(table, [(at, command)], Rollback::None);
+        }
+        let to = shard_links::choose(&router.loads);
+        match self.submit_to(table, [(to, command)], Rollback::Port(port, to)) {
+            Ok(n) => {
+                table.ports.insert(port, to);
+                self.bind_addresses(table, addresses, port);
+                Ok(n)
+            }
+            Err(full) => {
+                shard_links::unload(&router.loads, to);
+                Err(full)
+            }
+        }
+    }
+
     // ---- published ports ----------------------------------------------------------------------------
 
     fn add_forward(
@@ -372,8 +391,10 @@ impl WorkerGroup {
         }
         let at = table.of_address(guest.ip(), self.shards.len()).unwrap_or(0);
         let kept = copies(&fds).ok_or(QueueFull)?;
+        let command = add_forward(forward, proto, guest, fds);
+        let n = self.submit_to(table, [(at, command)], Rollback::Forward(forward))?;
         table.forwards.insert(forward, Published { proto, guest, fds: kept, at });
-        self.submit_to(table, [(at, add_forward(forward, proto, guest, fds))], Rollback::Forward(forward))
+        Ok(n)
     }
 
     fn retarget(
@@ -383,25 +404,23 @@ impl WorkerGroup {
         guest: SocketAddr,
     ) -> Result<u64, QueueFull> {
         let to = table.of_address(guest.ip(), self.shards.len());
-        let Some(f) = table.forwards.get_mut(&forward) else {
+        let Some(f) = table.forwards.get(&forward) else {
             return self.submit_to(table, [(0, Command::RetargetForward { forward, guest })], Rollback::None);
         };
         let (from, proto) = (f.at, f.proto);
-        f.guest = guest;
-        match to.filter(|to| *to != from) {
-            None => {
-                self.submit_to(table, [(from, Command::RetargetForward { forward, guest })], Rollback::None)
-            }
-            Some(to) => {
-                let fds = copies(&f.fds).ok_or(QueueFull)?;
-                f.at = to;
-                let commands = [
-                    (to, add_forward(forward, proto, guest, fds)),
-                    (from, Command::RemoveForward { forward }),
-                ];
-                self.submit_to(table, commands, Rollback::None)
-            }
+        let at = to.unwrap_or(from);
+        let n = if at == from {
+            self.submit_to(table, [(from, Command::RetargetForward { forward, guest })], Rollback::None)?
+        } else {
+            let fds = copies(&f.fds).ok_or(QueueFull)?;
+            let commands =
+                [(at, add_forward(forward, proto, guest, fds)), (from, Command::RemoveForward { forward })];
+            self.submit_to(table, commands, Rollback::None)?
+        };
+        if let Some(f) = table.forwards.get_mut(&forward) {
+            (f.guest, f.at) = (guest, at);
         }
+        Ok(n)
     }
 
     /// Addresses are at a port: forwards to them go where it is.
@@ -542,4 +561,46 @@ fn renumbered(
 ) -> Vec<guestnet_core::config::FlowInfo> {
     flows.iter_mut().for_each(|f| numbered(&mut f.flow, from));
     flows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::event::Event;
+    use guestnet_core::config::NetworkConfig;
+    use guestnet_wire::ether::Mac;
+    use std::net::Ipv4Addr;
+    use std::sync::atomic::Ordering;
+
+    fn port_config() -> PortConfig {
+        let addresses = vec!["10.0.0.7".parse().unwrap()];
+        PortConfig { mac: None, addresses, mtu: 1500, gso_max: 65_450, lax_offload: false, uplink: false }
+    }
+
+    #[test]
+    fn a_command_that_no_worker_takes_leaves_nothing_booked() {
+        let (gateway, subnet) = (Ipv4Addr::new(10, 0, 0, 1), Ipv4Addr::new(10, 0, 0, 0));
+        let core = NetworkConfig::new(Mac([2, 0, 0, 0, 0, 1]), gateway, (subnet, 24), [7; 32]);
+        let group = spawn(WorkerConfig { workers: 2, ..WorkerConfig::new(core) }).unwrap();
+        group.submit(Command::Panic).unwrap();
+        while group.shards[0].has_room() {
+            std::thread::yield_now();
+        }
+        let router = group.router.as_ref().unwrap();
+        let mut table = router.table();
+        let guest = "10.0.0.7:80".parse().unwrap();
+        // As when the worker fails after it was seen that all have room.
+        for _ in 0..2 {
+            assert!(group.add_port(router, &mut table, PortId(1), port_config()).is_err());
+            assert!(group.add_forward(&mut table, ForwardId(1), 6, guest, vec![]).is_err());
+        }
+        let loads: Vec<u32> = router.loads.iter().map(|n| n.load(Ordering::Relaxed)).collect();
+        assert_eq!((loads, table.ports.len(), table.addresses.len()), (vec![0, 0], 0, 0));
+        assert!(table.forwards.is_empty() && table.pending.keys().count() <= 1);
+        drop(table);
+        let failed = |e: &Event| matches!(e, Event::Failed { message } if message.starts_with("worker 0"));
+        while !group.drain(100).iter().any(failed) {
+            std::thread::yield_now();
+        }
+    }
 }

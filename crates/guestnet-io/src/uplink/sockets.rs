@@ -98,15 +98,23 @@ impl Socks {
         sock: Sock,
         events: i32,
     ) -> Result<SockId, i32> {
-        self.held.add(1).map_err(|_| libc::EMFILE)?;
-        let index = self.slab.insert(sock);
-        if events != 0
-            && let Err(e) = self.watch(poller, SockId(index), events)
-        {
-            self.slab.remove(index);
-            self.count_held();
+        let id = self.insert(counters, sock).map_err(|_sock| libc::EMFILE)?;
+        if let Err(e) = self.watch(poller, id, events) {
+            self.remove(counters, id);
             return Err(e);
         }
+        Ok(id)
+    }
+
+    /// Takes a socket in.
+    ///
+    /// # Errors
+    /// The socket, where the network has its share of the process's descriptors.
+    pub(crate) fn insert(&mut self, counters: &mut IoCounters, sock: Sock) -> Result<SockId, Sock> {
+        if self.held.add(1).is_err() {
+            return Err(sock);
+        }
+        let index = self.slab.insert(sock);
         counters.sockets_open = self.slab.len() as u64;
         counters.sockets_peak = counters.sockets_peak.max(counters.sockets_open);
         Ok(SockId(index))

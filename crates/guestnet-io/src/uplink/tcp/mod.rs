@@ -157,15 +157,13 @@ impl Socks {
 
     /// Takes in a connection that somebody made to a published port. It is watched from
     /// [`Socks::tcp_adopt`] on.
-    pub(crate) fn tcp_accepted(
-        &mut self,
-        poller: &Poller,
-        counters: &mut IoCounters,
-        fd: OwnedFd,
-    ) -> Result<SockId, i32> {
+    ///
+    /// # Errors
+    /// The connection, where the network has as many sockets as it may have.
+    pub(crate) fn tcp_accepted(&mut self, counters: &mut IoCounters, fd: OwnedFd) -> Result<SockId, OwnedFd> {
         let tcp = TcpSock { no_delay: true, ..TcpSock::default() };
         let sock = Sock { fd, flow: None, kind: SockKind::Tcp(tcp) };
-        self.add(poller, counters, sock, 0)
+        self.insert(counters, sock).map_err(|sock| sock.fd)
     }
 
     /// The core made a flow of an accepted connection.
@@ -329,31 +327,38 @@ mod tests {
     use guestnet_core::effects::Peek;
     use std::io::Write;
     use std::net::{TcpListener, TcpStream};
+    use std::time::{Duration, Instant};
+
+    const PATIENCE: Duration = Duration::from_secs(10);
 
     pub(super) fn peek(s: &mut Socks, id: SockId, offset: usize, max: usize) -> Result<Vec<u8>, Peek> {
         let mut scratch = Vec::new();
         // What the other end wrote is not there at once.
-        for _ in 0..200 {
+        let end = Instant::now() + PATIENCE;
+        while Instant::now() < end {
             match s.tcp_peek(id, offset, max, &mut scratch).unwrap() {
                 (Peek::Data(n) | Peek::Last(n), at) => return Ok(scratch[at..at + n].to_vec()),
                 (Peek::Urgent, at) => return Ok(vec![scratch[at]]),
                 (Peek::Eof, _) => return Err(Peek::Eof),
-                (Peek::Empty, _) => std::thread::sleep(std::time::Duration::from_millis(1)),
+                (Peek::Empty, _) => std::thread::sleep(Duration::from_millis(1)),
             }
         }
         Err(Peek::Empty)
     }
 
+    /// Waits until something is so.
+    pub(super) fn until(what: &str, mut done: impl FnMut() -> bool) {
+        let end = Instant::now() + PATIENCE;
+        while !done() {
+            assert!(Instant::now() < end, "{what} never came");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// Waits until the kernel reports `events` of a socket.
     pub(super) fn wait_for(s: &Socks, id: SockId, events: i16) {
         let fd = &s.slab.get(id.0).unwrap().fd;
-        for _ in 0..10_000 {
-            if sys::poll_now(fd, events) & events != 0 {
-                return;
-            }
-            std::thread::sleep(std::time::Duration::from_millis(1));
-        }
-        panic!("{events:#x} never came");
+        until(&format!("{events:#x}"), || sys::poll_now(fd, events) & events != 0);
     }
 
     pub(super) fn pair(s: &mut Socks) -> (SockId, TcpStream) {
@@ -395,12 +400,7 @@ mod tests {
         sys::send_urgent(&raw, b"c").unwrap();
         sys::send(&raw, b"d").unwrap();
         // As the poller would tell of it.
-        for _ in 0..1000 {
-            if sys::poll_now(&s.get(id).unwrap().fd, libc::POLLPRI) & libc::POLLPRI != 0 {
-                break;
-            }
-            std::thread::sleep(std::time::Duration::from_millis(1));
-        }
+        wait_for(&s, id, libc::POLLPRI);
         tcp(&mut s, id).urgent = true;
         let (mut scratch, mut seen) = (Vec::new(), Vec::new());
         while seen.len() < 4 {
@@ -408,7 +408,7 @@ mod tests {
             match s.tcp_peek(id, at, 100, &mut scratch).unwrap() {
                 (Peek::Data(n), from) => seen.extend(scratch[from..from + n].iter().map(|b| (*b, false))),
                 (Peek::Urgent, from) => seen.push((scratch[from], true)),
-                _ => std::thread::sleep(std::time::Duration::from_millis(1)),
+                _ => std::thread::sleep(Duration::from_millis(1)),
             }
         }
         assert_eq!(seen, [(b'a', false), (b'b', false), (b'c', true), (b'd', false)]);
@@ -425,12 +425,7 @@ mod tests {
         assert_eq!(s.tcp_send_urgent(id, b'!'), Ok(true));
         assert_eq!(s.tcp_send(id, b"cd"), Ok(2));
         let (mut oob, mut all) = ([0; 4], Vec::new());
-        for _ in 0..1000 {
-            if sys::recv(&other, &mut oob, libc::MSG_OOB) == Ok(1) {
-                break;
-            }
-            std::thread::sleep(std::time::Duration::from_millis(1));
-        }
+        until("urgent data", || sys::recv(&other, &mut oob, libc::MSG_OOB) == Ok(1));
         assert_eq!(oob[0], b'!');
         while all.len() < 4 {
             let mut some = [0; 4];
@@ -452,7 +447,7 @@ mod tests {
                 Err(_) if before == s.tcp_held(id) => break,
                 Err(_) => {
                     before = s.tcp_held(id);
-                    std::thread::sleep(std::time::Duration::from_millis(2));
+                    std::thread::sleep(Duration::from_millis(2));
                 }
             }
         }
@@ -497,7 +492,7 @@ mod tests {
                     s.tcp_discard(narrow, n);
                     got += n;
                 }
-                _ => std::thread::sleep(std::time::Duration::from_millis(1)),
+                _ => std::thread::sleep(Duration::from_millis(1)),
             }
         }
         assert!(sent > 4 << 20 && got == sent, "{got} of {sent}");
