@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -25,7 +26,8 @@ WAITING_MOST = 4096
 """Calls that wait in one queue at most."""
 _TURN = 256
 """Calls of one queue in a row while another queue waits for a thread."""
-_JOIN_SECONDS = 5.0
+_CLOSE_SECONDS = 1.0
+_WAIT_SECONDS = 5.0
 
 
 class CallbackPool:
@@ -39,16 +41,22 @@ class CallbackPool:
         self._idle = 0
         self._generation = 0
 
-    def close(self) -> None:
-        """Ends the threads once their queues are empty, and waits for them, five seconds at most. Threads are
-        started again when there is more to call."""
+    def close(self, seconds: float = _CLOSE_SECONDS) -> None:
+        """Ends the threads once their queues are empty, and waits for them.
+
+        Threads are started again when there is more to call.
+
+        Args:
+            seconds: How long to wait, for all of them together. A thread whose callback blocks ends later.
+        """
+        deadline = time.monotonic() + seconds
         with self._changed:
             self._generation += 1
             self._changed.notify_all()
             threads = list(self._threads)
         for thread in threads:
             if thread is not threading.current_thread():
-                thread.join(_JOIN_SECONDS)
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def schedule(self, queue: CallbackQueue) -> bool:
         """A queue has something to call. False when the system has no thread for it."""
@@ -119,7 +127,7 @@ class CallbackQueue:
         self._begin()
         return True
 
-    def wait(self, seconds: float = _JOIN_SECONDS) -> bool:
+    def wait(self, seconds: float = _WAIT_SECONDS) -> bool:
         """Waits until all calls were made, but not in one of them. False when that takes too long."""
         with self._changed:
             if self._runner is threading.current_thread():

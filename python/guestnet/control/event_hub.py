@@ -108,6 +108,9 @@ class CallbackReceiver(Receiver):
 
     def open(self, pool: CallbackPool) -> None:
         """The network starts."""
+        # In a fork, what waited waits in the parent, and a thread of the parent may have held the lock.
+        self._lock = threading.Lock()
+        self._waiting = Counter()
         self._calls = CallbackQueue(pool, 2 * self._most)
 
     def wait(self, seconds: float) -> None:

@@ -25,6 +25,9 @@ from guestnet.model.spec import WORKERS_MOST, whole_number
 if TYPE_CHECKING:
     from guestnet import _native
 
+_RENEW_SECONDS = 5.0
+"""How long threads for callbacks may take to end, so that new ones take their place."""
+
 
 class Runtime:
     """Threads that several networks share.
@@ -147,7 +150,7 @@ class Runtime:
         thread = self._thread
         if thread is not None and self._process == os.getpid():
             thread.call(function)
-        self.callbacks.close()
+        self.callbacks.close(_RENEW_SECONDS)
 
     def __enter__(self) -> Self:
         self.start()

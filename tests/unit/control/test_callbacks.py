@@ -107,3 +107,17 @@ def test_no_thread_to_be_had_is_tried_again(pool: CallbackPool, monkeypatch: pyt
     assert queue.put(lambda: seen.append(2))
     assert queue.wait(30)
     assert seen == [1, 2]
+
+
+def test_closing_does_not_wait_for_callbacks_that_block_one_after_another() -> None:
+    pool, hold = CallbackPool(8), threading.Event()
+    queues = [CallbackQueue(pool) for _ in range(8)]
+    began = threading.Semaphore(0)
+    for queue in queues:
+        queue.put(lambda: (began.release(), hold.wait(60)))
+    assert all(began.acquire(timeout=30) for _ in queues)
+    pool.close(0.01)
+    assert len(pool._threads) == 8
+    hold.set()
+    pool.close(30)
+    assert pool._threads == set()

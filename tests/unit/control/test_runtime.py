@@ -206,6 +206,29 @@ def test_a_data_plane_whose_events_cannot_be_read_fails_alone(caplog: pytest.Log
     os.close(write)
 
 
+def test_a_network_whose_events_never_end_leaves_others_their_turn() -> None:
+    read, write = os.pipe()
+    os.write(write, b"x")  # stays readable: there are always more events
+    drained: list[int] = []
+
+    def drain(most: int) -> list[Any]:
+        drained.append(most)
+        return [SimpleNamespace(sequence=0, error=None, value=None)] * most
+
+    plane: Any = SimpleNamespace(event_fd=read, drain=drain, stop=lambda: None, is_healthy=True)
+    with Runtime() as runtime, NatNetwork(PLAIN, runtime=runtime) as network:
+        flooded = Control(lambda: plane, dict, runtime)
+        flooded.start()
+        until(lambda: drained, "the flood to begin")
+        guest = add_memory_guest(network, "vm1")
+        guest.ping(str(network.gateway))
+        assert network.flows() is not None
+        flooded.stop()
+    assert set(drained) == {512}, "a turn has a bound"
+    os.close(read)
+    os.close(write)
+
+
 def test_a_callback_that_blocks_delays_no_other_network() -> None:
     release = threading.Event()
     with NatNetwork(PLAIN) as slow, NatNetwork(PLAIN) as other:

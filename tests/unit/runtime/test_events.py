@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections.abc import Iterator
 from ipaddress import IPv4Address
 from typing import Any
 
@@ -129,6 +130,13 @@ async def test_an_iterator_can_be_left_and_cancelled() -> None:
         assert network._events._receivers == ()
 
 
+@pytest.fixture
+def pool() -> Iterator[CallbackPool]:
+    made = CallbackPool()
+    yield made
+    made.close()
+
+
 def emit(hub: EventHub, count: int, endpoint: str = "vm1") -> None:
     for _ in range(count):
         hub.emit(LeaseTaken, endpoint, mac=MAC, ip=ADDRESS)
@@ -188,6 +196,23 @@ def test_a_callback_that_blocks_loses_events_and_hears_of_it() -> None:
     assert [event.count for event in reports] == [hub.lost]
     assert len(seen) == 10_002 - hub.lost + 1
     pool.close()
+
+
+def test_a_fork_starts_with_empty_queues(pool: CallbackPool) -> None:
+    """What waited in the parent is the parent's, and so is the thread that held a lock when it forked."""
+    hub, seen = EventHub("lab"), []
+    hub.add_callback(seen.append, ())
+    hub.open(CallbackPool(0))  # whose threads a fork does not have
+    emit(hub, 10_000)
+    assert hub.lost
+    lost = hub.lost
+    [receiver] = hub._receivers
+    receiver._lock.acquire()
+    hub.open(pool)
+    emit(hub, 3)
+    hub.close()
+    assert [type(event) for event in seen] == [EventsLost, *[LeaseTaken] * 3]
+    assert hub.lost == lost
 
 
 def test_ids_are_unique_for_the_life_of_a_network(tmp_path: Any) -> None:
