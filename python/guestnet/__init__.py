@@ -72,6 +72,8 @@ What else there is:
 
 - `NatConfig` lists every setting, and checks them.
 - `Runtime` has the threads that the networks of a process share.
+- `Spec` describes a network as a value, `diff` compares two descriptions, and `NatNetwork.apply` applies the
+  changes.
 - `NatEngine` translates packets in place, without a network. `Datapath`, `PacketPool` and `Ring` move frames
   in batches.
 - `guestnet.testing` has a guest that speaks ARP, DHCP, DNS and TCP, for tests.
