@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,20 +17,26 @@ if TYPE_CHECKING:
     from guestnet.runtime.forward import Forward
 
 
-@dataclass(slots=True)
 class EndpointRecord:
     """What a network knows of an endpoint. The registry alone has it and changes it."""
 
-    id: str
-    mac: str
-    ip: IPv4Address
-    mode: NetMode = NetMode.NAT
-    hostname: str | None = None
-    listener: str | None = None
-    told: bool = False
-    """The guest told the hostname itself."""
-    attached: str | None = None
-    seen: dict[IPv4Address, None] = field(default_factory=dict)
+    __slots__ = ("attached", "hostname", "id", "ip", "listener", "mac", "mode", "seen", "told")
+
+    def __init__(
+        self,
+        id: str,
+        mac: str,
+        ip: IPv4Address,
+        mode: NetMode = NetMode.NAT,
+        hostname: str | None = None,
+        listener: str | None = None,
+    ) -> None:
+        self.id, self.mac, self.ip, self.mode = id, mac, ip, mode
+        self.hostname, self.listener = hostname, listener
+        self.told = False
+        """The guest told the hostname itself."""
+        self.attached: str | None = None
+        self.seen: dict[IPv4Address, None] = {}
 
 
 class EndpointNetwork(Protocol):

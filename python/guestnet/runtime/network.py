@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Mapping
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from guestnet.api.description import DescriptionMethods
 from guestnet.api.monitoring import MonitoringMethods
@@ -25,7 +25,6 @@ from guestnet.control.portal import blocking, in_thread
 from guestnet.control.runtime import Runtime, implicit_runtime
 from guestnet.errors import AlreadyRunning, ConfigError, ForwardNotFound, GuestnetError
 from guestnet.model.handles import Ids
-from guestnet.model.network_state import NetworkState
 from guestnet.model.spec import NatConfig
 from guestnet.model.stats import NetworkStats
 from guestnet.runtime.attachments import KeptAttachments, Listener
@@ -34,6 +33,9 @@ from guestnet.runtime.registry import Registry
 from guestnet.runtime.service_host import Services
 from guestnet.runtime.session import Doors, Session, SessionParts
 from guestnet.runtime.session_end import began, claim, end, end_unheld
+
+if TYPE_CHECKING:
+    from guestnet.model.network_state import NetworkState
 
 _numbers = itertools.count(1)
 """Of networks without a name."""
@@ -99,6 +101,8 @@ class NatNetwork(DescriptionMethods, MonitoringMethods, RingMethods):
             ...     again.config == network.config, again.forwards[0].host_port == forward.host_port
             (True, True)
         """
+        from guestnet.model.network_state import NetworkState
+
         known = NetworkState.from_dict(state)
         made = cls(known.config, name=name, runtime=runtime)
         made._take_over(known)
@@ -139,7 +143,9 @@ class NatNetwork(DescriptionMethods, MonitoringMethods, RingMethods):
         self._runs = 0
         this = weakref.ref(self)  # nothing that the network holds, or gives away, is to hold it
         self._events = EventHub(self._name, partial(_tell_flows, this))
-        self._doors = Doors(partial(_close_forward, this), partial(_close_listener, this))
+        self._doors = Doors(
+            close_forward=partial(_close_forward, this), close_listener=partial(_close_listener, this)
+        )
         self._last_stats = NetworkStats()
         self._datapath = None
         self._on_start: NetworkState | None = None
@@ -193,15 +199,15 @@ class NatNetwork(DescriptionMethods, MonitoringMethods, RingMethods):
             self._runs += 1
             session = Session(
                 SessionParts(
-                    self._config,
-                    self._registry,
-                    self._services,
-                    self._runtime,
-                    Emitter(self._events),
-                    self._ids,
-                    self._runs,
-                    self._doors,
-                    self._kept,
+                    config=self._config,
+                    registry=self._registry,
+                    services=self._services,
+                    runtime=self._runtime,
+                    emit=Emitter(self._events),
+                    ids=self._ids,
+                    run=self._runs,
+                    doors=self._doors,
+                    kept=self._kept,
                 )
             )
             self._events.open(self._runtime.callbacks)

@@ -17,7 +17,6 @@ import os
 import socket
 import weakref
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +42,7 @@ from guestnet.model.events import (
     NetworkFailed,
 )
 from guestnet.model.forward_spec import ForwardSpec
+from guestnet.model.frozen_record import FrozenRecord
 from guestnet.model.handles import Ids
 from guestnet.model.ipam import format_mac, parse_mac
 from guestnet.model.spec import NetMode, Uplink
@@ -91,16 +91,14 @@ def _make_plane(config: NatConfig, runtime: Runtime) -> _native.DataPlane:
     )
 
 
-@dataclass(frozen=True)
-class Doors:
+class Doors(FrozenRecord):
     """What objects of a session call when the program closes them. None of it holds the network."""
 
     close_forward: Callable[[Forward], Coroutine[Any, Any, None]]
     close_listener: Callable[[Listener], Coroutine[Any, Any, None]]
 
 
-@dataclass(frozen=True)
-class SessionParts:
+class SessionParts(FrozenRecord):
     """What a session is given by its network. The control thread holds the session, so none of it may hold
     the network: a network that the program drops is to end."""
 
