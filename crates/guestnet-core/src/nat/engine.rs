@@ -14,39 +14,7 @@ use crate::nat::table::state::{ConnState, TICK_BITS, TICKS_MOST, Timers};
 use crate::nat::{NatDirection, NatResult};
 use guestnet_wire::{icmp, proto, tcp};
 use std::collections::VecDeque;
-use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
-
-/// Why a port cannot be published.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum ForwardError {
-    /// Not TCP or UDP.
-    #[error("only TCP and UDP ports can be published")]
-    Protocol,
-    /// Not one of the engine's external addresses.
-    #[error("{0} is not an external address of this engine")]
-    NotExternal(Ipv4Addr),
-    /// Not an internal address.
-    #[error("{0} is not inside the internal network")]
-    NotInternal(Ipv4Addr),
-    /// Port 0 at either end.
-    #[error("port 0 cannot be published")]
-    PortZero,
-    /// A connection or another published port has it.
-    #[error("external port {0} is in use")]
-    InUse(SocketAddrV4),
-    /// The engine translates IPv4 alone.
-    #[error("{0} is not an IPv4 address")]
-    NotIpv4(IpAddr),
-    /// A forward with this number is there already.
-    #[error("forward {0} exists already")]
-    Exists(u32),
-    /// There is no such published port.
-    #[error("{0} is not a published port")]
-    NotPublished(SocketAddrV4),
-    /// The table has no room for one more mapping or internal address.
-    #[error("the NAT table is full: try again when connections have ended, or use a larger table")]
-    Full,
-}
+use std::net::Ipv4Addr;
 
 /// An inbound SYN that nobody asked for, until its time is over (RFC 5382 REQ-4).
 pub(super) struct UnsolicitedSyn {
@@ -59,8 +27,8 @@ pub(super) struct UnsolicitedSyn {
 pub(super) const MAX_UNSOLICITED: usize = 128;
 
 /// Records looked at in one step of making room, and how many such steps one packet may take: some 20 ms at worst.
-const ROOM_SLICE: usize = 4096;
-const ROOM_SLICES: usize = 16;
+pub(super) const ROOM_SLICE: usize = 4096;
+pub(super) const ROOM_SLICES: usize = 16;
 
 /// In-place NAT with connection tracking. See the module head of [`super`].
 ///
@@ -89,7 +57,7 @@ pub struct NatEngine {
     pub(super) timers: Timers,
     pub(super) now: u64,
     /// The time of tick 0; `None` until a call gives a time. It moves when ticks would no longer fit.
-    base: Option<u64>,
+    pub(super) base: Option<u64>,
     pub(super) tick: u32,
     pub(super) fragments: Fragments,
     pub(super) output: Output,
@@ -338,97 +306,6 @@ impl NatEngine {
         }
     }
 
-    /// True when all that is over has been collected.
-    #[inline]
-    fn settled(&self) -> bool {
-        self.tick < self.table.due
-    }
-
-    /// Collects what is over. False when there was too much of it for one packet.
-    pub(super) fn settle(&mut self) -> bool {
-        for _ in 0..ROOM_SLICES {
-            if self.settled() {
-                break;
-            }
-            self.reap(ROOM_SLICE);
-        }
-        self.settled()
-    }
-
-    /// Looks at up to `visits` records whose time may be over. Returns how many went. They go in groups, so
-    /// that the memory that removing one needs is fetched for all at once.
-    pub(super) fn reap(&mut self, visits: usize) -> usize {
-        let mut gone = 0;
-        let mut left = visits;
-        let mut done = false;
-        while left > 0 && !done {
-            let mut dead = [0u32; 16];
-            let mut n = 0;
-            while n < dead.len() && left > 0 {
-                let Some(id) = self.table.wheel.pop(&mut self.table.sessions, u64::from(self.tick)) else {
-                    done = true;
-                    break;
-                };
-                left -= 1;
-                match self.table.sessions.get(id).map(|s| s.expires) {
-                    Some(expires) if expires > self.tick => {
-                        self.table.wheel.arm(&mut self.table.sessions, id, u64::from(expires));
-                    }
-                    _ => {
-                        dead[n] = id;
-                        n += 1;
-                    }
-                }
-            }
-            let dead = &dead[..n];
-            std::hint::black_box(dead.iter().fold(0, |seen, id| seen ^ self.table.foresee_removal(*id)));
-            for id in dead {
-                self.table.remove_session(*id, self.tick);
-            }
-            gone += n;
-        }
-        if done {
-            self.table.due = self.table.next_deadline().unwrap_or(u32::MAX);
-        }
-        self.stats.expired += gone as u64;
-        gone
-    }
-
-    /// Does expiry work for up to `visits` records, and for fragments, resting ports and unsolicited SYNs.
-    /// Returns how many connections ended. Call it when [`NatEngine::next_timer`] says, and again while that
-    /// still says now; 256 visits take a fraction of a millisecond.
-    pub fn expire(&mut self, now: Time, visits: usize) -> usize {
-        self.set_time(now);
-        self.fragments.expire(self.now);
-        self.table.release_held(self.tick, visits.max(64));
-        self.answer_unsolicited();
-        self.reap(visits)
-    }
-
-    /// When [`NatEngine::expire`] has something to do next.
-    #[must_use]
-    pub fn next_timer(&self) -> Option<Time> {
-        let ticks = [self.table.next_deadline(), self.table.next_release()].into_iter().flatten().min();
-        // What lies past the end of time never comes.
-        let ticks = ticks.and_then(|t| self.base.unwrap_or(0).checked_add(u64::from(t) << TICK_BITS));
-        let syn = self.unsolicited.front().map(|s| s.until);
-        [ticks, syn, self.fragments.next_deadline()].into_iter().flatten().min().map(Time)
-    }
-
-    fn answer_unsolicited(&mut self) {
-        while self.unsolicited.front().is_some_and(|s| s.until <= self.now) {
-            let Some(s) = self.unsolicited.pop_front() else { return };
-            self.icmp_error(
-                NatDirection::Outbound,
-                s.key.local,
-                &s.quote,
-                icmp::UNREACHABLE,
-                icmp::unreachable::PORT,
-                [0; 4],
-            );
-        }
-    }
-
     // ---- errors -------------------------------------------------------------------------------------
 
     pub(super) fn icmp_error(
@@ -522,7 +399,7 @@ impl NatEngine {
     /// Which way a packet to `dst` that travels in a direction leaves.
     pub(super) fn way(&self, direction: NatDirection, dst: u32) -> NatDirection {
         let turned = direction == NatDirection::Outbound && self.table.is_external(dst);
-        crate::nat::outbound::way(direction, turned)
+        direction.way(turned)
     }
 
     /// The last steps of a packet whose addresses are done: TTL, and fragments where it is too big. There is room for
@@ -547,81 +424,6 @@ impl NatEngine {
         } else {
             NatResult::Dropped(DropReason::BufferLimit)
         }
-    }
-
-    // ---- published ports ----------------------------------------------------------------------------
-
-    /// Publishes `external` (DNAT) as `internal`, for TCP (6) or UDP (17). Everybody outside may use it.
-    ///
-    /// # Errors
-    /// [`ForwardError`].
-    pub fn add_forward(
-        &mut self,
-        protocol: u8,
-        external: SocketAddrV4,
-        internal: SocketAddrV4,
-    ) -> Result<(), ForwardError> {
-        if !matches!(protocol, proto::TCP | proto::UDP) {
-            return Err(ForwardError::Protocol);
-        }
-        if external.port() == 0 {
-            return Err(ForwardError::PortZero);
-        }
-        if !self.table.is_external(u32::from(*external.ip())) {
-            return Err(ForwardError::NotExternal(*external.ip()));
-        }
-        self.check_internal(internal)?;
-        self.with_room(|table| table.publish(protocol, end(external), end(internal)).map(|_| ()))
-    }
-
-    /// Makes a published port lead to another internal end. Its connections end: their guest has gone or moved.
-    ///
-    /// # Errors
-    /// [`ForwardError`]; the port leads where it led before then, and its connections live on.
-    pub fn retarget_forward(
-        &mut self,
-        protocol: u8,
-        external: SocketAddrV4,
-        internal: SocketAddrV4,
-    ) -> Result<(), ForwardError> {
-        self.check_internal(internal)?;
-        let (ip, port) = end(external);
-        let mapping = self.table.mapping_in(ip, port, protocol);
-        let mapping = mapping.filter(|m| self.table.mappings.get(*m).is_some_and(|m| m.published));
-        let mapping = mapping.ok_or(ForwardError::NotPublished(external))?;
-        self.with_room(|table| table.check_retarget(mapping, *internal.ip()))?;
-        self.end_where(|s| s.mapping == mapping);
-        self.table.retarget(mapping, end(internal));
-        Ok(())
-    }
-
-    fn check_internal(&self, internal: SocketAddrV4) -> Result<(), ForwardError> {
-        if internal.port() == 0 {
-            return Err(ForwardError::PortZero);
-        }
-        if !self.config.internal.contains(*internal.ip()) {
-            return Err(ForwardError::NotInternal(*internal.ip()));
-        }
-        Ok(())
-    }
-
-    /// Does something to the table, and again without the connections whose time is over if it failed with them.
-    fn with_room(
-        &mut self,
-        mut step: impl FnMut(&mut Table) -> Result<(), ForwardError>,
-    ) -> Result<(), ForwardError> {
-        let done = step(&mut self.table);
-        if done.is_ok() || self.settled() {
-            return done;
-        }
-        self.settle();
-        step(&mut self.table)
-    }
-
-    /// Takes a published port back; connections through it live on. False when it was not published.
-    pub fn remove_forward(&mut self, protocol: u8, external: SocketAddrV4) -> bool {
-        let (ip, port) = end(external);
-        self.table.unpublish(protocol, (ip, port), self.tick)
     }
 
     // ---- looking ------------------------------------------------------------------------------------
@@ -704,11 +506,6 @@ impl NatEngine {
             _ => return None,
         })
     }
-}
-
-/// An address and port as the table has them.
-fn end(a: SocketAddrV4) -> (u32, u16) {
-    (u32::from(*a.ip()), a.port())
 }
 
 impl std::fmt::Debug for NatEngine {

@@ -1,33 +1,15 @@
-//! Theory of operation: what a network that owns an engine needs besides translating: to hear of each connection
-//! that begins and ends (a list that is filled as it happens and taken after each call), to look one up by
-//! its number, to end all of a guest that left, and to pass a packet that stands for several (GSO).
+//! Theory of operation: what a network that owns an engine needs besides translation.
+//!
+//! - Events: one for each connection that begins or ends, recorded as it happens and taken after each call.
+//! - Connections by number, for lists of flows.
+//! - The end of all connections of a guest that has left.
 
 use crate::nat::engine::NatEngine;
 use crate::nat::stats::Connection;
 use crate::nat::table::records::Session;
 use crate::nat::table::state::TICK_BITS;
+use crate::nat::types::NatEvent;
 use std::net::{Ipv4Addr, SocketAddrV4};
-
-/// Something that happened to a connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NatEvent {
-    /// It began.
-    Began {
-        /// Its number, which another may have after its end.
-        id: u32,
-        /// The outside opened it, through a published port or a mapping.
-        inbound: bool,
-    },
-    /// It ended.
-    Ended {
-        /// Its number.
-        id: u32,
-        /// IP bytes outbound.
-        bytes_out: u64,
-        /// IP bytes inbound.
-        bytes_in: u64,
-    },
-}
 
 impl Connection {
     pub(super) fn of(s: &Session) -> Connection {
@@ -45,17 +27,17 @@ impl Connection {
 }
 
 impl NatEngine {
-    /// Keeps a list of what begins and ends from now on. It grows until [`NatEngine::take_peer_updates`]: call that
-    /// after every call that translates or expires.
-    pub fn keep_news(&mut self) {
-        self.table.news.get_or_insert_with(|| Vec::with_capacity(64));
+    /// Records events from now on. The list grows until [`NatEngine::take_events`]: call that after every call that
+    /// translates or expires.
+    pub fn record_events(&mut self) {
+        self.table.events.get_or_insert_with(|| Vec::with_capacity(64));
     }
 
     /// Swaps the list, oldest first, with `into`, which should be empty.
     #[inline]
-    pub fn take_peer_updates(&mut self, into: &mut Vec<NatEvent>) {
-        if let Some(news) = self.table.news.as_mut().filter(|n| !n.is_empty()) {
-            std::mem::swap(news, into);
+    pub fn take_events(&mut self, into: &mut Vec<NatEvent>) {
+        if let Some(events) = self.table.events.as_mut().filter(|n| !n.is_empty()) {
+            std::mem::swap(events, into);
         }
     }
 

@@ -97,7 +97,7 @@ impl L3Uplink {
         config.shares = true;
         config.secret = network.secret;
         let mut engine = NatEngine::new(config)?;
-        engine.keep_news();
+        engine.record_events();
         Ok(L3Uplink {
             gateway: network.gateway4,
             engine,
@@ -322,7 +322,7 @@ impl L3Uplink {
             self.send_output(cx);
         }
         let mut news = std::mem::take(&mut self.news);
-        self.engine.take_peer_updates(&mut news);
+        self.engine.take_events(&mut news);
         for n in news.drain(..) {
             match n {
                 NatEvent::Began { id, inbound } => self.connection_began(cx, id, inbound),

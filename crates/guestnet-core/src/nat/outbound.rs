@@ -30,8 +30,7 @@ impl NatEngine {
             Some(s) => s.links.spare & HAIRPIN != 0,
             None => self.table.is_external(v.dst),
         };
-        if let Some(result) = self.blocked(p, v, NatDirection::Outbound, way(NatDirection::Outbound, turned))
-        {
+        if let Some(result) = self.blocked(p, v, NatDirection::Outbound, NatDirection::Outbound.way(turned)) {
             return result;
         }
         if v.fragment.is_some() && !self.admit_first(v, NatDirection::Outbound) {
@@ -71,7 +70,7 @@ impl NatEngine {
         let done = if destination.is_some() { NatResult::Hairpinned } else { NatResult::Translated };
         match rule {
             Some(rule) => self.first_done(p, v, NatDirection::Outbound, rule, done),
-            None => self.finish(p, v, way(NatDirection::Outbound, destination.is_some()), done),
+            None => self.finish(p, v, NatDirection::Outbound.way(destination.is_some()), done),
         }
     }
 
@@ -180,7 +179,7 @@ impl NatEngine {
         if let Some(id) = rule.id {
             packet::set_id(p, id);
         }
-        let to = way(direction, rule.hairpin);
+        let to = direction.way(rule.hairpin);
         let result = self.finish(p, v, to, done);
         for mut held in self.fragments.first(key, rule) {
             let Ok(hv) = packet::read(&held) else { continue };
@@ -239,11 +238,6 @@ impl NatEngine {
             packet::set_id(p, id);
         }
         let done = if rule.hairpin { NatResult::Hairpinned } else { NatResult::Translated };
-        self.finish(p, v, way(direction, rule.hairpin), done)
+        self.finish(p, v, direction.way(rule.hairpin), done)
     }
-}
-
-/// Where a packet goes: hairpinned ones go inside.
-pub(super) fn way(direction: NatDirection, hairpin: bool) -> NatDirection {
-    if hairpin { NatDirection::Inbound } else { direction }
 }

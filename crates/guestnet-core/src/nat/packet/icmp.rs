@@ -8,7 +8,6 @@
 
 use crate::interface::stats::DropReason;
 use crate::nat::engine::NatEngine;
-use crate::nat::outbound::way;
 use crate::nat::packet::{self, End, View};
 use crate::nat::table::records::{Key, deltas};
 use crate::nat::{NatDirection, NatResult};
@@ -123,8 +122,7 @@ impl NatEngine {
             return NatResult::PassThrough;
         }
         let turned = self.table.is_external(v.dst);
-        if let Some(result) = self.blocked(p, v, NatDirection::Outbound, way(NatDirection::Outbound, turned))
-        {
+        if let Some(result) = self.blocked(p, v, NatDirection::Outbound, NatDirection::Outbound.way(turned)) {
             return result;
         }
         // Two steps that can each fail; the bytes are put back if the second does.
