@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from guestnet.errors import GuestnetError, PortInUse
 from guestnet.model.forward_spec import ForwardSpec
-from guestnet.runtime.forwards import close_sockets, open_sockets
+from guestnet.runtime.host_sockets import close_sockets, open_sockets
 
 if TYPE_CHECKING:
     from guestnet.model.spec import NatConfig

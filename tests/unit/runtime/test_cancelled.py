@@ -18,7 +18,7 @@ from guestnet import AlreadyRunning, NatConfig, NatNetwork
 from guestnet.model.forward_spec import ForwardSpec
 from guestnet.model.handles import Ids
 from guestnet.model.ipam import parse_mac
-from guestnet.runtime.forwards import close_sockets, open_sockets
+from guestnet.runtime.host_sockets import close_sockets, open_sockets
 from guestnet.runtime.publishing import Publishing
 from guestnet.testing.guest import Guest
 
