@@ -179,7 +179,11 @@ impl Relay {
         let deadline = coarse(now, now.saturating_add(u64::from(seconds) * 1000));
         f.expires = deadline;
         let (slot, assured) = (f.key.slot, f.assured());
+        let may_be_evicted = f.links[Chain::Lru as usize].is_linked();
         self.wake_at(index, deadline);
+        if assured && !may_be_evicted {
+            return;
+        }
         if let Some(guest) = self.guests.get_mut(slot)
             && (assured || guest.lru.tail != index)
         {

@@ -195,8 +195,7 @@ impl Relay {
         id: FlowId,
         from: SocketAddr,
     ) -> Result<(u32, SocketAddr), DropReason> {
-        let m = self.flows.at(id.index).filter(|f| f.is_mapping() && self.flows.id(id.index) == id);
-        let key = m.ok_or(DropReason::NoFlow)?.key;
+        let key = self.flows.get(id).filter(|f| f.is_mapping()).ok_or(DropReason::NoFlow)?.key;
         let name = policy.name_of(from.ip().to_canonical()).ok_or(DropReason::Filtered)?;
         let remote = SocketAddr::new(name, from.port());
         if let Some(index) = self.flows.find(&Key { remote, ..key }) {

@@ -139,6 +139,13 @@ impl FlowTable {
 
     /// The record of an identifier, unless it is stale.
     #[inline]
+    #[must_use]
+    pub fn get(&self, id: FlowId) -> Option<&Flow> {
+        self.slots.get(id.index as usize).filter(|s| s.generation == id.generation)?.flow.as_ref()
+    }
+
+    /// The record of an identifier, unless it is stale.
+    #[inline]
     pub fn get_mut(&mut self, id: FlowId) -> Option<&mut Flow> {
         let slot = self.slots.get_mut(id.index as usize)?;
         if slot.generation != id.generation {
