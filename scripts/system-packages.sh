@@ -32,7 +32,8 @@ setpriv:util-linux:tests as an ordinary user
 dpdk-testpmd:dpdk-dev:vhost-user tests'
 bench="$test"'
 pasta:passt:the peers pasta and passt
-slirp4netns:slirp4netns:the peer slirp4netns'
+slirp4netns:slirp4netns:the peer slirp4netns
+dnsperf:dnsperf:bench/dns.py'
 
 group=${1:-test}
 case $group in

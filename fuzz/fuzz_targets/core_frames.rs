@@ -492,17 +492,60 @@ impl World {
                 self.core.udp_received(self.now, flow, server, &answer, segment, &mut self.fx);
             }
             2 => {
-                change(&mut answer);
-                self.core.keep_name(self.now, port, generation, what & 8 != 0, &query, &answer);
+                let question = self.fx.events.iter().rev().find_map(|e| match e {
+                    Event::DnsQuestion { ticket, .. } => Some(*ticket),
+                    _ => None,
+                });
+                let name = query[12..query.len().min(19)].into();
+                let data = Box::from([192, 0, 2, n]);
+                let record = Record { name, kind: u16::from(n >> 3), ttl: 60, data };
+                let verdict = match what & 8 {
+                    0 => DnsVerdict::Forward,
+                    _ => DnsVerdict::Own {
+                        rcode: u16::from(n & 3),
+                        answers: vec![record.clone(); usize::from(n & 3)],
+                        authority: vec![record; usize::from(n >> 2 & 1)],
+                        searched: (n & 16 != 0).then(|| Box::from(&b"\x01x\0"[..])),
+                        target: (n & 32 != 0).then(|| Box::from(&b"\x02nn\x03far\0"[..])),
+                    },
+                };
+                let ticket = question.unwrap_or(u64::from(n));
+                self.core.dns_verdict(self.now, ticket, generation, verdict, &mut self.fx);
             }
-            _ => match n & 3 {
-                0 => self.core.set_names(ServiceId(2), generation, vec![top.into()]),
+            _ => match n & 7 {
+                0 => self.core.set_dns_zones(ServiceId(2), generation, vec![top.into()]),
                 1 => self.core.forget_guest_names(generation),
-                _ => self.core.allow_names(self.now, generation, (n & 4 != 0).then(name_server)),
+                2 | 3 => {
+                    // A connection of a guest.
+                    change(&mut query);
+                    let length = query.len() as u16;
+                    let data = [&length.to_be_bytes()[..], &query].concat().repeat(1 + usize::from(n >> 6));
+                    let sock = SockId(u32::from(n >> 3 & 3) | 1 << 31);
+                    let read = self.core.stream_received(
+                        self.now,
+                        port,
+                        sock,
+                        &data,
+                        n & 32 != 0,
+                        &mut self.fx,
+                    );
+                    assert!(read <= data.len());
+                }
+                4 => self.core.stream_gone(SockId(u32::from(n >> 3 & 3) | 1 << 31)),
+                _ => {
+                    let servers = NameServers {
+                        servers: vec![name_server(); usize::from(n >> 3 & 1)],
+                        timeout_ms: 1000,
+                        attempts: 1 + u32::from(n >> 4 & 1),
+                        rotate: n & 32 != 0,
+                        use_tcp: n & 64 != 0,
+                    };
+                    self.core.set_name_servers(self.now, servers);
+                }
             },
         }
-        let (_, bytes, asked) = self.core.names_held();
-        assert!(bytes <= NAME_BYTES && asked <= 1024);
+        let (_, bytes, outstanding, connections) = self.core.dns_holds();
+        assert!(bytes <= NAME_BYTES && outstanding <= 1024 + 16 && connections <= 256);
     }
 
     fn step(&mut self, input: &mut Input<'_>) {

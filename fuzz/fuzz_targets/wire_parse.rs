@@ -84,17 +84,22 @@ fuzz_target!(|data: &[u8]| {
     let _ = gso::complete_checksum(&mut copy, choice & 0xff, choice >> 8);
 });
 
-/// DNS: what is read of a message lies inside it, and an answer that is given again can be read and says the same.
+/// DNS: what is read of a message lies inside it, and a response that is sent again can be read and says the same.
 fn names(message: &[u8], choice: u16) {
     let mut out = Vec::new();
-    if let Some(q) = dns::Query::parse(message) {
+    if let Ok(q) = dns::Query::parse(message) {
         assert!(q.name().len() <= dns::NAME_MAX && q.question.len() == q.name().len() + 4);
-        q.emit(choice, &mut out);
-        let again = dns::Query::parse(&out).expect("a question that nobody understands");
-        assert_eq!((again.id, again.question, again.wants_dnssec()), (choice, q.question, q.wants_dnssec()));
+        let size = (choice & 1 != 0).then_some(1232);
+        dns::emit_query(choice, q.flags, q.question, q.wants_dnssec(), size, &mut out);
+        let again = dns::Query::parse(&out).expect("a query that nobody understands");
+        assert_eq!((again.id, again.question, again.edns.is_some()), (choice, q.question, size.is_some()));
+        out.clear();
+    } else if message.len() >= dns::HEADER {
+        dns::refuse(message, choice, &mut out);
+        assert_eq!(out.len(), dns::HEADER);
+        out.clear();
     }
-    // Others are handed on, and not said again.
-    let Some(a) = dns::Answer::parse(message).filter(|a| a.rcode <= 15) else { return };
+    let Some(a) = dns::Answer::parse(message) else { return };
     let records = &message[a.question.end..a.end];
     let explanation = &message[a.explanation.clone()];
     let mut query = choice.to_be_bytes().to_vec();
@@ -103,13 +108,21 @@ fn names(message: &[u8], choice: u16) {
     if choice & 1 != 0 {
         query.extend_from_slice(&[0, 0, 41, 4, 208, 0, 0, 0, 0, 0, 0]);
     }
-    let Some(q) = dns::Query::parse(&query) else { return };
-    a.emit(&q, records, explanation, u32::from(choice), &mut out);
-    assert!(out.len() <= q.largest() || out[2] & 2 != 0);
-    let again = dns::Answer::parse(&out).expect("an answer that nobody understands");
+    let Ok(q) = dns::Query::parse(&query) else { return };
+    let largest = q.largest(choice & 2 != 0);
+    a.emit(&q, records, explanation, u32::from(choice), largest, &mut out);
+    assert!(out.len() <= largest || out[2] & 2 != 0 || a.rcode > 15);
+    let again = dns::Answer::parse(&out).expect("a response that nobody understands");
     assert_eq!(&out[again.question.clone()], q.question);
-    if again.flags & dns::flags::TC == 0 {
+    if again.flags & dns::flags::TC == 0 && (a.rcode <= 15 || q.edns.is_some()) {
         assert_eq!((again.counts, again.end - again.question.end), (a.counts, records.len()));
         assert!(again.lifetime <= a.lifetime);
+    }
+    // Behind an alias of our own its records are whole, without a pointer.
+    let chain = dns::Record { name: q.name().into(), kind: 5, ttl: 60, data: Box::from(&b"\x01x\0"[..]) };
+    if let Some(joined) = dns::join(q.question, &[chain], message, &a) {
+        let shape = dns::Answer::parse(&joined).expect("a response of our own");
+        assert!(shape.counts[0] <= a.counts[0] + 1 && shape.counts[2] == 0);
+        assert_eq!(shape.end, joined.len());
     }
 }

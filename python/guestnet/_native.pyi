@@ -16,12 +16,15 @@ _Ip: TypeAlias = IPv4Address | IPv6Address
 _IpIn: TypeAlias = _Ip | str
 _Socket: TypeAlias = tuple[_Ip, int]
 _SocketIn: TypeAlias = tuple[_IpIn, int]
+_DnsRecord: TypeAlias = tuple[bytes, int, int, bytes]
+"""Name as labels, type, TTL in seconds, data."""
 
 __all__ = [
     "AddressSeen",
     "DataPlane",
     "Datagram",
     "Denied",
+    "DnsQuestion",
     "Done",
     "Failed",
     "FlowClosed",
@@ -29,6 +32,7 @@ __all__ = [
     "FlowOpened",
     "Frame",
     "Log",
+    "NameServer",
     "NatEngine",
     "PacketPool",
     "PortDown",
@@ -178,19 +182,42 @@ class DataPlane:
     def add_service(
         self, service: int, proto: str, address: _IpIn, port: int, unix_path: str | None = None
     ) -> int:
-        """Adds a service of the gateway: UDP as `Datagram` events, TCP relayed to a unix socket."""
+        """Adds a service of the gateway: UDP as `Datagram` events, TCP relayed to a unix socket. TCP without
+        a path is DNS, served by the forwarder."""
     def service_send(self, port: int, dst_mac: bytes, src: _SocketIn, dst: _SocketIn, payload: bytes) -> int:
         """Sends the answer of a UDP service."""
-    def set_names(self, service: int, generation: int, own: Sequence[bytes]) -> int:
+    def set_dns_zones(self, service: int, generation: int, own: Sequence[bytes]) -> int:
         """Says which names (labels, in lower case), with all below them, the DNS service may have an own
-        answer for, and forgets all that was known of names. `generation` counts the changes."""
+        answer for, and forgets all cached responses. `generation` counts the changes."""
     def forget_guest_names(self, generation: int) -> int:
         """Guests that have names have come or gone, or have other ones."""
-    def allow_names(self, generation: int, server: _SocketIn | None = None) -> int:
-        """Allows for five seconds to ask this server for names that are not the network's own, and to give
-        its answers again. After one second a query comes up, and this is to be said again."""
-    def keep_name(self, port: int, generation: int, own: bool, query: bytes, answer: bytes) -> int:
-        """An answer that may be given again while its TTL lasts; `own`: about the network's own names."""
+    def set_name_servers(
+        self,
+        servers: Sequence[str],
+        *,
+        timeout: float = 2.0,
+        attempts: int = 2,
+        rotate: bool = False,
+        use_tcp: bool = False,
+    ) -> int:
+        """The name servers that names of others are asked of, as `192.0.2.53:53` or `[2001:db8::53]:53`;
+        `timeout` in seconds for each try, `attempts`: tries of each."""
+    def forward_dns(self, port: int, ticket: int, generation: int) -> int:
+        """Answers a `DnsQuestion`: the name is not the network's own."""
+    def answer_dns(
+        self,
+        port: int,
+        ticket: int,
+        generation: int,
+        rcode: int,
+        answers: Sequence[_DnsRecord],
+        authority: Sequence[_DnsRecord],
+        searched: bytes | None = None,
+        target: bytes | None = None,
+    ) -> int:
+        """Answers a `DnsQuestion`. `generation` is what it was before the records were looked at.
+        `searched`: the name before the search domain, while which fails this is a temporary failure;
+        `target`: the name of others that the last answer is an alias of."""
     def add_forward(self, forward: int, proto: str, guest: _SocketIn, fds: Sequence[int]) -> int:
         """Publishes a guest's port on listening TCP or bound UDP sockets."""
     def attach_tun(
@@ -289,6 +316,28 @@ class Datagram:
     def dst(self) -> _Socket: ...
     @property
     def payload(self) -> bytes: ...
+
+@final
+class DnsQuestion:
+    """A guest asks for a name that may be the network's own, or the name servers are to be looked at."""
+
+    @property
+    def port(self) -> int: ...
+    @property
+    def ticket(self) -> int: ...
+    @property
+    def name(self) -> bytes: ...
+    @property
+    def kind(self) -> int: ...
+
+@final
+class NameServer:
+    """A name server does not respond, or (without trouble) does so again."""
+
+    @property
+    def server(self) -> _Socket: ...
+    @property
+    def trouble(self) -> str | None: ...
 
 @final
 class AddressSeen:

@@ -37,7 +37,8 @@ pub mod shard;
 mod tables;
 mod util;
 
-pub use interface::config::{Filtering, Limits, NetworkConfig, Timeouts};
+pub use dns::Verdict as DnsVerdict;
+pub use interface::config::{Filtering, Limits, NameServers, NetworkConfig, Timeouts};
 pub use interface::{config, effects, stats, types};
 pub use network::Network;
 pub use relay::tcp;

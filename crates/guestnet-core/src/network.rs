@@ -10,8 +10,10 @@
 //! 4. A datagram to a service goes to the DNS forwarder where that serves it, else to the control side.
 
 use crate::context::Layers;
-use crate::dns::DnsForwarder;
-use crate::interface::config::{AddressInUse, DatagramError, FlowInfo, ForwardSpec, NetworkConfig, PortInfo};
+use crate::dns::{DnsForwarder, Verdict as DnsVerdict};
+use crate::interface::config::{
+    AddressInUse, DatagramError, FlowInfo, ForwardSpec, NameServers, NetworkConfig, PortInfo,
+};
 use crate::interface::effects::{Effects, SockError};
 use crate::interface::stats::{Counters, DropReason};
 use crate::interface::types::{
@@ -49,7 +51,7 @@ impl Network {
         Network {
             layers: Layers::new(&config),
             relay: Relay::new(&config, now),
-            dns: DnsForwarder::new(&config),
+            dns: DnsForwarder::of_network(&config),
             uplink: None,
             now,
             config,
@@ -85,7 +87,6 @@ impl Network {
         let Some(slot) = self.layers.lan.add_port(now, port, config) else { return };
         self.layers.gateway.add_port(now, slot, port.0);
         self.relay.add_port(now, slot);
-        self.dns.add_port(slot);
         if let Some(uplink) = &mut self.uplink {
             uplink.add_port(slot);
         }
@@ -108,7 +109,7 @@ impl Network {
         if let Some(uplink) = &mut self.uplink {
             uplink.remove_port(&mut self.layers.context(now, fx), slot);
         }
-        self.dns.remove_port(slot, port);
+        self.dns.remove_port(port);
         self.layers.gateway.remove_port(slot);
         self.layers.lan.remove_port(slot);
     }
@@ -321,7 +322,7 @@ impl Network {
             let (payload, more) = rest.split_at(size.min(rest.len()));
             let datagram = Datagram { from, src, dst, payload };
             if self.dns.is_service(service) {
-                self.dns.query(cx, service, &datagram);
+                self.dns.serve(cx, &datagram);
             } else {
                 cx.gateway.punt(&mut cx.link, service, &datagram);
             }
@@ -368,7 +369,11 @@ impl Network {
         fx: &mut E,
     ) {
         self.now = now;
-        self.relay.tcp_connected(&mut self.layers.context(now, fx), flow, result);
+        let cx = &mut self.layers.context(now, fx);
+        if DnsForwarder::is_flow(flow) {
+            return self.dns.tcp_connected(cx, flow, result);
+        }
+        self.relay.tcp_connected(cx, flow, result);
     }
 
     /// A TCP socket became readable or writable; both on hang-up or error.
@@ -381,7 +386,11 @@ impl Network {
         fx: &mut E,
     ) {
         self.now = now;
-        self.relay.tcp_ready(&mut self.layers.context(now, fx), flow, readable, writable);
+        let cx = &mut self.layers.context(now, fx);
+        if DnsForwarder::is_flow(flow) {
+            return self.dns.tcp_readable(cx, flow);
+        }
+        self.relay.tcp_ready(cx, flow, readable, writable);
     }
 
     /// A client connected to a forward's TCP socket. `None`: refused, and the caller resets the socket.
@@ -459,7 +468,7 @@ impl Network {
         self.now = now;
         let cx = &mut self.layers.context(now, fx);
         if DnsForwarder::is_flow(flow) {
-            return self.dns.sock_error(cx, flow, error.dst, error.payload);
+            return self.dns.sock_error(cx, flow, &error);
         }
         self.relay.sock_error(cx, flow, &error);
     }
@@ -496,17 +505,17 @@ impl Network {
         if let Some(uplink) = &mut self.uplink {
             uplink.timers(cx);
         }
-        self.dns.timers(cx);
+        self.dns.run_timers(cx);
         self.relay.batch_end(cx);
     }
 
-    // ---- names --------------------------------------------------------------------------------------
+    // ---- DNS ----------------------------------------------------------------------------------------
 
-    /// What the control side says of the network's own names: `own` are names as labels in lower case; these and
-    /// those below them may be its own. All that is known is forgotten. `generation` counts the changes of the
-    /// service's records; what is older than what was said already is not taken.
-    pub fn set_names(&mut self, service: ServiceId, generation: u64, own: Vec<Box<[u8]>>) {
-        self.dns.set_names(service, generation, own);
+    /// Sets the names that the DNS service may know something of: `own` are names as labels in lower case; these and those
+    /// below them may be its own. `generation` counts the changes of its records; what is older than what is known is
+    /// ignored. Cached responses are forgotten.
+    pub fn set_dns_zones(&mut self, service: ServiceId, generation: u64, own: Vec<Box<[u8]>>) {
+        self.dns.set_zones(service, generation, own);
     }
 
     /// The guests that have names have changed.
@@ -514,32 +523,49 @@ impl Network {
         self.dns.forget_guest_names(generation);
     }
 
-    /// Allows for a while to ask `server` for names that are not the network's own, and to give answers of it again.
-    pub fn allow_names(&mut self, now: Time, generation: u64, server: Option<SocketAddr>) {
+    /// Sets the name servers that names of others are asked of.
+    pub fn set_name_servers(&mut self, now: Time, servers: NameServers) {
         self.now = now;
-        self.dns.allow_names(now, generation, server);
+        self.dns.set_name_servers(now, servers);
     }
 
-    /// An answer of the DNS service to a query of a port's guest, that may be given again to whoever asks the same.
-    /// `own`: it is about the network's own names, and good whatever name servers there are.
-    pub fn keep_name(
+    /// The DNS service's verdict on the name of an [`crate::interface::effects::Event::DnsQuestion`], from records of
+    /// that `generation`.
+    pub fn dns_verdict<E: Effects>(
+        &mut self,
+        now: Time,
+        ticket: u64,
+        generation: u64,
+        verdict: DnsVerdict,
+        fx: &mut E,
+    ) {
+        self.now = now;
+        self.dns.take_verdict(&mut self.layers.context(now, fx), ticket, generation, verdict);
+    }
+
+    /// Bytes of a guest's TCP connection to the DNS service; `ended`: they are the last. Returns how many were read: the
+    /// rest is to be passed again, with what came meanwhile or when [`Effects::stream_resume`] says so.
+    pub fn stream_received<E: Effects>(
         &mut self,
         now: Time,
         port: PortId,
-        generation: u64,
-        own: bool,
-        query: &[u8],
-        answer: &[u8],
-    ) {
+        sock: SockId,
+        data: &[u8],
+        ended: bool,
+        fx: &mut E,
+    ) -> usize {
         self.now = now;
-        if self.layers.lan.slot(port).is_some() {
-            self.dns.keep_name(now, port, generation, own, query, answer);
-        }
+        self.dns.stream_received(&mut self.layers.context(now, fx), port, sock, data, ended)
     }
 
-    /// Answers kept, bytes of them, and questions under way.
+    /// A guest's TCP connection to the DNS service is gone.
+    pub fn stream_gone(&mut self, sock: SockId) {
+        self.dns.stream_gone(sock);
+    }
+
+    /// What the DNS forwarder holds: cached responses, bytes of them, outstanding queries, connections of guests.
     #[must_use]
-    pub fn names_held(&self) -> (usize, usize, usize) {
+    pub fn dns_holds(&self) -> (usize, usize, usize, usize) {
         self.dns.holds()
     }
 
@@ -705,6 +731,6 @@ impl Network {
     pub fn audit(&self) -> Result<(), String> {
         self.relay.audit(&self.layers.lan)?;
         self.uplink.as_ref().map_or(Ok(()), |u| u.audit())?;
-        self.dns.audit(&self.layers.lan)
+        self.dns.audit()
     }
 }

@@ -72,6 +72,9 @@ fn limits(py: Python<'_>, values: &Named) -> PyResult<Limits> {
             "service_datagrams_per_second" => l.service_datagrams_per_second = value,
             "neighbour_waiting" => l.neighbour_waiting = value,
             "name_bytes" => l.name_bytes = value as usize,
+            "dns_queries" => l.dns_queries = value,
+            "dns_queries_per_port" => l.dns_queries_per_port = value,
+            "dns_connections" => l.dns_connections = value,
             _ => return Err(unknown(py, "limit", name)),
         }
     }

@@ -10,8 +10,10 @@ use crate::runtime::Runtime;
 use crate::{events, records};
 use guestnet_core::nat::NatEngineConfig;
 use guestnet_core::types::{ForwardId, PortConfig, PortId, ServiceId};
+use guestnet_core::{DnsVerdict, NameServers};
 use guestnet_io::WORKERS_MAX;
 use guestnet_io::{Command, Event, WorkerConfig, WorkerGroup, duplicate};
+use guestnet_wire::dns::Record;
 use guestnet_wire::proto;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
@@ -35,6 +37,9 @@ pub fn io_uring_works() -> bool {
 pub fn confinement_lack(py: Python<'_>) -> Option<String> {
     py.detach(|| guestnet_io::confinement_works().err())
 }
+
+/// A DNS record: name as labels, type, TTL in seconds, data.
+type DnsRecord = (Vec<u8>, u16, u32, Vec<u8>);
 
 /// A running network.
 #[pyclass(frozen, module = "guestnet._native")]
@@ -298,31 +303,78 @@ impl DataPlane {
         self.submit(py, Command::ServiceSend { port: PortId(port), dst_mac, src, dst, payload })
     }
 
-    fn set_names(&self, py: Python<'_>, service: u32, generation: u64, own: Vec<Vec<u8>>) -> PyResult<u64> {
+    fn set_dns_zones(
+        &self,
+        py: Python<'_>,
+        service: u32,
+        generation: u64,
+        own: Vec<Vec<u8>>,
+    ) -> PyResult<u64> {
         let own = own.into_iter().map(Vec::into_boxed_slice).collect();
-        self.submit(py, Command::SetNames { service: ServiceId(service), generation, own })
+        self.submit(py, Command::SetDnsZones { service: ServiceId(service), generation, own })
     }
 
     fn forget_guest_names(&self, py: Python<'_>, generation: u64) -> PyResult<u64> {
         self.submit(py, Command::ForgetGuestNames { generation })
     }
 
-    #[pyo3(signature = (generation, server=None))]
-    fn allow_names(&self, py: Python<'_>, generation: u64, server: Option<Pair>) -> PyResult<u64> {
-        self.submit(py, Command::AllowNames { generation, server: server.map(socket) })
+    #[pyo3(signature = (servers, *, timeout=2.0, attempts=2, rotate=false, use_tcp=false))]
+    fn set_name_servers(
+        &self,
+        py: Python<'_>,
+        servers: Vec<String>,
+        timeout: f64,
+        attempts: u32,
+        rotate: bool,
+        use_tcp: bool,
+    ) -> PyResult<u64> {
+        let server = |text: String| {
+            text.parse()
+                .map_err(|_| config_error(py, format!("{text:?} is not the address of a name server")))
+        };
+        let servers = servers.into_iter().map(server).collect::<PyResult<_>>()?;
+        let timeout_ms = (timeout.clamp(0.001, 3600.0) * 1000.0) as u64;
+        let attempts = attempts.clamp(1, 100);
+        let servers = NameServers { servers, timeout_ms, attempts, rotate, use_tcp };
+        self.submit(py, Command::SetNameServers { servers })
     }
 
-    fn keep_name(
+    fn forward_dns(&self, py: Python<'_>, port: u32, ticket: u64, generation: u64) -> PyResult<u64> {
+        let verdict = DnsVerdict::Forward;
+        self.submit(py, Command::DnsVerdict { port: PortId(port), ticket, generation, verdict })
+    }
+
+    #[pyo3(signature = (port, ticket, generation, rcode, answers, authority, searched=None, target=None))]
+    #[allow(clippy::too_many_arguments)] // The parts of an answer.
+    fn answer_dns(
         &self,
         py: Python<'_>,
         port: u32,
+        ticket: u64,
         generation: u64,
-        own: bool,
-        query: &[u8],
-        answer: &[u8],
+        rcode: u16,
+        answers: Vec<DnsRecord>,
+        authority: Vec<DnsRecord>,
+        searched: Option<Vec<u8>>,
+        target: Option<Vec<u8>>,
     ) -> PyResult<u64> {
-        let (query, answer) = (query.to_vec(), answer.to_vec());
-        self.submit(py, Command::KeepName { port: PortId(port), generation, own, query, answer })
+        let records = |all: Vec<DnsRecord>| {
+            let record = |(name, kind, ttl, data): DnsRecord| Record {
+                name: name.into(),
+                kind,
+                ttl,
+                data: data.into(),
+            };
+            all.into_iter().map(record).collect()
+        };
+        let verdict = DnsVerdict::Own {
+            rcode,
+            answers: records(answers),
+            authority: records(authority),
+            searched: searched.map(Vec::into_boxed_slice),
+            target: target.map(Vec::into_boxed_slice),
+        };
+        self.submit(py, Command::DnsVerdict { port: PortId(port), ticket, generation, verdict })
     }
 
     fn add_forward(

@@ -41,6 +41,33 @@ impl Datagram {
     }
 }
 
+/// A guest asks for a name that may be the network's own.
+#[pyclass(frozen, module = "guestnet._native")]
+pub struct DnsQuestion {
+    #[pyo3(get)]
+    port: u32,
+    #[pyo3(get)]
+    ticket: u64,
+    name: Box<[u8]>,
+    #[pyo3(get)]
+    kind: u16,
+}
+
+#[pymethods]
+impl DnsQuestion {
+    #[getter]
+    fn name<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.name)
+    }
+}
+
+/// A name server does not respond, or does so again.
+#[pyclass(frozen, get_all, module = "guestnet._native")]
+pub struct NameServer {
+    server: Pair,
+    trouble: Option<&'static str>,
+}
+
 /// A guest was seen to use an address.
 #[pyclass(frozen, module = "guestnet._native")]
 pub struct AddressSeen {
@@ -204,6 +231,10 @@ fn core_event(py: Python<'_>, event: effects::Event) -> PyResult<Bound<'_, PyAny
             py,
             Datagram { service: service.0, port: port.0, src: pair(src), dst: pair(dst), mac, payload },
         ),
+        E::DnsQuestion { port, ticket, name, kind } => {
+            object(py, DnsQuestion { port: port.0, ticket, name, kind })
+        }
+        E::NameServer { server, trouble } => object(py, NameServer { server: pair(server), trouble }),
         E::AddressSeen { port, mac, address } => object(py, AddressSeen { port: port.0, address, mac }),
         E::FlowOpened { flow, port, proto, guest, remote, inbound } => object(
             py,

@@ -26,7 +26,8 @@ mod _native {
     use super::dataplane::{confinement_lack, io_uring_works};
     #[pymodule_export]
     use super::events::{
-        AddressSeen, Datagram, Denied, Done, Failed, FlowClosed, FlowOpened, Frame, Log, PortDown, PortUp,
+        AddressSeen, Datagram, Denied, DnsQuestion, Done, Failed, FlowClosed, FlowOpened, Frame, Log,
+        NameServer, PortDown, PortUp,
     };
     #[pymodule_export]
     use super::nat::{NatEngine, after_fork_in_child, after_fork_in_parent, before_fork, drop_reasons};

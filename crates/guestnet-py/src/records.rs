@@ -109,6 +109,8 @@ pub fn counters<'py>(py: Python<'py>, c: &Counters) -> PyResult<Bound<'py, PyDic
         ("dns_hits", c.dns_hits),
         ("dns_misses", c.dns_misses),
         ("dns_asked", c.dns_asked),
+        ("dns_refused", c.dns_refused),
+        ("dns_unanswered", c.dns_unanswered),
     ];
     let out = PyDict::new(py);
     for (name, value) in plain {

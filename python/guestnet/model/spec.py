@@ -29,6 +29,7 @@ LIMITS = (
     *("flows", "flows_per_port", "udp_sockets_per_port", "buffer_per_port", "socket_memory", "macs_per_port"),
     *("addresses_per_port", "reassemblies_per_port", "reassembly_bytes", "icmp_errors_per_second"),
     *("floods_per_second", "service_datagrams_per_second", "neighbour_waiting"),
+    *("dns_queries", "dns_queries_per_port", "dns_connections"),
 )
 TIMEOUTS = ("udp", "udp_dns", "icmp", "tcp_established", "tcp_transitory", "reassembly")
 """What the data plane knows by these names; its defaults are in `guestnet-core/src/interface/config.rs`."""

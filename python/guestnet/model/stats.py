@@ -34,11 +34,15 @@ class NetworkStats:
     icmp_errors: int = 0
     """ICMP errors sent to guests."""
     dns_hits: int = 0
-    """DNS queries that a packet thread answered from its cache."""
+    """DNS queries answered from the forwarder's cache."""
     dns_misses: int = 0
-    """Other DNS queries over UDP."""
+    """Other DNS queries."""
     dns_asked: int = 0
-    """The misses that it forwarded to the name server itself; the rest went to the DNS service."""
+    """Those of them that were asked of name servers at once; the rest asked the service or was refused."""
+    dns_refused: int = 0
+    """DNS queries refused because their guest had too many outstanding."""
+    dns_unanswered: int = 0
+    """DNS queries that no name server responded to."""
     drops: Mapping[str, int] = field(default_factory=dict)
     io: Mapping[str, Any] = field(default_factory=dict)
 

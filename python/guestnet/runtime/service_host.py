@@ -1,15 +1,12 @@
 """Where the gateway's services meet the network: datagrams in, answers out, names and addresses between.
 
 The services know nothing of the data plane, and the data plane nothing of them. A UDP service gets each
-datagram with the endpoint that it came from; a TCP service listens on a unix socket that guests' connections
-are relayed to.
+datagram with the endpoint that it came from. DNS is served by the forwarder in Rust, over UDP and TCP; it
+asks the DNS service for names that may be the network's own.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import secrets
 import time
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Any
@@ -18,7 +15,7 @@ from guestnet.errors import ConfigError
 from guestnet.model.events import LeaseReleased, LeaseTaken, PortClosed, PortOpened
 from guestnet.model.ipam import format_mac
 from guestnet.model.spec import NetMode
-from guestnet.runtime.dns_offload import Names
+from guestnet.runtime.dns_control import DnsControl
 
 if TYPE_CHECKING:
     import asyncio
@@ -34,22 +31,14 @@ if TYPE_CHECKING:
     from guestnet.runtime.registry import Registry
     from guestnet.services.dhcp import DhcpServer
     from guestnet.services.dns import DnsServer
-    from guestnet.services.dns.server import Reply
     from guestnet.services.pcp import Mapping, PcpServer
-
-_log = logging.getLogger("guestnet")
 
 DHCP_PORT, DNS_PORT, PCP_PORT = 67, 53, 5351
 _DHCP, _DNS_UDP, _DNS_TCP, _PCP = 1, 2, 3, 4
 """Numbers of the services, for the data plane."""
-_QUESTIONS = 1024
-"""DNS questions that are being answered at once; of one endpoint a quarter of it."""
-_ALWAYS = 16
-"""Those that are answered for an endpoint although others have taken all."""
 _MAPPINGS = 1024
 _MAPPING = 16
 """PCP requests of an endpoint that wait or are being answered."""
-_PATH_LONGEST = 107
 
 
 def _mappings_most() -> int:
@@ -169,16 +158,12 @@ class ServiceHost:
     ) -> None:
         self._services, self._config, self._registry, self._control = services, config, registry, control
         self._publishing, self._ports, self._emit = publishing, ports, emit
-        self._asking: dict[str, int] = {}
-        self._directory: str | None = None
-        self._dns_is_open = False
-        self._names: Names | None = None
-        self._hidden_socket: int | None = None
+        self._dns: DnsControl | None = None
         self._pcp: PcpServer | None = None
         self._mapping: dict[str, int] = {}
         self._expiry: asyncio.TimerHandle | None = None
         self.refused = 0
-        """Questions, of DNS and PCP, that were not taken because too many were being answered."""
+        """Requests of PCP that were not taken because too many were being answered."""
         # Made here and not in the control thread, whose loop would stand still for what they import.
         _ = self._config.dhcp and services.dhcp, self._config.dns and services.dns
 
@@ -191,16 +176,10 @@ class ServiceHost:
             dhcp.on_release = self._released
             await control.do(plane.add_service, _DHCP, "udp", gateway, DHCP_PORT)
         if self._config.dns:
-            dns = self._services.dns
-            self._dns_is_open = True
             await control.do(plane.add_service, _DNS_UDP, "udp", gateway, DNS_PORT)
-            self._names = Names(control, dns, self._registry, _DNS_UDP)
-            self._names.open()
-            path = self._private_path("dns")
-            if path is not None:
-                await dns.serve_unix(path)
-                path = self._hidden(path)
-                await control.do(plane.add_service, _DNS_TCP, "tcp", gateway, DNS_PORT, path)
+            await control.do(plane.add_service, _DNS_TCP, "tcp", gateway, DNS_PORT)
+            self._dns = DnsControl(control, self._services.dns, self._registry, _DNS_UDP)
+            self._dns.open()
         if self._config.pcp_ports is not None:
             from guestnet.runtime.pcp_ports import GuestPorts
 
@@ -212,68 +191,20 @@ class ServiceHost:
             await control.do(plane.add_service, _PCP, "udp", gateway, PCP_PORT)
 
     async def close(self) -> None:
-        """Ends what listens, and removes its socket. The servers outlive it with their names and leases."""
+        """Ends what is served. The servers outlive it with their names and leases."""
         if self._config.dhcp:
             self._services.dhcp.on_lease = self._services.dhcp.on_release = _nobody_hears
-        if self._names is not None:
-            self._names.close()
-        if self._dns_is_open:
-            await self._services.dns.close()
+        if self._dns is not None:
+            self._dns.close()
         if self._expiry is not None:
             self._expiry.cancel()
         if self._pcp is not None:
             self._pcp.stop()
-        self._remove_directory()
-        if self._hidden_socket is not None:
-            os.close(self._hidden_socket)
-            self._hidden_socket = None
-
-    def _remove_directory(self) -> None:
-        if self._directory is not None:
-            for name in os.listdir(self._directory):
-                os.unlink(os.path.join(self._directory, name))
-            os.rmdir(self._directory)
-            self._directory = None
-
-    def _hidden(self, path: str) -> str:
-        """Takes a socket that listens off the disk, so that nothing is left there however this process ends:
-        Linux finds it by a descriptor too. Returns the path to connect to."""
-        try:
-            held = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        except (OSError, AttributeError):
-            return path
-        hidden = f"/proc/self/fd/{held}"
-        if not os.path.exists(hidden):
-            os.close(held)
-            return path
-        self._hidden_socket = held
-        self._remove_directory()
-        return hidden
-
-    def _private_path(self, name: str) -> str | None:
-        """A path for a unix socket in a directory that nobody else can enter."""
-        for base in (os.environ.get("XDG_RUNTIME_DIR"), os.environ.get("TMPDIR"), "/tmp"):
-            if not base:
-                continue
-            directory = os.path.join(base, f"guestnet-{secrets.token_hex(8)}")
-            path = os.path.join(directory, name)
-            if len(os.fsencode(path)) > _PATH_LONGEST:
-                continue
-            try:
-                os.mkdir(directory, 0o700)
-            except OSError:
-                continue
-            self._directory = directory
-            return path
-        _log.warning("no directory for sockets can be made in /tmp: guests have no DNS over TCP")
-        return None
 
     def datagram(self, event: _native.Datagram, endpoint: Endpoint) -> None:
         """A datagram for a service."""
         if event.service == _DHCP:
             self._answer_dhcp(event, endpoint)
-        elif event.service == _DNS_UDP:
-            self._question(event, endpoint.id)
         elif event.service == _PCP:
             mapping = self._mapping.get(endpoint.id, 0)
             if mapping >= _MAPPING:
@@ -282,23 +213,15 @@ class ServiceHost:
             self._mapping[endpoint.id] = mapping + 1
             self._control.spawn(self._answer_pcp(event, endpoint.id))
 
-    def _question(self, event: _native.Datagram, endpoint_id: str) -> None:
-        names = self._names
-        if names is None:
-            return
-        names.renew()
-        generation = names.generation
-        reply = self._services.dns.known(event.payload)
-        if reply is not None:
-            self._reply_dns(event, reply, generation)
-            return
-        asking = self._asking.get(endpoint_id, 0)
-        full = sum(self._asking.values()) >= _QUESTIONS
-        if asking >= (_ALWAYS if full else _QUESTIONS // 4):
-            self.refused += 1
-            return
-        self._asking[endpoint_id] = asking + 1
-        self._control.spawn(self._answer_dns(event, endpoint_id, generation))
+    def dns_question(self, event: _native.DnsQuestion) -> None:
+        """The DNS forwarder asks for a name."""
+        if self._dns is not None:
+            self._dns.question(event)
+
+    def name_server(self, event: _native.NameServer) -> None:
+        """The DNS forwarder found that a name server does not respond, or does so again."""
+        if self._dns is not None:
+            self._dns.name_server(event)
 
     def forget(self, endpoint_id: str) -> None:
         """An endpoint goes: what its guest held ends before its address is free."""
@@ -333,26 +256,6 @@ class ServiceHost:
         source, target = (self._config.gateway, DHCP_PORT), (reply.dst_ip, reply.dst_port)
         plane = self._control.plane
         self._control.post(plane.service_send, event.port, reply.dst_mac, source, target, reply.payload)
-
-    async def _answer_dns(self, event: _native.Datagram, endpoint_id: str, generation: int) -> None:
-        try:
-            reply = await self._services.dns.wait(event.payload, endpoint_id)
-        finally:
-            left = self._asking[endpoint_id] - 1
-            if left:
-                self._asking[endpoint_id] = left
-            else:
-                del self._asking[endpoint_id]
-        self._reply_dns(event, reply, generation)
-
-    def _reply_dns(self, event: _native.Datagram, reply: Reply, generation: int) -> None:
-        if reply.answer is None:
-            return
-        control = self._control
-        # From the address that was asked, or the guest does not take it for an answer.
-        control.post(control.plane.service_send, event.port, event.mac, event.dst, event.src, reply.answer)
-        if self._names is not None:
-            self._names.keep(event, reply, generation)
 
     async def _answer_pcp(self, event: _native.Datagram, endpoint_id: str) -> None:
         assert self._pcp is not None

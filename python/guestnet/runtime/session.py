@@ -459,6 +459,8 @@ class Session:
 
         return {
             _native.Datagram: self._on_datagram,
+            _native.DnsQuestion: self._services.dns_question,
+            _native.NameServer: self._services.name_server,
             _native.AddressSeen: self._on_address,
             _native.PortUp: self._on_port_up,
             _native.PortDown: self._on_port_down,

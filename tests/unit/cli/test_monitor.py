@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from ipaddress import IPv4Address
 
-import dns.message
-import pytest
 from guestnet.cli.runner.monitor import _KINDS_MOST, _LINES_MOST, Monitor, drop_lines
 from guestnet.errors import NotRunning
 from guestnet.model.events import FlowDenied, NetworkEvent
 from guestnet.model.stats import NetworkStats
-from guestnet.services.dns.resolvers import parse_resolv_conf
-from guestnet.services.dns.upstream import Upstream
-from guestnet.services.dns.wire import Query, read_query
 
 
 class Network:
@@ -102,38 +96,3 @@ def test_a_network_that_stops_ends_the_monitor() -> None:
         pass
     assert not monitor._thread.is_alive()
     assert lines == []
-
-
-def _query() -> Query:
-    return read_query(dns.message.make_query("example.org", "A").to_wire())
-
-
-async def test_a_dead_name_server_is_reported_once_and_again_after_a_while(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from guestnet.services.dns import upstream as module
-
-    clock = [0.0]
-    upstream = Upstream(lambda: clock[0])
-    refusing = False
-
-    async def ask(server: object, message: bytes, query: Query) -> object:
-        if not refusing:
-            raise TimeoutError
-        raise ConnectionRefusedError(111, "Connection refused")
-
-    monkeypatch.setattr(module, "_ask_udp", ask)
-    resolvers = parse_resolv_conf("nameserver 192.0.2.53\noptions attempts:2\n")
-    with caplog.at_level(logging.INFO, "guestnet"):
-        for _ in range(3):
-            assert await upstream.ask(_query(), resolvers, tcp=False) is None
-        assert [r.getMessage() for r in caplog.records] == [
-            "the name server 192.0.2.53 does not answer: no answer in time"
-        ]
-        clock[0] += 31
-        refusing = True
-        await upstream.ask(_query(), resolvers, tcp=False)
-        assert caplog.records[-1].getMessage() == (
-            "the name server 192.0.2.53 does not answer: connection refused"
-        )
-        assert len(caplog.records) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
@@ -10,6 +11,7 @@ from guestnet import NatConfig
 from guestnet.runtime.registry import Registry
 from guestnet.services.dhcp import DhcpConfig, DhcpReply, DhcpServer, Lease, LeaseStore
 
+from . import dns_played
 from .dhcp_wire import MAC, Said, ask, read
 
 GATEWAY = IPv4Address("192.168.64.1")
@@ -74,3 +76,10 @@ def segment() -> Segment:
     made = Segment()
     made.add("vm1")
     return made
+
+
+@pytest.fixture(autouse=True)
+def _networks() -> Iterator[None]:
+    """Stops the networks that a test of DNS started."""
+    yield
+    dns_played.Served.close_all()

@@ -7,20 +7,11 @@ import asyncio
 import dns.message
 import dns.rcode
 import pytest
-from guestnet.services.dns.failures import MOST, PER_ASKER, SECONDS, TemporaryFailures
 
 from .dns_played import Upstream, reply, resolve, server, texts
 
 NAME = "www.example.org"
 SEARCHED = f"{NAME}.guestnet.internal"
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def failing(rcode: int) -> Upstream:
@@ -69,26 +60,9 @@ async def test_a_question_under_way_is_no_answer() -> None:
 
     async with Upstream(silent) as up:
         made = server(resolvers=(up.address,))
-        waiting = asyncio.create_task(resolve(made, NAME))
+        await made.send(NAME, "first")
         await asked.wait()
         assert (await resolve(made, SEARCHED)).rcode() == dns.rcode.SERVFAIL
-        waiting.cancel()
-        await made.close()
-
-
-async def test_a_failure_is_forgotten_with_time_and_with_an_answer() -> None:
-    rcode = dns.rcode.SERVFAIL
-    clock = Clock()
-    async with Upstream(lambda query, tcp: reply(query, rcode=rcode)) as up:
-        made = server(resolvers=(up.address,), clock=clock)
-        await resolve(made, NAME)
-        assert (await resolve(made, SEARCHED)).rcode() == dns.rcode.SERVFAIL
-        clock.now += SECONDS
-        assert (await resolve(made, SEARCHED)).rcode() == dns.rcode.NXDOMAIN
-        await resolve(made, NAME)
-        rcode = dns.rcode.NXDOMAIN
-        await resolve(made, NAME, "AAAA")
-        assert (await resolve(made, SEARCHED)).rcode() == dns.rcode.NXDOMAIN
 
 
 async def test_own_names_are_answered_whatever_fails() -> None:
@@ -102,12 +76,15 @@ async def test_own_names_are_answered_whatever_fails() -> None:
         ]
 
 
-async def test_the_packet_threads_do_not_keep_an_answer_that_may_change() -> None:
-    async with failing(dns.rcode.NXDOMAIN) as up:
+async def test_a_failure_is_forgotten_with_an_answer() -> None:
+    rcode = dns.rcode.SERVFAIL
+    async with Upstream(lambda query, tcp: reply(query, rcode=rcode)) as up:
         made = server(resolvers=(up.address,))
-        query = dns.message.make_query(SEARCHED, "A").to_wire()
-        assert made.known(query) is None
-        assert (await made.wait(query, "vm1")).keep is None
+        await resolve(made, NAME)
+        assert (await resolve(made, SEARCHED)).rcode() == dns.rcode.SERVFAIL
+        rcode = dns.rcode.NXDOMAIN
+        await resolve(made, NAME, "AAAA")
+        assert (await resolve(made, SEARCHED)).rcode() == dns.rcode.NXDOMAIN
 
 
 async def test_a_guest_over_its_share_takes_its_own_refusal_for_temporary_alone() -> None:
@@ -115,28 +92,11 @@ async def test_a_guest_over_its_share_takes_its_own_refusal_for_temporary_alone(
         pass
 
     async with Upstream(silent) as up:
-        made = server(resolvers=(up.address,), questions_per_endpoint=1)
-        waiting = asyncio.create_task(resolve(made, "slow.example.org", endpoint="greedy"))
-        await asyncio.sleep(0)
+        made = server(resolvers=(up.address,), limits={"dns_queries_per_port": 1})
+        # What is cached counts for no share.
+        assert (await resolve(made, SEARCHED, endpoint="greedy")).rcode() == dns.rcode.NXDOMAIN
+        await made.send("slow.example.org", "greedy")
         assert (await resolve(made, NAME, endpoint="greedy")).rcode() == dns.rcode.REFUSED
         assert (await resolve(made, SEARCHED, endpoint="greedy")).rcode() == dns.rcode.SERVFAIL
         assert (await resolve(made, SEARCHED, endpoint="other")).rcode() == dns.rcode.NXDOMAIN
-        waiting.cancel()
-        await made.close()
-
-
-def test_failures_are_bounded_with_a_share_for_each_guest() -> None:
-    kept = TemporaryFailures()
-    kept.add(b"victim", "quiet", 0.0, shared=True)
-    for number in range(10 * PER_ASKER):
-        kept.add(b"%d" % number, "greedy", 0.0, shared=True)
-    assert len(kept) == PER_ASKER + 1
-    assert kept.has(b"victim", "other", 1.0)
-    assert not kept.has(b"0", "greedy", 1.0)
-    for guest in range(2 * MOST // PER_ASKER):
-        for number in range(PER_ASKER):
-            kept.add(b"%d" % number, guest, 0.0, shared=False)
-    assert len(kept) <= MOST
-    assert kept.has(b"victim", "quiet", 1.0)
-    kept.clear()
-    assert len(kept) == 0
+        assert made.count("dns_refused") == 1

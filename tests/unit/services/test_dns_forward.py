@@ -1,13 +1,12 @@
-"""Names of others: asked of name servers that the test plays on loopback."""
+"""Names of others as guests get them: asked of name servers that the test plays on loopback."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
-import subprocess
-import sys
-from dataclasses import replace
+import struct
 from pathlib import Path
 
 import dns.edns
@@ -16,20 +15,11 @@ import dns.message
 import dns.rcode
 import dns.rrset
 import pytest
-from guestnet.services.dns import DnsServer
-from guestnet.services.dns import upstream as upstream_module
 from guestnet.services.dns.resolvers import Resolver, Resolvers, parse_resolv_conf, parse_resolver
 
-from .dns_played import Upstream, reply, resolve, server, texts
+from .dns_played import Play, Upstream, authority, reply, resolve, server, texts
 
 ADDRESS = "www.example.org. 300 A 192.0.2.80"
-
-
-def hurried(dns_server: DnsServer, timeout: float = 0.05, attempts: int = 1) -> DnsServer:
-    """The server with little patience."""
-    source = dns_server._source
-    source._current = dns_server._resolvers = replace(source._current, timeout=timeout, attempts=attempts)
-    return dns_server
 
 
 def silent(query: dns.message.Message, tcp: bool) -> None:
@@ -132,7 +122,7 @@ def without_tcp(query: dns.message.Message, tcp: bool) -> bytes | None:
 
 async def test_a_name_server_that_truncates_and_has_no_tcp_is_asked_for_a_larger_datagram() -> None:
     async with Upstream(without_tcp) as up:
-        made = hurried(server(resolvers=(up.address,)), timeout=1)
+        made = server(resolvers=(up.address,)).hurry(timeout=1)
         assert (await resolve(made, "big.example.org", "TXT", use_edns=0, payload=4096)).flags & dns.flags.TC
         whole = await resolve(made, "big.example.org", "TXT", tcp=True)
         assert len(texts(whole)) == 15
@@ -142,7 +132,7 @@ async def test_a_name_server_that_truncates_and_has_no_tcp_is_asked_for_a_larger
 
 async def test_a_name_server_that_truncates_all_and_has_no_tcp_is_a_failure() -> None:
     async with Upstream(lambda query, tcp: None if tcp else reply(query, flags=dns.flags.TC)) as up:
-        made = hurried(server(resolvers=(up.address,)), timeout=0.2)
+        made = server(resolvers=(up.address,)).hurry(timeout=0.2)
         assert (await resolve(made, "big.example.org", "TXT", tcp=True)).rcode() == dns.rcode.SERVFAIL
 
 
@@ -207,13 +197,13 @@ async def test_who_guesses_too_long_is_not_listened_to() -> None:
         return [b"\0\0" + bytes(20)] * 80 + [reply(query, ADDRESS)]
 
     async with Upstream(play) as up:
-        made = hurried(server(resolvers=(up.address,)), timeout=30)
+        made = server(resolvers=(up.address,)).hurry(timeout=30)
         assert (await resolve(made, "www.example.org")).rcode() == dns.rcode.SERVFAIL
 
 
 async def test_a_silent_server_is_passed_over_and_then_asked_last() -> None:
     async with Upstream(silent) as mute, Upstream(lambda query, tcp: reply(query, ADDRESS)) as up:
-        made = hurried(server(resolvers=(mute.address, up.address)))
+        made = server(resolvers=(mute.address, up.address)).hurry()
         assert (await resolve(made, "www.example.org")).answer
         assert len(mute.asked) == 1
         assert (await resolve(made, "two.example.org")).rcode() == dns.rcode.NOERROR
@@ -224,9 +214,9 @@ async def test_a_silent_server_is_passed_over_and_then_asked_last() -> None:
 async def test_a_server_that_fails_is_passed_over(rcode: int) -> None:
     async with Upstream(lambda query, tcp: reply(query, rcode=rcode)) as bad:
         async with Upstream(lambda query, tcp: reply(query, ADDRESS)) as up:
-            made = hurried(server(resolvers=(bad.address, up.address)), timeout=30)
+            made = server(resolvers=(bad.address, up.address)).hurry(timeout=30)
             assert (await resolve(made, "www.example.org")).answer
-        alone = hurried(server(resolvers=(bad.address,)), timeout=30)
+        alone = server(resolvers=(bad.address,)).hurry(timeout=30)
         assert (await resolve(alone, "www.example.org")).rcode() == rcode
 
 
@@ -235,30 +225,23 @@ async def test_a_closed_port_is_passed_over_at_once() -> None:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
     async with Upstream(lambda query, tcp: reply(query, ADDRESS)) as up:
-        made = hurried(server(resolvers=(f"127.0.0.1:{port}", up.address)), timeout=60)
+        made = server(resolvers=(f"127.0.0.1:{port}", up.address)).hurry(timeout=60)
         assert (await resolve(made, "www.example.org")).answer
 
 
 async def test_when_no_server_answers() -> None:
     async with Upstream(silent) as one, Upstream(silent) as two:
-        made = hurried(server(resolvers=(one.address, two.address)), timeout=0.02, attempts=2)
+        made = server(resolvers=(one.address, two.address)).hurry(timeout=0.1, attempts=2)
         answer = await resolve(made, "www.example.org", use_edns=0)
         assert answer.rcode() == dns.rcode.SERVFAIL
         assert answer.extended_errors()[0].text == "no name server of the host answers"
         assert (len(one.asked), len(two.asked)) == (2, 2)
-        assert made.counters["unanswered"] == 1
-
-
-async def test_all_tries_together_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upstream_module, "PATIENCE", 0.05)
-    async with Upstream(silent) as up:
-        made = hurried(server(resolvers=(up.address,)), timeout=600, attempts=5)
-        assert (await resolve(made, "www.example.org")).rcode() == dns.rcode.SERVFAIL
+        assert made.count("dns_unanswered") == 1
 
 
 async def test_tcp_that_is_cut_off_or_lies_is_no_answer() -> None:
     async with Upstream(lambda query, tcp: b"\xff" * 30 if tcp else reply(query, flags=dns.flags.TC)) as up:
-        made = hurried(server(resolvers=(up.address,)))
+        made = server(resolvers=(up.address,)).hurry()
         assert (await resolve(made, "www.example.org", tcp=True)).rcode() == dns.rcode.SERVFAIL
 
 
@@ -270,72 +253,6 @@ async def test_the_same_question_is_asked_once_at_a_time() -> None:
         )
         assert all(texts(answer) for answer in answers)
         assert len(up.asked) == 1
-
-
-async def test_questions_of_one_guest_are_bounded_and_others_still_ask() -> None:
-    gate = asyncio.Event()
-    made = server(resolvers=("127.0.0.1:1",), questions=20, questions_per_endpoint=8)
-
-    async def slow(*_: object, **__: object) -> None:
-        await gate.wait()
-
-    made._upstream.ask = slow  # type: ignore[method-assign]
-    asked = [
-        asyncio.create_task(resolve(made, f"n{n}.example.org", endpoint="greedy", use_edns=0))
-        for n in range(40)
-    ]
-    other = asyncio.create_task(resolve(made, "www.example.org", endpoint="modest"))
-    done, _ = await asyncio.wait(asked, timeout=0, return_when=asyncio.ALL_COMPLETED)
-    while len(done) < 32:
-        await asyncio.sleep(0)
-        done = {task for task in asked if task.done()}
-    assert {task.result().rcode() for task in done} == {dns.rcode.REFUSED}
-    assert made.counters["busy"] == 32
-    assert not other.done()
-    gate.set()
-    assert (await other).rcode() == dns.rcode.SERVFAIL
-    await asyncio.gather(*asked)
-    assert made._asking_total == 0
-    assert not made._asking
-
-
-async def test_guests_that_take_all_leave_a_few_questions_to_each_other_guest() -> None:
-    gate = asyncio.Event()
-    made = server(resolvers=("127.0.0.1:1",), questions=20, questions_per_endpoint=10)
-
-    async def slow(*_: object, **__: object) -> None:
-        await gate.wait()
-
-    made._upstream.ask = slow  # type: ignore[method-assign]
-    greedy = [
-        asyncio.create_task(resolve(made, f"n{n}.example.org", endpoint=f"greedy{n % 2}")) for n in range(20)
-    ]
-    await asyncio.sleep(0)
-    assert made._asking_total == 20
-    modest = [asyncio.create_task(resolve(made, f"m{n}.example.org", endpoint="modest")) for n in range(9)]
-    # One too many is refused at once.
-    (refused,), _ = await asyncio.wait(modest, return_when=asyncio.FIRST_COMPLETED)
-    assert refused.result().rcode() == dns.rcode.REFUSED
-    assert (await resolve(made, "x.example.org", endpoint="greedy0")).rcode() == dns.rcode.REFUSED
-    gate.set()
-    answers = await asyncio.gather(*greedy, *modest)
-    assert sorted(answer.rcode() for answer in answers) == [dns.rcode.SERVFAIL] * 28 + [dns.rcode.REFUSED]
-    assert made._asking_total == 0
-
-
-async def test_a_guest_that_goes_away_takes_no_answer_from_others() -> None:
-    async with Upstream(silent) as up:
-        made = server(resolvers=(up.address,))
-        first = asyncio.create_task(resolve(made, "www.example.org", endpoint="first"))
-        second = asyncio.create_task(resolve(made, "www.example.org", endpoint="second"))
-        await up.came.wait()
-        first.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await first
-        assert not second.done()
-        await made.close()
-        with pytest.raises(asyncio.CancelledError):
-            await second
 
 
 async def test_an_own_cname_to_a_name_of_others() -> None:
@@ -367,16 +284,28 @@ async def test_extended_errors_of_the_server_are_passed_on() -> None:
 
 async def test_resolv_conf_is_read_again_when_it_changes(tmp_path: Path) -> None:
     path = tmp_path / "resolv.conf"
-    made = server(resolvers=None, resolv_conf=str(path))
-    assert (await resolve(made, "www.example.org")).rcode() == dns.rcode.SERVFAIL
+    made = authority(resolvers=None, resolv_conf=str(path))
     for number in (1, 2):
         path.with_suffix(".new").write_text(f"nameserver 127.0.0.{number}\n")
         os.rename(path.with_suffix(".new"), path)
-        assert [one.host for one in made._source.current().servers] == [f"127.0.0.{number}"]
-        assert made._source.current() is made._source.current()
+        assert [one.host for one in made.name_servers().servers] == [f"127.0.0.{number}"]
+        assert made.name_servers() is made.name_servers()
     path.unlink()
-    assert [one.host for one in made._source.current().servers] == ["127.0.0.1"]
-    assert (await resolve(made, "www.example.org")).rcode() == dns.rcode.SERVFAIL
+    assert [one.host for one in made.name_servers().servers] == ["127.0.0.1"]
+
+
+def test_servers_are_written_with_the_number_of_their_interface() -> None:
+    texts = {
+        host: Resolver(host, 5353).text()
+        for host in ("192.0.2.53", "2001:db8::53", "fe80::1%lo", "fe80::1%7")
+    }
+    assert texts == {
+        "192.0.2.53": "192.0.2.53:5353",
+        "2001:db8::53": "[2001:db8::53]:5353",
+        "fe80::1%lo": "[fe80::1%1]:5353",
+        "fe80::1%7": "[fe80::1%7]:5353",
+    }
+    assert Resolver("fe80::1%none").text() is None
 
 
 async def test_other_servers_may_know_other_things() -> None:
@@ -386,7 +315,7 @@ async def test_other_servers_may_know_other_things() -> None:
     ):
         made = server(resolvers=(one.address,))
         assert texts(await resolve(made, "www.example.org")) == ["www.example.org. A 192.0.2.80"]
-        made._source._current = Resolvers((parse_resolver(two.address),))
+        made.use(Resolvers((parse_resolver(two.address),)))
         assert texts(await resolve(made, "www.example.org")) == ["www.example.org. A 10.0.0.1"]
 
 
@@ -409,39 +338,71 @@ def test_resolv_conf_is_read_as_far_as_it_can_be() -> None:
         assert parse_resolv_conf(f"options {options}").timeout == 2.0
 
 
-SPOILT = """
-import asyncio, struct
-import dns.message
-from unit.services.dns_played import Upstream, server
+async def test_a_record_of_another_class_is_left_out_behind_an_own_cname() -> None:
+    def play(query: dns.message.Message, tcp: bool) -> bytes:
+        name = query.question[0].name.to_wire() or b""
+        found = name + struct.pack("!HHIH", 1, 1, 60, 4) + bytes((192, 0, 2, 80))
+        strange = name + struct.pack("!HHIH", 65, 255, 60, 4) + b"abcd"
+        head = struct.pack("!6H", query.id, 0x8180, 1, 2, 0, 0)
+        return head + name + struct.pack("!HH", 1, 1) + found + strange
 
-def play(query, tcp):
-    name = query.question[0].name.to_wire()
-    found = name + struct.pack("!HHIH", 1, 1, 60, 4) + bytes((192, 0, 2, 80))
-    strange = name + struct.pack("!HHIH", 65, 255, 60, 4) + b"abcd"
-    head = struct.pack("!6H", query.id, 0x8180, 1, 2, 0, 0)
-    return head + name + struct.pack("!HH", 1, 1) + found + strange
-
-async def main():
     async with Upstream(play) as up:
         made = server(resolvers=(up.address,), records={"my.example": ("CNAME:www.example.org",)})
-        query = dns.message.make_query("my.example", "A")
-        answer = dns.message.from_wire(await made.handle(query.to_wire(), tcp=False, endpoint_id="vm1"))
-        print(len(answer.answer))
-        made.add_record("web.example", "HTTPS:1 . alpn=h2")
-        print("added")
-
-asyncio.run(main())
-"""
+        answer = await resolve(made, "my.example")
+        assert texts(answer) == ["my.example. CNAME www.example.org.", "www.example.org. A 192.0.2.80"]
+        made.dns.add_record("web.example", "HTTPS:1 . alpn=h2")
 
 
-def test_an_answer_of_another_class_spoils_no_type() -> None:
-    """dnspython remembers for good what it takes a type for, so its first look must be at the real one."""
-    done = subprocess.run(
-        [sys.executable, "-c", SPOILT],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert done.stdout.split() == ["2", "added"], done.stderr
+async def test_what_is_not_cached() -> None:
+    async def asked_twice(play: Play) -> int:
+        async with Upstream(play) as up:
+            made = server(resolvers=(up.address,))
+            await resolve(made, "www.example.org")
+            await resolve(made, "www.example.org")
+            return len(up.asked)
+
+    assert await asked_twice(lambda query, tcp: reply(query, ADDRESS)) == 1
+    assert await asked_twice(lambda query, tcp: reply(query, "www.example.org. 0 A 192.0.2.80")) == 2
+    assert await asked_twice(lambda query, tcp: reply(query)) == 2, "no record, and no SOA that says how long"
+    assert await asked_twice(lambda query, tcp: reply(query, flags=dns.flags.TC)) == 2
+    assert await asked_twice(lambda query, tcp: reply(query, rcode=dns.rcode.SERVFAIL)) == 2
+
+
+async def test_a_question_is_cached_by_what_it_asks_for() -> None:
+    async with Upstream(lambda query, tcp: reply(query, ADDRESS)) as up:
+        made = server(resolvers=(up.address,))
+        await resolve(made, "www.example.org", use_edns=-1)
+        again = await resolve(made, "WWW.Example.ORG", tcp=True, use_edns=-1)
+        assert str(again.question[0].name) == "WWW.Example.ORG."
+        assert len(up.asked) == 1
+        await resolve(made, "www.example.org", want_dnssec=True)
+        await resolve(made, "www.example.org", "AAAA")
+        await resolve(made, "www.example.org", flags=dns.flags.RD | dns.flags.CD)
+        assert len(up.asked) == 4
+        await resolve(made, "www.example.org", flags=0)
+        assert len(up.asked) == 5, "who does not want recursion gets what the server says now"
+
+
+async def test_a_dead_name_server_is_logged_once_and_when_it_answers_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    talks = False
+
+    def play(query: dns.message.Message, tcp: bool) -> bytes | None:
+        return reply(query, ADDRESS) if talks else None
+
+    async with Upstream(play) as up:
+        made = server(resolvers=(up.address,)).hurry()
+        with caplog.at_level(logging.INFO, "guestnet"):
+            for n in range(3):
+                await resolve(made, f"n{n}.example.org")
+            talks = True
+            for n in range(3):
+                await resolve(made, f"m{n}.example.org")
+            made.use(Resolvers((parse_resolver("127.0.0.1:1"),)))
+            await resolve(made, "other.example.org")
+        assert [record.getMessage() for record in caplog.records] == [
+            "the name server 127.0.0.1 does not answer: no answer in time",
+            "the name server 127.0.0.1 answers again",
+            "the name server 127.0.0.1 does not answer: connection refused",
+        ]

@@ -1,4 +1,4 @@
-"""Names that the server answers itself, judged by dnspython."""
+"""The network's own names as guests get them, judged by dnspython."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import dns.rdatatype
 import pytest
 from guestnet.errors import ConfigError
 
-from .dns_played import Guests, resolve, server, texts
+from .dns_played import Guests, authority, resolve, server, texts
 
 RECORDS = {
     "web.example": ("192.0.2.1", "2001:db8::1", "192.0.2.2"),
@@ -190,6 +190,7 @@ async def test_guests_come_and_go() -> None:
     made = server(directory=guests)
     assert (await resolve(made, "new.guestnet.internal")).rcode() == dns.rcode.NXDOMAIN
     guests.guests["new"] = IPv4Address("192.168.64.9")
+    made.network._registry.renamed()
     answer = await resolve(made, "new.guestnet.internal")
     assert texts(answer) == ["new.guestnet.internal. A 192.168.64.9"]
     assert answer.answer[0].ttl == 5
@@ -205,14 +206,14 @@ async def test_a_guest_named_like_a_top_level_domain_does_not_answer_for_it(type
 
 async def test_records_come_and_go() -> None:
     made = server()
-    made.add_record("late.example", "192.0.2.5")
-    made.add_record("late.example", "TXT:here")
+    made.dns.add_record("late.example", "192.0.2.5")
+    made.dns.add_record("late.example", "TXT:here")
     first = await resolve(made, "late.example")
     assert texts(first) == ["late.example. A 192.0.2.5"]
     assert (await resolve(made, "late.example", "TXT")).answer
     before = (await resolve(made, "guestnet.internal", "SOA")).answer[0][0].serial
-    assert made.remove_record("Late.Example") is True
-    assert made.remove_record("late.example") is False
+    assert made.dns.remove_record("Late.Example") is True
+    assert made.dns.remove_record("late.example") is False
     assert (await resolve(made, "late.example")).rcode() == dns.rcode.SERVFAIL
     assert (await resolve(made, "guestnet.internal", "SOA")).answer[0][0].serial > before
 
@@ -243,15 +244,15 @@ async def test_records_come_and_go() -> None:
 )
 def test_a_record_that_is_none_is_named(name: str, value: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        server(records={name: (value,)})
+        authority(records={name: (value,)})
     assert "\n" not in str(refused.value)
     with pytest.raises(ConfigError):
-        server().add_record(name, value)
+        authority().add_record(name, value)
 
 
 def test_a_cname_stands_alone() -> None:
     with pytest.raises(ConfigError, match="CNAME beside another"):
-        server(records={"a.example": ("CNAME:b.example", "192.0.2.1")})
+        authority(records={"a.example": ("CNAME:b.example", "192.0.2.1")})
 
 
 async def test_a_question_for_everything_gets_something() -> None:
@@ -312,7 +313,13 @@ async def test_other_kinds_of_message_are_not_implemented(opcode: int, rcode: in
 async def test_an_answer_gets_no_answer() -> None:
     query = dns.message.make_query("vm1", "A")
     data = dns.message.make_response(query).to_wire()
-    assert await server().handle(data, tcp=False, endpoint_id="vm1") is None
+    made = server()
+    made.client("vm1").send_udp("192.168.64.1", 53, 5000, data)
+    # A later query is answered, and nothing else came.
+    made.client("vm1")._datagrams[5000] = []
+    await resolve(made, "vm1")
+    assert made.client("vm1")._datagrams[5000] == []
+    assert made.count("dns_misses") == 2
 
 
 async def test_a_query_has_no_thousands_of_records() -> None:
@@ -347,5 +354,5 @@ async def test_a_name_that_a_guest_gives_itself_does_not_shadow_the_owners(recor
     # Also when it is added while the guest has the name.
     said = server(directory=Liars(api="192.168.64.9"))
     assert "192.168.64.9" in str(await resolve(said, "api.guestnet.internal", "A"))
-    said.add_record(record, "203.0.113.9")
+    said.dns.add_record(record, "203.0.113.9")
     assert "192.168.64.9" not in str(await resolve(said, "api.guestnet.internal", "A"))

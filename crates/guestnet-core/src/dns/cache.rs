@@ -1,25 +1,27 @@
-//! Theory of operation: answers that may be given again, by question. DnsForwarder come from guests, so the hash is keyed.
-//! Bounded in bytes, what keeps them included. What a port's own questions brought is counted, and when all is full the port
-//! that has the most gives way: a guest that asks for ever new names pushes out its own answers, oldest first, but those
-//! that were given again meanwhile have a second chance. Whoever asked, an answer is the same for all, so a hit does not look at the port.
+//! Theory of operation: cached responses, by question. Names come from guests, so the hash is keyed.
+//!
+//! Bounded in bytes, with all that it takes to keep an entry. Entries count for the port whose query brought them. When
+//! the cache is full, the port that has the most gives way: a guest that asks for ever new names replaces its own entries,
+//! oldest first, but those that were used meanwhile have a second chance. A response is the same for all guests, so a hit
+//! does not look at the port.
 
 use crate::interface::types::{PortId, Time};
 use crate::util::siphash::SipKey;
-use guestnet_wire::dns::{Answer, NAME_MAX, Query, flags};
+use guestnet_wire::dns::{Answer, IN, NAME_MAX, Query, flags};
 use hashbrown::HashTable;
 use std::collections::{BTreeMap, VecDeque};
 
-/// Bytes of the longest message that is kept.
-const MESSAGE_MAX: usize = 4096;
-/// Entries that have a second chance while one goes.
+/// Bytes of the longest message that is kept: one response does not push out many.
+const MESSAGE_MAX: usize = 16384;
+/// Entries that get a second chance while one is removed.
 const CHANCES: u32 = 8;
-/// What an entry takes besides its bytes.
+/// Bytes that an entry takes besides its data.
 const OVERHEAD: usize = 240;
-/// Name, type, and which kinds of answer.
+/// Name, type, and flags.
 const KEY_MAX: usize = NAME_MAX + 3;
 const KEY_WORDS: usize = KEY_MAX.div_ceil(8) + 1;
 
-/// What is asked for, in one spelling.
+/// What is asked for: name in lower case, type, DO and CD.
 #[derive(Clone)]
 pub(crate) struct Key {
     bytes: [u8; KEY_MAX],
@@ -60,32 +62,58 @@ impl Key {
     pub(crate) fn name(&self) -> &[u8] {
         self.bytes.get(..self.len.saturating_sub(3)).unwrap_or(&[])
     }
+
+    /// The type.
+    pub(crate) fn kind(&self) -> u16 {
+        guestnet_wire::be16(&self.bytes, self.len.saturating_sub(3))
+    }
+
+    fn flags(&self) -> u8 {
+        self.bytes().last().copied().unwrap_or(0)
+    }
+
+    /// Whether DNSSEC records are wanted.
+    pub(crate) fn wants_dnssec(&self) -> bool {
+        self.flags() & 1 != 0
+    }
+
+    /// Whether nothing is to be verified.
+    pub(crate) fn is_unchecked(&self) -> bool {
+        self.flags() & 2 != 0
+    }
+
+    /// The question section of a query.
+    pub(crate) fn question(&self) -> Vec<u8> {
+        [self.name(), &self.kind().to_be_bytes(), &IN.to_be_bytes()].concat()
+    }
 }
 
-/// An answer that may be given again.
+/// A cached response.
 pub(crate) struct Entry {
     hash: u64,
     key: Box<[u8]>,
     shape: Answer,
-    /// What is between question and EDNS, and the extended error behind it.
+    /// The records, and the extended error behind them.
     data: Box<[u8]>,
     records: usize,
-    heard: Time,
+    received: Time,
     expires: Time,
     pub(crate) kept: Kept,
-    /// Given again since it was last looked at for room.
+    /// Used since it was last considered for removal.
     used: bool,
 }
 
-/// What is known of an answer besides its bytes.
-#[derive(Clone, Copy)]
+/// What is known of a response besides its bytes.
+#[derive(Clone)]
 pub(crate) struct Kept {
-    /// About the network's own names: good whatever name servers there are.
+    /// It is about the network's own names, and holds whatever name servers there are.
     pub(crate) own: bool,
     /// A guest that comes or goes may change it.
     pub(crate) local: bool,
-    /// Whose question brought it.
+    /// The port whose query brought it.
     pub(crate) owner: PortId,
+    /// The name of others before the search domain: while that fails, this response is a temporary failure too.
+    pub(crate) searched: Option<Box<[u8]>>,
 }
 
 impl Entry {
@@ -93,11 +121,21 @@ impl Entry {
         OVERHEAD + self.key.len() + self.data.len() + 2 * self.shape.ttls.len()
     }
 
-    /// Puts the answer to `query` in `out`.
-    pub(crate) fn emit(&self, query: &Query<'_>, now: Time, out: &mut Vec<u8>) {
+    /// Appends the response to `query` to `out`.
+    pub(crate) fn emit(&self, query: &Query<'_>, now: Time, largest: usize, out: &mut Vec<u8>) {
         let (records, explanation) = self.data.split_at(self.records.min(self.data.len()));
-        let age = u32::try_from(now.since(self.heard) / 1_000_000_000).unwrap_or(u32::MAX);
-        self.shape.emit(query, records, explanation, age, out);
+        let age = u32::try_from(now.since(self.received) / 1_000_000_000).unwrap_or(u32::MAX);
+        self.shape.emit(query, records, explanation, age, largest, out);
+    }
+
+    /// The message, with what is left of its TTLs, as it would be sent to somebody who takes all of it.
+    pub(crate) fn message(&self, key: &Key, now: Time) -> Vec<u8> {
+        let question = key.question();
+        let q =
+            Query { id: 0, flags: flags::RD, question: &question, kind: key.kind(), class: IN, edns: None };
+        let mut out = Vec::new();
+        self.emit(&q, now, usize::MAX, &mut out);
+        out
     }
 }
 
@@ -133,7 +171,7 @@ impl Cache {
         self.bytes
     }
 
-    /// Entries and bytes that a port's questions brought.
+    /// Entries and bytes that a port's queries brought.
     #[cfg(test)]
     pub(crate) fn share(&self, port: PortId) -> (usize, usize) {
         self.shares.get(&port).map_or((0, 0), |s| (s.entries.len(), s.bytes))
@@ -160,7 +198,7 @@ impl Cache {
         self.slots.get(index as usize)?.as_ref()
     }
 
-    /// What is still good.
+    /// A response that still holds.
     pub(crate) fn get(&mut self, key: &Key, now: Time) -> Option<&Entry> {
         let index = self.find(key)?;
         let entry = self.slots.get_mut(index as usize)?.as_mut().filter(|e| now < e.expires)?;
@@ -168,7 +206,7 @@ impl Cache {
         Some(entry)
     }
 
-    /// Keeps an answer, when it is one to be kept: `message` is what `shape` was read from.
+    /// Keeps a response that may be kept: `message` is what `shape` was read from.
     pub(crate) fn put(&mut self, key: &Key, shape: Answer, message: &[u8], kept: Kept, now: Time) {
         let records = message.get(shape.question.end..shape.end).unwrap_or(&[]);
         let explanation = message.get(shape.explanation.clone()).unwrap_or(&[]);
@@ -180,8 +218,8 @@ impl Cache {
         }
         let expires = now.plus_s(u64::from(shape.lifetime));
         let (data, n) = ([records, explanation].concat().into(), records.len());
-        let (hash, key) = (key.hash, key.bytes().into());
-        let entry = Entry { hash, key, shape, data, records: n, heard: now, expires, kept, used: false };
+        let (hash, key, owner) = (key.hash, key.bytes().into(), kept.owner);
+        let entry = Entry { hash, key, shape, data, records: n, received: now, expires, kept, used: false };
         let size = entry.size();
         if size > self.limit {
             return;
@@ -201,7 +239,7 @@ impl Cache {
         let rehash = |i: &u32| slots.get(*i as usize).and_then(|e| e.as_ref()).map_or(0, |e| e.hash);
         self.index.insert_unique(hash, index, rehash);
         self.bytes += size;
-        let share = self.shares.entry(kept.owner).or_default();
+        let share = self.shares.entry(owner).or_default();
         share.bytes += size;
         share.entries.push_back(index);
     }
@@ -241,24 +279,25 @@ impl Cache {
         }
     }
 
-    /// Forgets what a port's questions brought.
+    /// Removes the entries that a port's queries brought.
     pub(crate) fn remove_port(&mut self, port: PortId) {
         while let Some(index) = self.shares.get(&port).and_then(|s| s.entries.back()) {
             self.remove(*index);
         }
     }
 
-    /// Forgets everything, or what guests that come and go may change.
-    pub(crate) fn clear(&mut self, local_alone: bool) {
-        if !local_alone {
-            *self = Cache::new(self.limit);
-            return;
-        }
+    /// Removes the entries that `stale` says.
+    pub(crate) fn remove_if(&mut self, stale: impl Fn(&Kept) -> bool) {
         for index in 0..self.slots.len() as u32 {
-            if self.at(index).is_some_and(|e| e.kept.local) {
+            if self.at(index).is_some_and(|e| stale(&e.kept)) {
                 self.remove(index);
             }
         }
+    }
+
+    /// Removes everything.
+    pub(crate) fn clear(&mut self) {
+        *self = Cache::new(self.limit);
     }
 }
 
@@ -284,7 +323,7 @@ mod tests {
     }
 
     fn kept(owner: u32) -> Kept {
-        Kept { own: false, local: false, owner: PortId(owner) }
+        Kept { own: false, local: false, owner: PortId(owner), searched: None }
     }
 
     fn put(c: &mut Cache, name: &str, records: usize, owner: u32) {
@@ -312,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_with_many_names_pushes_out_its_own() {
+    fn a_guest_with_many_names_replaces_its_own_entries() {
         let mut c = room_for(1000, 6);
         put(&mut c, "first0", 1, 1);
         fill(&mut c, "n", 1, 2, 1010);
@@ -325,21 +364,21 @@ mod tests {
         c.remove_port(PortId(2));
         check(&c);
         assert_eq!((c.share(PortId(2)), c.len()), ((0, 0), 101));
-        c.clear(false);
+        c.clear();
         assert_eq!((c.len(), c.bytes()), (0, 0));
         put(&mut c, "first0", 1, 1);
         assert_eq!(c.len(), 1);
     }
 
     #[test]
-    fn what_is_asked_for_again_stays() {
+    fn an_entry_that_is_used_stays() {
         let mut c = room_for(1000, 6);
         put(&mut c, "popula", 1, 1);
         for n in 0..4 {
             fill(&mut c, &format!("{n}"), 1, 1, 500);
             assert!(c.get(&key("popula"), Time(5)).is_some(), "{n}");
         }
-        // When all are asked for again, one goes all the same, and soon.
+        // When all are used, one is removed all the same, after few chances.
         for n in 0..500 {
             assert!(c.get(&key(&format!("3{n:05}")), Time(5)).is_some());
         }
@@ -354,7 +393,7 @@ mod tests {
         fill(&mut c, "l", 200, 2, 300);
         assert!((60..90).contains(&c.share(PortId(2)).0), "{}", c.share(PortId(2)).0);
         assert!(c.get(&key("small0"), Time(5)).is_some());
-        // None at all where there is no room, or not for this one.
+        // Nothing is kept where there is no room, or none for this one.
         let mut c = Cache::new(0);
         put(&mut c, "small0", 1, 1);
         assert_eq!(c.len(), 0);
@@ -365,14 +404,14 @@ mod tests {
     }
 
     #[test]
-    fn ends_with_its_lifetime_and_is_one_entry_each() {
+    fn an_entry_ends_with_its_lifetime_and_is_replaced() {
         let mut c = room_for(10, 6);
         put(&mut c, "Name", 1, 1);
         put(&mut c, "nAME", 1, 2);
         assert_eq!((c.len(), c.share(PortId(1))), (1, (0, 0)));
         assert!(c.get(&key("name"), Time(60_000_000_004)).is_some());
         assert!(c.get(&key("name"), Time(60_000_000_005)).is_none());
-        // The same question answered with what is not to be kept.
+        // The same question with a response that is not to be kept.
         let m = message("name", 0);
         c.put(&key("name"), Answer::parse(&m).unwrap(), &m, kept(1), Time(5));
         assert_eq!(c.len(), 0);

@@ -1,103 +1,531 @@
-//! Theory of operation: names that the core resolves by itself, within what the control side's DNS service, which
-//! stays the authority, allows. A query with nothing odd about it is answered from [`cache`], or asked of the name
-//! server in the service's place by [`pending_queries`]; all others go up. So does whatever does not end well: no answer in
-//! time, a truncated one, one that says more about the server than about the name. The service says which names may
-//! be the network's own (those go up, until it has sent an answer and allows to give it again), and which server is
-//! to be asked. That permission is for a while: each second one query goes up, and the service looks whether it
-//! still stands; without word from it, all go up. Each change of its records has a number, so nothing that was
-//! learned before a change is kept after it.
+//! Theory of operation: the DNS forwarder of a network.
+//!
+//! Every query of a guest, over UDP or TCP, takes this path:
+//! 1. [`DnsForwarder::query`] reads and judges it. What no server should answer is refused here.
+//! 2. A cached response is sent ([`cache`]).
+//! 3. A name that may be the network's own is asked of the control side, the authority: an event goes up, and its
+//!    [`Verdict`] comes down. The authority has the zones, the guests' names and hooks; the names that it may know
+//!    something of are compiled down to a list. Its responses are cached until it says that something changed.
+//! 4. All other names are asked of name servers ([`upstream`]).
+//! 5. [`DnsForwarder::deliver`] sends each client its response.
+//!
+//! The control side also says which name servers there are. It is asked to look again with one query in [`LOOK_S`]
+//! seconds, which waits for it. After [`STALE_S`] seconds without a word all queries wait for it, [`AUTHORITY_MS`] at most;
+//! then what was known is used, so a control side that stalls does not stop the network.
+//!
+//! Bounds: outstanding queries in all and of one guest, cached bytes with a share for each guest, events of one guest a
+//! second, and those of [`streams`]. A guest over its share gets REFUSED with a reason.
 
 mod cache;
-mod pending_queries;
+mod failures;
+mod network;
+mod pending;
+mod streams;
+mod upstream;
+mod upstream_sockets;
 
-use crate::context::Context;
-use crate::interface::config::NetworkConfig;
-use crate::interface::effects::Effects;
+use crate::interface::config::{Limits, NameServers};
+use crate::interface::effects::{Close, Effects, Event, SockError};
 use crate::interface::stats::DropReason;
-use crate::interface::types::{FlowId, IpFields, PortId, ServiceId, Time};
-use crate::l2::lan::{Lan, Sender};
-use crate::l3::gateway::Datagram;
-use crate::tables::per_port::PerPort;
+use crate::interface::types::{FlowId, PortId, ServiceId, SockId, Time};
+use crate::util::rate_limiter::RateLimiter;
 use crate::util::siphash::SipKey;
-use cache::{Cache, Key};
+use cache::{Cache, Kept, Key};
+use failures::Failures;
 use guestnet_wire::be16;
-use guestnet_wire::dns::{Answer, HEADER, NOERROR, NXDOMAIN, Query, flags};
-use pending_queries::{Asked, PendingQueries, QUESTIONS_PER_PORT, Waiter};
+use guestnet_wire::dns::{self, Answer, IN, Query, Record, Unreadable, ede, flags, kind, rcode};
+use pending::{Bounds, Chain, Client, Pending, Stage, Table, Waiter};
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::ops::Range;
+use std::sync::Arc;
+use streams::{Readable, Streams};
+use upstream::{Heard, Step, Upstream};
 
-/// Seconds after which a permission is looked at again.
+/// Seconds after which the control side looks for other name servers.
 const LOOK_S: u64 = 1;
-/// Seconds after which it is over.
-const OVER_S: u64 = 5;
-/// Questions in a row that were not answered, before the server is asked no more.
-const FAILURES: u32 = 3;
-/// Labels of a name that is asked for here.
+/// Seconds without a word from the control side, after which all queries wait for it.
+const STALE_S: u64 = 5;
+/// Milliseconds that a query waits for the control side.
+const AUTHORITY_MS: u64 = 1000;
+/// Queries of one connection that are read before others have their turn.
+const STREAM_BATCH: usize = 64;
+/// Labels of a name that is looked for in the list of own names.
 const LABELS_MAX: usize = 16;
-const TTL: u8 = 64;
+/// Outstanding queries in all, shares of single guests included.
+const OUTSTANDING_MAX: usize = 8192;
 
-struct Grant {
-    server: Option<SocketAddr>,
-    since: Time,
-    /// A query went up to have it looked at.
-    looked: bool,
+/// What the authority says of a name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is not one of its own: name servers are to be asked.
+    Forward,
+    /// It is its own.
+    Own {
+        /// The response code.
+        rcode: u16,
+        /// Records of the answer section.
+        answers: Vec<Record>,
+        /// Records of the authority section.
+        authority: Vec<Record>,
+        /// The name of others before the search domain, where the name itself does not exist: while that fails, this
+        /// is a temporary failure too.
+        searched: Option<Box<[u8]>>,
+        /// The last answer is an alias for this name, which is not the network's own.
+        target: Option<Box<[u8]>>,
+    },
 }
 
-/// What is known of names.
+/// What became of a query at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// It was answered from what was known.
+    Hit,
+    /// It was answered, with a refusal or a failure.
+    Refused,
+    /// It waits for a name server.
+    Asked,
+    /// It waits for the control side.
+    Waits,
+    /// It deserves no response.
+    Dropped(DropReason),
+    /// The guest asks the control side too much: not now.
+    Later,
+}
+
+/// What a response says of how its query fared, for the counters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Tally {
+    Nothing,
+    /// The guest was over its share.
+    Refused,
+    /// No name server responded, or the authority did not.
+    Unanswered,
+    /// The question to the authority was lost, for want of room.
+    Lost,
+}
+
+/// A response.
+pub(crate) struct Reply {
+    pub(crate) client: Client,
+    /// Where it is; nothing for a connection, which has it already.
+    at: Range<usize>,
+    pub(crate) tally: Tally,
+}
+
+/// Responses that are to be sent.
+#[derive(Default)]
+pub(crate) struct Replies {
+    bytes: Vec<u8>,
+    list: Vec<Reply>,
+}
+
+impl Replies {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&Reply, &[u8])> {
+        self.list.iter().map(|r| (r, self.bytes.get(r.at.clone()).unwrap_or(&[])))
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.bytes.clear();
+        self.list.clear();
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+}
+
+/// The forwarder. See the module head.
 pub(crate) struct DnsForwarder {
     sip: SipKey,
     service: Option<ServiceId>,
+    /// Counts the changes of the authority's records.
     generation: u64,
-    epoch: u64,
-    /// DnsForwarder that, with all below them, may be the network's own.
+    /// Names that, with all below them, may be the network's own.
     own: BTreeSet<Box<[u8]>>,
-    grant: Option<Grant>,
-    failures: u32,
+    bounds: Bounds,
     cache: Cache,
-    asking: PendingQueries,
-    out: Vec<u8>,
-    /// Questions that each port waits for.
-    waits: PerPort<u32>,
+    failures: Failures,
+    table: Table,
+    upstream: Upstream,
+    streams: Streams,
+    /// When the control side last said which name servers there are.
+    confirmed: Time,
+    /// A query went up to have it look again.
+    looking: bool,
+    replies: Replies,
 }
 
 impl DnsForwarder {
-    pub(crate) fn new(config: &NetworkConfig) -> DnsForwarder {
+    /// `sip` keys hashes and numbers that must not be guessed.
+    pub(crate) fn new(sip: SipKey, limits: &Limits) -> DnsForwarder {
+        let mut upstream = Upstream::new(sip.derive(1));
         DnsForwarder {
-            sip: SipKey::from_secret(&config.secret, 16).derive(u64::from(u32::MAX)),
+            sip,
             service: None,
             generation: 0,
-            epoch: 0,
             own: BTreeSet::new(),
-            grant: None,
-            failures: 0,
-            cache: Cache::new(config.limits.name_bytes),
-            asking: PendingQueries::default(),
-            out: Vec::new(),
-            waits: PerPort::default(),
+            bounds: Bounds { all: limits.dns_queries, of_one_port: limits.dns_queries_per_port },
+            cache: Cache::new(limits.name_bytes),
+            failures: Failures::default(),
+            table: Table::new(upstream.draw()),
+            upstream,
+            streams: Streams::new(limits.dns_connections as usize),
+            confirmed: Time::default(),
+            looking: false,
+            replies: Replies::default(),
         }
     }
+
+    // ---- what the control side says ---------------------------------------------------------------------
+
+    /// The authority serves DNS as `service`; `own` are names as labels in lower case, and these and those below them
+    /// may be its own. Its cached responses are forgotten. `generation` counts the changes of its records; what is older
+    /// than what is known is ignored.
+    pub(crate) fn set_zones(&mut self, service: ServiceId, generation: u64, own: Vec<Box<[u8]>>) {
+        if generation < self.generation {
+            return;
+        }
+        (self.service, self.generation) = (Some(service), generation);
+        self.own = own.into_iter().collect();
+        // A name of others may be the network's own from now on, or the other way round.
+        self.cache.clear();
+    }
+
+    /// The guests that have names have changed.
+    pub(crate) fn forget_guest_names(&mut self, generation: u64) {
+        if generation >= self.generation {
+            self.generation = generation;
+            self.cache.remove_if(|kept| kept.local);
+        }
+    }
+
+    /// The name servers that names of others are asked of.
+    pub(crate) fn set_name_servers(&mut self, now: Time, servers: NameServers) {
+        (self.confirmed, self.looking) = (now, false);
+        if servers != *self.upstream.servers {
+            // Others may know other things: a VPN came or went.
+            self.upstream.servers = Arc::new(servers);
+            self.cache.remove_if(|kept| !kept.own);
+            self.failures.clear();
+        }
+    }
+
+    /// The authority's verdict on the name of a query; `generation` is that of its records.
+    pub(crate) fn verdict<E: Effects>(
+        &mut self,
+        now: Time,
+        ticket: u64,
+        generation: u64,
+        verdict: Verdict,
+        fx: &mut E,
+    ) {
+        (self.confirmed, self.looking) = (now, false);
+        let Some(p) = self.table.get_mut(ticket).filter(|p| matches!(p.stage, Stage::Authority)) else {
+            return;
+        };
+        p.stage = Stage::Next;
+        match verdict {
+            Verdict::Forward => self.forward(now, ticket, fx),
+            Verdict::Own { answers, target: Some(target), .. } => {
+                let (kind, dnssec, cd) = (p.key.kind(), p.key.wants_dnssec(), p.key.is_unchecked());
+                match Key::of(self.sip, &target, kind, dnssec, cd) {
+                    Some(key) => p.chain = Some(Box::new(Chain { records: answers, key })),
+                    None => return self.fail(now, ticket, &[], Tally::Nothing, fx),
+                }
+                self.forward(now, ticket, fx);
+            }
+            Verdict::Own { rcode, answers, authority, searched, target: None } => {
+                let head = if rcode == rcode::SERVFAIL { 0 } else { flags::AA };
+                let question = p.key.question();
+                let message = dns::build(&question, rcode, head, &answers, &authority)
+                    // More than a message holds: truncated, also over TCP.
+                    .or_else(|| dns::build(&question, rcode, head | flags::TC, &[], &[]));
+                let heard = message.and_then(|m| Some((Answer::parse(&m)?, m.into_boxed_slice())));
+                self.own_response(now, ticket, generation, heard, searched, fx);
+            }
+        }
+    }
+
+    fn own_response<E: Effects>(
+        &mut self,
+        now: Time,
+        ticket: u64,
+        generation: u64,
+        heard: Option<Heard>,
+        searched: Option<Box<[u8]>>,
+        fx: &mut E,
+    ) {
+        let Some((shape, message)) = heard else { return self.fail(now, ticket, &[], Tally::Nothing, fx) };
+        let Some(p) = self.table.remove(ticket) else { return };
+        for w in &p.waiters {
+            let port = w.client.port();
+            let fails = searched.as_ref().is_some_and(|name| self.is_failing(name, port, now));
+            self.deliver(now, w.client, true, Tally::Nothing, fx, |tcp, out| match fails {
+                true => w.query().respond(rcode::SERVFAIL, 0, &searched_fails(), out),
+                false => emit(&w.query(), &shape, &message, tcp, out),
+            });
+        }
+        let owner = p.waiters.first().map(|w| w.client.port());
+        if let Some(owner) = owner.filter(|_| generation == self.generation) {
+            let kept = Kept { own: true, local: true, owner, searched };
+            self.cache.put(&p.key, shape, &message, kept, now);
+        }
+    }
+
+    // ---- queries ------------------------------------------------------------------------------------------
 
     pub(crate) fn is_service(&self, service: ServiceId) -> bool {
         self.service == Some(service)
     }
 
-    /// Whether a flow is a socket of questions.
-    pub(crate) fn is_flow(flow: FlowId) -> bool {
-        flow.index == pending_queries::FLOW
-    }
-
-    /// Whether the next query is to go up, for the permission to be looked at.
-    pub(crate) fn is_look_due(&self, now: Time) -> bool {
-        self.grant.as_ref().is_some_and(|g| !g.looked && g.since.plus_s(LOOK_S) <= now)
-    }
-
-    /// A query has gone up.
-    pub(crate) fn looked(&mut self, now: Time) {
-        if self.is_look_due(now)
-            && let Some(g) = &mut self.grant
-        {
-            g.looked = true;
+    /// A query of a guest. `events` limits how much the guest makes the control side do.
+    pub(crate) fn query<E: Effects>(
+        &mut self,
+        now: Time,
+        client: Client,
+        message: &[u8],
+        events: &mut RateLimiter,
+        fx: &mut E,
+    ) -> Outcome {
+        let q = match Query::parse(message) {
+            Ok(q) => q,
+            Err(why) => return self.refuse(now, client, message, why, fx),
+        };
+        if let Some(code) = judge(&q) {
+            self.deliver(now, client, false, Tally::Nothing, fx, |_, out| q.respond(code, 0, &[], out));
+            return Outcome::Refused;
         }
+        let Some(key) = Key::new(self.sip, &q) else { return Outcome::Dropped(DropReason::Malformed) };
+        let rd = q.flags & flags::RD != 0;
+        let look = self.is_look_due(now);
+        if self.send_cached(now, client, &q, &key, rd, look, fx) {
+            return Outcome::Hit;
+        }
+        let tcp = client.is_tcp();
+        let may_be_own = self.may_be_own(key.name());
+        if let Some(ticket) = self.table.find(&key, rd, tcp) {
+            let waits = match self.table.get(ticket).map(|p| &p.stage) {
+                Some(Stage::Authority) => Outcome::Waits,
+                _ => Outcome::Asked,
+            };
+            return self.join(now, client, &q, &key, Ok((ticket, waits)), fx);
+        }
+        if may_be_own || look {
+            if events.allow(now) {
+                return self.join(now, client, &q, &key, Err(Outcome::Waits), fx);
+            }
+            if may_be_own {
+                return Outcome::Later;
+            }
+            // A guest that asks too much is not the one that has the control side look.
+            if self.send_cached(now, client, &q, &key, rd, false, fx) {
+                return Outcome::Hit;
+            }
+        }
+        self.join(now, client, &q, &key, Err(Outcome::Asked), fx)
+    }
+
+    /// Sends a cached response, unless the control side is to look for other name servers first.
+    #[allow(clippy::too_many_arguments)] // The query, and what is known of it.
+    fn send_cached<E: Effects>(
+        &mut self,
+        now: Time,
+        client: Client,
+        q: &Query<'_>,
+        key: &Key,
+        rd: bool,
+        look: bool,
+        fx: &mut E,
+    ) -> bool {
+        let Some(entry) = self.cache.get(key, now).filter(|e| e.kept.own || rd && !look) else {
+            return false;
+        };
+        if let Some(name) = &entry.kept.searched {
+            let name = name.clone();
+            if self.is_failing(&name, client.port(), now) {
+                self.deliver(now, client, false, Tally::Nothing, fx, |_, out| {
+                    q.respond(rcode::SERVFAIL, 0, &searched_fails(), out);
+                });
+                return true;
+            }
+        }
+        let Some(entry) = self.cache.get(key, now) else { return false };
+        let at = self.replies.begin(client);
+        entry.emit(q, now, q.largest(client.is_tcp()), &mut self.replies.bytes);
+        self.replies.finish(at, client, Tally::Nothing);
+        self.pass_on(now, false, fx);
+        true
+    }
+
+    /// Lets a client wait: for the query that asks the same, or for a new one at the given stage.
+    fn join<E: Effects>(
+        &mut self,
+        now: Time,
+        client: Client,
+        q: &Query<'_>,
+        key: &Key,
+        to: Result<(u64, Outcome), Outcome>,
+        fx: &mut E,
+    ) -> Outcome {
+        let port = client.port();
+        let share = self.table.shares.allow(port, self.bounds) && self.table.len() < OUTSTANDING_MAX;
+        let joined = match to {
+            Ok((ticket, _)) if share => self.table.join(ticket, Waiter::new(client, q)),
+            Err(_) => share,
+            Ok(_) => false,
+        };
+        if !joined {
+            self.failures.add(key.name(), port, now, false);
+            let why = dns::explain(ede::OTHER, "too many questions at once");
+            self.deliver(now, client, false, Tally::Refused, fx, |_, out| {
+                q.respond(rcode::REFUSED, 0, &why, out);
+            });
+            return Outcome::Refused;
+        }
+        let (ticket, outcome) = match to {
+            Ok(found) => found,
+            Err(outcome) => {
+                let waiter = Waiter::new(client, q);
+                (self.table.insert(key.clone(), q.flags & flags::RD != 0, waiter), outcome)
+            }
+        };
+        if let Client::Stream { sock, .. } = client {
+            self.streams.waits(sock);
+        }
+        match to {
+            Err(Outcome::Waits) => self.ask_authority(now, ticket, port, fx),
+            Err(_) => self.forward(now, ticket, fx),
+            Ok(_) => {}
+        }
+        outcome
+    }
+
+    fn ask_authority<E: Effects>(&mut self, now: Time, ticket: u64, port: PortId, fx: &mut E) {
+        let Some(p) = self.table.get_mut(ticket) else { return };
+        p.stage = Stage::Authority;
+        let (name, kind) = (p.key.name().into(), p.key.kind());
+        self.table.set_deadline(ticket, now.plus_ms(AUTHORITY_MS));
+        self.looking = true;
+        if !fx.event(Event::DnsQuestion { port, ticket, name, kind }) {
+            self.without_authority(now, ticket, Tally::Lost, fx);
+        }
+    }
+
+    /// The control side has said nothing in time, or has no room for the question: what was known is used.
+    fn without_authority<E: Effects>(&mut self, now: Time, ticket: u64, tally: Tally, fx: &mut E) {
+        // Others do not wait for it in vain, for a while.
+        (self.confirmed, self.looking) = (now, false);
+        let Some(p) = self.table.get_mut(ticket) else { return };
+        p.stage = Stage::Next;
+        let name: Box<[u8]> = p.key.name().into();
+        if self.may_be_own(&name) {
+            let why = dns::explain(ede::NOT_READY, "the network's own names cannot be looked up now");
+            return self.fail(now, ticket, &why, tally, fx);
+        }
+        self.forward(now, ticket, fx);
+    }
+
+    /// Asks name servers, unless the response is known already or cannot be.
+    fn forward<E: Effects>(&mut self, now: Time, ticket: u64, fx: &mut E) {
+        let Some(p) = self.table.get(ticket) else { return };
+        let (target, rd) = (p.target().clone(), p.rd);
+        if let Some(entry) = self.cache.get(&target, now).filter(|_| rd) {
+            let message = entry.message(&target, now);
+            if let Some(shape) = Answer::parse(&message) {
+                return self.finish(now, ticket, Some((shape, message.into())), false, fx);
+            }
+        }
+        if self.upstream.servers.servers.is_empty() {
+            let why = dns::explain(ede::OTHER, "no name server is configured on the host");
+            return self.fail(now, ticket, &why, Tally::Unanswered, fx);
+        }
+        let step = self.upstream.ask(now, &mut self.table, ticket, fx);
+        self.land(now, ticket, step, fx);
+    }
+
+    fn land<E: Effects>(&mut self, now: Time, ticket: u64, step: Step, fx: &mut E) {
+        if let Step::Done(heard) = step {
+            self.finish(now, ticket, heard, true, fx);
+        }
+    }
+
+    /// The end of a query that name servers were asked, or would have been: `fresh` says which.
+    fn finish<E: Effects>(&mut self, now: Time, ticket: u64, heard: Option<Heard>, fresh: bool, fx: &mut E) {
+        let Some(p) = self.table.get(ticket) else { return };
+        let failed = heard.as_ref().is_none_or(|(shape, _)| upstream::is_poor(shape.rcode));
+        if failed {
+            let mut ports: Vec<PortId> = p.waiters.iter().map(|w| w.client.port()).collect();
+            ports.dedup();
+            ports.iter().for_each(|port| self.failures.add(p.target().name(), *port, now, true));
+        } else {
+            self.failures.remove(p.target().name());
+        }
+        let Some((shape, message)) = heard else {
+            let why = dns::explain(ede::NO_REACHABLE_AUTHORITY, "no name server of the host answers");
+            return self.fail(now, ticket, &why, Tally::Unanswered, fx);
+        };
+        let joined = match &p.chain {
+            Some(chain) => {
+                let joined = dns::join(&p.key.question(), &chain.records, &message, &shape);
+                match joined.and_then(|m| Some((Answer::parse(&m)?, m.into_boxed_slice()))) {
+                    Some(joined) => Some(joined),
+                    None => return self.fail(now, ticket, &[], Tally::Nothing, fx),
+                }
+            }
+            None => None,
+        };
+        let Some(p) = self.table.remove(ticket) else { return };
+        let (sent, bytes) = joined.as_ref().map_or((&shape, &message), |(shape, message)| (shape, message));
+        for w in &p.waiters {
+            self.deliver(now, w.client, true, Tally::Nothing, fx, |tcp, out| {
+                emit(&w.query(), sent, bytes, tcp, out);
+            });
+        }
+        // What servers said that are no longer asked is sent, and not kept.
+        let current = p.plan.as_ref().is_some_and(|plan| Arc::ptr_eq(&plan.servers, &self.upstream.servers));
+        if let Some(owner) = p.waiters.first().map(|w| w.client.port()).filter(|_| fresh && current && p.rd) {
+            let local = self.may_be_own(p.target().name());
+            let kept = Kept { own: false, local, owner, searched: None };
+            self.cache.put(p.target(), shape, &message, kept, now);
+        }
+    }
+
+    /// The end of a query that cannot be answered.
+    fn fail<E: Effects>(&mut self, now: Time, ticket: u64, why: &[u8], tally: Tally, fx: &mut E) {
+        self.upstream.withdraw(&mut self.table, ticket, fx);
+        let Some(p) = self.table.remove(ticket) else { return };
+        for w in &p.waiters {
+            self.deliver(now, w.client, true, tally, fx, |_, out| {
+                w.query().respond(rcode::SERVFAIL, 0, why, out);
+            });
+        }
+    }
+
+    /// A message that is no query, or not one that can be read.
+    fn refuse<E: Effects>(
+        &mut self,
+        now: Time,
+        client: Client,
+        message: &[u8],
+        why: Unreadable,
+        fx: &mut E,
+    ) -> Outcome {
+        let code = match why {
+            Unreadable::TooShort => return Outcome::Dropped(DropReason::Truncated),
+            Unreadable::Response => return Outcome::Dropped(DropReason::Malformed),
+            Unreadable::NotImplemented => rcode::NOTIMP,
+            Unreadable::Malformed => rcode::FORMERR,
+        };
+        self.deliver(now, client, false, Tally::Nothing, fx, |_, out| dns::refuse(message, code, out));
+        Outcome::Refused
+    }
+
+    /// Whether name servers were asked for a name without a result: they do not respond, or did not yet.
+    fn is_failing(&self, name: &[u8], port: PortId, now: Time) -> bool {
+        self.upstream.servers.servers.is_empty()
+            || self.failures.has(name, port, now)
+            || self.table.iter().any(|(_, p)| p.target().name() == name)
     }
 
     /// Whether a name (in lower case) may be the network's own, or has too many labels to tell.
@@ -114,321 +542,261 @@ impl DnsForwarder {
         labels < 2 || self.own.contains(&[0][..])
     }
 
-    fn server(&self, now: Time) -> Option<Option<SocketAddr>> {
-        self.grant.as_ref().filter(|g| now < g.since.plus_s(OVER_S)).map(|g| g.server)
+    fn is_look_due(&self, now: Time) -> bool {
+        let stale = self.confirmed.plus_s(STALE_S) <= now;
+        stale || !self.looking && self.confirmed.plus_s(LOOK_S) <= now
     }
 
-    fn failed(&mut self) {
-        self.failures += 1;
-        if self.failures >= FAILURES {
-            self.suspend();
-        }
-    }
+    // ---- responses ------------------------------------------------------------------------------------------
 
-    fn suspend(&mut self) {
-        self.failures = 0;
-        if let Some(g) = &mut self.grant {
-            g.server = None;
-        }
-    }
-
-    pub(crate) fn next_timer(&self) -> Option<Time> {
-        self.asking.next_timer()
-    }
-
-    /// Answers kept, bytes of them, and questions under way.
-    pub(crate) fn holds(&self) -> (usize, usize, usize) {
-        (self.cache.len(), self.cache.bytes(), self.asking.len())
-    }
-
-    /// Checks that what is kept twice agrees.
-    ///
-    /// # Errors
-    /// The first thing that does not agree.
-    pub(crate) fn audit(&self, lan: &Lan) -> Result<(), String> {
-        for (slot, p) in lan.local_ports() {
-            let waiters = self.asking.waiters().filter(|w| w.port == p.id).count();
-            if waiters != self.waits.get(slot).map_or(0, |n| *n as usize) {
-                return Err(format!("slot {slot} waits for {waiters} names and counts otherwise"));
-            }
-        }
-        if self.asking.is_sound() && self.cache.is_sound() {
-            Ok(())
-        } else {
-            Err("what is known of names does not agree".into())
-        }
-    }
-
-    /// A port was added.
-    pub(crate) fn add_port(&mut self, slot: u32) {
-        self.waits.insert(slot, 0);
-    }
-
-    /// What the control side says of the network's own names: `own` are names as labels in lower case; these and
-    /// those below them may be its own. All that is known is forgotten. `generation` counts the changes of the
-    /// service's records; what is older than what was said already is not taken.
-    pub(crate) fn set_names(&mut self, service: ServiceId, generation: u64, own: Vec<Box<[u8]>>) {
-        let names = &mut *self;
-        if generation < names.generation {
-            return;
-        }
-        (names.service, names.generation) = (Some(service), generation);
-        names.epoch += 1;
-        names.own = own.into_iter().collect();
-        names.grant = None;
-        names.cache.clear(false);
-    }
-
-    /// The guests that have names have changed.
-    pub(crate) fn forget_guest_names(&mut self, generation: u64) {
-        if generation >= self.generation {
-            self.generation = generation;
-            self.cache.clear(true);
-        }
-    }
-
-    /// Allows for a while to ask `server` for names that are not the network's own, and to give answers of it again.
-    pub(crate) fn allow_names(&mut self, now: Time, generation: u64, server: Option<SocketAddr>) {
-        if generation == self.generation && self.service.is_some() {
-            self.grant = Some(Grant { server, since: now, looked: false });
-        }
-    }
-
-    /// An answer of the DNS service to a query of a port's guest, that may be given again to whoever asks the same.
-    /// `own`: it is about the network's own names, and good whatever name servers there are.
-    pub(crate) fn keep_name(
+    /// Sends a client its response, which `emit` appends: the one place where a guest's response is seen. `waited`: the
+    /// client was waiting for it.
+    fn deliver<E: Effects>(
         &mut self,
         now: Time,
-        port: PortId,
-        generation: u64,
-        own: bool,
-        query: &[u8],
-        answer: &[u8],
+        client: Client,
+        waited: bool,
+        tally: Tally,
+        fx: &mut E,
+        emit: impl FnOnce(bool, &mut Vec<u8>),
     ) {
-        if generation != self.generation {
-            return;
-        }
-        let (Some(q), Some(shape)) = (Query::parse(query), Answer::parse(answer)) else { return };
-        let names = &mut *self;
-        let Some(key) = Key::new(names.sip, &q) else { return };
-        let asked = answer.get(shape.question.clone()).unwrap_or(&[]);
-        if !asked.eq_ignore_ascii_case(q.question) {
-            return;
-        }
-        let kept = cache::Kept { own, local: own || names.may_be_own(key.name()), owner: port };
-        names.cache.put(&key, shape, answer, kept, now);
+        let at = self.replies.begin(client);
+        emit(client.is_tcp(), &mut self.replies.bytes);
+        self.replies.finish(at, client, tally);
+        self.pass_on(now, waited, fx);
     }
 
-    /// Answers a query from what is known, or asks for it; false: it is for the service.
-    fn answer<E: Effects>(&mut self, cx: &mut Context<'_, E>, d: &Datagram<'_>) -> bool {
-        let now = cx.link.now;
-        let slot = d.from.slot;
-        let Some(q) = Query::parse(d.payload) else { return false };
-        let Some(key) = Key::new(self.sip, &q) else { return false };
-        let allowed = self.server(now);
-        if let Some(e) = self.cache.get(&key, now).filter(|e| e.kept.own || allowed.is_some()) {
-            e.emit(&q, now, &mut self.out);
-            if let Some(c) = cx.link.lan.counters_mut(slot) {
-                c.dns_hits += 1;
-            }
-            send_answer(cx, d.from, d.dst, d.src, &self.out);
-            return true;
+    /// Writes the last reply to its connection, where it is for one.
+    fn pass_on<E: Effects>(&mut self, now: Time, waited: bool, fx: &mut E) {
+        let Some(last) = self.replies.list.last_mut() else { return };
+        if let Client::Stream { sock, serial, .. } = last.client {
+            let at = std::mem::replace(&mut last.at, 0..0);
+            let framed = self.replies.bytes.get(at.clone()).unwrap_or(&[]);
+            self.streams.send(now, sock, serial, framed, waited, fx);
+            self.replies.bytes.truncate(at.start);
         }
-        let Some(Some(server)) = allowed else { return false };
-        let Some(port) = cx.link.lan.port(slot).map(|p| p.id) else { return false };
-        if self.waits.get(slot).is_none_or(|n| *n >= QUESTIONS_PER_PORT) || self.may_be_own(key.name()) {
-            return false;
-        }
-        let waiter = Waiter { port, mac: d.from.mac, src: d.src, dst: d.dst, query: d.payload.into() };
-        let waiter = match self.asking.join(&key, waiter) {
-            Err(Some(waiter)) => Some(waiter),
-            Err(None) => return false,
-            Ok(()) => None,
-        };
-        if let Some(waiter) = waiter {
-            let Some((id, sock, socket)) = self.asking.prepare(now, self.sip, server, cx.link.fx) else {
-                return false;
-            };
-            q.emit(id, &mut self.out);
-            if cx.link.fx.udp_send(sock, server, &self.out, 0, IpFields::ttl(TTL), false).is_err() {
-                self.failed();
-                return false;
-            }
-            self.asking.insert(now, id, socket, server, self.epoch, key, waiter);
-        }
-        if let Some(n) = self.waits.get_mut(slot) {
-            *n += 1;
-        }
-        if let Some(c) = cx.link.lan.counters_mut(slot) {
-            c.dns_misses += 1;
-            c.dns_asked += 1;
-        }
-        true
     }
 
-    /// A query of a guest to the DNS service: answered here when the name is known or may be asked for, else handed up.
-    pub(crate) fn query<E: Effects>(
+    pub(crate) fn has_replies(&self) -> bool {
+        !self.replies.is_empty()
+    }
+
+    /// The responses that are to be sent; given back when they are.
+    pub(crate) fn take_replies(&mut self) -> Replies {
+        std::mem::take(&mut self.replies)
+    }
+
+    pub(crate) fn give_back(&mut self, mut replies: Replies) {
+        replies.clear();
+        self.replies = replies;
+    }
+
+    // ---- name servers ---------------------------------------------------------------------------------------
+
+    /// Whether a flow is a socket to name servers.
+    pub(crate) fn is_flow(flow: FlowId) -> bool {
+        Upstream::is_flow(flow)
+    }
+
+    /// Datagrams of a name server, of `segment` bytes each when that is not 0. Returns how many were no response.
+    pub(crate) fn datagrams<E: Effects>(
         &mut self,
-        cx: &mut Context<'_, E>,
-        service: ServiceId,
-        d: &Datagram<'_>,
-    ) {
-        let now = cx.link.now;
-        let look = self.is_look_due(now);
-        if !look && self.answer(cx, d) {
-            return;
-        }
-        // A guest that asks too much is not the one who has it looked at.
-        if look && !cx.gateway.would_punt(now, d.from.slot, d.payload) && self.answer(cx, d) {
-            return;
-        }
-        if let Some(c) = cx.link.lan.counters_mut(d.from.slot) {
-            c.dns_misses += 1;
-        }
-        if cx.gateway.punt(&mut cx.link, service, d) {
-            self.looked(now);
-        }
-    }
-
-    /// Datagrams of a name server.
-    pub(crate) fn receive<E: Effects>(
-        &mut self,
-        cx: &mut Context<'_, E>,
+        now: Time,
         flow: FlowId,
         from: SocketAddr,
         payload: &[u8],
         segment: u16,
-    ) {
+        fx: &mut E,
+    ) -> usize {
         let size = if segment == 0 { payload.len().max(1) } else { usize::from(segment) };
+        let mut wrong = 0;
         for message in payload.chunks(size) {
-            self.name_in(cx, flow.generation, from, message);
-        }
-    }
-
-    fn name_in<E: Effects>(
-        &mut self,
-        cx: &mut Context<'_, E>,
-        socket: u32,
-        from: SocketAddr,
-        message: &[u8],
-    ) {
-        let head = be16(message, 2);
-        let shape = Answer::parse(message).filter(|_| head & flags::OPCODE == 0);
-        let question = shape.as_ref().and_then(|s| message.get(s.question.clone()));
-        // A server that did not understand the message sends no question back.
-        let refusal = message.len() >= HEADER
-            && head & flags::QR != 0
-            && head & 15 != NOERROR
-            && be16(message, 4) == 0
-            && head & flags::OPCODE == 0;
-        let asking = &mut self.asking;
-        let asked = match (question, refusal) {
-            (None, false) => asking.answered(socket, from, be16(message, 0), Some(&[]), cx.link.fx),
-            (question, _) => asking.answered(socket, from, be16(message, 0), question, cx.link.fx),
-        };
-        let Some(asked) = asked else {
-            cx.link.lan.base_mut().drop(DropReason::Filtered);
-            for asked in self.asking.give_up(socket, cx.link.fx) {
-                self.pass_on(cx, asked);
-            }
-            return;
-        };
-        self.failures = 0;
-        match shape.filter(|s| s.flags & flags::TC == 0 && matches!(s.rcode, NOERROR | NXDOMAIN)) {
-            Some(shape) => self.name_known(cx, asked, shape, message),
-            None => self.pass_on(cx, asked),
-        }
-    }
-
-    fn name_known<E: Effects>(
-        &mut self,
-        cx: &mut Context<'_, E>,
-        asked: Asked,
-        shape: Answer,
-        message: &[u8],
-    ) {
-        let records = message.get(shape.question.end..shape.end).unwrap_or(&[]);
-        let explanation = message.get(shape.explanation.clone()).unwrap_or(&[]);
-        let mut out = std::mem::take(&mut self.out);
-        for w in &asked.waiters {
-            let (Some(slot), Some(q)) = (self.waits_no_more(cx.link.lan, w.port), Query::parse(&w.query))
-            else {
-                continue;
-            };
-            shape.emit(&q, records, explanation, 0, &mut out);
-            send_answer(cx, Sender { slot, mac: w.mac }, w.dst, w.src, &out);
-        }
-        self.out = out;
-        let owner = asked.waiters.first().map(|w| w.port).filter(|p| cx.link.lan.slot(*p).is_some());
-        if let Some(owner) = owner.filter(|_| asked.epoch == self.epoch) {
-            let kept = cache::Kept { own: false, local: false, owner };
-            self.cache.put(&asked.key, shape, message, kept, cx.link.now);
-        }
-    }
-
-    /// The slot of a port that has waited for an answer.
-    fn waits_no_more(&mut self, lan: &mut Lan, port: PortId) -> Option<u32> {
-        let slot = lan.slot(port);
-        match slot.and_then(|s| self.waits.get_mut(s)) {
-            Some(n) => *n = n.saturating_sub(1),
-            None => lan.base_mut().drop(DropReason::NoEndpoint),
-        }
-        slot
-    }
-
-    /// Hands a question to the service after all.
-    fn pass_on<E: Effects>(&mut self, cx: &mut Context<'_, E>, asked: Asked) {
-        let Some(service) = self.service else { return };
-        for w in asked.waiters {
-            if let Some(slot) = self.waits_no_more(cx.link.lan, w.port) {
-                let from = Sender { slot, mac: w.mac };
-                let d = Datagram { from, src: w.src, dst: w.dst, payload: &w.query };
-                cx.gateway.punt(&mut cx.link, service, &d);
+            match self.upstream.datagram(now, &mut self.table, flow, from, message, fx) {
+                Ok((ticket, step)) => self.land(now, ticket, step, fx),
+                Err(steps) => {
+                    wrong += 1;
+                    steps.into_iter().for_each(|(ticket, step)| self.land(now, ticket, step, fx));
+                }
             }
         }
+        wrong + usize::from(payload.is_empty())
     }
 
-    /// The kernel reported an error for a question; `payload` is what was sent, as far as is known.
-    pub(crate) fn sock_error<E: Effects>(
+    /// The kernel reported an error for what was sent to a name server.
+    pub(crate) fn upstream_error<E: Effects>(
         &mut self,
-        cx: &mut Context<'_, E>,
+        now: Time,
         flow: FlowId,
-        server: SocketAddr,
-        payload: &[u8],
+        error: (SocketAddr, SockError, &[u8]),
+        fx: &mut E,
     ) {
-        self.suspend();
-        if payload.len() < 2 {
-            return;
-        }
-        if let Some(asked) = self.asking.answered(flow.generation, server, be16(payload, 0), None, cx.link.fx)
-        {
-            self.pass_on(cx, asked);
+        if let Some((ticket, step)) = self.upstream.error(now, &mut self.table, flow, error, fx) {
+            self.land(now, ticket, step, fx);
         }
     }
 
-    pub(crate) fn timers<E: Effects>(&mut self, cx: &mut Context<'_, E>) {
-        while let Some(asked) = self.asking.overdue(cx.link.now, cx.link.fx) {
-            self.failed();
-            self.pass_on(cx, asked);
+    /// The outcome of a connect to a name server.
+    pub(crate) fn upstream_connected<E: Effects>(
+        &mut self,
+        now: Time,
+        flow: FlowId,
+        result: Result<(), SockError>,
+        fx: &mut E,
+    ) {
+        if let Some((ticket, step)) = self.upstream.connected(now, &mut self.table, flow, result, fx) {
+            self.land(now, ticket, step, fx);
         }
-        self.asking.tidy(cx.link.now, cx.link.fx);
     }
 
-    pub(crate) fn remove_port(&mut self, slot: u32, port: PortId) {
-        self.waits.remove(slot);
+    /// A connection to a name server has something to read.
+    pub(crate) fn upstream_readable<E: Effects>(&mut self, now: Time, flow: FlowId, fx: &mut E) {
+        if let Some((ticket, step)) = self.upstream.readable(now, &mut self.table, flow, fx) {
+            self.land(now, ticket, step, fx);
+        }
+    }
+
+    // ---- connections of guests --------------------------------------------------------------------------------
+
+    /// Bytes of a guest's connection; `ended`: they are the last. `judged` hears what became of each query. Returns how
+    /// many were read: a part of a message is left, and what the connection's bounds leave.
+    #[allow(clippy::too_many_arguments)] // The connection, and what came.
+    pub(crate) fn stream<E: Effects>(
+        &mut self,
+        now: Time,
+        port: PortId,
+        sock: SockId,
+        data: &[u8],
+        ended: bool,
+        events: &mut RateLimiter,
+        fx: &mut E,
+        mut judged: impl FnMut(Outcome),
+    ) -> usize {
+        let Readable { port, serial } = self.streams.open(now, port, sock, fx);
+        let (mut at, mut batch) = (0, STREAM_BATCH);
+        while let Some(message) = data.get(at..).and_then(next_message) {
+            if batch == 0 {
+                fx.stream_resume(sock);
+                return at;
+            }
+            if !self.streams.may_read(sock, fx) {
+                return at;
+            }
+            batch -= 1;
+            let client = Client::Stream { port, sock, serial };
+            let outcome = self.query(now, client, message, events, fx);
+            if outcome == Outcome::Later {
+                self.streams.retry(now, sock);
+                return at;
+            }
+            judged(outcome);
+            self.streams.message_came(now, sock);
+            at += 2 + message.len();
+            if matches!(outcome, Outcome::Dropped(_)) {
+                // There is no telling what else comes.
+                self.streams.end(sock, Close::Graceful, fx);
+                return data.len();
+            }
+        }
+        if ended {
+            self.streams.ended(sock, fx);
+            return data.len();
+        }
+        at
+    }
+
+    /// A guest's connection is gone.
+    pub(crate) fn stream_gone(&mut self, sock: SockId) {
+        self.streams.forget(sock);
+    }
+
+    // ---- the rest ---------------------------------------------------------------------------------------------
+
+    pub(crate) fn next_timer(&self) -> Option<Time> {
+        let times = [self.table.next_timer(), self.upstream.next_timer(), self.streams.next_timer()];
+        times.into_iter().flatten().min()
+    }
+
+    pub(crate) fn timers<E: Effects>(&mut self, now: Time, fx: &mut E) {
+        while let Some(ticket) = self.table.overdue(now) {
+            if matches!(self.table.get(ticket).map(|p| &p.stage), Some(Stage::Authority)) {
+                self.without_authority(now, ticket, Tally::Unanswered, fx);
+            } else {
+                let step = self.upstream.timed_out(now, &mut self.table, ticket, fx);
+                self.land(now, ticket, step, fx);
+            }
+        }
+        self.upstream.tidy(now, fx);
+        self.streams.timers(now, fx);
+    }
+
+    /// A port is gone.
+    pub(crate) fn remove_port(&mut self, port: PortId) {
         self.cache.remove_port(port);
-        self.asking.remove_port(port);
+        self.table.remove_port(port);
+        self.streams.remove_port(port);
+        self.failures.remove_port(port);
+    }
+
+    /// What is held: cached responses, bytes of them, outstanding queries, connections.
+    pub(crate) fn holds(&self) -> (usize, usize, usize, usize) {
+        (self.cache.len(), self.cache.bytes(), self.table.len(), self.streams.len())
+    }
+
+    /// Whether the books agree.
+    pub(crate) fn is_sound(&self) -> bool {
+        let waiters: usize = self.table.iter().map(|(_, p): (u64, &Pending)| p.waiters.len()).sum();
+        self.cache.is_sound()
+            && self.failures.is_sound()
+            && self.table.is_sound(self.upstream.outstanding())
+            && self.upstream.is_sound()
+            && self.streams.is_sound(waiters)
     }
 }
 
-fn send_answer<E: Effects>(
-    cx: &mut Context<'_, E>,
-    to: Sender,
-    src: SocketAddr,
-    dst: SocketAddr,
-    answer: &[u8],
-) {
-    if let Err(why) = cx.gateway.frames().send_udp(&mut cx.link, to.slot, to.mac, src, dst, answer, 0) {
-        cx.link.lan.count_drop(to.slot, why);
+impl Replies {
+    /// Where a response to the client begins.
+    fn begin(&mut self, client: Client) -> usize {
+        let at = self.bytes.len();
+        if client.is_tcp() {
+            self.bytes.extend_from_slice(&[0, 0]);
+        }
+        at
     }
+
+    /// The response is written.
+    fn finish(&mut self, at: usize, client: Client, tally: Tally) {
+        if client.is_tcp() {
+            let length = self.bytes.len().saturating_sub(at + 2) as u16;
+            guestnet_wire::put(&mut self.bytes, at, &length.to_be_bytes());
+        }
+        self.list.push(Reply { client, at: at..self.bytes.len(), tally });
+    }
+}
+
+/// The one place where a query is judged: the code that it is refused with.
+fn judge(q: &Query<'_>) -> Option<u16> {
+    if q.edns.is_some_and(|e| e.version != 0) {
+        return Some(rcode::BADVERS);
+    }
+    if q.kind == 0 || q.kind == kind::OPT {
+        return Some(rcode::FORMERR);
+    }
+    // Other classes hold data about servers; transfers and transactions are not for guests.
+    (q.class != IN || dns::is_meta(q.kind)).then_some(rcode::REFUSED)
+}
+
+/// Appends the response to a query.
+fn emit(q: &Query<'_>, shape: &Answer, message: &[u8], tcp: bool, out: &mut Vec<u8>) {
+    let records = message.get(shape.question.end..shape.end).unwrap_or(&[]);
+    let explanation = message.get(shape.explanation.clone()).unwrap_or(&[]);
+    shape.emit(q, records, explanation, 0, q.largest(tcp), out);
+}
+
+/// The first whole message of a stream, without its length.
+fn next_message(data: &[u8]) -> Option<&[u8]> {
+    data.get(2..2 + usize::from(be16(data, 0))).filter(|_| data.len() >= 2)
+}
+
+fn searched_fails() -> Vec<u8> {
+    dns::explain(ede::OTHER, "the name without the search domain cannot be resolved now")
 }

@@ -58,8 +58,14 @@ pub struct Limits {
     /// Inbound flows and datagrams that wait for a guest's answer to ARP, all ports together; of one port a
     /// quarter of it at most, and no more than it leaves to others.
     pub neighbour_waiting: u32,
-    /// Bytes of DNS answers that are kept, all ports together; some 15,000 ordinary ones in 4 MiB.
+    /// Bytes of DNS responses that are cached, all ports together; some 15,000 ordinary ones in 4 MiB.
     pub name_bytes: usize,
+    /// DNS queries that wait for a response, all ports together; beyond, each port may have a few.
+    pub dns_queries: u32,
+    /// Of those, queries of one port.
+    pub dns_queries_per_port: u32,
+    /// TCP connections of guests to the DNS service; the port that has the most loses one for a new one.
+    pub dns_connections: u32,
 }
 
 /// How much of what is left a port may have, see [`Limits::descriptors`].
@@ -103,6 +109,9 @@ impl Default for Limits {
             descriptors: u32::MAX,
             neighbour_waiting: 1024,
             name_bytes: 4 << 20,
+            dns_queries: 1024,
+            dns_queries_per_port: 128,
+            dns_connections: 256,
         }
     }
 }
@@ -188,6 +197,21 @@ impl NetworkConfig {
             secret,
         }
     }
+}
+
+/// The name servers that names of others are asked of, and how.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct NameServers {
+    /// In the order in which they are tried.
+    pub servers: Vec<SocketAddr>,
+    /// Milliseconds for each try.
+    pub timeout_ms: u64,
+    /// Tries of each server.
+    pub attempts: u32,
+    /// Each query begins with another server.
+    pub rotate: bool,
+    /// Queries go over TCP alone.
+    pub use_tcp: bool,
 }
 
 /// An address that was asked for belongs to another port, or to the gateway.

@@ -93,6 +93,25 @@ pub enum Event {
         /// The payload.
         payload: Box<[u8]>,
     },
+    /// A guest asks for a name that may be the network's own, or the control side is to look which name servers there
+    /// are: `Network::dns_verdict` is to answer.
+    DnsQuestion {
+        /// The port of the guest.
+        port: PortId,
+        /// Names the query.
+        ticket: u64,
+        /// The name as labels in lower case.
+        name: Box<[u8]>,
+        /// The type that is asked for.
+        kind: u16,
+    },
+    /// A name server does not respond, or does so again. Told once while that lasts.
+    NameServer {
+        /// The server.
+        server: SocketAddr,
+        /// Why it does not; `None`: it responds again.
+        trouble: Option<&'static str>,
+    },
     /// A guest was seen to use an address.
     AddressSeen {
         /// The port.
@@ -219,6 +238,12 @@ pub trait Effects {
     /// Consumes the first `len` bytes of unread data: the guest acknowledged them.
     fn tcp_discard(&mut self, sock: SockId, len: usize);
 
+    /// Appends up to `max` bytes that were read from the socket to `out`, and consumes them: for connections of the
+    /// network itself. [`Peek::Data`], [`Peek::Empty`] and [`Peek::Eof`] are as in [`Effects::tcp_peek`].
+    fn tcp_read(&mut self, _sock: SockId, _out: &mut Vec<u8>, _max: usize) -> Result<Peek, SockError> {
+        Err(SockError::Reset)
+    }
+
     /// Sends FIN to the host side (SHUT_WR).
     fn tcp_shutdown(&mut self, sock: SockId);
 
@@ -228,6 +253,26 @@ pub trait Effects {
     /// Sends one keep-alive probe to the peer (RFC 9293 3.8.4). An answer shows in [`Effects::tcp_peer`]; that
     /// there is none has no other effect.
     fn tcp_probe(&mut self, sock: SockId);
+
+    // ---- connections to services of the core ----------------------------------------------------------
+    // A guest's connection to a TCP service that the core serves itself is one in memory: the relay has one end like any
+    // other socket, the core the other. What the guest sends comes as `Network::stream_received`.
+
+    /// Sends data to the guest. Returns how many bytes it has not acknowledged yet.
+    fn stream_send(&mut self, _sock: SockId, _data: &[u8]) -> usize {
+        0
+    }
+
+    /// Bytes that the guest has not acknowledged.
+    fn stream_unread(&mut self, _sock: SockId) -> usize {
+        0
+    }
+
+    /// Has `Network::stream_received` called again, when something is left to be read.
+    fn stream_resume(&mut self, _sock: SockId) {}
+
+    /// Ends the connection: in order, behind what was sent, or with a reset.
+    fn stream_close(&mut self, _sock: SockId, _how: Close) {}
 
     // ---- datagram sockets ---------------------------------------------------------------------------
     /// Opens a socket for one guest source port (endpoint-independent mapping, RFC 4787 REQ-1), for

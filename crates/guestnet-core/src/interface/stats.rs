@@ -107,12 +107,17 @@ pub struct Counters {
     pub retransmits: u64,
     /// ICMP errors sent to guests.
     pub icmp_errors: u64,
-    /// DNS queries answered here, from what was known.
+    /// DNS queries answered from the cache.
     pub dns_hits: u64,
     /// Other DNS queries.
     pub dns_misses: u64,
-    /// Those of them that were asked of the name server from here; the rest went up to the service.
+    /// Those of them that were asked of name servers at once, duplicates of others included; the rest was asked of the
+    /// control side, or refused.
     pub dns_asked: u64,
+    /// DNS queries refused because their guest was over its share.
+    pub dns_refused: u64,
+    /// DNS queries that no name server responded to.
+    pub dns_unanswered: u64,
     /// Drops by reason, indexed by `DropReason as usize`.
     pub drops: [u64; DropReason::ALL.len()],
 }
@@ -131,6 +136,8 @@ impl Default for Counters {
             dns_hits: 0,
             dns_misses: 0,
             dns_asked: 0,
+            dns_refused: 0,
+            dns_unanswered: 0,
             drops: [0; DropReason::ALL.len()],
         }
     }
@@ -159,6 +166,8 @@ impl Counters {
         self.dns_hits += other.dns_hits;
         self.dns_misses += other.dns_misses;
         self.dns_asked += other.dns_asked;
+        self.dns_refused += other.dns_refused;
+        self.dns_unanswered += other.dns_unanswered;
         for (mine, theirs) in self.drops.iter_mut().zip(&other.drops) {
             *mine += theirs;
         }

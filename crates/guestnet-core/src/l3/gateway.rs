@@ -348,7 +348,7 @@ impl Gateway {
         let slot = d.from.slot;
         let Some(port) = link.lan.port(slot).map(|p| p.id) else { return false };
         let now = link.now;
-        if !self.rates.get_mut(slot).is_some_and(|r| r.services.allow_n(now, cost(d.payload))) {
+        if !self.service_rate(slot).is_some_and(|r| r.allow_n(now, cost(d.payload))) {
             link.lan.count_drop(slot, DropReason::RateLimit);
             return false;
         }
@@ -360,10 +360,9 @@ impl Gateway {
         taken
     }
 
-    /// Whether [`Gateway::punt`] would take a datagram now.
-    #[must_use]
-    pub fn would_punt(&self, now: Time, slot: u32, payload: &[u8]) -> bool {
-        self.rates.get(slot).is_some_and(|r| { r.services }.allow_n(now, cost(payload)))
+    /// How much a port's guest may have the control side do.
+    pub fn service_rate(&mut self, slot: u32) -> Option<&mut RateLimiter> {
+        self.rates.get_mut(slot).map(|r| &mut r.services)
     }
 
     /// Takes one from a port's rate of ICMP errors and reports; false when there is none left.

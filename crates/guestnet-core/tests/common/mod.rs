@@ -131,6 +131,12 @@ pub struct Mock {
     pub uplink: Vec<(Vec<u8>, FrameMeta)>,
     /// It takes no more.
     pub uplink_full: bool,
+    /// What the core sent to guests on connections to its own services, by socket.
+    pub streams: HashMap<SockId, Vec<u8>>,
+    /// Bytes of those that the guest has not acknowledged, where a test says so.
+    pub unread: HashMap<SockId, usize>,
+    pub streams_closed: Vec<(SockId, Close)>,
+    pub streams_resumed: Vec<SockId>,
     scratch: Vec<u8>,
     /// Calls of `tcp_peek`, for tests that count system calls.
     pub peeks: usize,
@@ -329,6 +335,37 @@ impl Effects for Mock {
         assert!(len <= s.inbox.len(), "discard of {len} of {}", s.inbox.len());
         s.inbox.drain(..len);
         s.discarded += len as u64;
+    }
+
+    fn tcp_read(&mut self, sock: SockId, out: &mut Vec<u8>, max: usize) -> Result<Peek, SockError> {
+        let s = self.live(sock);
+        if let Some(e) = s.peek_error {
+            return Err(e);
+        }
+        let n = s.inbox.len().min(max);
+        out.extend(s.inbox.drain(..n));
+        Ok(match n {
+            0 if s.eof => Peek::Eof,
+            0 => Peek::Empty,
+            n => Peek::Data(n),
+        })
+    }
+
+    fn stream_send(&mut self, sock: SockId, data: &[u8]) -> usize {
+        self.streams.entry(sock).or_default().extend_from_slice(data);
+        self.stream_unread(sock)
+    }
+
+    fn stream_unread(&mut self, sock: SockId) -> usize {
+        self.unread.get(&sock).copied().unwrap_or(0)
+    }
+
+    fn stream_resume(&mut self, sock: SockId) {
+        self.streams_resumed.push(sock);
+    }
+
+    fn stream_close(&mut self, sock: SockId, how: Close) {
+        self.streams_closed.push((sock, how));
     }
 
     fn tcp_shutdown(&mut self, sock: SockId) {

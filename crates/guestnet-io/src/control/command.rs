@@ -7,7 +7,8 @@ use crate::attachment::quota::Charge;
 use crate::attachment::vhost_user::FrontEnds;
 use crate::control::capture::SharedCapture;
 use crate::os::sys;
-use guestnet_core::config::{FlowInfo, PortInfo};
+use guestnet_core::DnsVerdict;
+use guestnet_core::config::{FlowInfo, NameServers, PortInfo};
 use guestnet_core::nat::{ConnTrackStats, ForwardError, NatConfigError, NatEngineConfig, NatStats};
 use guestnet_core::stats::Counters;
 use guestnet_core::types::{ForwardId, PortConfig, PortId, ServiceId};
@@ -129,13 +130,13 @@ pub enum Command {
     AddService {
         /// Its number.
         service: ServiceId,
-        /// IP protocol: UDP, or TCP and then with `unix_path`.
+        /// IP protocol: UDP or TCP.
         proto: u8,
         /// The address that it has for guests.
         address: IpAddr,
         /// Its port.
         port: u16,
-        /// TCP: the unix socket that guests' connections are relayed to.
+        /// TCP: the unix socket that guests' connections are relayed to; `None`: the core serves DNS there.
         unix_path: Option<PathBuf>,
     },
     /// Sends the answer of a UDP service.
@@ -151,40 +152,35 @@ pub enum Command {
         /// UDP payload.
         payload: Vec<u8>,
     },
-    /// Which names the DNS service may have an own answer for, and forgets what was known of names: see
-    /// `Core::set_names`.
-    SetNames {
+    /// The names that the DNS service may know something of: see `Network::set_dns_zones`.
+    SetDnsZones {
         /// The service.
         service: ServiceId,
-        /// Counts its changes.
+        /// Counts the changes of its records.
         generation: u64,
         /// Names as labels, in lower case.
         own: Vec<Box<[u8]>>,
     },
-    /// The guests that have names have changed: see `Core::forget_guest_names`.
+    /// The guests that have names have changed: see `Network::forget_guest_names`.
     ForgetGuestNames {
         /// As above.
         generation: u64,
     },
-    /// Allows to ask for other names: see `Core::allow_names`.
-    AllowNames {
-        /// As above.
-        generation: u64,
-        /// Whom to ask; `None`: answers that are known may be given again, and nobody is asked.
-        server: Option<SocketAddr>,
+    /// The name servers that names of others are asked of: see `Network::set_name_servers`.
+    SetNameServers {
+        /// Which, and how.
+        servers: NameServers,
     },
-    /// An answer of the DNS service that may be given again: see `Core::keep_name`.
-    KeepName {
-        /// Whose guest asked.
+    /// The answer to a question of a port's guest: see `Network::dns_verdict`.
+    DnsVerdict {
+        /// The port that the question came with.
         port: PortId,
-        /// As above.
+        /// Names the question.
+        ticket: u64,
+        /// As above, before the records were looked at.
         generation: u64,
-        /// Is it about the network's own names?
-        own: bool,
-        /// What was asked.
-        query: Vec<u8>,
-        /// The answer.
-        answer: Vec<u8>,
+        /// What the DNS service says of the name.
+        verdict: DnsVerdict,
     },
     /// Publishes a guest's port.
     AddForward {
@@ -270,7 +266,7 @@ pub enum Command {
 impl Command {
     /// What it changes is to hold for all frames that come after it was given.
     pub(crate) fn is_urgent(&self) -> bool {
-        matches!(self, Command::SetNames { .. } | Command::ForgetGuestNames { .. })
+        matches!(self, Command::SetDnsZones { .. } | Command::ForgetGuestNames { .. })
     }
 }
 

@@ -88,6 +88,7 @@ impl Event {
     fn payload_len(&self) -> usize {
         match self {
             Event::Core(effects::Event::Datagram { payload, .. }) => payload.len(),
+            Event::Core(effects::Event::DnsQuestion { name, .. }) => name.len(),
             Event::Frame { frame, .. } => frame.len(),
             _ => 0,
         }
@@ -110,11 +111,12 @@ const SHARE: usize = 4;
 
 /// The guest that an event which may be lost is about.
 fn guest(event: &Event) -> Option<PortId> {
-    use effects::Event::{AddressSeen, Datagram, Denied, FlowClosed, FlowOpened};
+    use effects::Event::{AddressSeen, Datagram, Denied, DnsQuestion, FlowClosed, FlowOpened};
     match event {
         Event::Core(
             Datagram { port, .. }
             | AddressSeen { port, .. }
+            | DnsQuestion { port, .. }
             | FlowOpened { port, .. }
             | FlowClosed { port, .. }
             | Denied { port, .. },

@@ -121,13 +121,13 @@ impl Shard {
                 self.port(port)?;
                 self.core.service_send(self.now, port, dst_mac, src, dst, &payload, &mut self.io);
             }
-            Command::SetNames { service, generation, own } => self.core.set_names(service, generation, own),
-            Command::ForgetGuestNames { generation } => self.core.forget_guest_names(generation),
-            Command::AllowNames { generation, server } => {
-                self.core.allow_names(self.now, generation, server);
+            Command::SetDnsZones { service, generation, own } => {
+                self.core.set_dns_zones(service, generation, own);
             }
-            Command::KeepName { port, generation, own, query, answer } => {
-                self.core.keep_name(self.now, port, generation, own, &query, &answer);
+            Command::ForgetGuestNames { generation } => self.core.forget_guest_names(generation),
+            Command::SetNameServers { servers } => self.core.set_name_servers(self.now, servers),
+            Command::DnsVerdict { port: _, ticket, generation, verdict } => {
+                self.core.dns_verdict(self.now, ticket, generation, verdict, &mut self.io);
             }
             Command::AddForward { forward, proto, guest, fds } => {
                 self.add_forward(forward, proto, guest, fds)?;
@@ -279,8 +279,11 @@ impl Shard {
                 let addr = RawAddr::unix(path.as_os_str().as_bytes()).ok_or(CommandError::BadPath(path))?;
                 self.io.socks.services.insert(service.0, addr);
             }
-            (proto::UDP, None) => {}
-            _ => return Err(CommandError::BadDescriptor("a service is UDP, or TCP with a path".into())),
+            (proto::TCP, None) => self.io.socks.local.add_service(service),
+            (_, None) => {}
+            (_, Some(_)) => {
+                return Err(CommandError::BadDescriptor("only a TCP service has a path".into()));
+            }
         }
         self.core.add_service(service, proto, address, port);
         Ok(())

@@ -14,6 +14,7 @@ use crate::runtime::buffers::Buffers;
 use crate::runtime::shard_links::ShardLinks;
 use crate::runtime::stats::IoCounters;
 use crate::uplink::deferred_writes::Done;
+use crate::uplink::local_stream::LocalStreams;
 use crate::uplink::sockets::{Sock, SockKind, Socks};
 use crate::uplink::tun::Tun;
 use guestnet_core::effects::{self, Close, Effects, Peek, Peer, SockError, TxError};
@@ -146,6 +147,7 @@ impl IoContext {
     /// True when the core has to hear of something.
     pub(crate) fn has_news(&self) -> bool {
         !self.socks.outcomes.is_empty()
+            || self.socks.local.has_news()
             || !self.socks.errors.is_empty()
             || !self.ports.writable.is_empty()
             || !self.ports.down.is_empty()
@@ -212,6 +214,12 @@ impl Effects for IoContext {
         ip: IpFields,
         tight: bool,
     ) -> Result<SockId, SockError> {
+        if let Target::Service(service, port) = target
+            && self.socks.local.serves(service)
+        {
+            self.socks.outcomes.push((flow, Ok(())));
+            return Ok(self.socks.local.open(flow, port));
+        }
         self.socks.tcp_connect(&self.poller, &mut self.counters, flow, target, ip, tight)
     }
 
@@ -228,24 +236,44 @@ impl Effects for IoContext {
     }
 
     fn tcp_send_urgent(&mut self, sock: SockId, byte: u8) -> Result<bool, SockError> {
+        if LocalStreams::has(sock) {
+            return Ok(false);
+        }
         self.socks.tcp_send_urgent(sock, byte)
     }
 
     fn tcp_send(&mut self, sock: SockId, data: &[u8]) -> Result<usize, SockError> {
+        if LocalStreams::has(sock) {
+            return self.socks.local.send(sock, data);
+        }
         self.socks.tcp_send(sock, data)
     }
 
     fn tcp_peek(&mut self, sock: SockId, offset: usize, max: usize) -> Result<Peek, SockError> {
+        if LocalStreams::has(sock) {
+            self.peeked = 0;
+            return self.socks.local.peek(sock, offset, max, &mut self.scratch);
+        }
         let (peek, at) = self.socks.tcp_peek(sock, offset, max, &mut self.scratch)?;
         self.peeked = at;
         Ok(peek)
     }
 
+    fn tcp_read(&mut self, sock: SockId, out: &mut Vec<u8>, max: usize) -> Result<Peek, SockError> {
+        self.socks.tcp_read(sock, out, max)
+    }
+
     fn tcp_discard(&mut self, sock: SockId, len: usize) {
+        if LocalStreams::has(sock) {
+            return self.socks.local.discard(sock, len);
+        }
         self.socks.tcp_discard(sock, len);
     }
 
     fn tcp_shutdown(&mut self, sock: SockId) {
+        if LocalStreams::has(sock) {
+            return self.socks.local.shutdown(sock);
+        }
         self.socks.tcp_shutdown(sock);
     }
 
@@ -255,6 +283,24 @@ impl Effects for IoContext {
 
     fn tcp_probe(&mut self, sock: SockId) {
         self.socks.tcp_probe(sock);
+    }
+
+    fn stream_send(&mut self, sock: SockId, data: &[u8]) -> usize {
+        self.socks.local.send_to_guest(sock, data)
+    }
+
+    fn stream_unread(&mut self, sock: SockId) -> usize {
+        self.socks.local.unread(sock)
+    }
+
+    fn stream_resume(&mut self, sock: SockId) {
+        self.socks.local.resume(sock);
+    }
+
+    fn stream_close(&mut self, sock: SockId, how: Close) {
+        if let Some(flow) = self.socks.local.end(sock, how) {
+            self.socks.outcomes.push((flow, Err(SockError::Reset)));
+        }
     }
 
     fn udp_open(&mut self, flow: FlowId, like: SocketAddr) -> Result<SockId, SockError> {
@@ -300,6 +346,9 @@ impl Effects for IoContext {
     }
 
     fn close(&mut self, sock: SockId, how: Close) {
+        if LocalStreams::has(sock) {
+            return self.socks.local.close(sock);
+        }
         match self.socks.get(sock).map(|s| &s.kind) {
             Some(SockKind::Tcp(_)) => self.socks.tcp_close(&mut self.counters, sock, how),
             Some(SockKind::Udp(_)) => {

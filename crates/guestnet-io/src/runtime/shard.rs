@@ -335,6 +335,17 @@ impl Shard {
             for (flow, result) in std::mem::take(&mut io.socks.outcomes) {
                 self.core.tcp_connected(now, flow, result, io);
             }
+            for sock in io.socks.local.take_gone() {
+                self.core.stream_gone(sock);
+            }
+            for input in io.socks.local.take_input() {
+                let (port, sock, ended) = (input.port, input.sock, input.ended);
+                let n = self.core.stream_received(now, port, sock, &input.data, ended, io);
+                io.socks.local.has_read(input, n);
+            }
+            for (flow, room) in io.socks.local.take_ready() {
+                self.core.tcp_ready(now, flow, true, room, io);
+            }
             for e in std::mem::take(&mut io.socks.errors) {
                 self.core.sock_error(now, e.flow, e.as_core(), io);
             }

@@ -146,6 +146,7 @@ fn shares(mut l: Limits, n: u32) -> Limits {
         l.socket_memory /= n as usize;
         l.reassembly_bytes /= n as usize;
         l.name_bytes /= n as usize;
+        l.dns_connections = l.dns_connections.div_ceil(n);
         l.neighbour_waiting = l.neighbour_waiting.div_ceil(n);
     }
     l

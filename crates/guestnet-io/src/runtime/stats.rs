@@ -118,7 +118,7 @@ pub struct StatsSnapshot {
     pub io: IoCounters,
 }
 
-const CORE_PLAIN: usize = 11;
+const CORE_PLAIN: usize = 13;
 const WORDS: usize = CORE_PLAIN + DROPS + IO_PLAIN + 2 * BUCKETS;
 
 impl StatsSnapshot {
@@ -136,6 +136,8 @@ impl StatsSnapshot {
             c.dns_hits,
             c.dns_misses,
             c.dns_asked,
+            c.dns_refused,
+            c.dns_unanswered,
         ];
         let io = self.io.values();
         let all = plain.iter().chain(&c.drops).chain(&io).chain(&self.io.poll_histogram);
@@ -161,6 +163,8 @@ impl StatsSnapshot {
             dns_hits: next(),
             dns_misses: next(),
             dns_asked: next(),
+            dns_refused: next(),
+            dns_unanswered: next(),
             ..Counters::default()
         };
         core.drops.fill_with(&mut next);
@@ -243,6 +247,7 @@ mod tests {
         a.core.rx_frames = 1;
         a.core.icmp_errors = 8;
         a.core.dns_asked = 11;
+        a.core.dns_unanswered = 12;
         a.core.drop(DropReason::PortsExhausted);
         a.io.polls = 5;
         a.io.sockets_open = 6;

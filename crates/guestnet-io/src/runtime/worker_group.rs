@@ -245,7 +245,7 @@ impl WorkerGroup {
             | Command::AttachVhostUser { port, .. }
             | Command::AttachMemory { port }
             | Command::ServiceSend { port, .. }
-            | Command::KeepName { port, .. }
+            | Command::DnsVerdict { port, .. }
             | Command::Inject { port, .. } => {
                 let to = table.at(port, self.shards.len());
                 self.submit_to(table, [(to, command)], Rollback::None)
@@ -274,14 +274,14 @@ impl WorkerGroup {
                     unix_path: unix_path.clone(),
                 })
             }
-            Command::SetNames { service, generation, own } => {
-                self.submit_to_all(table, || Command::SetNames { service, generation, own: own.clone() })
+            Command::SetDnsZones { service, generation, own } => {
+                self.submit_to_all(table, || Command::SetDnsZones { service, generation, own: own.clone() })
             }
             Command::ForgetGuestNames { generation } => {
                 self.submit_to_all(table, || Command::ForgetGuestNames { generation })
             }
-            Command::AllowNames { generation, server } => {
-                self.submit_to_all(table, || Command::AllowNames { generation, server })
+            Command::SetNameServers { servers } => {
+                self.submit_to_all(table, || Command::SetNameServers { servers: servers.clone() })
             }
             Command::AddForward { forward, proto, guest, fds } => {
                 self.add_forward(table, forward, proto, guest, fds)

@@ -7,6 +7,7 @@
 pub(crate) mod deferred_writes;
 pub(crate) mod error_queue;
 pub(crate) mod forward;
+pub(crate) mod local_stream;
 pub(crate) mod ping;
 pub(crate) mod sockets;
 pub(crate) mod tcp;

@@ -5,6 +5,7 @@
 use super::deferred_writes::DeferredWrites;
 use super::error_queue::QueuedError;
 use super::forward::Origins;
+use super::local_stream::LocalStreams;
 use super::tcp::{Buffers, TcpSock};
 use super::udp::{UdpOut, UdpSock};
 use crate::attachment::quota::{Charge, Quota, Resource};
@@ -50,8 +51,10 @@ pub(crate) struct Sock {
 /// All sockets.
 pub(crate) struct Socks {
     pub slab: Slab<Sock>,
-    /// TCP services by number.
+    /// TCP services behind a unix socket, by number.
     pub services: HashMap<u32, RawAddr>,
+    /// Connections to TCP services of the core.
+    pub local: LocalStreams,
     /// What waits for the end of the batch.
     pub deferred: DeferredWrites,
     /// Outcomes of connects.
@@ -78,6 +81,7 @@ impl Socks {
         Socks {
             slab: Slab::default(),
             services: HashMap::new(),
+            local: LocalStreams::default(),
             deferred: DeferredWrites::default(),
             outcomes: Vec::new(),
             errors: Vec::new(),

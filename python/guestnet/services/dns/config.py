@@ -1,4 +1,4 @@
-"""What a DNS server is made of."""
+"""What the DNS authority of a network is made of."""
 
 from __future__ import annotations
 
@@ -41,9 +41,6 @@ class DnsConfig:
     - `host`: where guests reach the host's loopback, None when they do not.
     - `resolvers`: name servers for all other names, as `192.0.2.53`, `192.0.2.53:5353` or
       `[2001:db8::53]:5353`; None: those of `resolv_conf`, which is read again when it changes; (): none.
-    - `questions`, `questions_per_endpoint`: how many are asked of others at a time; beyond: REFUSED, but for
-      the first few of each guest.
-    - `connections`: how many guests' TCP connections are served at a time.
     """
 
     zone: str = "guestnet.internal"
@@ -54,6 +51,3 @@ class DnsConfig:
     resolvers: tuple[str, ...] | None = None
     directory: Directory = field(default_factory=NoDirectory)
     resolv_conf: str = "/etc/resolv.conf"
-    questions: int = 512
-    questions_per_endpoint: int = 128
-    connections: int = 256

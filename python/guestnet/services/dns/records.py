@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address, IPv6Address, ip_address
 
 from guestnet.errors import ConfigError
-from guestnet.services.dns.wire import Malformed, Type, to_labels
+from guestnet.services.dns.labels import Malformed, Type, to_labels
 
 _TYPED = re.compile(r"([A-Za-z][A-Za-z0-9-]*):(.*)", re.DOTALL)
 _REFUSED = {"SOA", "OPT", "ANY", "AXFR", "IXFR", "TSIG", "TKEY", "RRSIG", "NSEC", "NSEC3", "DNAME"}
@@ -142,18 +142,6 @@ def _txt(name: bytes, text: str) -> OwnRecord:
     return OwnRecord(name, Type.TXT, b"".join(bytes((len(part),)) + part for part in parts))
 
 
-def know_types() -> None:
-    """To be called before dnspython reads what others sent: a type of the class IN that it meets first in
-    another class it takes for unknown ever after, in records of ours too."""
-    import dns.rdata
-    import dns.rdataclass
-    import dns.rdatatype
-
-    for name in _OF_IN:
-        type_ = dns.rdatatype.from_text(name)
-        dns.rdata.get_rdata_class(dns.rdataclass.IN, type_)  # type: ignore[no-untyped-call]
-
-
 def _other(name: bytes, kind: str, text: str) -> OwnRecord:
     import dns.exception
     import dns.rdata
@@ -185,11 +173,6 @@ _KNOWN: dict[str, Callable[[bytes, str], OwnRecord]] = {
     "SRV": _srv,
     "TXT": _txt,
 }
-_OF_IN = (
-    *("A", "AAAA", "APL", "DHCID", "HTTPS", "IPSECKEY", "KX", "NAPTR"),
-    *("NSAP", "NSAP-PTR", "PX", "SRV", "SVCB", "WKS"),
-)
-"""Types that there are in the class IN alone (A is another in CH)."""
 _EXAMPLES = {
     "A": "192.0.2.1",
     "AAAA": "2001:db8::1",

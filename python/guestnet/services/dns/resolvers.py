@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from dataclasses import dataclass
 from ipaddress import ip_address
 
@@ -25,6 +26,19 @@ class Resolver:
 
     host: str
     port: int = PORT
+
+    def text(self) -> str | None:
+        """Address and port, as `192.0.2.53:53` or `[2001:db8::53]:53`; None when its interface is missing."""
+        host, _, interface = self.host.partition("%")
+        if ":" not in host:
+            return f"{host}:{self.port}"
+        if not interface:
+            return f"[{host}]:{self.port}"
+        try:
+            index = int(interface) if interface.isdigit() else socket.if_nametoindex(interface)
+        except OSError:
+            return None
+        return f"[{host}%{index}]:{self.port}"
 
 
 _LOCAL = Resolver("127.0.0.1")

@@ -20,8 +20,8 @@ from threading import Lock
 
 from guestnet.errors import ConfigError
 from guestnet.services.dns.config import DnsConfig
+from guestnet.services.dns.labels import Malformed, Rcode, Type, labels_of, parents, to_labels
 from guestnet.services.dns.records import OwnRecord, parse_record, record_name
-from guestnet.services.dns.wire import Malformed, Rcode, Type, labels_of, parents, to_labels
 
 RECORD_TTL = 60
 GUEST_TTL = 5

@@ -12,11 +12,13 @@ use crate::os::epoll::Poller;
 use crate::os::sockaddr::RawAddr;
 use crate::os::sys;
 use crate::runtime::stats::IoCounters;
-use guestnet_core::effects::{Peer, SockError};
+use guestnet_core::effects::{Peek, Peer, SockError};
 use guestnet_core::types::{FlowId, IpFields, PortId, SockId, Target};
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 
+/// Bytes of one read outright.
+const READ_MAX: usize = 65536;
 /// Bytes of each direction that the kernel is to take of a connection of a guest that holds too much.
 const TIGHT: i32 = 4096;
 /// Which buffer sizes were set by the program and are not the kernel's to change (linux/socket.h).
@@ -224,6 +226,23 @@ impl Socks {
         match sys::send_urgent(fd, &[byte]) {
             Ok(n) => Ok(n == 1),
             Err(e) if sys::would_block(e) => Ok(false),
+            Err(e) => Err(sys::sock_error(e)),
+        }
+    }
+
+    /// Reads up to `max` bytes outright: for connections of the network itself, which are never peeked at.
+    pub(crate) fn tcp_read(&mut self, id: SockId, out: &mut Vec<u8>, max: usize) -> Result<Peek, SockError> {
+        let Some(Sock { fd, kind: SockKind::Tcp(_), .. }) = self.get(id) else {
+            return Err(SockError::Reset);
+        };
+        let (start, max) = (out.len(), max.min(READ_MAX));
+        out.resize(start + max, 0);
+        let got = sys::recv(fd, out.get_mut(start..).unwrap_or(&mut []), 0);
+        out.truncate(start + got.unwrap_or(0));
+        match got {
+            Ok(0) => Ok(Peek::Eof),
+            Ok(n) => Ok(Peek::Data(n)),
+            Err(e) if sys::would_block(e) => Ok(Peek::Empty),
             Err(e) => Err(sys::sock_error(e)),
         }
     }
