@@ -2,15 +2,17 @@
 //! network calls [`effects::Effects`] with what is to be done, because it needs some answers at once (a short write, a
 //! refused connect). It opens nothing, never sleeps and reads no clock.
 //!
-//! The folders follow the path of a frame:
+//! The folders follow the path of a frame. Each of the first six is a component with private state:
+//! - `l2` decides which port a frame goes to and checks who may use which address.
+//! - `l3` is the gateway: routing, echo, ICMP errors, fragments, datagrams for services.
+//! - `policy` decides whether a new flow is allowed.
+//! - `relay` carries flows over host sockets.
+//! - `dns` answers and forwards DNS queries.
+//! - [`nat`] translates packets for an uplink that takes packets.
 //! - [`network`] is the API. It routes each call to the component that handles it.
-//! - [`l2`] decides which port a frame goes to and checks who may use which address.
-//! - [`l3`] is the gateway: echo, ICMP errors, services, fragments.
-//! - [`policy`] decides whether a new flow is allowed.
-//! - [`relay`] carries flows over host sockets; [`nat`] translates packets for an uplink that takes packets.
-//! - [`dns`] answers and forwards DNS queries.
-//! - [`tables`] holds what these components look up, [`util`] their small parts.
-//! - [`shard`] keeps the networks of several workers alike.
+//! - `context` is what a component sees of the others.
+//! - `tables` holds what components look up, `util` their small parts.
+//! - [`shard`] defines what the networks of several workers tell each other.
 //! - [`interface`] is the contract with the callers.
 #![forbid(unsafe_code)]
 

@@ -1,6 +1,5 @@
-//! Theory of operation: what the control side decides about a Network before it runs, and the plain records
-//! that travel between the core and its callers. Every bound that keeps one guest from costing too much is
-//! a field of [`Limits`], so that tests can make it small.
+//! Theory of operation: the configuration of a network, and the plain records that pass between the core and its callers.
+//! Every limit on what one guest can cost is a field of [`Limits`], so that tests can make it small.
 
 use crate::interface::effects::SockError;
 use crate::interface::types::{FlowId, NetMode, PortId};
@@ -20,7 +19,7 @@ pub enum Filtering {
     AddressAndPortDependent,
 }
 
-/// Bounds on what guests can make the host hold.
+/// Limits on what guests can make the host hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
     /// Flows in all.
@@ -146,7 +145,7 @@ impl Default for Timeouts {
     }
 }
 
-/// What a Network is.
+/// The configuration of a network.
 #[derive(Clone)]
 pub struct NetworkConfig {
     /// Whether anything leaves.
@@ -199,27 +198,27 @@ impl NetworkConfig {
     }
 }
 
-/// The name servers that names of others are asked of, and how.
+/// The upstream DNS servers, and how they are queried.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct NameServers {
     /// In the order in which they are tried.
     pub servers: Vec<SocketAddr>,
-    /// Milliseconds for each try.
+    /// Milliseconds for each attempt.
     pub timeout_ms: u64,
-    /// Tries of each server.
+    /// Attempts for each server.
     pub attempts: u32,
-    /// Each query begins with another server.
+    /// Each query starts with the next server.
     pub rotate: bool,
-    /// Queries go over TCP alone.
+    /// Queries go over TCP only.
     pub use_tcp: bool,
 }
 
-/// An address that was asked for belongs to another port, or to the gateway.
+/// The address belongs to another port, or to the gateway.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("address {0} is in use")]
 pub struct AddressInUse(pub IpAddr);
 
-/// What a Forward leads to.
+/// Where a forward leads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ForwardSpec {
     /// IP protocol: TCP or UDP.

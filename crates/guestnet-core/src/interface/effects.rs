@@ -1,6 +1,6 @@
-//! Theory of operation: everything that the core can make happen. The I/O side implements [`Effects`] over
-//! real sockets and attachments, the tests over vectors. Calls answer at once and never block; a call that
-//! cannot be done says why and changes nothing. Events go up to the control side through [`Effects::event`].
+//! Theory of operation: [`Effects`] is everything that the core can cause outside. The I/O side implements it with sockets
+//! and attachments, tests with vectors. A call returns at once and never blocks. A call that fails says why and changes
+//! nothing. Events go up to the control side through [`Effects::event`].
 
 use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, FrameMeta, IpFields, PortId, ServiceId, SockId, Target};
@@ -17,7 +17,7 @@ pub enum TxError {
     Gone,
 }
 
-/// Why a socket call failed, as far as guests can be told.
+/// Why a socket call failed, in the terms that guests can be told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum SockError {
     /// ECONNREFUSED.
@@ -66,7 +66,7 @@ pub enum Close {
     Reset,
 }
 
-/// What the host's kernel knows of the other end of a TCP socket, see [`Effects::tcp_peer`].
+/// What the host's kernel knows about the peer of a TCP socket, see [`Effects::tcp_peer`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Peer {
     /// Segments that the peer sent on this connection, whatever was in them; wraps around.
@@ -75,7 +75,7 @@ pub struct Peer {
     pub busy: bool,
 }
 
-/// What goes up to the control side. Plain data; bounded by the ring it travels in.
+/// A report to the control side. Plain data; the ring that carries it bounds the number.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// A datagram for a UDP service of the gateway.
@@ -162,7 +162,7 @@ pub enum Event {
     },
 }
 
-/// What the core asks of the world. See the module head for the rules all calls keep.
+/// What the core can cause outside. See the module head for the rules of all calls.
 pub trait Effects {
     // ---- frames -------------------------------------------------------------------------------------
     /// Sends one frame (Ethernet header first) to a port. The I/O side completes checksums and segments

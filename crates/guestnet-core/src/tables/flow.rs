@@ -1,7 +1,8 @@
-//! Theory of operation: one record shape for every conversation. TCP, UDP and ICMP echo, opened from either
-//! side, are a [`Flow`] with a [`Key`]; what differs is in [`State`]. A socket that serves one guest address
-//! and port for all destinations (endpoint-independent mapping) is a record too, whose key has no remote
-//! side; its flows hang on it in a list, and when the last one goes the socket is closed.
+//! Theory of operation: the record of a flow. TCP, UDP and ICMP echo, opened from either side, share the shape [`Flow`] with
+//! a [`Key`]; [`State`] holds what differs.
+//!
+//! A socket that serves one guest address and port for all destinations (an endpoint-independent mapping) is a record too,
+//! whose key has no remote side. It lists its flows, and ends with the last one.
 
 use crate::interface::config::FlowInfo;
 use crate::interface::types::{FlowId, ForwardId, PortId, SockId, Time};
@@ -13,7 +14,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 /// No record.
 pub const NONE: u32 = u32::MAX;
 
-/// What tells flows apart.
+/// What identifies a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Key {
     /// Slot of the guest's port.
@@ -85,7 +86,7 @@ pub enum Chain {
     Port = 2,
 }
 
-/// What a record is.
+/// What differs between the kinds of flows.
 pub enum State {
     /// The socket of one guest address and port.
     Mapping {
@@ -98,16 +99,16 @@ pub enum State {
     Datagram {
         /// Slot of the mapping in the flow table.
         mapping: u32,
-        /// Where it goes in truth.
+        /// Where it goes, which may differ from what the guest names.
         target: SocketAddr,
         /// Identification of the guest's last packet, for the quotation in an ICMP error.
         ip_id: u16,
     },
-    /// UDP from a client outside through a Forward.
+    /// UDP of a client outside, through a forward.
     Forwarded {
-        /// The Forward's socket that the client reached.
+        /// The forward's socket that the client reached.
         sock: SockId,
-        /// The Forward.
+        /// The forward.
         forward: ForwardId,
         /// The client as the host sees it.
         client: SocketAddr,
@@ -118,7 +119,7 @@ pub enum State {
 
 /// One record of the flow table.
 pub struct Flow {
-    /// What tells it apart.
+    /// What identifies it.
     pub key: Key,
     /// The guest's MAC.
     pub mac: Mac,
@@ -130,7 +131,7 @@ pub struct Flow {
     pub opened: Time,
     /// When it last carried something.
     pub last: Time,
-    /// When it is over if nothing happens, milliseconds.
+    /// When it expires if nothing happens, in milliseconds.
     pub expires: u64,
     /// Payload from the guest.
     pub bytes_out: u64,
@@ -140,7 +141,7 @@ pub struct Flow {
     pub packets_out: u32,
     /// Datagrams to the guest, stops at the maximum.
     pub packets_in: u32,
-    /// What it is.
+    /// What differs by kind.
     pub state: State,
     /// Its places in lists, see [`Chain`].
     pub links: [Links; 3],
@@ -173,19 +174,19 @@ impl Flow {
         matches!(self.state, State::Mapping { .. })
     }
 
-    /// A TCP flow that moves much.
+    /// Whether it is a TCP flow in a bulk transfer.
     #[must_use]
     pub fn is_bulk(&self, now: Time) -> bool {
         matches!(&self.state, State::Tcp(tcb) if tcb.is_bulk(now))
     }
 
-    /// Both sides talk: no longer a one-shot exchange that may be evicted.
+    /// Whether both sides have sent, so that it is no one-shot exchange that may be evicted.
     #[must_use]
     pub fn assured(&self) -> bool {
         self.packets_out >= 2 && self.packets_in >= 1 || self.packets_in >= 2 && self.packets_out >= 1
     }
 
-    /// What a listing says of it.
+    /// Its entry in a listing.
     #[must_use]
     pub fn info(&self, flow: FlowId, port: PortId, now: Time) -> FlowInfo {
         let state = match &self.state {

@@ -1,7 +1,9 @@
-//! Theory of operation: the one flow table. Records live in a slab whose slots have generations, so that a
-//! [`FlowId`] kept by anyone else goes stale by itself; a hash table with a keyed hash finds them by [`Key`].
-//! Lists (one-shot flows of a port, flows of a mapping) run through the records, so no operation on the way
-//! of a packet allocates.
+//! Theory of operation: the flow table.
+//!
+//! - Records live in a slab whose slots have generations, so that a [`FlowId`] that someone keeps goes stale by itself.
+//! - A hash table with a keyed hash finds them by [`Key`].
+//! - Lists (one-shot flows of a guest, flows of a mapping) run through the records, so nothing on the path of a packet
+//!   allocates.
 
 use crate::interface::types::FlowId;
 use crate::tables::flow::{Chain, Flow, Key, Links, List, NONE};
@@ -96,7 +98,7 @@ impl FlowTable {
         }
     }
 
-    /// Puts a record in; its key must not be there, and the caller has asked [`FlowTable::has_room`].
+    /// Inserts a record. Its key must be new, and [`FlowTable::has_room`] true.
     pub fn insert(&mut self, flow: Flow) -> FlowId {
         let id = self.next_id();
         let hash = hash_key(self.key, &flow.key);
@@ -111,7 +113,7 @@ impl FlowTable {
         id
     }
 
-    /// Takes a record out. It must be in no list.
+    /// Removes a record. It must be in no list.
     pub fn remove(&mut self, index: u32) -> Option<Flow> {
         let hash = hash_key(self.key, &self.at(index)?.key);
         if let Ok(entry) = self.index.find_entry(hash, |&i| i == index) {

@@ -1,7 +1,9 @@
-//! Theory of operation: which port and MAC has an address. Assigned bindings come from the control side and
-//! belong to their port until taken back; learned ones come from a guest's own frames, go to another port
-//! only when long unused, and give way to an assignment at once. What waits for a guest's answer to ARP
-//! (inbound flows, one datagram or a few) is kept here too, bounded, for three requests a second apart.
+//! Theory of operation: the neighbour table: the port and MAC of each address, and what waits for a MAC.
+//!
+//! - An assigned binding comes from the control side and stays until it is taken back. A learned one comes from a guest's
+//!   own frames ([`crate::l2`] has the rules).
+//! - Inbound flows and a few datagrams wait here until the guest answers ARP. Three requests are sent, a second apart. The
+//!   number of waiting flows and frames is bounded, with a share for each port.
 
 use crate::interface::types::{FlowId, Time};
 use crate::util::siphash::{SipKey, address_words};
@@ -9,9 +11,9 @@ use guestnet_wire::ether::Mac;
 use hashbrown::HashTable;
 use std::net::IpAddr;
 
-/// A learned address that was silent this long may be taken by another port.
+/// Seconds of silence after which another port may take a learned address.
 pub const STALE_S: u64 = 300;
-/// Requests that are sent before giving up.
+/// Requests that are sent before what waits is given up.
 pub const TRIES: u8 = 3;
 /// Datagrams that wait for one address (RFC 1122 2.3.2.2 asks for at least one).
 const FRAMES: usize = 4;
@@ -57,7 +59,7 @@ pub struct Neighbours {
 }
 
 impl Neighbours {
-    /// None; at most `cap` flows and frames may wait.
+    /// An empty table; at most `cap` flows and frames may wait.
     #[must_use]
     pub fn new(key: SipKey, cap: u32) -> Neighbours {
         Neighbours { table: HashTable::new(), key, waiting: Vec::new(), queued: 0, cap: cap as usize }
@@ -80,20 +82,20 @@ impl Neighbours {
         self.table.find_mut(Self::hash(self.key, ip), |b| b.ip == ip)
     }
 
-    /// Puts a binding in, in place of any other of the address.
+    /// Sets the binding of an address.
     pub fn set(&mut self, binding: Binding) {
         self.remove(binding.ip);
         let key = self.key;
         self.table.insert_unique(Self::hash(key, binding.ip), binding, |b| Self::hash(key, b.ip));
     }
 
-    /// Takes a binding out.
+    /// Removes the binding of an address.
     pub fn remove(&mut self, ip: IpAddr) -> Option<Binding> {
         let entry = self.table.find_entry(Self::hash(self.key, ip), |b| b.ip == ip).ok()?;
         Some(entry.remove().0)
     }
 
-    /// Takes out all bindings of a port.
+    /// Removes all bindings of a port.
     pub fn remove_port(&mut self, slot: u32) {
         self.table.retain(|b| b.slot != slot);
     }
@@ -130,7 +132,7 @@ impl Neighbours {
 
     fn entry(&mut self, now: Time, slot: u32, ip: IpAddr) -> Result<(&mut Waiting, bool), ()> {
         let own = self.waiting.iter().filter(|w| w.slot == slot).map(|w| w.flows.len() + w.frames.len());
-        // A quarter at most, and no more than is left to others.
+        // A port may have a quarter at most, and no more than it leaves to others.
         let left = self.cap.saturating_sub(self.queued);
         if own.sum::<usize>() >= self.cap.div_ceil(4).min(left) {
             return Err(());
@@ -143,7 +145,7 @@ impl Neighbours {
         Ok((self.waiting.last_mut().ok_or(())?, true))
     }
 
-    /// Takes out what waits for an address.
+    /// Removes and returns what waits for an address.
     pub fn resolved(&mut self, ip: IpAddr) -> Option<Waiting> {
         if self.waiting.is_empty() {
             return None;
@@ -152,7 +154,7 @@ impl Neighbours {
         Some(self.take(at))
     }
 
-    /// Takes out what waits for any address of a port.
+    /// Removes and returns what waits for one of the addresses of a port.
     pub fn give_up_port(&mut self, slot: u32) -> Option<Waiting> {
         let at = self.waiting.iter().position(|w| w.slot == slot)?;
         Some(self.take(at))
@@ -164,13 +166,13 @@ impl Neighbours {
         w
     }
 
-    /// When the next request (or giving up) is due.
+    /// When the next request is due, or the end of a wait.
     #[must_use]
     pub fn next_timer(&self) -> Option<Time> {
         self.waiting.iter().map(|w| w.next).min()
     }
 
-    /// The next due address: `Ok(slot, ip)` to send another request, `Err` to give up what waits for it.
+    /// The next address that is due: `Ok((slot, ip))` to send another request, `Err` with what waited in vain.
     pub fn due(&mut self, now: Time) -> Option<Result<(u32, IpAddr), Waiting>> {
         let at = self.waiting.iter().position(|w| w.next <= now)?;
         let w = self.waiting.get_mut(at)?;
