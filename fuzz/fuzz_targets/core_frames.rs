@@ -123,7 +123,7 @@ impl World {
         world.core.add_service(ServiceId(3), proto::TCP, IpAddr::V4(GATEWAY), 53);
         for (id, proto) in [(1, proto::TCP), (2, proto::UDP)] {
             let guest = SocketAddr::from((guest_ip(0), 80));
-            world.core.add_forward(ForwardId(id), ForwardSpec { proto, guest });
+            world.core.add_forward(ForwardId(id), ForwardSpec::published(proto, guest));
         }
         world
     }
@@ -290,7 +290,7 @@ impl World {
         }
         if what & 12 != 0 {
             let guest = SocketAddr::from((guest_ip((what >> 4) % (PORTS + 1)), 80));
-            self.core.add_forward(ForwardId(id), ForwardSpec { proto, guest });
+            self.core.add_forward(ForwardId(id), ForwardSpec::published(proto, guest));
         }
     }
 

@@ -9,7 +9,7 @@
 mod common;
 
 use common::Mock;
-use guestnet_core::config::NetworkConfig;
+use guestnet_core::config::{ForwardSpec, NetworkConfig};
 use guestnet_core::Network;
 use guestnet_core::nat::NatEngineConfig;
 use guestnet_core::types::{Csum, ForwardId, FrameMeta, Gso, PortConfig, PortId, Time};
@@ -224,7 +224,7 @@ impl World {
                         let at = SocketAddrV4::new(EXTERNAL, 40000 + port);
                         // Taken back first: a number is given once.
                         self.core.remove_uplink_forward(id);
-                        let _taken = self.core.add_uplink_forward(id, proto, at, guest);
+                        let _taken = self.core.add_uplink_forward(id, at, ForwardSpec::published(proto, guest));
                     }
                     2 => drop(
                         self.core.retarget_uplink_forward(id, if what & 8 == 0 { guest } else { nobody }),

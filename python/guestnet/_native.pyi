@@ -6,7 +6,7 @@ Only `guestnet.runtime` and the modules for the NAT engine use it. MACs are six 
 
 from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address
-from typing import Any, Final, TypeAlias, final
+from typing import Any, Final, Literal, TypeAlias, final
 
 from typing_extensions import Buffer
 
@@ -23,11 +23,11 @@ __all__ = [
     "AddressSeen",
     "DataPlane",
     "Datagram",
-    "Denied",
     "DnsQuestion",
     "Done",
     "Failed",
     "FlowClosed",
+    "FlowDenied",
     "FlowInfo",
     "FlowOpened",
     "Frame",
@@ -97,6 +97,7 @@ class DataPlane:
         secret: bytes,
         mode: str = "nat",
         host_loopback: IPv4Address | str | None = None,
+        isolated: bool = False,
         reserved: Sequence[tuple[IPv4Address | str, bytes]] = ...,
         filtering: str = "address_dependent",
         limits: Mapping[str, int] = ...,
@@ -218,7 +219,9 @@ class DataPlane:
         """Answers a `DnsQuestion`. `generation` is what it was before the records were looked at.
         `searched`: the name before the search domain, while which fails this is a temporary failure;
         `target`: the name of others that the last answer is an alias of."""
-    def add_forward(self, forward: int, proto: str, guest: _SocketIn, fds: Sequence[int]) -> int:
+    def add_forward(
+        self, forward: int, proto: str, guest: _SocketIn, fds: Sequence[int], *, opened_by_guest: bool = False
+    ) -> int:
         """Publishes a guest's port on listening TCP or bound UDP sockets."""
     def attach_tun(
         self,
@@ -231,7 +234,15 @@ class DataPlane:
         """Makes a TUN device (IFF_NO_PI, with or without IFF_VNET_HDR) the uplink: what goes outside is
         translated to the external addresses and leaves there. `ports` are first and last (49152 to 65535),
         `mtu` is of both sides, in bytes."""
-    def add_uplink_forward(self, forward: int, proto: str, external: _SocketIn, guest: _SocketIn) -> int:
+    def add_uplink_forward(
+        self,
+        forward: int,
+        proto: str,
+        external: _SocketIn,
+        guest: _SocketIn,
+        *,
+        opened_by_guest: bool = False,
+    ) -> int:
         """Publishes a guest's port on an external address of the uplink. Raises PortInUse or ConfigError."""
     def nat_stats(self) -> int:
         """Counters of the uplink's engine and what it holds: a pair of dictionaries."""
@@ -247,8 +258,12 @@ class DataPlane:
         """Writes every frame of every port to `fd` as pcapng, `snaplen` bytes of it (0: all)."""
     def stop_capture(self) -> int:
         """Ends the capture; done when everything is written."""
+    def set_policy(self, mode: str, *, isolated: bool = False, trusted: Sequence[int] = ...) -> int:
+        """Changes the rules: the mode, and whether guests may open flows to each other. Those on the ports in
+        `trusted` always may. Brings the number of flows that were cut, once all flows have been judged again.
+        """
     def tell_flows(self, on: bool) -> int:
-        """Whether `FlowOpened`, `FlowClosed` and `Denied` events come."""
+        """Whether `FlowOpened`, `FlowClosed` and `FlowDenied` events come."""
     def list_flows(self) -> int:
         """Brings a list of `FlowInfo`."""
     def port_stats(self) -> int:
@@ -381,11 +396,13 @@ class FlowClosed:
     def bytes_in(self) -> int: ...
 
 @final
-class Denied:
-    """A new flow was refused."""
+class FlowDenied:
+    """A flow was refused or cut."""
 
     @property
     def port(self) -> int: ...
+    @property
+    def direction(self) -> Literal["outbound", "inbound", "between_guests"]: ...
     @property
     def proto(self) -> int: ...
     @property
@@ -393,7 +410,11 @@ class Denied:
     @property
     def remote(self) -> _Socket: ...
     @property
+    def rule(self) -> str | None: ...
+    @property
     def reason(self) -> str: ...
+    @property
+    def unreported(self) -> int: ...
 
 @final
 class Done:
@@ -405,7 +426,7 @@ class Done:
     def error(self) -> GuestnetError | None:
         """Why it was not done; nothing has changed then."""
     @property
-    def value(self) -> list[FlowInfo] | list[PortInfo] | None:
+    def value(self) -> list[FlowInfo] | list[PortInfo] | int | None:
         """What it brought."""
 
 @final
@@ -458,7 +479,7 @@ _Event: TypeAlias = (
     | AddressSeen
     | FlowOpened
     | FlowClosed
-    | Denied
+    | FlowDenied
     | Done
     | PortUp
     | PortDown

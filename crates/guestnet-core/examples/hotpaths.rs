@@ -8,6 +8,7 @@ use guestnet_core::Network;
 use guestnet_core::NetworkConfig;
 use guestnet_core::effects::{Close, Effects, Event, Peek, Peer, SockError, TxError};
 use guestnet_core::nat::{NatDirection, NatEngine, NatEngineConfig, NatResult, Prefix};
+use guestnet_core::policy::Isolated;
 use guestnet_core::types::{Csum, FlowId, FrameMeta, IpFields, PortConfig, PortId, SockId, Target, Time};
 use guestnet_wire::arp::{self, Arp};
 use guestnet_wire::ether::{self, Ether, Mac};
@@ -17,6 +18,7 @@ use guestnet_wire::{be16, be32, checksum, proto, put, udp};
 use std::hint::black_box;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::Range;
+use std::sync::Arc;
 
 const GATEWAY_MAC: Mac = Mac([2, 0, 0, 0, 0, 1]);
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 64, 1);
@@ -179,8 +181,11 @@ struct Net {
 
 impl Net {
     fn new() -> Net {
+        Net::with(NetworkConfig::new(GATEWAY_MAC, GATEWAY, (Ipv4Addr::new(192, 168, 64, 0), 24), [7; 32]))
+    }
+
+    fn with(config: NetworkConfig) -> Net {
         let now = Time(1_000_000_000);
-        let config = NetworkConfig::new(GATEWAY_MAC, GATEWAY, (Ipv4Addr::new(192, 168, 64, 0), 24), [7; 32]);
         let mut net = Net { core: Network::new(config, now), fx: World::default(), now };
         for port in [A, B] {
             let port_config = PortConfig {
@@ -291,6 +296,47 @@ fn switch(count: usize) -> usize {
     net.fx.moved / template.len()
 }
 
+/// New TCP flows of a guest, each up to its connect.
+fn tcp_open(count: usize) -> usize {
+    let mut net = Net::new();
+    let template = tcp_frame(999, 0, flags::SYN, 0);
+    let mut frame = template.clone();
+    for i in 0..count {
+        frame.copy_from_slice(&template);
+        put(&mut frame, SEQ - 4, &(1024 + i as u16).to_be_bytes());
+        net.frame(A, &mut frame, checked());
+    }
+    net.core.flows().count()
+}
+
+/// New sessions of the NAT engine.
+fn tun_open(count: usize) -> usize {
+    let mut net = tunnel();
+    let template = udp_frame(GATEWAY_MAC, address(A), REMOTE, 64);
+    let mut frame = template.clone();
+    for i in 0..count {
+        frame.copy_from_slice(&template);
+        put(&mut frame, SEQ - 4, &(1024 + i as u16).to_be_bytes());
+        net.frame(A, &mut frame, checked());
+    }
+    net.core.flows().count()
+}
+
+/// Frames between guests that rules are asked about: a conversation that was admitted.
+fn switch_judged(count: usize) -> usize {
+    let mut config = NetworkConfig::new(GATEWAY_MAC, GATEWAY, (Ipv4Addr::new(192, 168, 64, 0), 24), [7; 32]);
+    config.isolated = Isolated::AllExcept(Arc::new([A].into()));
+    let mut net = Net::with(config);
+    let template = udp_frame(mac(B), address(A), address(B), 1400);
+    let mut frame = template.clone();
+    net.fx.moved = 0;
+    for _ in 0..count {
+        frame.copy_from_slice(&template);
+        net.frame(A, &mut frame, FrameMeta::default());
+    }
+    net.fx.moved / template.len()
+}
+
 fn nat(count: usize) -> usize {
     let mut config = NatEngineConfig::new(EXTERNAL);
     config.internal = Prefix::new(Ipv4Addr::new(192, 168, 64, 0), 24).expect("a prefix");
@@ -346,13 +392,16 @@ fn sums(count: usize) -> usize {
 
 fn main() {
     let args: Vec<String> = std::env::args().collect();
-    let paths: [Path; 9] = [
+    let paths: [Path; 12] = [
         ("tcp_up", tcp_up),
         ("tcp_down", tcp_down),
         ("udp_up", udp_up),
         ("udp_down", udp_down),
         ("switch", switch),
+        ("switch_judged", switch_judged),
+        ("tcp_open", tcp_open),
         ("nat", nat),
+        ("tun_open", tun_open),
         ("tun_up", tun_up),
         ("tun_down", tun_down),
         ("checksum", sums),

@@ -7,7 +7,8 @@
 //! ```text
 //! cx.gateway.refuse(&mut cx.link, from, frame, p, why, error)     // layer 3 uses layer 2
 //! cx.link.lan.count_drop(slot, why)                               // layer 2 alone
-//! cx.policy.outbound(p.proto, remote)                             // policy needs nothing else
+//! cx.policy.judge(&request)                                       // policy needs nothing else
+//! cx.outbound(from, frame, p, remote)                             // a question that needs them all (policy::admission)
 //! cx.link.fx.udp_send(...)                                        // the outside
 //! ```
 //!
@@ -18,16 +19,10 @@
 //!   returns what is to be done, and [`crate::network::Network`] passes that on.
 
 use crate::interface::config::NetworkConfig;
-use crate::interface::effects::Effects;
-use crate::interface::stats::DropReason;
 use crate::interface::types::Time;
-use crate::l2::lan::{Lan, Link, Sender};
+use crate::l2::lan::{Lan, Link};
 use crate::l3::gateway::Gateway;
-use crate::l3::icmp_error::IcmpError;
 use crate::policy::Policy;
-use guestnet_wire::icmp;
-use guestnet_wire::parse::Packet;
-use std::net::SocketAddr;
 
 /// The components that all flows use.
 pub(crate) struct Layers {
@@ -53,7 +48,9 @@ impl Layers {
     /// The layers of a network without ports.
     #[must_use]
     pub fn new(config: &NetworkConfig) -> Layers {
-        Layers { lan: Lan::new(config), gateway: Gateway::new(config), policy: Policy::new(config) }
+        let (mut lan, policy) = (Lan::new(config), Policy::new(config));
+        lan.set_asks(!policy.guests_pass());
+        Layers { lan, gateway: Gateway::new(config), policy }
     }
 
     /// All layers for one call.
@@ -64,33 +61,5 @@ impl Layers {
             gateway: &mut self.gateway,
             policy: &mut self.policy,
         }
-    }
-}
-
-impl<E: Effects> Context<'_, E> {
-    /// Asks the policy about a new flow of a guest to the outside, and returns where it leads.
-    ///
-    /// # Errors
-    /// Why it is refused; the guest has been told.
-    pub fn outbound(
-        &mut self,
-        from: Sender,
-        frame: &[u8],
-        p: &Packet,
-        remote: SocketAddr,
-    ) -> Result<SocketAddr, DropReason> {
-        let why = match self.policy.outbound(p.proto, remote) {
-            Ok(target) => {
-                self.gateway.check_ttl(&mut self.link, from, frame, p)?;
-                return Ok(target);
-            }
-            Err(why) => why,
-        };
-        let code = match why {
-            DropReason::Policy => icmp::unreachable::ADMIN_PROHIBITED,
-            _ => icmp::unreachable::HOST,
-        };
-        let error = IcmpError::unreachable(code);
-        Err(self.gateway.refuse(&mut self.link, from, frame, p, why, error))
     }
 }

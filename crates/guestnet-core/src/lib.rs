@@ -33,7 +33,7 @@ pub mod nat;
 #[path = "../tests/common/net.rs"]
 mod net;
 pub mod network;
-mod policy;
+pub mod policy;
 mod relay;
 pub mod shard;
 mod tables;

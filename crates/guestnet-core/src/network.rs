@@ -9,6 +9,7 @@
 //!    the relay of its protocol, fragments put together first.
 //! 4. A datagram to a service goes to the DNS forwarder where that serves it, else to the control side.
 
+use crate::context::Context;
 use crate::context::Layers;
 use crate::dns::{DnsForwarder, Verdict as DnsVerdict};
 use crate::interface::config::{
@@ -17,17 +18,20 @@ use crate::interface::config::{
 use crate::interface::effects::{Effects, SockError};
 use crate::interface::stats::{Counters, DropReason};
 use crate::interface::types::{
-    FlowId, ForwardId, FrameMeta, Gso, PortConfig, PortId, ServiceId, SockId, Time,
+    FlowId, ForwardId, FrameMeta, Gso, NetMode, PortConfig, PortId, ServiceId, SockId, Time,
 };
 use crate::l2::lan::{Notice, Sender, Verdict};
 use crate::l3::gateway::Datagram;
 use crate::nat::l3_uplink::L3Uplink;
 use crate::nat::{ConnTrackStats, ForwardError, NatConfigError, NatEngineConfig, NatStats};
+use crate::policy::Isolated;
+use crate::policy::pending::{Awaits, Held, Pending};
+use crate::policy::sweep::{Budget, Stage, Sweep};
 use crate::relay::Relay;
 use crate::shard::PeerUpdate;
-use guestnet_wire::ether::{self, Mac};
+use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::parse::{self, Packet};
-use guestnet_wire::proto;
+use guestnet_wire::{proto, put};
 use std::net::{IpAddr, SocketAddr, SocketAddrV4};
 
 /// A frame between guests that is no part of a bulk transfer.
@@ -110,6 +114,11 @@ impl Network {
             uplink.remove_port(&mut self.layers.context(now, fx), slot);
         }
         self.dns.remove_port(port);
+        let cx = &mut self.layers.context(now, fx);
+        cx.policy.conversations.remove_port(slot);
+        for pending in cx.policy.pending.remove_port(slot) {
+            give_up(&mut self.relay, cx, pending);
+        }
         self.layers.gateway.remove_port(slot);
         self.layers.lan.remove_port(slot);
     }
@@ -149,8 +158,16 @@ impl Network {
             let cx = &mut self.layers.context(self.now, fx);
             match notice {
                 Notice::Restarted(slot) => self.relay.recheck(cx, slot),
-                Notice::Resolved(flows, mac) => self.relay.resume(cx, flows, mac),
-                Notice::Unanswered(flows) => self.relay.give_up(cx, flows),
+                Notice::Resolved(ip, mac) => {
+                    for pending in cx.policy.pending.resolve(Awaits::Neighbour(ip)) {
+                        resume(&mut self.relay, cx, pending, mac);
+                    }
+                }
+                Notice::Unanswered(ip) => {
+                    for pending in cx.policy.pending.resolve(Awaits::Neighbour(ip)) {
+                        give_up(&mut self.relay, cx, pending);
+                    }
+                }
             }
         }
     }
@@ -189,6 +206,11 @@ impl Network {
     /// Adds a forward: a published port whose sockets the I/O side has.
     pub fn add_forward(&mut self, id: ForwardId, spec: ForwardSpec) {
         self.relay.add_forward(id, spec);
+    }
+
+    /// Makes a forward lead to another guest; false when there is no such forward. Running flows stay where they are.
+    pub fn retarget_forward(&mut self, id: ForwardId, guest: SocketAddr) -> bool {
+        self.relay.retarget_forward(id, guest)
     }
 
     /// Removes a forward. Its TCP flows live on; its UDP flows end, because their socket goes with it.
@@ -235,7 +257,16 @@ impl Network {
                 if frame.len() <= SMALL_FRAME {
                     self.relay.others_active(now);
                 }
-                lan.deliver(to, frame, meta, fx);
+                let from = Sender { slot, mac: eth.src };
+                if !self.layers.policy.guests_pass() {
+                    self.layers.context(now, fx).between_guests(from, Some(to), frame, &p)?;
+                }
+                self.layers.lan.deliver(to, frame, meta, fx);
+            }
+            Verdict::Flood { meta } => {
+                let from = Sender { slot, mac: eth.src };
+                self.layers.context(now, fx).between_guests(from, None, frame, &p)?;
+                self.layers.lan.flood(now, slot, frame, meta, fx)?;
             }
             Verdict::Route => return self.route(Sender { slot, mac: eth.src }, frame, &p, meta, fx),
             Verdict::Serve(service) => {
@@ -481,6 +512,8 @@ impl Network {
         let uplink = self.uplink.as_ref().and_then(|u| u.next_timer(self.now));
         let Layers { lan, gateway, .. } = &self.layers;
         [
+            self.layers.policy.sweep.is_some().then_some(self.now),
+            self.layers.policy.pending.next_deadline(),
             self.relay.next_timer(self.now),
             uplink,
             self.dns.next_timer(),
@@ -501,12 +534,78 @@ impl Network {
             self.follow_notices(fx);
         }
         let cx = &mut self.layers.context(now, fx);
+        for pending in cx.policy.pending.expired(now) {
+            give_up(&mut self.relay, cx, pending);
+        }
+        self.sweep(fx);
+        let cx = &mut self.layers.context(now, fx);
         cx.gateway.timers(&mut cx.link);
         if let Some(uplink) = &mut self.uplink {
             uplink.timers(cx);
         }
         self.dns.run_timers(cx);
         self.relay.batch_end(cx);
+    }
+
+    // ---- rules --------------------------------------------------------------------------------------
+
+    /// Changes the rules of the running network: its mode, and which guests open no flows to others. Flows that are no
+    /// longer allowed are cut by the next calls of [`Network::timers`], some at a time; then [`Network::take_flows_cut`]
+    /// has their number.
+    ///
+    /// False, and nothing changes, for [`NetMode::Bridged`], which has no rules.
+    #[must_use]
+    pub fn set_policy(&mut self, now: Time, mode: NetMode, isolated: Isolated) -> bool {
+        self.now = now;
+        let policy = &mut self.layers.policy;
+        if NetMode::Bridged == mode || policy.settings().mode == NetMode::Bridged {
+            return false;
+        }
+        policy.change(mode, isolated);
+        self.layers.lan.set_asks(!policy.guests_pass());
+        true
+    }
+
+    /// Takes how many flows the last changes of the rules have cut. `None` while flows still have to be judged, and when
+    /// it was taken.
+    pub fn take_flows_cut(&mut self) -> Option<u64> {
+        self.layers.policy.take_cut()
+    }
+
+    /// Goes on judging flows by new rules, a step.
+    fn sweep<E: Effects>(&mut self, fx: &mut E) {
+        let Some(Sweep { mut stage, cut }) = self.layers.policy.sweep else { return };
+        let mut budget = Budget::of_step();
+        let cx = &mut self.layers.context(self.now, fx);
+        loop {
+            let next = match stage {
+                Stage::Relays(at) => match self.relay.judge_again(cx, at, &mut budget) {
+                    Some(at) => Some(Stage::Relays(at)),
+                    None => Some(Stage::Translations(0)),
+                },
+                Stage::Translations(at) => {
+                    let uplink = self.uplink.as_mut();
+                    match uplink.and_then(|u| u.judge_again(cx, at, &mut budget)) {
+                        Some(at) => Some(Stage::Translations(at)),
+                        None => Some(Stage::Conversations(0)),
+                    }
+                }
+                Stage::Conversations(slot) => {
+                    cx.judge_conversations(slot, &mut budget).map(Stage::Conversations)
+                }
+            };
+            match next {
+                Some(next) if !budget.is_spent() => stage = next,
+                next => {
+                    let stage = next.unwrap_or(stage);
+                    cx.policy.sweep = Some(Sweep { stage, cut: cut + budget.done });
+                    if next.is_none() {
+                        cx.policy.finish_sweep();
+                    }
+                    return;
+                }
+            }
+        }
     }
 
     // ---- DNS ----------------------------------------------------------------------------------------
@@ -602,7 +701,7 @@ impl Network {
         self.uplink.as_ref().map(|u| u.stats())
     }
 
-    /// Publishes a guest's port on an external address of the uplink. A `guest` that no endpoint can have
+    /// Publishes a guest's port on an external address of the uplink. A guest that no endpoint can have
     /// (0.0.0.0) keeps the port until [`Network::retarget_uplink_forward`].
     ///
     /// # Errors
@@ -610,12 +709,11 @@ impl Network {
     pub fn add_uplink_forward(
         &mut self,
         id: ForwardId,
-        proto: u8,
         external: SocketAddrV4,
-        guest: SocketAddr,
+        spec: ForwardSpec,
     ) -> Result<(), ForwardError> {
         let uplink = self.uplink.as_mut().ok_or(ForwardError::NotExternal(*external.ip()))?;
-        uplink.add_forward(id, proto, external, guest)
+        uplink.add_forward(id, external, spec)
     }
 
     /// Whether a forward with this number is published on the uplink.
@@ -679,7 +777,29 @@ impl Network {
         fx: &mut E,
     ) {
         self.now = now;
+        if !self.layers.policy.guests_pass()
+            && let Some(to) = to
+            && let Err(why) = self.judge_peer_frame(to, frame, fx)
+        {
+            return self.layers.lan.base_mut().drop(why);
+        }
         self.layers.lan.receive_from_peer(to, frame, meta, fx);
+    }
+
+    /// Remembers a conversation that a guest of another worker opens with one of this worker, so that the answers pass.
+    fn judge_peer_frame<E: Effects>(
+        &mut self,
+        to: PortId,
+        frame: &[u8],
+        fx: &mut E,
+    ) -> Result<(), DropReason> {
+        let Ok(p) = parse::parse_ip(frame, ether::HEADER_LEN) else { return Ok(()) };
+        let lan = &self.layers.lan;
+        let Some(from) = lan.neighbour(p.src).map(|b| b.slot).filter(|s| lan.is_remote(*s)) else {
+            return Ok(());
+        };
+        let (from, to) = (Sender { slot: from, mac: Ether::parse(frame)?.src }, lan.slot(to));
+        self.layers.context(self.now, fx).between_guests(from, to, frame, &p)
     }
 
     // ---- listings -----------------------------------------------------------------------------------
@@ -732,5 +852,26 @@ impl Network {
         self.relay.audit(&self.layers.lan)?;
         self.uplink.as_ref().map_or(Ok(()), |u| u.audit())?;
         self.dns.audit()
+    }
+}
+
+/// What a pending flow waited for has come: it goes on.
+fn resume<E: Effects>(relay: &mut Relay, cx: &mut Context<'_, E>, pending: Pending, mac: Mac) {
+    match pending.held {
+        Held::Reserved => {}
+        Held::Flow(id) => relay.resume(cx, id, mac),
+        Held::Frame(mut frame) => {
+            put(&mut frame, 0, &mac.0);
+            cx.link.lan.transmit(pending.slot, &frame, FrameMeta::default(), cx.link.fx);
+        }
+    }
+}
+
+/// What a pending flow waited for does not come: it ends.
+fn give_up<E: Effects>(relay: &mut Relay, cx: &mut Context<'_, E>, pending: Pending) {
+    match pending.held {
+        Held::Reserved => {}
+        Held::Flow(id) => relay.give_up(cx, id),
+        Held::Frame(_) => cx.link.lan.count_drop(pending.slot, DropReason::NoEndpoint),
     }
 }

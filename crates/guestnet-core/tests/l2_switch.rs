@@ -269,7 +269,7 @@ fn a_reserved_address_is_taken_by_its_mac_alone() {
     // By its MAC, as a second one.
     let h = Ip4 { mac: mac(C), ..h };
     n.dropped(DropReason::SpoofedMac, |n| n.send(A, udp_from(&h, 1, 2, b"")));
-    n.core.add_forward(ForwardId(1), ForwardSpec { proto: proto::TCP, guest: addr("192.168.64.77:80") });
+    n.core.add_forward(ForwardId(1), ForwardSpec::published(proto::TCP, addr("192.168.64.77:80")));
     n.dropped(DropReason::NoEndpoint, |n| {
         let sock = n.fx.new_sock();
         let peer = addr("203.0.113.9:6000");
@@ -348,7 +348,7 @@ fn icmp_errors_are_limited_in_rate_and_never_answer_errors() {
         n.udp(A, 1, "192.168.64.1:9", b"");
     }
     assert_eq!((n.fx.frames.len(), n.core.counters().icmp_errors), (5, 5));
-    assert_eq!(n.events(|e| matches!(e, Event::Denied { .. })), 5);
+    assert_eq!(n.events(|e| matches!(e, Event::FlowDenied(_))), 50, "reports have a rate of their own");
     let mut n = Net::new();
     let mut error = vec![0; 8 + 28];
     icmp::emit(&mut error, icmp::UNREACHABLE, 3, [0; 4], &[0; 28]);

@@ -10,6 +10,7 @@ mod net;
 use guestnet_core::config::ForwardSpec;
 use guestnet_core::effects::Event;
 use guestnet_core::nat::{ForwardError, NatEngineConfig};
+use guestnet_core::policy::{Entry, Isolated};
 use guestnet_core::stats::DropReason;
 use guestnet_core::types::{Csum, ForwardId, FrameMeta, Gso, NetMode, PortConfig, PortId};
 use guestnet_wire::tcp::{Tcp, flags};
@@ -284,11 +285,80 @@ fn policy_and_modes_hold() {
     let mut closed = Net::with(c);
     closed.core.set_uplink(uplink()).unwrap();
     closed.dropped(DropReason::Policy, |n| n.udp(A, 4000, SERVER, b"x"));
-    assert_eq!(closed.events(|e| matches!(e, Event::Denied { reason: DropReason::Policy, .. })), 1);
+    assert_eq!(closed.events(|e| matches!(e, Event::FlowDenied(d) if d.reason == DropReason::Policy)), 1);
     assert!(n.fx.uplink.is_empty() && closed.fx.uplink.is_empty());
     // The gateway and guests answer as ever.
     let got = read(&one(n.ask(A, echo_frame(A, GATEWAY, 1, 1, 1, b"x"))));
     assert_eq!(got.icmp(), (icmp::ECHO_REPLY, 0));
+}
+
+/// Puts other rules in force; how many connections that has cut.
+fn change(n: &mut Net, mode: NetMode) -> u64 {
+    assert!(n.core.set_policy(n.now, mode, Isolated::Nobody));
+    n.pass_ms(0);
+    n.core.audit().unwrap();
+    n.core.take_flows_cut().expect("all connections have been judged again")
+}
+
+#[test]
+fn a_connection_that_a_change_of_the_rules_cuts_is_reset_at_both_ends() {
+    let mut n = tunnel();
+    let server = addr(SERVER);
+    n.send(A, syn(A, 4000, SERVER));
+    n.udp(A, 4001, SERVER, b"x");
+    let external = left(&mut n)[0].0.src();
+    arrive(&mut n, tcp(server, external, flags::SYN | flags::ACK, b""));
+    n.fx.frames.clear();
+    n.fx.events.clear();
+    assert_eq!(change(&mut n, NetMode::HostOnly), 2);
+    assert_eq!((closed(&n), n.core.flows().count()), (2, 0));
+    // Both ends get an ACK that they answer with one of their own.
+    let (to_guest, to_server) = (read(&one(n.fx.take())), one(left(&mut n)).0);
+    assert_eq!((to_guest.src(), to_guest.dst()), (server, guest_addr(A, 4000)));
+    assert_eq!((to_server.src(), to_server.dst()), (external, server));
+    for probe in [&to_guest, &to_server] {
+        assert_eq!(Tcp::parse(probe.l4()).unwrap().flags, flags::ACK);
+    }
+    // And that is reset.
+    n.segment(A, 4000, SERVER, 1001, 0x1111, flags::ACK);
+    let rst = read(&one(n.fx.take()));
+    assert_eq!(Tcp::parse(rst.l4()).map(|t| (t.flags, t.seq)), Ok((flags::RST, 0x1111)));
+    assert!(left(&mut n).is_empty());
+    let answer = Tcp { src_port: server.port(), dst_port: external.port(), ack: 0x2222, ..Tcp::default() };
+    let h = header(server, external, proto::TCP);
+    arrive(&mut n, tcp_frame(&h, &Tcp { flags: flags::ACK, ..answer }, &[]));
+    let rst = one(left(&mut n)).0;
+    assert_eq!((rst.src(), rst.dst()), (external, server));
+    assert_eq!(Tcp::parse(rst.l4()).map(|t| (t.flags, t.seq)), Ok((flags::RST, 0x2222)));
+    // Others are told nothing, as ever.
+    arrive(&mut n, tcp_frame(&header(addr("203.0.113.77:1"), external, proto::TCP), &answer, &[]));
+    assert!(left(&mut n).is_empty() && n.fx.take().is_empty());
+    let denied = n.events(|e| matches!(e, Event::FlowDenied(d) if d.rule.as_deref() == Some("host_only")));
+    assert_eq!(denied, 3, "two that were cut, and the guest's segment");
+    assert_eq!(change(&mut n, NetMode::Nat), 0);
+    n.udp(A, 4001, SERVER, b"y");
+    assert_eq!(left(&mut n).len(), 1);
+}
+
+#[test]
+fn host_only_closes_ports_of_guests_and_keeps_published_ones() {
+    let mut n = tunnel();
+    for (id, external, entry) in [(1, 8080, Entry::Published), (2, 8081, Entry::GuestPort)] {
+        let spec = ForwardSpec { entry, ..ForwardSpec::published(proto::TCP, guest_addr(A, external)) };
+        n.core.add_uplink_forward(ForwardId(id), SocketAddrV4::new(ip(OUT), external), spec).unwrap();
+    }
+    let knock = |n: &mut Net, client: u16| {
+        [8080, 8081].map(|port| {
+            n.fx.frames.clear();
+            let from = addr(&format!("203.0.113.5:{client}"));
+            arrive(n, tcp(from, addr(&format!("{OUT}:{port}")), flags::SYN, b""));
+            n.fx.take().len()
+        })
+    };
+    assert_eq!(knock(&mut n, 1), [1, 1]);
+    assert_eq!(change(&mut n, NetMode::HostOnly), 1);
+    assert_eq!(n.core.flows().map(|f| f.guest.port()).collect::<Vec<_>>(), [8080]);
+    n.dropped(DropReason::Policy, |n| assert_eq!(knock(n, 2), [1, 0]));
 }
 
 #[test]
@@ -313,7 +383,7 @@ fn caps_are_the_guests_own_and_are_told() {
     }
     n.dropped(DropReason::FlowLimit, |n| n.udp(A, 4003, SERVER, b"x"));
     assert_eq!(read(&one(n.fx.take())).icmp(), (3, 13));
-    assert_eq!(n.events(|e| matches!(e, Event::Denied { reason: DropReason::FlowLimit, .. })), 1);
+    assert_eq!(n.events(|e| matches!(e, Event::FlowDenied(d) if d.reason == DropReason::FlowLimit)), 1);
     n.udp(B, 4000, SERVER, b"x");
     assert_eq!(n.core.flows().count(), 4);
 }
@@ -342,7 +412,8 @@ fn one_guest_leaves_ports_and_connections_to_others() {
 }
 
 fn publish(n: &mut Net, external: u16, to: SocketAddr) -> Result<(), ForwardError> {
-    n.core.add_uplink_forward(ForwardId(1), proto::TCP, SocketAddrV4::new(ip(OUT), external), to)
+    let spec = ForwardSpec::published(proto::TCP, to);
+    n.core.add_uplink_forward(ForwardId(1), SocketAddrV4::new(ip(OUT), external), spec)
 }
 
 #[test]
@@ -351,9 +422,8 @@ fn a_published_port_leads_to_its_guest_also_from_inside() {
     publish(&mut n, 8080, guest_addr(A, 80)).unwrap();
     let taken = n.core.add_uplink_forward(
         ForwardId(2),
-        proto::TCP,
         SocketAddrV4::new(ip(OUT), 8080),
-        guest_addr(B, 80),
+        ForwardSpec::published(proto::TCP, guest_addr(B, 80)),
     );
     assert!(matches!(taken, Err(ForwardError::InUse(_))));
     let client = addr("203.0.113.5:40000");
@@ -387,7 +457,8 @@ fn a_hairpinned_packet_has_the_mtu_inside() {
         let config = NatEngineConfig { mtu_outside: outside, mtu_inside: inside, ..uplink() };
         let mut n = tunnel_with(config);
         let external = SocketAddrV4::new(ip(OUT), 8080);
-        n.core.add_uplink_forward(ForwardId(1), proto::UDP, external, guest_addr(A, 80)).unwrap();
+        let spec = ForwardSpec::published(proto::UDP, guest_addr(A, 80));
+        n.core.add_uplink_forward(ForwardId(1), external, spec).unwrap();
         let h = Ip4 { frag: 0x4000, ..Ip4::new(B, IpAddr::V4(ip(OUT)), proto::UDP) };
         for meta in [FrameMeta::default(), FrameMeta { csum: Csum::Valid, gso: Some(Gso::Udp(1422)) }] {
             let len = if meta.gso.is_some() { 4000 } else { 1422 };
@@ -476,7 +547,7 @@ fn a_guest_that_was_never_heard_is_asked_for_its_mac_first() {
 #[test]
 fn ports_published_on_sockets_stay_relays() {
     let mut n = tunnel();
-    n.core.add_forward(ForwardId(1), ForwardSpec { proto: proto::TCP, guest: guest_addr(A, 80) });
+    n.core.add_forward(ForwardId(1), ForwardSpec::published(proto::TCP, guest_addr(A, 80)));
     let sock = n.fx.new_sock();
     let client = addr("203.0.113.5:40000");
     assert!(n.core.tcp_accepted(n.now, ForwardId(1), sock, client, &mut n.fx).is_some());

@@ -134,8 +134,8 @@ fn network() -> Net {
     n.core.add_service(ServiceId(2), proto::TCP, GATEWAY.parse().unwrap(), 53);
     for (i, port) in [A, LAX].into_iter().enumerate() {
         let guest = guest_addr(port, 80);
-        n.core.add_forward(ForwardId(i as u32 * 2), ForwardSpec { proto: proto::UDP, guest });
-        n.core.add_forward(ForwardId(i as u32 * 2 + 1), ForwardSpec { proto: proto::TCP, guest });
+        n.core.add_forward(ForwardId(i as u32 * 2), ForwardSpec::published(proto::UDP, guest));
+        n.core.add_forward(ForwardId(i as u32 * 2 + 1), ForwardSpec::published(proto::TCP, guest));
     }
     n
 }

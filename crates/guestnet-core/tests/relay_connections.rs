@@ -63,7 +63,7 @@ fn a_flood_of_connects_to_a_black_hole_refuses_no_other_connect() {
 #[test]
 fn a_flood_of_clients_whose_guest_is_silent_refuses_no_connect_of_it() {
     let mut n = Net::with_limits(|l| l.flows_per_port = 20);
-    n.core.add_forward(ForwardId(1), ForwardSpec { proto: proto::TCP, guest: guest_addr(A, 80) });
+    n.core.add_forward(ForwardId(1), ForwardSpec::published(proto::TCP, guest_addr(A, 80)));
     for i in 0..200u16 {
         let sock = n.fx.new_sock();
         let peer = addr(&format!("198.51.100.7:{}", 2000 + i));

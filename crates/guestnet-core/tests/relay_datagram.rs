@@ -174,7 +174,7 @@ fn the_cap_evicts_one_shot_flows_least_recently_used_first() {
     n.fx.frames.clear();
     n.dropped(DropReason::FlowLimit, |n| n.udp(A, 6000, X1, b"x"));
     assert_eq!(read(&n.fx.frames[0]).icmp(), (icmp::UNREACHABLE, icmp::unreachable::ADMIN_PROHIBITED));
-    assert_eq!(n.events(|e| matches!(e, Event::Denied { reason: DropReason::FlowLimit, .. })), 1);
+    assert_eq!(n.events(|e| matches!(e, Event::FlowDenied(d) if d.reason == DropReason::FlowLimit)), 1);
     // The other guest is unaffected.
     n.udp(B, 6000, X1, b"x");
     assert_eq!(n.core.flows().count(), 5);
@@ -600,7 +600,7 @@ fn errors_of_a_guest_are_checked_and_taken() {
 }
 
 fn forward(n: &mut Net, proto: u8, port: PortId) {
-    n.core.add_forward(ForwardId(1), ForwardSpec { proto, guest: guest_addr(port, 80) });
+    n.core.add_forward(ForwardId(1), ForwardSpec::published(proto, guest_addr(port, 80)));
 }
 
 fn client(n: &mut Net, from: &str, payload: &[u8]) {
@@ -648,8 +648,8 @@ fn a_guest_is_asked_for_its_mac_while_clients_wait() {
     let c = PortId(3);
     n.core.add_port(c, port_config());
     n.core.bind_address(c, IpAddr::V4(guest_ip(c)), None).unwrap();
-    n.core.add_forward(ForwardId(1), ForwardSpec { proto: proto::UDP, guest: guest_addr(c, 80) });
-    n.core.add_forward(ForwardId(2), ForwardSpec { proto: proto::TCP, guest: guest_addr(c, 80) });
+    n.core.add_forward(ForwardId(1), ForwardSpec::published(proto::UDP, guest_addr(c, 80)));
+    n.core.add_forward(ForwardId(2), ForwardSpec::published(proto::TCP, guest_addr(c, 80)));
     client(&mut n, "203.0.113.9:5000", b"one");
     client(&mut n, "203.0.113.9:5000", b"two");
     let sock = n.fx.new_sock();
@@ -675,7 +675,7 @@ fn a_guest_that_does_not_answer_is_given_up() {
     let c = PortId(3);
     n.core.add_port(c, port_config());
     n.core.bind_address(c, IpAddr::V4(guest_ip(c)), None).unwrap();
-    n.core.add_forward(ForwardId(2), ForwardSpec { proto: proto::TCP, guest: guest_addr(c, 80) });
+    n.core.add_forward(ForwardId(2), ForwardSpec::published(proto::TCP, guest_addr(c, 80)));
     let sock = n.fx.new_sock();
     let peer = addr("203.0.113.9:6000");
     n.core.tcp_accepted(n.now, ForwardId(2), sock, peer, &mut n.fx).unwrap();
@@ -685,7 +685,7 @@ fn a_guest_that_does_not_answer_is_given_up() {
     assert_eq!(asked.count(), 3);
     assert_eq!(n.core.next_timer(), None);
     // An address that nobody has.
-    n.core.add_forward(ForwardId(3), ForwardSpec { proto: proto::TCP, guest: addr("192.168.64.99:80") });
+    n.core.add_forward(ForwardId(3), ForwardSpec::published(proto::TCP, addr("192.168.64.99:80")));
     n.dropped(DropReason::NoEndpoint, |n| {
         let sock = n.fx.new_sock();
         assert_eq!(n.core.tcp_accepted(n.now, ForwardId(3), sock, peer, &mut n.fx), None);
@@ -793,7 +793,7 @@ fn a_guest_that_answers_no_arp_leaves_requests_to_others() {
         n.core.bind_address(PortId(id), address.parse().unwrap(), None).unwrap();
         let forward = ForwardId(u32::from(host));
         let guest = addr(&format!("{address}:80"));
-        n.core.add_forward(forward, ForwardSpec { proto: proto::TCP, guest });
+        n.core.add_forward(forward, ForwardSpec::published(proto::TCP, guest));
         callers += 1;
         let (sock, peer) = (n.fx.new_sock(), addr(&format!("203.0.113.9:{}", 1000 + callers)));
         n.core.tcp_accepted(n.now, forward, sock, peer, &mut n.fx);
@@ -817,7 +817,7 @@ fn what_waits_for_one_guest_leaves_room_for_another() {
         n.core.add_port(PortId(id), port_config());
         n.core.bind_address(PortId(id), address.parse().unwrap(), None).unwrap();
         let guest = addr(&format!("{address}:80"));
-        n.core.add_forward(ForwardId(id), ForwardSpec { proto: proto::TCP, guest });
+        n.core.add_forward(ForwardId(id), ForwardSpec::published(proto::TCP, guest));
     }
     let mut call = |forward: u32, port: u16| {
         let (sock, peer) = (n.fx.new_sock(), addr(&format!("203.0.113.9:{port}")));
@@ -837,7 +837,7 @@ fn what_waits_for_many_guests_leaves_room_for_one_more() {
         n.core.add_port(PortId(id), port_config());
         n.core.bind_address(PortId(id), address.parse().unwrap(), None).unwrap();
         let guest = addr(&format!("{address}:80"));
-        n.core.add_forward(ForwardId(id), ForwardSpec { proto: proto::TCP, guest });
+        n.core.add_forward(ForwardId(id), ForwardSpec::published(proto::TCP, guest));
     }
     let mut call = |id: u32, port: u16| {
         let (sock, peer) = (n.fx.new_sock(), addr(&format!("203.0.113.9:{port}")));

@@ -42,7 +42,7 @@ enum Op {
     PortWritable,
     BatchEnd,
     Connected(Result<(), SockError>),
-    Kick,
+    Start,
     Recheck,
     /// Segments of the peer, whether something waits for it, and whether that can be known at all.
     Peer(u32, bool, bool),
@@ -98,7 +98,7 @@ fn op() -> impl Strategy<Value = Op> {
         10 => Just(Op::BatchEnd),
         3 => Just(Op::Connected(Ok(()))),
         1 => error.prop_map(|e| Op::Connected(Err(e))),
-        1 => Just(Op::Kick),
+        1 => Just(Op::Start),
         1 => Just(Op::Recheck),
         3 => (0u32..3, any::<bool>(), proptest::bool::weighted(0.1)).prop_map(|(n, b, u)| Op::Peer(n, b, u)),
         5 => prop_oneof![0u64..3000, 0u64..10_000_000].prop_map(Op::Pass),
@@ -223,7 +223,7 @@ impl World {
             Op::PortWritable => self.call(|t, cx| t.port_writable(cx)),
             Op::BatchEnd => self.call(|t, cx| t.batch_end(cx)),
             Op::Connected(r) => self.call(|t, cx| t.connected(cx, r)),
-            Op::Kick => self.call(|t, cx| t.kick(cx)),
+            Op::Start => self.call(|t, cx| t.start(cx)),
             Op::Recheck => self.call(|t, cx| t.recheck(cx)),
             Op::Peer(segments, busy, unknown) => {
                 let s = self.mock.sock(self.sock);

@@ -8,6 +8,7 @@
 #![allow(unsafe_code)]
 
 use guestnet_core::config::NetworkConfig;
+use guestnet_core::policy::Entry;
 use guestnet_core::types::{ForwardId, PortConfig, PortId};
 use guestnet_io::{Command, WorkerConfig, spawn};
 use guestnet_wire::ether::Mac;
@@ -27,7 +28,13 @@ fn forward(number: u32, spec: &str) -> Result<Command, Box<dyn Error>> {
         (proto::TCP, TcpListener::bind(host)?.into())
     };
     let guest = SocketAddr::from(([192, 168, 64, 2], guest.parse::<u16>()?));
-    Ok(Command::AddForward { forward: ForwardId(number), proto, guest, fds: vec![fd] })
+    Ok(Command::AddForward {
+        forward: ForwardId(number),
+        proto,
+        guest,
+        entry: Entry::Published,
+        fds: vec![fd],
+    })
 }
 
 /// The descriptor that `text` names.

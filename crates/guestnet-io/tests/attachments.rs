@@ -8,6 +8,7 @@ use common::{
     GATEWAY, Got, Guest, HOST, Link, Net, PATIENCE, StreamLink, pattern, port_config, tcp_echo, udp_echo,
 };
 use guestnet_core::effects;
+use guestnet_core::policy::Entry;
 use guestnet_core::types::{ForwardId, PortId, ServiceId};
 use guestnet_io::{Command, CommandError, Event, ListenKind, Value};
 use guestnet_wire::ether::Mac;
@@ -646,6 +647,7 @@ fn published_ports() {
         forward: ForwardId(1),
         proto: proto::TCP,
         guest: SocketAddr::new(g.ip.into(), 80),
+        entry: Entry::Published,
         fds: vec![l.into()],
     });
     let client = std::thread::spawn(move || {
@@ -667,6 +669,7 @@ fn published_ports() {
         forward: ForwardId(2),
         proto: proto::UDP,
         guest: SocketAddr::new(g.ip.into(), 53),
+        entry: Entry::Published,
         fds: vec![s.into()],
     });
     let client = UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -695,7 +698,13 @@ fn a_forward_waits_for_its_guest() {
     let at = l.local_addr().unwrap();
     let forward = ForwardId(1);
     let nobody = SocketAddr::from(([0, 0, 0, 0], 80));
-    net.command(Command::AddForward { forward, proto: proto::TCP, guest: nobody, fds: vec![l.into()] });
+    net.command(Command::AddForward {
+        forward,
+        proto: proto::TCP,
+        guest: nobody,
+        entry: Entry::Published,
+        fds: vec![l.into()],
+    });
     let mut refused = TcpStream::connect(at).unwrap();
     assert!(refused.read(&mut [0; 1]).is_err(), "reset at once");
     let guest = SocketAddr::new(g.ip.into(), 80);

@@ -5,6 +5,7 @@
 mod common;
 
 use common::{Net, port_config, tcp_echo, udp_echo};
+use guestnet_core::policy::Entry;
 use guestnet_core::types::{ForwardId, PortId};
 use guestnet_io::{Command, CommandError, Event, ListenKind, Value};
 use std::net::{SocketAddrV4, UdpSocket};
@@ -76,6 +77,7 @@ fn commands_that_cannot_be_done_say_why() {
             forward: ForwardId(1),
             proto: 6,
             guest: "192.168.64.2:80".parse().unwrap(),
+            entry: Entry::Published,
             fds: vec![pair().0.into()]
         }),
         CommandError::BadDescriptor(_)

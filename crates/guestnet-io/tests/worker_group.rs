@@ -5,6 +5,7 @@
 mod common;
 
 use common::{Guest, Link, Net, PATIENCE, StreamLink, port_config, tcp_echo, udp_echo};
+use guestnet_core::policy::Entry;
 use guestnet_core::stats::DropReason;
 use guestnet_core::types::{ForwardId, PortId};
 use guestnet_io::{Command, CommandError, ListenKind, PollingStrategy, Value};
@@ -198,6 +199,7 @@ fn published_ports_follow_their_guest() {
         forward: ForwardId(n),
         proto,
         guest,
+        entry: Entry::Published,
         fds: vec![fd],
     };
     net.command(forward(1, proto::UDP, udp.into(), at(&b, 53).into()));

@@ -4,11 +4,13 @@
 use crate::addresses;
 use crate::errors::config_error;
 use guestnet_core::config::{Filtering, Limits, NetworkConfig, Timeouts};
+use guestnet_core::policy::Isolated;
 use guestnet_core::types::NetMode;
 use guestnet_io::{ListenKind, PollingStrategy};
 use pyo3::prelude::*;
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
 
 /// Values by the names of the fields of [`Limits`] or [`Timeouts`].
 pub type Named = HashMap<String, u32>;
@@ -107,6 +109,7 @@ pub fn core(
     gateway_mac: &[u8],
     secret: &[u8],
     host_loopback: Option<IpAddr>,
+    isolated: bool,
     reserved: &[(IpAddr, Vec<u8>)],
     filtering_name: &str,
     limit_values: &Named,
@@ -128,6 +131,7 @@ pub fn core(
     let mut config = NetworkConfig::new(mac, gateway, (subnet, prefix), secret);
     config.mode = mode(py, mode_name)?;
     config.host_loopback = host_loopback;
+    config.isolated = if isolated { Isolated::AllExcept(Arc::default()) } else { Isolated::Nobody };
     for (address, owner) in reserved {
         config.reserved.insert(*address, addresses::mac(py, owner)?);
     }

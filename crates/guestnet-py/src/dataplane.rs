@@ -9,6 +9,7 @@ use crate::errors::{config_error, descriptor_error, start_error, submit_error};
 use crate::runtime::Runtime;
 use crate::{events, records};
 use guestnet_core::nat::NatEngineConfig;
+use guestnet_core::policy::{Entry, Isolated};
 use guestnet_core::types::{ForwardId, PortConfig, PortId, ServiceId};
 use guestnet_core::{DnsVerdict, NameServers};
 use guestnet_io::WORKERS_MAX;
@@ -20,6 +21,7 @@ use pyo3::types::{PyDict, PyList};
 use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// Most that guests are offered in one piece where their attachment cannot cut: the largest IP packet.
 const MTU_MAX: u16 = 65_520;
@@ -68,6 +70,10 @@ fn port_config(
     Ok(PortConfig { mac, addresses, mtu, gso_max, lax_offload, uplink: false })
 }
 
+fn entry(opened_by_guest: bool) -> Entry {
+    if opened_by_guest { Entry::GuestPort } else { Entry::Published }
+}
+
 fn protocol(py: Python<'_>, name: &str) -> PyResult<u8> {
     match name {
         "tcp" => Ok(proto::TCP),
@@ -86,7 +92,7 @@ impl DataPlane {
 #[allow(clippy::too_many_arguments)] // Keywords in Python.
 impl DataPlane {
     #[new]
-    #[pyo3(signature = (*, gateway, prefix, gateway_mac, secret, mode="nat", host_loopback=None, reserved=Vec::new(),
+    #[pyo3(signature = (*, gateway, prefix, gateway_mac, secret, mode="nat", host_loopback=None, isolated=false, reserved=Vec::new(),
         filtering="address_dependent", limits=Named::new(), timeouts=Named::new(), strategy="adaptive",
         batch_size=64, max_spins=1000, event_ring=8192, command_ring=1024, name="guestnet", workers=1,
         io_uring=true, runtime=None))]
@@ -98,6 +104,7 @@ impl DataPlane {
         secret: &[u8],
         mode: &str,
         host_loopback: Option<IpAddr>,
+        isolated: bool,
         reserved: Vec<(IpAddr, Vec<u8>)>,
         filtering: &str,
         limits: Named,
@@ -120,6 +127,7 @@ impl DataPlane {
             gateway_mac,
             secret,
             host_loopback,
+            isolated,
             &reserved,
             filtering,
             &limits,
@@ -377,6 +385,7 @@ impl DataPlane {
         self.submit(py, Command::DnsVerdict { port: PortId(port), ticket, generation, verdict })
     }
 
+    #[pyo3(signature = (forward, proto, guest, fds, *, opened_by_guest=false))]
     fn add_forward(
         &self,
         py: Python<'_>,
@@ -384,10 +393,12 @@ impl DataPlane {
         proto: &str,
         guest: Pair,
         fds: Vec<RawFd>,
+        opened_by_guest: bool,
     ) -> PyResult<u64> {
-        let proto = protocol(py, proto)?;
+        let (proto, entry) = (protocol(py, proto)?, entry(opened_by_guest));
         let fds = fds.into_iter().map(|fd| take(py, fd)).collect::<PyResult<_>>()?;
-        self.submit(py, Command::AddForward { forward: ForwardId(forward), proto, guest: socket(guest), fds })
+        let (forward, guest) = (ForwardId(forward), socket(guest));
+        self.submit(py, Command::AddForward { forward, proto, guest, entry, fds })
     }
 
     #[pyo3(signature = (fd, *, external, ports=None, mtu=1500))]
@@ -412,6 +423,7 @@ impl DataPlane {
         self.submit(py, Command::AttachTun { fd: take(py, fd)?, config: Box::new(config) })
     }
 
+    #[pyo3(signature = (forward, proto, external, guest, *, opened_by_guest=false))]
     fn add_uplink_forward(
         &self,
         py: Python<'_>,
@@ -419,11 +431,12 @@ impl DataPlane {
         proto: &str,
         external: (V4, u16),
         guest: Pair,
+        opened_by_guest: bool,
     ) -> PyResult<u64> {
-        let proto = protocol(py, proto)?;
+        let (proto, entry) = (protocol(py, proto)?, entry(opened_by_guest));
         let external = SocketAddrV4::new(external.0.0, external.1);
         let (forward, guest) = (ForwardId(forward), socket(guest));
-        self.submit(py, Command::AddUplinkForward { forward, proto, external, guest })
+        self.submit(py, Command::AddUplinkForward { forward, proto, external, guest, entry })
     }
 
     fn nat_stats(&self, py: Python<'_>) -> PyResult<u64> {
@@ -456,6 +469,14 @@ impl DataPlane {
 
     fn stop_capture(&self, py: Python<'_>) -> PyResult<u64> {
         self.submit(py, Command::StopCapture)
+    }
+
+    /// Changes the rules. With `isolated` guests open no flows to each other, except those on the ports in `trusted`.
+    #[pyo3(signature = (mode, *, isolated=false, trusted=Vec::new()))]
+    fn set_policy(&self, py: Python<'_>, mode: &str, isolated: bool, trusted: Vec<u32>) -> PyResult<u64> {
+        let trusted = trusted.into_iter().map(PortId).collect();
+        let isolated = if isolated { Isolated::AllExcept(Arc::new(trusted)) } else { Isolated::Nobody };
+        self.submit(py, Command::SetPolicy { mode: config::mode(py, mode)?, isolated })
     }
 
     fn tell_flows(&self, py: Python<'_>, on: bool) -> PyResult<u64> {

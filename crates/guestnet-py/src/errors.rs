@@ -69,6 +69,7 @@ pub fn command_error(py: Python<'_>, e: &CommandError) -> PyErr {
         }
         CommandError::Forward(e) => return nat_error(py, *e),
         CommandError::NoSuchForward(_) => "ForwardNotFound",
+        CommandError::Bridged => "UnsupportedError",
         CommandError::NoSuchListener(_) | CommandError::NumberInUse(_) | CommandError::System { .. } => {
             "DataPlaneError"
         }

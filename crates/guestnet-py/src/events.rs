@@ -9,6 +9,7 @@ use crate::records::{FlowInfo, PortInfo};
 use guestnet_core::effects;
 use guestnet_io::{CommandError, Event, Level, Value};
 use guestnet_wire::ether::Mac;
+use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use std::net::IpAddr;
@@ -108,12 +109,18 @@ pub struct FlowClosed {
 
 /// A new flow was refused.
 #[pyclass(frozen, get_all, module = "guestnet._native")]
-pub struct Denied {
+pub struct FlowDenied {
     port: u32,
+    /// "outbound", "inbound" or "between_guests".
+    direction: &'static str,
     proto: u8,
     guest: Pair,
     remote: Pair,
+    /// The rule that decided; None where a limit was reached.
+    rule: Option<String>,
     reason: &'static str,
+    /// How many denials of the guest were not reported since the last one that was.
+    unreported: u32,
 }
 
 /// A command is done.
@@ -145,6 +152,7 @@ impl Done {
             Ok(Value::Nat(both)) => (nat::stats(py, &both.0)?, nat::conntrack_stats(py, &both.1)?)
                 .into_pyobject(py)
                 .map(Bound::into_any),
+            Ok(Value::FlowsCut(flows)) => flows.into_bound_py_any(py),
             Ok(Value::None) | Err(_) => Ok(py.None().into_bound(py)),
         }
     }
@@ -250,9 +258,18 @@ fn core_event(py: Python<'_>, event: effects::Event) -> PyResult<Bound<'_, PyAny
         E::FlowClosed { flow, port, bytes_out, bytes_in } => {
             object(py, FlowClosed { flow: (flow.index, flow.generation), port: port.0, bytes_out, bytes_in })
         }
-        E::Denied { port, proto, guest, remote, reason } => object(
+        E::FlowDenied(d) => object(
             py,
-            Denied { port: port.0, proto, guest: pair(guest), remote: pair(remote), reason: reason.name() },
+            FlowDenied {
+                port: d.port.0,
+                direction: d.direction.name(),
+                proto: d.proto,
+                guest: pair(d.guest),
+                remote: pair(d.remote),
+                rule: d.rule.map(|r| r.to_string()),
+                reason: d.reason.name(),
+                unreported: d.unreported,
+            },
         ),
     }
 }

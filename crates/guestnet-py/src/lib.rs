@@ -26,7 +26,7 @@ mod _native {
     use super::dataplane::{confinement_lack, io_uring_works};
     #[pymodule_export]
     use super::events::{
-        AddressSeen, Datagram, Denied, DnsQuestion, Done, Failed, FlowClosed, FlowOpened, Frame, Log,
+        AddressSeen, Datagram, DnsQuestion, Done, Failed, FlowClosed, FlowDenied, FlowOpened, Frame, Log,
         NameServer, PortDown, PortUp,
     };
     #[pymodule_export]

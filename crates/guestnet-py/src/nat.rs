@@ -30,7 +30,8 @@ fn code(r: NatResult) -> u8 {
     match r {
         NatResult::Translated => 0,
         NatResult::Hairpinned => 1,
-        NatResult::PassThrough => 2,
+        // Only engines of a network ask about new sessions.
+        NatResult::PassThrough | NatResult::New => 2,
         NatResult::Held => 3,
         NatResult::Fragmented => 4,
         NatResult::TooBig(_) => 5,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from ipaddress import IPv4Address, IPv6Address
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from guestnet.model.frozen_record import FrozenRecord
 
@@ -208,14 +208,25 @@ class FlowClosed(FlowEvent):
 
 
 class FlowDenied(FlowEvent):
-    """A new flow was refused."""
+    """A new flow was refused, or a running one was cut by a change of the rules.
+
+    Each guest has 100 of these events a second. `NetworkStats.drops` counts every refused packet.
+    """
 
     kind = "denied"
+    direction: Literal["outbound", "inbound", "between_guests"]
+    """Which way the flow goes. Between guests, `endpoint` is the guest that opens it."""
     protocol: int
     guest: Side
     remote: Side
+    name: str | None = None
+    """The name of the remote address in the network's zone."""
+    rule: str | None = None
+    """The label of the rule that decided, such as "host_only"; None where a limit was reached."""
     reason: str
     """As in `NetworkStats.drops`."""
+    unreported: int = 0
+    """Denials of this guest that were left out since the last event."""
 
 
 EventCallback = Callable[[Any], object]

@@ -295,6 +295,7 @@ class NatConfig:
       that guests join. It then gives addresses and names; `subnet` and what belongs to it are not used.
     - `host_loopback`: guests reach the host's 127.0.0.1 at the last address of the subnet, which is then
       named `host.guestnet.internal`. It cannot be combined with the mode "host_only".
+    - `isolated`: guests open no flows to each other. It cannot be combined with the mode "bridged".
     - `filtering`: see `Filtering`.
     - `pcp_ports`: the first and the last port of the host that guests may open, by PCP or NAT-PMP; none by
       default. `pcp_address`: the host's address for them; every address by default.
@@ -343,6 +344,7 @@ class NatConfig:
     mtu: int
     mode: NetMode
     host_loopback: bool
+    isolated: bool
     dhcp: bool
     dns: bool
     lease_time: int
@@ -380,6 +382,7 @@ class NatConfig:
         mtu: int = 1500,
         mode: str | NetMode = NetMode.NAT,
         host_loopback: bool = False,
+        isolated: bool = False,
         dhcp: bool = True,
         dns: bool = True,
         lease_time: int = 3600,
@@ -414,6 +417,7 @@ class NatConfig:
         put(self, "mtu", whole_number("mtu", mtu, MTU_LOWEST, MTU_HIGHEST))
         put(self, "mode", choice(NetMode, "mode", mode))
         put(self, "host_loopback", _yes_or_no("host_loopback", host_loopback))
+        put(self, "isolated", _yes_or_no("isolated", isolated))
         put(self, "bridge", self._segment(bridge))
         # The segment that is joined has its own.
         served = self.mode is not NetMode.BRIDGED
@@ -595,6 +599,11 @@ class NatConfig:
         if self.host_loopback:
             raise ConfigError(
                 "With `mode='bridged'` no gateway leads to the host's loopback: leave `host_loopback` out."
+            )
+        if self.isolated:
+            raise ConfigError(
+                "With `mode='bridged'` guests are on a segment of the host, for which guestnet has no rules: "
+                "leave `isolated` out, and isolate them there."
             )
         return bridge
 

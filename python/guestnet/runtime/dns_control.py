@@ -58,6 +58,11 @@ class DnsControl:
         self._dns.changed = lambda: None
         self._registry.renamed = lambda: None
 
+    def name_servers_changed(self) -> None:
+        """Others are asked from now on, or none."""
+        self._looked_at = 0.0
+        self._look()
+
     def question(self, event: _native.DnsQuestion) -> None:
         """Answers a question of the forwarder."""
         self._look()

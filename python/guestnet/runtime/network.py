@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 from guestnet.api.description import DescriptionMethods
 from guestnet.api.monitoring import MonitoringMethods
 from guestnet.api.rings import RingMethods
+from guestnet.api.rules import RuleMethods
 from guestnet.control.event_hub import Emitter, EventHub
 from guestnet.control.portal import blocking, in_thread
 from guestnet.control.runtime import Runtime, implicit_runtime
@@ -41,7 +42,7 @@ _numbers = itertools.count(1)
 """Of networks without a name."""
 
 
-class NatNetwork(DescriptionMethods, MonitoringMethods, RingMethods):
+class NatNetwork(DescriptionMethods, RuleMethods, MonitoringMethods, RingMethods):
     """A network: one virtual segment with a gateway, its services, and a way out.
 
     `NatNetwork(subnet="10.9.0.0/24")` is short for `NatNetwork(NatConfig(subnet="10.9.0.0/24"))`: every

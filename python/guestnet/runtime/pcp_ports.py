@@ -62,15 +62,12 @@ class GuestPorts:
         publishing = self._publishing
         spec = self._spec(protocol, port, *guest)
         if not publishing.needs_sockets(spec):
-            forward = await publishing.add_external(spec)
-        else:
-            sockets = open_sockets(spec)
-            try:
-                forward = await publishing.add(spec, sockets)
-            finally:
-                close_sockets(sockets)
-        forward.asked_by = endpoint_id
-        return forward
+            return await publishing.add_external(spec, endpoint_id)
+        sockets = open_sockets(spec)
+        try:
+            return await publishing.add(spec, sockets, endpoint_id)
+        finally:
+            close_sockets(sockets)
 
     def _spec(self, protocol: str, port: int, address: IPv4Address, guest_port: int) -> ForwardSpec:
         host_ip = self._config.pcp_address

@@ -85,20 +85,26 @@ class Publishing:
                 f"with one of {names}{more}."
             )
 
-    async def add(self, spec: ForwardSpec, sockets: list[list[socket.socket]]) -> Forward:
-        """Hands the sockets to the worker: of every port, or of none."""
+    async def add(
+        self, spec: ForwardSpec, sockets: list[list[socket.socket]], asked_by: str | None = None
+    ) -> Forward:
+        """Hands the sockets to the worker: of every port, or of none. `asked_by` is the endpoint whose guest
+        opened the port."""
         numbers = tuple(range(self._next, self._next + len(sockets)))
         self._next += len(sockets)
         ports = tuple(int(group[0].getsockname()[1]) for group in sockets)
         forward = Forward(self._ids.next("forward"), spec, ports, numbers, self._close)
         forward.addresses = tuple(ip_address(one.getsockname()[0]) for one in sockets[0])
+        forward.asked_by = asked_by
         forward.target = self._target(forward)
         plane = self._control.plane
         try:
             for number, guest_port, group in zip(numbers, spec.guest_ports, sockets, strict=True):
                 guest = (forward.target or _NOBODY, guest_port)
                 fds = [one.fileno() for one in group]
-                await self._control.do(plane.add_forward, number, spec.protocol, guest, fds)
+                await self._control.do(
+                    plane.add_forward, number, spec.protocol, guest, fds, opened_by_guest=asked_by is not None
+                )
                 close_sockets([group])  # the worker has its own: a range takes no more than it has to
         except BaseException:
             # Also the one that was waited for, which the worker may have, and those that it never got.
@@ -109,7 +115,7 @@ class Publishing:
         self.refresh()  # the guest may have come or gone meanwhile
         return forward
 
-    async def add_external(self, spec: ForwardSpec) -> Forward:
+    async def add_external(self, spec: ForwardSpec, asked_by: str | None = None) -> Forward:
         """Publishes ports of an external address of the uplink: all of the range, or none. Where the host's
         port is 0 a free one is chosen."""
         address = self._outside(spec)
@@ -118,6 +124,7 @@ class Publishing:
         self._next += count
         spec = replace(spec, host_ip=address)
         forward = Forward(self._ids.next("forward"), spec, tuple(spec.host_ports), numbers, self._close)
+        forward.asked_by = asked_by
         forward.target = self._target(forward)
         plane, chosen = self._control.plane, []
         try:
@@ -126,7 +133,12 @@ class Publishing:
                 for candidate in [port] if port else random.sample(_CHOSEN, _TRIES):
                     try:
                         await self._control.do(
-                            plane.add_uplink_forward, number, spec.protocol, (address, candidate), guest
+                            plane.add_uplink_forward,
+                            number,
+                            spec.protocol,
+                            (address, candidate),
+                            guest,
+                            opened_by_guest=asked_by is not None,
                         )
                     except PortInUse:
                         if port:

@@ -107,8 +107,6 @@ class Services:
             from guestnet.services.dns import DnsConfig, DnsServer
 
             config = self._config
-            # Asking other name servers would be a way out of a network that has none.
-            resolvers = () if config.mode is NetMode.HOST_ONLY else config.resolvers
             self._dns = DnsServer(
                 DnsConfig(
                     zone=config.zone,
@@ -116,7 +114,7 @@ class Services:
                     gateway=config.gateway,
                     subnet=config.subnet,
                     host=config.loopback_address,
-                    resolvers=resolvers,
+                    resolvers=config.resolvers,
                     directory=self._registry,
                 )
             )
@@ -175,6 +173,7 @@ class ServiceHost:
             dhcp.on_lease = self._leased
             dhcp.on_release = self._released
             await control.do(plane.add_service, _DHCP, "udp", gateway, DHCP_PORT)
+        self.mode_changed(self._config.mode)
         if self._config.dns:
             await control.do(plane.add_service, _DNS_UDP, "udp", gateway, DNS_PORT)
             await control.do(plane.add_service, _DNS_TCP, "tcp", gateway, DNS_PORT)
@@ -189,6 +188,14 @@ class ServiceHost:
             ports.check()
             pcp.start(ports)
             await control.do(plane.add_service, _PCP, "udp", gateway, PCP_PORT)
+
+    def mode_changed(self, mode: NetMode) -> None:
+        """The network has this mode from now on."""
+        if self._config.dns:
+            # Asking other name servers would be a way out of a network that has none.
+            self._services.dns.set_forwarding(mode is not NetMode.HOST_ONLY)
+        if self._dns is not None:
+            self._dns.name_servers_changed()
 
     async def close(self) -> None:
         """Ends what is served. The servers outlive it with their names and leases."""

@@ -17,7 +17,7 @@ import os
 import socket
 import weakref
 from collections.abc import Callable, Coroutine
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, Any
 
 from guestnet.control.channel import Control, Handlers
@@ -54,6 +54,7 @@ from guestnet.runtime.forward import Forward
 from guestnet.runtime.port_table import PortTable
 from guestnet.runtime.publishing import Publishing
 from guestnet.runtime.registry import Registry
+from guestnet.runtime.rules import Rules
 from guestnet.runtime.service_host import ServiceHost, Services
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def _make_plane(config: NatConfig, runtime: Runtime) -> _native.DataPlane:
         secret=os.urandom(32),
         mode=config.mode.value,
         host_loopback=config.loopback_address,
+        isolated=config.isolated,
         reserved=[(lease.ip, parse_mac(lease.mac)) for lease in config.static_leases],
         filtering=config.filtering.value,
         limits=dict(config.limits),
@@ -143,6 +145,7 @@ class Session:
         self._services = ServiceHost(
             parts.services, config, registry, control, self.publishing, self._ports, parts.emit
         )
+        self.rules = Rules(config, control, self._ports, self._services.mode_changed)
 
     # --- beginning and end ---
 
@@ -242,6 +245,7 @@ class Session:
         """A port, and what it is. Known before the worker is told, so that it can be removed meanwhile."""
         port = self._ports.number()
         self._ports.add(port, endpoint.id)
+        self.rules.port_added(endpoint.id)
         mac = None if self.registry.is_proposed(endpoint.id) else parse_mac(endpoint.mac)
         addresses = [] if self.config.mode is NetMode.BRIDGED else [endpoint.ip]
         return port, {"mac": mac, "addresses": addresses, "mtu": self.config.mtu}
@@ -469,7 +473,7 @@ class Session:
             _native.Failed: self._on_failed,
             _native.FlowOpened: self._on_flow_opened,
             _native.FlowClosed: self._on_flow_closed,
-            _native.Denied: self._on_denied,
+            _native.FlowDenied: self._on_flow_denied,
         }
 
     def _on_datagram(self, event: _native.Datagram) -> None:
@@ -505,6 +509,7 @@ class Session:
         del self._arrivals[port]
         self.registry.set_attachment(endpoint.id, listener.kind)
         self._ports.add(port, endpoint.id)
+        self.rules.port_added(endpoint.id)
         if self.config.mode is not NetMode.BRIDGED:
             self.control.ensure(self.control.plane.bind_address, port, endpoint.ip, mac)
         self.publishing.refresh()
@@ -568,12 +573,25 @@ class Session:
             bytes_in=event.bytes_in,
         )
 
-    def _on_denied(self, event: _native.Denied) -> None:
+    def _on_flow_denied(self, event: _native.FlowDenied) -> None:
         self.emit(
             FlowDenied,
             self._ports.endpoint(event.port),
+            direction=event.direction,
             protocol=event.proto,
             guest=event.guest,
             remote=event.remote,
+            name=self._name_of(event.remote[0]),
+            rule=event.rule,
             reason=event.reason,
+            unreported=event.unreported,
         )
+
+    def _name_of(self, address: IPv4Address | IPv6Address) -> str | None:
+        """The name of an address in the network's zone."""
+        if self.config.mode is NetMode.BRIDGED or not isinstance(address, IPv4Address):
+            return None
+        if address == self.config.loopback_address:
+            return f"host.{self.config.zone}"
+        name = self.registry.name_of(address)
+        return None if name is None else f"{name}.{self.config.zone}"

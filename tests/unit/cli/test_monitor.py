@@ -39,6 +39,7 @@ class Network:
 def denied(port: int, *, protocol: int = 6) -> FlowDenied:
     return FlowDenied(
         endpoint="vm1",
+        direction="outbound",
         protocol=protocol,
         guest=(IPv4Address("192.168.64.2"), 50000),
         remote=(IPv4Address("169.254.169.254"), port),

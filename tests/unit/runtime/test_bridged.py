@@ -16,6 +16,7 @@ from guestnet import ConfigError, NatConfig, NatNetwork, NetMode, UnsupportedErr
         ({"mode": "bridged", "bridge": "x" * 16}, "not the name"),
         ({"mode": "bridged", "bridge": 7}, "not the name"),
         ({"mode": "bridged", "bridge": "br0", "host_loopback": True}, "host_loopback"),
+        ({"mode": "bridged", "bridge": "br0", "isolated": True}, "isolated"),
         ({"mode": "bridged", "bridge": "br0", "uplink": "tun"}, "uplink"),
     ],
 )

@@ -153,7 +153,7 @@ async def test_a_port_of_the_uplink_that_was_not_published_is_taken_back() -> No
     registry = NatNetwork()._registry
     ensured: list[int] = []
 
-    async def do(_command: object, number: int, *_: object) -> None:
+    async def do(_command: object, number: int, *_: object, **_keywords: object) -> None:
         if number == 2:
             raise asyncio.CancelledError
 

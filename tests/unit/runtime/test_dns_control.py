@@ -320,3 +320,19 @@ def test_a_connection_that_asks_nothing_is_closed(network: NatNetwork) -> None:
     rude = guest.connect("192.168.64.1", 53)
     rude.send(b"\0\1x")
     assert rude.recv(1) == b""
+
+
+def test_host_only_asks_no_name_server_and_keeps_the_network_s_own_names(
+    network: NatNetwork, server: Server
+) -> None:
+    guest = guest_of(network, "vm1")
+    assert str(guest.resolve("outside.example")) == server.address
+    network.set_mode("host_only")
+    asked = server.asked
+    for name in ("outside.example", "other.example"):
+        with pytest.raises(GuestError):
+            guest.resolve(name)
+    assert str(guest.resolve("web.example")) == "192.0.2.7"
+    assert server.asked == asked
+    network.set_mode("nat")
+    assert str(guest.resolve("other.example")) == server.address

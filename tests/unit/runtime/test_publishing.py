@@ -22,7 +22,7 @@ async def test_a_refused_retarget_is_tried_again(caplog: pytest.LogCaptureFixtur
     asked: list[object] = []
     refusals: list[Callable[[GuestnetError], None]] = []
 
-    async def do(*_: object) -> None: ...
+    async def do(*_: object, **_keywords: object) -> None: ...
 
     def ensure(
         _command: object, _number: int, guest: object, *, refused: Callable[[GuestnetError], None]

@@ -2,7 +2,8 @@
 //! Every limit on what one guest can cost is a field of [`Limits`], so that tests can make it small.
 
 use crate::interface::effects::SockError;
-use crate::interface::types::{FlowId, NetMode, PortId};
+use crate::interface::types::{FlowId, Isolated, NetMode, PortId};
+use crate::policy::Entry;
 use guestnet_wire::ether::Mac;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -160,6 +161,8 @@ pub struct NetworkConfig {
     pub gateway6: Option<(Ipv6Addr, u8)>,
     /// The address that guests name the host's 127.0.0.1 by; `None` keeps the host's loopback out of reach.
     pub host_loopback: Option<IpAddr>,
+    /// Which guests open no flows to other guests.
+    pub isolated: Isolated,
     /// Addresses that are promised to a MAC (static leases): no other guest takes such an address, and none has
     /// such a MAC besides its own.
     pub reserved: BTreeMap<IpAddr, Mac>,
@@ -189,6 +192,7 @@ impl NetworkConfig {
             subnet4,
             gateway6: None,
             host_loopback: None,
+            isolated: Isolated::default(),
             reserved: BTreeMap::new(),
             limits: Limits::default(),
             timeouts: Timeouts::default(),
@@ -225,6 +229,16 @@ pub struct ForwardSpec {
     pub proto: u8,
     /// The guest's address and port.
     pub guest: SocketAddr,
+    /// Who opened the port.
+    pub entry: Entry,
+}
+
+impl ForwardSpec {
+    /// A port that the owner of the network published.
+    #[must_use]
+    pub fn published(proto: u8, guest: SocketAddr) -> ForwardSpec {
+        ForwardSpec { proto, guest, entry: Entry::Published }
+    }
 }
 
 /// An error that the host's kernel reported for a datagram or echo request (IP_RECVERR).

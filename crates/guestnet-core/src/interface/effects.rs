@@ -4,9 +4,11 @@
 
 use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, FrameMeta, IpFields, PortId, ServiceId, SockId, Target};
+use crate::policy::Direction;
 use guestnet_wire::ether::Mac;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Why a frame was not taken by a port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -147,19 +149,30 @@ pub enum Event {
         /// Bytes of payload to the guest.
         bytes_in: u64,
     },
-    /// A new flow was refused.
-    Denied {
-        /// The port of the guest.
-        port: PortId,
-        /// IP protocol.
-        proto: u8,
-        /// The guest's side.
-        guest: SocketAddr,
-        /// The other side.
-        remote: SocketAddr,
-        /// Why.
-        reason: DropReason,
-    },
+    /// A new flow was refused, or one was cut by a change of the rules. At most
+    /// [`crate::policy::denials::PER_SECOND`] a second for each guest.
+    FlowDenied(Box<FlowDenied>),
+}
+
+/// A refused flow.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FlowDenied {
+    /// The port of the guest; between guests, of the guest that opened the flow.
+    pub port: PortId,
+    /// Which way the flow goes.
+    pub direction: Direction,
+    /// IP protocol.
+    pub proto: u8,
+    /// The guest's side.
+    pub guest: SocketAddr,
+    /// The other side, as the guest names it.
+    pub remote: SocketAddr,
+    /// The label of the rule that decided; `None` where a limit was reached.
+    pub rule: Option<Arc<str>>,
+    /// Why.
+    pub reason: DropReason,
+    /// Denials of this guest that were not reported since the last one that was.
+    pub unreported: u32,
 }
 
 /// What the core can cause outside. See the module head for the rules of all calls.

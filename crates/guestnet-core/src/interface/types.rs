@@ -3,7 +3,9 @@
 
 use guestnet_wire::ether::Mac;
 pub use guestnet_wire::gso::{Csum, Gso};
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 /// A port of the switch: one Endpoint's attachment. Given by the caller, never reused within a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -121,4 +123,25 @@ pub enum NetMode {
     HostOnly,
     /// No gateway: guests are joined to the segment that the port with [`PortConfig::uplink`] leads to.
     Bridged,
+}
+
+/// Which guests open no flows to other guests. An isolated guest can still answer a guest that is not isolated.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Isolated {
+    /// Guests open flows to each other.
+    #[default]
+    Nobody,
+    /// Every guest is isolated but those on these ports. A guest that nothing is known of is isolated.
+    AllExcept(Arc<BTreeSet<PortId>>),
+}
+
+impl Isolated {
+    /// Returns true when the guest on the port is isolated.
+    #[must_use]
+    pub fn includes(&self, port: PortId) -> bool {
+        match self {
+            Isolated::Nobody => false,
+            Isolated::AllExcept(ports) => !ports.contains(&port),
+        }
+    }
 }

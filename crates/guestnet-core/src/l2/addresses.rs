@@ -118,7 +118,7 @@ impl Lan {
         if ip.is_ipv4() {
             self.report_address(now, slot, mac, ip, fx);
         }
-        self.resolved(ip, mac, fx);
+        self.resolved(ip, mac);
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 //!
 //! What goes in: frames of guests ([`Lan::receive`], [`Lan::receive_packet`]), frames and updates of other workers, commands of the control side
 //! (ports, addresses, services), and what the layers above send to guests ([`Lan::transmit`], [`Lan::deliver`],
-//! [`Lan::wait_flow`], [`Lan::wait_frame`]).
+//! [`Lan::probe`]).
 //!
 //! What comes out:
 //! - frames to ports, by [`Effects::transmit`] and [`Effects::forward_remote`];
@@ -19,18 +19,17 @@
 use crate::interface::config::{Limits, NetworkConfig};
 use crate::interface::effects::{Effects, TxError};
 use crate::interface::stats::{Counters, DropReason};
-use crate::interface::types::{FlowId, FrameMeta, NetMode, PortConfig, PortId, ServiceId, Time};
+use crate::interface::types::{FrameMeta, NetMode, PortConfig, PortId, ServiceId, Time};
 use crate::l2::frame_checks::largest_packet;
 use crate::shard::{PeerUpdate, Sharing};
 use crate::tables::addressing::Addressing;
 use crate::tables::mac::Macs;
-use crate::tables::neighbour::{Binding, Neighbours};
+use crate::tables::neighbour::{Binding, Neighbours, ProbeStep};
 use crate::tables::port::{Port, Ports};
 use crate::util::account::{count, count_bytes};
 use crate::util::siphash::SipKey;
 use guestnet_wire::ether::{self, Mac};
 use guestnet_wire::parse;
-use guestnet_wire::put;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -65,6 +64,11 @@ pub(crate) enum Verdict {
         /// Its offload requests.
         meta: FrameMeta,
     },
+    /// The IP packet is for several guests, to be flooded if the policy lets it pass. Only where [`Lan::set_asks`] is on.
+    Flood {
+        /// Its offload requests.
+        meta: FrameMeta,
+    },
     /// The packet is addressed to the gateway's MAC.
     Route,
     /// The packet was broadcast and is for this service (DHCP).
@@ -76,10 +80,10 @@ pub(crate) enum Verdict {
 pub(crate) enum Notice {
     /// The guest on a port sent an ARP request for the gateway by broadcast: it may have restarted.
     Restarted(u32),
-    /// These flows waited for the MAC of their guest, which is known now.
-    Resolved(Vec<FlowId>, Mac),
-    /// These flows waited for a guest that did not answer.
-    Unanswered(Vec<FlowId>),
+    /// The MAC of an address is known now, for which [`Lan::probe`] was called.
+    Resolved(IpAddr, Mac),
+    /// Nobody answered for such an address.
+    Unanswered(IpAddr),
 }
 
 /// See the module head.
@@ -93,6 +97,8 @@ pub(crate) struct Lan {
     pub(super) reserved: BTreeMap<IpAddr, Mac>,
     pub(super) reserved_macs: BTreeSet<Mac>,
     pub(super) addressing: Addressing,
+    /// Floods of IP packets are returned to the caller, who asks the policy about them.
+    pub(super) asks: bool,
     pub(super) ports: Ports,
     pub(super) macs: Macs,
     /// Stations of the segment that `macs` holds, in mode `bridged`.
@@ -119,16 +125,22 @@ impl Lan {
             reserved: config.reserved.clone(),
             reserved_macs: config.reserved.values().copied().collect(),
             addressing: Addressing::new(config),
+            asks: false,
             ports: Ports::default(),
             macs: Macs::new(key),
             stations: 0,
-            neighbours: Neighbours::new(key, config.limits.neighbour_waiting),
+            neighbours: Neighbours::new(key),
             sharing: None,
             base: Counters::default(),
             notices: VecDeque::new(),
             released: Vec::new(),
             limits: config.limits.clone(),
         }
+    }
+
+    /// Has IP packets for several guests returned ([`Verdict::Flood`]) instead of flooded, or flooded again.
+    pub fn set_asks(&mut self, on: bool) {
+        self.asks = on;
     }
 
     // ---- what others ask ----------------------------------------------------------------------------
@@ -244,7 +256,6 @@ impl Lan {
             (Some(worker), _) => self.count_remote(worker, false),
             (None, port) => self.announce(PeerUpdate::PortDown { port }),
         }
-        while self.neighbours.give_up_port(slot).is_some() {}
         self.neighbours.remove_port(slot);
         self.macs.remove_port(slot);
         if let Some(p) = self.ports.remove(slot) {
@@ -280,72 +291,29 @@ impl Lan {
         transmit(port, frame, meta, fx);
     }
 
-    // ---- what waits for a MAC -----------------------------------------------------------------------
+    // ---- addresses without a MAC --------------------------------------------------------------------
 
-    /// Has a flow wait until the guest with an address answers ARP; a [`Notice`] tells the outcome.
-    ///
-    /// # Errors
-    /// [`DropReason::RateLimit`] when too much waits already.
-    pub fn wait_flow<E: Effects>(
-        &mut self,
-        now: Time,
-        slot: u32,
-        ip: IpAddr,
-        flow: FlowId,
-        fx: &mut E,
-    ) -> Result<(), DropReason> {
-        let first = self.neighbours.wait_flow(now, slot, ip, flow).map_err(|()| DropReason::RateLimit)?;
+    /// Asks the guest on a port for the MAC of an address, for somebody who waits. A [`Notice`] tells the outcome, at the
+    /// returned time at the latest.
+    pub fn probe<E: Effects>(&mut self, now: Time, slot: u32, ip: IpAddr, fx: &mut E) -> Time {
+        let (first, until) = self.neighbours.probe(now, slot, ip);
         if first {
             self.request(now, slot, ip, fx);
         }
-        Ok(())
+        until
     }
 
-    /// Has a frame wait until the guest with an address answers ARP. It is sent with that guest's MAC, or counted as
-    /// dropped.
-    ///
-    /// # Errors
-    /// [`DropReason::RateLimit`] when too much waits already.
-    pub fn wait_frame<E: Effects>(
-        &mut self,
-        now: Time,
-        slot: u32,
-        ip: IpAddr,
-        frame: &[u8],
-        fx: &mut E,
-    ) -> Result<(), DropReason> {
-        let first = self.neighbours.wait_frame(now, slot, ip, frame).map_err(|()| DropReason::RateLimit)?;
-        if first {
-            self.request(now, slot, ip, fx);
-        }
-        Ok(())
-    }
-
-    /// An address was resolved: frames that waited for it are sent, flows get a notice.
-    pub(super) fn resolved<E: Effects>(&mut self, ip: IpAddr, mac: Mac, fx: &mut E) {
-        let Some(w) = self.neighbours.resolved(ip) else { return };
-        for mut frame in w.frames {
-            put(&mut frame, 0, &mac.0);
-            self.transmit(w.slot, &frame, FrameMeta::default(), fx);
-        }
-        if !w.flows.is_empty() {
-            self.notices.push_back(Notice::Resolved(w.flows, mac));
+    /// The MAC of an address is known.
+    pub(super) fn resolved(&mut self, ip: IpAddr, mac: Mac) {
+        if self.neighbours.end_probe(ip) {
+            self.notices.push_back(Notice::Resolved(ip, mac));
         }
     }
 
-    /// What waited for an address is given up.
+    /// Nobody will answer for an address.
     pub(super) fn give_up(&mut self, ip: IpAddr) {
-        if let Some(w) = self.neighbours.resolved(ip) {
-            self.unanswered(w.slot, w.flows, w.frames.len());
-        }
-    }
-
-    fn unanswered(&mut self, slot: u32, flows: Vec<FlowId>, frames: usize) {
-        for _ in 0..frames {
-            self.count_drop(slot, DropReason::NoEndpoint);
-        }
-        if !flows.is_empty() {
-            self.notices.push_back(Notice::Unanswered(flows));
+        if self.neighbours.end_probe(ip) {
+            self.notices.push_back(Notice::Unanswered(ip));
         }
     }
 
@@ -359,8 +327,8 @@ impl Lan {
     pub fn timers<E: Effects>(&mut self, now: Time, fx: &mut E) {
         while let Some(due) = self.neighbours.due(now) {
             match due {
-                Ok((slot, ip)) => self.request(now, slot, ip, fx),
-                Err(w) => self.unanswered(w.slot, w.flows, w.frames.len()),
+                ProbeStep::Request(slot, ip) => self.request(now, slot, ip, fx),
+                ProbeStep::Unanswered(ip) => self.notices.push_back(Notice::Unanswered(ip)),
             }
         }
     }

@@ -171,6 +171,7 @@ impl Lan {
         match if dst.is_multicast() { None } else { self.macs.get(dst) } {
             Some(to) if to == from.slot => Err(DropReason::NoEndpoint),
             Some(to) => Ok(Verdict::Forward { to, meta }),
+            None if self.asks => Ok(Verdict::Flood { meta }),
             None => self.flood(now, from.slot, frame, meta, fx).map(|()| Verdict::Done),
         }
     }
@@ -195,7 +196,7 @@ impl Lan {
     }
 
     /// Sends a frame of a port to all other ports, of other workers too.
-    fn flood<E: Effects>(
+    pub fn flood<E: Effects>(
         &mut self,
         now: Time,
         slot: u32,

@@ -2,7 +2,7 @@
 
 use crate::common::Mock;
 use crate::interface::stats::DropReason;
-use crate::interface::types::{FlowId, FrameMeta, PortConfig, PortId, ServiceId, Time};
+use crate::interface::types::{FrameMeta, PortConfig, PortId, ServiceId, Time};
 use crate::l2::lan::{Lan, Notice, Verdict};
 use crate::net::{
     A, B, GATEWAY, GATEWAY_MAC, Ip4, arp_frame, config, guest_addr, guest_ip, ip, mac, port_config,
@@ -102,27 +102,25 @@ fn a_broadcast_request_for_the_gateway_is_answered_and_noticed() {
 }
 
 #[test]
-fn what_waits_for_a_mac_is_sent_when_it_is_known_and_counted_when_it_is_not() {
+fn a_probe_of_an_address_ends_with_its_answer_or_after_three_requests() {
     let mut w = World::new();
     let (c, address) = (PortId(3), guest_ip(PortId(3)));
     w.lan.add_port(NOW, c, port_config());
     w.lan.bind_address(NOW, c, address.into(), None).unwrap();
-    let (slot, flow) = (w.slot(c), FlowId { index: 5, generation: 6 });
-    let wait = |w: &mut World| {
-        w.lan.wait_flow(NOW, slot, address.into(), flow, &mut w.fx).unwrap();
-        w.lan.wait_frame(NOW, slot, address.into(), &[0; 60], &mut w.fx).unwrap();
+    let slot = w.slot(c);
+    let probe = |w: &mut World| {
+        let ends = [0, 1].map(|_| w.lan.probe(NOW, slot, address.into(), &mut w.fx));
+        assert_eq!(ends, [NOW.plus_s(3); 2]);
         w.fx.take().len()
     };
-    assert_eq!(wait(&mut w), 1, "one request for both");
+    assert_eq!(probe(&mut w), 1, "one request for both");
     let reply = arp_frame(arp::REPLY, mac(c), address, GATEWAY_MAC, ip(GATEWAY));
     w.send(c, reply).unwrap();
-    let sent = w.fx.take();
-    assert_eq!((sent.len(), &sent[0].frame[..6]), (1, &mac(c).0[..]));
     let notice = w.lan.take_notice();
-    assert!(matches!(notice, Some(Notice::Resolved(f, m)) if f == [flow] && m == mac(c)));
+    assert!(matches!(notice, Some(Notice::Resolved(ip, m)) if ip == address && m == mac(c)));
 
     // The guest is gone: three requests, a second apart.
-    wait(&mut w);
+    probe(&mut w);
     let mut now = NOW;
     while let Some(at) = w.lan.next_timer() {
         assert!(at > now);
@@ -130,8 +128,8 @@ fn what_waits_for_a_mac_is_sent_when_it_is_known_and_counted_when_it_is_not() {
         w.lan.timers(now, &mut w.fx);
     }
     assert_eq!(w.fx.take().len(), 2);
-    assert!(matches!(w.lan.take_notice(), Some(Notice::Unanswered(f)) if f == [flow]));
-    assert_eq!(w.lan.port(slot).unwrap().counters.drops[DropReason::NoEndpoint as usize], 1);
+    assert_eq!(now, NOW.plus_s(3));
+    assert!(matches!(w.lan.take_notice(), Some(Notice::Unanswered(ip)) if ip == address));
 }
 
 #[test]

@@ -8,11 +8,11 @@
 //! - It hands datagrams for its services to the control side ([`Gateway::punt`]).
 //! - It tells guests by ICMP errors why a packet cannot go on ([`Gateway::icmp_error`]).
 //!
-//! What guests can cause here is limited for each port: ICMP errors and reports of refusals share one rate, datagrams to
-//! services have another.
+//! What guests can cause here is limited for each port: ICMP errors, reports of refused flows and datagrams to services
+//! have a rate each.
 
 use crate::interface::config::{Limits, NetworkConfig};
-use crate::interface::effects::{Effects, Event};
+use crate::interface::effects::{Effects, Event, FlowDenied};
 use crate::interface::stats::DropReason;
 use crate::interface::types::{Csum, FrameMeta, ServiceId, Time};
 use crate::l2::frame_checks::largest_packet;
@@ -20,6 +20,8 @@ use crate::l2::lan::{Link, Sender};
 use crate::l3::frame_builder::{FrameBuilder, header};
 use crate::l3::icmp_error::{ERROR_MAX, IcmpError, may_answer};
 use crate::l3::reassembly::{Outcome, Reassembly};
+use crate::policy::Direction;
+use crate::policy::denials::Denials;
 use crate::tables::per_port::PerPort;
 use crate::util::account::count;
 use crate::util::rate_limiter::RateLimiter;
@@ -29,6 +31,7 @@ use guestnet_wire::frame::IpHeader;
 use guestnet_wire::parse::{self, Fragment, Packet};
 use guestnet_wire::{gso, icmp, ipv4, proto, put};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
 
 /// Bytes of a datagram to a UDP service that count as one datagram.
 const COUNTED: usize = 1500;
@@ -48,7 +51,7 @@ pub(crate) struct Datagram<'a> {
 
 /// What is kept of each port.
 struct Rates {
-    /// ICMP errors to it, and reports of its refused flows.
+    /// ICMP errors to it.
     errors: RateLimiter,
     /// Its datagrams to UDP services.
     services: RateLimiter,
@@ -63,6 +66,7 @@ pub(crate) struct Gateway {
     /// The fragment that is being made of a routed packet.
     fragment: Vec<u8>,
     rates: PerPort<Rates>,
+    denials: Denials,
     limits: Limits,
     key: SipKey,
 }
@@ -83,6 +87,7 @@ impl Gateway {
             ),
             fragment: Vec::with_capacity(2048),
             rates: PerPort::default(),
+            denials: Denials::default(),
             key: SipKey::from_secret(&config.secret, 16),
             limits,
         }
@@ -97,6 +102,7 @@ impl Gateway {
     pub fn add_port(&mut self, now: Time, slot: u32, port: u32) {
         let id = self.key.hash(&[now.0, u64::from(port)]);
         self.frames.add_port(slot, id as u32);
+        self.denials.add_port(now, slot);
         self.rates.insert(
             slot,
             Rates {
@@ -111,6 +117,7 @@ impl Gateway {
         self.frames.remove_port(slot);
         self.reassembly.remove_port(slot);
         self.rates.remove(slot);
+        self.denials.remove_port(slot);
     }
 
     /// The gateway's MAC.
@@ -304,7 +311,7 @@ impl Gateway {
     ) -> bool {
         let Sender { slot, mac } = to;
         let Some(mtu) = link.lan.port(slot).map(|p| p.config.mtu) else { return false };
-        if !self.may_report(link.now, slot) {
+        if !self.may_send_error(link.now, slot) {
             link.lan.count_drop(slot, DropReason::RateLimit);
             return false;
         }
@@ -365,13 +372,13 @@ impl Gateway {
         self.rates.get_mut(slot).map(|r| &mut r.services)
     }
 
-    /// Takes one from a port's rate of ICMP errors and reports; false when there is none left.
-    pub fn may_report(&mut self, now: Time, slot: u32) -> bool {
+    /// Takes one from a port's rate of ICMP errors; false when there is none left.
+    pub fn may_send_error(&mut self, now: Time, slot: u32) -> bool {
         self.rates.get_mut(slot).is_some_and(|r| r.errors.allow(now))
     }
 
     /// Refuses a packet that would have opened a flow, and returns `why`. The guest gets an ICMP error and the control
-    /// side an event, both within the port's rate.
+    /// side an event, each within the port's rate.
     pub fn refuse<E: Effects>(
         &mut self,
         link: &mut Link<'_, E>,
@@ -381,28 +388,44 @@ impl Gateway {
         why: DropReason,
         error: IcmpError,
     ) -> DropReason {
-        if self.icmp_error(link, from, frame, p, error) {
-            let guest = SocketAddr::new(p.src, p.src_port);
-            report_denied(link, from.slot, p.proto, guest, SocketAddr::new(p.dst, p.dst_port), why);
-        }
+        self.icmp_error(link, from, frame, p, error);
+        let (guest, remote) = (SocketAddr::new(p.src, p.src_port), SocketAddr::new(p.dst, p.dst_port));
+        let refused = Refusal { direction: Direction::Outbound, proto: p.proto, guest, remote };
+        self.report_denied(link, from.slot, refused, None, why);
         why
+    }
+
+    /// Reports a refused flow to the control side, within the rate of its guest. `rule` is the label of the rule that
+    /// decided; `None` where a limit was reached.
+    pub fn report_denied<E: Effects>(
+        &mut self,
+        link: &mut Link<'_, E>,
+        slot: u32,
+        refused: Refusal,
+        rule: Option<Arc<str>>,
+        reason: DropReason,
+    ) {
+        let Some((port, _, counters)) = link.lan.port_and_counters(slot) else { return };
+        let Some(unreported) = self.denials.count(link.now, slot) else { return };
+        let Refusal { direction, proto, guest, remote } = refused;
+        let denied = FlowDenied { port, direction, proto, guest, remote, rule, reason, unreported };
+        if !link.fx.event(Event::FlowDenied(Box::new(denied))) {
+            counters.drop(DropReason::EventRingFull);
+        }
     }
 }
 
-/// Reports a refused flow to the control side.
-pub(crate) fn report_denied<E: Effects>(
-    link: &mut Link<'_, E>,
-    slot: u32,
-    proto: u8,
-    guest: SocketAddr,
-    remote: SocketAddr,
-    reason: DropReason,
-) {
-    if let Some((port, _, counters)) = link.lan.port_and_counters(slot)
-        && !link.fx.event(Event::Denied { port, proto, guest, remote, reason })
-    {
-        counters.drop(DropReason::EventRingFull);
-    }
+/// A flow that was refused.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Refusal {
+    /// Which way it goes.
+    pub direction: Direction,
+    /// IP protocol.
+    pub proto: u8,
+    /// The guest's side.
+    pub guest: SocketAddr,
+    /// The other side, as the guest names it.
+    pub remote: SocketAddr,
 }
 
 fn cost(payload: &[u8]) -> usize {

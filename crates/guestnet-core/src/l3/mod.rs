@@ -8,5 +8,6 @@ pub(crate) mod frame_builder;
 pub(crate) mod gateway;
 pub(crate) mod icmp_error;
 mod reassembly;
+mod tcp_reset;
 #[cfg(test)]
 mod tests;

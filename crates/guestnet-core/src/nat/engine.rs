@@ -9,12 +9,12 @@ use crate::nat::packet::output::Output;
 use crate::nat::packet::{self, End, Kind, View};
 use crate::nat::stats::{ConnTrackStats, Connection, NatStats};
 use crate::nat::table::Table;
-use crate::nat::table::records::{HAIRPIN, Key, Session};
+use crate::nat::table::records::{HAIRPIN, Key, NO_MAPPING, Session};
 use crate::nat::table::state::{ConnState, TICK_BITS, TICKS_MOST, Timers};
 use crate::nat::{NatDirection, NatResult};
 use guestnet_wire::{icmp, proto, tcp};
 use std::collections::VecDeque;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddrV4};
 
 /// An inbound SYN that nobody asked for, until its time is over (RFC 5382 REQ-4).
 pub(super) struct UnsolicitedSyn {
@@ -64,7 +64,21 @@ pub struct NatEngine {
     pub(super) unsolicited: VecDeque<UnsolicitedSyn>,
     pub(super) gateway: u32,
     pub(super) next_id: u16,
+    pub(super) admission: Admission,
+    /// The mapping of the last packet from outside that was asked about.
+    pub(super) entered: u32,
     pub(super) stats: NatStats,
+}
+
+/// Whether packets that belong to no session are let in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Admission {
+    /// Whatever the configuration allows.
+    Open,
+    /// None, the caller is asked first ([`NatResult::New`]).
+    Asks,
+    /// The packet at hand is let in: the caller has been asked.
+    Admitted,
 }
 
 impl NatEngine {
@@ -87,6 +101,8 @@ impl NatEngine {
             unsolicited: VecDeque::new(),
             gateway: config.gateway_address(),
             next_id,
+            admission: Admission::Open,
+            entered: u32::MAX,
             stats: NatStats::default(),
             config,
         })
@@ -151,6 +167,32 @@ impl NatEngine {
         }
     }
 
+    /// Has the engine report packets that belong to no session ([`NatResult::New`]) instead of letting them in.
+    pub fn ask_before_sessions(&mut self) {
+        self.admission = Admission::Asks;
+    }
+
+    /// Lets the next packets in although they belong to no session, until [`NatEngine::ask_before_sessions`].
+    pub fn admit_next(&mut self) {
+        self.admission = Admission::Admitted;
+    }
+
+    /// After [`NatResult::New`] for a packet from outside: the guest's end of the mapping that it would enter through.
+    #[must_use]
+    pub fn entered(&self) -> SocketAddrV4 {
+        let m = self.table.mappings.get(self.entered).copied().unwrap_or(NO_MAPPING);
+        SocketAddrV4::new(Ipv4Addr::from(m.int_ip), m.int_port)
+    }
+
+    /// Ends a connection; false when there is none with this number.
+    pub fn end_connection(&mut self, id: u32) -> bool {
+        let live = self.table.sessions.get(id).is_some_and(|s| s.proto != 0);
+        if live {
+            self.table.remove_session(id, self.tick);
+        }
+        live
+    }
+
     pub(super) fn translate_now(&mut self, p: &mut [u8], direction: NatDirection) -> NatResult {
         if p.first().is_some_and(|b| b >> 4 == 6) {
             self.count(NatResult::PassThrough, direction);
@@ -193,6 +235,7 @@ impl NatEngine {
             NatResult::Held => s.held += 1,
             NatResult::TooBig(_) => s.too_big += 1,
             NatResult::Dropped(why) => s.drop(why),
+            NatResult::New => {}
         }
     }
 

@@ -4,7 +4,7 @@
 //! has UDP to a published port, whose answers must leave from that very port.
 
 use crate::interface::stats::DropReason;
-use crate::nat::engine::{MAX_UNSOLICITED, NatEngine, UnsolicitedSyn};
+use crate::nat::engine::{Admission, MAX_UNSOLICITED, NatEngine, UnsolicitedSyn};
 use crate::nat::packet::fragments::Rule;
 use crate::nat::packet::{self, End, Kind, View};
 use crate::nat::table::records::{Key, deltas};
@@ -24,12 +24,19 @@ impl NatEngine {
         if known.is_none() && !self.table.is_external(v.dst) {
             return NatResult::PassThrough;
         }
-        if known.is_none() && self.may_enter(&k, v).is_err() {
+        if known.is_none() {
             // Looked at before TTL and size, so that a port that is closed answers nothing.
-            let why = self.may_enter(&k, v).err().unwrap_or(DropReason::NoFlow);
-            self.note_unsolicited(p, v, &k);
-            self.stats.misses += 1;
-            return NatResult::Dropped(why);
+            match self.may_enter(&k, v) {
+                Ok(mapping) => self.entered = mapping,
+                Err(why) => {
+                    self.note_unsolicited(p, v, &k);
+                    self.stats.misses += 1;
+                    return NatResult::Dropped(why);
+                }
+            }
+            if self.admission == Admission::Asks {
+                return NatResult::New;
+            }
         }
         if let Some(result) = self.blocked(p, v, NatDirection::Inbound, NatDirection::Inbound) {
             return result;

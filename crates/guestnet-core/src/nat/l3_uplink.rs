@@ -7,23 +7,27 @@
 //! stands for several stays whole.
 
 use crate::context::Context;
-use crate::interface::config::{Filtering, FlowInfo, NetworkConfig};
+use crate::interface::config::{Filtering, FlowInfo, ForwardSpec, NetworkConfig};
 use crate::interface::effects::{Effects, Event, TxError};
 use crate::interface::stats::DropReason;
-use crate::interface::types::{Csum, FlowId, ForwardId, FrameMeta, Time};
+use crate::interface::types::{Csum, FlowId, ForwardId, FrameMeta, PortId, Time};
 use crate::l2::frame_checks::{check_offload, largest_packet};
 use crate::l2::lan::{Lan, Sender};
 use crate::l3::icmp_error::IcmpError;
+use crate::nat::cut_connections::{self, CutConnections};
 use crate::nat::packet::View;
 use crate::nat::{
-    Behaviour, ConnTrackStats, ForwardError, NatConfigError, NatDirection, NatEngine, NatEngineConfig,
-    NatEvent, NatResult, NatStats, Prefix, Refusal,
+    Behaviour, ConnTrackStats, Connection, ForwardError, NatConfigError, NatDirection, NatEngine,
+    NatEngineConfig, NatEvent, NatResult, NatStats, Prefix, Refusal,
 };
-use crate::policy::never_a_destination;
+use crate::policy::pending::Held;
+use crate::policy::sweep::Budget;
+use crate::policy::{Direction, Entry, Generation, Request, Verdict, is_special};
 use crate::tables::addressing::Addressing;
 use crate::tables::per_port::PerPort;
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::parse::{self, Packet};
+use guestnet_wire::tcp::Tcp;
 use guestnet_wire::{be32, checksum, gso, icmp, proto, put};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
@@ -40,6 +44,8 @@ struct Opened {
     /// Slot of the guest's port; none when there is no such guest.
     slot: Option<u32>,
     generation: u32,
+    /// The rules that admitted it.
+    admitted: Generation,
     at: Time,
     inbound: bool,
 }
@@ -48,6 +54,7 @@ struct Opened {
 struct Published {
     proto: u8,
     external: SocketAddrV4,
+    entry: Entry,
 }
 
 /// See the module head.
@@ -62,6 +69,8 @@ pub(crate) struct L3Uplink {
     left: Vec<Ipv4Addr>,
     /// Connections of each port.
     translated: PerPort<u32>,
+    /// Connections that a change of the rules has cut.
+    cut: CutConnections,
     /// The packet of the engine that is being sent.
     frame: Vec<u8>,
 }
@@ -98,6 +107,7 @@ impl L3Uplink {
         config.secret = network.secret;
         let mut engine = NatEngine::new(config)?;
         engine.record_events();
+        engine.ask_before_sessions();
         Ok(L3Uplink {
             gateway: network.gateway4,
             engine,
@@ -107,6 +117,7 @@ impl L3Uplink {
             published: BTreeMap::new(),
             left: Vec::new(),
             translated: PerPort::default(),
+            cut: CutConnections::default(),
             frame: Vec::new(),
         })
     }
@@ -145,15 +156,15 @@ impl L3Uplink {
     pub(crate) fn add_forward(
         &mut self,
         id: ForwardId,
-        proto: u8,
         external: SocketAddrV4,
-        guest: SocketAddr,
+        spec: ForwardSpec,
     ) -> Result<(), ForwardError> {
+        let ForwardSpec { proto, guest, entry } = spec;
         if self.published.contains_key(&id.0) {
             return Err(ForwardError::Exists(id.0));
         }
         self.engine.add_forward(proto, external, internal_end(self.gateway, guest)?)?;
-        self.published.insert(id.0, Published { proto, external });
+        self.published.insert(id.0, Published { proto, external, entry });
         Ok(())
     }
 
@@ -218,7 +229,11 @@ impl L3Uplink {
         p: &Packet,
         meta: FrameMeta,
     ) -> Result<(), DropReason> {
-        cx.outbound(from, frame, p, SocketAddr::new(p.dst, p.dst_port))?;
+        if p.fragment.is_some_and(|f| f.offset != 0) {
+            // It waits for the first of its packet, if that is on its way.
+            cx.outbound(from, frame, p, SocketAddr::new(p.dst, 0))?;
+        }
+        cx.gateway.check_ttl(&mut cx.link, from, frame, p)?;
         let mut meta = cx.link.lan.offload_of(from.slot, frame, p, meta);
         let large = large(p, meta);
         let now = cx.link.now;
@@ -238,14 +253,16 @@ impl L3Uplink {
             return Err(DropReason::Oversized);
         }
         let frame = frame.get_mut(..end).ok_or(DropReason::Truncated)?;
-        match self.translate(
-            now,
-            frame,
-            (p, view.as_ref().map_err(|why| *why)),
-            &mut meta,
-            too_big,
-            NatDirection::Outbound,
-        ) {
+        let read = (p, view.as_ref().map_err(|why| *why));
+        let mut result = self.translate(now, frame, read, &mut meta, too_big, NatDirection::Outbound);
+        if result == NatResult::New {
+            cx.outbound(from, frame, p, SocketAddr::new(p.dst, p.dst_port))?;
+            self.engine.admit_next();
+            result = self.translate(now, frame, read, &mut meta, too_big, NatDirection::Outbound);
+            self.engine.ask_before_sessions();
+        }
+        match result {
+            NatResult::New => Err(DropReason::Policy),
             NatResult::Translated => cx.link.fx.uplink(frame, meta).map_err(|e| match e {
                 TxError::Full => DropReason::PortFull,
                 TxError::Gone => DropReason::HostError,
@@ -280,7 +297,7 @@ impl L3Uplink {
             return Err(DropReason::UnsupportedProtocol);
         }
         // Nobody outside speaks for a guest, for the gateway or for the host's loopback.
-        if never_a_destination(p.src) || cx.link.lan.addressing().subnet().contains(p.src) {
+        if is_special(p.src) || cx.link.lan.addressing().subnet().contains(p.src) {
             return Err(DropReason::SpoofedSource);
         }
         check_offload(frame, &p, meta)?;
@@ -295,19 +312,121 @@ impl L3Uplink {
         }
         let too_big = large.is_none() && end - p.l3 > mtu;
         let frame = frame.get_mut(..end).ok_or(DropReason::Truncated)?;
-        match self.translate(
-            now,
-            frame,
-            (&p, view.as_ref().map_err(|why| *why)),
-            &mut meta,
-            too_big,
-            NatDirection::Inbound,
-        ) {
+        let read = (&p, view.as_ref().map_err(|why| *why));
+        let mut result = self.translate(now, frame, read, &mut meta, too_big, NatDirection::Inbound);
+        if result == NatResult::New {
+            self.inbound(cx, &p)?;
+            self.engine.admit_next();
+            result = self.translate(now, frame, read, &mut meta, too_big, NatDirection::Inbound);
+            self.engine.ask_before_sessions();
+        }
+        match result {
+            NatResult::New => Err(DropReason::Policy),
             NatResult::Translated | NatResult::Hairpinned => deliver(cx, frame, meta),
             NatResult::Held | NatResult::Fragmented => Ok(()),
             NatResult::PassThrough => Err(DropReason::BadDestination),
             NatResult::TooBig(_) => Err(DropReason::Oversized),
-            NatResult::Dropped(why) => Err(why),
+            NatResult::Dropped(why) => {
+                self.answer_cut(cx, frame, &p);
+                Err(why)
+            }
+        }
+    }
+
+    /// Asks the policy about a packet from outside that belongs to no session. One that is for no guest is not asked
+    /// about: it ends at the gateway.
+    fn inbound<E: Effects>(&self, cx: &mut Context<'_, E>, p: &Packet) -> Result<(), DropReason> {
+        let guest = self.engine.entered();
+        let slot = cx.link.lan.neighbour(IpAddr::V4(*guest.ip())).ok_or(DropReason::NoEndpoint)?.slot;
+        let entry = match end_of(p.dst, p.dst_port) {
+            Some(external) => self.entry(p.proto, external),
+            None => Entry::Mapping,
+        };
+        let client = SocketAddr::new(p.src, p.src_port);
+        match cx.judge_inbound(entry, p.proto, client, guest.into(), slot) {
+            Verdict::Allow { .. } => Ok(()),
+            Verdict::Deny { reason, .. } => Err(reason),
+            Verdict::Defer { .. } => Err(DropReason::Policy),
+        }
+    }
+
+    /// How packets to an external address and port come in.
+    fn entry(&self, proto: u8, external: SocketAddrV4) -> Entry {
+        let published = self.published.values().find(|p| (p.proto, p.external) == (proto, external));
+        published.map_or(Entry::Mapping, |p| p.entry)
+    }
+
+    /// Resets the outside's end of a connection that was cut.
+    fn answer_cut<E: Effects>(&self, cx: &mut Context<'_, E>, frame: &[u8], p: &Packet) {
+        let (Some(remote), Some(external)) = (end_of(p.src, p.src_port), end_of(p.dst, p.dst_port)) else {
+            return;
+        };
+        if p.proto == proto::TCP
+            && self.cut.contains(cx.link.now, external, remote)
+            && let Ok(segment) = Tcp::parse(frame.get(p.l4..p.end).unwrap_or(&[]))
+            && let Some(reset) = cut_connections::reset(remote, external, &segment)
+        {
+            // Best effort: the outside sends again.
+            let _sent = cx.link.fx.uplink(&reset, FrameMeta::default());
+        }
+    }
+
+    // ---- changes of the rules -----------------------------------------------------------------------
+
+    /// Judges connections again, from number `at` on. Returns where to go on, or `None` at the end.
+    pub(crate) fn judge_again<E: Effects>(
+        &mut self,
+        cx: &mut Context<'_, E>,
+        at: u32,
+        budget: &mut Budget,
+    ) -> Option<u32> {
+        let now_in_force = cx.policy.generation();
+        let mut next = None;
+        for id in at..self.opened.len() as u32 {
+            if !budget.visit() {
+                next = Some(id);
+                break;
+            }
+            let Some(o) = self.opened.get(id as usize).filter(|o| o.admitted != now_in_force) else {
+                continue;
+            };
+            let (slot, inbound) = (o.slot, o.inbound);
+            let Some(c) = self.engine.connection(id) else { continue };
+            let port = slot.and_then(|s| cx.link.lan.port(s)).map_or(PortId(u32::MAX), |p| p.id);
+            let (guest, remote) = (SocketAddr::from(c.internal), SocketAddr::from(c.remote));
+            let (direction, source, destination) = match inbound {
+                true => (Direction::Inbound(self.entry(c.proto, c.external)), remote, guest),
+                false => (Direction::Outbound, guest, remote),
+            };
+            let request = Request { direction, endpoint: port, protocol: c.proto, source, destination };
+            match cx.policy.judge(&request) {
+                Verdict::Allow { .. } | Verdict::Defer { .. } => {
+                    if let Some(o) = self.opened.get_mut(id as usize) {
+                        o.admitted = now_in_force;
+                    }
+                }
+                Verdict::Deny { reason, rule } => {
+                    if let Some(slot) = slot {
+                        cx.report(slot, &request, reason, rule);
+                    }
+                    self.cut(cx, id, &c);
+                    budget.cut();
+                }
+            }
+        }
+        self.after(cx);
+        next
+    }
+
+    fn cut<E: Effects>(&mut self, cx: &mut Context<'_, E>, id: u32, c: &Connection) {
+        self.engine.end_connection(id);
+        if c.proto == proto::TCP {
+            self.cut.add(cx.link.now, c.external, c.remote);
+            // Best effort: an end that does not get the probe is reset when it sends.
+            let _sent =
+                cx.link.fx.uplink(&cut_connections::probe(c.external, c.remote), FrameMeta::default());
+            let mut frame = cut_connections::probe(c.remote, c.internal);
+            let _delivered = deliver(cx, &mut frame, FrameMeta::default());
         }
     }
 
@@ -357,7 +476,8 @@ impl L3Uplink {
         let Some(c) = self.engine.connection(id) else { return };
         let slot = cx.link.lan.neighbour(IpAddr::V4(*c.internal.ip())).map(|b| b.slot);
         self.generation = self.generation.wrapping_add(1);
-        let opened = Opened { slot, generation: self.generation, at: cx.link.now, inbound };
+        let admitted = cx.policy.generation();
+        let opened = Opened { slot, generation: self.generation, admitted, at: cx.link.now, inbound };
         if self.opened.len() <= id as usize {
             self.opened.resize(id as usize + 1, Opened::default());
         }
@@ -512,6 +632,14 @@ fn large(p: &Packet, meta: FrameMeta) -> Option<u16> {
     Some(largest_packet(p, meta).min(0xffff) as u16)
 }
 
+/// One end of a packet's connection.
+fn end_of(ip: IpAddr, port: u16) -> Option<SocketAddrV4> {
+    match ip {
+        IpAddr::V4(ip) => Some(SocketAddrV4::new(ip, port)),
+        IpAddr::V6(_) => None,
+    }
+}
+
 /// Where a published port leads. Without a guest (an unspecified address) it leads to the gateway, which takes no
 /// packet of it.
 fn internal_end(gateway: Ipv4Addr, guest: SocketAddr) -> Result<SocketAddrV4, ForwardError> {
@@ -540,7 +668,7 @@ fn deliver<E: Effects>(cx: &mut Context<'_, E>, frame: &mut [u8], meta: FrameMet
     if let Csum::Partial { start, offset } = meta.csum {
         gso::complete_checksum(frame, start, offset)?;
     }
-    cx.link.lan.wait_frame(cx.link.now, slot, ip, frame, cx.link.fx)
+    cx.await_neighbour(slot, ip, Held::Frame((&*frame).into())).map(drop)
 }
 
 #[cfg(test)]

@@ -5,12 +5,14 @@
 //! - [`outbound`] and [`inbound`] translate one packet; [`batch`] is the fast path for groups of packets.
 //! - [`packet`] reads and rewrites headers, ICMP errors and fragments, and queues the packets that the engine sends
 //!   itself (ICMP errors and fragments).
+//! - [`cut_connections`] has what is left of connections that a change of the rules has cut.
 //! - [`l3_uplink`] joins an engine to a network whose uplink is a TUN device.
 //!
 //! IPv6 packets pass unchanged.
 
 mod batch;
 mod config;
+mod cut_connections;
 mod engine;
 mod events;
 mod expiry;

@@ -4,7 +4,7 @@
 
 use crate::interface::stats::DropReason;
 use crate::nat::config::unicast;
-use crate::nat::engine::NatEngine;
+use crate::nat::engine::{Admission, NatEngine};
 use crate::nat::packet::fragments::{Fate, Rule, SetKey};
 use crate::nat::packet::{self, End, Kind, View};
 use crate::nat::table::records::{HAIRPIN, Key, deltas};
@@ -21,10 +21,13 @@ impl NatEngine {
         let k = v.out_key();
         let found = self.table.find_out(&k);
         let known = self.alive(found);
-        if known.is_none()
-            && let Some(result) = self.unfit(p, v)
-        {
-            return result;
+        if known.is_none() {
+            if self.admission == Admission::Asks {
+                return NatResult::New;
+            }
+            if let Some(result) = self.unfit(p, v) {
+                return result;
+            }
         }
         let turned = match known.and_then(|id| self.table.sessions.get(id)) {
             Some(s) => s.links.spare & HAIRPIN != 0,

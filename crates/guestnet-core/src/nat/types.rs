@@ -33,6 +33,10 @@ pub enum NatResult {
     TooBig(u16),
     /// Refused for this reason; unchanged. Do not send it.
     Dropped(DropReason),
+    /// It belongs to no session, and the engine was told to ask
+    /// ([`NatEngine::ask_before_sessions`](crate::nat::NatEngine::ask_before_sessions)); unchanged and not counted.
+    /// Translate it again after [`NatEngine::admit_next`](crate::nat::NatEngine::admit_next), or do not send it.
+    New,
 }
 
 impl NatDirection {

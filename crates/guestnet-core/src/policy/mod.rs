@@ -1,225 +1,151 @@
-//! Theory of operation: where a packet of a guest may go, decided once per flow before any socket is opened.
-//! Addresses that can never be a destination come first, then what belongs to the Network itself, then the
-//! mode. Ordered CIDR rules will slot in after the mode: [`Policy::outbound`] already sees protocol, address
-//! and port, and answers with the address that is dialled in truth, which is what rules must judge.
+//! Theory of operation: [`Policy`] decides whether a flow may be opened. It is asked once, with a [`Request`] for the
+//! flow's first packet: for flows to the outside (relayed or translated), for flows from the outside and for flows
+//! between guests. The packets that follow do not ask.
+//!
+//! - [`rule`] has the rules: an ordered list, of which the first that matches decides.
+//! - [`verdict`] has the question and the answer.
+//! - [`admission`] has the questions that callers ask.
+//! - [`pending`] keeps flows that have to wait before they can be opened.
+//! - [`conversations`] remembers what guests say to each other, where rules ask about that.
+//! - [`denials`] limits how many refused flows are reported.
+//! - [`special`] says which addresses mean something by themselves.
+//!
+//! A flow carries the [`Generation`] of the rules that admitted it. When the rules change, flows of an older
+//! generation are judged again, a few at a time ([`sweep`]), and those that are no longer allowed are cut.
+
+mod admission;
+pub mod conversations;
+pub mod denials;
+pub mod pending;
+pub mod rule;
+pub mod special;
+pub mod sweep;
+pub mod verdict;
 
 use crate::interface::config::NetworkConfig;
-use crate::interface::stats::DropReason;
+pub use crate::interface::types::Isolated;
 use crate::interface::types::NetMode;
 use crate::tables::addressing::Subnet;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use crate::util::siphash::SipKey;
+use conversations::Conversations;
+use pending::PendingFlows;
+pub use rule::{RuleSet, Settings};
+pub use special::is_special;
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+use sweep::Sweep;
+pub use verdict::{Direction, Entry, Generation, Request, RuleId, Ticket, Verdict};
 
-/// The rules of one Network.
+/// The policy of a network: its rules and what addresses mean to its guests.
 pub struct Policy {
-    mode: NetMode,
-    host_loopback: Option<IpAddr>,
-    gateway4: Ipv4Addr,
+    settings: Settings,
+    rules: RuleSet,
+    generation: Generation,
     subnet: Subnet,
+    gateway4: Ipv4Addr,
+    /// Flows that wait before they are opened.
+    pub(crate) pending: PendingFlows,
+    /// What guests say to each other.
+    pub(crate) conversations: Conversations,
+    /// The sweep that a change of the rules began, while it goes on.
+    pub(crate) sweep: Option<Sweep>,
+    /// How many flows the last sweep has cut, until that is asked for.
+    cut: Option<u64>,
 }
 
 impl Policy {
-    /// Takes them from the configuration.
+    /// The policy that a configuration describes.
     #[must_use]
     pub fn new(c: &NetworkConfig) -> Policy {
+        let settings =
+            Settings { mode: c.mode, host_loopback: c.host_loopback, isolated: c.isolated.clone() };
+        let subnet = Subnet::new(c.subnet4.0, c.subnet4.1);
         Policy {
-            mode: c.mode,
-            host_loopback: c.host_loopback,
+            rules: RuleSet::built_in(&settings, subnet),
+            settings,
+            generation: Generation::default(),
+            subnet,
             gateway4: c.gateway4,
-            subnet: Subnet::new(c.subnet4.0, c.subnet4.1),
+            pending: PendingFlows::new(c.limits.neighbour_waiting),
+            conversations: Conversations::new(SipKey::from_secret(&c.secret, 0)),
+            sweep: None,
+            cut: None,
         }
     }
 
-    /// Where a new flow to `remote` goes in truth.
-    ///
-    /// # Errors
-    /// The reason why it goes nowhere: [`DropReason::BadDestination`], [`DropReason::NoEndpoint`] for an address of the
-    /// subnet that is not to be reached through the gateway, [`DropReason::Policy`].
-    pub fn outbound(&self, _proto: u8, remote: SocketAddr) -> Result<SocketAddr, DropReason> {
-        let ip = remote.ip();
-        if never_a_destination(ip) || self.subnet.is_broadcast(ip) {
-            return Err(DropReason::BadDestination);
-        }
-        let mapped = self.host_loopback == Some(ip);
-        if !mapped && self.subnet.contains(ip) {
-            return Err(DropReason::NoEndpoint);
-        }
-        if self.mode == NetMode::HostOnly {
-            return Err(DropReason::Policy);
-        }
-        if mapped {
-            return Ok(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), remote.port()));
-        }
-        Ok(remote)
+    /// Decides about a flow.
+    #[inline]
+    #[must_use]
+    pub fn judge(&self, request: &Request) -> Verdict {
+        self.rules.judge(request)
     }
 
-    /// What the guest calls an address outside that sent something on a flow of its own: the reverse of
-    /// [`Policy::outbound`]. `None` for addresses that no guest is to see.
+    /// Returns true when no flow between guests can be denied, so that nobody has to ask about one.
+    #[inline]
+    #[must_use]
+    pub fn guests_pass(&self) -> bool {
+        self.rules.guests_pass()
+    }
+
+    /// The generation of the rules in force.
+    #[inline]
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    /// The settings that the rules in force are made from.
+    #[must_use]
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The label of a rule in force.
+    #[must_use]
+    pub fn label(&self, rule: RuleId) -> Arc<str> {
+        self.rules.label(rule)
+    }
+
+    /// Puts other rules in force and begins a sweep: flows that older rules admitted are judged again.
+    pub fn change(&mut self, mode: NetMode, isolated: Isolated) {
+        (self.settings.mode, self.settings.isolated) = (mode, isolated);
+        self.rules = RuleSet::built_in(&self.settings, self.subnet);
+        self.generation = self.generation.next();
+        let unfinished = self.sweep.map_or(0, |s| s.cut);
+        self.sweep = Some(Sweep::new(unfinished + self.cut.take().unwrap_or(0)));
+    }
+
+    /// Ends the sweep.
+    pub(crate) fn finish_sweep(&mut self) {
+        self.cut = self.sweep.take().map(|s| s.cut);
+    }
+
+    /// Takes how many flows the last change of the rules has cut. `None` while that is not known, and when it was taken.
+    pub fn take_cut(&mut self) -> Option<u64> {
+        self.cut.take()
+    }
+
+    /// The address by which a guest knows an outside address that sent something on a flow of the guest: the
+    /// reverse of the target of [`Verdict::Allow`]. `None` for addresses that no guest is to see.
     #[must_use]
     pub fn name_of(&self, outside: IpAddr) -> Option<IpAddr> {
         match outside {
-            IpAddr::V4(a) if a.is_loopback() => self.host_loopback,
-            other if never_a_destination(other) || self.subnet.contains(other) => None,
+            IpAddr::V4(a) if a.is_loopback() => self.settings.host_loopback,
+            other if is_special(other) || self.subnet.contains(other) => None,
             other => Some(other),
         }
     }
 
-    /// What the guest is to see as the address of a client that came through a Forward: its own, or the
-    /// gateway's when its own means something else to the guest (loopback, the subnet, another family).
+    /// The address by which a guest knows a client that came through a published port: the client's own, or the
+    /// gateway's where the client's means something else to the guest (loopback, the subnet, another family).
     #[must_use]
     pub fn client_name(&self, client: IpAddr) -> IpAddr {
         match client.to_canonical() {
-            ip @ IpAddr::V4(_) if !never_a_destination(ip) && !self.subnet.contains(ip) => ip,
+            ip @ IpAddr::V4(_) if !is_special(ip) && !self.subnet.contains(ip) => ip,
             _ => IpAddr::V4(self.gateway4),
         }
     }
 }
 
-/// Where clouds keep metadata and credentials beside link-local addresses: Azure, Alibaba, Oracle.
-const METADATA4: [Ipv4Addr; 3] =
-    [Ipv4Addr::new(168, 63, 129, 16), Ipv4Addr::new(100, 100, 100, 200), Ipv4Addr::new(192, 0, 0, 192)];
-/// The same for IPv6, as prefixes: AWS, Google, Scaleway.
-const METADATA6: [(Ipv6Addr, u32); 3] = [
-    (Ipv6Addr::new(0xfd00, 0x0ec2, 0, 0, 0, 0, 0, 0), 32),
-    (Ipv6Addr::new(0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254), 128),
-    (Ipv6Addr::new(0xfd00, 0x42, 0, 0, 0, 0, 0, 0x42), 128),
-];
-
-/// "This network", loopback, link-local (RFC 3927 2.7: never forwarded; also where clouds keep metadata and
-/// credentials), other addresses of metadata, multicast, reserved and broadcast; in IPv6 also addresses that
-/// hold such an IPv4 address.
-#[inline]
-#[must_use]
-pub fn never_a_destination(ip: IpAddr) -> bool {
-    match ip {
-        IpAddr::V4(a) => never_a_destination4(a),
-        IpAddr::V6(a) => {
-            a.is_unspecified()
-                || a.is_loopback()
-                || a.is_multicast()
-                || a.to_ipv4_mapped().is_some()
-                || a.is_unicast_link_local()
-                || METADATA6.iter().any(|(net, len)| (a.to_bits() ^ net.to_bits()) >> (128 - len) == 0)
-                || inner4(a).is_some_and(never_a_destination4)
-        }
-    }
-}
-
-#[inline]
-fn never_a_destination4(a: Ipv4Addr) -> bool {
-    let o = a.octets();
-    o[0] == 0 || o[0] == 127 || o[0] >= 224 || (o[0] == 169 && o[1] == 254) || METADATA4.contains(&a)
-}
-
-/// The IPv4 address that a translator or tunnel on the way would make of an IPv6 address: NAT64's well-known
-/// prefix (RFC 6052), 6to4 (RFC 3056), and the compatible addresses of old (RFC 4291 2.5.5.1).
-fn inner4(a: Ipv6Addr) -> Option<Ipv4Addr> {
-    match a.octets() {
-        [0, 0x64, 0xff, 0x9b, 0, 0, 0, 0, 0, 0, 0, 0, a, b, c, d]
-        | [0x20, 0x02, a, b, c, d, ..]
-        | [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, a, b, c, d] => Some(Ipv4Addr::new(a, b, c, d)),
-        _ => None,
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use guestnet_wire::ether::Mac;
-
-    fn policy(mode: NetMode, host_loopback: Option<&str>) -> Policy {
-        let mut c = NetworkConfig::new(
-            Mac([2, 0, 0, 0, 0, 1]),
-            Ipv4Addr::new(192, 168, 64, 1),
-            (Ipv4Addr::new(192, 168, 64, 0), 24),
-            [0; 32],
-        );
-        c.mode = mode;
-        c.host_loopback = host_loopback.map(|a| a.parse().unwrap());
-        Policy::new(&c)
-    }
-
-    fn out(p: &Policy, to: &str) -> Result<SocketAddr, DropReason> {
-        p.outbound(6, to.parse().unwrap())
-    }
-
-    #[test]
-    fn what_is_never_a_destination() {
-        let p = policy(NetMode::Nat, None);
-        for to in [
-            "0.0.0.0:80",
-            "0.1.2.3:80",
-            "127.0.0.1:80",
-            "127.255.0.1:1",
-            "224.0.0.1:5",
-            "240.1.1.1:1",
-            "255.255.255.255:67",
-            "192.168.64.255:1",
-            "169.254.169.254:80",
-            "[::1]:80",
-            "[::ffff:127.0.0.1]:80",
-            "[fe80::1]:80",
-        ] {
-            assert_eq!(out(&p, to), Err(DropReason::BadDestination), "{to}");
-        }
-        assert_eq!(out(&p, "192.168.64.254:80"), Err(DropReason::NoEndpoint));
-        assert_eq!(out(&p, "10.1.1.1:80"), Ok("10.1.1.1:80".parse().unwrap()));
-    }
-
-    #[test]
-    fn metadata_of_clouds_is_never_a_destination() {
-        for loopback in [None, Some("192.168.64.254")] {
-            let p = policy(NetMode::Nat, loopback);
-            for to in [
-                "169.254.169.254:80",
-                "169.254.170.2:80",
-                "168.63.129.16:80",
-                "168.63.129.16:32526",
-                "100.100.100.200:80",
-                "192.0.0.192:80",
-                "[fd00:ec2::254]:80",
-                "[fd00:ec2::23]:80",
-                "[fd20:ce::254]:80",
-                "[fd00:42::42]:80",
-                "[fe80::a9fe:a9fe]:80",
-                // By way of a translator or a tunnel.
-                "[64:ff9b::169.254.169.254]:80",
-                "[64:ff9b::100.100.100.200]:80",
-                "[64:ff9b::127.0.0.1]:80",
-                "[2002:a9fe:a9fe::1]:80",
-                "[::169.254.169.254]:80",
-            ] {
-                let to: SocketAddr = to.parse().unwrap();
-                for proto in [1, 6, 17, 47] {
-                    assert_eq!(p.outbound(proto, to), Err(DropReason::BadDestination), "{to}");
-                }
-                assert_eq!(p.name_of(to.ip()), None, "{to}");
-            }
-            for to in ["168.63.129.17:80", "100.100.100.201:80", "192.0.0.193:80", "[fd00:ec3::254]:80"] {
-                assert_eq!(out(&p, to), Ok(to.parse().unwrap()));
-            }
-            assert_eq!(out(&p, "[64:ff9b::8.8.8.8]:53"), Ok("[64:ff9b::8.8.8.8]:53".parse().unwrap()));
-        }
-    }
-
-    #[test]
-    fn host_loopback_only_when_asked_for() {
-        let p = policy(NetMode::Nat, Some("192.168.64.254"));
-        assert_eq!(out(&p, "192.168.64.254:80"), Ok("127.0.0.1:80".parse().unwrap()));
-        assert_eq!(p.name_of("127.0.0.1".parse().unwrap()), Some("192.168.64.254".parse().unwrap()));
-        assert_eq!(policy(NetMode::Nat, None).name_of("127.0.0.1".parse().unwrap()), None);
-        let p = policy(NetMode::HostOnly, Some("192.168.64.254"));
-        assert_eq!(out(&p, "192.168.64.254:80"), Err(DropReason::Policy));
-        assert_eq!(out(&p, "10.1.1.1:80"), Err(DropReason::Policy));
-    }
-
-    #[test]
-    fn clients_keep_their_address_where_it_means_the_same_to_the_guest() {
-        let p = policy(NetMode::Nat, None);
-        let name = |a: &str| p.client_name(a.parse().unwrap()).to_string();
-        assert_eq!(name("203.0.113.9"), "203.0.113.9");
-        assert_eq!(name("::ffff:203.0.113.9"), "203.0.113.9");
-        assert_eq!(name("127.0.0.1"), "192.168.64.1");
-        assert_eq!(name("192.168.64.7"), "192.168.64.1");
-        assert_eq!(name("2001:db8::1"), "192.168.64.1");
-    }
-}
+mod tests;

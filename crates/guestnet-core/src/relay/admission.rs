@@ -65,7 +65,7 @@ impl Relay {
     /// Puts an admitted flow in the table, counts it and reports it.
     pub(super) fn open_flow<E: Effects>(&mut self, link: &mut Link<'_, E>, mut flow: Flow) -> FlowId {
         let Key { slot, proto, guest, remote } = flow.key;
-        let inbound = flow.inbound;
+        let inbound = flow.direction.is_inbound();
         let tcp = matches!(flow.state, State::Tcp(_));
         flow.parked = tcp;
         let id = self.flows.insert(flow);

@@ -40,7 +40,7 @@ impl Relay {
         if icmp::is_error(kind) && (own || !addressing.subnet().contains(p.dst)) {
             return self.guest_error(cx, from.slot, frame, p);
         }
-        if !own && cx.gateway.route_to_guest(&mut cx.link, from, frame, p, meta)? {
+        if !own && cx.route_to_guest(from, frame, p, meta)? {
             return Ok(());
         }
         if kind != icmp::ECHO || code != 0 {
@@ -126,7 +126,7 @@ impl Relay {
         ttl: u8,
         body: &[u8],
     ) -> Result<(), DropReason> {
-        let (index, remote) = self.admit_inbound(cx.policy, id, SocketAddr::new(from, 0))?;
+        let (index, remote) = self.admit_inbound(cx, id, SocketAddr::new(from, 0))?;
         let f = self.flows.at_mut(index).ok_or(DropReason::NoFlow)?;
         count_bytes(&mut f.bytes_in, body.len());
         f.packets_in = f.packets_in.saturating_add(1);

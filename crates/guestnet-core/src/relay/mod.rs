@@ -9,6 +9,7 @@
 //!   them.
 //! - [`tcp_relay`] joins the state machine in [`tcp`] to sockets; [`udp`] and [`icmp`] relay datagrams and echo requests;
 //!   [`errors`] passes errors of sockets and guests on.
+//! - [`sweep`] judges flows again after a change of the rules.
 //! - [`port_forward`] accepts connections and datagrams of published ports.
 //! - [`turns`] shares time among bulk flows, [`socket_memory`] the kernel's memory among guests.
 //!
@@ -26,6 +27,7 @@ mod guest;
 mod icmp;
 mod port_forward;
 mod socket_memory;
+mod sweep;
 pub mod tcp;
 mod tcp_relay;
 #[cfg(test)]
@@ -140,6 +142,12 @@ impl Relay {
         self.forwards.insert(id.0, spec);
     }
 
+    /// Makes a forward lead to another guest; false when there is no such forward. Running flows stay where they are.
+    pub fn retarget_forward(&mut self, id: ForwardId, guest: SocketAddr) -> bool {
+        let found = self.forwards.get_mut(&id.0).map(|spec| spec.guest = guest);
+        found.is_some()
+    }
+
     /// Removes a forward. Its TCP flows live on; its UDP flows end, because their socket goes with it.
     pub fn remove_forward<E: Effects>(&mut self, cx: &mut Context<'_, E>, id: ForwardId) {
         self.forwards.remove(&id.0);
@@ -252,10 +260,10 @@ impl Relay {
         meta: FrameMeta,
     ) -> Result<(), DropReason> {
         if !cx.link.lan.addressing().is_own(p.dst) {
-            if cx.gateway.route_to_guest(&mut cx.link, from, frame, p, meta)? {
+            if cx.route_to_guest(from, frame, p, meta)? {
                 return Ok(());
             }
-            cx.policy.outbound(p.proto, SocketAddr::new(p.dst, 0))?;
+            cx.outbound(from, frame, p, SocketAddr::new(p.dst, 0))?;
         }
         let error = IcmpError::unreachable(guestnet_wire::icmp::unreachable::PROTOCOL);
         Err(cx.gateway.refuse(&mut cx.link, from, frame, p, DropReason::UnsupportedProtocol, error))

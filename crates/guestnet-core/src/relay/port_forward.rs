@@ -3,19 +3,19 @@
 //! - What comes from outside becomes a flow whose remote side is the client's own address and port, so the guest sees its
 //!   peer. A client on loopback or inside the subnet appears as the gateway. A pair that a live flow has already gets
 //!   another port.
-//! - While the MAC of the guest is not known, the flow waits for ARP; so do a few datagrams.
+//! - While the MAC of the guest is not known, the flow is pending; so are a few datagrams.
 //! - A guest on another worker cannot be reached from here: the control side is told, and moves the forward.
 
 use crate::context::Context;
 use crate::interface::effects::Effects;
 use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, ForwardId, SockId, Time};
-use crate::l2::lan::Link;
 use crate::l3::frame_builder::TTL;
+use crate::policy::pending::Held;
+use crate::policy::{Direction, Ticket, Verdict};
 use crate::relay::Relay;
 use crate::relay::tcp::Tcb;
 use crate::tables::flow::{Flow, Key, State};
-use crate::tables::neighbour::Binding;
 use guestnet_wire::ether::Mac;
 use guestnet_wire::frame::{FrameHeader, IpHeader};
 use guestnet_wire::{proto, put, udp};
@@ -25,7 +25,7 @@ use std::net::SocketAddr;
 const TRIES: u64 = 64;
 
 /// The MAC of flows whose guest has not been found; never sent to.
-const UNKNOWN: Mac = Mac::BROADCAST;
+pub(super) const UNKNOWN: Mac = Mac::BROADCAST;
 
 impl Relay {
     /// Opens a flow for a client that connected to a forward's listening socket.
@@ -39,25 +39,28 @@ impl Relay {
         sock: SockId,
         peer: SocketAddr,
     ) -> Result<FlowId, DropReason> {
-        let (key, binding) = self.inbound(cx, forward, proto::TCP, peer)?;
-        self.admit_memory(key.slot)?;
+        let new = self.inbound(cx, forward, proto::TCP, peer)?;
+        if let Err(why) = self.admit_memory(new.key.slot) {
+            return Err(new.refused(cx, why));
+        }
+        let Inbound { key, mac, ticket, direction } = new;
         let now = cx.link.now;
         let id = self.flows.next_id();
-        let mut tcb = Tcb::inbound(id, sock, self.isn(now, &key), self.tcp_timeouts(), now);
-        if binding.mac.is_none() {
-            tcb.hold(now);
-            // Before the flow exists, so that a full queue leaves nothing to undo.
-            cx.link.lan.wait_flow(now, key.slot, key.guest.ip(), id, cx.link.fx)?;
-        }
-        let mac = binding.mac.unwrap_or(UNKNOWN);
+        let tcb = Tcb::inbound(id, sock, self.isn(now, &key), self.tcp_timeouts(), now);
         let tight = self.holds_too_much(key.slot);
-        let flow = Flow::new(key, mac, true, now, State::Tcp(Box::new(tcb)));
+        let admitted = cx.policy.generation();
+        let flow = Flow::new(key, mac, direction, admitted, now, State::Tcp(Box::new(tcb)));
         let id = self.open_flow(&mut cx.link, flow);
         self.tighten(cx.link.fx, id.index, sock, tight);
-        if binding.mac.is_some() {
-            self.with_index(cx, id.index, |tcb, cx| tcb.start(cx));
-        } else {
-            self.wake_tcp(now, id.index);
+        match ticket {
+            Some(ticket) => {
+                // A flow, unlike a packet, is never one too many for its ticket.
+                let _attached = cx.policy.pending.attach(ticket, Held::Flow(id));
+                self.wake_tcp(now, id.index);
+            }
+            None => {
+                self.with_index(cx, id.index, |tcb, cx| tcb.start(cx));
+            }
         }
         Ok(id)
     }
@@ -75,13 +78,15 @@ impl Relay {
         payload: &[u8],
         segment: u16,
     ) -> Result<(), DropReason> {
+        let mut ticket = None;
         let index = match self.clients.get(&(forward.0, from)) {
             Some(&index) => index,
             None => {
-                let (key, binding) = self.inbound(cx, forward, proto::UDP, from)?;
-                let mac = binding.mac.unwrap_or(UNKNOWN);
+                let new = self.inbound(cx, forward, proto::UDP, from)?;
+                ticket = new.ticket;
                 let state = State::Forwarded { sock, forward, client: from };
-                let flow = Flow::new(key, mac, true, cx.link.now, state);
+                let admitted = cx.policy.generation();
+                let flow = Flow::new(new.key, new.mac, new.direction, admitted, cx.link.now, state);
                 let id = self.open_flow(&mut cx.link, flow);
                 self.clients.insert((forward.0, from), id.index);
                 id.index
@@ -97,15 +102,17 @@ impl Relay {
                 Some(mac) => f.mac = mac,
                 None => {
                     self.touch(cx.link.now, index);
-                    return hold_datagram(
-                        &mut cx.link,
-                        cx.gateway.mac(),
-                        slot,
-                        remote,
-                        guest,
-                        payload,
-                        segment,
-                    );
+                    let held = held_datagram(cx, slot, remote, guest, payload, segment);
+                    return match (held, ticket) {
+                        (Ok(held), Some(ticket)) => {
+                            cx.policy.pending.attach(ticket, held).map_err(|_| DropReason::RateLimit)
+                        }
+                        (Ok(held), None) => cx.await_neighbour(slot, guest.ip(), held).map(drop),
+                        (Err(why), ticket) => {
+                            ticket.into_iter().for_each(|t| cx.policy.pending.cancel(t));
+                            Err(why)
+                        }
+                    };
                 }
             }
         }
@@ -113,15 +120,15 @@ impl Relay {
         Ok(())
     }
 
-    /// The key of a new inbound flow and the guest's binding, once it is admitted.
+    /// Asks whether a client may open a flow, and makes room for it.
     fn inbound<E: Effects>(
         &mut self,
         cx: &mut Context<'_, E>,
         forward: ForwardId,
         proto: u8,
         client: SocketAddr,
-    ) -> Result<(Key, Binding), DropReason> {
-        let spec = self.forwards.get(&forward.0).filter(|s| s.proto == proto).ok_or(DropReason::NoFlow)?;
+    ) -> Result<Inbound, DropReason> {
+        let spec = *self.forwards.get(&forward.0).filter(|s| s.proto == proto).ok_or(DropReason::NoFlow)?;
         let guest = spec.guest;
         if !guest.is_ipv4() {
             return Err(DropReason::UnsupportedProtocol);
@@ -135,10 +142,23 @@ impl Relay {
             }
             return Err(DropReason::NoEndpoint);
         }
-        self.admit(&mut cx.link, binding.slot, false)?;
         let name = cx.policy.client_name(client.ip());
         let key = Key { slot: binding.slot, proto, guest, remote: SocketAddr::new(name, client.port()) };
-        Ok((self.free_key(cx.link.now, key).ok_or(DropReason::FlowLimit)?, binding))
+        let ticket = match cx.inbound(spec.entry, proto, key.remote, guest, &binding) {
+            Verdict::Allow { .. } => None,
+            Verdict::Defer { ticket } => Some(ticket),
+            Verdict::Deny { reason, .. } => return Err(reason),
+        };
+        let mac = binding.mac.unwrap_or(UNKNOWN);
+        let mut new = Inbound { key, mac, ticket, direction: Direction::Inbound(spec.entry) };
+        if let Err(why) = self.admit(&mut cx.link, binding.slot, false) {
+            return Err(new.refused(cx, why));
+        }
+        match self.free_key(cx.link.now, key) {
+            Some(key) => new.key = key,
+            None => return Err(new.refused(cx, DropReason::FlowLimit)),
+        }
+        Ok(new)
     }
 
     /// The key itself, or one with another remote port where a live flow has it.
@@ -156,24 +176,41 @@ impl Relay {
     }
 }
 
-/// Keeps a datagram until the guest's MAC is known. One over the MTU is dropped: the client sends again.
-fn hold_datagram<E: Effects>(
-    link: &mut Link<'_, E>,
-    gateway: Mac,
+/// A flow from the outside that may be opened.
+struct Inbound {
+    key: Key,
+    /// The guest's MAC, or [`UNKNOWN`].
+    mac: Mac,
+    /// The flow is pending under this ticket.
+    ticket: Option<Ticket>,
+    direction: Direction,
+}
+
+impl Inbound {
+    /// The flow cannot be opened after all. Returns why.
+    fn refused<E>(&self, cx: &mut Context<'_, E>, why: DropReason) -> DropReason {
+        self.ticket.into_iter().for_each(|t| cx.policy.pending.cancel(t));
+        why
+    }
+}
+
+/// A datagram that waits until the guest's MAC is known. One over the MTU is dropped: the client sends again.
+fn held_datagram<E: Effects>(
+    cx: &Context<'_, E>,
     slot: u32,
     src: SocketAddr,
     dst: SocketAddr,
     payload: &[u8],
     segment: u16,
-) -> Result<(), DropReason> {
+) -> Result<Held, DropReason> {
     if src.is_ipv4() != dst.is_ipv4() {
         return Err(DropReason::UnsupportedProtocol);
     }
     let len = payload.len().saturating_add(udp::LEN);
-    let mtu = usize::from(link.lan.port(slot).ok_or(DropReason::NoEndpoint)?.config.mtu);
+    let mtu = usize::from(cx.link.lan.port(slot).ok_or(DropReason::NoEndpoint)?.config.mtu);
     // The MAC is not known yet.
     let ip = IpHeader { src: src.ip(), dst: dst.ip(), proto: proto::UDP, ttl: TTL, tos: 0, id: 0, frag: 0 };
-    let header = FrameHeader { dst: Mac::default(), src: gateway, ip };
+    let header = FrameHeader { dst: Mac::default(), src: cx.gateway.mac(), ip };
     if segment != 0 && payload.len() > usize::from(segment) || len > mtu.saturating_sub(ip.len()) {
         return Err(DropReason::NoEndpoint);
     }
@@ -182,5 +219,5 @@ fn hold_datagram<E: Effects>(
     let (_, datagram) = frame.split_at_mut(header.len());
     put(datagram, udp::LEN, payload);
     udp::emit(datagram, src.ip(), dst.ip(), src.port(), dst.port());
-    link.lan.wait_frame(link.now, slot, dst.ip(), &frame, link.fx)
+    Ok(Held::Frame(frame.into()))
 }

@@ -8,9 +8,8 @@ use crate::interface::effects::{Effects, SockError};
 use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, FrameMeta, IpFields, PortId, Target, Time};
 use crate::l2::lan::Sender;
-use crate::l3::frame_builder::header;
-use crate::l3::gateway::report_denied;
-use crate::policy::never_a_destination;
+use crate::l3::gateway::Refusal;
+use crate::policy::Direction;
 use crate::relay::Relay;
 use crate::relay::errors::{connect_failed, icmp_for};
 use crate::relay::socket_memory::FEW_FLOWS;
@@ -21,7 +20,7 @@ use crate::util::siphash::address_words;
 use guestnet_wire::ether::Mac;
 use guestnet_wire::parse::Packet;
 use guestnet_wire::tcp::{Options, Tcp, flags};
-use guestnet_wire::{be16, checksum, proto, put};
+use guestnet_wire::{be16, proto};
 use std::net::SocketAddr;
 
 /// How often all idle connections of a guest are checked, and how many at once; the others have timers of their own.
@@ -76,11 +75,11 @@ impl Relay {
         let syn = seg.flags & (flags::SYN | flags::ACK | flags::RST | flags::FIN) == flags::SYN;
         if p.src_port == 0 || p.dst_port == 0 || !syn {
             let own = cx.link.lan.addressing().is_own(p.dst);
-            if !own && cx.gateway.route_to_guest(&mut cx.link, from, frame, p, meta)? {
+            if !own && cx.route_to_guest(from, frame, p, meta)? {
                 return Ok(());
             }
             let why = if syn { DropReason::BadDestination } else { DropReason::NoFlow };
-            return Err(reset(cx, from, p, &seg, why));
+            return Err(cx.gateway.reset(&mut cx.link, from, p, &seg, why));
         }
         let addressing = cx.link.lan.addressing();
         let target = match addressing.services().find(proto::TCP, remote) {
@@ -89,10 +88,10 @@ impl Relay {
                 Target::Service(service, port.id)
             }
             None if addressing.ends_here(p.dst) => {
-                return Err(reset(cx, from, p, &seg, DropReason::BadDestination));
+                return Err(cx.gateway.reset(&mut cx.link, from, p, &seg, DropReason::BadDestination));
             }
             None => {
-                if cx.gateway.route_to_guest(&mut cx.link, from, frame, p, meta)? {
+                if cx.route_to_guest(from, frame, p, meta)? {
                     return Ok(());
                 }
                 Target::Address(cx.outbound(from, frame, p, remote)?)
@@ -100,10 +99,9 @@ impl Relay {
         };
         let slot = from.slot;
         if let Err(why) = self.admit(&mut cx.link, slot, false).and_then(|()| self.admit_memory(slot)) {
-            if cx.gateway.may_report(cx.link.now, slot) {
-                report_denied(&mut cx.link, slot, proto::TCP, guest, remote, why);
-            }
-            return Err(reset(cx, from, p, &seg, why));
+            let refused = Refusal { direction: Direction::Outbound, proto: proto::TCP, guest, remote };
+            cx.gateway.report_denied(&mut cx.link, slot, refused, None, why);
+            return Err(cx.gateway.reset(&mut cx.link, from, p, &seg, why));
         }
         let id = self.flows.next_id();
         let ip = IpFields { ttl: p.ttl.saturating_sub(1).max(1), tos: p.tos };
@@ -112,7 +110,7 @@ impl Relay {
         let sock = match cx.link.fx.tcp_connect(id, target, ip, tight) {
             Ok(sock) => sock,
             Err(SockError::Refused | SockError::Reset | SockError::Exhausted) => {
-                return Err(reset(cx, from, p, &seg, DropReason::HostError));
+                return Err(cx.gateway.reset(&mut cx.link, from, p, &seg, DropReason::HostError));
             }
             Err(e) => {
                 let (why, error) = (DropReason::HostError, icmp_for(e, 0));
@@ -122,7 +120,9 @@ impl Relay {
         let mut tcb = Tcb::outbound(id, sock, &seg, &options, self.isn(now, &key), self.tcp_timeouts(), now)
             .with_ip(be16(frame, p.l3.saturating_add(4)), p.tos);
         tcb.memory.tight = tight;
-        let flow = Flow::new(key, from.mac, false, now, State::Tcp(Box::new(tcb)));
+        let admitted = cx.policy.generation();
+        let state = State::Tcp(Box::new(tcb));
+        let flow = Flow::new(key, from.mac, Direction::Outbound, admitted, now, state);
         let id = self.open_flow(&mut cx.link, flow);
         self.wake_tcp(now, id.index);
         Ok(())
@@ -276,59 +276,19 @@ impl Relay {
         }
     }
 
-    /// The MAC of guests is known that flows waited for: they open.
-    pub fn resume<E: Effects>(&mut self, cx: &mut Context<'_, E>, flows: Vec<FlowId>, mac: Mac) {
-        for id in flows {
-            if let Some(f) = self.flows.get_mut(id) {
-                f.mac = mac;
-            }
-            self.with_flow(cx, id, |tcb, cx| tcb.kick(cx));
+    /// The MAC of the guest is known that a flow waited for: it opens.
+    pub fn resume<E: Effects>(&mut self, cx: &mut Context<'_, E>, id: FlowId, mac: Mac) {
+        if let Some(f) = self.flows.get_mut(id) {
+            f.mac = mac;
         }
+        self.with_flow(cx, id, |tcb, cx| tcb.start(cx));
     }
 
-    /// Closes flows that waited for a guest that did not answer.
-    pub fn give_up<E: Effects>(&mut self, cx: &mut Context<'_, E>, flows: Vec<FlowId>) {
-        for id in flows {
-            if let Some(slot) = self.flows.get_mut(id).map(|f| f.key.slot) {
-                cx.link.lan.count_drop(slot, DropReason::NoEndpoint);
-                self.close_flow(&mut cx.link, id.index);
-            }
+    /// Closes a flow that waited for a guest that did not answer.
+    pub fn give_up<E: Effects>(&mut self, cx: &mut Context<'_, E>, id: FlowId) {
+        if let Some(slot) = self.flows.get_mut(id).map(|f| f.key.slot) {
+            cx.link.lan.count_drop(slot, DropReason::NoEndpoint);
+            self.close_flow(&mut cx.link, id.index);
         }
-    }
-}
-
-/// Refuses a segment with a reset (RFC 9293 3.10.7.1), never one with RST set. Returns why it is dropped.
-fn reset<E: Effects>(
-    cx: &mut Context<'_, E>,
-    from: Sender,
-    p: &Packet,
-    seg: &Tcp,
-    why: DropReason,
-) -> DropReason {
-    let martian = never_a_destination(p.dst) || cx.link.lan.addressing().subnet().is_broadcast(p.dst);
-    if seg.flags & flags::RST != 0 || martian || p.src_port == 0 {
-        return if martian { DropReason::BadDestination } else { why };
-    }
-    let len = (p.payload_len() as u32)
-        .saturating_add(u32::from(seg.flags & flags::SYN != 0))
-        .saturating_add(u32::from(seg.flags & flags::FIN != 0));
-    let (seq, ack, flags) = if seg.flags & flags::ACK != 0 {
-        (seg.ack, 0, flags::RST)
-    } else {
-        (0, seg.seq.wrapping_add(len), flags::RST | flags::ACK)
-    };
-    let (src_port, dst_port) = (seg.dst_port, seg.src_port);
-    let b = match cx.gateway.frames().transport(20) {
-        Ok(b) => b,
-        Err(e) => return e,
-    };
-    Tcp { src_port, dst_port, seq, ack, flags, ..Tcp::default() }.emit(&Options::default(), b);
-    let sum = checksum::pseudo(p.dst, p.src, proto::TCP, 20);
-    let c = checksum::finish(checksum::sum(b, sum));
-    put(b, 16, &c.to_be_bytes());
-    let ip = header(p.dst, p.src, proto::TCP);
-    match cx.gateway.frames().send(&mut cx.link, from.slot, from.mac, ip, 20, FrameMeta::default()) {
-        Ok(()) => why,
-        Err(e) => e,
     }
 }

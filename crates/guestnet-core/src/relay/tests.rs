@@ -127,7 +127,7 @@ fn a_connection_from_outside_waits_until_the_guest_is_known() {
     w.layers.lan.bind_address(at, c, guest_ip(c).into(), None).unwrap();
     w.layers.gateway.add_port(at, slot, c.0);
     w.relay.add_port(at, slot);
-    w.relay.add_forward(ForwardId(1), ForwardSpec { proto: proto::TCP, guest: guest_addr(c, 80) });
+    w.relay.add_forward(ForwardId(1), ForwardSpec::published(proto::TCP, guest_addr(c, 80)));
     let accept = |w: &mut World, sock: SockId| {
         let cx = &mut w.layers.context(w.now, &mut w.fx);
         w.relay.accept_tcp(cx, ForwardId(1), sock, addr("203.0.113.9:5000"))
@@ -135,12 +135,12 @@ fn a_connection_from_outside_waits_until_the_guest_is_known() {
     let sock = w.fx.new_sock();
     let flow: FlowId = accept(&mut w, sock).unwrap();
     assert_eq!(w.fx.take().len(), 1, "an ARP request");
-    w.relay.resume(&mut w.layers.context(w.now, &mut w.fx), vec![flow], mac(c));
+    w.relay.resume(&mut w.layers.context(w.now, &mut w.fx), flow, mac(c));
     let got = read(&w.fx.take()[0]);
     assert_eq!((got.src(), got.dst()), (addr("203.0.113.9:5000"), guest_addr(c, 80)));
     let other = w.fx.new_sock();
     let flow = accept(&mut w, other).unwrap();
-    w.relay.give_up(&mut w.layers.context(w.now, &mut w.fx), vec![flow]);
+    w.relay.give_up(&mut w.layers.context(w.now, &mut w.fx), flow);
     assert_eq!(w.fx.closed.last().map(|c| c.0), Some(other));
     assert_eq!(w.layers.lan.counters().drops[DropReason::NoEndpoint as usize], 1);
     w.audit();

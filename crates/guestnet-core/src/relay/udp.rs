@@ -13,7 +13,7 @@ use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, FrameMeta, Gso, IpFields, ServiceId, SockId};
 use crate::l2::lan::Sender;
 use crate::l3::icmp_error::IcmpError;
-use crate::policy::Policy;
+use crate::policy::{Direction, Entry, Request, Verdict};
 use crate::relay::Relay;
 use crate::relay::errors::icmp_for;
 use crate::tables::flow::{Flow, Key, State};
@@ -74,7 +74,7 @@ impl Relay {
             let e = IcmpError::unreachable(icmp::unreachable::PORT);
             return Err(cx.gateway.refuse(&mut cx.link, from, frame, p, DropReason::BadDestination, e));
         }
-        if cx.gateway.route_to_guest(&mut cx.link, from, frame, p, meta)? {
+        if cx.route_to_guest(from, frame, p, meta)? {
             return Ok(None);
         }
         let target = cx.outbound(from, frame, p, remote)?;
@@ -93,6 +93,7 @@ impl Relay {
         target: SocketAddr,
     ) -> Result<u32, Refused> {
         let shared = Key::mapping(key.slot, key.proto, key.guest);
+        let admitted = cx.policy.generation();
         let prohibited = IcmpError::unreachable(icmp::unreachable::ADMIN_PROHIBITED);
         let new = self.flows.find(&shared).is_none();
         self.admit(&mut cx.link, key.slot, new).map_err(|why| Refused(why, prohibited))?;
@@ -111,11 +112,12 @@ impl Relay {
                 if let Some(guest) = self.guests.get_mut(key.slot) {
                     guest.sockets = guest.sockets.saturating_add(1);
                 }
-                self.flows.insert(Flow::new(shared, mac, false, cx.link.now, state)).index
+                let flow = Flow::new(shared, mac, Direction::Outbound, admitted, cx.link.now, state);
+                self.flows.insert(flow).index
             }
         };
         let state = State::Datagram { mapping, target, ip_id: 0 };
-        let flow = Flow::new(key, mac, false, cx.link.now, state);
+        let flow = Flow::new(key, mac, Direction::Outbound, admitted, cx.link.now, state);
         let id = self.open_flow(&mut cx.link, flow);
         self.join_mapping(id.index, mapping);
         Ok(id.index)
@@ -188,15 +190,15 @@ impl Relay {
     /// lets it in without a flow. Also returns the address that the guest knows the sender by.
     ///
     /// # Errors
-    /// [`DropReason::NoFlow`] and [`DropReason::Filtered`].
-    pub(super) fn admit_inbound(
+    /// [`DropReason::NoFlow`], [`DropReason::Filtered`], and the reason of the policy.
+    pub(super) fn admit_inbound<E>(
         &self,
-        policy: &Policy,
+        cx: &Context<'_, E>,
         id: FlowId,
         from: SocketAddr,
     ) -> Result<(u32, SocketAddr), DropReason> {
         let key = self.flows.get(id).filter(|f| f.is_mapping()).ok_or(DropReason::NoFlow)?.key;
-        let name = policy.name_of(from.ip().to_canonical()).ok_or(DropReason::Filtered)?;
+        let name = cx.policy.name_of(from.ip().to_canonical()).ok_or(DropReason::Filtered)?;
         let remote = SocketAddr::new(name, from.port());
         if let Some(index) = self.flows.find(&Key { remote, ..key }) {
             return Ok((index, remote));
@@ -207,7 +209,20 @@ impl Relay {
             Filtering::AddressDependent => self.flows.has_peer(id.index, name),
             Filtering::AddressAndPortDependent => false,
         };
-        if open { Ok((id.index, remote)) } else { Err(DropReason::Filtered) }
+        if !open {
+            return Err(DropReason::Filtered);
+        }
+        let request = Request {
+            direction: Direction::Inbound(Entry::Mapping),
+            endpoint: cx.link.lan.port(key.slot).ok_or(DropReason::NoEndpoint)?.id,
+            protocol: key.proto,
+            source: remote,
+            destination: key.guest,
+        };
+        match cx.policy.judge(&request) {
+            Verdict::Deny { reason, .. } => Err(reason),
+            Verdict::Allow { .. } | Verdict::Defer { .. } => Ok((id.index, remote)),
+        }
     }
 
     /// Handles datagrams that came in on a socket of a mapping, several of `segment` bytes each when that is not 0.
@@ -220,7 +235,7 @@ impl Relay {
         payload: &[u8],
         segment: u16,
     ) {
-        match self.admit_inbound(cx.policy, id, from) {
+        match self.admit_inbound(cx, id, from) {
             Ok((index, remote)) => self.deliver_datagram(cx, index, remote, payload, segment),
             Err(why) => match self.flows.get_mut(id).map(|f| f.key.slot) {
                 Some(slot) => cx.link.lan.count_drop(slot, why),

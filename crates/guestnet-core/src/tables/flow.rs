@@ -6,6 +6,7 @@
 
 use crate::interface::config::FlowInfo;
 use crate::interface::types::{FlowId, ForwardId, PortId, SockId, Time};
+use crate::policy::{Direction, Generation};
 use crate::relay::tcp::Tcb;
 use guestnet_wire::ether::Mac;
 use guestnet_wire::proto;
@@ -123,8 +124,10 @@ pub struct Flow {
     pub key: Key,
     /// The guest's MAC.
     pub mac: Mac,
-    /// The outside opened it.
-    pub inbound: bool,
+    /// Which way it was opened.
+    pub direction: Direction,
+    /// The rules that admitted it.
+    pub admitted: Generation,
     /// TCP: on the list of those that may be evicted.
     pub parked: bool,
     /// When it was opened.
@@ -150,11 +153,19 @@ pub struct Flow {
 impl Flow {
     /// A record in no list.
     #[must_use]
-    pub fn new(key: Key, mac: Mac, inbound: bool, now: Time, state: State) -> Flow {
+    pub fn new(
+        key: Key,
+        mac: Mac,
+        direction: Direction,
+        admitted: Generation,
+        now: Time,
+        state: State,
+    ) -> Flow {
         Flow {
             key,
             mac,
-            inbound,
+            direction,
+            admitted,
             parked: false,
             opened: now,
             last: now,
@@ -207,7 +218,7 @@ impl Flow {
             proto: self.key.proto,
             guest: SocketAddr::new(self.key.guest.ip(), guest_port),
             remote: self.key.remote,
-            inbound: self.inbound,
+            inbound: self.direction.is_inbound(),
             state,
             bytes_out,
             bytes_in,

@@ -167,6 +167,12 @@ impl FlowTable {
         self.slots.get(index as usize).map_or(0, |s| s.generation)
     }
 
+    /// One past the highest slot in use.
+    #[must_use]
+    pub fn end(&self) -> u32 {
+        self.slots.len() as u32
+    }
+
     /// All records.
     pub fn iter(&self) -> impl Iterator<Item = (FlowId, &Flow)> {
         self.slots.iter().enumerate().filter_map(|(i, s)| {

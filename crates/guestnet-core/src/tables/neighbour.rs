@@ -1,22 +1,19 @@
-//! Theory of operation: the neighbour table: the port and MAC of each address, and what waits for a MAC.
-//!
-//! - An assigned binding comes from the control side and stays until it is taken back. A learned one comes from a guest's
-//!   own frames ([`crate::l2`] has the rules).
-//! - Inbound flows and a few datagrams wait here until the guest answers ARP. Three requests are sent, a second apart. The
-//!   number of waiting flows and frames is bounded, with a share for each port.
+//! Theory of operation: which port and MAC has an address. Assigned bindings come from the control side and
+//! belong to their port until taken back; learned ones come from a guest's own frames, go to another port
+//! only when long unused, and give way to an assignment at once. An address whose MAC is needed and not known is
+//! probed: three requests are sent, a second apart. Each probe is for somebody who waits
+//! ([`crate::policy::pending`]), and there are no more of them.
 
-use crate::interface::types::{FlowId, Time};
+use crate::interface::types::Time;
 use crate::util::siphash::{SipKey, address_words};
 use guestnet_wire::ether::Mac;
 use hashbrown::HashTable;
 use std::net::IpAddr;
 
-/// Seconds of silence after which another port may take a learned address.
+/// A learned address that was silent this long may be taken by another port.
 pub const STALE_S: u64 = 300;
-/// Requests that are sent before what waits is given up.
+/// Requests that are sent before giving up.
 pub const TRIES: u8 = 3;
-/// Datagrams that wait for one address (RFC 1122 2.3.2.2 asks for at least one).
-const FRAMES: usize = 4;
 
 /// One address.
 #[derive(Debug, Clone, Copy)]
@@ -33,36 +30,38 @@ pub struct Binding {
     pub seen: Time,
 }
 
-/// What waits for one address.
-pub struct Waiting {
-    /// The address.
-    pub ip: IpAddr,
+/// An address that the gateway asks for.
+struct Probe {
+    ip: IpAddr,
     /// Slot of its port.
-    pub slot: u32,
-    /// Inbound TCP flows.
-    pub flows: Vec<FlowId>,
-    /// Frames that lack the destination MAC.
-    pub frames: Vec<Box<[u8]>>,
+    slot: u32,
     /// Requests sent.
-    pub tries: u8,
-    /// When the next one is due.
-    pub next: Time,
+    tries: u8,
+    /// When the next one is due, or the end.
+    next: Time,
+}
+
+/// What a probe needs next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProbeStep {
+    /// Another request for the address, to the port in this slot.
+    Request(u32, IpAddr),
+    /// Nothing: nobody has answered for the address.
+    Unanswered(IpAddr),
 }
 
 /// All bindings.
 pub struct Neighbours {
     table: HashTable<Binding>,
     key: SipKey,
-    waiting: Vec<Waiting>,
-    queued: usize,
-    cap: usize,
+    probes: Vec<Probe>,
 }
 
 impl Neighbours {
-    /// An empty table; at most `cap` flows and frames may wait.
+    /// No bindings.
     #[must_use]
-    pub fn new(key: SipKey, cap: u32) -> Neighbours {
-        Neighbours { table: HashTable::new(), key, waiting: Vec::new(), queued: 0, cap: cap as usize }
+    pub fn new(key: SipKey) -> Neighbours {
+        Neighbours { table: HashTable::new(), key, probes: Vec::new() }
     }
 
     fn hash(key: SipKey, ip: IpAddr) -> u64 {
@@ -82,22 +81,23 @@ impl Neighbours {
         self.table.find_mut(Self::hash(self.key, ip), |b| b.ip == ip)
     }
 
-    /// Sets the binding of an address.
+    /// Puts a binding in, in place of any other of the address.
     pub fn set(&mut self, binding: Binding) {
         self.remove(binding.ip);
         let key = self.key;
         self.table.insert_unique(Self::hash(key, binding.ip), binding, |b| Self::hash(key, b.ip));
     }
 
-    /// Removes the binding of an address.
+    /// Takes a binding out.
     pub fn remove(&mut self, ip: IpAddr) -> Option<Binding> {
         let entry = self.table.find_entry(Self::hash(self.key, ip), |b| b.ip == ip).ok()?;
         Some(entry.remove().0)
     }
 
-    /// Removes all bindings of a port.
+    /// Takes out all bindings and probes of a port.
     pub fn remove_port(&mut self, slot: u32) {
         self.table.retain(|b| b.slot != slot);
+        self.probes.retain(|p| p.slot != slot);
     }
 
     /// Addresses of a port.
@@ -105,82 +105,40 @@ impl Neighbours {
         self.table.iter().filter(move |b| b.slot == slot)
     }
 
-    /// Queues a flow for an address; `Ok(true)` when a request is to be sent now.
-    ///
-    /// # Errors
-    /// When too much waits already.
-    pub fn wait_flow(&mut self, now: Time, slot: u32, ip: IpAddr, flow: FlowId) -> Result<bool, ()> {
-        let (w, new) = self.entry(now, slot, ip)?;
-        w.flows.push(flow);
-        self.queued += 1;
-        Ok(new)
-    }
-
-    /// Queues a frame for an address; `Ok(true)` when a request is to be sent now.
-    ///
-    /// # Errors
-    /// When too much waits already.
-    pub fn wait_frame(&mut self, now: Time, slot: u32, ip: IpAddr, frame: &[u8]) -> Result<bool, ()> {
-        let (w, new) = self.entry(now, slot, ip)?;
-        if w.frames.len() >= FRAMES {
-            return Err(());
+    /// Begins to probe an address, unless that goes on already. Returns whether a request is to be sent now, and when the
+    /// probe ends at the latest.
+    pub fn probe(&mut self, now: Time, slot: u32, ip: IpAddr) -> (bool, Time) {
+        let end = |p: &Probe| p.next.plus_s(u64::from(TRIES.saturating_sub(p.tries)));
+        if let Some(p) = self.probes.iter().find(|p| p.ip == ip) {
+            return (false, end(p));
         }
-        w.frames.push(frame.into());
-        self.queued += 1;
-        Ok(new)
+        let p = Probe { ip, slot, tries: 1, next: now.plus_s(1) };
+        let until = end(&p);
+        self.probes.push(p);
+        (true, until)
     }
 
-    fn entry(&mut self, now: Time, slot: u32, ip: IpAddr) -> Result<(&mut Waiting, bool), ()> {
-        let own = self.waiting.iter().filter(|w| w.slot == slot).map(|w| w.flows.len() + w.frames.len());
-        // A port may have a quarter at most, and no more than it leaves to others.
-        let left = self.cap.saturating_sub(self.queued);
-        if own.sum::<usize>() >= self.cap.div_ceil(4).min(left) {
-            return Err(());
-        }
-        if let Some(at) = self.waiting.iter().position(|w| w.ip == ip) {
-            return Ok((self.waiting.get_mut(at).ok_or(())?, false));
-        }
-        let next = now.plus_s(1);
-        self.waiting.push(Waiting { ip, slot, flows: Vec::new(), frames: Vec::new(), tries: 1, next });
-        Ok((self.waiting.last_mut().ok_or(())?, true))
+    /// Ends the probe of an address; false when there is none.
+    pub fn end_probe(&mut self, ip: IpAddr) -> bool {
+        let found = self.probes.iter().position(|p| p.ip == ip);
+        found.map(|at| self.probes.swap_remove(at)).is_some()
     }
 
-    /// Removes and returns what waits for an address.
-    pub fn resolved(&mut self, ip: IpAddr) -> Option<Waiting> {
-        if self.waiting.is_empty() {
-            return None;
-        }
-        let at = self.waiting.iter().position(|w| w.ip == ip)?;
-        Some(self.take(at))
-    }
-
-    /// Removes and returns what waits for one of the addresses of a port.
-    pub fn give_up_port(&mut self, slot: u32) -> Option<Waiting> {
-        let at = self.waiting.iter().position(|w| w.slot == slot)?;
-        Some(self.take(at))
-    }
-
-    fn take(&mut self, at: usize) -> Waiting {
-        let w = self.waiting.swap_remove(at);
-        self.queued -= w.flows.len() + w.frames.len();
-        w
-    }
-
-    /// When the next request is due, or the end of a wait.
+    /// When the next probe needs something.
     #[must_use]
     pub fn next_timer(&self) -> Option<Time> {
-        self.waiting.iter().map(|w| w.next).min()
+        self.probes.iter().map(|p| p.next).min()
     }
 
-    /// The next address that is due: `Ok((slot, ip))` to send another request, `Err` with what waited in vain.
-    pub fn due(&mut self, now: Time) -> Option<Result<(u32, IpAddr), Waiting>> {
-        let at = self.waiting.iter().position(|w| w.next <= now)?;
-        let w = self.waiting.get_mut(at)?;
-        if w.tries >= TRIES {
-            return Some(Err(self.take(at)));
+    /// What the next probe needs that is due.
+    pub fn due(&mut self, now: Time) -> Option<ProbeStep> {
+        let at = self.probes.iter().position(|p| p.next <= now)?;
+        let p = self.probes.get_mut(at)?;
+        if p.tries >= TRIES {
+            return Some(ProbeStep::Unanswered(self.probes.swap_remove(at).ip));
         }
-        w.tries += 1;
-        w.next = now.plus_s(1);
-        Some(Ok((w.slot, w.ip)))
+        p.tries += 1;
+        p.next = now.plus_s(1);
+        Some(ProbeStep::Request(p.slot, p.ip))
     }
 }

@@ -191,11 +191,9 @@ fn inbound_acknowledges_at_once_when_there_is_nothing_to_send() {
 }
 
 #[test]
-fn inbound_retries_and_kick() {
+fn the_syn_of_an_inbound_connection_is_repeated_and_given_up() {
     let mut s = Sim::inbound();
     s.start();
-    s.recv("S 0");
-    s.kick();
     s.recv("S 0");
     s.pass(1000);
     s.recv("S 0");
@@ -210,19 +208,17 @@ fn inbound_retries_and_kick() {
 fn nothing_is_sent_to_a_guest_that_is_not_found_yet() {
     let mut s = Sim::inbound();
     let mac = std::mem::replace(&mut s.path.guest_mac, guestnet_wire::ether::Mac::BROADCAST);
-    s.tcb.hold(s.now);
     s.pass(5_000);
     s.silent();
     s.path.guest_mac = mac;
-    s.kick();
+    s.start();
     s.recv("S 0");
     s.send("S. 0 ack 1 mss 1460");
     s.recv(". 1 ack 1");
     // One that is never found is given up.
     let mut s = Sim::inbound();
     s.path.guest_mac = guestnet_wire::ether::Mac::BROADCAST;
-    s.tcb.hold(s.now);
-    s.pass(200_000);
+    s.pass(300_000);
     s.silent();
     s.closed(Close::Reset);
 }

@@ -268,9 +268,6 @@ impl Sim {
     pub fn start(&mut self) {
         call!(self, start);
     }
-    pub fn kick(&mut self) {
-        call!(self, kick);
-    }
     pub fn recheck(&mut self) {
         call!(self, recheck);
     }

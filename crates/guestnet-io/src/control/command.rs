@@ -10,8 +10,9 @@ use crate::os::sys;
 use guestnet_core::DnsVerdict;
 use guestnet_core::config::{FlowInfo, NameServers, PortInfo};
 use guestnet_core::nat::{ConnTrackStats, ForwardError, NatConfigError, NatEngineConfig, NatStats};
+use guestnet_core::policy::{Entry, Isolated};
 use guestnet_core::stats::Counters;
-use guestnet_core::types::{ForwardId, PortConfig, PortId, ServiceId};
+use guestnet_core::types::{ForwardId, NetMode, PortConfig, PortId, ServiceId};
 use guestnet_wire::ether::Mac;
 use std::net::{IpAddr, SocketAddr, SocketAddrV4};
 use std::os::fd::OwnedFd;
@@ -190,6 +191,8 @@ pub enum Command {
         proto: u8,
         /// The guest's address and port.
         guest: SocketAddr,
+        /// Who opened the port.
+        entry: Entry,
         /// Listening TCP or bound UDP sockets.
         fds: Vec<OwnedFd>,
     },
@@ -210,6 +213,8 @@ pub enum Command {
         external: SocketAddrV4,
         /// The guest's address and port; 0.0.0.0 while there is no guest.
         guest: SocketAddr,
+        /// Who opened the port.
+        entry: Entry,
     },
     /// What the engine of the uplink did and holds: [`Value::Nat`].
     NatStats,
@@ -246,6 +251,15 @@ pub enum Command {
     Adopt(Box<AcceptedGuest>),
     /// Ends the capture; done when everything is written.
     StopCapture,
+    /// Changes the rules of the network. Done when every flow that the old rules admitted has been judged by the new
+    /// ones, and those that are no longer allowed have been cut: [`Value::FlowsCut`].
+    SetPolicy {
+        /// Whether anything leaves the network. [`NetMode::Bridged`] is refused, and so is any change of a network
+        /// with that mode.
+        mode: NetMode,
+        /// Which guests open no flows to other guests.
+        isolated: Isolated,
+    },
     /// Tells of flows that open, close and are denied, or (to spare both sides the work) does not. A worker
     /// begins with telling.
     EnableFlowEvents {
@@ -279,6 +293,8 @@ pub enum Value {
     Flows(Vec<FlowInfo>),
     /// All ports with their counters.
     Ports(Vec<(PortInfo, Counters)>),
+    /// How many flows a change of the rules has cut.
+    FlowsCut(u64),
     /// Of the engine of the uplink of packets.
     Nat(Box<(NatStats, ConnTrackStats)>),
 }
@@ -307,6 +323,9 @@ pub enum CommandError {
     /// There is one already.
     #[error("the network has an uplink of packets already")]
     HasUplink,
+    /// A network in the mode `bridged` has no rules, and no other network gets that mode.
+    #[error("the mode `bridged` cannot be changed while a network runs")]
+    Bridged,
     /// What the engine says to its configuration.
     #[error("{0}")]
     Nat(#[from] NatConfigError),

@@ -24,7 +24,7 @@ use guestnet_core::config::ForwardSpec;
 use guestnet_core::nat::NatEngineConfig;
 use guestnet_core::types::{ForwardId, FrameMeta, PortId, ServiceId};
 use guestnet_wire::proto;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
@@ -52,6 +52,12 @@ impl Shard {
             if let Command::RemovePort { port } = *command
                 && self.remove_in_steps(sequence, port)
             {
+                continue;
+            }
+            if let Command::SetPolicy { mode, isolated } = &*command
+                && self.core.set_policy(self.now, *mode, isolated.clone())
+            {
+                self.policy_changes.push(sequence);
                 continue;
             }
             let result = self.command(*command);
@@ -129,13 +135,13 @@ impl Shard {
             Command::DnsVerdict { port: _, ticket, generation, verdict } => {
                 self.core.dns_verdict(self.now, ticket, generation, verdict, &mut self.io);
             }
-            Command::AddForward { forward, proto, guest, fds } => {
-                self.add_forward(forward, proto, guest, fds)?;
+            Command::AddForward { forward, proto, guest, entry, fds } => {
+                self.add_forward(forward, ForwardSpec { proto, guest, entry }, fds)?;
             }
             Command::AttachTun { fd, config } => self.attach_tun(fd, *config)?,
-            Command::AddUplinkForward { forward, proto, external, guest } => {
+            Command::AddUplinkForward { forward, proto, external, guest, entry } => {
                 self.check_forward_number(forward)?;
-                self.core.add_uplink_forward(forward, proto, external, guest)?;
+                self.core.add_uplink_forward(forward, external, ForwardSpec { proto, guest, entry })?;
             }
             Command::NatStats => {
                 let stats = self.core.nat_stats().ok_or(CommandError::NoUplink)?;
@@ -145,8 +151,9 @@ impl Shard {
                 if self.core.retarget_uplink_forward(forward, guest)? {
                     return Ok(Value::None);
                 }
-                let proto = self.forwards.get(&forward.0).ok_or(CommandError::NoSuchForward(forward))?.proto;
-                self.core.add_forward(forward, ForwardSpec { proto, guest });
+                if !self.core.retarget_forward(forward, guest) {
+                    return Err(CommandError::NoSuchForward(forward));
+                }
             }
             Command::RemoveForward { forward } if self.core.remove_uplink_forward(forward) => {}
             Command::RemoveForward { forward } => self.remove_forward(forward),
@@ -173,6 +180,7 @@ impl Shard {
             }
             Command::Adopt(newcomer) => self.adopt(*newcomer),
             Command::StopCapture => {}
+            Command::SetPolicy { .. } => return Err(CommandError::Bridged),
             Command::EnableFlowEvents { on } => self.io.flow_events = on,
             Command::ListFlows => return Ok(Value::Flows(self.core.flows().collect())),
             Command::PortStats => {
@@ -300,11 +308,11 @@ impl Shard {
     fn add_forward(
         &mut self,
         id: ForwardId,
-        proto: u8,
-        guest: SocketAddr,
+        spec: ForwardSpec,
         fds: Vec<OwnedFd>,
     ) -> Result<(), CommandError> {
         self.check_forward_number(id)?;
+        let proto = spec.proto;
         let want = match proto {
             proto::TCP => libc::SOCK_STREAM,
             proto::UDP => libc::SOCK_DGRAM,
@@ -320,7 +328,7 @@ impl Shard {
             }
             sys::adopt(fd).map_err(|errno| CommandError::System { what: "a published port", errno })?;
         }
-        self.forwards.insert(id.0, ForwardParts { proto, ..ForwardParts::default() });
+        self.forwards.insert(id.0, ForwardParts::default());
         for fd in fds {
             let watched =
                 if proto == proto::TCP { self.publish_tcp(id, fd) } else { self.publish_udp(id, fd) };
@@ -329,7 +337,7 @@ impl Shard {
                 return Err(CommandError::System { what: "a published port cannot be watched", errno });
             }
         }
-        self.core.add_forward(id, ForwardSpec { proto, guest });
+        self.core.add_forward(id, spec);
         Ok(())
     }
 

@@ -363,9 +363,9 @@ impl Effects for IoContext {
     }
 
     fn event(&mut self, event: effects::Event) -> bool {
-        use effects::Event::{Denied, FlowClosed, FlowOpened};
+        use effects::Event::{FlowClosed, FlowDenied, FlowOpened};
         let wanted =
-            self.flow_events || !matches!(event, FlowOpened { .. } | FlowClosed { .. } | Denied { .. });
+            self.flow_events || !matches!(event, FlowOpened { .. } | FlowClosed { .. } | FlowDenied(_));
         !wanted || self.events.try_send(Event::Core(event))
     }
 }

@@ -155,6 +155,8 @@ pub(crate) struct Shard {
     pub resting: Resting<Token>,
     /// Captures that are being finished, and what is to be acknowledged then.
     pub closing: Vec<(Closing, Option<u64>)>,
+    /// Changes of the rules that are acknowledged when all flows have been judged again.
+    pub policy_changes: Vec<u64>,
     capture_flush: Option<Time>,
     /// When it was seen last whether front-ends made this thread wait.
     pub looked_at: Time,
@@ -221,6 +223,7 @@ impl Shard {
             forwards: HashMap::new(),
             resting: Resting::default(),
             closing: Vec::new(),
+            policy_changes: Vec::new(),
             capture_flush: None,
             looked_at: now,
             may_have_slept: true,
@@ -375,6 +378,12 @@ impl Shard {
     /// What is due besides the core's timers.
     fn housekeeping(&mut self) {
         self.resume();
+        if let Some(cut) = self.core.take_flows_cut() {
+            for sequence in std::mem::take(&mut self.policy_changes) {
+                let result = Ok(Value::FlowsCut(cut));
+                self.io.events.send_reliable(Event::Done { sequence, result });
+            }
+        }
         self.io.socks.end_old_lingering(&mut self.io.counters, self.now);
         if let Some(c) = &mut self.io.capture {
             if self.capture_flush.is_some_and(|t| t <= self.now) {

@@ -550,7 +550,10 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let (forward, proto, guest) = (ForwardId(1), 6, "10.0.0.2:80".parse().unwrap());
-        handle.submit(Command::AddForward { forward, proto, guest, fds: vec![listener.into()] }).unwrap();
+        let entry = guestnet_core::policy::Entry::Published;
+        handle
+            .submit(Command::AddForward { forward, proto, guest, entry, fds: vec![listener.into()] })
+            .unwrap();
         let mut client = TcpStream::connect(address).unwrap();
         let refused = |w: &Worker| w.networks.get(0).map_or(0, |h| h.shard.io.counters.connections_refused);
         while refused(&worker) == 0 {

@@ -16,6 +16,7 @@ use crate::runtime::shard::{FLOWS_MAX, WorkerConfig};
 use crate::runtime::shard_handle::{self, ShardHandle};
 use crate::runtime::shard_links;
 use crate::runtime::stats::StatsSnapshot;
+use guestnet_core::config::ForwardSpec;
 use guestnet_core::effects;
 use guestnet_core::types::{FlowId, ForwardId, PortConfig, PortId};
 use std::collections::{HashMap, VecDeque};
@@ -80,8 +81,7 @@ enum Rollback {
 }
 
 struct Published {
-    proto: u8,
-    guest: SocketAddr,
+    spec: ForwardSpec,
     fds: Vec<OwnedFd>,
     at: usize,
 }
@@ -283,8 +283,8 @@ impl WorkerGroup {
             Command::SetNameServers { servers } => {
                 self.submit_to_all(table, || Command::SetNameServers { servers: servers.clone() })
             }
-            Command::AddForward { forward, proto, guest, fds } => {
-                self.add_forward(table, forward, proto, guest, fds)
+            Command::AddForward { forward, proto, guest, entry, fds } => {
+                self.add_forward(table, forward, ForwardSpec { proto, guest, entry }, fds)
             }
             Command::RetargetForward { forward, guest } => self.retarget(table, forward, guest),
             Command::RemoveForward { forward } => {
@@ -309,6 +309,9 @@ impl WorkerGroup {
                 }
             }
             Command::StopCapture => self.submit_to_all(table, || Command::StopCapture),
+            Command::SetPolicy { mode, isolated } => {
+                self.submit_to_all(table, || Command::SetPolicy { mode, isolated: isolated.clone() })
+            }
             Command::EnableFlowEvents { on } => {
                 self.submit_to_all(table, || Command::EnableFlowEvents { on })
             }
@@ -381,19 +384,17 @@ impl WorkerGroup {
         &self,
         table: &mut RoutingTable,
         forward: ForwardId,
-        proto: u8,
-        guest: SocketAddr,
+        spec: ForwardSpec,
         fds: Vec<OwnedFd>,
     ) -> Result<u64, QueueFull> {
         if let Some(at) = table.forwards.get(&forward).map(|f| f.at) {
             // Refused there.
-            return self.submit_to(table, [(at, add_forward(forward, proto, guest, fds))], Rollback::None);
+            return self.submit_to(table, [(at, add_forward(forward, spec, fds))], Rollback::None);
         }
-        let at = table.of_address(guest.ip(), self.shards.len()).unwrap_or(0);
+        let at = table.of_address(spec.guest.ip(), self.shards.len()).unwrap_or(0);
         let kept = copies(&fds).ok_or(QueueFull)?;
-        let command = add_forward(forward, proto, guest, fds);
-        let n = self.submit_to(table, [(at, command)], Rollback::Forward(forward))?;
-        table.forwards.insert(forward, Published { proto, guest, fds: kept, at });
+        let n = self.submit_to(table, [(at, add_forward(forward, spec, fds))], Rollback::Forward(forward))?;
+        table.forwards.insert(forward, Published { spec, fds: kept, at });
         Ok(n)
     }
 
@@ -407,18 +408,18 @@ impl WorkerGroup {
         let Some(f) = table.forwards.get(&forward) else {
             return self.submit_to(table, [(0, Command::RetargetForward { forward, guest })], Rollback::None);
         };
-        let (from, proto) = (f.at, f.proto);
-        let at = to.unwrap_or(from);
+        let from = f.at;
+        let (at, spec) = (to.unwrap_or(from), ForwardSpec { guest, ..f.spec });
         let n = if at == from {
             self.submit_to(table, [(from, Command::RetargetForward { forward, guest })], Rollback::None)?
         } else {
             let fds = copies(&f.fds).ok_or(QueueFull)?;
             let commands =
-                [(at, add_forward(forward, proto, guest, fds)), (from, Command::RemoveForward { forward })];
+                [(at, add_forward(forward, spec, fds)), (from, Command::RemoveForward { forward })];
             self.submit_to(table, commands, Rollback::None)?
         };
         if let Some(f) = table.forwards.get_mut(&forward) {
-            (f.guest, f.at) = (guest, at);
+            (f.spec, f.at) = (spec, at);
         }
         Ok(n)
     }
@@ -431,9 +432,9 @@ impl WorkerGroup {
                 table.addresses.insert(ip, port);
             }
             let RoutingTable { forwards, stale_forwards, .. } = &mut *table;
-            for (id, f) in forwards.iter_mut().filter(|(_, f)| f.guest.ip() == ip && f.at != to) {
+            for (id, f) in forwards.iter_mut().filter(|(_, f)| f.spec.guest.ip() == ip && f.at != to) {
                 let Some(fds) = copies(&f.fds) else { continue };
-                let moved = self.shards.get(to).map(|t| t.submit(add_forward(*id, f.proto, f.guest, fds)));
+                let moved = self.shards.get(to).map(|t| t.submit(add_forward(*id, f.spec, fds)));
                 // A worker whose queue is full will do when the address is next heard of.
                 if let Some(Ok(_)) = moved {
                     stale_forwards.push((f.at, *id));
@@ -531,8 +532,9 @@ impl RoutingTable {
     }
 }
 
-fn add_forward(forward: ForwardId, proto: u8, guest: SocketAddr, fds: Vec<OwnedFd>) -> Command {
-    Command::AddForward { forward, proto, guest, fds }
+fn add_forward(forward: ForwardId, spec: ForwardSpec, fds: Vec<OwnedFd>) -> Command {
+    let ForwardSpec { proto, guest, entry } = spec;
+    Command::AddForward { forward, proto, guest, entry, fds }
 }
 
 fn copies(fds: &[OwnedFd]) -> Option<Vec<OwnedFd>> {
@@ -550,7 +552,10 @@ fn merge_results(sum: &mut Result<Value, CommandError>, from: usize, more: Resul
         (Ok(Value::Flows(all)), Ok(Value::Flows(more))) => all.extend(renumbered(more, from)),
         (Ok(Value::Ports(all)), Ok(Value::Ports(more))) => all.extend(more),
         (sum @ Ok(Value::None), Ok(Value::Flows(more))) => *sum = Ok(Value::Flows(renumbered(more, from))),
-        (sum @ Ok(_), more @ (Err(_) | Ok(Value::Ports(_) | Value::Nat(_)))) => *sum = more,
+        (Ok(Value::FlowsCut(all)), Ok(Value::FlowsCut(more))) => *all += more,
+        (sum @ Ok(_), more @ (Err(_) | Ok(Value::Ports(_) | Value::Nat(_) | Value::FlowsCut(_)))) => {
+            *sum = more;
+        }
         _ => {}
     }
 }
@@ -592,7 +597,11 @@ mod tests {
         // As when the worker fails after it was seen that all have room.
         for _ in 0..2 {
             assert!(group.add_port(router, &mut table, PortId(1), port_config()).is_err());
-            assert!(group.add_forward(&mut table, ForwardId(1), 6, guest, vec![]).is_err());
+            assert!(
+                group
+                    .add_forward(&mut table, ForwardId(1), ForwardSpec::published(6, guest), vec![])
+                    .is_err()
+            );
         }
         let loads: Vec<u32> = router.loads.iter().map(|n| n.load(Ordering::Relaxed)).collect();
         assert_eq!((loads, table.ports.len(), table.addresses.len()), (vec![0, 0], 0, 0));

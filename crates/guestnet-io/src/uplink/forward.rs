@@ -24,8 +24,6 @@ pub(crate) struct Listening {
 /// What a Forward holds.
 #[derive(Default)]
 pub(crate) struct ForwardParts {
-    /// IP protocol.
-    pub proto: u8,
     /// Slots of listening sockets.
     pub listening: Vec<u32>,
     /// UDP sockets.

@@ -42,6 +42,9 @@ class Answer:
     target: bytes | None = None
 
 
+_NOT_FORWARDED = Resolvers(())
+
+
 class DnsServer:
     """The DNS authority of one network, `network.services.dns`. Safe to be used from any thread.
 
@@ -56,6 +59,7 @@ class DnsServer:
 
     def __init__(self, config: DnsConfig) -> None:
         self._zones = Zones(config)
+        self._forwarding = True
         self._source = ResolverSource(config.resolvers, config.resolv_conf)
         self.changed: Callable[[], object] = lambda: None
         """Called, in any thread, when other records may make earlier answers wrong."""
@@ -105,7 +109,11 @@ class DnsServer:
 
     def name_servers(self) -> Resolvers:
         """The name servers that all other names are asked of; the same object until there are others."""
-        return self._source.current()
+        return self._source.current() if self._forwarding else _NOT_FORWARDED
+
+    def set_forwarding(self, on: bool) -> None:
+        """Whether names that are not the network's own are asked of name servers."""
+        self._forwarding = on
 
     def lookup(self, name: bytes, kind: int) -> Answer | None:
         """What is said of a name.

@@ -326,8 +326,7 @@ impl Tcb {
         Tcb::new(flow, sock, State::SynSent, isn, timeouts, now)
     }
 
-    /// Sends the SYN of an inbound flow and starts its timer. When the guest's MAC is not known yet, do not
-    /// call this but [`Tcb::hold`], and [`Tcb::kick`] once it is.
+    /// Sends the SYN of an inbound flow and starts its timer. To be called once the guest's MAC is known.
     pub fn start<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Fate {
         if self.state == State::SynSent {
             self.snd_max = self.iss.plus(1);
@@ -335,19 +334,6 @@ impl Tcb {
             self.arm(cx.now);
         }
         Fate::Live
-    }
-
-    /// Starts the timer of an inbound flow without sending: its SYN goes out with the timer or [`Tcb::kick`].
-    pub fn hold(&mut self, now: Time) {
-        if self.state == State::SynSent {
-            self.snd_max = self.iss.plus(1);
-            self.arm(now);
-        }
-    }
-
-    /// The way to the guest became known: an unanswered SYN is sent again at once.
-    pub fn kick<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Fate {
-        self.start(cx)
     }
 
     /// The outcome of the host's connect. In any other state an error says that the socket is of no use, and
