@@ -10,10 +10,11 @@
 mod common;
 
 use common::{Mock, Sent, SentDatagram};
-use guestnet_core::config::{NetworkConfig, DatagramError, ForwardSpec, Limits};
-use guestnet_core::Network;
-use guestnet_core::effects::SockError;
+use guestnet_core::config::{DatagramError, ForwardSpec, Limits, NameServers, NetworkConfig};
+use guestnet_core::{DnsVerdict, Network};
+use guestnet_core::effects::{Event, SockError};
 use guestnet_core::types::{Csum, ForwardId, FrameMeta, Gso, PortConfig, PortId, ServiceId, SockId, Time};
+use guestnet_wire::dns::Record;
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::ipv4::{self, Ipv4};
 use guestnet_wire::tcp::{Options, Tcp};
