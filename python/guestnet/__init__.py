@@ -165,9 +165,9 @@ if TYPE_CHECKING:
     from guestnet.runtime.attachments import Listener as Listener
     from guestnet.runtime.attachments import MemoryAttachment as MemoryAttachment
     from guestnet.runtime.endpoint import Endpoint as Endpoint
-    from guestnet.runtime.forward import Forward as Forward
     from guestnet.runtime.network import NatNetwork as NatNetwork
-    from guestnet.runtime.service_host import Services as Services
+    from guestnet.runtime.published.forward import Forward as Forward
+    from guestnet.runtime.services.service_host import Services as Services
     from guestnet.services.dhcp import DhcpServer as DhcpServer
     from guestnet.services.dns import DnsServer as DnsServer
     from guestnet.services.pcp import PcpServer as PcpServer
@@ -242,9 +242,9 @@ _HOME = {
         "Ring",
     ),
     "guestnet.runtime.network": ("NatNetwork",),
-    "guestnet.runtime.forward": ("Forward",),
+    "guestnet.runtime.published.forward": ("Forward",),
     "guestnet.datapath.network_datapath": ("NetworkDatapath",),
-    "guestnet.runtime.service_host": ("Services",),
+    "guestnet.runtime.services.service_host": ("Services",),
     "guestnet.services.dhcp": ("DhcpServer",),
     "guestnet.services.dns": ("DnsServer",),
     "guestnet.services.pcp": ("PcpServer",),

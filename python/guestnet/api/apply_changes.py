@@ -23,9 +23,9 @@ from guestnet.model.spec_diff import (
     RecordsChanged,
 )
 from guestnet.runtime.endpoint import Endpoint
-from guestnet.runtime.forward import Forward
+from guestnet.runtime.published.forward import Forward
 from guestnet.runtime.registry import NOWHERE, Registry
-from guestnet.runtime.service_host import Services
+from guestnet.runtime.services.service_host import Services
 
 _log = logging.getLogger("guestnet")
 

@@ -25,7 +25,7 @@ from guestnet.runtime.attachments import (
     KeptAttachments,
 )
 from guestnet.runtime.registry import Registry
-from guestnet.runtime.service_host import Services
+from guestnet.runtime.services.service_host import Services
 from guestnet.runtime.session import Session
 
 if TYPE_CHECKING:

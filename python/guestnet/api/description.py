@@ -13,7 +13,7 @@ from guestnet.control.portal import blocking
 from guestnet.errors import GuestnetError
 from guestnet.model.spec import NetMode
 from guestnet.runtime.endpoint import Endpoint
-from guestnet.runtime.forward import Forward
+from guestnet.runtime.published.forward import Forward
 from guestnet.runtime.registry import NOWHERE
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from guestnet.model.forward_spec import ForwardSpec
-from guestnet.runtime.forward import Forward
+from guestnet.runtime.published.forward import Forward
 
 
 def exact(forward: Forward) -> ForwardSpec:

@@ -11,8 +11,8 @@ from guestnet.errors import (
 )
 from guestnet.model.forward_spec import ForwardSpec
 from guestnet.model.handles import Handles
-from guestnet.runtime.forward import Forward
-from guestnet.runtime.host_sockets import close_sockets, open_sockets
+from guestnet.runtime.published.forward import Forward
+from guestnet.runtime.published.host_sockets import close_sockets, open_sockets
 
 if TYPE_CHECKING:
     pass

@@ -14,7 +14,7 @@ from guestnet.model.spec import NetMode
 
 if TYPE_CHECKING:
     from guestnet.model.stats import NetworkStats
-    from guestnet.runtime.forward import Forward
+    from guestnet.runtime.published.forward import Forward
 
 
 class EndpointRecord:

@@ -29,9 +29,9 @@ from guestnet.model.handles import Ids
 from guestnet.model.spec import NatConfig
 from guestnet.model.stats import NetworkStats
 from guestnet.runtime.attachments import KeptAttachments, Listener
-from guestnet.runtime.forward import Forward
+from guestnet.runtime.published.forward import Forward
 from guestnet.runtime.registry import Registry
-from guestnet.runtime.service_host import Services
+from guestnet.runtime.services.service_host import Services
 from guestnet.runtime.session import Doors, Session, SessionParts
 from guestnet.runtime.session_end import began, claim, end, end_unheld
 

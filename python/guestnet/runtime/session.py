@@ -50,12 +50,12 @@ from guestnet.model.stats import ConnTrackStats, FlowRecord, NatStats, NetworkSt
 from guestnet.runtime.attachments import Attachment, KeptAttachments, Listener, MemoryAttachment
 from guestnet.runtime.capture import Capture
 from guestnet.runtime.endpoint import Endpoint
-from guestnet.runtime.forward import Forward
 from guestnet.runtime.port_table import PortTable
-from guestnet.runtime.publishing import Publishing
+from guestnet.runtime.published.forward import Forward
+from guestnet.runtime.published.publishing import Publishing
 from guestnet.runtime.registry import Registry
 from guestnet.runtime.rules import Rules
-from guestnet.runtime.service_host import ServiceHost, Services
+from guestnet.runtime.services.service_host import ServiceHost, Services
 
 if TYPE_CHECKING:
     from guestnet import _native

@@ -18,8 +18,8 @@ from guestnet import AlreadyRunning, NatConfig, NatNetwork
 from guestnet.model.forward_spec import ForwardSpec
 from guestnet.model.handles import Ids
 from guestnet.model.ipam import parse_mac
-from guestnet.runtime.host_sockets import close_sockets, open_sockets
-from guestnet.runtime.publishing import Publishing
+from guestnet.runtime.published.host_sockets import close_sockets, open_sockets
+from guestnet.runtime.published.publishing import Publishing
 from guestnet.testing.guest import Guest
 
 from .conftest import AddGuest

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from guestnet.errors import ConfigError, GuestnetError, PortInUse, UnsupportedError
 from guestnet.model.forward_spec import ForwardSpec
-from guestnet.runtime.host_sockets import close_sockets, open_sockets
+from guestnet.runtime.published.host_sockets import close_sockets, open_sockets
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -22,8 +22,8 @@ from guestnet.errors import (
     GuestnetError,
     NotRunning,
 )
-from guestnet.runtime import join_server, network_socket
-from guestnet.runtime.join_server import JoinServer
+from guestnet.runtime.joining import join_server, network_socket
+from guestnet.runtime.joining.join_server import JoinServer
 
 
 @pytest.fixture

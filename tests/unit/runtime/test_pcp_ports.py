@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from guestnet import ConfigError, ForwardNotFound, NatConfig, NatNetwork
 from guestnet.model.events import PortClosed, PortOpened
-from guestnet.runtime import pcp_ports as under_test
+from guestnet.runtime.services import pcp_ports as under_test
 from guestnet.testing.guest import Guest
 from unit.services.dhcp_wire import DECLINE, RELEASE, ask, ip
 

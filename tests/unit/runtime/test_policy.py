@@ -16,7 +16,7 @@ from guestnet import (
     NotRunning,
     UnsupportedError,
 )
-from guestnet.runtime.pcp_ports import GuestPorts
+from guestnet.runtime.services.pcp_ports import GuestPorts
 from guestnet.testing.guest import GuestError
 
 from .conftest import PATIENCE, AddGuest, Events, add_memory_guest, until

@@ -13,7 +13,7 @@ from guestnet import NatNetwork
 from guestnet.errors import BusyError, GuestnetError
 from guestnet.model.forward_spec import ForwardSpec
 from guestnet.model.handles import Ids
-from guestnet.runtime.publishing import Publishing
+from guestnet.runtime.published.publishing import Publishing
 
 
 async def test_a_refused_retarget_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:

@@ -51,7 +51,7 @@ def lease(text: str) -> dict[str, str | None]:
 
 
 def _network_name(text: str) -> str:
-    from guestnet.runtime.network_socket import check_name
+    from guestnet.runtime.joining.network_socket import check_name
 
     return check_name(text)
 
@@ -285,14 +285,14 @@ def _socket_path(name: str | None) -> str | None:
     """The path of the network's own socket, whose directory is there afterwards; None without a name."""
     if name is None:
         return None
-    from guestnet.runtime import network_socket
+    from guestnet.runtime.joining import network_socket
 
     network_socket.make_directory()
     return network_socket.path_of(name)
 
 
 def _let_guests_join(network: NatNetwork, name: str, path: str, teller: Teller, stack: ExitStack) -> None:
-    from guestnet.runtime.join_server import JoinServer
+    from guestnet.runtime.joining.join_server import JoinServer
 
     stack.callback(JoinServer(network, path).close)
     teller.tell("joinable", f"guests can join by `guestnet join {name}`", name=name, path=path)

@@ -1,4 +1,4 @@
-"""The client of a running network's socket, for one guest (see `runtime.join_server`)."""
+"""The client of a running network's socket, for one guest (see `runtime.joining.join_server`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from guestnet.errors import GuestnetError, NotRunning
-from guestnet.runtime import network_socket as wire
+from guestnet.runtime.joining import network_socket as wire
 
 _ANSWER_SECONDS = 30.0
 

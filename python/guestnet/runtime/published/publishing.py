@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from guestnet.errors import ConfigError, PortInUse
 from guestnet.model.forward_spec import ForwardSpec
-from guestnet.runtime.forward import Forward
-from guestnet.runtime.host_sockets import close_sockets
+from guestnet.runtime.published.forward import Forward
+from guestnet.runtime.published.host_sockets import close_sockets
 
 if TYPE_CHECKING:
     from guestnet.control.channel import Control

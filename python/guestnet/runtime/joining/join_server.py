@@ -1,4 +1,4 @@
-"""Lets guests join a running network by its socket (`runtime.network_socket`).
+"""Lets guests join a running network by its socket (`runtime.joining.network_socket`).
 
 One thread serves all connections. A connection is one guest:
 
@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING, Any
 
 from guestnet._linux.join_namespace import Watch
 from guestnet.errors import AlreadyRunning, AttachError, ConfigError, EndpointExists, GuestnetError
-from guestnet.runtime import network_socket as wire
+from guestnet.runtime.joining import network_socket as wire
 
 if TYPE_CHECKING:
-    from guestnet.runtime.forward import Forward
     from guestnet.runtime.network import NatNetwork
+    from guestnet.runtime.published.forward import Forward
 
 _log = logging.getLogger("guestnet")
 

@@ -15,7 +15,7 @@ from guestnet.errors import ConfigError
 from guestnet.model.events import LeaseReleased, LeaseTaken, PortClosed, PortOpened
 from guestnet.model.ipam import format_mac
 from guestnet.model.spec import NetMode
-from guestnet.runtime.dns_control import DnsControl
+from guestnet.runtime.services.dns_control import DnsControl
 
 if TYPE_CHECKING:
     import asyncio
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from guestnet.control.event_hub import Emitter
     from guestnet.model.spec import NatConfig
     from guestnet.runtime.endpoint import Endpoint
-    from guestnet.runtime.forward import Forward
     from guestnet.runtime.port_table import PortTable
-    from guestnet.runtime.publishing import Publishing
+    from guestnet.runtime.published.forward import Forward
+    from guestnet.runtime.published.publishing import Publishing
     from guestnet.runtime.registry import Registry
     from guestnet.services.dhcp import DhcpServer
     from guestnet.services.dns import DnsServer
@@ -180,7 +180,7 @@ class ServiceHost:
             self._dns = DnsControl(control, self._services.dns, self._registry, _DNS_UDP)
             self._dns.open()
         if self._config.pcp_ports is not None:
-            from guestnet.runtime.pcp_ports import GuestPorts
+            from guestnet.runtime.services.pcp_ports import GuestPorts
 
             pcp = self._pcp = self._services.pcp
             pcp.on_open, pcp.on_close = self._opened, self._closed

@@ -1,6 +1,6 @@
 """The socket of a running network: where it is, and how a message of it looks.
 
-`guestnet up --name lab` listens on it, and guests join by it (`runtime.join_server`). It is a unix socket of
+`guestnet up --name lab` listens on it, and guests join by it (`join_server`). It is a unix socket of
 type SOCK_SEQPACKET with mode 0600. A message is one JSON object; the descriptor of a TAP device travels with
 it. The commands that join import this module, so it imports little.
 """

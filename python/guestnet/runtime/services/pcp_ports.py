@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from guestnet.errors import GuestnetError, PortInUse
 from guestnet.model.forward_spec import ForwardSpec
-from guestnet.runtime.host_sockets import close_sockets, open_sockets
+from guestnet.runtime.published.host_sockets import close_sockets, open_sockets
 
 if TYPE_CHECKING:
     from guestnet.model.spec import NatConfig
-    from guestnet.runtime.forward import Forward
-    from guestnet.runtime.publishing import Publishing
+    from guestnet.runtime.published.forward import Forward
+    from guestnet.runtime.published.publishing import Publishing
     from guestnet.runtime.registry import Registry
 
 _EVERYWHERE = IPv4Address("0.0.0.0")

@@ -1,0 +1,1 @@
+"""The socket by which guests join a running network."""

@@ -1,0 +1,1 @@
+"""Published ports of a running network: their handles, their sockets on the host, and where they lead."""

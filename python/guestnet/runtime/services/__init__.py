@@ -1,0 +1,1 @@
+"""What joins the services of `guestnet.services` to a running network."""
