@@ -21,7 +21,7 @@ LINE = re.compile(r"^test (?:[\w:]+::)?(\w+) \.\.\. (ok|FAILED)")
 PYTHON_TESTS = (
     "tests/unit/services/test_pcp_messages.py",
     "tests/unit/services/test_pcp_mappings.py",
-    "tests/unit/runtime/test_pcp_ports.py",
+    "tests/unit/runtime/services/test_pcp_ports.py",
 )
 PYTHON_LINE = re.compile(r"^\S+::test_(\w+?)(?:\[.*\])? (PASSED|FAILED|ERROR)")
 

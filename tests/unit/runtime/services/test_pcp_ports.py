@@ -18,7 +18,7 @@ from guestnet.runtime.services import pcp_ports as under_test
 from guestnet.testing.guest import Guest
 from unit.services.dhcp_wire import DECLINE, RELEASE, ask, ip
 
-from .conftest import PATIENCE, Events, add_memory_guest, fetch, until
+from ..conftest import PATIENCE, Events, add_memory_guest, fetch, until
 
 FIRST = 20000 + os.getpid() % 120 * 100
 """Below the ports that the kernel chooses, and not those of another run of this test."""

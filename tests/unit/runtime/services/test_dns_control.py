@@ -22,7 +22,7 @@ from guestnet.testing.guest import Guest, GuestError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .conftest import add_memory_guest, until
+from ..conftest import add_memory_guest, until
 
 RECORDS = {
     "web.example": "192.0.2.7",

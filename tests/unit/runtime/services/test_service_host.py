@@ -23,7 +23,7 @@ from guestnet.services.dns.server import Answer
 from guestnet.testing import messages
 from guestnet.testing.guest import Guest, GuestError
 
-from .conftest import PATIENCE, AddGuest, Events, add_memory_guest, fetch
+from ..conftest import PATIENCE, AddGuest, Events, add_memory_guest, fetch
 
 
 @dataclass
