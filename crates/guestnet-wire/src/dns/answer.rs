@@ -1,7 +1,8 @@
 //! Theory of operation: responses. Of a response the shape is read: where its records end, where their TTLs are, for how
 //! long it holds. Its records stay bytes, and are sent again with what is left of their TTLs.
 
-use super::{HEADER, Query, UDP_MAX, flags, kind, name_end, opt, rcode};
+use super::format::{HEADER, UDP_MAX, flags, kind, name_end, opt, rcode};
+use super::query::Query;
 use crate::{be16, be32};
 use std::ops::Range;
 

@@ -3,7 +3,8 @@
 //! expanded, since pointers mean places in the message that they came in. Names in data are only expanded where
 //! compression is allowed (RFC 3597 section 4); all other data is copied.
 
-use super::{Answer, HEADER, IN, TCP_MAX, expand_name, flags};
+use super::answer::Answer;
+use super::format::{HEADER, IN, TCP_MAX, expand_name, flags};
 use crate::{be16, be32};
 
 /// A record: name and data in wire format, uncompressed.

@@ -1,7 +1,7 @@
 //! Theory of operation: queries. A query may carry up to [`RECORDS_MAX`] records besides its question: EDNS, a signature,
 //! and what nobody knows yet. They are skipped but for EDNS, so a query costs a bounded amount of work.
 
-use super::{HEADER, PLAIN_MAX, TCP_MAX, UDP_MAX, flags, kind, name_end, opt};
+use super::format::{HEADER, PLAIN_MAX, TCP_MAX, UDP_MAX, flags, kind, name_end, opt};
 use crate::{be16, be32};
 
 /// Records that come with a question at most.
