@@ -58,7 +58,7 @@ def test_every_public_name_has_an_example(name: str) -> None:
     assert ">>> " in (PUBLIC[name].__doc__ or ""), f"{name} has no example"
 
 
-SERVICE = {"owns", "own_names", "server", "serve_unix", "close", "handle", "known", "reply", "wait"}
+SERVICE = {"owns", "own_names"}
 """Methods of `DnsServer` that only the network calls."""
 
 

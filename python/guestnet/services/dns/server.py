@@ -108,11 +108,19 @@ class DnsServer:
         return self._zones.apexes()
 
     def name_servers(self) -> Resolvers:
-        """The name servers that all other names are asked of; the same object until there are others."""
+        """Returns the upstream name servers for all names that are not the network's own.
+
+        Returns:
+            The name servers; the same object until the configuration of the host changes.
+        """
         return self._source.current() if self._forwarding else _NOT_FORWARDED
 
     def set_forwarding(self, on: bool) -> None:
-        """Whether names that are not the network's own are asked of name servers."""
+        """Turns the forwarding of queries to upstream name servers on or off.
+
+        Args:
+            on: whether names that are not the network's own are forwarded.
+        """
         self._forwarding = on
 
     def lookup(self, name: bytes, kind: int) -> Answer | None:
