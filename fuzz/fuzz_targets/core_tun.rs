@@ -159,7 +159,7 @@ impl World {
         if let Csum::Partial { start, offset } = meta.csum {
             let mut whole = frame.to_vec();
             gso::complete_checksum(&mut whole, start, offset).expect("a checksum outside the frame");
-            assert!(parse::verify_l4(&whole, &p), "a begun checksum went wrong");
+            assert!(parse::verify_l4(&whole, &p), "a partial checksum went wrong");
         }
     }
 

@@ -605,10 +605,14 @@ impl L3Uplink {
         too_big: bool,
         direction: NatDirection,
     ) -> NatResult {
+        // A frame that stands for several has nothing behind its last one.
+        if meta.gso.is_some() && p.end != frame.len() {
+            return NatResult::Dropped(DropReason::Malformed);
+        }
         let mut partial = None;
         if let Csum::Partial { start, offset } = meta.csum {
             if !too_big && matches!(p.proto, proto::TCP | proto::UDP) {
-                partial = Some(usize::from(start) + usize::from(offset));
+                partial = Some((start, offset));
             } else if gso::complete_checksum(frame, start, offset).is_ok() {
                 meta.csum = Csum::Full;
             } else {
@@ -617,10 +621,19 @@ impl L3Uplink {
         }
         let Some(packet) = frame.get_mut(L3..) else { return NatResult::Dropped(DropReason::Truncated) };
         let result = self.engine.translate_view(packet, view, direction, now);
-        if let (Some(at), NatResult::Translated | NatResult::Hairpinned) = (partial, result) {
+        if let (Some((start, offset)), NatResult::Translated | NatResult::Hairpinned) = (partial, result) {
             let end = |at| IpAddr::V4(Ipv4Addr::from(be32(frame, at)));
             let sum = checksum::pseudo(end(L3 + 12), end(L3 + 16), p.proto, (p.end - p.l4) as u32);
-            put(frame, at, &checksum::fold(sum).to_be_bytes());
+            put(frame, usize::from(start) + usize::from(offset), &checksum::fold(sum).to_be_bytes());
+            // Whoever completes a partial checksum sums up to the end of the frame. Bytes behind a datagram (RFC 9868)
+            // or padding are not part of the sum, so it is completed here.
+            if p.end < frame.len() {
+                let whole = frame.get_mut(..p.end).map(|f| gso::complete_checksum(f, start, offset));
+                if !matches!(whole, Some(Ok(()))) {
+                    return NatResult::Dropped(DropReason::Malformed);
+                }
+                meta.csum = Csum::Full;
+            }
         }
         result
     }
@@ -683,6 +696,38 @@ mod tests {
     use guestnet_wire::ipv4::Ipv4;
 
     const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 9);
+
+    #[test]
+    fn a_partial_checksum_does_not_cover_bytes_behind_a_datagram() {
+        let (now, c, mut fx) = (Time(1_000_000_000), config(), Mock::new());
+        let mut layers = Layers::new(&c);
+        let mut uplink = L3Uplink::new(&c, NatEngineConfig::new(OUTSIDE)).unwrap();
+        let slot = layers.lan.add_port(now, A, PortConfig { mac: Some(mac(A)), ..port_config() }).unwrap();
+        layers.lan.bind_address(now, A, guest_ip(A).into(), None).unwrap();
+        layers.gateway.add_port(now, slot, A.0);
+        uplink.add_port(slot);
+
+        let remote = addr("203.0.113.1:7");
+        // In the packet (RFC 9868), behind the packet (padding of Ethernet), and both.
+        for (surplus, padding) in [(7, 0), (0, 9), (3, 5)] {
+            let mut datagram = udp_bytes(guest_ip(A).into(), remote.ip(), 4000, 7, b"ping");
+            let sum = checksum::pseudo(guest_ip(A).into(), remote.ip(), proto::UDP, datagram.len() as u32);
+            put(&mut datagram, 6, &checksum::fold(sum).to_be_bytes());
+            datagram.extend_from_slice(&[0xa5; 7][..surplus]);
+            let mut frame = crate::net::Ip4::new(A, remote.ip(), proto::UDP).frame(&datagram);
+            frame.extend_from_slice(&[0x5a; 9][..padding]);
+            let p = parse::parse_ip(&frame, L3).unwrap();
+            let meta = FrameMeta { csum: Csum::Partial { start: 34, offset: 6 }, ..FrameMeta::default() };
+            let cx = &mut layers.context(now, &mut fx);
+            uplink.packet_out(cx, Sender { slot, mac: mac(A) }, &mut frame, &p, meta).unwrap();
+            let (mut sent, meta) = fx.uplink.pop().unwrap();
+            if let Csum::Partial { start, offset } = meta.csum {
+                gso::complete_checksum(&mut sent, start, offset).unwrap();
+            }
+            let p = parse::parse_ip(&sent, L3).unwrap();
+            assert!(parse::verify_l4(&sent, &p), "{surplus} bytes behind it, {padding} of padding");
+        }
+    }
 
     /// The uplink over the layers that it uses, without relays.
     #[test]

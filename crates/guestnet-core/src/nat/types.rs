@@ -24,10 +24,10 @@ pub enum NatResult {
     /// None of the NAT's business; unchanged.
     PassThrough,
     /// A fragment that waits for the first of its packet; unchanged. It comes out of
-    /// [`NatEngine::poll_output`] later. Do not send it.
+    /// [`NatEngine::poll_output`](crate::nat::NatEngine::poll_output) later. Do not send it.
     Held,
-    /// Rewritten, and too big for the next link: its fragments wait in [`NatEngine::poll_output`]. Do not
-    /// send it.
+    /// Rewritten, and too big for the next link: its fragments wait in
+    /// [`NatEngine::poll_output`](crate::nat::NatEngine::poll_output). Do not send it.
     Fragmented,
     /// Bigger than this MTU and must not be cut; unchanged. Its sender is told by ICMP. Do not send it.
     TooBig(u16),

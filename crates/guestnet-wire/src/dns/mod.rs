@@ -3,7 +3,7 @@
 //! - [`Query`] reads every kind of query, and says how an unreadable one is refused.
 //! - [`Answer`] reads the shape of a response: where its records and TTLs are. Records stay bytes, so any type passes,
 //!   also those that nobody has thought of yet.
-//! - [`build`] makes responses of the network's own from records.
+//! - [`build()`] makes responses of the network's own from records.
 //!
 //! Invariants: nothing is followed but in [`expand_name`], whose pointers must lead backwards, so nothing can loop. Each
 //! byte is looked at a bounded number of times.
