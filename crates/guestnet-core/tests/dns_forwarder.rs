@@ -98,7 +98,7 @@ fn what_was_cached_before_a_change_is_not_sent_after_it() {
     w.own(A, &q, own("www.own.example", 7));
     w.resolve(A, &far, |sent| answer(sent, 1, 600, 7));
     assert!(w.ask(A, &q).is_some() && w.ask(A, &far).is_some());
-    // A guest came: what is said of guests may change.
+    // A guest arrived: answers about guests may change.
     w.generation += 1;
     w.n.core.forget_guest_names(w.generation);
     assert!(w.ask(A, &far).is_some());

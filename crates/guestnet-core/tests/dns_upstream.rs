@@ -20,7 +20,7 @@ fn ask() -> Vec<u8> {
     query(7, NAME, &[])
 }
 
-/// What was told of name servers.
+/// The reports about name servers.
 fn reports(w: &World) -> Vec<(String, Option<&'static str>)> {
     let told = |e: &Event| match e {
         Event::NameServer { server, trouble } => Some((server.to_string(), *trouble)),

@@ -1,7 +1,7 @@
 //! Theory of operation: cached responses, by question. Names come from guests, so the hash is keyed.
 //!
 //! Bounded in bytes, with all that it takes to keep an entry. Entries count for the port whose query brought them. When
-//! the cache is full, the port that has the most gives way: a guest that asks for ever new names replaces its own entries,
+//! the cache is full, the port that has the most gives way: a guest that queries many names replaces its own entries,
 //! oldest first, but those that were used meanwhile have a second chance. A response is the same for all guests, so a hit
 //! does not look at the port.
 

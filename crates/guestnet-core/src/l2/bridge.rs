@@ -5,7 +5,7 @@
 //! - A guest can have neither the MAC nor the address of another guest, nor the MAC of a station that was seen on the
 //!   segment. A station of the segment cannot speak for a guest either.
 //! - No guest advertises routers, serves DHCP, takes part in spanning trees or sends into VLANs.
-//! - Which addresses guests use is up to the segment; the control side is told.
+//! - The segment assigns the addresses; the control side gets an event for each address seen.
 
 use crate::interface::effects::Effects;
 use crate::interface::stats::DropReason;

@@ -97,7 +97,7 @@ pub(crate) struct Lan {
     pub(super) reserved: BTreeMap<IpAddr, Mac>,
     pub(super) reserved_macs: BTreeSet<Mac>,
     pub(super) addressing: Addressing,
-    /// Floods of IP packets are returned to the caller, who asks the policy about them.
+    /// Floods of IP packets are returned to the caller, which asks the policy.
     pub(super) asks: bool,
     pub(super) ports: Ports,
     pub(super) macs: Macs,

@@ -29,11 +29,11 @@ pub enum NatResult {
     /// Rewritten, and too big for the next link: its fragments wait in
     /// [`NatEngine::poll_output`](crate::nat::NatEngine::poll_output). Do not send it.
     Fragmented,
-    /// Bigger than this MTU and must not be cut; unchanged. Its sender is told by ICMP. Do not send it.
+    /// Bigger than this MTU and must not be cut; unchanged. The sender gets an ICMP error. Do not send it.
     TooBig(u16),
     /// Refused for this reason; unchanged. Do not send it.
     Dropped(DropReason),
-    /// It belongs to no session, and the engine was told to ask
+    /// It belongs to no session, and the engine is configured to ask
     /// ([`NatEngine::ask_before_sessions`](crate::nat::NatEngine::ask_before_sessions)); unchanged and not counted.
     /// Translate it again after [`NatEngine::admit_next`](crate::nat::NatEngine::admit_next), or do not send it.
     New,

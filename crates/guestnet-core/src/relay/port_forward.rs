@@ -4,7 +4,7 @@
 //!   peer. A client on loopback or inside the subnet appears as the gateway. A pair that a live flow has already gets
 //!   another port.
 //! - While the MAC of the guest is not known, the flow is pending; so are a few datagrams.
-//! - A guest on another worker cannot be reached from here: the control side is told, and moves the forward.
+//! - A guest on another worker cannot be reached from here: the control side gets an event and moves the forward.
 
 use crate::context::Context;
 use crate::interface::effects::Effects;

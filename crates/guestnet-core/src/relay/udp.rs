@@ -24,7 +24,7 @@ use guestnet_wire::parse::Packet;
 use guestnet_wire::{be16, icmp, proto};
 use std::net::SocketAddr;
 
-/// Why a flow was not opened, and how the guest is told.
+/// Why a flow was not opened, and what the guest gets as a response.
 pub(super) struct Refused(pub DropReason, pub IcmpError);
 
 /// Where a guest's datagram leaves.

@@ -33,9 +33,7 @@ def parser() -> arguments.Parser:
         metavar="NETWORK",
         help="join this network, started by `guestnet up --name NETWORK`, instead of having one alone",
     )
-    made.add_argument(
-        "--id", type=arguments.checked(arguments.guest_id), help="with --network: the guest's id"
-    )
+    made.add_argument("--id", metavar="ID", help="with --network: the guest's id")
     made.add_argument("--hostname", type=arguments.checked(arguments.hostname), help="the guest's host name")
     made.add_argument(
         "--host-ids",
