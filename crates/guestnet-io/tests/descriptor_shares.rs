@@ -13,10 +13,6 @@ use std::os::unix::net::{UnixListener, UnixStream};
 
 const LIMIT: u64 = 2048;
 
-fn open_descriptors() -> usize {
-    std::fs::read_dir("/proc/self/fd").unwrap().count()
-}
-
 #[test]
 fn front_ends_of_one_listener_leave_descriptors_to_everybody_else() {
     let lower = libc::rlimit { rlim_cur: LIMIT, rlim_max: LIMIT };
@@ -38,9 +34,9 @@ fn front_ends_of_one_listener_leave_descriptors_to_everybody_else() {
     for _ in 0..60 {
         let stream = UnixStream::connect(dir.join("vhost")).unwrap();
         stream.set_read_timeout(Some(common::PATIENCE)).unwrap();
-        let before = open_descriptors();
         let mut f = Front::new(stream);
-        f.send(SET_OWNER, 0, &[], &[]);
+        // Once the share is used up, guestnet hangs up at once: before the first message or after any of them.
+        f.try_send(SET_OWNER, &[], &[]);
         for q in 0..16u64 {
             for (request, fd) in [SET_VRING_CALL, SET_VRING_ERR].into_iter().zip(&events) {
                 f.try_send(request, &longs(&[q]), &[fd.as_raw_fd()]);
@@ -52,7 +48,6 @@ fn front_ends_of_one_listener_leave_descriptors_to_everybody_else() {
         if alive {
             held.push(f);
         }
-        let _of_this_one = before;
     }
     assert!((4..60).contains(&held.len()), "{} front-ends stay", held.len());
     let stats = net.workers.stats().io;
