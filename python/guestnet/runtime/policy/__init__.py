@@ -1,0 +1,1 @@
+"""What a policy needs while its network runs."""
