@@ -262,8 +262,8 @@ class DataPlane:
         """Changes the rules: the mode, and whether guests may open flows to each other. Those on the ports in
         `trusted` always may. Brings the number of flows that were cut, once all flows have been judged again.
         """
-    def tell_flows(self, on: bool) -> int:
-        """Whether `FlowOpened`, `FlowClosed` and `FlowDenied` events come."""
+    def tell_flows(self, flows: bool, *, denials: bool) -> int:
+        """Whether `FlowOpened` and `FlowClosed` events come, and whether `FlowDenied` events do."""
     def list_flows(self) -> int:
         """Brings a list of `FlowInfo`."""
     def port_stats(self) -> int:

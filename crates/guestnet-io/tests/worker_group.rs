@@ -267,7 +267,7 @@ fn commands_are_answered_once_and_refused_as_ever() {
         net.try_command(Command::RemoveForward { forward: ForwardId(9) }),
         Ok(Value::None) | Err(CommandError::NoSuchForward(_))
     ));
-    assert_eq!(net.command(Command::EnableFlowEvents { on: false }), Value::None);
+    assert_eq!(net.command(Command::EnableFlowEvents { flows: false, denials: false }), Value::None);
     net.command(Command::RemovePort { port });
     assert_eq!(net.command(Command::PortStats), Value::Ports(vec![]));
     assert_eq!(net.command(Command::Stop), Value::None);

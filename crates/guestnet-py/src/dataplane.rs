@@ -479,8 +479,9 @@ impl DataPlane {
         self.submit(py, Command::SetPolicy { mode: config::mode(py, mode)?, isolated })
     }
 
-    fn tell_flows(&self, py: Python<'_>, on: bool) -> PyResult<u64> {
-        self.submit(py, Command::EnableFlowEvents { on })
+    #[pyo3(signature = (flows, *, denials))]
+    fn tell_flows(&self, py: Python<'_>, flows: bool, denials: bool) -> PyResult<u64> {
+        self.submit(py, Command::EnableFlowEvents { flows, denials })
     }
 
     fn list_flows(&self, py: Python<'_>) -> PyResult<u64> {

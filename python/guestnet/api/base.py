@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Coroutine
+from functools import partial
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -87,9 +88,10 @@ class NetworkBase:
         session = self._running()
         if session is not None:
             control = session.control
-            if not control.post(control.plane.tell_flows, on):
+            tell = partial(control.plane.tell_flows, on, denials=on)
+            if not control.post(tell):
                 with contextlib.suppress(RuntimeError):  # it has ended meanwhile
-                    control.loop.call_soon_threadsafe(control.ensure, control.plane.tell_flows, on)
+                    control.loop.call_soon_threadsafe(control.ensure, tell)
 
     @property
     def _is_fork(self) -> bool:

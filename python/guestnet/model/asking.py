@@ -49,8 +49,8 @@ class Ruling:
 
     Args:
         action: "allow" or "deny".
-        scope: "once" for this flow; "guest" for every flow of this guest to the same name or address, port and
-            protocol; "network" for those of all guests.
+        scope: "once" for this flow; "guest" for every flow of this guest to the same name or address, port
+            and protocol; "network" for those of all guests.
         seconds: How long a scope other than "once" holds; None until the network is stopped.
 
     Raises:

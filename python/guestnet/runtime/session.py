@@ -152,7 +152,8 @@ class Session:
     async def open(self) -> None:
         """Makes the network that the configuration describes."""
         control = self.control
-        await control.do(control.plane.tell_flows, self.emit.wants_flows)
+        wanted = self.emit.wants_flows
+        await control.do(control.plane.tell_flows, wanted, denials=wanted)
         if self.config.uplink is Uplink.TUN:
             await self._open_uplink()
         if self.config.mode is NetMode.BRIDGED:

@@ -260,11 +260,13 @@ pub enum Command {
         /// Which guests open no flows to other guests.
         isolated: Isolated,
     },
-    /// Tells of flows that open, close and are denied, or (to spare both sides the work) does not. A worker
-    /// begins with telling.
+    /// Chooses which events of flows are sent, to spare both sides those that nobody wants. A worker starts
+    /// with all of them.
     EnableFlowEvents {
-        /// Whether it tells.
-        on: bool,
+        /// Flows that open and close.
+        flows: bool,
+        /// Flows that are denied.
+        denials: bool,
     },
     /// Lists the flows: [`Value::Flows`].
     ListFlows,

@@ -181,7 +181,9 @@ impl Shard {
             Command::Adopt(newcomer) => self.adopt(*newcomer),
             Command::StopCapture => {}
             Command::SetPolicy { .. } => return Err(CommandError::Bridged),
-            Command::EnableFlowEvents { on } => self.io.flow_events = on,
+            Command::EnableFlowEvents { flows, denials } => {
+                (self.io.flow_events, self.io.denial_events) = (flows, denials);
+            }
             Command::ListFlows => return Ok(Value::Flows(self.core.flows().collect())),
             Command::PortStats => {
                 let counters = |p: PortId| self.core.port_counters(p).cloned().unwrap_or_default();

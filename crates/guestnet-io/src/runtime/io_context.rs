@@ -40,8 +40,10 @@ pub(crate) struct IoContext {
     /// The other workers, where there are any.
     pub links: Option<Box<ShardLinks>>,
     pub counters: IoCounters,
-    /// Whether the control side wants to hear of every flow.
+    /// Whether the control side wants the events of flows that open and close.
     pub flow_events: bool,
+    /// Whether the control side wants the events of denied flows.
+    pub denial_events: bool,
     /// The time of the batch at hand.
     pub now: Time,
     /// What was peeked last, and where in the buffer it begins.
@@ -68,6 +70,7 @@ impl IoContext {
             links: None,
             counters: IoCounters::default(),
             flow_events: true,
+            denial_events: true,
             now: sys::now(),
             scratch: Vec::new(),
             peeked: 0,
@@ -364,8 +367,11 @@ impl Effects for IoContext {
 
     fn event(&mut self, event: effects::Event) -> bool {
         use effects::Event::{FlowClosed, FlowDenied, FlowOpened};
-        let wanted =
-            self.flow_events || !matches!(event, FlowOpened { .. } | FlowClosed { .. } | FlowDenied(_));
+        let wanted = match event {
+            FlowOpened { .. } | FlowClosed { .. } => self.flow_events,
+            FlowDenied(_) => self.denial_events,
+            _ => true,
+        };
         !wanted || self.events.try_send(Event::Core(event))
     }
 }

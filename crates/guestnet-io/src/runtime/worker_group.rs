@@ -312,8 +312,8 @@ impl WorkerGroup {
             Command::SetPolicy { mode, isolated } => {
                 self.submit_to_all(table, || Command::SetPolicy { mode, isolated: isolated.clone() })
             }
-            Command::EnableFlowEvents { on } => {
-                self.submit_to_all(table, || Command::EnableFlowEvents { on })
+            Command::EnableFlowEvents { flows, denials } => {
+                self.submit_to_all(table, || Command::EnableFlowEvents { flows, denials })
             }
             Command::ListFlows => self.submit_to_all(table, || Command::ListFlows),
             Command::PortStats => self.submit_to_all(table, || Command::PortStats),

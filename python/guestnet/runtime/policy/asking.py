@@ -179,7 +179,7 @@ def _key(question: FlowQuestion) -> tuple[object, ...]:
 
 
 async def _call(hook: Hook, question: FlowQuestion) -> Any:
-    if inspect.iscoroutinefunction(hook) or inspect.iscoroutinefunction(getattr(hook, "__call__", None)):
+    if inspect.iscoroutinefunction(hook) or inspect.iscoroutinefunction(type(hook).__call__):
         answer: Any = hook(question)
     else:
         answer = await asyncio.to_thread(hook, question)

@@ -8,7 +8,8 @@ Theory of operation:
   of open flows are remembered, up to a limit; a flow beyond it has a line without them.
 - The file is appended to, created with mode 0600, and never reached through a symbolic link in a directory
   that others can write. When it exceeds a size, it becomes FILE.1, FILE.1 becomes FILE.2, and so on.
-- A write that fails is reported once, and tried again with the next line. Meanwhile lines are counted as lost.
+- A write that fails is reported once, and tried again with the next line. Lines are counted as lost until
+  one is written.
 """
 
 from __future__ import annotations
@@ -219,7 +220,7 @@ def _start(event: FlowOpened) -> dict[str, Any]:
 
 
 def _end(began: FlowOpened | None, event: FlowClosed) -> dict[str, Any]:
-    fields = _start(began) if began is not None else {"flow": event.flow, "verdict": "allow"}
+    fields: dict[str, Any] = _start(began) if began is not None else {"flow": event.flow, "verdict": "allow"}
     for name in ("name", "rule", "shown"):
         if (value := getattr(event, name, None)) is not None:
             fields[name] = value

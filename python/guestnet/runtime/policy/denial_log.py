@@ -1,13 +1,14 @@
 """The recent denials of a network, for `NatNetwork.denials` and the page that explains them to guests.
 
-Theory of operation: equal denials are one record with a count. Each guest has a bounded number of records, and
-the oldest one makes room. So a guest that probes everything displaces only its own denials.
+Theory of operation: equal denials are one record with a count. Each guest has a bounded number of records,
+and the oldest one makes room. So a guest that probes everything displaces only its own denials.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from typing import Any
 
 from guestnet.model.denials import Denial
 from guestnet.model.events import FlowDenied, NetworkEvent
@@ -65,8 +66,8 @@ class DenialLog:
             The records.
         """
         with self._lock:
-            guests = self._guests.values() if endpoint is None else [self._guests.get(endpoint, {})]
-            found = [denial for guest in guests for denial in guest.values()]
+            names = list(self._guests) if endpoint is None else [endpoint]
+            found = [denial for name in names for denial in self._guests.get(name, {}).values()]
         return sorted(found, key=lambda denial: denial.last)
 
     def forget(self, endpoint: str) -> None:
@@ -79,7 +80,7 @@ class DenialLog:
             self._guests.pop(endpoint, None)
 
 
-def _fields(event: NetworkEvent) -> dict[str, object] | None:
+def _fields(event: NetworkEvent) -> dict[str, Any] | None:
     if isinstance(event, FlowDenied):
         address, port = event.remote
         return {

@@ -28,7 +28,13 @@ _HEAD_MOST = 8192
 _SECONDS = 5.0
 _OF_GUEST = 4
 _BACKLOG = 64
-_REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout"}
+_REASONS = {
+    200: "OK",
+    400: "Bad Request",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    408: "Request Timeout",
+}
 
 
 class ExplainPage:

@@ -7,7 +7,6 @@ from ipaddress import IPv4Address
 from typing import Any
 
 import pytest
-
 from guestnet.errors import ConfigError
 from guestnet.model.asking import FlowQuestion, Ruling
 from guestnet.runtime.policy.asking import Asking
@@ -27,7 +26,10 @@ class World:
         self.decided: dict[Any, bool] = {}
         self.ruled: list[Ruling] = []
         self.changed = asyncio.Event()
-        self.asking = Asking(asyncio.get_running_loop(), self._decide, lambda _q, ruling: self.ruled.append(ruling))
+        self.asking = Asking(asyncio.get_running_loop(), self._decide, self._ruling)
+
+    def _ruling(self, _question: FlowQuestion, ruling: Ruling) -> None:
+        self.ruled.append(ruling)
 
     def _decide(self, ticket: Any, allow: bool) -> None:
         self.decided[ticket] = allow
@@ -67,8 +69,10 @@ def test_equal_questions_share_one_answer() -> None:
         assert len(world.asking.waiting) == 2
         go.set()
         await world.until(4)
-        assert world.decided == dict.fromkeys(range(4), True) and len(calls) == 2
-        assert world.ruled == [] and world.asking.waiting == []
+        assert world.decided == dict.fromkeys(range(4), True)
+        assert len(calls) == 2
+        assert world.ruled == []
+        assert world.asking.waiting == []
 
     in_world(test)
 
@@ -84,7 +88,8 @@ def test_a_plain_function_runs_in_a_thread_of_its_own() -> None:
         world.asking.set_hook(hook, None)
         world.asking.ask(1, question())
         await world.until(1)
-        assert world.decided == {1: False} and world.ruled == [Ruling("deny", scope="guest", seconds=60)]
+        assert world.decided == {1: False}
+        assert world.ruled == [Ruling("deny", scope="guest", seconds=60)]
         assert threads[0] is not threading.current_thread()
 
     in_world(test)
@@ -148,7 +153,8 @@ def test_a_question_that_is_withdrawn_cancels_the_call() -> None:
         assert len(world.asking.waiting) == 1
         world.asking.withdraw(2)
         await asyncio.wait_for(cancelled.wait(), 20)
-        assert world.decided == {} and world.asking.waiting == []
+        assert world.decided == {}
+        assert world.asking.waiting == []
 
     in_world(test)
 
@@ -162,9 +168,15 @@ def test_without_a_function_the_answer_is_no() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [("maybe", {}), ("allow", {"scope": "all"}), ("allow", {"seconds": 5}),
-              ("deny", {"scope": "guest", "seconds": 0}), ("deny", {"scope": "guest", "seconds": float("nan")})],
-)  # fmt: skip
+    "wrong",
+    [
+        ("maybe", {}),
+        ("allow", {"scope": "all"}),
+        ("allow", {"seconds": 5}),
+        ("deny", {"scope": "guest", "seconds": 0}),
+        ("deny", {"scope": "guest", "seconds": float("nan")}),
+    ],
+)
 def test_wrong_rulings_are_config_errors(wrong: tuple[Any, dict[str, Any]]) -> None:
     with pytest.raises(ConfigError):
         Ruling(wrong[0], **wrong[1])

@@ -8,7 +8,6 @@ from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
-
 from guestnet.errors import ConfigError
 from guestnet.model.events import EventsLost, FlowClosed, FlowDenied, FlowOpened
 from guestnet.runtime.policy.audit import AuditLog
@@ -18,8 +17,8 @@ REMOTE = (IPv4Address("192.0.2.7"), 443)
 
 
 def opened(flow: str = "flow-1", **fields: object) -> FlowOpened:
-    values = dict(network="lab", endpoint="vm1", time=100.0, protocol=6, guest=GUEST, remote=REMOTE)
-    return FlowOpened(**{**values, "flow": flow, "inbound": False, **fields})
+    values = {"network": "lab", "endpoint": "vm1", "time": 100.0, "protocol": 6, "inbound": False}
+    return FlowOpened(**{**values, "flow": flow, "guest": GUEST, "remote": REMOTE, **fields})
 
 
 def closed(flow: str = "flow-1") -> FlowClosed:
@@ -94,7 +93,9 @@ def test_lines_that_cannot_be_written_are_counted_and_reported_once(tmp_path: Pa
     log.close()
     (line,) = lines(tmp_path / "a")
     assert (line["flow"], line["lost_before"], log.lost) == ("flow-3", 2, 2)
-    assert len(reasons) == 2 and reasons[0] is not None and reasons[1] is None
+    assert len(reasons) == 2
+    assert reasons[0] is not None
+    assert reasons[1] is None
 
 
 @pytest.mark.parametrize("name", ["", "missing/a", "directory"])
