@@ -133,7 +133,7 @@ fn flows_are_told_listed_counted_and_end() {
     n.pass_ms(301_000);
     assert_eq!((opened(&n), closed(&n), n.core.flows().count()), (2, 2, 0));
     assert!(n.fx.events.iter().any(
-        |e| matches!(e, Event::FlowClosed { flow: f, port: A, bytes_out: 33, bytes_in: 0 } if *f == flow)
+        |e| matches!(e, Event::FlowClosed { flow: f, port: A, bytes_out: 33, bytes_in: 0, .. } if *f == flow)
     ));
     let c = n.core.counters();
     assert_eq!((c.flows_opened, c.flows_closed), (2, 2));

@@ -13,6 +13,7 @@ use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 /// A datagram for a UDP service.
 #[pyclass(frozen, module = "guestnet._native")]
@@ -96,6 +97,10 @@ pub struct FlowOpened {
     guest: Pair,
     remote: Pair,
     inbound: bool,
+    /// The rule that allowed it; None for services of the gateway.
+    rule: Option<String>,
+    /// A name for which the guest got the remote address.
+    name: Option<String>,
 }
 
 /// A flow ended.
@@ -105,6 +110,16 @@ pub struct FlowClosed {
     port: u32,
     bytes_out: u64,
     bytes_in: u64,
+    /// Datagrams from the guest; None where they are not counted.
+    packets_out: Option<u32>,
+    /// Datagrams to the guest.
+    packets_in: Option<u32>,
+    /// The rule that allowed it; None when the rules have changed since.
+    rule: Option<String>,
+    /// A name for which the guest got the remote address.
+    name: Option<String>,
+    /// The name that the conversation showed.
+    shown: Option<String>,
 }
 
 /// A new flow was refused.
@@ -118,6 +133,10 @@ pub struct FlowDenied {
     remote: Pair,
     /// The rule that decided; None where a limit was reached.
     rule: Option<String>,
+    /// A name for which the guest got the remote address.
+    name: Option<String>,
+    /// The name that the conversation showed.
+    shown: Option<String>,
     reason: &'static str,
     /// How many denials of the guest were not reported since the last one that was.
     unreported: u32,
@@ -244,7 +263,7 @@ fn core_event(py: Python<'_>, event: effects::Event) -> PyResult<Bound<'_, PyAny
         }
         E::NameServer { server, trouble } => object(py, NameServer { server: pair(server), trouble }),
         E::AddressSeen { port, mac, address } => object(py, AddressSeen { port: port.0, address, mac }),
-        E::FlowOpened { flow, port, proto, guest, remote, inbound } => object(
+        E::FlowOpened { flow, port, proto, guest, remote, inbound, rule, name } => object(
             py,
             FlowOpened {
                 flow: (flow.index, flow.generation),
@@ -253,10 +272,25 @@ fn core_event(py: Python<'_>, event: effects::Event) -> PyResult<Bound<'_, PyAny
                 guest: pair(guest),
                 remote: pair(remote),
                 inbound,
+                rule: text(rule),
+                name: text(name),
             },
         ),
-        E::FlowClosed { flow, port, bytes_out, bytes_in } => {
-            object(py, FlowClosed { flow: (flow.index, flow.generation), port: port.0, bytes_out, bytes_in })
+        E::FlowClosed { flow, port, bytes_out, bytes_in, packets_out, packets_in, rule, name, shown } => {
+            object(
+                py,
+                FlowClosed {
+                    flow: (flow.index, flow.generation),
+                    port: port.0,
+                    bytes_out,
+                    bytes_in,
+                    packets_out,
+                    packets_in,
+                    rule: text(rule),
+                    name: text(name),
+                    shown: text(shown),
+                },
+            )
         }
         E::FlowDenied(d) => object(
             py,
@@ -266,10 +300,16 @@ fn core_event(py: Python<'_>, event: effects::Event) -> PyResult<Bound<'_, PyAny
                 proto: d.proto,
                 guest: pair(d.guest),
                 remote: pair(d.remote),
-                rule: d.rule.map(|r| r.to_string()),
+                rule: text(d.rule),
+                name: text(d.name),
+                shown: text(d.shown),
                 reason: d.reason.name(),
                 unreported: d.unreported,
             },
         ),
     }
+}
+
+fn text(shared: Option<Arc<str>>) -> Option<String> {
+    shared.map(|t| t.to_string())
 }

@@ -186,6 +186,7 @@ class FlowOpened(FlowEvent):
     """A connection, a datagram flow or an echo was opened."""
 
     kind = "flow_opened"
+    optional = frozenset(("rule", "name"))
     flow: str
     """Its id, as `FlowRecord.id`."""
     protocol: int
@@ -194,17 +195,32 @@ class FlowOpened(FlowEvent):
     remote: Side
     inbound: bool
     """Whether the outside opened it, through a published port."""
+    rule: str | None = None
+    """The label of the rule that allowed it; None for services of the gateway."""
+    name: str | None = None
+    """A name for which the guest got the remote address, or its name in the network's zone."""
 
 
 class FlowClosed(FlowEvent):
     """A flow ended."""
 
     kind = "flow_closed"
+    optional = frozenset(("packets_out", "packets_in", "rule", "name", "shown"))
     flow: str
     bytes_out: int
     """Payload from the guest."""
     bytes_in: int
     """Payload to the guest."""
+    packets_out: int | None = None
+    """Datagrams from the guest; None for TCP and for flows that are translated."""
+    packets_in: int | None = None
+    """Datagrams to the guest."""
+    rule: str | None = None
+    """The label of the rule that allowed it; None when the rules have changed since."""
+    name: str | None = None
+    """A name for which the guest got the remote address."""
+    shown: str | None = None
+    """The name that the conversation showed: of a TLS or QUIC server, or an HTTP host."""
 
 
 class FlowDenied(FlowEvent):
@@ -214,13 +230,16 @@ class FlowDenied(FlowEvent):
     """
 
     kind = "denied"
+    optional = frozenset(("shown",))
     direction: Literal["outbound", "inbound", "between_guests"]
     """Which way the flow goes. Between guests, `endpoint` is the guest that opens it."""
     protocol: int
     guest: Side
     remote: Side
     name: str | None = None
-    """The name of the remote address in the network's zone."""
+    """A name for which the guest got the remote address, or its name in the network's zone."""
+    shown: str | None = None
+    """The name that the conversation showed, if it was refused by that."""
     rule: str | None = None
     """The label of the rule that decided, such as "host_only"; None where a limit was reached."""
     reason: str

@@ -563,6 +563,8 @@ class Session:
             guest=event.guest,
             remote=event.remote,
             inbound=event.inbound,
+            rule=event.rule,
+            name=event.name or self._name_of(event.remote[0]),
         )
 
     def _on_flow_closed(self, event: _native.FlowClosed) -> None:
@@ -572,6 +574,11 @@ class Session:
             flow=self._flow_id(event.port, event.flow),
             bytes_out=event.bytes_out,
             bytes_in=event.bytes_in,
+            packets_out=event.packets_out,
+            packets_in=event.packets_in,
+            rule=event.rule,
+            name=event.name,
+            shown=event.shown,
         )
 
     def _on_flow_denied(self, event: _native.FlowDenied) -> None:
@@ -582,7 +589,8 @@ class Session:
             protocol=event.proto,
             guest=event.guest,
             remote=event.remote,
-            name=self._name_of(event.remote[0]),
+            name=event.name or self._name_of(event.remote[0]),
+            shown=event.shown,
             rule=event.rule,
             reason=event.reason,
             unreported=event.unreported,

@@ -137,6 +137,10 @@ pub enum Event {
         remote: SocketAddr,
         /// True when the outside opened it, through a Forward.
         inbound: bool,
+        /// The label of the rule that allowed it; `None` for services of the gateway, which no rule is about.
+        rule: Option<Arc<str>>,
+        /// A name for which the guest got the address of the other side.
+        name: Option<Arc<str>>,
     },
     /// A flow ended.
     FlowClosed {
@@ -148,6 +152,16 @@ pub enum Event {
         bytes_out: u64,
         /// Bytes of payload to the guest.
         bytes_in: u64,
+        /// Datagrams from the guest; `None` where they are not counted.
+        packets_out: Option<u32>,
+        /// Datagrams to the guest.
+        packets_in: Option<u32>,
+        /// The label of the rule that allowed it; `None` when the rules have changed since.
+        rule: Option<Arc<str>>,
+        /// A name for which the guest got the address of the other side.
+        name: Option<Arc<str>>,
+        /// The name that the conversation showed.
+        shown: Option<Arc<str>>,
     },
     /// A new flow was refused, or one was cut by a change of the rules. At most
     /// [`crate::policy::denials::PER_SECOND`] a second for each guest.
@@ -169,6 +183,10 @@ pub struct FlowDenied {
     pub remote: SocketAddr,
     /// The label of the rule that decided; `None` where a limit was reached.
     pub rule: Option<Arc<str>>,
+    /// A name for which the guest got the address of the other side.
+    pub name: Option<Arc<str>>,
+    /// The name that the conversation showed.
+    pub shown: Option<Arc<str>>,
     /// Why.
     pub reason: DropReason,
     /// Denials of this guest that were not reported since the last one that was.
@@ -248,6 +266,11 @@ pub trait Effects {
     /// the first byte not yet discarded, to the scratch buffer, without consuming them.
     fn tcp_peek(&mut self, sock: SockId, offset: usize, max: usize) -> Result<Peek, SockError>;
 
+    /// The first `len` bytes that the last [`Effects::tcp_peek`] found, or fewer where it found fewer.
+    fn peeked(&self, _len: usize) -> &[u8] {
+        &[]
+    }
+
     /// Consumes the first `len` bytes of unread data: the guest acknowledged them.
     fn tcp_discard(&mut self, sock: SockId, len: usize);
 
@@ -255,6 +278,15 @@ pub trait Effects {
     /// network itself. [`Peek::Data`], [`Peek::Empty`] and [`Peek::Eof`] are as in [`Effects::tcp_peek`].
     fn tcp_read(&mut self, _sock: SockId, _out: &mut Vec<u8>, _max: usize) -> Result<Peek, SockError> {
         Err(SockError::Reset)
+    }
+
+    /// Makes a socket in memory for `flow` from which `answer` and then the end is read, and which takes and forgets what
+    /// is sent. A connection that is refused gets its last words from it.
+    ///
+    /// # Errors
+    /// There are no such sockets, or no more of them.
+    fn tcp_answer(&mut self, _flow: FlowId, _answer: &[u8]) -> Result<SockId, SockError> {
+        Err(SockError::Exhausted)
     }
 
     /// Sends FIN to the host side (SHUT_WR).

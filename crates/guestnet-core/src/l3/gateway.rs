@@ -18,7 +18,7 @@ use crate::interface::types::{Csum, FrameMeta, ServiceId, Time};
 use crate::l2::frame_checks::largest_packet;
 use crate::l2::lan::{Link, Sender};
 use crate::l3::frame_builder::{FrameBuilder, header};
-use crate::l3::icmp_error::{ERROR_MAX, IcmpError, may_answer};
+use crate::l3::icmp_error::{ERROR_MAX, ERROR6_MAX, IcmpError, may_answer, may_answer6};
 use crate::l3::reassembly::{Outcome, Reassembly};
 use crate::policy::Direction;
 use crate::policy::denials::Denials;
@@ -29,8 +29,8 @@ use crate::util::siphash::SipKey;
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::frame::IpHeader;
 use guestnet_wire::parse::{self, Fragment, Packet};
-use guestnet_wire::{gso, icmp, ipv4, proto, put};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use guestnet_wire::{checksum, gso, icmp, ipv4, ipv6, proto, put};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 /// Bytes of a datagram to a UDP service that count as one datagram.
@@ -61,6 +61,8 @@ struct Rates {
 pub(crate) struct Gateway {
     pub(super) mac: Mac,
     pub(super) address: Ipv4Addr,
+    /// Where ICMPv6 errors come from.
+    address6: Ipv6Addr,
     pub(super) frames: FrameBuilder,
     pub(super) reassembly: Reassembly,
     /// The fragment that is being made of a routed packet.
@@ -79,6 +81,7 @@ impl Gateway {
         Gateway {
             mac: config.gateway_mac,
             address: config.gateway4,
+            address6: config.gateway6.map_or_else(|| link_local(config.gateway_mac), |(ip, _)| ip),
             frames: FrameBuilder::new(config.gateway_mac),
             reassembly: Reassembly::new(
                 limits.reassembly_bytes,
@@ -291,12 +294,49 @@ impl Gateway {
         p: &Packet,
         error: IcmpError,
     ) -> bool {
-        let IpAddr::V4(guest) = p.src else { return false };
+        let guest = match p.src {
+            IpAddr::V4(guest) => guest,
+            IpAddr::V6(guest) => return self.icmp6_error(link, from, guest, frame, p, error),
+        };
         if !may_answer(link.lan.addressing().subnet(), frame, p) {
             return false;
         }
         let quote = frame.get(p.l3..p.end.min(p.l3.saturating_add(ERROR_MAX - 28))).unwrap_or(&[]);
         self.send_error(link, from, self.address, guest, quote, error)
+    }
+
+    /// As [`Gateway::icmp_error`], over IPv6.
+    fn icmp6_error<E: Effects>(
+        &mut self,
+        link: &mut Link<'_, E>,
+        from: Sender,
+        guest: Ipv6Addr,
+        frame: &[u8],
+        p: &Packet,
+        error: IcmpError,
+    ) -> bool {
+        let Some(error) = error.for_v6().filter(|_| may_answer6(frame, p)) else { return false };
+        let Sender { slot, mac } = from;
+        if !self.may_send_error(link.now, slot) {
+            link.lan.count_drop(slot, DropReason::RateLimit);
+            return false;
+        }
+        if let Some(c) = link.lan.counters_mut(slot) {
+            count(&mut c.icmp_errors);
+        }
+        let quote = frame.get(p.l3..p.end).unwrap_or(&[]);
+        let quote = quote.get(..quote.len().min(ERROR6_MAX - ipv6::LEN - icmp::LEN)).unwrap_or(quote);
+        let (src, dst) = (IpAddr::V6(self.address6), IpAddr::V6(guest));
+        let Ok(b) = self.frames.transport(quote.len().saturating_add(icmp::LEN)) else { return false };
+        let n = icmp::emit(b, error.0, error.1, error.2, quote);
+        put(b, 2, &[0, 0]);
+        let sum = checksum::pseudo(src, dst, proto::ICMPV6, n as u32);
+        put(b, 2, &checksum::finish(checksum::sum(b, sum)).to_be_bytes());
+        let ip = header(src, dst, proto::ICMPV6);
+        if let Err(why) = self.frames.send(link, slot, mac, ip, n, FrameMeta::default()) {
+            link.lan.count_drop(slot, why);
+        }
+        true
     }
 
     /// Sends an ICMP error with a quotation to a guest, as if from `src`; false when the rate forbids it.
@@ -390,7 +430,7 @@ impl Gateway {
     ) -> DropReason {
         self.icmp_error(link, from, frame, p, error);
         let (guest, remote) = (SocketAddr::new(p.src, p.src_port), SocketAddr::new(p.dst, p.dst_port));
-        let refused = Refusal { direction: Direction::Outbound, proto: p.proto, guest, remote };
+        let refused = Refusal::outbound(p.proto, guest, remote);
         self.report_denied(link, from.slot, refused, None, why);
         why
     }
@@ -407,8 +447,9 @@ impl Gateway {
     ) {
         let Some((port, _, counters)) = link.lan.port_and_counters(slot) else { return };
         let Some(unreported) = self.denials.count(link.now, slot) else { return };
-        let Refusal { direction, proto, guest, remote } = refused;
-        let denied = FlowDenied { port, direction, proto, guest, remote, rule, reason, unreported };
+        let Refusal { direction, proto, guest, remote, name, shown } = refused;
+        let denied =
+            FlowDenied { port, direction, proto, guest, remote, rule, name, shown, reason, unreported };
         if !link.fx.event(Event::FlowDenied(Box::new(denied))) {
             counters.drop(DropReason::EventRingFull);
         }
@@ -416,7 +457,7 @@ impl Gateway {
 }
 
 /// A flow that was refused.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Refusal {
     /// Which way it goes.
     pub direction: Direction,
@@ -426,6 +467,23 @@ pub(crate) struct Refusal {
     pub guest: SocketAddr,
     /// The other side, as the guest names it.
     pub remote: SocketAddr,
+    /// A name for which the guest got the address of the other side.
+    pub name: Option<Arc<str>>,
+    /// The name that the conversation showed.
+    pub shown: Option<Arc<str>>,
+}
+
+impl Refusal {
+    /// A refused flow of a guest to the outside, of which no name is known.
+    pub fn outbound(proto: u8, guest: SocketAddr, remote: SocketAddr) -> Refusal {
+        Refusal { direction: Direction::Outbound, proto, guest, remote, name: None, shown: None }
+    }
+}
+
+/// The address of a MAC in every network (RFC 4291 appendix A).
+fn link_local(mac: Mac) -> Ipv6Addr {
+    let [a, b, c, d, e, f] = mac.0;
+    Ipv6Addr::from([0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f])
 }
 
 fn cost(payload: &[u8]) -> usize {

@@ -2,7 +2,7 @@
 
 use crate::tables::addressing::Subnet;
 use guestnet_wire::parse::Packet;
-use guestnet_wire::{icmp, proto};
+use guestnet_wire::{icmp, ipv6, proto};
 
 /// Bytes of an ICMP error in all, IP header included (RFC 1812 4.3.2.3).
 pub(super) const ERROR_MAX: usize = 576;
@@ -22,6 +22,37 @@ impl IcmpError {
         let m = mtu.to_be_bytes();
         IcmpError(icmp::UNREACHABLE, icmp::unreachable::FRAG_NEEDED, [0, 0, m[0], m[1]])
     }
+}
+
+/// Bytes of an ICMPv6 error in all, IP header included (RFC 4443 2.4 c).
+pub(super) const ERROR6_MAX: usize = ipv6::MIN_MTU as usize;
+
+impl IcmpError {
+    /// The same for IPv6 (RFC 4443 3); `None` where IPv6 has no such error.
+    pub(super) fn for_v6(self) -> Option<IcmpError> {
+        use icmp::unreachable::{ADMIN_PROHIBITED, FRAG_NEEDED, HOST, NET, PORT};
+        let [_, _, a, b] = self.2;
+        Some(match (self.0, self.1) {
+            (icmp::UNREACHABLE, NET) => IcmpError(1, 0, [0; 4]),
+            (icmp::UNREACHABLE, ADMIN_PROHIBITED) => IcmpError(1, 1, [0; 4]),
+            (icmp::UNREACHABLE, HOST) => IcmpError(1, 3, [0; 4]),
+            (icmp::UNREACHABLE, PORT) => IcmpError(1, 4, [0; 4]),
+            (icmp::UNREACHABLE, FRAG_NEEDED) => IcmpError(2, 0, [0, 0, a, b]),
+            (icmp::TIME_EXCEEDED, code) => IcmpError(3, code, [0; 4]),
+            _ => return None,
+        })
+    }
+}
+
+/// Whether an IPv6 packet of a guest may be answered with an error (RFC 4443 2.4 e).
+pub(super) fn may_answer6(frame: &[u8], p: &Packet) -> bool {
+    let is_error = p.proto == proto::ICMPV6 && frame.get(p.l4).is_none_or(|kind| *kind < 128);
+    let is_later_fragment = p.fragment.is_some_and(|f| f.offset != 0);
+    !is_error
+        && !is_later_fragment
+        && !p.dst.is_multicast()
+        && !p.src.is_multicast()
+        && !p.src.is_unspecified()
 }
 
 /// Whether a packet of a guest may be answered with an error (RFC 1812 4.3.2.7): not an error itself, a later fragment,

@@ -6,12 +6,22 @@ use crate::interface::types::FrameMeta;
 use crate::l2::lan::{Link, Sender};
 use crate::l3::frame_builder::header;
 use crate::l3::gateway::Gateway;
-use crate::policy::is_special;
 use guestnet_wire::parse::Packet;
 use guestnet_wire::tcp::{Options, Tcp, flags};
 use guestnet_wire::{checksum, proto, put};
+use std::net::IpAddr;
 
 impl Gateway {
+    /// True when a guest's stack takes a reset that comes from this address: it is no group, and no address that means
+    /// the guest itself or nothing.
+    pub fn may_reset_from<E>(&self, link: &Link<'_, E>, ip: IpAddr) -> bool {
+        let ordinary = match ip {
+            IpAddr::V4(a) => !matches!(a.octets()[0], 0 | 127 | 224..),
+            IpAddr::V6(a) => !a.is_unspecified() && !a.is_loopback() && !a.is_multicast(),
+        };
+        ordinary && !link.lan.addressing().subnet().is_broadcast(ip)
+    }
+
     /// Refuses a segment with a reset (RFC 9293 3.10.7.1), never one with RST set. Returns why it is dropped.
     pub fn reset<E: Effects>(
         &mut self,
@@ -21,7 +31,7 @@ impl Gateway {
         seg: &Tcp,
         why: DropReason,
     ) -> DropReason {
-        let martian = is_special(p.dst) || link.lan.addressing().subnet().is_broadcast(p.dst);
+        let martian = !self.may_reset_from(link, p.dst);
         if seg.flags & flags::RST != 0 || martian || p.src_port == 0 {
             return if martian { DropReason::BadDestination } else { why };
         }

@@ -22,7 +22,7 @@ use crate::nat::{
 };
 use crate::policy::pending::Held;
 use crate::policy::sweep::Budget;
-use crate::policy::{Direction, Entry, Generation, Request, Verdict, is_special};
+use crate::policy::{Direction, Entry, Generation, Request, RuleId, Verdict, is_special};
 use crate::tables::addressing::Addressing;
 use crate::tables::per_port::PerPort;
 use guestnet_wire::ether::{self, Ether, Mac};
@@ -39,15 +39,24 @@ const VISITS: usize = 256;
 const L3: usize = ether::HEADER_LEN;
 
 /// What is remembered of a connection besides what the engine has.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 struct Opened {
     /// Slot of the guest's port; none when there is no such guest.
     slot: Option<u32>,
     generation: u32,
     /// The rules that admitted it.
     admitted: Generation,
+    /// The rule that did; the number is one of that generation.
+    rule: RuleId,
     at: Time,
     inbound: bool,
+}
+
+impl Default for Opened {
+    fn default() -> Self {
+        let (admitted, rule) = (Generation::default(), RuleId::NONE);
+        Opened { slot: None, generation: 0, admitted, rule, at: Time::default(), inbound: false }
+    }
 }
 
 /// A published port of an external address.
@@ -71,6 +80,8 @@ pub(crate) struct L3Uplink {
     translated: PerPort<u32>,
     /// Connections that a change of the rules has cut.
     cut: CutConnections,
+    /// The rule that admits what begins in this call.
+    rule: RuleId,
     /// The packet of the engine that is being sent.
     frame: Vec<u8>,
 }
@@ -118,6 +129,7 @@ impl L3Uplink {
             left: Vec::new(),
             translated: PerPort::default(),
             cut: CutConnections::default(),
+            rule: RuleId::NONE,
             frame: Vec::new(),
         })
     }
@@ -256,7 +268,7 @@ impl L3Uplink {
         let read = (p, view.as_ref().map_err(|why| *why));
         let mut result = self.translate(now, frame, read, &mut meta, too_big, NatDirection::Outbound);
         if result == NatResult::New {
-            cx.outbound(from, frame, p, SocketAddr::new(p.dst, p.dst_port))?;
+            self.rule = cx.outbound(from, frame, p, SocketAddr::new(p.dst, p.dst_port))?.rule;
             self.engine.admit_next();
             result = self.translate(now, frame, read, &mut meta, too_big, NatDirection::Outbound);
             self.engine.ask_before_sessions();
@@ -315,7 +327,7 @@ impl L3Uplink {
         let read = (&p, view.as_ref().map_err(|why| *why));
         let mut result = self.translate(now, frame, read, &mut meta, too_big, NatDirection::Inbound);
         if result == NatResult::New {
-            self.inbound(cx, &p)?;
+            self.rule = self.inbound(cx, &p)?;
             self.engine.admit_next();
             result = self.translate(now, frame, read, &mut meta, too_big, NatDirection::Inbound);
             self.engine.ask_before_sessions();
@@ -335,7 +347,7 @@ impl L3Uplink {
 
     /// Asks the policy about a packet from outside that belongs to no session. One that is for no guest is not asked
     /// about: it ends at the gateway.
-    fn inbound<E: Effects>(&self, cx: &mut Context<'_, E>, p: &Packet) -> Result<(), DropReason> {
+    fn inbound<E: Effects>(&self, cx: &mut Context<'_, E>, p: &Packet) -> Result<RuleId, DropReason> {
         let guest = self.engine.entered();
         let slot = cx.link.lan.neighbour(IpAddr::V4(*guest.ip())).ok_or(DropReason::NoEndpoint)?.slot;
         let entry = match end_of(p.dst, p.dst_port) {
@@ -344,7 +356,7 @@ impl L3Uplink {
         };
         let client = SocketAddr::new(p.src, p.src_port);
         match cx.judge_inbound(entry, p.proto, client, guest.into(), slot) {
-            Verdict::Allow { .. } => Ok(()),
+            Verdict::Allow { rule, .. } => Ok(rule),
             Verdict::Deny { reason, .. } => Err(reason),
             Verdict::Defer { .. } => Err(DropReason::Policy),
         }
@@ -400,11 +412,12 @@ impl L3Uplink {
             };
             let request = Request { direction, endpoint: port, protocol: c.proto, source, destination };
             match cx.policy.judge(&request) {
-                Verdict::Allow { .. } | Verdict::Defer { .. } => {
+                Verdict::Allow { rule, .. } => {
                     if let Some(o) = self.opened.get_mut(id as usize) {
-                        o.admitted = now_in_force;
+                        (o.admitted, o.rule) = (now_in_force, rule);
                     }
                 }
+                Verdict::Defer { .. } => {}
                 Verdict::Deny { reason, rule } => {
                     if let Some(slot) = slot {
                         cx.report(slot, &request, reason, rule);
@@ -477,7 +490,8 @@ impl L3Uplink {
         let slot = cx.link.lan.neighbour(IpAddr::V4(*c.internal.ip())).map(|b| b.slot);
         self.generation = self.generation.wrapping_add(1);
         let admitted = cx.policy.generation();
-        let opened = Opened { slot, generation: self.generation, admitted, at: cx.link.now, inbound };
+        let (generation, rule, at) = (self.generation, self.rule, cx.link.now);
+        let opened = Opened { slot, generation, admitted, rule, at, inbound };
         if self.opened.len() <= id as usize {
             self.opened.resize(id as usize + 1, Opened::default());
         }
@@ -499,6 +513,8 @@ impl L3Uplink {
             guest: c.internal.into(),
             remote: c.remote.into(),
             inbound,
+            rule: (rule != RuleId::NONE).then(|| cx.policy.label(rule)),
+            name: None,
         });
         if !reported {
             counters.drop(DropReason::EventRingFull);
@@ -516,7 +532,19 @@ impl L3Uplink {
             *n = n.saturating_sub(1);
         }
         let flow = FlowId { index: TRANSLATED | id, generation: o.generation };
-        if !cx.link.fx.event(Event::FlowClosed { flow, port, bytes_out: out, bytes_in: inn }) {
+        let current = o.rule != RuleId::NONE && o.admitted == cx.policy.generation();
+        let closed = Event::FlowClosed {
+            flow,
+            port,
+            bytes_out: out,
+            bytes_in: inn,
+            packets_out: None,
+            packets_in: None,
+            rule: current.then(|| cx.policy.label(o.rule)),
+            name: None,
+            shown: None,
+        };
+        if !cx.link.fx.event(closed) {
             counters.drop(DropReason::EventRingFull);
         }
     }

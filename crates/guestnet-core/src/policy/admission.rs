@@ -1,6 +1,6 @@
 //! Theory of operation: how flows are admitted. Whoever is about to open a flow asks here, once, and gets back where
 //! the flow goes or why it is refused. A refusal has been reported to the control side then, and the guest that opens
-//! the flow has been told: by an ICMP error, or by a reset where it seems to have a connection.
+//! the flow has been told ([`refusal`]).
 //!
 //! - [`Context::outbound`]: a guest opens a flow to the outside, relayed or translated.
 //! - [`Context::inbound`]: the outside opens a flow to a guest. It is deferred while the guest's MAC is not known.
@@ -13,7 +13,6 @@ use crate::interface::stats::DropReason;
 use crate::interface::types::{FrameMeta, PortId};
 use crate::l2::lan::Sender;
 use crate::l3::gateway::Refusal;
-use crate::l3::icmp_error::IcmpError;
 use crate::policy::Policy;
 use crate::policy::conversations::{PER_GUEST, Tuple};
 use crate::policy::pending::{Awaits, Held};
@@ -21,15 +20,23 @@ use crate::policy::sweep::Budget;
 use crate::policy::verdict::{Direction, Entry, Request, RuleId, Ticket, Verdict};
 use crate::tables::neighbour::Binding;
 use guestnet_wire::parse::Packet;
-use guestnet_wire::tcp::{Tcp, flags};
-use guestnet_wire::{icmp, proto};
+use guestnet_wire::proto;
 use std::net::{IpAddr, SocketAddr};
+
+/// A flow of a guest to the outside that may be opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Admitted {
+    /// Where it leads.
+    pub target: SocketAddr,
+    /// The rule that decided.
+    pub rule: RuleId,
+}
 
 /// What a guest's conversations count in a step of a sweep.
 const CONVERSATIONS: u32 = PER_GUEST as u32;
 
 impl<E: Effects> Context<'_, E> {
-    /// Asks about a new flow of a guest to the outside, and returns where it leads.
+    /// Asks about a new flow of a guest to the outside, and returns where it leads and by which rule.
     ///
     /// # Errors
     /// Why it is refused; the guest has been told.
@@ -39,7 +46,7 @@ impl<E: Effects> Context<'_, E> {
         frame: &[u8],
         p: &Packet,
         remote: SocketAddr,
-    ) -> Result<SocketAddr, DropReason> {
+    ) -> Result<Admitted, DropReason> {
         let port = self.link.lan.port(from.slot).ok_or(DropReason::NoEndpoint)?;
         let request = Request {
             direction: Direction::Outbound,
@@ -49,9 +56,9 @@ impl<E: Effects> Context<'_, E> {
             destination: remote,
         };
         match self.policy.judge(&request) {
-            Verdict::Allow { target, .. } => {
+            Verdict::Allow { target, rule } => {
                 self.gateway.check_ttl(&mut self.link, from, frame, p)?;
-                Ok(target)
+                Ok(Admitted { target, rule })
             }
             Verdict::Deny { reason, rule } => Err(self.deny(from, frame, p, &request, reason, rule)),
             Verdict::Defer { .. } => Err(DropReason::Policy),
@@ -194,31 +201,10 @@ impl<E: Effects> Context<'_, E> {
             Direction::Inbound(_) => (request.destination, request.source),
             Direction::Outbound | Direction::BetweenGuests => (request.source, request.destination),
         };
-        let refused = Refusal { direction: request.direction, proto: request.protocol, guest, remote };
+        let (direction, proto) = (request.direction, request.protocol);
+        let refused = Refusal { direction, proto, guest, remote, name: None, shown: None };
         let label = self.policy.label(rule);
         self.gateway.report_denied(&mut self.link, slot, refused, Some(label), reason);
-    }
-
-    /// Refuses a packet of a guest: tells the guest and the control side. Returns `reason`.
-    fn deny(
-        &mut self,
-        from: Sender,
-        frame: &[u8],
-        p: &Packet,
-        request: &Request,
-        reason: DropReason,
-        rule: RuleId,
-    ) -> DropReason {
-        self.report(from.slot, request, reason, rule);
-        if let Some(segment) = established_segment(frame, p) {
-            return self.gateway.reset(&mut self.link, from, p, &segment, reason);
-        }
-        let code = match reason {
-            DropReason::Policy => icmp::unreachable::ADMIN_PROHIBITED,
-            _ => icmp::unreachable::HOST,
-        };
-        self.gateway.icmp_error(&mut self.link, from, frame, p, IcmpError::unreachable(code));
-        reason
     }
 
     fn endpoint(&self, slot: u32) -> PortId {
@@ -229,13 +215,3 @@ impl<E: Effects> Context<'_, E> {
 /// ICMPv6 messages of neighbour discovery (RFC 4861).
 const NEIGHBOUR_SOLICITATION: u8 = 135;
 const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
-
-/// The TCP header of a packet that does not open a connection: its sender takes one for open, and needs a reset.
-fn established_segment(frame: &[u8], p: &Packet) -> Option<Tcp> {
-    if p.proto != proto::TCP || p.fragment.is_some() || !p.src.is_ipv4() {
-        return None;
-    }
-    let segment = Tcp::parse(frame.get(p.l4..p.end)?).ok()?;
-    let opens = segment.flags & (flags::SYN | flags::ACK | flags::RST | flags::FIN) == flags::SYN;
-    (!opens).then_some(segment)
-}

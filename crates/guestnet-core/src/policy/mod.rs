@@ -7,6 +7,7 @@
 //! - [`admission`] has the questions that callers ask.
 //! - [`pending`] keeps flows that have to wait before they can be opened.
 //! - [`conversations`] remembers what guests say to each other, where rules ask about that.
+//! - [`refusal`] tells guests what was refused.
 //! - [`denials`] limits how many refused flows are reported.
 //! - [`special`] says which addresses mean something by themselves.
 //!
@@ -17,6 +18,7 @@ mod admission;
 pub mod conversations;
 pub mod denials;
 pub mod pending;
+mod refusal;
 pub mod rule;
 pub mod special;
 pub mod sweep;
@@ -27,6 +29,7 @@ pub use crate::interface::types::Isolated;
 use crate::interface::types::NetMode;
 use crate::tables::addressing::Subnet;
 use crate::util::siphash::SipKey;
+pub(crate) use admission::Admitted;
 use conversations::Conversations;
 use pending::PendingFlows;
 pub use rule::{RuleSet, Settings};

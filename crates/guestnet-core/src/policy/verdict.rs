@@ -64,6 +64,11 @@ pub struct Request {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RuleId(pub u16);
 
+impl RuleId {
+    /// No rule: connections to services of the gateway.
+    pub const NONE: RuleId = RuleId(u16::MAX);
+}
+
 /// Counts the changes of the rules. A flow carries the generation that admitted it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Generation(pub u32);

@@ -10,7 +10,7 @@ use crate::context::Context;
 use crate::interface::effects::{Close, Effects, Event};
 use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, Time};
-use crate::l2::lan::Link;
+use crate::policy::RuleId;
 use crate::relay::Relay;
 use crate::relay::tcp::Fate;
 use crate::tables::flow::{Chain, Flow, Key, State};
@@ -38,7 +38,7 @@ impl Relay {
     /// [`DropReason::FlowLimit`] or [`DropReason::TableFull`] when nothing can be evicted.
     pub(super) fn admit<E: Effects>(
         &mut self,
-        link: &mut Link<'_, E>,
+        cx: &mut Context<'_, E>,
         slot: u32,
         socket: bool,
     ) -> Result<(), DropReason> {
@@ -57,17 +57,18 @@ impl Relay {
             if self.flows.at(oldest).is_none() {
                 return Err(over);
             }
-            self.close_flow(link, oldest);
+            self.close_flow(cx, oldest);
         }
         Err(DropReason::FlowLimit)
     }
 
     /// Puts an admitted flow in the table, counts it and reports it.
-    pub(super) fn open_flow<E: Effects>(&mut self, link: &mut Link<'_, E>, mut flow: Flow) -> FlowId {
+    pub(super) fn open_flow<E: Effects>(&mut self, cx: &mut Context<'_, E>, mut flow: Flow) -> FlowId {
         let Key { slot, proto, guest, remote } = flow.key;
         let inbound = flow.direction.is_inbound();
         let tcp = matches!(flow.state, State::Tcp(_));
         flow.parked = tcp;
+        let rule = flow.rule;
         let id = self.flows.insert(flow);
         if let Some(g) = self.guests.get_mut(slot) {
             if tcp {
@@ -76,9 +77,12 @@ impl Relay {
             g.flows = g.flows.saturating_add(1);
             self.flows.push(&mut g.records, Chain::Port, id.index);
         }
-        if let Some((port, _, counters)) = link.lan.port_and_counters(slot) {
+        if let Some((port, _, counters)) = cx.link.lan.port_and_counters(slot) {
             count(&mut counters.flows_opened);
-            if !link.fx.event(Event::FlowOpened { flow: id, port, proto, guest, remote, inbound }) {
+            let rule = (rule != RuleId::NONE).then(|| cx.policy.label(rule));
+            let name = self.evidence.get(&id.index).and_then(|e| e.name.clone());
+            let opened = Event::FlowOpened { flow: id, port, proto, guest, remote, inbound, rule, name };
+            if !cx.link.fx.event(opened) {
                 counters.drop(DropReason::EventRingFull);
             }
         }
@@ -86,7 +90,7 @@ impl Relay {
     }
 
     /// Ends a flow and closes its socket (that of a mapping with the last flow of it). Nothing is sent to the guest.
-    pub(super) fn close_flow<E: Effects>(&mut self, link: &mut Link<'_, E>, index: u32) {
+    pub(super) fn close_flow<E: Effects>(&mut self, cx: &mut Context<'_, E>, index: u32) {
         let Some(f) = self.flows.at(index) else { return };
         if f.is_mapping() {
             return;
@@ -103,26 +107,43 @@ impl Relay {
         }
         if let Some(State::Datagram { mapping, .. }) = self.flows.at(index).map(|f| &f.state) {
             let mapping = *mapping;
-            self.leave_mapping(link.fx, index, mapping);
+            self.leave_mapping(cx.link.fx, index, mapping);
         }
         self.wheel.cancel(index);
         let Some(mut f) = self.flows.remove(index) else { return };
         let (mut bytes_out, mut bytes_in) = (f.bytes_out, f.bytes_in);
+        let (mut packets_out, mut packets_in) = (Some(f.packets_out), Some(f.packets_in));
         if let Some(guest) = self.guests.get_mut(slot) {
             guest.flows = guest.flows.saturating_sub(1);
             if let State::Tcp(tcb) = &mut f.state {
-                tcb.discard(link.fx, &mut guest.budget);
+                tcb.discard(cx.link.fx, &mut guest.budget);
                 let held = tcb.note_memory(0);
                 self.book_memory(slot, held, 0);
                 (bytes_out, bytes_in) = tcb.totals();
+                // Segments are not counted.
+                (packets_out, packets_in) = (None, None);
             }
         }
         if let State::Forwarded { forward, client, .. } = f.state {
             self.clients.remove(&(forward.0, client));
         }
-        if let Some((port, _, counters)) = link.lan.port_and_counters(slot) {
+        let (name, shown) = self.drop_evidence(cx, slot, f.key.remote.ip(), index);
+        if let Some((port, _, counters)) = cx.link.lan.port_and_counters(slot) {
             count(&mut counters.flows_closed);
-            if !link.fx.event(Event::FlowClosed { flow: id, port, bytes_out, bytes_in }) {
+            let current = f.rule != RuleId::NONE && f.admitted == cx.policy.generation();
+            let rule = current.then(|| cx.policy.label(f.rule));
+            let closed = Event::FlowClosed {
+                flow: id,
+                port,
+                bytes_out,
+                bytes_in,
+                packets_out,
+                packets_in,
+                rule,
+                name,
+                shown,
+            };
+            if !cx.link.fx.event(closed) {
                 counters.drop(DropReason::EventRingFull);
             }
         }
@@ -237,7 +258,7 @@ impl Relay {
                 let at = f.expires;
                 self.wake_at(index, at);
             }
-            _ => self.close_flow(&mut cx.link, index),
+            _ => self.close_flow(cx, index),
         }
     }
 }

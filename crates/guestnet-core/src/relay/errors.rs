@@ -74,7 +74,7 @@ impl Relay {
                 return;
             }
         };
-        self.close_flow(&mut cx.link, id.index);
+        self.close_flow(cx, id.index);
         connect_failed(cx, &key, mac, error, err.offender, seq, ip_id);
     }
 

@@ -69,8 +69,8 @@ impl Relay {
         let index = match self.flows.find(&key) {
             Some(index) => index,
             None => {
-                let target = cx.outbound(from, frame, p, remote)?;
-                match self.open_datagram(cx, key, from.mac, target) {
+                let admitted = cx.outbound(from, frame, p, remote)?;
+                match self.open_datagram(cx, key, from.mac, admitted) {
                     Ok(index) => index,
                     Err(Refused(why, e)) => {
                         return Err(cx.gateway.refuse(&mut cx.link, from, frame, p, why, e));

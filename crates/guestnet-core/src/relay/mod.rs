@@ -23,6 +23,7 @@
 mod admission;
 mod audit;
 mod errors;
+mod evidence;
 mod guest;
 mod icmp;
 mod port_forward;
@@ -47,10 +48,11 @@ use crate::tables::flow_table::FlowTable;
 use crate::tables::per_port::PerPort;
 use crate::util::siphash::SipKey;
 use crate::util::timers::Timers;
+use evidence::Evidence;
 use guest::Guest;
 use guestnet_wire::parse::Packet;
 use guestnet_wire::proto;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use turns::{NO_FLOW, Turns};
 
@@ -63,6 +65,8 @@ pub(crate) struct Relay {
     timeouts: Timeouts,
     filtering: Filtering,
     flows: FlowTable,
+    /// What is known by name of flows, by their slots in the table. Most have nothing here.
+    evidence: HashMap<u32, Box<Evidence>>,
     wheel: Timers,
     /// Flows whose timers fired and that have not had their turn yet.
     due: Vec<u32>,
@@ -86,6 +90,7 @@ impl Relay {
     pub fn new(config: &NetworkConfig, now: Time) -> Relay {
         Relay {
             flows: FlowTable::new(config.limits.flows, SipKey::from_secret(&config.secret, 0)),
+            evidence: HashMap::new(),
             wheel: Timers::new(now.as_ms()),
             due: Vec::new(),
             batch: List::default(),
@@ -124,7 +129,7 @@ impl Relay {
     pub fn close_flows<E: Effects>(&mut self, cx: &mut Context<'_, E>, slot: u32, most: usize) -> bool {
         for _ in 0..most {
             match self.guests.get(slot).map(|g| g.records.head) {
-                Some(index) if index != NONE => self.close_flow(&mut cx.link, index),
+                Some(index) if index != NONE => self.close_flow(cx, index),
                 _ => return false,
             }
         }
@@ -153,7 +158,7 @@ impl Relay {
         self.forwards.remove(&id.0);
         let gone: Vec<u32> = self.clients.iter().filter(|(k, _)| k.0 == id.0).map(|(_, i)| *i).collect();
         for index in gone {
-            self.close_flow(&mut cx.link, index);
+            self.close_flow(cx, index);
         }
     }
 

@@ -12,7 +12,7 @@ use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, ForwardId, SockId, Time};
 use crate::l3::frame_builder::TTL;
 use crate::policy::pending::Held;
-use crate::policy::{Direction, Ticket, Verdict};
+use crate::policy::{Direction, RuleId, Ticket, Verdict};
 use crate::relay::Relay;
 use crate::relay::tcp::Tcb;
 use crate::tables::flow::{Flow, Key, State};
@@ -43,14 +43,14 @@ impl Relay {
         if let Err(why) = self.admit_memory(new.key.slot) {
             return Err(new.refused(cx, why));
         }
-        let Inbound { key, mac, ticket, direction } = new;
+        let Inbound { key, mac, ticket, direction, rule } = new;
         let now = cx.link.now;
         let id = self.flows.next_id();
         let tcb = Tcb::inbound(id, sock, self.isn(now, &key), self.tcp_timeouts(), now);
         let tight = self.holds_too_much(key.slot);
         let admitted = cx.policy.generation();
-        let flow = Flow::new(key, mac, direction, admitted, now, State::Tcp(Box::new(tcb)));
-        let id = self.open_flow(&mut cx.link, flow);
+        let flow = Flow::new(key, mac, direction, admitted, now, State::Tcp(Box::new(tcb))).by(rule);
+        let id = self.open_flow(cx, flow);
         self.tighten(cx.link.fx, id.index, sock, tight);
         match ticket {
             Some(ticket) => {
@@ -86,8 +86,9 @@ impl Relay {
                 ticket = new.ticket;
                 let state = State::Forwarded { sock, forward, client: from };
                 let admitted = cx.policy.generation();
-                let flow = Flow::new(new.key, new.mac, new.direction, admitted, cx.link.now, state);
-                let id = self.open_flow(&mut cx.link, flow);
+                let flow =
+                    Flow::new(new.key, new.mac, new.direction, admitted, cx.link.now, state).by(new.rule);
+                let id = self.open_flow(cx, flow);
                 self.clients.insert((forward.0, from), id.index);
                 id.index
             }
@@ -144,14 +145,14 @@ impl Relay {
         }
         let name = cx.policy.client_name(client.ip());
         let key = Key { slot: binding.slot, proto, guest, remote: SocketAddr::new(name, client.port()) };
-        let ticket = match cx.inbound(spec.entry, proto, key.remote, guest, &binding) {
-            Verdict::Allow { .. } => None,
-            Verdict::Defer { ticket } => Some(ticket),
+        let (ticket, rule) = match cx.inbound(spec.entry, proto, key.remote, guest, &binding) {
+            Verdict::Allow { rule, .. } => (None, rule),
+            Verdict::Defer { ticket } => (Some(ticket), RuleId::NONE),
             Verdict::Deny { reason, .. } => return Err(reason),
         };
         let mac = binding.mac.unwrap_or(UNKNOWN);
-        let mut new = Inbound { key, mac, ticket, direction: Direction::Inbound(spec.entry) };
-        if let Err(why) = self.admit(&mut cx.link, binding.slot, false) {
+        let mut new = Inbound { key, mac, ticket, direction: Direction::Inbound(spec.entry), rule };
+        if let Err(why) = self.admit(cx, binding.slot, false) {
             return Err(new.refused(cx, why));
         }
         match self.free_key(cx.link.now, key) {
@@ -184,6 +185,8 @@ struct Inbound {
     /// The flow is pending under this ticket.
     ticket: Option<Ticket>,
     direction: Direction,
+    /// The rule that allows it, where it does not wait.
+    rule: RuleId,
 }
 
 impl Inbound {

@@ -52,7 +52,7 @@ impl Relay {
             });
         } else {
             // Its guest has heard nothing of it, or hears when it sends.
-            self.close_flow(&mut cx.link, index);
+            self.close_flow(cx, index);
         }
     }
 }

@@ -9,7 +9,7 @@ use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, FrameMeta, IpFields, PortId, Target, Time};
 use crate::l2::lan::Sender;
 use crate::l3::gateway::Refusal;
-use crate::policy::Direction;
+use crate::policy::{Direction, RuleId};
 use crate::relay::Relay;
 use crate::relay::errors::{connect_failed, icmp_for};
 use crate::relay::socket_memory::FEW_FLOWS;
@@ -82,10 +82,10 @@ impl Relay {
             return Err(cx.gateway.reset(&mut cx.link, from, p, &seg, why));
         }
         let addressing = cx.link.lan.addressing();
-        let target = match addressing.services().find(proto::TCP, remote) {
+        let (target, rule) = match addressing.services().find(proto::TCP, remote) {
             Some(service) => {
                 let Some(port) = cx.link.lan.port(from.slot) else { return Ok(()) };
-                Target::Service(service, port.id)
+                (Target::Service(service, port.id), RuleId::NONE)
             }
             None if addressing.ends_here(p.dst) => {
                 return Err(cx.gateway.reset(&mut cx.link, from, p, &seg, DropReason::BadDestination));
@@ -94,12 +94,13 @@ impl Relay {
                 if cx.route_to_guest(from, frame, p, meta)? {
                     return Ok(());
                 }
-                Target::Address(cx.outbound(from, frame, p, remote)?)
+                let admitted = cx.outbound(from, frame, p, remote)?;
+                (Target::Address(admitted.target), admitted.rule)
             }
         };
         let slot = from.slot;
-        if let Err(why) = self.admit(&mut cx.link, slot, false).and_then(|()| self.admit_memory(slot)) {
-            let refused = Refusal { direction: Direction::Outbound, proto: proto::TCP, guest, remote };
+        if let Err(why) = self.admit(cx, slot, false).and_then(|()| self.admit_memory(slot)) {
+            let refused = Refusal::outbound(proto::TCP, guest, remote);
             cx.gateway.report_denied(&mut cx.link, slot, refused, None, why);
             return Err(cx.gateway.reset(&mut cx.link, from, p, &seg, why));
         }
@@ -122,8 +123,8 @@ impl Relay {
         tcb.memory.tight = tight;
         let admitted = cx.policy.generation();
         let state = State::Tcp(Box::new(tcb));
-        let flow = Flow::new(key, from.mac, Direction::Outbound, admitted, now, state);
-        let id = self.open_flow(&mut cx.link, flow);
+        let flow = Flow::new(key, from.mac, Direction::Outbound, admitted, now, state).by(rule);
+        let id = self.open_flow(cx, flow);
         self.wake_tcp(now, id.index);
         Ok(())
     }
@@ -204,7 +205,7 @@ impl Relay {
         } else {
             self.turns.active(now, index);
         }
-        if fate == Fate::Live {
+        if matches!(fate, Fate::Live | Fate::Look) {
             let (batch, waits) = (tcb.wants_batch_end(), tcb.waits_for_port() && !tcb.is_over());
             // A flow is in one of the two lists at a time; waiting for the port takes precedence.
             let park = tcb.may_be_evicted() && !waits;
@@ -235,13 +236,13 @@ impl Relay {
             return Some(fate);
         }
         let (key, mac, id) = (flow.key, flow.mac, tcb.ip_id());
-        self.close_flow(&mut cx.link, index);
+        self.close_flow(cx, index);
         match fate {
             Fate::Unreachable { error, seq } => {
                 connect_failed(cx, &key, mac, icmp_for(error, 0), None, seq, id);
             }
             Fate::Forgotten => self.recheck(cx, key.slot),
-            Fate::Live | Fate::Closed | Fate::Reopen => {}
+            Fate::Live | Fate::Look | Fate::Closed | Fate::Reopen => {}
         }
         Some(fate)
     }
@@ -288,7 +289,7 @@ impl Relay {
     pub fn give_up<E: Effects>(&mut self, cx: &mut Context<'_, E>, id: FlowId) {
         if let Some(slot) = self.flows.get_mut(id).map(|f| f.key.slot) {
             cx.link.lan.count_drop(slot, DropReason::NoEndpoint);
-            self.close_flow(&mut cx.link, id.index);
+            self.close_flow(cx, id.index);
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, FrameMeta, Gso, IpFields, ServiceId, SockId};
 use crate::l2::lan::Sender;
 use crate::l3::icmp_error::IcmpError;
-use crate::policy::{Direction, Entry, Request, Verdict};
+use crate::policy::{Admitted, Direction, Entry, Request, Verdict};
 use crate::relay::Relay;
 use crate::relay::errors::icmp_for;
 use crate::tables::flow::{Flow, Key, State};
@@ -77,8 +77,8 @@ impl Relay {
         if cx.route_to_guest(from, frame, p, meta)? {
             return Ok(None);
         }
-        let target = cx.outbound(from, frame, p, remote)?;
-        match self.open_datagram(cx, key, from.mac, target) {
+        let admitted = cx.outbound(from, frame, p, remote)?;
+        match self.open_datagram(cx, key, from.mac, admitted) {
             Ok(index) => self.send_datagram(cx, index, from, frame, p, segment).map(|()| None),
             Err(Refused(why, e)) => Err(cx.gateway.refuse(&mut cx.link, from, frame, p, why, e)),
         }
@@ -90,13 +90,13 @@ impl Relay {
         cx: &mut Context<'_, E>,
         key: Key,
         mac: Mac,
-        target: SocketAddr,
+        Admitted { target, rule }: Admitted,
     ) -> Result<u32, Refused> {
         let shared = Key::mapping(key.slot, key.proto, key.guest);
         let admitted = cx.policy.generation();
         let prohibited = IcmpError::unreachable(icmp::unreachable::ADMIN_PROHIBITED);
         let new = self.flows.find(&shared).is_none();
-        self.admit(&mut cx.link, key.slot, new).map_err(|why| Refused(why, prohibited))?;
+        self.admit(cx, key.slot, new).map_err(|why| Refused(why, prohibited))?;
         // Making room may have closed the mapping and its socket: then there is room for a new one.
         let mapping = match self.flows.find(&shared) {
             Some(mapping) => mapping,
@@ -117,8 +117,8 @@ impl Relay {
             }
         };
         let state = State::Datagram { mapping, target, ip_id: 0 };
-        let flow = Flow::new(key, mac, Direction::Outbound, admitted, cx.link.now, state);
-        let id = self.open_flow(&mut cx.link, flow);
+        let flow = Flow::new(key, mac, Direction::Outbound, admitted, cx.link.now, state).by(rule);
+        let id = self.open_flow(cx, flow);
         self.join_mapping(id.index, mapping);
         Ok(id.index)
     }

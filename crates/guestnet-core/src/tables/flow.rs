@@ -6,7 +6,7 @@
 
 use crate::interface::config::FlowInfo;
 use crate::interface::types::{FlowId, ForwardId, PortId, SockId, Time};
-use crate::policy::{Direction, Generation};
+use crate::policy::{Direction, Generation, RuleId};
 use crate::relay::tcp::Tcb;
 use guestnet_wire::ether::Mac;
 use guestnet_wire::proto;
@@ -128,6 +128,8 @@ pub struct Flow {
     pub direction: Direction,
     /// The rules that admitted it.
     pub admitted: Generation,
+    /// The rule that did; the number is one of that generation.
+    pub rule: RuleId,
     /// TCP: on the list of those that may be evicted.
     pub parked: bool,
     /// When it was opened.
@@ -166,6 +168,7 @@ impl Flow {
             mac,
             direction,
             admitted,
+            rule: RuleId::NONE,
             parked: false,
             opened: now,
             last: now,
@@ -177,6 +180,13 @@ impl Flow {
             state,
             links: [Links::UNLINKED; 3],
         }
+    }
+
+    /// The same flow, with the rule that admitted it.
+    #[must_use]
+    pub fn by(mut self, rule: RuleId) -> Flow {
+        self.rule = rule;
+        self
     }
 
     /// A mapping is a socket, not a conversation.

@@ -137,6 +137,10 @@ pub struct Mock {
     pub unread: HashMap<SockId, usize>,
     pub streams_closed: Vec<(SockId, Close)>,
     pub streams_resumed: Vec<SockId>,
+    /// Sockets that hold the last words of refused connections, in order.
+    pub answers: Vec<SockId>,
+    /// There are no such sockets.
+    pub no_answers: bool,
     scratch: Vec<u8>,
     /// Calls of `tcp_peek`, for tests that count system calls.
     pub peeks: usize,
@@ -326,6 +330,10 @@ impl Effects for Mock {
         })
     }
 
+    fn peeked(&self, len: usize) -> &[u8] {
+        &self.scratch[..len.min(self.scratch.len())]
+    }
+
     fn tcp_discard(&mut self, sock: SockId, len: usize) {
         let s = self.live(sock);
         if s.endless {
@@ -349,6 +357,18 @@ impl Effects for Mock {
             0 => Peek::Empty,
             n => Peek::Data(n),
         })
+    }
+
+    fn tcp_answer(&mut self, flow: FlowId, answer: &[u8]) -> Result<SockId, SockError> {
+        if self.no_answers {
+            return Err(SockError::Exhausted);
+        }
+        let id = self.new_sock();
+        let s = self.sock(id);
+        (s.flow, s.eof) = (Some(flow), true);
+        s.inbox.extend(answer);
+        self.answers.push(id);
+        Ok(id)
     }
 
     fn stream_send(&mut self, sock: SockId, data: &[u8]) -> usize {

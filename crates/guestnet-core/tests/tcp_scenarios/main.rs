@@ -9,6 +9,7 @@ mod tcp_support;
 mod blind;
 mod closing;
 mod download;
+mod hold;
 mod hostile;
 mod keepalive;
 mod loss;

@@ -163,6 +163,8 @@ pub struct Sim {
     pub now: Time,
     pub sock: SockId,
     pub fate: Fate,
+    /// How often somebody was to look at what the flow holds back.
+    pub looks: usize,
     /// Window that the relay offered last, in bytes, and the edge; checked never to move back.
     shift: u8,
     edge: u32,
@@ -188,6 +190,7 @@ impl Sim {
             now: Time(1_000_000_000_000),
             sock,
             fate: Fate::Live,
+            looks: 0,
             shift: 0,
             edge: GUEST_ISN,
             guest_wscale: false,
@@ -238,6 +241,14 @@ impl Sim {
         Sim::opened(Sim::outbound_with("S 0 win 65535 mss 1460 ws 7", timeouts), 65535)
     }
 
+    /// As [`Sim::open`], with the guest's bytes held back, and those of the host too where `both_ways`.
+    #[track_caller]
+    pub fn open_held(both_ways: bool) -> Sim {
+        let mut s = Sim::outbound("S 0 win 65535 mss 1460 ws 7 sackok");
+        s.tcb = s.tcb.with_hold(both_ways);
+        Sim::opened(s, 65535)
+    }
+
     #[track_caller]
     pub fn open_with(syn: &str, win: u16) -> Sim {
         Sim::opened(Sim::outbound(syn), win)
@@ -254,6 +265,10 @@ impl Sim {
 
     fn note(&mut self, fate: Fate) {
         assert_eq!(self.fate, Fate::Live, "a call on a flow that is over");
+        if fate == Fate::Look {
+            self.looks += 1;
+            return;
+        }
         self.fate = fate;
         if fate != Fate::Live {
             assert_eq!(self.budget.used, 0, "a flow that is over holds buffers");
@@ -292,6 +307,25 @@ impl Sim {
     pub fn path_mtu(&mut self, mtu: u16, seq: u32) {
         let seq = OUR_ISN.wrapping_add(seq);
         call!(self, path_mtu, mtu, seq);
+        self.end();
+    }
+    /// All that is held back was looked at.
+    pub fn note_seen(&mut self) {
+        call!(self, note_seen);
+    }
+    pub fn let_pass(&mut self, bytes: usize) {
+        call!(self, let_pass, bytes);
+        self.end();
+    }
+    pub fn end_hold(&mut self) {
+        call!(self, end_hold);
+        self.end();
+    }
+    pub fn answer(&mut self, words: &[u8]) {
+        call!(self, answer, words);
+        if let Some(sock) = self.mock.answers.last() {
+            self.sock = *sock;
+        }
         self.end();
     }
     pub fn abort(&mut self) {

@@ -367,6 +367,22 @@ impl EventReceiver {
     }
 }
 
+/// The end of a flow that carried nothing.
+#[cfg(test)]
+pub(crate) fn flow_closed(flow: guestnet_core::types::FlowId, port: PortId) -> effects::Event {
+    effects::Event::FlowClosed {
+        flow,
+        port,
+        bytes_out: 0,
+        bytes_in: 0,
+        packets_out: None,
+        packets_in: None,
+        rule: None,
+        name: None,
+        shown: None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -440,9 +456,7 @@ mod tests {
     fn news_of_flows_and_frames_leave_room_for_services() {
         let (mut s, r) = pair(1024);
         let flow = FlowId { index: 1, generation: 2 };
-        let closed = |port| {
-            Event::Core(effects::Event::FlowClosed { flow, port: PortId(port), bytes_out: 0, bytes_in: 0 })
-        };
+        let closed = |port| Event::Core(flow_closed(flow, PortId(port)));
         let flows = (0..2000).filter(|i| s.try_send(closed(i % 300))).count();
         let frame = || Event::Frame { port: PortId(1), frame: vec![0; 60].into() };
         let frames = (0..2000).filter(|_| s.try_send(frame())).count();
@@ -460,9 +474,7 @@ mod tests {
     fn one_guest_does_not_fill_the_ring() {
         let (mut s, r) = pair(1024);
         let flow = FlowId { index: 1, generation: 2 };
-        let closed = |port| {
-            Event::Core(effects::Event::FlowClosed { flow, port: PortId(port), bytes_out: 0, bytes_in: 0 })
-        };
+        let closed = |port| Event::Core(flow_closed(flow, PortId(port)));
         let told = |s: &mut EventSender, port| (0..2000).filter(|_| s.try_send(closed(port))).count();
         for _ in 0..3 {
             let shares = [1, 2, 3].map(|port| told(&mut s, port));

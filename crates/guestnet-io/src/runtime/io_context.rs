@@ -273,6 +273,10 @@ impl Effects for IoContext {
         self.socks.tcp_discard(sock, len);
     }
 
+    fn tcp_answer(&mut self, flow: FlowId, answer: &[u8]) -> Result<SockId, SockError> {
+        Ok(self.socks.local.answer(flow, answer))
+    }
+
     fn tcp_shutdown(&mut self, sock: SockId) {
         if LocalStreams::has(sock) {
             return self.socks.local.shutdown(sock);
@@ -421,7 +425,7 @@ mod tests {
         let (events, heard) = event::channel(1024, Arc::new(Waker::new().unwrap())).unwrap();
         let mut io = IoContext::new(Poller::new(8).unwrap(), events, Quota::new(Pool::of_process()));
         let flow = FlowId { index: 1, generation: 0 };
-        let closed = || effects::Event::FlowClosed { flow, port: PortId(1), bytes_out: 0, bytes_in: 0 };
+        let closed = || event::flow_closed(flow, PortId(1));
         io.flow_events = false;
         assert!((0..2000).all(|_| io.event(closed())));
         assert_eq!((heard.drain(2000).len(), io.events.dropped), (0, 0));

@@ -2,6 +2,9 @@
 //! like any other, but it ends in memory: what the relay sends waits in `inbox` for the core, what the core sends in `outbox`
 //! until the guest has acknowledged it. So a query costs no system call and no descriptor.
 //!
+//! A connection that the policy refuses gets its last words in the same way ([`LocalStreams::answer`]): nobody serves such
+//! a socket, it holds what the guest is to read, and forgets what the guest sends.
+//!
 //! Numbers of these sockets have [`LOCAL`] set. News for the core wait in lists until the worker hands them over: calls
 //! into the core never nest.
 //!
@@ -22,7 +25,8 @@ const SLACK: usize = 32 << 10;
 
 struct LocalStream {
     flow: FlowId,
-    port: PortId,
+    /// The guest's port; `None` where nobody serves the connection.
+    port: Option<PortId>,
     /// From the guest.
     inbox: Vec<u8>,
     /// The guest has ended its side.
@@ -80,21 +84,36 @@ impl LocalStreams {
 
     /// A guest connects.
     pub(crate) fn open(&mut self, flow: FlowId, port: PortId) -> SockId {
+        let sock = self.insert(flow, Some(port), Vec::new(), None);
+        self.to_read.push(sock);
+        sock
+    }
+
+    /// A connection from which the guest reads `answer` and the end.
+    pub(crate) fn answer(&mut self, flow: FlowId, answer: &[u8]) -> SockId {
+        self.insert(flow, None, answer.to_vec(), Some(Close::Graceful))
+    }
+
+    fn insert(
+        &mut self,
+        flow: FlowId,
+        port: Option<PortId>,
+        outbox: Vec<u8>,
+        closed: Option<Close>,
+    ) -> SockId {
         let index = self.slab.insert(LocalStream {
             flow,
             port,
             inbox: Vec::new(),
             ended: false,
-            outbox: Vec::new(),
+            outbox,
             acknowledged: 0,
-            closed: None,
+            closed,
             wants_write: false,
             to_read: true,
             ready: false,
         });
-        let sock = SockId(index | LOCAL);
-        self.to_read.push(sock);
-        sock
+        SockId(index | LOCAL)
     }
 
     // ---- the relay's end ----------------------------------------------------------------------------
@@ -164,7 +183,7 @@ impl LocalStreams {
 
     /// The relay is done with it.
     pub(crate) fn close(&mut self, sock: SockId) {
-        if self.slab.remove(sock.0 & !LOCAL).is_some() {
+        if self.slab.remove(sock.0 & !LOCAL).is_some_and(|s| s.port.is_some()) {
             self.gone.push(sock);
         }
     }
@@ -235,7 +254,8 @@ impl LocalStreams {
         let s = self.get(sock).filter(|s| s.to_read)?;
         s.to_read = false;
         let (data, open) = (std::mem::take(&mut s.inbox), s.closed.is_none());
-        open.then_some(Input { sock, port: s.port, data, ended: s.ended })
+        let port = s.port.filter(|_| open)?;
+        Some(Input { sock, port, data, ended: s.ended })
     }
 
     /// The core has read the first `n` bytes of what it was given.
@@ -328,6 +348,23 @@ mod tests {
         read(&mut l, 100);
         assert_eq!(l.take_ready(), [(flow, true)]);
         assert_eq!(l.send(sock, &large[INBOX_MAX..]), Ok(10));
+    }
+
+    #[test]
+    fn an_answer_is_read_to_its_end_and_nobody_hears_of_it() {
+        let mut l = LocalStreams::default();
+        let sock = l.answer(FlowId { index: 3, generation: 1 }, b"denied");
+        assert!(LocalStreams::has(sock));
+        let mut scratch = Vec::new();
+        assert_eq!(l.peek(sock, 0, 10, &mut scratch), Ok(Peek::Data(6)));
+        assert_eq!(&scratch[..6], b"denied");
+        assert_eq!(l.peek(sock, 6, 10, &mut scratch), Ok(Peek::Eof));
+        assert_eq!(l.send(sock, b"what the guest still sends"), Ok(26));
+        l.discard(sock, 6);
+        assert_eq!(l.peek(sock, 0, 10, &mut scratch), Ok(Peek::Eof));
+        l.shutdown(sock);
+        l.close(sock);
+        assert!(!l.has_news());
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! Theory of operation: what the guest sent and the socket has not taken. In order: a byte queue. Ahead of
 //! order: a few pieces, sorted by sequence number and never overlapping, and where the FIN is. The buffer
-//! exists only while there is something in it. All memory it holds is charged to the endpoint's [`Budget`],
-//! by capacity and not by fill, so that a guest of many small pieces pays for what it costs.
+//! exists only while there is something in it, or while bytes in order are held back ([`Hold`]). All memory it holds is
+//! charged to the endpoint's [`Budget`], by capacity and not by fill, so that a guest of many small pieces pays for what
+//! it costs.
 
 use crate::relay::tcp::seq::Seq;
 use crate::relay::tcp::{Budget, FLOW_BUFFER};
@@ -21,6 +22,28 @@ const PIECE_COST: usize = 64;
 const LATEST: usize = 4;
 /// The smallest allocation of the queue.
 const QUEUE_MIN: usize = 2048;
+
+/// Bytes in order that are held back at most, as far as the window promises.
+const HELD_MAX: usize = 1 << 16;
+/// So many held bytes fill the window of a connection that is being opened, which is not scaled.
+pub(super) const HELD_FULL: usize = u16::MAX as usize;
+
+/// Bytes in order are held back until somebody has looked at them and lets them pass.
+#[derive(Debug, Default)]
+pub(super) struct Hold {
+    /// Bytes at the front of the queue that may go to the socket.
+    pub released: usize,
+    /// Bytes at the front of the queue that were looked at.
+    pub seen: usize,
+    /// The end of the guest's bytes was looked at.
+    pub end_seen: bool,
+    /// The end may not go to the socket.
+    pub holds_end: bool,
+    /// Nothing is read from the socket either.
+    pub both_ways: bool,
+    /// The socket has hung up meanwhile.
+    pub hangup: bool,
+}
 
 #[derive(Debug)]
 struct Piece {
@@ -42,12 +65,45 @@ pub(super) struct Buffer {
     latest: [Option<Seq>; LATEST],
     fin: Option<Seq>,
     charged: usize,
+    /// Bytes in order are held back.
+    pub hold: Option<Hold>,
 }
 
 impl Buffer {
     /// Bytes in order that wait for the socket.
     pub fn waiting(&self) -> usize {
         self.queue.len()
+    }
+
+    /// Bytes in order may go to the socket without waiting here.
+    pub fn is_direct(&self) -> bool {
+        self.queue.is_empty() && self.hold.is_none()
+    }
+
+    /// Bytes in order that are held back.
+    pub fn held(&self) -> usize {
+        self.hold.as_ref().map_or(0, |h| self.queue.len().saturating_sub(h.released))
+    }
+
+    /// Bytes in order that nobody has looked at.
+    pub fn unseen(&self) -> [&[u8]; 2] {
+        let from = self.hold.as_ref().map_or(usize::MAX, |h| h.seen);
+        let (front, back) = self.queue.as_slices();
+        let in_back = from.saturating_sub(front.len());
+        [front.get(from..).unwrap_or(&[]), back.get(in_back..).unwrap_or(&[])]
+    }
+
+    /// Bytes in order that may be promised, of `window` in all, when `free` of the budget is left.
+    pub fn room(&self, window: usize, free: usize) -> usize {
+        let left = window.saturating_sub(self.queue.len()).min(free.saturating_add(self.spare()));
+        if self.hold.is_some() { left.min(HELD_MAX.saturating_sub(self.held())) } else { left }
+    }
+
+    /// Bytes in order that the queue takes.
+    fn most(&self) -> usize {
+        let left = QUEUE_MAX.saturating_sub(self.queue.len());
+        let slack = HELD_MAX.saturating_add(4096);
+        if self.hold.is_some() { left.min(slack.saturating_sub(self.held())) } else { left }
     }
 
     /// Bytes that fit without a new allocation.
@@ -57,27 +113,34 @@ impl Buffer {
 
     /// Bytes in order that can be taken before the bound or the budget (`free` of it left) ends it.
     pub fn limit_left(&self, free: usize) -> usize {
-        QUEUE_MAX.saturating_sub(self.queue.len()).min(free.saturating_add(self.spare()))
+        self.most().min(free.saturating_add(self.spare()))
     }
 
     pub fn is_empty(&self) -> bool {
-        self.queue.is_empty() && self.pieces.is_empty() && self.fin.is_none()
+        self.queue.is_empty() && self.pieces.is_empty() && self.fin.is_none() && self.hold.is_none()
     }
 
-    /// The first run of waiting bytes.
+    /// The first run of waiting bytes that may go to the socket.
     pub fn front(&self) -> &[u8] {
-        self.queue.as_slices().0
+        let front = self.queue.as_slices().0;
+        match &self.hold {
+            Some(h) => front.get(..h.released.min(front.len())).unwrap_or(&[]),
+            None => front,
+        }
     }
 
     /// The socket took the first `n` bytes.
     pub fn consume(&mut self, n: usize) {
         self.queue.drain(..n.min(self.queue.len()));
+        if let Some(h) = &mut self.hold {
+            (h.released, h.seen) = (h.released.saturating_sub(n), h.seen.saturating_sub(n));
+        }
     }
 
     /// Queues as much of `data` as bounds and budget allow; returns how much.
     pub fn append(&mut self, data: &[u8], budget: &mut Budget) -> usize {
         let (len, cap) = (self.queue.len(), self.queue.capacity());
-        let mut n = data.len().min(QUEUE_MAX.saturating_sub(len));
+        let mut n = data.len().min(self.most());
         if len.saturating_add(n) > cap {
             let most = cap.saturating_add(budget.free());
             n = n.min(most.saturating_sub(len));
@@ -220,6 +283,7 @@ impl Buffer {
 
     pub fn clear(&mut self) {
         self.clear_ahead();
+        self.hold = None;
         self.queue = VecDeque::new();
     }
 

@@ -40,7 +40,7 @@ impl Tcb {
 
     /// Passes the guest's FIN on once everything before it is in the socket.
     pub(super) fn shut_if_done<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Result<(), Fate> {
-        if self.guest_fin && !self.shut && self.waiting() == 0 && self.sock_open {
+        if self.guest_fin && !self.shut && self.end_may_go() && self.sock_open {
             self.shut = true;
             // When the other direction is over too, the close that follows says it as well.
             if !(self.fin_sent && self.fin_acked) {
@@ -80,6 +80,12 @@ impl Tcb {
     /// Bytes that wait for the socket.
     pub(super) fn waiting(&self) -> usize {
         self.buffer.as_ref().map_or(0, |b| b.waiting())
+    }
+
+    /// Nothing of the guest waits for the socket, and nothing is to.
+    #[inline]
+    pub(super) fn is_direct(&self) -> bool {
+        self.buffer.as_ref().is_none_or(|b| b.is_direct())
     }
 
     /// Accounts the buffer's size to the endpoint and frees it when empty.

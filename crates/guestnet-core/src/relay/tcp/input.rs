@@ -411,7 +411,7 @@ impl Tcb {
             return Ok(false);
         }
         let marked = match rest.first() {
-            Some(&byte) if self.waiting() == 0 => cx.fx.tcp_send_urgent(self.sock, byte),
+            Some(&byte) if self.is_direct() => cx.fx.tcp_send_urgent(self.sock, byte),
             _ => Ok(false),
         };
         match marked {
@@ -441,7 +441,7 @@ impl Tcb {
             return Ok(true);
         }
         let mut taken = 0;
-        if self.waiting() == 0 {
+        if self.is_direct() {
             match cx.fx.tcp_send(self.sock, data) {
                 Ok(n) => taken = n.min(data.len()),
                 Err(_) => {

@@ -16,12 +16,13 @@
 //! Each entry point returns a [`Fate`]. Unless it is [`Fate::Live`], the socket was closed and the buffer's
 //! bytes were given back, and the record must go. Files: [`input`] (segments), [`output`] (frames),
 //! [`timers`] (retransmission, idle), [`keepalive`] (are both ends there), [`recovery`] with [`scoreboard`] and
-//! [`cubic`] (loss towards the guest), [`host`] (the socket's side), [`buffer`] (what waits for the socket), [`seq`],
-//! [`types`] (what callers hand in and get back).
+//! [`cubic`] (loss towards the guest), [`host`] (the socket's side), [`buffer`] (what waits for the socket), [`hold`] (what
+//! waits until somebody has looked at it), [`seq`], [`types`] (what callers hand in and get back).
 
 mod ack_thinning;
 mod buffer;
 mod cubic;
+mod hold;
 mod host;
 mod input;
 mod keepalive;
@@ -32,6 +33,7 @@ mod seq;
 mod timers;
 mod types;
 
+pub use hold::Held;
 pub use types::{Budget, Ctx, FLOW_BUFFER, Fate, Path, Timeouts};
 use types::{KeepAlive, MAX_FLIGHT, RCV_SHIFT, SocketMemory};
 
@@ -400,6 +402,11 @@ impl Tcb {
                 Fate::Live
             }
             State::Open => {
+                if self.buffer.is_some()
+                    && let Err(fate) = self.note_held_back(cx, readable)
+                {
+                    return fate;
+                }
                 if writable && let Err(fate) = self.drain(cx) {
                     return fate;
                 }
@@ -436,6 +443,9 @@ impl Tcb {
     /// [`Tcb::wants_batch_end`] says so.
     pub fn batch_end<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Fate {
         self.wants_batch = false;
+        if self.buffer.is_some() && self.wants_look() {
+            return Fate::Look;
+        }
         self.flush(cx)
     }
 

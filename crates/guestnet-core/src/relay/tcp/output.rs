@@ -251,13 +251,11 @@ impl Tcb {
 
     /// Bytes that the relay can take now, counted from `rcv_nxt`.
     fn room(&self, free: usize) -> u32 {
-        let free = u32::try_from(free).unwrap_or(u32::MAX);
         match &self.buffer {
-            Some(b) if b.waiting() > 0 => {
-                let left = self.window_max().saturating_sub(b.waiting() as u32);
-                left.min(free.saturating_add(b.spare() as u32))
+            Some(b) if !b.is_direct() => {
+                u32::try_from(b.room(self.window_max() as usize, free)).unwrap_or(u32::MAX)
             }
-            _ => self.window_max().min(free.max(WINDOW_MIN)),
+            _ => self.window_max().min(u32::try_from(free).unwrap_or(u32::MAX).max(WINDOW_MIN)),
         }
     }
 
@@ -284,7 +282,7 @@ impl Tcb {
         let window = self.rcv_adv.since(self.rcv_nxt);
         let shift = if syn { 0 } else { self.rcv_shift };
         let hard = match &self.buffer {
-            Some(b) if b.waiting() > 0 => b.limit_left(free),
+            Some(b) if !b.is_direct() => b.limit_left(free),
             _ => usize::MAX,
         };
         let up = window.div_ceil(1 << shift);

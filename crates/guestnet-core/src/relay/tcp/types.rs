@@ -92,6 +92,10 @@ pub struct Ctx<'a, E: Effects> {
 pub enum Fate {
     /// It lives on.
     Live,
+    /// It lives on, and somebody is to look at the bytes that it holds back ([`Tcb::held`]).
+    ///
+    /// [`Tcb::held`]: crate::relay::tcp::Tcb::held
+    Look,
     /// It is over, the socket is closed; the record goes.
     Closed,
     /// As `Closed`: the guest knew nothing of an open connection any more, and perhaps nothing of others.
