@@ -16,6 +16,19 @@ _Ip: TypeAlias = IPv4Address | IPv6Address
 _IpIn: TypeAlias = _Ip | str
 _Socket: TypeAlias = tuple[_Ip, int]
 _SocketIn: TypeAlias = tuple[_IpIn, int]
+_Rule: TypeAlias = tuple[
+    str,
+    str,
+    str,
+    Sequence[int] | None,
+    Sequence[str],
+    tuple[Any, ...],
+    Sequence[tuple[str, int, int]],
+    str,
+    bool,
+    str,
+]
+"""Label, action, direction, endpoints, prefixes of clients, destination, ports, match, log, query types."""
 _DnsRecord: TypeAlias = tuple[bytes, int, int, bytes]
 """Name as labels, type, TTL in seconds, data."""
 
@@ -35,6 +48,7 @@ __all__ = [
     "NameServer",
     "NatEngine",
     "PacketPool",
+    "PolicyTable",
     "PortDown",
     "PortInfo",
     "PortUp",
@@ -262,6 +276,12 @@ class DataPlane:
         """Changes the rules: the mode, and whether guests may open flows to each other. Those on the ports in
         `trusted` always may. Brings the number of flows that were cut, once all flows have been judged again.
         """
+    def set_rules(self, endpoint: int | None, table: PolicyTable | None) -> int:
+        """Puts a policy in force, for one guest or for all that have none of their own. Brings the number of
+        flows that were cut, once all flows have been judged again. Keep the table that it replaces until
+        then: freeing a large one takes time."""
+    def set_host_addresses(self, addresses: Sequence[_IpIn]) -> int:
+        """Says which addresses this host has, for rules about the group "host"."""
     def tell_flows(self, flows: bool, *, denials: bool) -> int:
         """Whether `FlowOpened` and `FlowClosed` events come, and whether `FlowDenied` events do."""
     def list_flows(self) -> int:
@@ -601,6 +621,41 @@ class NatEngine:
         tuple[int, str, tuple[IPv4Address, int], tuple[IPv4Address, int], tuple[IPv4Address, int], int, int]
     ]:
         """Protocol, state, internal, external and remote end, bytes out and in."""
+
+@final
+class PolicyTable:
+    """A compiled policy. It never changes and can be in force in several networks."""
+
+    def __new__(cls, rules: Sequence[_Rule], default: str, options: Mapping[str, Any]) -> PolicyTable:
+        """Compiles rules, of which the first that matches decides. Raises ConfigError."""
+
+    def __len__(self) -> int: ...
+    @property
+    def names_decide(self) -> bool:
+        """Whether queries for names are judged."""
+    def judge(
+        self,
+        direction: str,
+        protocol: str,
+        source: _IpIn | None,
+        destination: _SocketIn,
+        *,
+        endpoint: int = 0,
+        pins: Sequence[str] = ...,
+        shown: str | None = None,
+        host_addresses: Sequence[_IpIn] = ...,
+        subnet: tuple[IPv4Address | str, int] | None = None,
+        gateway: _IpIn | None = None,
+        host_loopback: _IpIn | None = None,
+    ) -> tuple[str, int | None, str]:
+        """What becomes of a flow: "allow", "deny", "inspect" or "ask", the number of the rule (None: the
+        default, or a built-in rule about other resolvers), and its label. `pins` are the names that the guest
+        got for the address, `shown` is what the conversation shows ("": nothing, None: not yet)."""
+    def judge_name(
+        self, name: str, *, endpoint: int = 0, ordinary: bool = True
+    ) -> tuple[str, int | None, str]:
+        """Whether a name may be asked for; `ordinary`: by a query of a type that every allowed name may be
+        asked for by."""
 
 @final
 class PacketPool:

@@ -6,6 +6,7 @@ use crate::addresses::{Pair, V4, mac, socket};
 use crate::buffers::with_bytes;
 use crate::config::{self, Named};
 use crate::errors::{config_error, descriptor_error, start_error, submit_error};
+use crate::policy::PolicyTable;
 use crate::runtime::Runtime;
 use crate::{events, records};
 use guestnet_core::nat::NatEngineConfig;
@@ -477,6 +478,23 @@ impl DataPlane {
         let trusted = trusted.into_iter().map(PortId).collect();
         let isolated = if isolated { Isolated::AllExcept(Arc::new(trusted)) } else { Isolated::Nobody };
         self.submit(py, Command::SetPolicy { mode: config::mode(py, mode)?, isolated })
+    }
+
+    /// Puts a policy in force, for one guest or for all that have none of their own; None: no rules.
+    fn set_rules(
+        &self,
+        py: Python<'_>,
+        endpoint: Option<u32>,
+        table: Option<PyRef<'_, PolicyTable>>,
+    ) -> PyResult<u64> {
+        let table = table.map(|t| t.table.clone());
+        self.submit(py, Command::SetRules { port: endpoint.map(PortId), table })
+    }
+
+    /// Says which addresses this host has, for rules about them.
+    fn set_host_addresses(&self, py: Python<'_>, addresses: Vec<IpAddr>) -> PyResult<u64> {
+        let addresses = addresses.iter().map(IpAddr::to_canonical).collect();
+        self.submit(py, Command::SetHostAddresses { addresses: Arc::new(addresses) })
     }
 
     #[pyo3(signature = (flows, *, denials))]

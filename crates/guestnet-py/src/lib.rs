@@ -13,6 +13,7 @@ mod errors;
 mod events;
 mod nat;
 mod numbers;
+mod policy;
 mod pool;
 mod records;
 mod runtime;
@@ -31,6 +32,8 @@ mod _native {
     };
     #[pymodule_export]
     use super::nat::{NatEngine, after_fork_in_child, after_fork_in_parent, before_fork, drop_reasons};
+    #[pymodule_export]
+    use super::policy::PolicyTable;
     #[pymodule_export]
     use super::pool::{PacketPool, Ring};
     #[pymodule_export]

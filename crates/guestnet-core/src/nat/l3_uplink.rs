@@ -358,7 +358,7 @@ impl L3Uplink {
         match cx.judge_inbound(entry, p.proto, client, guest.into(), slot) {
             Verdict::Allow { rule, .. } => Ok(rule),
             Verdict::Deny { reason, .. } => Err(reason),
-            Verdict::Defer { .. } => Err(DropReason::Policy),
+            Verdict::Inspect { .. } | Verdict::Ask { .. } | Verdict::Defer { .. } => Err(DropReason::Policy),
         }
     }
 
@@ -411,14 +411,19 @@ impl L3Uplink {
                 false => (Direction::Outbound, guest, remote),
             };
             let request = Request { direction, endpoint: port, protocol: c.proto, source, destination };
-            match cx.policy.judge(&request) {
+            let verdict = cx.policy.judge(&request);
+            match verdict {
                 Verdict::Allow { rule, .. } => {
                     if let Some(o) = self.opened.get_mut(id as usize) {
                         (o.admitted, o.rule) = (now_in_force, rule);
                     }
                 }
                 Verdict::Defer { .. } => {}
-                Verdict::Deny { reason, rule } => {
+                Verdict::Deny { rule, .. } | Verdict::Inspect { rule, .. } | Verdict::Ask { rule, .. } => {
+                    let reason = match verdict {
+                        Verdict::Deny { reason, .. } => reason,
+                        _ => DropReason::Policy,
+                    };
                     if let Some(slot) = slot {
                         cx.report(slot, &request, reason, rule);
                     }
@@ -513,7 +518,7 @@ impl L3Uplink {
             guest: c.internal.into(),
             remote: c.remote.into(),
             inbound,
-            rule: (rule != RuleId::NONE).then(|| cx.policy.label(rule)),
+            rule: (rule != RuleId::NONE).then(|| cx.policy.label(port, rule)),
             name: None,
         });
         if !reported {
@@ -540,7 +545,7 @@ impl L3Uplink {
             bytes_in: inn,
             packets_out: None,
             packets_in: None,
-            rule: current.then(|| cx.policy.label(o.rule)),
+            rule: current.then(|| cx.policy.label(port, o.rule)),
             name: None,
             shown: None,
         };

@@ -9,9 +9,12 @@ use crate::interface::types::{ForwardId, NetMode, PortConfig, PortId, ServiceId,
 use crate::nat::l3_uplink::L3Uplink;
 use crate::nat::{ConnTrackStats, ForwardError, NatConfigError, NatEngineConfig, NatStats};
 use crate::policy::Isolated;
+use crate::policy::table::RuleTable;
 use crate::shard::PeerUpdate;
 use guestnet_wire::ether::Mac;
+use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr, SocketAddrV4};
+use std::sync::Arc;
 
 impl Network {
     /// Changes what flows of all ports together can have of the process: [`Limits::descriptors`] and
@@ -60,6 +63,7 @@ impl Network {
             uplink.remove_port(&mut self.layers.context(now, fx), slot);
         }
         self.dns.remove_port(port);
+        self.layers.policy.remove_port(port);
         let cx = &mut self.layers.context(now, fx);
         cx.policy.conversations.remove_port(slot);
         for pending in cx.policy.pending.remove_port(slot) {
@@ -137,6 +141,27 @@ impl Network {
         policy.change(mode, isolated);
         self.layers.lan.set_asks(!policy.guests_pass());
         true
+    }
+
+    /// Puts rules of the owner in force: those of one guest, or those of all guests that have none of their own. Flows are
+    /// judged again as after [`Network::set_policy`]. Returns the rules that they replace.
+    pub fn set_rules(
+        &mut self,
+        now: Time,
+        port: Option<PortId>,
+        table: Option<Arc<RuleTable>>,
+    ) -> Option<Arc<RuleTable>> {
+        self.now = now;
+        let policy = &mut self.layers.policy;
+        let replaced = policy.change_rules(port, table);
+        self.layers.lan.set_asks(!policy.guests_pass());
+        replaced
+    }
+
+    /// Says which addresses this host has, for rules about them. Flows are judged again.
+    pub fn set_host_addresses(&mut self, now: Time, addresses: Arc<HashSet<IpAddr>>) {
+        self.now = now;
+        self.layers.policy.change_host_addresses(addresses);
     }
 
     /// Takes how many flows the last changes of the rules have cut. `None` while flows still have to be judged, and when

@@ -13,7 +13,6 @@ use crate::interface::stats::DropReason;
 use crate::interface::types::{FrameMeta, PortId};
 use crate::l2::lan::Sender;
 use crate::l3::gateway::Refusal;
-use crate::policy::Policy;
 use crate::policy::conversations::{PER_GUEST, Tuple};
 use crate::policy::pending::{Awaits, Held};
 use crate::policy::sweep::Budget;
@@ -61,6 +60,9 @@ impl<E: Effects> Context<'_, E> {
                 Ok(Admitted { target, rule })
             }
             Verdict::Deny { reason, rule } => Err(self.deny(from, frame, p, &request, reason, rule)),
+            Verdict::Inspect { rule, .. } | Verdict::Ask { rule, .. } => {
+                Err(self.deny(from, frame, p, &request, DropReason::Policy, rule))
+            }
             Verdict::Defer { .. } => Err(DropReason::Policy),
         }
     }
@@ -187,9 +189,12 @@ impl<E: Effects> Context<'_, E> {
                 return Some(opener);
             }
             let endpoint = self.endpoint(opener);
-            let Policy { conversations, rules, generation, .. } = &mut *self.policy;
-            let allowed = |t: &Tuple| matches!(rules.judge(&t.request(endpoint)), Verdict::Allow { .. });
-            budget.done += conversations.judge_again(opener, *generation, allowed);
+            // Taken out, so that the rules can be asked.
+            let mut conversations = self.policy.conversations.take();
+            let policy = &*self.policy;
+            let allowed = |t: &Tuple| matches!(policy.judge(&t.request(endpoint)), Verdict::Allow { .. });
+            budget.done += conversations.judge_again(opener, policy.generation(), allowed);
+            self.policy.conversations = conversations;
             slot = opener + 1;
         }
         None
@@ -203,7 +208,7 @@ impl<E: Effects> Context<'_, E> {
         };
         let (direction, proto) = (request.direction, request.protocol);
         let refused = Refusal { direction, proto, guest, remote, name: None, shown: None };
-        let label = self.policy.label(rule);
+        let label = self.policy.label(request.endpoint, rule);
         self.gateway.report_denied(&mut self.link, slot, refused, Some(label), reason);
     }
 

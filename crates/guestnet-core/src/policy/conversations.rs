@@ -82,6 +82,12 @@ impl Conversations {
         Conversations { guests: BTreeMap::new(), key }
     }
 
+    /// Takes all conversations out; they are to be put back.
+    #[must_use]
+    pub fn take(&mut self) -> Conversations {
+        Conversations { guests: std::mem::take(&mut self.guests), key: self.key }
+    }
+
     fn hash(key: SipKey, t: &Tuple) -> u64 {
         let (a, b) = (address_words(t.opener.ip()), address_words(t.other.ip()));
         let ports =

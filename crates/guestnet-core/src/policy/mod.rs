@@ -2,7 +2,9 @@
 //! flow's first packet: for flows to the outside (relayed or translated), for flows from the outside and for flows
 //! between guests. The packets that follow do not ask.
 //!
-//! - [`rule`] has the rules: an ordered list, of which the first that matches decides.
+//! - [`rule`] has the built-in rules: an ordered list, of which the first that matches decides.
+//! - [`spec`] has the owner's rules as plain data, and [`table`] compiled. They decide about what the built-in rules
+//!   would allow; a network and each of its guests can have a table.
 //! - [`verdict`] has the question and the answer.
 //! - [`admission`] has the questions that callers ask.
 //! - [`pending`] keeps flows that have to wait before they can be opened.
@@ -17,32 +19,62 @@
 mod admission;
 pub mod conversations;
 pub mod denials;
+mod index;
 pub mod pending;
 mod refusal;
 pub mod rule;
+pub mod spec;
 pub mod special;
 pub mod sweep;
+pub mod table;
 pub mod verdict;
 
 use crate::interface::config::NetworkConfig;
+use crate::interface::stats::DropReason;
 pub use crate::interface::types::Isolated;
-use crate::interface::types::NetMode;
+use crate::interface::types::{NetMode, PortId};
 use crate::tables::addressing::Subnet;
 use crate::util::siphash::SipKey;
 pub(crate) use admission::Admitted;
 use conversations::Conversations;
 use pending::PendingFlows;
 pub use rule::{RuleSet, Settings};
+pub use spec::Action;
 pub use special::is_special;
+use special::{Surroundings, is_metadata};
+use std::collections::{BTreeMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use sweep::Sweep;
+use table::{Decision, Outbound, RuleTable};
+pub use table::{Evidence, NameDecision, Shown};
 pub use verdict::{Direction, Entry, Generation, Request, RuleId, Ticket, Verdict};
+
+/// The owner's rules.
+#[derive(Default)]
+struct Tables {
+    network: Option<Arc<RuleTable>>,
+    /// Of guests that have rules of their own.
+    endpoints: BTreeMap<PortId, Arc<RuleTable>>,
+    /// The addresses of this host.
+    host: Arc<HashSet<IpAddr>>,
+}
+
+impl Tables {
+    #[inline]
+    fn of(&self, endpoint: PortId) -> Option<&RuleTable> {
+        if self.endpoints.is_empty() {
+            return self.network.as_deref();
+        }
+        self.endpoints.get(&endpoint).or(self.network.as_ref()).map(|t| &**t)
+    }
+}
 
 /// The policy of a network: its rules and what addresses mean to its guests.
 pub struct Policy {
     settings: Settings,
     rules: RuleSet,
+    tables: Tables,
     generation: Generation,
     subnet: Subnet,
     gateway4: Ipv4Addr,
@@ -65,6 +97,7 @@ impl Policy {
         let subnet = Subnet::new(c.subnet4.0, c.subnet4.1);
         Policy {
             rules: RuleSet::built_in(&settings, subnet),
+            tables: Tables::default(),
             settings,
             generation: Generation::default(),
             subnet,
@@ -76,18 +109,91 @@ impl Policy {
         }
     }
 
-    /// Decides about a flow.
+    /// Decides about a flow of which nothing is known but its addresses.
     #[inline]
     #[must_use]
     pub fn judge(&self, request: &Request) -> Verdict {
-        self.rules.judge(request)
+        self.judge_with(request, Evidence::NONE)
+    }
+
+    /// Decides about a flow.
+    #[inline]
+    #[must_use]
+    pub fn judge_with(&self, request: &Request, evidence: Evidence<'_>) -> Verdict {
+        let verdict = self.rules.judge(request);
+        match self.tables.of(request.endpoint) {
+            None => verdict,
+            Some(table) => self.judge_by(table, request, evidence, verdict),
+        }
+    }
+
+    /// What the owner's rules make of the verdict of the built-in ones.
+    fn judge_by(&self, table: &RuleTable, r: &Request, evidence: Evidence<'_>, built_in: Verdict) -> Verdict {
+        let (reason, destination) = (DropReason::Policy, r.destination);
+        match (r.direction, built_in) {
+            (Direction::Outbound, Verdict::Allow { target, .. }) => {
+                match table.judge(&self.flow(r, evidence)) {
+                    Decision::Allow { rule } => Verdict::Allow { target, rule: RuleId::owner(rule) },
+                    Decision::Inspect { rule, strict } => {
+                        Verdict::Inspect { target, rule: RuleId::owner(rule), strict }
+                    }
+                    Decision::Ask { rule } => Verdict::Ask { target, rule: RuleId::owner(rule) },
+                    Decision::Deny { rule } => Verdict::Deny { reason, rule: RuleId::owner(rule) },
+                }
+            }
+            (Direction::Outbound, Verdict::Deny { .. }) if can_be_lifted(destination.ip()) => {
+                match table.lifts(&self.flow(r, evidence)) {
+                    Some(rule) => Verdict::Allow { target: destination, rule: RuleId::owner(rule) },
+                    None => built_in,
+                }
+            }
+            (Direction::Inbound(_), Verdict::Allow { .. }) => {
+                let client = r.source.ip();
+                match table.judge_inbound(r.endpoint, r.protocol, client, destination.port()) {
+                    Some((Action::Deny, rule)) => Verdict::Deny { reason, rule: RuleId::owner(rule) },
+                    Some((Action::Allow | Action::Ask, _)) | None => built_in,
+                }
+            }
+            (Direction::BetweenGuests, Verdict::Allow { .. }) => {
+                match table.judge_guests(r.endpoint, None, r.protocol, destination) {
+                    Some((Action::Deny, rule)) => Verdict::Deny { reason, rule: RuleId::owner(rule) },
+                    Some((Action::Allow | Action::Ask, _)) | None => built_in,
+                }
+            }
+            _ => built_in,
+        }
+    }
+
+    fn flow<'a>(&'a self, r: &Request, evidence: Evidence<'a>) -> Outbound<'a> {
+        let Request { endpoint, protocol, destination, .. } = *r;
+        Outbound { endpoint, protocol, destination, evidence, at: self.surroundings() }
+    }
+
+    /// What addresses mean in this network.
+    #[must_use]
+    pub fn surroundings(&self) -> Surroundings<'_> {
+        Surroundings {
+            subnet: self.subnet,
+            gateway: IpAddr::V4(self.gateway4),
+            host_loopback: self.settings.host_loopback,
+            host: &self.tables.host,
+        }
+    }
+
+    /// The owner's rules for a guest.
+    #[inline]
+    #[must_use]
+    pub fn table(&self, endpoint: PortId) -> Option<&RuleTable> {
+        self.tables.of(endpoint)
     }
 
     /// Returns true when no flow between guests can be denied, so that nobody has to ask about one.
     #[inline]
     #[must_use]
     pub fn guests_pass(&self) -> bool {
+        let tables = &self.tables;
         self.rules.guests_pass()
+            && !tables.network.iter().chain(tables.endpoints.values()).any(|t| t.has_guest_rules())
     }
 
     /// The generation of the rules in force.
@@ -103,16 +209,54 @@ impl Policy {
         &self.settings
     }
 
-    /// The label of a rule in force.
+    /// The label of a rule in force for a guest.
     #[must_use]
-    pub fn label(&self, rule: RuleId) -> Arc<str> {
-        self.rules.label(rule)
+    pub fn label(&self, endpoint: PortId, rule: RuleId) -> Arc<str> {
+        match (rule.number(), self.tables.of(endpoint)) {
+            (Ok(built_in), _) => self.rules.label(built_in),
+            (Err(number), Some(table)) => table.label(number),
+            (Err(_), None) => "default".into(),
+        }
     }
 
     /// Puts other rules in force and begins a sweep: flows that older rules admitted are judged again.
     pub fn change(&mut self, mode: NetMode, isolated: Isolated) {
         (self.settings.mode, self.settings.isolated) = (mode, isolated);
         self.rules = RuleSet::built_in(&self.settings, self.subnet);
+        self.begin_sweep();
+    }
+
+    /// Puts other rules of the owner in force, for a guest or for all that have none of their own, and begins a sweep.
+    /// Returns the rules that they replace, so that they are freed elsewhere.
+    pub fn change_rules(
+        &mut self,
+        endpoint: Option<PortId>,
+        table: Option<Arc<RuleTable>>,
+    ) -> Option<Arc<RuleTable>> {
+        let replaced = match (endpoint, table) {
+            (None, table) => std::mem::replace(&mut self.tables.network, table),
+            (Some(endpoint), Some(table)) => self.tables.endpoints.insert(endpoint, table),
+            (Some(endpoint), None) => self.tables.endpoints.remove(&endpoint),
+        };
+        self.begin_sweep();
+        replaced
+    }
+
+    /// The addresses of this host are others from now on. Flows are judged again.
+    pub fn change_host_addresses(&mut self, host: Arc<HashSet<IpAddr>>) {
+        let is_used = self.tables.network.is_some() || !self.tables.endpoints.is_empty();
+        self.tables.host = host;
+        if is_used {
+            self.begin_sweep();
+        }
+    }
+
+    /// Forgets the rules of a guest that was removed.
+    pub fn remove_port(&mut self, endpoint: PortId) {
+        self.tables.endpoints.remove(&endpoint);
+    }
+
+    fn begin_sweep(&mut self) {
         self.generation = self.generation.next();
         let unfinished = self.sweep.map_or(0, |s| s.cut);
         self.sweep = Some(Sweep::new(unfinished + self.cut.take().unwrap_or(0)));
@@ -148,6 +292,15 @@ impl Policy {
             _ => IpAddr::V4(self.gateway4),
         }
     }
+}
+
+/// The part of the floor that a rule with exactly this address lifts.
+fn can_be_lifted(ip: IpAddr) -> bool {
+    let is_local = match ip.to_canonical() {
+        IpAddr::V4(a) => a.is_loopback() || a.is_link_local(),
+        IpAddr::V6(a) => a.is_loopback() || a.is_unicast_link_local(),
+    };
+    is_local || is_metadata(ip)
 }
 
 #[cfg(test)]

@@ -168,7 +168,7 @@ impl RuleSet {
             {
                 continue;
             }
-            let rule_id = RuleId(at);
+            let rule_id = RuleId::built_in(at);
             let port = request.destination.port();
             return match rule.action {
                 Action::Allow => Verdict::Allow { target: request.destination, rule: rule_id },
@@ -179,13 +179,13 @@ impl RuleSet {
                 Action::Deny(reason) => Verdict::Deny { reason, rule: rule_id },
             };
         }
-        Verdict::Deny { reason: DropReason::Policy, rule: RuleId(u16::MAX) }
+        Verdict::Deny { reason: DropReason::Policy, rule: RuleId::built_in(u16::MAX) }
     }
 
     /// The label of a rule, by which people know it. `default` for what no rule matched.
     #[must_use]
-    pub fn label(&self, rule: RuleId) -> Arc<str> {
-        match self.rules.get(usize::from(rule.0)) {
+    pub fn label(&self, rule: u16) -> Arc<str> {
+        match self.rules.get(usize::from(rule)) {
             Some(rule) => rule.label.clone(),
             None => "default".into(),
         }

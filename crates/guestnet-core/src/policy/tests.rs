@@ -24,9 +24,9 @@ fn request(direction: Direction, protocol: u8, to: SocketAddr) -> Request {
 /// The verdict on a flow as its target or the reason of the denial, and the label of the rule.
 fn judge(p: &Policy, r: &Request) -> (Result<SocketAddr, DropReason>, String) {
     match p.judge(r) {
-        Verdict::Allow { target, rule } => (Ok(target), p.label(rule).to_string()),
-        Verdict::Deny { reason, rule } => (Err(reason), p.label(rule).to_string()),
-        Verdict::Defer { ticket } => panic!("rules defer nothing: {ticket:?}"),
+        Verdict::Allow { target, rule } => (Ok(target), p.label(r.endpoint, rule).to_string()),
+        Verdict::Deny { reason, rule } => (Err(reason), p.label(r.endpoint, rule).to_string()),
+        other => panic!("built-in rules allow or deny: {other:?}"),
     }
 }
 

@@ -60,13 +60,40 @@ pub struct Request {
     pub destination: SocketAddr,
 }
 
-/// A rule of a [`crate::policy::RuleSet`]: its place in the order.
+/// A rule that decided: one of the built-in ones ([`crate::policy::RuleSet`]), or one of the owner's
+/// ([`crate::policy::table::RuleTable`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct RuleId(pub u16);
+pub struct RuleId(u32);
+
+/// Above the numbers of the owner's rules, below what stands for the default.
+const BUILT_IN: u32 = 0xfe00_0000;
 
 impl RuleId {
     /// No rule: connections to services of the gateway.
-    pub const NONE: RuleId = RuleId(u16::MAX);
+    pub const NONE: RuleId = RuleId(BUILT_IN - 1);
+
+    /// A built-in rule: its place in the order.
+    #[must_use]
+    pub fn built_in(at: u16) -> RuleId {
+        RuleId(BUILT_IN | u32::from(at))
+    }
+
+    /// A rule of the policy that holds for the guest: its place in the order, or what stands for the default.
+    #[must_use]
+    pub fn owner(number: u32) -> RuleId {
+        RuleId(number)
+    }
+
+    /// The place of a built-in rule, or as the error the number of one of the owner's.
+    ///
+    /// # Errors
+    /// It is not a built-in rule.
+    pub fn number(self) -> Result<u16, u32> {
+        match u16::try_from(self.0 ^ BUILT_IN) {
+            Ok(at) => Ok(at),
+            Err(_) => Err(self.0),
+        }
+    }
 }
 
 /// Counts the changes of the rules. A flow carries the generation that admitted it.
@@ -93,6 +120,22 @@ pub enum Verdict {
         /// Where it goes, which is not always the destination that the guest names.
         target: SocketAddr,
         /// The rule that decided.
+        rule: RuleId,
+    },
+    /// The flow may be opened, but the name that its conversation shows decides whether it goes on.
+    Inspect {
+        /// Where it goes.
+        target: SocketAddr,
+        /// The rule that would admit it.
+        rule: RuleId,
+        /// No byte of either side passes before that. Otherwise those of the server do.
+        strict: bool,
+    },
+    /// The owner has to be asked whether the flow may be opened.
+    Ask {
+        /// Where it goes.
+        target: SocketAddr,
+        /// The rule that asks.
         rule: RuleId,
     },
     /// The flow is refused.

@@ -79,7 +79,7 @@ impl Relay {
         }
         if let Some((port, _, counters)) = cx.link.lan.port_and_counters(slot) {
             count(&mut counters.flows_opened);
-            let rule = (rule != RuleId::NONE).then(|| cx.policy.label(rule));
+            let rule = (rule != RuleId::NONE).then(|| cx.policy.label(port, rule));
             let name = self.evidence.get(&id.index).and_then(|e| e.name.clone());
             let opened = Event::FlowOpened { flow: id, port, proto, guest, remote, inbound, rule, name };
             if !cx.link.fx.event(opened) {
@@ -131,7 +131,7 @@ impl Relay {
         if let Some((port, _, counters)) = cx.link.lan.port_and_counters(slot) {
             count(&mut counters.flows_closed);
             let current = f.rule != RuleId::NONE && f.admitted == cx.policy.generation();
-            let rule = current.then(|| cx.policy.label(f.rule));
+            let rule = current.then(|| cx.policy.label(port, f.rule));
             let closed = Event::FlowClosed {
                 flow: id,
                 port,

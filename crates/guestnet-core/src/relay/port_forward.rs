@@ -146,7 +146,10 @@ impl Relay {
         let name = cx.policy.client_name(client.ip());
         let key = Key { slot: binding.slot, proto, guest, remote: SocketAddr::new(name, client.port()) };
         let (ticket, rule) = match cx.inbound(spec.entry, proto, key.remote, guest, &binding) {
-            Verdict::Allow { rule, .. } => (None, rule),
+            // Only flows to the outside are inspected or asked about.
+            Verdict::Allow { rule, .. } | Verdict::Inspect { rule, .. } | Verdict::Ask { rule, .. } => {
+                (None, rule)
+            }
             Verdict::Defer { ticket } => (Some(ticket), RuleId::NONE),
             Verdict::Deny { reason, .. } => return Err(reason),
         };

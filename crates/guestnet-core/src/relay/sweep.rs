@@ -73,6 +73,9 @@ fn verdict<E>(cx: &Context<'_, E>, f: &Flow) -> Option<(Request, DropReason, Rul
         (Verdict::Allow { target, rule }, State::Datagram { target: was, .. }) if target != *was => {
             Some((request, DropReason::Policy, rule))
         }
+        (Verdict::Inspect { rule, .. } | Verdict::Ask { rule, .. }, _) => {
+            Some((request, DropReason::Policy, rule))
+        }
         (Verdict::Allow { .. } | Verdict::Defer { .. }, _) => None,
     }
 }

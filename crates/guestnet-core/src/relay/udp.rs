@@ -221,7 +221,10 @@ impl Relay {
         };
         match cx.policy.judge(&request) {
             Verdict::Deny { reason, .. } => Err(reason),
-            Verdict::Allow { .. } | Verdict::Defer { .. } => Ok((id.index, remote)),
+            // Only flows to the outside are inspected or asked about.
+            Verdict::Allow { .. } | Verdict::Inspect { .. } | Verdict::Ask { .. } | Verdict::Defer { .. } => {
+                Ok((id.index, remote))
+            }
         }
     }
 

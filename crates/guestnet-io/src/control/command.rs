@@ -10,10 +10,12 @@ use crate::os::sys;
 use guestnet_core::DnsVerdict;
 use guestnet_core::config::{FlowInfo, NameServers, PortInfo};
 use guestnet_core::nat::{ConnTrackStats, ForwardError, NatConfigError, NatEngineConfig, NatStats};
+use guestnet_core::policy::table::RuleTable;
 use guestnet_core::policy::{Entry, Isolated};
 use guestnet_core::stats::Counters;
 use guestnet_core::types::{ForwardId, NetMode, PortConfig, PortId, ServiceId};
 use guestnet_wire::ether::Mac;
+use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr, SocketAddrV4};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -259,6 +261,18 @@ pub enum Command {
         mode: NetMode,
         /// Which guests open no flows to other guests.
         isolated: Isolated,
+    },
+    /// Puts rules of the owner in force. Done as [`Command::SetPolicy`].
+    SetRules {
+        /// The guest that they are for; `None`: all guests that have none of their own.
+        port: Option<PortId>,
+        /// The rules. Whoever sends them keeps them until this is done, so that a worker frees no large table.
+        table: Option<Arc<RuleTable>>,
+    },
+    /// Says which addresses this host has, for rules about them. Flows are judged again later.
+    SetHostAddresses {
+        /// The addresses.
+        addresses: Arc<HashSet<IpAddr>>,
     },
     /// Chooses which events of flows are sent, to spare both sides those that nobody wants. A worker starts
     /// with all of them.

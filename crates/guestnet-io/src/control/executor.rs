@@ -60,7 +60,15 @@ impl Shard {
                 self.policy_changes.push(sequence);
                 continue;
             }
-            let result = self.command(*command);
+            let result = match *command {
+                Command::SetRules { port, table } => {
+                    let replaced = self.core.set_rules(self.now, port, table);
+                    drop(replaced); // its owner has it too
+                    self.policy_changes.push(sequence);
+                    continue;
+                }
+                command => self.command(command),
+            };
             self.io.events.send_reliable(Event::Done { sequence, result });
         }
     }
@@ -180,7 +188,8 @@ impl Shard {
             }
             Command::Adopt(newcomer) => self.adopt(*newcomer),
             Command::StopCapture => {}
-            Command::SetPolicy { .. } => return Err(CommandError::Bridged),
+            Command::SetPolicy { .. } | Command::SetRules { .. } => return Err(CommandError::Bridged),
+            Command::SetHostAddresses { addresses } => self.core.set_host_addresses(self.now, addresses),
             Command::EnableFlowEvents { flows, denials } => {
                 (self.io.flow_events, self.io.denial_events) = (flows, denials);
             }

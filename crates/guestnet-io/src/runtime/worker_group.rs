@@ -312,6 +312,12 @@ impl WorkerGroup {
             Command::SetPolicy { mode, isolated } => {
                 self.submit_to_all(table, || Command::SetPolicy { mode, isolated: isolated.clone() })
             }
+            Command::SetRules { port, table: rules } => {
+                self.submit_to_all(table, || Command::SetRules { port, table: rules.clone() })
+            }
+            Command::SetHostAddresses { addresses } => {
+                self.submit_to_all(table, || Command::SetHostAddresses { addresses: addresses.clone() })
+            }
             Command::EnableFlowEvents { flows, denials } => {
                 self.submit_to_all(table, || Command::EnableFlowEvents { flows, denials })
             }
