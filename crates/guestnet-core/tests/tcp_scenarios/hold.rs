@@ -28,7 +28,7 @@ fn nothing_passes_in_either_direction_until_somebody_has_looked() {
     s.host_has(0);
     s.send("P. 31:41 ack 1");
     assert_eq!((s.looks, unseen(&s)), (2, stream(30, 10)));
-    assert_eq!(s.tcb.held().unwrap().seen, 30);
+    assert_eq!(s.tcb.held().unwrap().len(), 40);
     s.end_hold();
     s.host_has(40);
     assert!(s.tcb.held().is_none());
@@ -57,7 +57,7 @@ fn bytes_are_let_pass_in_parts() {
     s.host_has(60);
     assert_eq!(unseen(&s).len(), 40);
     s.note_seen();
-    assert_eq!(s.tcb.held().unwrap().seen, 40);
+    assert_eq!(s.tcb.held().unwrap().len(), 40);
     s.take();
     s.host_writes(10);
     s.recv("P. 1:11 ack 101");
@@ -227,4 +227,77 @@ fn last_words_do_not_get_into_what_the_host_has_said() {
     s.answer(b"denied");
     s.recv("R. 101 ack 11");
     s.closed(Close::Reset);
+}
+
+#[test]
+fn last_words_come_behind_the_answer_to_what_was_let_pass() {
+    let mut s = Sim::open_held(true);
+    let host = s.sock;
+    s.host().send_room = Some(20);
+    s.send("P. 1:101 ack 1");
+    s.let_pass(60);
+    s.take();
+    s.answer(b"denied");
+    assert!(!s.mock.sock(host).shut, "bytes that may pass still wait for the socket");
+    s.host().send_room = None;
+    s.ready(false, true);
+    s.host_has(60);
+    assert!(s.host().shut);
+    s.send("P. 101:111 ack 1");
+    s.note_seen();
+    s.host_writes(50);
+    s.host_closes();
+    s.host_has(60);
+    let told = s.take();
+    assert_eq!(told.last().unwrap().payload, stream(0, 50));
+    assert_eq!(s.mock.sock(host).closed, None, "the guest has not acknowledged the answer");
+    s.send(". 111 ack 51");
+    s.end();
+    assert_eq!(s.mock.sock(host).closed, Some(Close::Graceful));
+    s.sock = *s.mock.answers.last().unwrap();
+    let told = s.mock.take();
+    let texts: Vec<Vec<u8>> =
+        told.iter().map(|f| crate::tcp_support::dissect(f, &s.path)).map(|f| f.payload).collect();
+    assert!(texts.contains(&b"denied".to_vec()), "{texts:?}");
+    s.send("F. 111 ack 58");
+    assert_eq!(s.host().closed, Some(Close::Graceful));
+}
+
+#[test]
+fn the_end_of_an_answer_that_comes_with_its_last_bytes_waits_for_the_words_too() {
+    let mut s = Sim::open_held(true);
+    s.send("P. 1:11 ack 1");
+    s.let_pass(5);
+    s.take();
+    s.answer(b"denied");
+    s.host().tells_last = true;
+    s.host().eof = true;
+    s.host_writes(50);
+    let told = s.take();
+    assert_eq!((told.len(), told[0].tcp.flags & flags::FIN), (1, 0));
+}
+
+#[test]
+fn an_answer_that_is_awaited_is_known_by_its_first_bytes() {
+    for (line, switches) in [(&b"HTTP/1.1 101 Switching"[..], true), (b"HTTP/1.1 200 OK", false)] {
+        let mut s = Sim::open_held(true);
+        s.send("P. 1:101 ack 1");
+        s.let_pass(100);
+        s.note_seen();
+        s.take();
+        assert!(s.await_answer());
+        s.host().inbox.extend(&line[..5]);
+        s.ready(true, false);
+        s.silent();
+        let looks = s.looks;
+        s.host().inbox.extend(&line[5..]);
+        s.ready(true, false);
+        assert_eq!((s.looks, s.tcb.held().unwrap().switches), (looks + 1, Some(switches)));
+        s.note_seen();
+        assert_eq!(s.tcb.held().unwrap().switches, None);
+        assert_eq!(crate::tcp_support::dissect(&s.mock.take()[0], &s.path).payload, line);
+    }
+    let mut s = Sim::open_held(false);
+    s.host().inbox.extend(b"HTTP/1.1 200 OK");
+    assert!(!s.await_answer(), "the peer has something else to say before");
 }

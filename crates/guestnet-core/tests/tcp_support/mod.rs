@@ -317,6 +317,17 @@ impl Sim {
         call!(self, let_pass, bytes);
         self.end();
     }
+    pub fn await_answer(&mut self) -> bool {
+        let mut cx = Ctx {
+            turn: 32 << 10,
+            now: self.now,
+            fx: &mut self.mock,
+            counters: &mut self.counters,
+            path: &self.path,
+            budget: &mut self.budget,
+        };
+        self.tcb.await_answer(&mut cx)
+    }
     pub fn end_hold(&mut self) {
         call!(self, end_hold);
         self.end();

@@ -43,6 +43,24 @@ pub(super) struct Hold {
     pub both_ways: bool,
     /// The socket has hung up meanwhile.
     pub hangup: bool,
+    /// Some bytes were let pass.
+    pub passed: bool,
+    /// Whether the peer's next bytes are looked at.
+    pub answer: Answer,
+    /// The guest gets these last words when the peer has said all that it had to say.
+    pub words: Option<Box<[u8]>>,
+}
+
+/// The first bytes of what the peer says.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) enum Answer {
+    /// Nobody asks.
+    #[default]
+    Unasked,
+    /// They are not there yet.
+    Awaited,
+    /// They are those that were asked for, or others.
+    Known(bool),
 }
 
 #[derive(Debug)]
@@ -87,7 +105,11 @@ impl Buffer {
 
     /// Bytes in order that nobody has looked at.
     pub fn unseen(&self) -> [&[u8]; 2] {
-        let from = self.hold.as_ref().map_or(usize::MAX, |h| h.seen);
+        self.from(self.hold.as_ref().map_or(usize::MAX, |h| h.seen))
+    }
+
+    /// Bytes in order behind the first `from`.
+    pub fn from(&self, from: usize) -> [&[u8]; 2] {
         let (front, back) = self.queue.as_slices();
         let in_back = from.saturating_sub(front.len());
         [front.get(from..).unwrap_or(&[]), back.get(in_back..).unwrap_or(&[])]
@@ -279,6 +301,15 @@ impl Buffer {
         self.pieces = Vec::new();
         self.latest = [None; LATEST];
         self.fin = None;
+    }
+
+    /// Forgets what is held back; what was let pass still waits for the socket.
+    pub fn forget_held(&mut self) {
+        self.clear_ahead();
+        if let Some(h) = &mut self.hold {
+            self.queue.truncate(h.released);
+            h.seen = h.released;
+        }
     }
 
     pub fn clear(&mut self) {

@@ -34,6 +34,7 @@ impl Tcb {
             if self.window_reopened(cx.budget, cx.path) {
                 self.ack_now = true;
             }
+            self.end_before_words(cx);
         }
         self.shut_if_done(cx)
     }

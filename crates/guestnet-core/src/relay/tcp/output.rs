@@ -347,7 +347,7 @@ impl Tcb {
                     if n < want && !self.hangup {
                         self.readable = false;
                     }
-                    let end = if matches!(peek, Peek::Last(_)) {
+                    let end = if matches!(peek, Peek::Last(_)) && !self.has_words() {
                         flags::FIN | flags::PSH
                     } else if n < want {
                         flags::PSH
@@ -372,6 +372,7 @@ impl Tcb {
                     (self.readable, self.hangup) = (false, false);
                     return Ok(());
                 }
+                Peek::Eof if self.has_words() => return self.say_words(cx),
                 Peek::Eof => {
                     self.send_fin(cx, from);
                     return Ok(());
@@ -391,6 +392,7 @@ impl Tcb {
         match self.peek(cx, self.snd_max, 1)? {
             Peek::Data(_) | Peek::Last(_) | Peek::Urgent => self.arm_if_off(cx.now),
             Peek::Empty => self.readable = false,
+            Peek::Eof if self.has_words() => {}
             Peek::Eof => self.send_fin(cx, self.snd_max),
         }
         Ok(())

@@ -1,0 +1,241 @@
+//! Theory of operation: the client's side of a TLS connection, as far as it is readable (RFC 8446). [`TlsReader`] takes
+//! records apart, puts handshake messages together and reads ClientHellos.
+//!
+//! - The first message must be a ClientHello. It may be cut into records and segments anywhere.
+//! - After a HelloRetryRequest a second one follows, perhaps behind early data. So the reader goes on until the client
+//!   sends anything encrypted, or a handshake message that is no ClientHello.
+//! - After ChangeCipherSpec a handshake record of TLS 1.2 is encrypted. It is taken for a ClientHello only if it begins
+//!   like one.
+//!
+//! Bounds: one message of at most [`HELD_MAX`] bytes is held. Early data is passed over up to the same number of bytes.
+
+use super::{HELD_MAX, Progress, host_name};
+use crate::be16;
+
+/// Record types.
+const CHANGE_CIPHER_SPEC: u8 = 20;
+const ALERT: u8 = 21;
+pub(super) const HANDSHAKE: u8 = 22;
+const APPLICATION_DATA: u8 = 23;
+/// A record holds at most so many bytes of plaintext, and a little more encrypted (RFC 8446 5.1, 5.2).
+const PLAIN_MAX: usize = 1 << 14;
+const CIPHER_MAX: usize = PLAIN_MAX + 2048;
+const CLIENT_HELLO: u8 = 1;
+
+/// Extensions.
+const SERVER_NAME: u16 = 0;
+const EARLY_DATA: u16 = 42;
+const ENCRYPTED_CLIENT_HELLO: u16 = 0xfe0d;
+/// The extension of drafts before it.
+const ENCRYPTED_SERVER_NAME: u16 = 0xffce;
+
+/// What a ClientHello says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClientHello {
+    /// The server name, in lower case and without a final dot.
+    pub server_name: Option<Box<[u8]>>,
+    /// It has the extension encrypted_client_hello: perhaps another name is hidden in it, or nothing (GREASE).
+    pub ech: bool,
+    /// It offers early data, which may follow at once.
+    pub early_data: bool,
+}
+
+/// Reads a length and as many bytes; the rest is left.
+fn vector<'a>(b: &mut &'a [u8], length_bytes: usize) -> Option<&'a [u8]> {
+    let (length, rest) = b.split_at_checked(length_bytes)?;
+    let length = length.iter().fold(0usize, |n, byte| n << 8 | usize::from(*byte));
+    let (value, rest) = rest.split_at_checked(length)?;
+    *b = rest;
+    Some(value)
+}
+
+impl ClientHello {
+    /// Reads the body of a ClientHello message.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn parse(body: &[u8]) -> Result<ClientHello, &'static str> {
+        const SHORT: &str = "a ClientHello with lengths that do not fit";
+        let mut b = body.get(34..).ok_or(SHORT)?;
+        let session = vector(&mut b, 1).ok_or(SHORT)?;
+        let suites = vector(&mut b, 2).ok_or(SHORT)?;
+        let compression = vector(&mut b, 1).ok_or(SHORT)?;
+        if session.len() > 32 || suites.is_empty() || suites.len() % 2 != 0 || compression.is_empty() {
+            return Err(SHORT);
+        }
+        let mut hello = ClientHello { server_name: None, ech: false, early_data: false };
+        if b.is_empty() {
+            return Ok(hello);
+        }
+        let mut extensions = vector(&mut b, 2).ok_or(SHORT)?;
+        if !b.is_empty() {
+            return Err(SHORT);
+        }
+        let mut has_name = false;
+        while !extensions.is_empty() {
+            let kind = be16(extensions, 0);
+            extensions = extensions.get(2..).ok_or(SHORT)?;
+            let data = vector(&mut extensions, 2).ok_or(SHORT)?;
+            match kind {
+                SERVER_NAME if std::mem::replace(&mut has_name, true) => return Err("two server names"),
+                SERVER_NAME => hello.server_name = Some(server_name(data)?),
+                EARLY_DATA => hello.early_data = true,
+                ENCRYPTED_CLIENT_HELLO | ENCRYPTED_SERVER_NAME => hello.ech = true,
+                _ => {}
+            }
+        }
+        Ok(hello)
+    }
+}
+
+/// The name in the extension server_name (RFC 6066 3).
+fn server_name(mut data: &[u8]) -> Result<Box<[u8]>, &'static str> {
+    const WRONG: &str = "a server name extension that is not one host name";
+    let mut list = vector(&mut data, 2).ok_or(WRONG)?;
+    let (kind, rest) = list.split_first().ok_or(WRONG)?;
+    list = rest;
+    let name = vector(&mut list, 2).ok_or(WRONG)?;
+    if *kind != 0 || !list.is_empty() || !data.is_empty() {
+        return Err(WRONG);
+    }
+    host_name(name).ok_or("a server name that is no host name")
+}
+
+/// The client's side of a connection. See the module head.
+#[derive(Debug, Default)]
+pub(super) struct TlsReader {
+    /// The header of the record that is being read.
+    header: [u8; 5],
+    header_len: usize,
+    /// Bytes of the record that have not come.
+    left: usize,
+    /// Handshake bytes that were not read.
+    message: Vec<u8>,
+    /// A ClientHello was read.
+    after_hello: bool,
+    early_data: bool,
+    early_bytes: usize,
+    changed_cipher: bool,
+    over: Option<Progress>,
+}
+
+impl TlsReader {
+    /// Bytes that it holds.
+    pub fn memory(&self) -> usize {
+        self.message.capacity()
+    }
+
+    /// Reads on. `Tls` is given once for each ClientHello; bytes behind it are read with the next call.
+    pub fn feed(&mut self, mut bytes: &[u8]) -> Progress {
+        loop {
+            if let Some(over) = &self.over {
+                return over.clone();
+            }
+            if let Some(progress) = self.read_message() {
+                return progress;
+            }
+            if self.left == 0 && self.header_len == 5 {
+                self.header_len = 0;
+            }
+            if bytes.is_empty() {
+                return Progress::More;
+            }
+            if self.header_len < 5 {
+                let n = bytes.len().min(5 - self.header_len);
+                let (now, later) = bytes.split_at(n);
+                crate::put(&mut self.header, self.header_len, now);
+                (self.header_len, bytes) = (self.header_len + n, later);
+                if self.header_len == 5
+                    && let Err(progress) = self.begin_record()
+                {
+                    self.end(progress);
+                }
+                continue;
+            }
+            let (now, later) = bytes.split_at(bytes.len().min(self.left));
+            (self.left, bytes) = (self.left - now.len(), later);
+            match self.header[0] {
+                HANDSHAKE => self.message.extend_from_slice(now),
+                APPLICATION_DATA => self.early_bytes += now.len(),
+                _ => {}
+            }
+        }
+    }
+
+    fn end(&mut self, progress: Progress) {
+        self.message = Vec::new();
+        self.over = Some(progress);
+    }
+
+    /// The header of a record is there.
+    fn begin_record(&mut self) -> Result<(), Progress> {
+        let [kind, major, _, _, _] = self.header;
+        self.left = usize::from(be16(&self.header, 3));
+        let wrong = |text| Err(Progress::Malformed(text));
+        let max = if kind == APPLICATION_DATA || self.changed_cipher { CIPHER_MAX } else { PLAIN_MAX };
+        if major != 3 || self.left == 0 || self.left > max {
+            return wrong("a TLS record with a wrong version or length");
+        }
+        match kind {
+            HANDSHAKE => Ok(()),
+            _ if !self.message.is_empty() => wrong("a record in the middle of a handshake message"),
+            _ if !self.after_hello => wrong("TLS that does not begin with a ClientHello"),
+            CHANGE_CIPHER_SPEC if self.left == 1 => {
+                self.changed_cipher = true;
+                Ok(())
+            }
+            APPLICATION_DATA if self.early_data && self.early_bytes < HELD_MAX => Ok(()),
+            APPLICATION_DATA => Err(Progress::Opaque("encrypted")),
+            ALERT => Ok(()),
+            _ => wrong("a TLS record of an unknown type"),
+        }
+    }
+
+    /// Looks at the handshake bytes that have come.
+    fn read_message(&mut self) -> Option<Progress> {
+        let &kind = self.message.first()?;
+        let whole = self.header_len == 5 && self.left == 0;
+        if self.after_hello && (kind != CLIENT_HELLO || self.changed_cipher && !self.begins_like_hello()?) {
+            self.end(Progress::Opaque("encrypted"));
+            return self.over.clone();
+        }
+        if kind != CLIENT_HELLO {
+            self.end(Progress::Malformed("TLS that does not begin with a ClientHello"));
+            return self.over.clone();
+        }
+        let &[_, a, b, c] = self.message.first_chunk()?;
+        let length = 4 + (usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c));
+        if length > HELD_MAX {
+            self.end(Progress::Malformed("a ClientHello that is too long"));
+            return self.over.clone();
+        }
+        let body = self.message.get(4..length)?;
+        // Nothing may follow in the same record: the client waits for an answer.
+        let read = match ClientHello::parse(body) {
+            _ if self.message.len() > length || !whole => Err("bytes behind a ClientHello in its record"),
+            read => read,
+        };
+        self.message = Vec::new();
+        match read {
+            Ok(hello) => {
+                (self.after_hello, self.changed_cipher, self.early_bytes) = (true, false, 0);
+                self.early_data = hello.early_data;
+                Some(Progress::Tls(hello))
+            }
+            Err(why) => {
+                self.end(Progress::Malformed(why));
+                self.over.clone()
+            }
+        }
+    }
+
+    /// Whether a handshake record behind ChangeCipherSpec begins as a ClientHello does; `None` while that is not known.
+    fn begins_like_hello(&self) -> Option<bool> {
+        let whole = self.header_len == 5 && self.left == 0;
+        match self.message.get(1..).and_then(|m| m.first_chunk()) {
+            Some(&[a, _, _, major, minor]) => Some(a == 0 && major == 3 && minor <= 4),
+            None if whole => Some(false),
+            None => None,
+        }
+    }
+}
