@@ -66,6 +66,7 @@ impl Network {
         self.layers.policy.remove_port(port);
         let cx = &mut self.layers.context(now, fx);
         cx.policy.conversations.remove_port(slot);
+        cx.policy.pins.remove_port(slot);
         for pending in cx.policy.pending.remove_port(slot) {
             give_up(&mut self.relay, cx, pending);
         }

@@ -7,6 +7,7 @@
 //!   would allow; a network and each of its guests can have a table.
 //! - [`verdict`] has the question and the answer.
 //! - [`admission`] has the questions that callers ask.
+//! - [`pins`] remembers for which names guests got which addresses.
 //! - [`pending`] keeps flows that have to wait before they can be opened.
 //! - [`conversations`] remembers what guests say to each other, where rules ask about that.
 //! - [`refusal`] tells guests what was refused.
@@ -21,6 +22,7 @@ pub mod conversations;
 pub mod denials;
 mod index;
 pub mod pending;
+pub mod pins;
 mod refusal;
 pub mod rule;
 pub mod spec;
@@ -38,6 +40,7 @@ use crate::util::siphash::SipKey;
 pub(crate) use admission::Admitted;
 use conversations::Conversations;
 use pending::PendingFlows;
+use pins::Pins;
 pub use rule::{RuleSet, Settings};
 pub use spec::Action;
 pub use special::is_special;
@@ -82,6 +85,8 @@ pub struct Policy {
     pub(crate) pending: PendingFlows,
     /// What guests say to each other.
     pub(crate) conversations: Conversations,
+    /// For which names guests got which addresses.
+    pub(crate) pins: Pins,
     /// The sweep that a change of the rules began, while it goes on.
     pub(crate) sweep: Option<Sweep>,
     /// How many flows the last sweep has cut, until that is asked for.
@@ -104,6 +109,7 @@ impl Policy {
             gateway4: c.gateway4,
             pending: PendingFlows::new(c.limits.neighbour_waiting),
             conversations: Conversations::new(SipKey::from_secret(&c.secret, 0)),
+            pins: Pins::default(),
             sweep: None,
             cut: None,
         }

@@ -53,6 +53,11 @@ impl Name {
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }
+
+    /// Whether there is another one with the same memory.
+    pub(crate) fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
+    }
 }
 
 impl Borrow<[u8]> for Name {

@@ -188,7 +188,11 @@ impl Tcb {
 
     /// Where last words are to come, the peer hears that nothing follows what was let pass to it.
     pub(super) fn end_before_words<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) {
-        if !self.shut && self.sock_open && self.has_words() && self.hold_mut().is_some_and(|h| h.released == 0) {
+        if !self.shut
+            && self.sock_open
+            && self.has_words()
+            && self.hold_mut().is_some_and(|h| h.released == 0)
+        {
             self.shut = true;
             cx.fx.tcp_shutdown(self.sock);
         }
