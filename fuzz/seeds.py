@@ -289,7 +289,29 @@ DNS_ANSWERS = {
 }
 
 
+def client_hello(name: bytes) -> bytes:
+    """A ClientHello in a record."""
+    server_name = struct.pack("!HHHBH", 0, len(name) + 5, len(name) + 3, 0, len(name)) + name
+    body = b"\3\3" + bytes(32) + b"\0" + b"\0\2\x13\1" + b"\1\0"
+    body += struct.pack("!H", len(server_name)) + server_name
+    return struct.pack("!BHHBBH", 22, 0x0301, len(body) + 4, 1, 0, len(body)) + body
+
+
+CONVERSATIONS = {
+    "client_hello": client_hello(b"ok.example"),
+    "request": b"GET / HTTP/1.1\r\nHost: ok.example\r\n\r\n",
+    "chunked": b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n",
+    "two_requests": 2 * b"POST http://a/ HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nab",
+    "ssh": b"SSH-2.0-OpenSSH_9.2\r\n",
+}
+QUIC = HERE.parent / "crates" / "guestnet-wire" / "src" / "inspect" / "quic" / "data"
+
+
 def main() -> None:
+    for name, stream in CONVERSATIONS.items():
+        write("inspect", name, b"\x10" + stream)
+    for name in ("rfc9001", "v2_0", "first_half"):
+        write("inspect", f"quic_{name}", b"\x10" + (QUIC / f"{name}.bin").read_bytes())
     for name, frame in FRAMES.items():
         write("wire_parse", name, b"\0\0" + frame)
     for name, message in DNS_ANSWERS.items():

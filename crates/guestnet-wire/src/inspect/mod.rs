@@ -4,14 +4,17 @@
 //!
 //! - [`StreamInspector`] says what a TCP stream is. Of TLS it reads the ClientHello, and a second one after a
 //!   HelloRetryRequest. HTTP is left to [`HttpInspector`], which reads every request head of a connection.
-//! - What looks like one of the two protocols and breaks its rules is [`Progress::Malformed`]: a server may understand it
+//! - [`QuicInspector`] reads the ClientHello of a QUIC connection from its Initial packets ([`quic`]).
+//! - What looks like one of these protocols and breaks its rules is [`Progress::Malformed`]: a server may understand it
 //!   in another way than is understood here. What looks like neither is [`Progress::Opaque`].
 
 pub mod http;
+pub mod quic;
 pub mod stream;
 pub mod tls;
 
 pub use http::{HttpInspector, HttpProgress, RequestHead};
+pub use quic::{QuicCheck, QuicInspector};
 pub use stream::StreamInspector;
 pub use tls::ClientHello;
 
