@@ -45,26 +45,39 @@ impl StreamInspector {
         }
     }
 
-    /// Takes the next bytes of the stream. After [`Progress::Tls`] it goes on: there may be a second ClientHello, until
-    /// the stream is [`Progress::Opaque`]. The other results but `More` are final.
+    /// How many of the bytes that were taken last belong to something that has not ended.
+    #[must_use]
+    pub fn pending(&self) -> usize {
+        match &self.0 {
+            State::Line(line) => line.len(),
+            State::Tls(reader) => reader.pending(),
+            State::Over(_) => 0,
+        }
+    }
+
+    /// Takes the next bytes of the stream, at most to the end of a ClientHello, and says how many. After
+    /// [`Progress::Tls`] it goes on: there may be a second ClientHello, until the stream is [`Progress::Opaque`]. The
+    /// other results but `More` are final. On [`Progress::Http`] the stream is read again, by
+    /// [`HttpInspector`](super::HttpInspector).
     ///
     /// # Examples
     /// ```
     /// use guestnet_wire::inspect::{Progress, StreamInspector};
     ///
     /// let mut inspector = StreamInspector::new();
-    /// assert_eq!(inspector.feed(b"GET / HT"), Progress::More);
-    /// assert_eq!(inspector.feed(b"TP/1.1\r\nHost: ok.example\r\n\r\n"), Progress::Http);
+    /// assert_eq!(inspector.feed(b"GET / HT"), (8, Progress::More));
+    /// assert_eq!(inspector.feed(b"TP/1.1\r\nHost: ok.example\r\n\r\n").1, Progress::Http);
     /// ```
-    pub fn feed(&mut self, bytes: &[u8]) -> Progress {
+    pub fn feed(&mut self, bytes: &[u8]) -> (usize, Progress) {
+        let all = bytes.len();
         if let State::Line(line) = &mut self.0 {
-            let Some(first) = line.first().or(bytes.first()) else { return Progress::More };
+            let Some(first) = line.first().or(bytes.first()) else { return (0, Progress::More) };
             if *first != HANDSHAKE {
                 let progress = read_line(line, bytes);
                 if progress != Progress::More {
                     self.0 = State::Over(progress.clone());
                 }
-                return progress;
+                return (all, progress);
             }
             line.extend_from_slice(bytes.get(..bytes.len().min(2)).unwrap_or(&[]));
             match line.as_slice() {
@@ -76,13 +89,13 @@ impl StreamInspector {
                     self.0 = State::Tls(reader);
                 }
                 [_, _, ..] => self.0 = State::Over(Progress::Opaque("not TLS")),
-                _ => return Progress::More,
+                _ => return (all, Progress::More),
             }
         }
         match &mut self.0 {
             State::Tls(reader) => reader.feed(bytes),
-            State::Over(progress) => progress.clone(),
-            State::Line(_) => Progress::More,
+            State::Over(progress) => (all, progress.clone()),
+            State::Line(_) => (all, Progress::More),
         }
     }
 }

@@ -43,8 +43,25 @@ fn name_of(progress: Progress) -> Option<String> {
     }
 }
 
+/// An inspector that is given what it left.
+#[derive(Default)]
+struct Pieces {
+    inspector: StreamInspector,
+    left: Vec<u8>,
+}
+
+impl Pieces {
+    fn feed(&mut self, bytes: &[u8]) -> Progress {
+        self.left.extend_from_slice(bytes);
+        let (taken, progress) = self.inspector.feed(&self.left);
+        self.left.drain(..taken);
+        assert!(self.left.is_empty() || !matches!(progress, Progress::More));
+        progress
+    }
+}
+
 fn whole(bytes: &[u8]) -> Progress {
-    StreamInspector::new().feed(bytes)
+    StreamInspector::new().feed(bytes).1
 }
 
 #[test]
@@ -55,7 +72,7 @@ fn the_server_name_is_read_in_any_pieces() {
         assert_eq!(name_of(whole(&stream)).as_deref(), Some("ok.example"), "records of {size}");
         let mut byte_by_byte = StreamInspector::new();
         for (at, byte) in stream.iter().enumerate() {
-            let progress = byte_by_byte.feed(&[*byte]);
+            let progress = byte_by_byte.feed(&[*byte]).1;
             if at + 1 == stream.len() {
                 assert_eq!(name_of(progress).as_deref(), Some("ok.example"));
             } else {
@@ -117,27 +134,31 @@ fn extensions_that_matter_are_seen() {
 fn a_second_hello_is_read_and_encrypted_data_ends_it() {
     let ccs = record(20, &[1]);
     for (between, after) in [(vec![], vec![]), (ccs.clone(), vec![]), (vec![], ccs.clone())] {
-        let mut s = StreamInspector::new();
+        let mut s = Pieces::default();
         assert!(matches!(s.feed(&hello(b"ok.example")), Progress::Tls(_)));
         assert_eq!(s.feed(&between), Progress::More);
         assert_eq!(name_of(s.feed(&hello(b"evil.example"))).as_deref(), Some("evil.example"));
         assert_eq!(s.feed(&after), Progress::More);
         assert_eq!(s.feed(&record(23, &[0; 40])), Progress::Opaque("encrypted"));
     }
-    // Bytes behind a hello are read with the next call.
-    let mut s = StreamInspector::new();
+    // Bytes behind a hello are not taken with it.
+    let mut s = Pieces::default();
     assert!(matches!(s.feed(&[hello(b"ok.example"), ccs.clone()].concat()), Progress::Tls(_)));
-    assert_eq!(name_of(s.feed(&hello(b"evil.example"))).as_deref(), Some("evil.example"));
+    assert_eq!(s.left, ccs);
+    let second = hello(b"evil.example");
+    assert_eq!(s.feed(&second[..40]), Progress::More);
+    assert_eq!(s.inspector.pending(), 40, "what came before may pass");
+    assert_eq!(name_of(s.feed(&second[40..])).as_deref(), Some("evil.example"));
 }
 
 #[test]
 fn tls_1_2_goes_on_without_being_looked_at() {
-    let mut s = StreamInspector::new();
+    let mut s = Pieces::default();
     s.feed(&hello(b"ok.example"));
     assert_eq!(s.feed(&record(22, &[16, 0, 0, 2, 0, 0])), Progress::Opaque("encrypted"));
     // A resumed session: Finished is encrypted, whatever its first byte.
     for first in [0, 1, 16] {
-        let mut s = StreamInspector::new();
+        let mut s = Pieces::default();
         s.feed(&hello(b"ok.example"));
         assert_eq!(s.feed(&record(20, &[1])), Progress::More);
         let mut finished = [0xa5; 32];
@@ -148,13 +169,13 @@ fn tls_1_2_goes_on_without_being_looked_at() {
 
 #[test]
 fn early_data_does_not_hide_a_second_hello() {
-    let mut s = StreamInspector::new();
+    let mut s = Pieces::default();
     s.feed(&record(22, &hello_with(&[sni(b"ok.example"), (42, vec![])])));
     assert_eq!(s.feed(&record(23, &[0; 1000])), Progress::More);
     assert_eq!(name_of(s.feed(&hello(b"evil.example"))).as_deref(), Some("evil.example"));
     assert_eq!(s.feed(&record(23, &[0; 10])), Progress::Opaque("encrypted"));
     // It is not watched for ever.
-    let mut s = StreamInspector::new();
+    let mut s = Pieces::default();
     s.feed(&record(22, &hello_with(&[sni(b"ok.example"), (42, vec![])])));
     let last = (0..10).map(|_| s.feed(&record(23, &[0; 16000]))).last();
     assert_eq!(last, Some(Progress::Opaque("encrypted")));
@@ -340,9 +361,10 @@ proptest! {
         bytes = [starts[start], &bytes].concat();
         let (a, b) = bytes.split_at(cut.min(bytes.len()));
         let mut parts = StreamInspector::new();
-        let first = parts.feed(a);
-        let last = if matches!(first, Progress::More) { parts.feed(b) } else { first };
-        let one = StreamInspector::new().feed(&bytes);
+        let (n, first) = parts.feed(a);
+        prop_assert!(parts.pending() <= n);
+        let last = if matches!(first, Progress::More) { parts.feed(b).1 } else { first };
+        let one = whole(&bytes);
         prop_assert_eq!(&last, &one);
         prop_assert!(parts.memory() <= 2 * HELD_MAX);
         let mut http = HttpInspector::new();

@@ -111,6 +111,8 @@ pub(super) struct TlsReader {
     left: usize,
     /// Handshake bytes that were not read.
     message: Vec<u8>,
+    /// Bytes from the beginning of the record in which they begin, or of a header that is not whole.
+    pending: usize,
     /// A ClientHello was read.
     after_hello: bool,
     early_data: bool,
@@ -125,26 +127,34 @@ impl TlsReader {
         self.message.capacity()
     }
 
-    /// Reads on. `Tls` is given once for each ClientHello; bytes behind it are read with the next call.
-    pub fn feed(&mut self, mut bytes: &[u8]) -> Progress {
+    /// How many of the bytes that were taken last belong to a message that has not ended.
+    pub fn pending(&self) -> usize {
+        self.pending
+    }
+
+    /// Reads on, at most to the end of a ClientHello, and says how many bytes it took.
+    pub fn feed(&mut self, bytes: &[u8]) -> (usize, Progress) {
+        let mut taken = 0;
         loop {
             if let Some(over) = &self.over {
-                return over.clone();
+                return (taken, over.clone());
             }
             if let Some(progress) = self.read_message() {
-                return progress;
+                return (taken, progress);
             }
             if self.left == 0 && self.header_len == 5 {
                 self.header_len = 0;
             }
-            if bytes.is_empty() {
-                return Progress::More;
+            let rest = bytes.get(taken..).unwrap_or(&[]);
+            if rest.is_empty() {
+                return (taken, Progress::More);
             }
             if self.header_len < 5 {
-                let n = bytes.len().min(5 - self.header_len);
-                let (now, later) = bytes.split_at(n);
-                crate::put(&mut self.header, self.header_len, now);
-                (self.header_len, bytes) = (self.header_len + n, later);
+                let n = rest.len().min(5 - self.header_len);
+                crate::put(&mut self.header, self.header_len, rest.get(..n).unwrap_or(&[]));
+                self.header_len += n;
+                self.pending += n;
+                taken += n;
                 if self.header_len == 5
                     && let Err(progress) = self.begin_record()
                 {
@@ -152,10 +162,14 @@ impl TlsReader {
                 }
                 continue;
             }
-            let (now, later) = bytes.split_at(bytes.len().min(self.left));
-            (self.left, bytes) = (self.left - now.len(), later);
+            let now = rest.get(..rest.len().min(self.left)).unwrap_or(&[]);
+            self.left -= now.len();
+            taken += now.len();
             match self.header[0] {
-                HANDSHAKE => self.message.extend_from_slice(now),
+                HANDSHAKE => {
+                    self.message.extend_from_slice(now);
+                    self.pending += now.len();
+                }
                 APPLICATION_DATA => self.early_bytes += now.len(),
                 _ => {}
             }
@@ -163,7 +177,7 @@ impl TlsReader {
     }
 
     fn end(&mut self, progress: Progress) {
-        self.message = Vec::new();
+        (self.message, self.pending) = (Vec::new(), 0);
         self.over = Some(progress);
     }
 
@@ -175,6 +189,9 @@ impl TlsReader {
         let max = if kind == APPLICATION_DATA || self.changed_cipher { CIPHER_MAX } else { PLAIN_MAX };
         if major != 3 || self.left == 0 || self.left > max {
             return wrong("a TLS record with a wrong version or length");
+        }
+        if kind != HANDSHAKE && self.message.is_empty() {
+            self.pending = 0;
         }
         match kind {
             HANDSHAKE => Ok(()),
@@ -219,6 +236,7 @@ impl TlsReader {
         match read {
             Ok(hello) => {
                 (self.after_hello, self.changed_cipher, self.early_bytes) = (true, false, 0);
+                self.pending = 0;
                 self.early_data = hello.early_data;
                 Some(Progress::Tls(hello))
             }
