@@ -74,6 +74,10 @@ reasons! {
     PortsExhausted = "ports_exhausted",
     /// The ring to the worker that has the port is full.
     WorkerFull = "worker_full",
+    /// A conversation that a rule about a name admits cannot be understood.
+    NotUnderstood = "not_understood",
+    /// A ClientHello may hide its name (ECH), and the policy refuses that.
+    HiddenName = "hidden_name",
 }
 
 impl From<WireError> for DropReason {

@@ -29,8 +29,9 @@ use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::parse::{self, Packet};
 use guestnet_wire::tcp::Tcp;
 use guestnet_wire::{be32, checksum, gso, icmp, proto, put};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::sync::Arc;
 
 /// Set in the index of flows that are translated; relays have theirs below.
 const TRANSLATED: u32 = 1 << 31;
@@ -59,6 +60,13 @@ impl Default for Opened {
     }
 }
 
+/// The address of a connection is one that the guest got for a name, and its pins live as long as the connection.
+struct Pinned {
+    slot: u32,
+    remote: IpAddr,
+    name: Arc<str>,
+}
+
 /// A published port of an external address.
 struct Published {
     proto: u8,
@@ -78,6 +86,8 @@ pub(crate) struct L3Uplink {
     left: Vec<Ipv4Addr>,
     /// Connections of each port.
     translated: PerPort<u32>,
+    /// What is known by name of connections.
+    pinned: HashMap<u32, Pinned>,
     /// Connections that a change of the rules has cut.
     cut: CutConnections,
     /// The rule that admits what begins in this call.
@@ -128,6 +138,7 @@ impl L3Uplink {
             published: BTreeMap::new(),
             left: Vec::new(),
             translated: PerPort::default(),
+            pinned: HashMap::new(),
             cut: CutConnections::default(),
             rule: RuleId::NONE,
             frame: Vec::new(),
@@ -216,7 +227,8 @@ impl L3Uplink {
         !subnet.contains(dst) && !subnet.is_broadcast(dst) && !addressing.is_own(dst)
     }
 
-    /// Sends a guest's packet out.
+    /// Sends a guest's packet out. False when it opens a flow that the relay has to carry, because the name that its
+    /// conversation shows decides: a translator cannot hold bytes back. Nothing was done with it then.
     ///
     /// # Errors
     /// Why it is dropped; the guest has been told, where it should be.
@@ -227,7 +239,7 @@ impl L3Uplink {
         frame: &mut [u8],
         p: &Packet,
         meta: FrameMeta,
-    ) -> Result<(), DropReason> {
+    ) -> Result<bool, DropReason> {
         let done = self.translate_out(cx, from, frame, p, meta);
         self.after(cx);
         done
@@ -240,10 +252,12 @@ impl L3Uplink {
         frame: &mut [u8],
         p: &Packet,
         meta: FrameMeta,
-    ) -> Result<(), DropReason> {
+    ) -> Result<bool, DropReason> {
         if p.fragment.is_some_and(|f| f.offset != 0) {
             // It waits for the first of its packet, if that is on its way.
-            cx.outbound(from, frame, p, SocketAddr::new(p.dst, 0))?;
+            if cx.outbound(from, frame, p, SocketAddr::new(p.dst, 0))?.inspect.is_some() {
+                return Ok(false);
+            }
         }
         cx.gateway.check_ttl(&mut cx.link, from, frame, p)?;
         let mut meta = cx.link.lan.offload_of(from.slot, frame, p, meta);
@@ -268,19 +282,24 @@ impl L3Uplink {
         let read = (p, view.as_ref().map_err(|why| *why));
         let mut result = self.translate(now, frame, read, &mut meta, too_big, NatDirection::Outbound);
         if result == NatResult::New {
-            self.rule = cx.outbound(from, frame, p, SocketAddr::new(p.dst, p.dst_port))?.rule;
+            let admitted = cx.outbound(from, frame, p, SocketAddr::new(p.dst, p.dst_port))?;
+            if admitted.inspect.is_some() {
+                return Ok(false);
+            }
+            self.rule = admitted.rule;
             self.engine.admit_next();
             result = self.translate(now, frame, read, &mut meta, too_big, NatDirection::Outbound);
             self.engine.ask_before_sessions();
         }
         match result {
             NatResult::New => Err(DropReason::Policy),
-            NatResult::Translated => cx.link.fx.uplink(frame, meta).map_err(|e| match e {
-                TxError::Full => DropReason::PortFull,
-                TxError::Gone => DropReason::HostError,
-            }),
-            NatResult::Hairpinned => deliver(cx, frame, meta),
-            NatResult::Held | NatResult::Fragmented => Ok(()),
+            NatResult::Translated => match cx.link.fx.uplink(frame, meta) {
+                Ok(()) => Ok(true),
+                Err(TxError::Full) => Err(DropReason::PortFull),
+                Err(TxError::Gone) => Err(DropReason::HostError),
+            },
+            NatResult::Hairpinned => deliver(cx, frame, meta).map(|()| true),
+            NatResult::Held | NatResult::Fragmented => Ok(true),
             NatResult::PassThrough => Err(DropReason::SpoofedSource),
             NatResult::TooBig(_) => Err(DropReason::Oversized),
             NatResult::Dropped(
@@ -411,7 +430,10 @@ impl L3Uplink {
                 false => (Direction::Outbound, guest, remote),
             };
             let request = Request { direction, endpoint: port, protocol: c.proto, source, destination };
-            let verdict = cx.policy.judge(&request);
+            let verdict = match slot {
+                Some(slot) if !inbound => cx.policy.judge_unread(cx.link.now, slot, &request),
+                _ => cx.policy.judge(&request),
+            };
             match verdict {
                 Verdict::Allow { rule, .. } => {
                     if let Some(o) = self.opened.get_mut(id as usize) {
@@ -496,6 +518,14 @@ impl L3Uplink {
         self.generation = self.generation.wrapping_add(1);
         let admitted = cx.policy.generation();
         let (generation, rule, at) = (self.generation, self.rule, cx.link.now);
+        let remote = IpAddr::V4(*c.remote.ip());
+        let name = slot.filter(|_| !inbound).and_then(|s| cx.policy.pins.of(s, remote).first());
+        let name: Option<Arc<str>> = name.map(|n| n.to_string().into());
+        if let (Some(slot), Some(name)) = (slot, &name)
+            && cx.policy.pins.hold(slot, remote)
+        {
+            self.pinned.insert(id, Pinned { slot, remote, name: name.clone() });
+        }
         let opened = Opened { slot, generation, admitted, rule, at, inbound };
         if self.opened.len() <= id as usize {
             self.opened.resize(id as usize + 1, Opened::default());
@@ -519,7 +549,7 @@ impl L3Uplink {
             remote: c.remote.into(),
             inbound,
             rule: (rule != RuleId::NONE).then(|| cx.policy.label(port, rule)),
-            name: None,
+            name,
         });
         if !reported {
             counters.drop(DropReason::EventRingFull);
@@ -528,6 +558,10 @@ impl L3Uplink {
 
     fn connection_ended<E: Effects>(&mut self, cx: &mut Context<'_, E>, id: u32, out: u64, inn: u64) {
         let Some(o) = self.opened.get_mut(id as usize).map(std::mem::take) else { return };
+        let pinned = if self.pinned.is_empty() { None } else { self.pinned.remove(&id) };
+        if let Some(Pinned { slot, remote, .. }) = pinned {
+            cx.policy.pins.release(slot, remote);
+        }
         let Some((port, _, counters)) = o.slot.and_then(|s| cx.link.lan.port_and_counters(s)) else {
             cx.link.lan.base_mut().flows_closed += 1;
             return;
@@ -546,7 +580,7 @@ impl L3Uplink {
             packets_out: None,
             packets_in: None,
             rule: current.then(|| cx.policy.label(port, o.rule)),
-            name: None,
+            name: pinned.map(|p| p.name),
             shown: None,
         };
         if !cx.link.fx.event(closed) {

@@ -171,6 +171,15 @@ impl Network {
         self.layers.policy.take_cut()
     }
 
+    /// Notes that the guest on a port got an address in an answer for a name, as the DNS service does. False when it was
+    /// not noted.
+    #[doc(hidden)]
+    pub fn note_pin(&mut self, now: Time, port: PortId, ip: IpAddr, name: &[u8], life_s: u32) -> bool {
+        self.now = now;
+        let Some(slot) = self.layers.lan.slot(port) else { return false };
+        self.layers.policy.pins.note(slot, ip, name, life_s, now)
+    }
+
     // ---- DNS ----------------------------------------------------------------------------------------
 
     /// Sets the names that the DNS service may know something of: `own` are names as labels in lower case; these and those

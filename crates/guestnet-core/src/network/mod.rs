@@ -5,8 +5,9 @@
 //! A frame of a guest takes this way ([`Network::frame`]):
 //! 1. `l2` checks and learns addresses, answers ARP and floods. For an IP packet it returns a [`Verdict`].
 //! 2. A packet to another guest is delivered. A broadcast of a DHCP client goes to the service.
-//! 3. A packet to the gateway's MAC goes to the uplink of packets, where there is one and no relayed flow has it, else to
-//!    the relay of its protocol, fragments put together first.
+//! 3. A packet to the gateway's MAC goes to the uplink of packets, where there is one, unless a relayed flow has it or the
+//!    name that its conversation shows is to decide. Else it goes to the relay of its protocol, fragments put together
+//!    first.
 //! 4. A datagram to a service goes to the DNS forwarder where that serves it, else to the control side.
 
 mod control;
@@ -180,8 +181,9 @@ impl Network {
         if let Some(uplink) = &mut self.uplink
             && L3Uplink::takes(cx.link.lan.addressing(), p.dst)
             && !self.relay.claims(cx, from.slot, frame, p)
+            && uplink.packet_out(cx, from, frame, p, meta)?
         {
-            return uplink.packet_out(cx, from, frame, p, meta);
+            return Ok(());
         }
         if let Some(f) = p.fragment {
             if cx.gateway.route_to_guest(&mut cx.link, from, frame, p, meta)? {

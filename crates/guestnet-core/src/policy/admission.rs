@@ -16,11 +16,13 @@ use crate::l3::gateway::Refusal;
 use crate::policy::conversations::{PER_GUEST, Tuple};
 use crate::policy::pending::{Awaits, Held};
 use crate::policy::sweep::Budget;
+use crate::policy::table::Shown;
 use crate::policy::verdict::{Direction, Entry, Request, RuleId, Ticket, Verdict};
 use crate::tables::neighbour::Binding;
 use guestnet_wire::parse::Packet;
 use guestnet_wire::proto;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 /// A flow of a guest to the outside that may be opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,6 +31,8 @@ pub(crate) struct Admitted {
     pub target: SocketAddr,
     /// The rule that decided.
     pub rule: RuleId,
+    /// What the conversation shows decides whether the flow goes on; true: no byte passes before.
+    pub inspect: Option<bool>,
 }
 
 /// What a guest's conversations count in a step of a sweep.
@@ -54,17 +58,20 @@ impl<E: Effects> Context<'_, E> {
             source: SocketAddr::new(p.src, p.src_port),
             destination: remote,
         };
-        match self.policy.judge(&request) {
-            Verdict::Allow { target, rule } => {
-                self.gateway.check_ttl(&mut self.link, from, frame, p)?;
-                Ok(Admitted { target, rule })
-            }
-            Verdict::Deny { reason, rule } => Err(self.deny(from, frame, p, &request, reason, rule)),
-            Verdict::Inspect { rule, .. } | Verdict::Ask { rule, .. } => {
-                Err(self.deny(from, frame, p, &request, DropReason::Policy, rule))
-            }
-            Verdict::Defer { .. } => Err(DropReason::Policy),
-        }
+        let (target, rule, inspect) =
+            match self.policy.judge_pinned(self.link.now, from.slot, &request, Shown::NotYet) {
+                Verdict::Allow { target, rule } => (target, rule, None),
+                Verdict::Inspect { target, rule, strict } => (target, rule, Some(strict)),
+                Verdict::Deny { reason, rule } => {
+                    return Err(self.deny(from, frame, p, &request, reason, rule));
+                }
+                Verdict::Ask { rule, .. } => {
+                    return Err(self.deny(from, frame, p, &request, DropReason::Policy, rule));
+                }
+                Verdict::Defer { .. } => return Err(DropReason::Policy),
+            };
+        self.gateway.check_ttl(&mut self.link, from, frame, p)?;
+        Ok(Admitted { target, rule, inspect })
     }
 
     /// Asks about a new flow from the outside to the guest with `binding`. It is deferred while the guest's MAC is not
@@ -202,12 +209,30 @@ impl<E: Effects> Context<'_, E> {
 
     /// Reports a flow that was cut because the rules no longer allow it.
     pub fn report(&mut self, slot: u32, request: &Request, reason: DropReason, rule: RuleId) {
+        let name = match request.direction {
+            Direction::Outbound => self.policy.pins.of(slot, request.destination.ip()).first(),
+            Direction::Inbound(_) | Direction::BetweenGuests => None,
+        };
+        let name = name.map(|n| n.to_string().into());
+        self.report_names(slot, request, reason, rule, name, None);
+    }
+
+    /// As [`Context::report`], with what is known by name: what the guest asked for, and what the conversation showed.
+    pub fn report_names(
+        &mut self,
+        slot: u32,
+        request: &Request,
+        reason: DropReason,
+        rule: RuleId,
+        name: Option<Arc<str>>,
+        shown: Option<Arc<str>>,
+    ) {
         let (guest, remote) = match request.direction {
             Direction::Inbound(_) => (request.destination, request.source),
             Direction::Outbound | Direction::BetweenGuests => (request.source, request.destination),
         };
         let (direction, proto) = (request.direction, request.protocol);
-        let refused = Refusal { direction, proto, guest, remote, name: None, shown: None };
+        let refused = Refusal { direction, proto, guest, remote, name, shown };
         let label = self.policy.label(request.endpoint, rule);
         self.gateway.report_denied(&mut self.link, slot, refused, Some(label), reason);
     }

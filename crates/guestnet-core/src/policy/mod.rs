@@ -34,7 +34,7 @@ pub mod verdict;
 use crate::interface::config::NetworkConfig;
 use crate::interface::stats::DropReason;
 pub use crate::interface::types::Isolated;
-use crate::interface::types::{NetMode, PortId};
+use crate::interface::types::{NetMode, PortId, Time};
 use crate::tables::addressing::Subnet;
 use crate::util::siphash::SipKey;
 pub(crate) use admission::Admitted;
@@ -131,6 +131,36 @@ impl Policy {
             None => verdict,
             Some(table) => self.judge_by(table, request, evidence, verdict),
         }
+    }
+
+    /// Decides about a flow of the guest in `slot` to the outside that has shown this.
+    pub(crate) fn judge_pinned(
+        &mut self,
+        now: Time,
+        slot: u32,
+        request: &Request,
+        shown: Shown<'_>,
+    ) -> Verdict {
+        if self.tables.of(request.endpoint).is_none() {
+            return self.rules.judge(request);
+        }
+        let ip = request.destination.ip();
+        self.pins.prune(slot, ip, now);
+        self.judge_with(request, Evidence { pins: self.pins.of(slot, ip), shown })
+    }
+
+    /// Decides again about a flow to the outside that nobody has looked at. It may have shown any of the names of its
+    /// address, or none: it is allowed if no rule denies it for one of these.
+    pub(crate) fn judge_unread(&mut self, now: Time, slot: u32, request: &Request) -> Verdict {
+        let verdict = self.judge_pinned(now, slot, request, Shown::NotYet);
+        if !matches!(verdict, Verdict::Inspect { strict: false, .. }) {
+            return verdict;
+        }
+        let pins = self.pins.of(slot, request.destination.ip());
+        let judge = |shown| self.judge_with(request, Evidence { pins, shown });
+        let names = pins.iter().map(|n| judge(Shown::Name(n.as_bytes())));
+        let denied = names.into_iter().find(|v| matches!(v, Verdict::Deny { .. }));
+        denied.unwrap_or_else(|| judge(Shown::Nothing))
     }
 
     /// What the owner's rules make of the verdict of the built-in ones.

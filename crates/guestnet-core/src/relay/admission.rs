@@ -12,6 +12,7 @@ use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, Time};
 use crate::policy::RuleId;
 use crate::relay::Relay;
+use crate::relay::inspection::Inspection;
 use crate::relay::tcp::Fate;
 use crate::tables::flow::{Chain, Flow, Key, State};
 use crate::util::account::count;
@@ -63,13 +64,22 @@ impl Relay {
     }
 
     /// Puts an admitted flow in the table, counts it and reports it.
-    pub(super) fn open_flow<E: Effects>(&mut self, cx: &mut Context<'_, E>, mut flow: Flow) -> FlowId {
+    /// `inspect` is as in [`crate::policy::Admitted`].
+    pub(super) fn open_flow<E: Effects>(
+        &mut self,
+        cx: &mut Context<'_, E>,
+        mut flow: Flow,
+        inspect: Option<bool>,
+    ) -> FlowId {
         let Key { slot, proto, guest, remote } = flow.key;
         let inbound = flow.direction.is_inbound();
         let tcp = matches!(flow.state, State::Tcp(_));
         flow.parked = tcp;
         let rule = flow.rule;
         let id = self.flows.insert(flow);
+        if !inbound && rule != RuleId::NONE {
+            self.note_evidence(cx, id.index, inspect.map(|strict| Inspection::new(rule, strict)));
+        }
         if let Some(g) = self.guests.get_mut(slot) {
             if tcp {
                 self.flows.push(&mut g.lru, Chain::Lru, id.index);
@@ -224,9 +234,13 @@ impl Relay {
 
     /// Makes sure that the timer of a TCP flow fires when the flow needs it.
     pub(super) fn wake_tcp(&mut self, now: Time, index: u32) {
-        let Some(State::Tcp(tcb)) = self.flows.at(index).map(|f| &f.state) else { return };
-        let due = tcb.deadline();
+        let Some(f) = self.flows.at(index) else { return };
+        let State::Tcp(tcb) = &f.state else { return };
+        let (due, expires) = (tcb.deadline(), f.expires);
         self.wake_by(now, index, due);
+        if expires != u64::MAX {
+            self.wake_at(index, expires);
+        }
     }
 
     /// Makes sure that the flow's timer fires not long after `due`.
@@ -244,11 +258,13 @@ impl Relay {
         let now = cx.link.now;
         let Some(f) = self.flows.at(index) else { return };
         match &f.state {
+            State::Tcp(_) if f.expires <= now.as_ms() => self.inspection_due(cx, index),
             State::Tcp(tcb) => match tcb.deadline() {
                 Some(at) if at <= now => {
                     let fate = self.with_index(cx, index, |tcb, cx| tcb.timer(cx));
                     if fate == Some(Fate::Live) {
                         self.measure_idle(cx.link.fx, index);
+                        self.wake_tcp(now, index);
                     }
                 }
                 _ => self.wake_tcp(now, index),

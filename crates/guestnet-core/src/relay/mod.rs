@@ -9,6 +9,7 @@
 //!   them.
 //! - [`tcp_relay`] joins the state machine in [`tcp`] to sockets; [`udp`] and [`icmp`] relay datagrams and echo requests;
 //!   [`errors`] passes errors of sockets and guests on.
+//! - [`inspection`] reads the names that conversations show, where rules are about names.
 //! - [`sweep`] judges flows again after a change of the rules.
 //! - [`port_forward`] accepts connections and datagrams of published ports.
 //! - [`turns`] shares time among bulk flows, [`socket_memory`] the kernel's memory among guests.
@@ -23,9 +24,9 @@
 mod admission;
 mod audit;
 mod errors;
-mod evidence;
 mod guest;
 mod icmp;
+mod inspection;
 mod port_forward;
 mod socket_memory;
 mod sweep;
@@ -48,10 +49,10 @@ use crate::tables::flow_table::FlowTable;
 use crate::tables::per_port::PerPort;
 use crate::util::siphash::SipKey;
 use crate::util::timers::Timers;
-use evidence::Evidence;
 use guest::Guest;
 use guestnet_wire::parse::Packet;
 use guestnet_wire::proto;
+use inspection::Evidence;
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use turns::{NO_FLOW, Turns};
@@ -227,7 +228,8 @@ impl Relay {
     // ---- packets of guests --------------------------------------------------------------------------
 
     /// Whether a packet of a guest to the outside belongs to a relayed flow although the network has an uplink of packets:
-    /// to a client of a published port. ICMP errors about such flows are handled here.
+    /// to a client of a published port, or of a flow that a name decides about. ICMP errors about such flows are handled
+    /// here.
     pub fn claims<E: Effects>(
         &mut self,
         cx: &mut Context<'_, E>,
@@ -239,7 +241,7 @@ impl Relay {
             return false;
         }
         match p.proto {
-            _ if p.fragment.is_some() => !self.clients.is_empty(),
+            _ if p.fragment.is_some() => !self.clients.is_empty() || !self.evidence.is_empty(),
             proto::TCP | proto::UDP => {
                 let guest = SocketAddr::new(p.src, p.src_port);
                 let remote = SocketAddr::new(p.dst, p.dst_port);
@@ -284,6 +286,9 @@ impl Relay {
         result: Result<(), SockError>,
     ) {
         self.with_flow(cx, flow, |tcb, cx| tcb.connected(cx, result));
+        if !self.evidence.is_empty() {
+            self.inspection_begins(cx, flow);
+        }
     }
 
     /// A TCP socket became readable or writable; both on hang-up or error.

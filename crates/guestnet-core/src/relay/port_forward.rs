@@ -50,7 +50,7 @@ impl Relay {
         let tight = self.holds_too_much(key.slot);
         let admitted = cx.policy.generation();
         let flow = Flow::new(key, mac, direction, admitted, now, State::Tcp(Box::new(tcb))).by(rule);
-        let id = self.open_flow(cx, flow);
+        let id = self.open_flow(cx, flow, None);
         self.tighten(cx.link.fx, id.index, sock, tight);
         match ticket {
             Some(ticket) => {
@@ -88,7 +88,7 @@ impl Relay {
                 let admitted = cx.policy.generation();
                 let flow =
                     Flow::new(new.key, new.mac, new.direction, admitted, cx.link.now, state).by(new.rule);
-                let id = self.open_flow(cx, flow);
+                let id = self.open_flow(cx, flow, None);
                 self.clients.insert((forward.0, from), id.index);
                 id.index
             }

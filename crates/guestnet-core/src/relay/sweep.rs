@@ -5,13 +5,12 @@
 use crate::context::Context;
 use crate::interface::effects::Effects;
 use crate::interface::stats::DropReason;
-use crate::interface::types::PortId;
 use crate::policy::sweep::Budget;
 use crate::policy::{Direction, Request, RuleId, Verdict};
 use crate::relay::Relay;
 use crate::relay::port_forward::UNKNOWN;
 use crate::relay::tcp::Fate;
-use crate::tables::flow::{Flow, State};
+use crate::tables::flow::State;
 
 impl Relay {
     /// Judges flows again, from slot `at` of the flow table on. Returns where to go on, or `None` at the end.
@@ -26,15 +25,20 @@ impl Relay {
             if !budget.visit() {
                 return Some(index);
             }
-            let Some(f) = self.flows.at_mut(index) else { continue };
+            let Some(f) = self.flows.at(index) else { continue };
             if f.admitted == now_in_force || f.is_mapping() {
                 continue;
             }
-            match verdict(cx, f) {
-                None => f.admitted = now_in_force,
-                Some((request, reason, rule)) => {
-                    let slot = f.key.slot;
-                    cx.report(slot, &request, reason, rule);
+            let (slot, rule) = (f.key.slot, f.rule);
+            match self.judge_old(cx, index).unwrap_or(Ok(rule)) {
+                Ok(rule) => {
+                    if let Some(f) = self.flows.at_mut(index) {
+                        (f.admitted, f.rule) = (now_in_force, rule);
+                    }
+                }
+                Err((request, reason, rule)) => {
+                    let (name, shown) = self.names_of(index);
+                    cx.report_names(slot, &request, reason, rule, name, shown);
                     self.cut(cx, index);
                     budget.cut();
                 }
@@ -57,25 +61,32 @@ impl Relay {
     }
 }
 
-/// Why a flow is not allowed any more; `None` when it is.
-fn verdict<E>(cx: &Context<'_, E>, f: &Flow) -> Option<(Request, DropReason, RuleId)> {
-    let key = &f.key;
-    let services = cx.link.lan.addressing().services();
-    if f.direction == Direction::Outbound && services.find(key.proto, key.remote).is_some() {
-        return None;
-    }
-    let (source, destination) =
-        if f.direction.is_inbound() { (key.remote, key.guest) } else { (key.guest, key.remote) };
-    let endpoint = cx.link.lan.port(key.slot).map_or(PortId(u32::MAX), |p| p.id);
-    let request = Request { direction: f.direction, endpoint, protocol: key.proto, source, destination };
-    match (cx.policy.judge(&request), &f.state) {
-        (Verdict::Deny { reason, rule }, _) => Some((request, reason, rule)),
-        (Verdict::Allow { target, rule }, State::Datagram { target: was, .. }) if target != *was => {
-            Some((request, DropReason::Policy, rule))
+impl Relay {
+    /// Judges a flow of older rules: the rule that allows it, or why none does. `None`: no rule is about it.
+    fn judge_old<E>(
+        &self,
+        cx: &mut Context<'_, E>,
+        index: u32,
+    ) -> Option<Result<RuleId, (Request, DropReason, RuleId)>> {
+        let f = self.flows.at(index)?;
+        let services = cx.link.lan.addressing().services();
+        if f.direction == Direction::Outbound && services.find(f.key.proto, f.key.remote).is_some() {
+            return None;
         }
-        (Verdict::Inspect { rule, .. } | Verdict::Ask { rule, .. }, _) => {
-            Some((request, DropReason::Policy, rule))
-        }
-        (Verdict::Allow { .. } | Verdict::Defer { .. }, _) => None,
+        let (request, verdict) = self.judge_flow(cx, index, f);
+        Some(match verdict {
+            Verdict::Deny { reason, rule } => Err((request, reason, rule)),
+            Verdict::Allow { target, rule } => match f.state {
+                State::Datagram { target: was, .. } if target != was => {
+                    Err((request, DropReason::Policy, rule))
+                }
+                _ => Ok(rule),
+            },
+            Verdict::Inspect { rule, .. } if self.is_inspected(index) => Ok(rule),
+            Verdict::Inspect { rule, .. } | Verdict::Ask { rule, .. } => {
+                Err((request, DropReason::Policy, rule))
+            }
+            Verdict::Defer { .. } => Ok(f.rule),
+        })
     }
 }

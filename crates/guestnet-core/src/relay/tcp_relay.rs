@@ -82,10 +82,10 @@ impl Relay {
             return Err(cx.gateway.reset(&mut cx.link, from, p, &seg, why));
         }
         let addressing = cx.link.lan.addressing();
-        let (target, rule) = match addressing.services().find(proto::TCP, remote) {
+        let (target, rule, inspect) = match addressing.services().find(proto::TCP, remote) {
             Some(service) => {
                 let Some(port) = cx.link.lan.port(from.slot) else { return Ok(()) };
-                (Target::Service(service, port.id), RuleId::NONE)
+                (Target::Service(service, port.id), RuleId::NONE, None)
             }
             None if addressing.ends_here(p.dst) => {
                 return Err(cx.gateway.reset(&mut cx.link, from, p, &seg, DropReason::BadDestination));
@@ -95,7 +95,7 @@ impl Relay {
                     return Ok(());
                 }
                 let admitted = cx.outbound(from, frame, p, remote)?;
-                (Target::Address(admitted.target), admitted.rule)
+                (Target::Address(admitted.target), admitted.rule, admitted.inspect)
             }
         };
         let slot = from.slot;
@@ -121,10 +121,13 @@ impl Relay {
         let mut tcb = Tcb::outbound(id, sock, &seg, &options, self.isn(now, &key), self.tcp_timeouts(), now)
             .with_ip(be16(frame, p.l3.saturating_add(4)), p.tos);
         tcb.memory.tight = tight;
+        if let Some(strict) = inspect {
+            tcb = tcb.with_hold(strict);
+        }
         let admitted = cx.policy.generation();
         let state = State::Tcp(Box::new(tcb));
         let flow = Flow::new(key, from.mac, Direction::Outbound, admitted, now, state).by(rule);
-        let id = self.open_flow(cx, flow);
+        let id = self.open_flow(cx, flow, inspect);
         self.wake_tcp(now, id.index);
         Ok(())
     }
@@ -258,7 +261,9 @@ impl Relay {
                 break;
             }
             self.flows.unlink(&mut self.batch, Chain::Siblings, index);
-            self.with_index(cx, index, |tcb, cx| tcb.batch_end(cx));
+            if self.with_index(cx, index, |tcb, cx| tcb.batch_end(cx)) == Some(Fate::Look) {
+                self.look(cx, index);
+            }
         }
         self.turns.round_ended();
     }

@@ -90,7 +90,7 @@ impl Relay {
         cx: &mut Context<'_, E>,
         key: Key,
         mac: Mac,
-        Admitted { target, rule }: Admitted,
+        Admitted { target, rule, .. }: Admitted,
     ) -> Result<u32, Refused> {
         let shared = Key::mapping(key.slot, key.proto, key.guest);
         let admitted = cx.policy.generation();
@@ -118,7 +118,7 @@ impl Relay {
         };
         let state = State::Datagram { mapping, target, ip_id: 0 };
         let flow = Flow::new(key, mac, Direction::Outbound, admitted, cx.link.now, state).by(rule);
-        let id = self.open_flow(cx, flow);
+        let id = self.open_flow(cx, flow, None);
         self.join_mapping(id.index, mapping);
         Ok(id.index)
     }

@@ -45,6 +45,12 @@ impl StreamInspector {
         }
     }
 
+    /// Whether it began as TLS does.
+    #[must_use]
+    pub fn is_tls(&self) -> bool {
+        matches!(self.0, State::Tls(_))
+    }
+
     /// How many of the bytes that were taken last belong to something that has not ended.
     #[must_use]
     pub fn pending(&self) -> usize {

@@ -101,6 +101,19 @@ impl Tcb {
         self.flush(cx)
     }
 
+    /// As [`Tcb::let_pass`], where those behind the first `bytes` are to be looked at, whatever was looked at before.
+    pub fn let_pass_only<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, bytes: usize) -> Fate {
+        if let Some(h) = self.hold_mut() {
+            h.seen = h.released.saturating_add(bytes);
+        }
+        self.let_pass(cx, bytes)
+    }
+
+    /// Has what is held back looked at in the next batch.
+    pub fn look_again(&mut self) {
+        self.wants_batch = true;
+    }
+
     /// The first `bytes` of those that are held back may pass, and those of the peer. More are looked at before they pass.
     pub fn let_pass<E: Effects>(&mut self, cx: &mut Ctx<'_, E>, bytes: usize) -> Fate {
         let mut hung_up = false;

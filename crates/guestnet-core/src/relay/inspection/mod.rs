@@ -1,0 +1,146 @@
+//! Theory of operation: flows that a rule about a name admitted. Such a flow is opened to the host at once, but what its
+//! conversation shows decides whether it goes on.
+//!
+//! - **TCP** ([`stream`]): the state machine holds back what the guest sends ([`crate::relay::tcp::Held`]), and reads
+//!   nothing from the server where the verdict is strict. [`conversation`] reads the name of TLS, or the host of each
+//!   request of HTTP/1. Allowed, the bytes go on, and a flow that shows no more names is an ordinary one from then on.
+//! - A guest has [`WAIT_MS`] for a ClientHello or a request head, once the server has answered and once it has begun. One
+//!   that says nothing shows no name. One that stops in the middle, or breaks the rules of the protocol, is refused:
+//!   the server may understand what is not understood here.
+//! - A refused flow hears why: TLS gets the alert access_denied, HTTP a response with status 403, everything else a reset.
+//!   The server gets a reset, or the end of the requests that were allowed.
+//! - **Evidence**: the names that are known of a flow are kept beside its record while it lives, and keep its pins alive. A
+//!   change of the rules judges it again with what it has shown.
+//!
+//! Bounds: 64 KiB of a flow are held back, within the guest's budget of buffered bytes. Only flows under rules about names
+//! have anything here.
+
+mod conversation;
+mod refused;
+mod stream;
+
+use crate::context::Context;
+use crate::interface::types::PortId;
+use crate::policy::{Generation, Request, RuleId, Shown, Verdict};
+use crate::relay::Relay;
+use crate::tables::flow::{Flow, Key};
+use conversation::Conversation;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+/// How long a guest may take for a ClientHello or a request head, in milliseconds.
+pub(super) const WAIT_MS: u64 = 10_000;
+
+/// What is known of a flow by name.
+#[derive(Debug, Default)]
+pub(super) struct Evidence {
+    /// A name for which the guest got the address of the other side.
+    pub name: Option<Arc<str>>,
+    /// The name that the conversation showed last; an empty one: that it showed none.
+    pub shown: Option<Arc<str>>,
+    /// The pins of the address live as long as the flow.
+    holds_pins: bool,
+    /// It is read on.
+    inspection: Option<Box<Inspection>>,
+}
+
+/// What a flow's conversation is read for.
+#[derive(Debug)]
+pub(super) struct Inspection {
+    conversation: Conversation,
+    /// The server's bytes are held back too until a name is allowed.
+    strict: bool,
+    /// The rule that would admit it.
+    rule: RuleId,
+    /// The rules that judged the name that was shown last.
+    judged: Option<Generation>,
+    /// Memory that is charged to the guest's budget.
+    charged: usize,
+}
+
+impl Inspection {
+    /// The inspection of a flow that `rule` would admit.
+    pub fn new(rule: RuleId, strict: bool) -> Inspection {
+        Inspection { conversation: Conversation::new(), strict, rule, judged: None, charged: 0 }
+    }
+}
+
+/// A name for people and programs.
+fn text(name: &[u8]) -> Arc<str> {
+    String::from_utf8_lossy(name).into()
+}
+
+impl Relay {
+    /// A flow of a guest to the outside is in the table: notes what is known of it by name.
+    pub(super) fn note_evidence<E>(
+        &mut self,
+        cx: &mut Context<'_, E>,
+        index: u32,
+        inspection: Option<Inspection>,
+    ) {
+        let Some(Key { slot, remote, .. }) = self.flows.at(index).map(|f| f.key) else { return };
+        let name = cx.policy.pins.of(slot, remote.ip()).first().map(|n| text(n.as_bytes()));
+        if name.is_none() && inspection.is_none() {
+            return;
+        }
+        let holds_pins = name.is_some() && cx.policy.pins.hold(slot, remote.ip());
+        let inspection = inspection.map(Box::new);
+        let evidence = Evidence { name, shown: None, holds_pins, inspection };
+        self.evidence.insert(index, Box::new(evidence));
+    }
+
+    /// A flow ends: gives what was known of it, the name of the address and the name that was shown.
+    pub(super) fn drop_evidence<E>(
+        &mut self,
+        cx: &mut Context<'_, E>,
+        slot: u32,
+        remote: IpAddr,
+        index: u32,
+    ) -> (Option<Arc<str>>, Option<Arc<str>>) {
+        if self.evidence.is_empty() {
+            return (None, None);
+        }
+        let Some(mut known) = self.evidence.remove(&index) else { return (None, None) };
+        if known.holds_pins {
+            cx.policy.pins.release(slot, remote);
+        }
+        if let Some(inspection) = &mut known.inspection {
+            self.charge_inspection(slot, inspection, 0);
+        }
+        (known.name, known.shown.filter(|s| !s.is_empty()))
+    }
+
+    /// Judges a flow again, with what it has shown.
+    pub(super) fn judge_flow<E>(&self, cx: &mut Context<'_, E>, index: u32, f: &Flow) -> (Request, Verdict) {
+        let request = request_of(cx, f);
+        let (slot, now) = (f.key.slot, cx.link.now);
+        let evidence = self.evidence.get(&index);
+        let verdict = match evidence.and_then(|e| e.shown.as_deref()) {
+            Some("") => cx.policy.judge_pinned(now, slot, &request, Shown::Nothing),
+            Some(name) => cx.policy.judge_pinned(now, slot, &request, Shown::Name(name.as_bytes())),
+            None if self.is_inspected(index) => cx.policy.judge_pinned(now, slot, &request, Shown::NotYet),
+            None => cx.policy.judge_unread(now, slot, &request),
+        };
+        (request, verdict)
+    }
+
+    /// Whether what a flow shows is still read.
+    pub(super) fn is_inspected(&self, index: u32) -> bool {
+        self.evidence.get(&index).is_some_and(|e| e.inspection.is_some())
+    }
+
+    /// What is known of a flow: the name of its address, and the name that it showed.
+    pub(super) fn names_of(&self, index: u32) -> (Option<Arc<str>>, Option<Arc<str>>) {
+        let known = self.evidence.get(&index);
+        known.map_or((None, None), |e| (e.name.clone(), e.shown.clone().filter(|s| !s.is_empty())))
+    }
+}
+
+/// What is asked of the policy about a flow.
+pub(super) fn request_of<E>(cx: &Context<'_, E>, f: &Flow) -> Request {
+    let key = &f.key;
+    let (source, destination) =
+        if f.direction.is_inbound() { (key.remote, key.guest) } else { (key.guest, key.remote) };
+    let endpoint = cx.link.lan.port(key.slot).map_or(PortId(u32::MAX), |p| p.id);
+    Request { direction: f.direction, endpoint, protocol: key.proto, source, destination }
+}
