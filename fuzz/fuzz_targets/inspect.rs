@@ -7,17 +7,26 @@ use guestnet_wire::inspect::{
 };
 use libfuzzer_sys::fuzz_target;
 
-/// The first progress that is not `More`.
-fn stream(pieces: &[&[u8]]) -> Progress {
-    let mut s = StreamInspector::new();
+/// All that is not `More`, to the end of what can be read.
+fn stream(pieces: &[&[u8]]) -> Vec<Progress> {
+    let (mut s, mut all) = (StreamInspector::new(), Vec::new());
     for piece in pieces {
-        let progress = s.feed(piece);
-        assert!(s.memory() <= 2 * HELD_MAX);
-        if progress != Progress::More {
-            return progress;
+        let mut rest = *piece;
+        while !rest.is_empty() {
+            let (taken, progress) = s.feed(rest);
+            assert!(taken <= rest.len() && s.memory() <= 2 * HELD_MAX);
+            rest = &rest[taken..];
+            match progress {
+                Progress::More => assert!(rest.is_empty()),
+                Progress::Tls(_) => all.push(progress),
+                Progress::Http | Progress::Opaque(_) | Progress::Malformed(_) => {
+                    all.push(progress);
+                    return all;
+                }
+            }
         }
     }
-    Progress::More
+    all
 }
 
 /// All heads, and what ended them.

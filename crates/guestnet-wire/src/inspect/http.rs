@@ -2,8 +2,12 @@
 //! and passes over what follows it, so that each request can be judged before it goes on.
 //!
 //! What servers are known to read in different ways is malformed here: two Hosts, a Host that is not that of an absolute
-//! target, folded lines, spaces before a colon, bare CR, Content-Length with Transfer-Encoding or twice, other transfer
-//! codings than chunked. So are CONNECT, which would make the rest another conversation, and the beginning of HTTP/2.
+//! target, targets that are neither a path nor a URL, folded lines, spaces before a colon, bare CR, lines of which some
+//! end with CRLF and others with LF alone, Content-Length with Transfer-Encoding or twice, other transfer codings than
+//! chunked. So are CONNECT, which would make the rest another conversation, and the beginning of HTTP/2.
+//!
+//! A server may switch to another protocol only in its answer to the first request: which of several answers a later 101
+//! belongs to is not known on this side.
 //!
 //! Bounds: a head has at most [`HELD_MAX`] bytes, with empty lines before it. Bodies are counted and not held.
 
@@ -17,7 +21,7 @@ const CHUNK_LINE_MAX: usize = 4096;
 pub struct RequestHead {
     /// The host, in lower case, without port and final dot. `None` where HTTP/1.0 names none.
     pub host: Option<Box<[u8]>>,
-    /// The client asks for another protocol than HTTP on this connection (RFC 9110 7.8).
+    /// The first request of the connection, and it asks for another protocol than HTTP (RFC 9110 7.8).
     pub upgrade: bool,
 }
 
@@ -42,6 +46,8 @@ pub struct HttpInspector {
     line: usize,
     /// The head has a line that is not empty.
     begun: bool,
+    /// A head was found.
+    later: bool,
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -161,7 +167,8 @@ impl HttpInspector {
                 let held = std::mem::take(&mut self.held);
                 (self.line, self.begun) = (0, false);
                 return match read_head(&held) {
-                    Ok((head, state)) => {
+                    Ok((mut head, state)) => {
+                        head.upgrade &= !std::mem::replace(&mut self.later, true);
                         self.state = state;
                         (taken, Ok(Some(head)))
                     }
@@ -223,12 +230,19 @@ struct Headers<'a> {
     host: Option<&'a [u8]>,
     length: Option<u64>,
     chunked: bool,
-    upgrade: Option<&'a [u8]>,
+    /// It names protocols to switch to.
+    upgrade: bool,
+    /// One of them is a version of HTTP.
+    to_http: bool,
     wants_upgrade: bool,
 }
 
 /// Reads a whole head, empty lines before it included.
 fn read_head(held: &[u8]) -> Result<(RequestHead, State), &'static str> {
+    let ends = |with_cr| held.split_inclusive(|b| *b == b'\n').any(|line| line.ends_with(b"\r\n") == with_cr);
+    if ends(true) && ends(false) {
+        return Err("lines that end in different ways");
+    }
     let mut lines = held
         .split(|b| *b == b'\n')
         .map(|line| line.strip_suffix(b"\r").unwrap_or(line))
@@ -266,7 +280,8 @@ fn read_head(held: &[u8]) -> Result<(RequestHead, State), &'static str> {
         None => return Err("no Host"),
     };
     let host = match absolute(target) {
-        None => named,
+        None if target.starts_with(b"/") || target == b"*" => named,
+        None => return Err("a target that is neither a path nor a URL"),
         Some(there) => {
             let there = authority(there)?.ok_or("a target without a host")?;
             if named.as_ref().is_some_and(|n| *n != there) || headers.host.is_some() && named.is_none() {
@@ -275,7 +290,7 @@ fn read_head(held: &[u8]) -> Result<(RequestHead, State), &'static str> {
             Some(there)
         }
     };
-    let upgrade = headers.wants_upgrade && headers.upgrade.is_some_and(|p| !is_http(p));
+    let upgrade = headers.wants_upgrade && headers.upgrade && !headers.to_http;
     let state = match headers.length {
         _ if headers.chunked => State::ChunkSize,
         None | Some(0) => State::Head,
@@ -311,7 +326,8 @@ fn read_header<'a>(line: &'a [u8], headers: &mut Headers<'a>) -> Result<(), &'st
             return Err("a transfer coding that is not chunked alone");
         }
     } else if name.eq_ignore_ascii_case(b"upgrade") {
-        headers.upgrade = Some(value);
+        headers.upgrade = true;
+        headers.to_http |= is_http(value);
     } else if name.eq_ignore_ascii_case(b"connection") {
         headers.wants_upgrade |=
             value.split(|b| *b == b',').any(|w| trim(w).eq_ignore_ascii_case(b"upgrade"));
@@ -323,10 +339,8 @@ fn read_header<'a>(line: &'a [u8], headers: &mut Headers<'a>) -> Result<(), &'st
 /// same connection.
 fn is_http(protocols: &[u8]) -> bool {
     protocols.split(|b| *b == b',').map(trim).any(|p| {
-        let name = p.split(|b| *b == b'/').next().unwrap_or(&[]);
-        name.eq_ignore_ascii_case(b"h2c")
-            || name.eq_ignore_ascii_case(b"h2")
-            || name.eq_ignore_ascii_case(b"http")
+        let name = p.split(|b| *b == b'/').next().unwrap_or(&[]).to_ascii_lowercase();
+        name.starts_with(b"h2") || name.starts_with(b"h3") || name == b"http"
     })
 }
 

@@ -1,12 +1,14 @@
-//! Theory of operation: what the client's first bytes of a TCP stream are. A TLS record begins with byte 22 and version 3.
-//! A request of HTTP/1 begins with a line of a method, a target and a version; empty lines before it are allowed (RFC 9112
-//! 2.2). Until the first line has ended it may be something else; a byte that no such line has ends the question.
+//! Theory of operation: what the client's first bytes of a TCP stream are.
+//!
+//! - A TLS record begins with byte 22 and a version. Some servers take any version below 16 in the first record; the reader
+//!   of TLS refuses those other than 3.
+//! - A request of HTTP/1 begins with a line of a method, a target and a version; empty lines before it are allowed (RFC 9112
+//!   2.2). A line that has `HTTP/` in any place is for the reader of heads, which refuses what is not in order: servers
+//!   differ in what they take for a space. Until the first line has ended it may be something else. A byte that no method
+//!   has ends the question.
 
 use super::tls::{HANDSHAKE, TlsReader};
 use super::{HELD_MAX, Progress};
-
-/// Bytes of a method at most; the registered ones have 17.
-const METHOD_MAX: usize = 32;
 
 const NO_REQUEST: &str = "no request line";
 
@@ -16,10 +18,20 @@ pub struct StreamInspector(State);
 
 #[derive(Debug)]
 enum State {
-    /// The first line, as far as it has come.
-    Line(Vec<u8>),
+    /// The first line.
+    Line(Line),
     Tls(TlsReader),
     Over(Progress),
+}
+
+/// The first line, as far as it has come.
+#[derive(Debug, Default)]
+struct Line {
+    bytes: Vec<u8>,
+    /// It has a byte that is no space.
+    begun: bool,
+    /// A method and a space have come.
+    has_method: bool,
 }
 
 impl Default for StreamInspector {
@@ -32,14 +44,14 @@ impl StreamInspector {
     /// An inspector that has seen nothing.
     #[must_use]
     pub fn new() -> Self {
-        StreamInspector(State::Line(Vec::new()))
+        StreamInspector(State::Line(Line::default()))
     }
 
     /// Bytes that it holds.
     #[must_use]
     pub fn memory(&self) -> usize {
         match &self.0 {
-            State::Line(line) => line.capacity(),
+            State::Line(line) => line.bytes.capacity(),
             State::Tls(reader) => reader.memory(),
             State::Over(_) => 0,
         }
@@ -55,7 +67,7 @@ impl StreamInspector {
     #[must_use]
     pub fn pending(&self) -> usize {
         match &self.0 {
-            State::Line(line) => line.len(),
+            State::Line(line) => line.bytes.len(),
             State::Tls(reader) => reader.pending(),
             State::Over(_) => 0,
         }
@@ -77,21 +89,21 @@ impl StreamInspector {
     pub fn feed(&mut self, bytes: &[u8]) -> (usize, Progress) {
         let all = bytes.len();
         if let State::Line(line) = &mut self.0 {
-            let Some(first) = line.first().or(bytes.first()) else { return (0, Progress::More) };
+            let Some(first) = line.bytes.first().or(bytes.first()) else { return (0, Progress::More) };
             if *first != HANDSHAKE {
-                let progress = read_line(line, bytes);
+                let progress = line.read(bytes);
                 if progress != Progress::More {
                     self.0 = State::Over(progress.clone());
                 }
                 return (all, progress);
             }
-            line.extend_from_slice(bytes.get(..bytes.len().min(2)).unwrap_or(&[]));
-            match line.as_slice() {
-                [_, 3, ..] => {
+            let before = line.bytes.len();
+            line.bytes.extend_from_slice(bytes.get(..bytes.len().min(2)).unwrap_or(&[]));
+            match line.bytes.as_slice() {
+                [_, 0..16, ..] => {
                     // What was held is its beginning; the bytes of this call follow below.
-                    let before = line.len() - bytes.len().min(2);
                     let mut reader = TlsReader::default();
-                    reader.feed(line.get(..before).unwrap_or(&[]));
+                    reader.feed(line.bytes.get(..before).unwrap_or(&[]));
                     self.0 = State::Tls(reader);
                 }
                 [_, _, ..] => self.0 = State::Over(Progress::Opaque("not TLS")),
@@ -106,42 +118,42 @@ impl StreamInspector {
     }
 }
 
-/// Takes bytes of the first line.
-fn read_line(line: &mut Vec<u8>, bytes: &[u8]) -> Progress {
-    let mut in_method = !line.contains(&b' ');
-    let mut begun = line.iter().any(|b| !matches!(b, b'\r' | b'\n'));
-    for byte in bytes {
-        match byte {
-            b'\r' | b'\n' if !begun => {}
-            b'\n' => return first_line(line),
-            b' ' if begun => in_method = false,
-            b if in_method && !is_method(*b) => return Progress::Opaque(NO_REQUEST),
-            b'\r' | b'\t' | b'!'..=b'~' | 0x80.. => {}
-            _ => return Progress::Opaque(NO_REQUEST),
+impl Line {
+    /// Takes bytes of it.
+    fn read(&mut self, bytes: &[u8]) -> Progress {
+        for byte in bytes {
+            match byte {
+                b'\r' | b'\n' if !self.begun => {}
+                b'\n' => return what_is(&self.bytes),
+                b if is_space(*b) => self.has_method |= self.begun,
+                b if !self.has_method && !is_method(*b) => return Progress::Opaque(NO_REQUEST),
+                _ => self.begun = true,
+            }
+            self.bytes.push(*byte);
+            if self.bytes.len() > HELD_MAX {
+                return Progress::Malformed("a first line that is too long");
+            }
         }
-        begun |= !matches!(byte, b'\r' | b'\n');
-        line.push(*byte);
-        if line.len() > HELD_MAX {
-            return Progress::Malformed("a first line that is too long");
-        }
-        if in_method && line.len() > METHOD_MAX && begun {
-            return Progress::Opaque(NO_REQUEST);
-        }
+        Progress::More
     }
-    Progress::More
 }
 
 fn is_method(b: u8) -> bool {
     b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b)
 }
 
+/// What some server takes for a space.
+fn is_space(b: u8) -> bool {
+    matches!(b, b' ' | b'\t' | 0x0b | 0x0c | 0x1c..=0x1f | 0x85 | 0xa0)
+}
+
 /// What a stream with this first line is.
-fn first_line(line: &[u8]) -> Progress {
-    let line = line.strip_suffix(b"\r").unwrap_or(line);
-    let version = line.iter().rposition(|b| *b == b' ').and_then(|at| line.get(at + 1..)).unwrap_or(&[]);
-    match version {
-        b"HTTP/2.0" => Progress::Opaque("HTTP/2 without TLS"),
-        v if v.len() > 5 && v.get(..5).is_some_and(|v| v.eq_ignore_ascii_case(b"HTTP/")) => Progress::Http,
-        _ => Progress::Opaque(NO_REQUEST),
+fn what_is(line: &[u8]) -> Progress {
+    if line.strip_suffix(b"\r").unwrap_or(line) == b"PRI * HTTP/2.0" {
+        Progress::Opaque("HTTP/2 without TLS")
+    } else if line.windows(5).any(|w| w.eq_ignore_ascii_case(b"HTTP/")) {
+        Progress::Http
+    } else {
+        Progress::Opaque(NO_REQUEST)
     }
 }

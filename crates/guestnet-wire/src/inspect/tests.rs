@@ -23,6 +23,11 @@ fn sni(name: &[u8]) -> (u16, Vec<u8>) {
     (0, [&(len + 3).to_be_bytes()[..], &[0], &len.to_be_bytes(), name].concat())
 }
 
+/// The extension supported_versions with TLS 1.3 and 1.2.
+fn tls13() -> (u16, Vec<u8>) {
+    (43, vec![4, 3, 4, 3, 3])
+}
+
 fn record(kind: u8, data: &[u8]) -> Vec<u8> {
     [&[kind, 3, 1][..], &(data.len() as u16).to_be_bytes(), data].concat()
 }
@@ -86,7 +91,14 @@ fn the_server_name_is_read_in_any_pieces() {
 fn names_are_compared_in_one_spelling() {
     assert_eq!(name_of(whole(&hello(b"OK.example."))).as_deref(), Some("ok.example"));
     assert_eq!(name_of(whole(&hello(b"xn--mnchen-3ya.example"))).as_deref(), Some("xn--mnchen-3ya.example"));
-    assert_eq!(name_of(whole(&hello(b"192.0.2.1"))).as_deref(), Some("192.0.2.1"));
+    for address in [&b"192.0.2.1"[..], b"2001:db8::1"] {
+        assert_eq!(name_of(whole(&hello(address))), None, "an address is no name");
+    }
+    let longest = [&[b'a'; 63][..], &[b'b'; 63], &[b'c'; 63], &[b'd'; 61]].join(&b'.');
+    assert_eq!(longest.len(), 253);
+    assert_eq!(name_of(whole(&hello(&longest))).unwrap().len(), 253);
+    let too_long = [&longest[..], b"d"].concat();
+    assert!(matches!(whole(&hello(&too_long)), Progress::Malformed(_)));
     assert_eq!(name_of(whole(&record(22, &hello_with(&[(10, vec![0, 2, 0, 29])])))), None);
     for wrong in [&b""[..], b"a..b", b"a\0b", "münchen.example".as_bytes(), b"a b", &[b'a'; 300], b"a,b"] {
         assert!(matches!(whole(&hello(wrong)), Progress::Malformed(_)), "{wrong:?}");
@@ -133,9 +145,10 @@ fn extensions_that_matter_are_seen() {
 #[test]
 fn a_second_hello_is_read_and_encrypted_data_ends_it() {
     let ccs = record(20, &[1]);
+    let first = record(22, &hello_with(&[sni(b"ok.example"), tls13()]));
     for (between, after) in [(vec![], vec![]), (ccs.clone(), vec![]), (vec![], ccs.clone())] {
         let mut s = Pieces::default();
-        assert!(matches!(s.feed(&hello(b"ok.example")), Progress::Tls(_)));
+        assert!(matches!(s.feed(&first), Progress::Tls(_)));
         assert_eq!(s.feed(&between), Progress::More);
         assert_eq!(name_of(s.feed(&hello(b"evil.example"))).as_deref(), Some("evil.example"));
         assert_eq!(s.feed(&after), Progress::More);
@@ -143,12 +156,40 @@ fn a_second_hello_is_read_and_encrypted_data_ends_it() {
     }
     // Bytes behind a hello are not taken with it.
     let mut s = Pieces::default();
-    assert!(matches!(s.feed(&[hello(b"ok.example"), ccs.clone()].concat()), Progress::Tls(_)));
+    assert!(matches!(s.feed(&[first, ccs.clone()].concat()), Progress::Tls(_)));
     assert_eq!(s.left, ccs);
     let second = hello(b"evil.example");
     assert_eq!(s.feed(&second[..40]), Progress::More);
     assert_eq!(s.inspector.pending(), 40, "what came before may pass");
     assert_eq!(name_of(s.feed(&second[40..])).as_deref(), Some("evil.example"));
+}
+
+/// A stream that has shown ok.example, with TLS 1.3 and 1.2 on offer, and has changed its cipher.
+fn changed_cipher(more: &[(u16, Vec<u8>)]) -> Pieces {
+    let mut s = Pieces::default();
+    let hello = hello_with(&[&[sni(b"ok.example"), tls13()], more].concat());
+    assert_eq!(name_of(s.feed(&record(22, &hello))).as_deref(), Some("ok.example"));
+    assert_eq!(s.feed(&record(20, &[1])), Progress::More);
+    s
+}
+
+#[test]
+fn a_second_hello_behind_a_change_of_cipher_is_not_taken_for_encrypted() {
+    let mut strange = hello_with(&[sni(b"evil.example")]);
+    strange[4..6].copy_from_slice(&[0xff, 0xff]); // servers look at supported_versions instead
+    let large = hello_with(&[sni(b"evil.example"), (21, vec![0; 60_000]), (51, vec![0; 5600])]);
+    for size in [1, 3, 5, 64, 16384] {
+        let last = changed_cipher(&[]).feed(&records(&strange, size));
+        assert_eq!(name_of(last).as_deref(), Some("evil.example"), "records of {size}");
+        let last = changed_cipher(&[]).feed(&records(&large, size.max(64)));
+        assert_eq!(last, Progress::Malformed("a ClientHello that is too long"));
+    }
+    // With early data a server passes over encrypted records, perhaps within a message too.
+    let (a, b) = strange.split_at(40);
+    let mut s = changed_cipher(&[(42, vec![])]);
+    assert_eq!(s.feed(&record(22, a)), Progress::More);
+    let last = s.feed(&[record(23, &[0; 40]), record(22, b)].concat());
+    assert!(matches!(last, Progress::Malformed(_)), "{last:?}");
 }
 
 #[test]
@@ -158,13 +199,20 @@ fn tls_1_2_goes_on_without_being_looked_at() {
     assert_eq!(s.feed(&record(22, &[16, 0, 0, 2, 0, 0])), Progress::Opaque("encrypted"));
     // A resumed session: Finished is encrypted, whatever its first byte.
     for first in [0, 1, 16] {
-        let mut s = Pieces::default();
-        s.feed(&hello(b"ok.example"));
-        assert_eq!(s.feed(&record(20, &[1])), Progress::More);
+        let mut s = changed_cipher(&[]);
         let mut finished = [0xa5; 32];
         finished[0] = first;
         assert_eq!(s.feed(&record(22, &finished)), Progress::Opaque("encrypted"), "{first}");
+        let mut s = Pieces::default();
+        s.feed(&[hello(b"ok.example"), record(20, &[1])].concat());
+        assert_eq!(s.feed(&[]), Progress::More);
+        assert_eq!(s.feed(&record(22, &finished)), Progress::Opaque("encrypted"), "no TLS 1.3");
     }
+    // It begins like a ClientHello by chance: the data behind it shows that it was none.
+    let mut s = changed_cipher(&[]);
+    let chance = [&[1, 3, 0xa5][..], &[0xa5; 37]].concat();
+    assert_eq!(s.feed(&record(22, &chance)), Progress::More);
+    assert_eq!(s.feed(&record(23, &[0; 64])), Progress::Opaque("encrypted"));
 }
 
 #[test]
@@ -200,9 +248,11 @@ fn other_protocols_are_opaque_as_soon_as_that_is_certain() {
         (b"EHLO client.example\r\n", "no request line"),
         (b"\0\0\0\x08\x04\xd2\x16\x2f", "no request line"),
         (b"PRI * HTTP/2.0\r\n", "HTTP/2 without TLS"),
+        (b"*1\r\n$4\r\nPING\r\n", "no request line"),
+        (b"GET /path\r\n", "no request line"),
         (b"GET key\r\n", "no request line"),
         (b"{\"json\": 1}", "no request line"),
-        (b"\x16\x02", "not TLS"),
+        (b"\x16\x10", "not TLS"),
         (b"\x80\x2e\x01", "no request line"),
     ] {
         assert_eq!(whole(bytes), Progress::Opaque(result), "{bytes:?}");
@@ -211,7 +261,27 @@ fn other_protocols_are_opaque_as_soon_as_that_is_certain() {
         assert_eq!(whole(bytes), Progress::More);
     }
     assert_eq!(whole(b"\r\n\r\nGET / HTTP/1.1\r\n"), Progress::Http);
-    assert_eq!(whole(b"GET / http/1.1\n"), Progress::Http, "it is for the reader of heads to refuse");
+    // Some server takes each of these for HTTP, so the reader of heads has to refuse them.
+    for line in [
+        &b"GET / http/1.1\n"[..],
+        b"GET / HTTP/1.1 \r\n",
+        b"GET / HTTP/1.1\t\r\r\n",
+        b"GET\t/\tHTTP/1.1\r\n",
+        b" GET / HTTP/1.1\r\n",
+        b"GET\xa0/\x1fHTTP/1.1\r\n",
+        b"GET / HTTP/2.0\r\n",
+        b"GET /\0 HTTP/1.1\r\n",
+        b"\rGET / HTTP/1.1\r\n",
+        &[&[b'A'; 300][..], b" / HTTP/1.1\r\n"].concat(),
+    ] {
+        assert_eq!(whole(line), Progress::Http, "{line:?}");
+        let head = [line, b"Host: ok.example\r\n\r\n"].concat();
+        let progress = HttpInspector::new().feed(&head).1;
+        let is_fine = line.starts_with(b"AAA");
+        assert_eq!(matches!(progress, HttpProgress::Malformed(_)), !is_fine, "{line:?}");
+    }
+    let versions = whole(&[22, 2, 0, 0, 5, 1, 0, 0, 1, 0]);
+    assert_eq!(versions, Progress::Malformed("a TLS record with a wrong version or length"));
     let long = [&b"GET /"[..], &[b'a'; HELD_MAX]].concat();
     assert!(matches!(whole(&long), Progress::Malformed(_)));
 }
@@ -266,6 +336,15 @@ fn shapes_that_servers_read_in_different_ways_are_malformed() {
         "GET http://evil.example HTTP/1.1\r\nHost:\r\n\r\n",
         "GET ftp://evil.example/ HTTP/1.1\r\nHost: ok.example\r\n\r\n",
         "GET http:// HTTP/1.1\r\nHost: ok.example\r\n\r\n",
+        "GET ht+tp://evil.example/ HTTP/1.1\r\nHost: ok.example\r\n\r\n",
+        "GET http:/evil.example/ HTTP/1.1\r\nHost: ok.example\r\n\r\n",
+        "GET http:evil.example/ HTTP/1.1\r\nHost: ok.example\r\n\r\n",
+        "GET evil.example/ HTTP/1.1\r\nHost: ok.example\r\n\r\n",
+        "GET evil.example:80 HTTP/1.1\r\nHost: ok.example\r\n\r\n",
+        "GET http://ok.example\\@evil.example/ HTTP/1.1\r\nHost: ok.example\r\n\r\n",
+        "GET / HTTP/1.1\nHost: ok.example\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: ok.example\r\nX: y\nContent-Length: 9\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: ok.example\r\n\n",
         "CONNECT ok.example:443 HTTP/1.1\r\nHost: ok.example\r\n\r\n",
         "connect ok.example:443 HTTP/1.1\r\nHost: ok.example\r\n\r\n",
         "PRI * HTTP/2.0\r\n\r\n",
@@ -297,6 +376,17 @@ fn an_upgrade_is_one_to_another_protocol_than_http() {
     assert!(!upgrade("websocket", "keep-alive"));
     assert!(!upgrade("h2c", "Upgrade, HTTP2-Settings"));
     assert!(!upgrade("websocket, HTTP/2.0", "Upgrade"));
+    assert!(!upgrade("h2c\r\nUpgrade: websocket", "Upgrade"), "the server may choose any");
+    assert!(!upgrade("websocket\r\nUpgrade: H2C-14", "Upgrade"));
+}
+
+#[test]
+fn only_the_first_request_of_a_connection_upgrades() {
+    let text = b"GET / HTTP/1.1\r\nHost: a.b\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n";
+    let mut http = HttpInspector::new();
+    let upgrades: Vec<bool> =
+        (0..3).map(|_| matches!(http.feed(text).1, HttpProgress::Head(h) if h.upgrade)).collect();
+    assert_eq!(upgrades, [true, false, false]);
 }
 
 /// A connection of three requests, and where the head of each ends.

@@ -4,13 +4,15 @@
 //! - The first message must be a ClientHello. It may be cut into records and segments anywhere.
 //! - After a HelloRetryRequest a second one follows, perhaps behind early data. So the reader goes on until the client
 //!   sends anything encrypted, or a handshake message that is no ClientHello.
-//! - After ChangeCipherSpec a handshake record of TLS 1.2 is encrypted. It is taken for a ClientHello only if it begins
-//!   like one.
+//! - After ChangeCipherSpec a handshake record is the encrypted end of a resumed session of TLS 1.2, or the second
+//!   ClientHello. It is taken for a ClientHello if TLS 1.3 was offered and its first two bytes fit. Where only they fit by
+//!   chance, the application data behind it says so: nothing may stand between the records of a ClientHello.
 //!
 //! Bounds: one message of at most [`HELD_MAX`] bytes is held. Early data is passed over up to the same number of bytes.
 
 use super::{HELD_MAX, Progress, host_name};
 use crate::be16;
+use std::net::IpAddr;
 
 /// Record types.
 const CHANGE_CIPHER_SPEC: u8 = 20;
@@ -20,24 +22,32 @@ const APPLICATION_DATA: u8 = 23;
 /// A record holds at most so many bytes of plaintext, and a little more encrypted (RFC 8446 5.1, 5.2).
 const PLAIN_MAX: usize = 1 << 14;
 const CIPHER_MAX: usize = PLAIN_MAX + 2048;
+/// An encrypted Finished of TLS 1.2 is not longer, with padding.
+const FINISHED_MAX: usize = 512;
 const CLIENT_HELLO: u8 = 1;
 
 /// Extensions.
 const SERVER_NAME: u16 = 0;
 const EARLY_DATA: u16 = 42;
+const SUPPORTED_VERSIONS: u16 = 43;
 const ENCRYPTED_CLIENT_HELLO: u16 = 0xfe0d;
 /// The extension of drafts before it.
 const ENCRYPTED_SERVER_NAME: u16 = 0xffce;
 
+/// The client waits for an answer to its ClientHello.
+const BEHIND: &str = "bytes behind a ClientHello in its record";
+
 /// What a ClientHello says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ClientHello {
-    /// The server name, in lower case and without a final dot.
+    /// The server name, in lower case and without a final dot. An address is none (RFC 6066 3).
     pub server_name: Option<Box<[u8]>>,
     /// It has the extension encrypted_client_hello: perhaps another name is hidden in it, or nothing (GREASE).
     pub ech: bool,
     /// It offers early data, which may follow at once.
     pub early_data: bool,
+    /// It offers TLS 1.3, so a second ClientHello may follow.
+    pub tls13: bool,
 }
 
 /// Reads a length and as many bytes; the rest is left.
@@ -63,7 +73,7 @@ impl ClientHello {
         if session.len() > 32 || suites.is_empty() || suites.len() % 2 != 0 || compression.is_empty() {
             return Err(SHORT);
         }
-        let mut hello = ClientHello { server_name: None, ech: false, early_data: false };
+        let mut hello = ClientHello { server_name: None, ech: false, early_data: false, tls13: false };
         if b.is_empty() {
             return Ok(hello);
         }
@@ -78,8 +88,9 @@ impl ClientHello {
             let data = vector(&mut extensions, 2).ok_or(SHORT)?;
             match kind {
                 SERVER_NAME if std::mem::replace(&mut has_name, true) => return Err("two server names"),
-                SERVER_NAME => hello.server_name = Some(server_name(data)?),
+                SERVER_NAME => hello.server_name = server_name(data)?,
                 EARLY_DATA => hello.early_data = true,
+                SUPPORTED_VERSIONS => hello.tls13 |= offers_tls13(data),
                 ENCRYPTED_CLIENT_HELLO | ENCRYPTED_SERVER_NAME => hello.ech = true,
                 _ => {}
             }
@@ -88,8 +99,14 @@ impl ClientHello {
     }
 }
 
+/// Whether a list of versions has TLS 1.3 or a draft of it (RFC 8446 4.2.1).
+fn offers_tls13(mut data: &[u8]) -> bool {
+    let versions = vector(&mut data, 1).unwrap_or(&[]);
+    versions.chunks_exact(2).any(|v| matches!(v, [3, 4..=255] | [0x7f, _]))
+}
+
 /// The name in the extension server_name (RFC 6066 3).
-fn server_name(mut data: &[u8]) -> Result<Box<[u8]>, &'static str> {
+fn server_name(mut data: &[u8]) -> Result<Option<Box<[u8]>>, &'static str> {
     const WRONG: &str = "a server name extension that is not one host name";
     let mut list = vector(&mut data, 2).ok_or(WRONG)?;
     let (kind, rest) = list.split_first().ok_or(WRONG)?;
@@ -98,7 +115,10 @@ fn server_name(mut data: &[u8]) -> Result<Box<[u8]>, &'static str> {
     if *kind != 0 || !list.is_empty() || !data.is_empty() {
         return Err(WRONG);
     }
-    host_name(name).ok_or("a server name that is no host name")
+    if std::str::from_utf8(name).is_ok_and(|text| text.parse::<IpAddr>().is_ok()) {
+        return Ok(None);
+    }
+    host_name(name).map(Some).ok_or("a server name that is no host name")
 }
 
 /// The client's side of a connection. See the module head.
@@ -118,6 +138,7 @@ pub(super) struct TlsReader {
     early_data: bool,
     early_bytes: usize,
     changed_cipher: bool,
+    tls13: bool,
     over: Option<Progress>,
 }
 
@@ -194,7 +215,12 @@ impl TlsReader {
             self.pending = 0;
         }
         match kind {
+            HANDSHAKE if self.missing().is_some_and(|missing| self.left > missing) => wrong(BEHIND),
             HANDSHAKE => Ok(()),
+            // It was no ClientHello, but began like one by chance.
+            APPLICATION_DATA if self.changed_cipher && !self.early_data && !self.message.is_empty() => {
+                Err(Progress::Opaque("encrypted"))
+            }
             _ if !self.message.is_empty() => wrong("a record in the middle of a handshake message"),
             _ if !self.after_hello => wrong("TLS that does not begin with a ClientHello"),
             CHANGE_CIPHER_SPEC if self.left == 1 => {
@@ -212,7 +238,8 @@ impl TlsReader {
     fn read_message(&mut self) -> Option<Progress> {
         let &kind = self.message.first()?;
         let whole = self.header_len == 5 && self.left == 0;
-        if self.after_hello && (kind != CLIENT_HELLO || self.changed_cipher && !self.begins_like_hello()?) {
+        let encrypted = self.changed_cipher && (!self.tls13 || self.message.get(1).is_some_and(|b| *b > 4));
+        if self.after_hello && (kind != CLIENT_HELLO || encrypted) {
             self.end(Progress::Opaque("encrypted"));
             return self.over.clone();
         }
@@ -220,8 +247,10 @@ impl TlsReader {
             self.end(Progress::Malformed("TLS that does not begin with a ClientHello"));
             return self.over.clone();
         }
-        let &[_, a, b, c] = self.message.first_chunk()?;
-        let length = 4 + (usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c));
+        let length = self.length()?;
+        if length > HELD_MAX && self.changed_cipher && self.message.len() <= FINISHED_MAX {
+            return None; // perhaps it is none
+        }
         if length > HELD_MAX {
             self.end(Progress::Malformed("a ClientHello that is too long"));
             return self.over.clone();
@@ -229,7 +258,7 @@ impl TlsReader {
         let body = self.message.get(4..length)?;
         // Nothing may follow in the same record: the client waits for an answer.
         let read = match ClientHello::parse(body) {
-            _ if self.message.len() > length || !whole => Err("bytes behind a ClientHello in its record"),
+            _ if self.message.len() > length || !whole => Err(BEHIND),
             read => read,
         };
         self.message = Vec::new();
@@ -237,7 +266,7 @@ impl TlsReader {
             Ok(hello) => {
                 (self.after_hello, self.changed_cipher, self.early_bytes) = (true, false, 0);
                 self.pending = 0;
-                self.early_data = hello.early_data;
+                (self.early_data, self.tls13) = (hello.early_data, hello.tls13);
                 Some(Progress::Tls(hello))
             }
             Err(why) => {
@@ -247,13 +276,14 @@ impl TlsReader {
         }
     }
 
-    /// Whether a handshake record behind ChangeCipherSpec begins as a ClientHello does; `None` while that is not known.
-    fn begins_like_hello(&self) -> Option<bool> {
-        let whole = self.header_len == 5 && self.left == 0;
-        match self.message.get(1..).and_then(|m| m.first_chunk()) {
-            Some(&[a, _, _, major, minor]) => Some(a == 0 && major == 3 && minor <= 4),
-            None if whole => Some(false),
-            None => None,
-        }
+    /// The length that a message says it has, with its header.
+    fn length(&self) -> Option<usize> {
+        let &[_, a, b, c] = self.message.first_chunk()?;
+        Some(4 + (usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c)))
+    }
+
+    /// Bytes of a message that have not come.
+    fn missing(&self) -> Option<usize> {
+        Some(self.length()?.saturating_sub(self.message.len()))
     }
 }
