@@ -105,9 +105,11 @@ if TYPE_CHECKING:
     from guestnet.errors import ForwardNotFound as ForwardNotFound
     from guestnet.errors import GuestnetError as GuestnetError
     from guestnet.errors import NotRunning as NotRunning
+    from guestnet.errors import PolicyError as PolicyError
     from guestnet.errors import PortInUse as PortInUse
     from guestnet.errors import TooManyFiles as TooManyFiles
     from guestnet.errors import UnsupportedError as UnsupportedError
+    from guestnet.model.denials import Denial as Denial
     from guestnet.model.events import AddressChanged as AddressChanged
     from guestnet.model.events import AddressSeen as AddressSeen
     from guestnet.model.events import EventsLost as EventsLost
@@ -143,6 +145,7 @@ if TYPE_CHECKING:
     from guestnet.model.spec_diff import ForwardRemoved as ForwardRemoved
     from guestnet.model.spec_diff import LeaseAdded as LeaseAdded
     from guestnet.model.spec_diff import LeaseRemoved as LeaseRemoved
+    from guestnet.model.spec_diff import PolicyChanged as PolicyChanged
     from guestnet.model.spec_diff import RecordsChanged as RecordsChanged
     from guestnet.model.spec_diff import SettingChanged as SettingChanged
     from guestnet.model.spec_diff import diff as diff
@@ -161,6 +164,9 @@ if TYPE_CHECKING:
     from guestnet.nat.engine import NatResults as NatResults
     from guestnet.nat.engine import PacketPool as PacketPool
     from guestnet.nat.engine import Ring as Ring
+    from guestnet.policy.policy import Decision as Decision
+    from guestnet.policy.policy import Policy as Policy
+    from guestnet.policy.rule import Rule as Rule
     from guestnet.runtime.attachments import Attachment as Attachment
     from guestnet.runtime.attachments import Listener as Listener
     from guestnet.runtime.attachments import MemoryAttachment as MemoryAttachment
@@ -192,6 +198,7 @@ _HOME = {
         "ForwardNotFound",
         "GuestnetError",
         "NotRunning",
+        "PolicyError",
         "PortInUse",
         "TooManyFiles",
         "UnsupportedError",
@@ -214,7 +221,10 @@ _HOME = {
         "PortClosed",
         "PortOpened",
     ),
+    "guestnet.model.denials": ("Denial",),
     "guestnet.model.handles": ("Handles",),
+    "guestnet.policy.policy": ("Decision", "Policy"),
+    "guestnet.policy.rule": ("Rule",),
     "guestnet.model.network_spec": ("EndpointSpec", "Spec"),
     "guestnet.model.spec_diff": (
         "Change",
@@ -224,6 +234,7 @@ _HOME = {
         "ForwardRemoved",
         "LeaseAdded",
         "LeaseRemoved",
+        "PolicyChanged",
         "RecordsChanged",
         "SettingChanged",
         "diff",

@@ -20,6 +20,10 @@ class ConfigError(GuestnetError, ValueError):
     """A setting or an argument is wrong. The message names it."""
 
 
+class PolicyError(ConfigError):
+    """A policy or a rule of one is wrong. The message names the file, the line and the rule."""
+
+
 class UnsupportedError(GuestnetError):
     """This system cannot do it. The message says what is missing."""
 

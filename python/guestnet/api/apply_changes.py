@@ -6,7 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
 from ipaddress import IPv4Address
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from guestnet.api.exact import exact
 from guestnet.errors import EndpointNotFound, ForwardNotFound, GuestnetError, UnsupportedError
@@ -20,12 +20,16 @@ from guestnet.model.spec_diff import (
     EndpointRemoved,
     ForwardAdded,
     ForwardRemoved,
+    PolicyChanged,
     RecordsChanged,
 )
 from guestnet.runtime.endpoint import Endpoint
 from guestnet.runtime.published.forward import Forward
 from guestnet.runtime.registry import NOWHERE, Registry
 from guestnet.runtime.services.service_host import Services
+
+if TYPE_CHECKING:
+    from guestnet.policy.policy import Policy
 
 _log = logging.getLogger("guestnet")
 
@@ -37,6 +41,11 @@ class ChangeTarget(Protocol):
 
     @property
     def forwards(self) -> Handles[Forward]: ...
+
+    @property
+    def policy(self) -> Policy | None: ...
+
+    async def aset_policy(self, policy: Policy | None) -> int: ...
 
     async def apublish(self, spec: str | ForwardSpec) -> Forward: ...
 
@@ -115,7 +124,7 @@ class ChangeApplier:
 
     def _ordered(self, changes: tuple[Change, ...]) -> list[Change]:
         going = [self._described(one.endpoint.id) for one in changes if isinstance(one, EndpointRemoved)]
-        ranks = {RecordsChanged: 0, ForwardRemoved: 1, ForwardAdded: 2, EndpointRemoved: 4}
+        ranks = {RecordsChanged: 0, PolicyChanged: 0, ForwardRemoved: 1, ForwardAdded: 2, EndpointRemoved: 4}
 
         def rank(change: Change) -> int:
             if not isinstance(change, EndpointAdded):
@@ -136,6 +145,10 @@ class ChangeApplier:
                     self._set_records(name, before)
 
                 return restore
+            case PolicyChanged(_, policy):
+                earlier = network.policy
+                await network.aset_policy(policy)
+                return partial(network.aset_policy, earlier)
             case ForwardRemoved(spec):
                 forward = self._published(spec)
                 again = exact(forward)

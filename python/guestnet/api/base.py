@@ -30,7 +30,8 @@ from guestnet.runtime.services.service_host import Services
 from guestnet.runtime.session import Session
 
 if TYPE_CHECKING:
-    pass
+    from guestnet.runtime.policy.denial_log import DenialLog
+    from guestnet.runtime.policy.policy_control import PolicyBook
 
 _T = TypeVar("_T")
 
@@ -48,6 +49,8 @@ class NetworkBase:
     """Attachments of this run, by port."""
     _ids: Ids
     _events: EventHub
+    _policies: PolicyBook
+    _denials: DenialLog
     _last_stats: NetworkStats
     """Those of the last run."""
     _process: int
@@ -88,7 +91,8 @@ class NetworkBase:
         session = self._running()
         if session is not None:
             control = session.control
-            tell = partial(control.plane.tell_flows, on, denials=on)
+            denials = on or not self._policies.is_empty
+            tell = partial(control.plane.tell_flows, on, denials=denials)
             if not control.post(tell):
                 with contextlib.suppress(RuntimeError):  # it has ended meanwhile
                     control.loop.call_soon_threadsafe(control.ensure, tell)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from guestnet.api.exact import exact
 from guestnet.api.guests import GuestMethods
 from guestnet.api.ports import PortMethods
+from guestnet.api.rules import RuleMethods
 from guestnet.control.portal import blocking
 from guestnet.errors import GuestnetError
 from guestnet.model.spec import NetMode
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from guestnet.model.spec_diff import Change
 
 
-class DescriptionMethods(GuestMethods, PortMethods):
+class DescriptionMethods(GuestMethods, PortMethods, RuleMethods):
     """The description of a network, and its state."""
 
     def spec(self) -> Spec:
@@ -42,6 +43,8 @@ class DescriptionMethods(GuestMethods, PortMethods):
         from guestnet.model.network_spec import Spec
 
         config = self._config
+        if self._policies.network != config.policy:
+            config = config.replace(policy=self._policies.network)
         if config.dns:
             config = config.replace(dns_records=self._services.dns.records())
         endpoints = [self._described(endpoint) for endpoint in self._own_endpoints()]
@@ -75,6 +78,8 @@ class DescriptionMethods(GuestMethods, PortMethods):
                 guests[one.mac] = (one.id, None if one.ip == NOWHERE else one.ip)
         own = self._own_endpoints()
         services, config = self._services, self._config
+        if self._policies.network != config.policy:
+            config = config.replace(policy=self._policies.network)
         return NetworkState(
             config,
             tuple(

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from guestnet.api.base import NetworkBase
 from guestnet.control.portal import blocking
-from guestnet.model.spec import NetMode, choice
+from guestnet.errors import EndpointNotFound
+from guestnet.model.spec import NetMode, checked_policy, choice
+
+if TYPE_CHECKING:
+    from guestnet.model.denials import Denial
+    from guestnet.policy.policy import Policy
 
 
 class RuleMethods(NetworkBase):
@@ -72,6 +78,66 @@ class RuleMethods(NetworkBase):
         return await self._do(self._live().rules.set_isolation(bool(isolated), _endpoint_ids(trusted)))
 
     set_isolation = blocking(aset_isolation)
+
+    @property
+    def policy(self) -> Policy | None:
+        """What guests may reach now; None: everything but the floor."""
+        return self._policies.network
+
+    async def aset_policy(
+        self, policy: Policy | Mapping[str, Any] | None, *, endpoint: str | None = None
+    ) -> int:
+        """Puts another policy in force, at once and as a whole.
+
+        Flows that it does not allow are cut: connections are reset at both ends. All of that has happened
+        when this returns. When it fails, the policy before it is in force.
+
+        Args:
+            policy: The policy, or a mapping with the keys of a policy file. None: no rules; for an endpoint,
+                those of the network.
+            endpoint: The id of an endpoint that gets rules of its own; None: the network.
+
+        Returns:
+            How many flows were cut.
+
+        Raises:
+            NotRunning: The network does not run.
+            EndpointNotFound: There is no such endpoint.
+            UnsupportedError: The network has the mode "bridged".
+            PolicyError: Something in the policy is wrong.
+
+        Example:
+            >>> from guestnet import NatNetwork, Policy, Rule
+            >>> with NatNetwork(policy=Policy("allow")) as network:
+            ...     cut = network.set_policy(Policy("deny", [Rule("allow", "pypi.org")]))
+            ...     print(network.policy)
+            1  allow pypi.org
+            -  deny everything else
+        """
+        wanted, session = checked_policy(policy), self._live()
+        if endpoint is not None and self._registry.get(endpoint) is None:
+            raise EndpointNotFound(f"There is no endpoint {endpoint!r}: create it first.")
+        return await self._do(session.policy.set(wanted, endpoint))
+
+    set_policy = blocking(aset_policy)
+
+    def denials(self, endpoint: str | None = None) -> list[Denial]:
+        """What was refused lately, oldest first. Equal denials are counted together.
+
+        Denials are noted while a policy is in force.
+
+        Args:
+            endpoint: Those of one guest alone.
+
+        Returns:
+            The denials, at most 256 of each guest.
+
+        Example:
+            >>> from guestnet import NatNetwork
+            >>> NatNetwork().denials()
+            []
+        """
+        return self._denials.recent(endpoint)
 
 
 def _endpoint_ids(value: object) -> frozenset[str]:

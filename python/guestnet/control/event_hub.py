@@ -203,10 +203,11 @@ class Emitter:
     def __init__(self, hub: EventHub) -> None:
         self._hub = weakref.ref(hub)
 
-    def __call__(self, kind: type[NetworkEvent], endpoint: str | None = None, **fields: Any) -> None:
+    def __call__(
+        self, kind: type[NetworkEvent], endpoint: str | None = None, **fields: Any
+    ) -> NetworkEvent | None:
         """As `EventHub.emit`; nothing happens when the network is gone."""
-        if (hub := self._hub()) is not None:
-            hub.emit(kind, endpoint, **fields)
+        return None if (hub := self._hub()) is None else hub.emit(kind, endpoint, **fields)
 
     def close(self) -> None:
         """As `EventHub.close`."""
@@ -271,7 +272,7 @@ class EventHub:
             elif isinstance(receiver, CallbackReceiver):
                 receiver.wait(max(0.0, deadline - time.monotonic()))
 
-    def emit(self, kind: type[NetworkEvent], endpoint: str | None = None, **fields: Any) -> None:
+    def emit(self, kind: type[NetworkEvent], endpoint: str | None = None, **fields: Any) -> NetworkEvent:
         """Makes an event and gives it to the receivers that want it."""
         event = kind(
             network=self._network,
@@ -283,6 +284,7 @@ class EventHub:
         for receiver in self._receivers:
             if receiver.wants(event):
                 receiver.put(event)
+        return event
 
     def _add(self, receiver: Receiver) -> None:
         self._receivers = (*self._receivers, receiver)

@@ -138,7 +138,8 @@ class Spec:
 
 def config_as_dict(config: NatConfig) -> dict[str, Any]:
     """The settings of a configuration as plain data."""
-    return {one.name: _plain(getattr(config, one.name)) for one in fields(config)}
+    found = {one.name: _plain(getattr(config, one.name)) for one in fields(config) if one.name != "policy"}
+    return found if config.policy is None else {**found, "policy": config.policy.to_dict()}
 
 
 def config_from_dict(data: object) -> NatConfig:

@@ -12,11 +12,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, NetmaskValueError, ip_address
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from guestnet.errors import ConfigError
 from guestnet.model.frozen import FrozenMapping
 from guestnet.model.ipam import format_mac, parse_mac
+
+if TYPE_CHECKING:
+    from guestnet.policy.policy import Policy
 
 MTU_LOWEST, MTU_HIGHEST = 68, 65520
 """The lowest by RFC 791, and the highest that TAP and virtio carry."""
@@ -274,6 +277,20 @@ def check_port_range(
     return first, last
 
 
+def checked_policy(value: object) -> Policy | None:
+    """A policy, or a mapping with the keys of a policy file. Raises ConfigError."""
+    if value is None:
+        return None
+    # Imported only where there is one.
+    from guestnet.policy.policy import Policy
+
+    if isinstance(value, Policy):
+        return value
+    if isinstance(value, Mapping):
+        return Policy.from_dict(value)
+    raise ConfigError(f"policy {value!r} is not a Policy: make one with Policy(...) or Policy.load(path).")
+
+
 def _guest_ports(value: object) -> tuple[int, int] | None:
     return None if value is None else check_port_range(value, "pcp_ports", "(40000, 40999)")
 
@@ -295,6 +312,8 @@ class NatConfig:
       that guests join. It then gives addresses and names; `subnet` and what belongs to it are not used.
     - `host_loopback`: guests reach the host's 127.0.0.1 at the last address of the subnet, which is then
       named `host.guestnet.internal`. It cannot be combined with the mode "host_only".
+    - `policy`: a `Policy`, or a mapping with the keys of a policy file; by default there are no rules besides
+      the floor. It cannot be combined with the mode "bridged".
     - `isolated`: guests open no flows to each other. It cannot be combined with the mode "bridged".
     - `filtering`: see `Filtering`.
     - `pcp_ports`: the first and the last port of the host that guests may open, by PCP or NAT-PMP; none by
@@ -345,6 +364,7 @@ class NatConfig:
     mode: NetMode
     host_loopback: bool
     isolated: bool
+    policy: Policy | None
     dhcp: bool
     dns: bool
     lease_time: int
@@ -383,6 +403,7 @@ class NatConfig:
         mode: str | NetMode = NetMode.NAT,
         host_loopback: bool = False,
         isolated: bool = False,
+        policy: Policy | Mapping[str, Any] | None = None,
         dhcp: bool = True,
         dns: bool = True,
         lease_time: int = 3600,
@@ -418,6 +439,7 @@ class NatConfig:
         put(self, "mode", choice(NetMode, "mode", mode))
         put(self, "host_loopback", _yes_or_no("host_loopback", host_loopback))
         put(self, "isolated", _yes_or_no("isolated", isolated))
+        put(self, "policy", checked_policy(policy))
         put(self, "bridge", self._segment(bridge))
         # The segment that is joined has its own.
         served = self.mode is not NetMode.BRIDGED
@@ -604,6 +626,11 @@ class NatConfig:
             raise ConfigError(
                 "With `mode='bridged'` guests are on a segment of the host, for which guestnet has no rules: "
                 "leave `isolated` out, and isolate them there."
+            )
+        if self.policy is not None:
+            raise ConfigError(
+                "With `mode='bridged'` guests are on a segment of the host, for which guestnet has no rules: "
+                "leave `policy` out, and filter there."
             )
         return bridge
 

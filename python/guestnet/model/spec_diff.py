@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from guestnet.model.forward_spec import ForwardSpec
 from guestnet.model.network_spec import EndpointSpec, Spec
 from guestnet.model.spec import NatConfig, StaticLease
+
+if TYPE_CHECKING:
+    from guestnet.policy.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,19 @@ class RecordsChanged(Change):
 
     def __str__(self) -> str:
         return f"set the records of {self.name!r} to {', '.join(self.new) or 'none'}"
+
+
+@dataclass(frozen=True)
+class PolicyChanged(Change):
+    """The policy of the network is another one. Flows that it does not allow are cut."""
+
+    old: Policy | None
+    new: Policy | None
+
+    def __str__(self) -> str:
+        if self.new is None:
+            return "take the policy back"
+        return f"put a policy of {len(self.new.rules)} rules in force"
 
 
 @dataclass(frozen=True)
@@ -142,6 +158,7 @@ def diff(old: Spec, new: Spec) -> list[Change]:
         *_settings(old.config, new.config),
         *_leases(old.config, new.config),
         *_records(old.config, new.config),
+        *_policy(old.config, new.config),
         *map(ForwardRemoved, removed),
         *_endpoints(old, new),
         *map(ForwardAdded, added),
@@ -151,7 +168,7 @@ def diff(old: Spec, new: Spec) -> list[Change]:
 def _settings(old: NatConfig, new: NatConfig) -> Iterator[Change]:
     for name in (one.name for one in fields(NatConfig)):
         before, after = getattr(old, name), getattr(new, name)
-        if before != after and name not in ("static_leases", "dns_records"):
+        if before != after and name not in ("static_leases", "dns_records", "policy"):
             yield SettingChanged(name, before, after)
 
 
@@ -165,6 +182,11 @@ def _records(old: NatConfig, new: NatConfig) -> Iterator[Change]:
         before, after = old.dns_records.get(name, ()), new.dns_records.get(name, ())
         if before != after:
             yield RecordsChanged(name, before, after)
+
+
+def _policy(old: NatConfig, new: NatConfig) -> Iterator[Change]:
+    if old.policy != new.policy:
+        yield PolicyChanged(old.policy, new.policy)
 
 
 def _endpoints(old: Spec, new: Spec) -> Iterator[Change]:

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Self
 from guestnet.api.description import DescriptionMethods
 from guestnet.api.monitoring import MonitoringMethods
 from guestnet.api.rings import RingMethods
-from guestnet.api.rules import RuleMethods
 from guestnet.control.event_hub import Emitter, EventHub
 from guestnet.control.portal import blocking, in_thread
 from guestnet.control.runtime import Runtime, implicit_runtime
@@ -29,6 +28,8 @@ from guestnet.model.handles import Ids
 from guestnet.model.spec import NatConfig
 from guestnet.model.stats import NetworkStats
 from guestnet.runtime.attachments import KeptAttachments, Listener
+from guestnet.runtime.policy.denial_log import DenialLog
+from guestnet.runtime.policy.policy_control import PolicyBook
 from guestnet.runtime.published.forward import Forward
 from guestnet.runtime.registry import Registry
 from guestnet.runtime.services.service_host import Services
@@ -42,7 +43,7 @@ _numbers = itertools.count(1)
 """Of networks without a name."""
 
 
-class NatNetwork(DescriptionMethods, RuleMethods, MonitoringMethods, RingMethods):
+class NatNetwork(DescriptionMethods, MonitoringMethods, RingMethods):
     """A network: one virtual segment with a gateway, its services, and a way out.
 
     `NatNetwork(subnet="10.9.0.0/24")` is short for `NatNetwork(NatConfig(subnet="10.9.0.0/24"))`: every
@@ -139,6 +140,8 @@ class NatNetwork(DescriptionMethods, RuleMethods, MonitoringMethods, RingMethods
         self._finalizer: weakref.finalize[[Session], NatNetwork] | None = None
         self._services = Services(self._config, self._registry)
         self._session: Session | None = None
+        self._policies = PolicyBook(self._config.policy)
+        self._denials = DenialLog()
         self._changing = threading.Lock()
         self._ids = Ids()
         self._runs = 0
@@ -208,6 +211,8 @@ class NatNetwork(DescriptionMethods, RuleMethods, MonitoringMethods, RingMethods
                     ids=self._ids,
                     run=self._runs,
                     doors=self._doors,
+                    policies=self._policies,
+                    denials=self._denials,
                     kept=self._kept,
                 )
             )

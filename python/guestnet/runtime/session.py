@@ -50,6 +50,8 @@ from guestnet.model.stats import ConnTrackStats, FlowRecord, NatStats, NetworkSt
 from guestnet.runtime.attachments import Attachment, KeptAttachments, Listener, MemoryAttachment
 from guestnet.runtime.capture import Capture
 from guestnet.runtime.endpoint import Endpoint
+from guestnet.runtime.policy.denial_log import DenialLog
+from guestnet.runtime.policy.policy_control import PolicyBook, PolicyControl
 from guestnet.runtime.port_table import PortTable
 from guestnet.runtime.published.forward import Forward
 from guestnet.runtime.published.publishing import Publishing
@@ -113,6 +115,8 @@ class SessionParts(FrozenRecord):
     run: int
     """Counts the starts of the network."""
     doors: Doors
+    policies: PolicyBook
+    denials: DenialLog
     kept: KeptAttachments
     """Held weakly."""
 
@@ -146,6 +150,9 @@ class Session:
             parts.services, config, registry, control, self.publishing, self._ports, parts.emit
         )
         self.rules = Rules(config, control, self._ports, self._services.mode_changed)
+        self._denials = parts.denials
+        self._has_policy = not parts.policies.is_empty
+        self.policy = PolicyControl(parts.policies, config.mode, control, self._ports, self._policy_in_force)
 
     # --- beginning and end ---
 
@@ -153,7 +160,9 @@ class Session:
         """Makes the network that the configuration describes."""
         control = self.control
         wanted = self.emit.wants_flows
-        await control.do(control.plane.tell_flows, wanted, denials=wanted)
+        await control.do(control.plane.tell_flows, wanted, denials=wanted or self._has_policy)
+        # Before the first guest has a port.
+        await self.policy.open()
         if self.config.uplink is Uplink.TUN:
             await self._open_uplink()
         if self.config.mode is NetMode.BRIDGED:
@@ -165,6 +174,11 @@ class Session:
             self.registry.set_attachment(endpoint.id, None)
             await self._add_port(endpoint)
         await self._services.open()
+
+    def _policy_in_force(self, on: bool) -> None:
+        if on != self._has_policy:
+            self._has_policy, flows = on, self.emit.wants_flows
+            self.control.ensure(self.control.plane.tell_flows, flows, denials=flows or on)
 
     async def _join_segment(self) -> None:
         from guestnet._linux.segment import join
@@ -200,12 +214,14 @@ class Session:
         """Ends what has an end: the capture is written, services are closed, sockets are removed."""
         for listener in self._listeners.values():
             listener.unlink()
+        self.policy.close()
         if self.capture.is_running:
             await self.capture.stop()
         await asyncio.wait_for(self._services.close(), _END_SECONDS)
 
     def closed(self) -> None:
         """After the end: guests of listeners are gone, others stay for the next start."""
+        self.policy.close()
         if self.uplink is not None:
             self.uplink.close()
         self.registry.moved = lambda _endpoint, _old: None
@@ -247,6 +263,7 @@ class Session:
         port = self._ports.number()
         self._ports.add(port, endpoint.id)
         self.rules.port_added(endpoint.id)
+        self.policy.port_added(endpoint.id)
         mac = None if self.registry.is_proposed(endpoint.id) else parse_mac(endpoint.mac)
         addresses = [] if self.config.mode is NetMode.BRIDGED else [endpoint.ip]
         return port, {"mac": mac, "addresses": addresses, "mtu": self.config.mtu}
@@ -511,6 +528,7 @@ class Session:
         self.registry.set_attachment(endpoint.id, listener.kind)
         self._ports.add(port, endpoint.id)
         self.rules.port_added(endpoint.id)
+        self.policy.port_added(endpoint.id)
         if self.config.mode is not NetMode.BRIDGED:
             self.control.ensure(self.control.plane.bind_address, port, endpoint.ip, mac)
         self.publishing.refresh()
@@ -582,7 +600,7 @@ class Session:
         )
 
     def _on_flow_denied(self, event: _native.FlowDenied) -> None:
-        self.emit(
+        denied = self.emit(
             FlowDenied,
             self._ports.endpoint(event.port),
             direction=event.direction,
@@ -595,6 +613,8 @@ class Session:
             reason=event.reason,
             unreported=event.unreported,
         )
+        if denied is not None and self._has_policy:
+            self._denials.note(denied)
 
     def _name_of(self, address: IPv4Address | IPv6Address) -> str | None:
         """The name of an address in the network's zone."""

@@ -46,8 +46,8 @@ AddGuest = Callable[..., Guest]
 
 
 def add_memory_guest(network: NatNetwork, name: str) -> Guest:
-    """An endpoint with a guest in memory that has its address already."""
-    endpoint = network.create_endpoint(name)
+    """An endpoint with a guest in memory that has its address already. The endpoint may be there."""
+    endpoint = network.get_endpoint(name) or network.create_endpoint(name)
     guest = Guest(parse_mac(endpoint.mac), lambda frame: attachment.send(frame))  # noqa: PLW0108
     attachment = network.attach(name, "memory", on_frame=guest.receive)
     guest.address = IPv4Interface((endpoint.ip, network.config.prefix_len))

@@ -152,7 +152,8 @@ impl<E: Effects> Context<'_, E> {
             (to, tuple.reversed())
         } else {
             let request = tuple.request(self.endpoint(from.slot));
-            if let Verdict::Deny { reason, rule } = self.policy.judge(&request) {
+            let to = to.map(|to| self.endpoint(to));
+            if let Verdict::Deny { reason, rule } = self.policy.judge_between(&request, to) {
                 return Err(self.deny(from, frame, p, &request, reason, rule));
             }
             self.policy.conversations.note(from.slot, tuple, generation);
@@ -198,8 +199,11 @@ impl<E: Effects> Context<'_, E> {
             let endpoint = self.endpoint(opener);
             // Taken out, so that the rules can be asked.
             let mut conversations = self.policy.conversations.take();
-            let policy = &*self.policy;
-            let allowed = |t: &Tuple| matches!(policy.judge(&t.request(endpoint)), Verdict::Allow { .. });
+            let (policy, lan) = (&*self.policy, &*self.link.lan);
+            let allowed = |t: &Tuple| {
+                let to = lan.neighbour(t.other.ip()).and_then(|b| lan.port(b.slot)).map(|p| p.id);
+                matches!(policy.judge_between(&t.request(endpoint), to), Verdict::Allow { .. })
+            };
             budget.done += conversations.judge_again(opener, policy.generation(), allowed);
             self.policy.conversations = conversations;
             slot = opener + 1;

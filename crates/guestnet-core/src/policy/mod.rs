@@ -122,6 +122,21 @@ impl Policy {
         self.judge_with(request, Evidence::NONE)
     }
 
+    /// Decides about a flow between guests. `to` is the port of the guest that it goes to, where that is known.
+    #[must_use]
+    pub fn judge_between(&self, request: &Request, to: Option<PortId>) -> Verdict {
+        let (verdict, destination) = (self.rules.judge(request), request.destination);
+        let (Some(table), Verdict::Allow { .. }) = (self.tables.of(request.endpoint), verdict) else {
+            return verdict;
+        };
+        match table.judge_guests(request.endpoint, to, request.protocol, destination) {
+            Some((Action::Deny, rule)) => {
+                Verdict::Deny { reason: DropReason::Policy, rule: RuleId::owner(rule) }
+            }
+            Some((Action::Allow | Action::Ask, _)) | None => verdict,
+        }
+    }
+
     /// Decides about a flow.
     #[inline]
     #[must_use]
@@ -190,12 +205,7 @@ impl Policy {
                     Some((Action::Allow | Action::Ask, _)) | None => built_in,
                 }
             }
-            (Direction::BetweenGuests, Verdict::Allow { .. }) => {
-                match table.judge_guests(r.endpoint, None, r.protocol, destination) {
-                    Some((Action::Deny, rule)) => Verdict::Deny { reason, rule: RuleId::owner(rule) },
-                    Some((Action::Allow | Action::Ask, _)) | None => built_in,
-                }
-            }
+            (Direction::BetweenGuests, _) => self.judge_between(r, None),
             _ => built_in,
         }
     }

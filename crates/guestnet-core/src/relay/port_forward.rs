@@ -145,7 +145,7 @@ impl Relay {
         }
         let name = cx.policy.client_name(client.ip());
         let key = Key { slot: binding.slot, proto, guest, remote: SocketAddr::new(name, client.port()) };
-        let (ticket, rule) = match cx.inbound(spec.entry, proto, key.remote, guest, &binding) {
+        let (ticket, rule) = match cx.inbound(spec.entry, proto, client, guest, &binding) {
             // Only flows to the outside are inspected or asked about.
             Verdict::Allow { rule, .. } | Verdict::Inspect { rule, .. } | Verdict::Ask { rule, .. } => {
                 (None, rule)

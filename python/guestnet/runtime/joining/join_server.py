@@ -208,7 +208,7 @@ class JoinServer:
         if guest.endpoint is not None:
             raise ConfigError("This connection has a guest already: make another one.")
         network, config = self._network, self._network.config
-        wanted = {name: message.get(name) for name in ("mac", "ip", "hostname")}
+        wanted: dict[str, Any] = {name: message.get(name) for name in ("mac", "ip", "hostname")}
         if (name := message.get("id")) is not None:
             endpoint = network.create_endpoint(name, **wanted)
         else:

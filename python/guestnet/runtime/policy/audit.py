@@ -88,7 +88,8 @@ class AuditLog:
         ...     log = AuditLog(f"{directory}/audit.jsonl")
         ...     log.note(EventsLost(network="lab", time=0.0, count=3))
         ...     log.close()
-        ...     print(open(f"{directory}/audit.jsonl").read(), end="")
+        ...     with open(f"{directory}/audit.jsonl") as file:
+        ...         print(file.read(), end="")
         {"time": "1970-01-01T00:00:00.000Z", "network": "lab", "event": "lost", "count": 3}
     """
 
