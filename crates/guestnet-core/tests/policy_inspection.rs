@@ -8,8 +8,9 @@ mod net;
 
 use guestnet_core::effects::{Close, Event, SockError};
 use guestnet_core::nat::NatEngineConfig;
-use guestnet_core::policy::spec::{Action, Destination, Ech, NameMatch, PolicyOptions, RuleSpec};
+use guestnet_core::policy::spec::{Action, Destination, Ech, NameMatch, PolicyOptions, Refuse, RuleSpec};
 use guestnet_core::stats::DropReason;
+use guestnet_wire::icmp;
 use guestnet_wire::tcp::{Tcp, flags};
 use inspection_support::*;
 use net::*;
@@ -155,6 +156,15 @@ fn an_address_that_is_not_pinned_is_refused_at_the_syn() {
     let told = n.ask(B, syn(B, 4000, OK_TLS));
     assert_eq!(Tcp::parse(read(&told[0]).l4()).unwrap().flags, flags::RST | flags::ACK);
     assert!(n.fx.connects.is_empty());
+}
+
+#[test]
+fn a_connect_is_refused_by_icmp_where_the_owner_says_so() {
+    let mut n = Net::new();
+    let options = PolicyOptions { refuse: Refuse::Prohibited, ..PolicyOptions::default() };
+    n.core.set_rules(n.now, None, Some(table(Action::Deny, vec![allow("ok.example")], options)));
+    let told = n.ask(A, syn(A, 4000, OK_TLS));
+    assert_eq!(read(&told[0]).icmp(), (icmp::UNREACHABLE, icmp::unreachable::ADMIN_PROHIBITED));
 }
 
 #[test]

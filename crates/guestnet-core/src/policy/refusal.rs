@@ -4,6 +4,7 @@
 //! | packet | answer |
 //! |---|---|
 //! | TCP | a reset from the address that it was sent to |
+//! | a connect, where the policy says `refuse = "prohibited"` | ICMP 3/13 |
 //! | TCP to an address that nothing may come from (loopback, reserved) | ICMP 3/13 |
 //! | UDP, echo and other protocols | ICMP 3/13, "administratively prohibited"; ICMPv6 1/1 |
 //! | anything to an address of the subnet that no guest has | as above, but "host unreachable" (ICMP 3/1, ICMPv6 1/3) |
@@ -17,9 +18,10 @@ use crate::interface::effects::Effects;
 use crate::interface::stats::DropReason;
 use crate::l2::lan::Sender;
 use crate::l3::icmp_error::IcmpError;
+use crate::policy::spec::Refuse;
 use crate::policy::verdict::{Request, RuleId};
 use guestnet_wire::parse::Packet;
-use guestnet_wire::tcp::Tcp;
+use guestnet_wire::tcp::{Tcp, flags};
 use guestnet_wire::{icmp, proto};
 
 impl<E: Effects> Context<'_, E> {
@@ -34,7 +36,9 @@ impl<E: Effects> Context<'_, E> {
         rule: RuleId,
     ) -> DropReason {
         self.report(from.slot, request, reason, rule);
-        self.refuse(from, frame, p, reason)
+        let by_icmp =
+            self.policy.table(request.endpoint).is_some_and(|t| t.options().refuse == Refuse::Prohibited);
+        self.answer_refused(from, frame, p, reason, by_icmp)
     }
 
     /// Tells a guest that a packet of it is refused. Returns `reason`.
@@ -45,7 +49,20 @@ impl<E: Effects> Context<'_, E> {
         p: &Packet,
         reason: DropReason,
     ) -> DropReason {
+        self.answer_refused(from, frame, p, reason, false)
+    }
+
+    /// `by_icmp`: a connect is answered by ICMP, not by a reset.
+    fn answer_refused(
+        &mut self,
+        from: Sender,
+        frame: &[u8],
+        p: &Packet,
+        reason: DropReason,
+        by_icmp: bool,
+    ) -> DropReason {
         if let Some(segment) = segment(frame, p)
+            && !(by_icmp && opens(&segment))
             && self.gateway.may_reset_from(&self.link, p.dst)
         {
             return self.gateway.reset(&mut self.link, from, p, &segment, reason);
@@ -57,6 +74,11 @@ impl<E: Effects> Context<'_, E> {
         self.gateway.icmp_error(&mut self.link, from, frame, p, IcmpError::unreachable(code));
         reason
     }
+}
+
+/// Whether a segment opens a connection. The sender of any other takes one for open, and ICMP would not end it.
+fn opens(segment: &Tcp) -> bool {
+    segment.flags & (flags::SYN | flags::ACK | flags::RST | flags::FIN) == flags::SYN
 }
 
 /// The TCP header of a packet.

@@ -12,7 +12,6 @@ use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, Time};
 use crate::policy::RuleId;
 use crate::relay::Relay;
-use crate::relay::inspection::Inspection;
 use crate::relay::tcp::Fate;
 use crate::tables::flow::{Chain, Flow, Key, State};
 use crate::util::account::count;
@@ -78,7 +77,7 @@ impl Relay {
         let rule = flow.rule;
         let id = self.flows.insert(flow);
         if !inbound && rule != RuleId::NONE {
-            self.note_evidence(cx, id.index, inspect.map(|strict| Inspection::new(rule, strict)));
+            self.note_evidence(cx, id.index, inspect);
         }
         if let Some(g) = self.guests.get_mut(slot) {
             if tcp {
@@ -181,6 +180,20 @@ impl Relay {
         }
     }
 
+    /// Closes the socket of a mapping that has no flow.
+    pub(super) fn close_empty<E: Effects>(&mut self, cx: &mut Context<'_, E>, mapping: u32) {
+        let Some(State::Mapping { flows, sock }) = self.flows.at(mapping).map(|m| &m.state) else { return };
+        let sock = *sock;
+        if flows.len == 0
+            && let Some(m) = self.flows.remove(mapping)
+        {
+            cx.link.fx.close(sock, Close::Graceful);
+            if let Some(g) = self.guests.get_mut(m.key.slot) {
+                g.sockets = g.sockets.saturating_sub(1);
+            }
+        }
+    }
+
     /// Puts a flow on the list of its mapping.
     pub(super) fn join_mapping(&mut self, index: u32, mapping: u32) {
         let Some(remote) = self.flows.at(index).map(|f| f.key.remote.ip()) else { return };
@@ -274,6 +287,7 @@ impl Relay {
                 let at = f.expires;
                 self.wake_at(index, at);
             }
+            State::Held { .. } => self.datagrams_due(cx, index),
             _ => self.close_flow(cx, index),
         }
     }

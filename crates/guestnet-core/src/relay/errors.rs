@@ -23,7 +23,7 @@ use guestnet_wire::{be16, be32, checksum, icmp, ipv4, proto, put, udp};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 /// Payload that an error quotes at most: 576 bytes less both pairs of headers.
-const QUOTED: usize = 576 - 28 - 28;
+pub(super) const QUOTED: usize = 576 - 28 - 28;
 
 impl Relay {
     /// Handles an error of the kernel about something that a guest sent: the guest gets an ICMP error.
@@ -190,7 +190,13 @@ pub(super) fn v4(ip: IpAddr) -> Option<Ipv4Addr> {
 }
 
 /// Writes the guest's packet to the front of `b`, as far as it is known; returns its length.
-fn requote(b: &mut [u8], key: &Key, id: u16, err: &DatagramError<'_>, payload: &[u8]) -> Option<usize> {
+pub(super) fn requote(
+    b: &mut [u8],
+    key: &Key,
+    id: u16,
+    err: &DatagramError<'_>,
+    payload: &[u8],
+) -> Option<usize> {
     let (src, dst) = (v4(key.guest.ip())?, v4(key.remote.ip())?);
     let len = payload.len().saturating_add(udp::LEN);
     // The full length, though only a part may be quoted.

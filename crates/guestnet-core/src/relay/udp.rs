@@ -33,6 +33,8 @@ pub(super) enum Way {
     Mapping(u32, SocketAddr),
     /// Through a forward's socket, to this client.
     Forward(SockId, SocketAddr),
+    /// It has to be read first.
+    Read,
 }
 
 impl Relay {
@@ -78,7 +80,11 @@ impl Relay {
             return Ok(None);
         }
         let admitted = cx.outbound(from, frame, p, remote)?;
-        match self.open_datagram(cx, key, from.mac, admitted) {
+        let opened = match admitted.inspect {
+            None => self.open_datagram(cx, key, from.mac, admitted),
+            Some(_) => self.open_held(cx, key, from.mac, admitted),
+        };
+        match opened {
             Ok(index) => self.send_datagram(cx, index, from, frame, p, segment).map(|()| None),
             Err(Refused(why, e)) => Err(cx.gateway.refuse(&mut cx.link, from, frame, p, why, e)),
         }
@@ -92,13 +98,30 @@ impl Relay {
         mac: Mac,
         Admitted { target, rule, .. }: Admitted,
     ) -> Result<u32, Refused> {
+        let mapping = self.shared_mapping(cx, key, mac, target)?;
+        let admitted = cx.policy.generation();
+        let state = State::Datagram { mapping, target, ip_id: 0, watched: false };
+        let flow = Flow::new(key, mac, Direction::Outbound, admitted, cx.link.now, state).by(rule);
+        let id = self.open_flow(cx, flow, None);
+        self.join_mapping(id.index, mapping);
+        Ok(id.index)
+    }
+
+    /// The mapping of a guest's address and port, with its socket, which is opened if it is new.
+    pub(super) fn shared_mapping<E: Effects>(
+        &mut self,
+        cx: &mut Context<'_, E>,
+        key: Key,
+        mac: Mac,
+        target: SocketAddr,
+    ) -> Result<u32, Refused> {
         let shared = Key::mapping(key.slot, key.proto, key.guest);
         let admitted = cx.policy.generation();
         let prohibited = IcmpError::unreachable(icmp::unreachable::ADMIN_PROHIBITED);
         let new = self.flows.find(&shared).is_none();
         self.admit(cx, key.slot, new).map_err(|why| Refused(why, prohibited))?;
         // Making room may have closed the mapping and its socket: then there is room for a new one.
-        let mapping = match self.flows.find(&shared) {
+        Ok(match self.flows.find(&shared) {
             Some(mapping) => mapping,
             None => {
                 let id = self.flows.next_id();
@@ -115,12 +138,7 @@ impl Relay {
                 let flow = Flow::new(shared, mac, Direction::Outbound, admitted, cx.link.now, state);
                 self.flows.insert(flow).index
             }
-        };
-        let state = State::Datagram { mapping, target, ip_id: 0 };
-        let flow = Flow::new(key, mac, Direction::Outbound, admitted, cx.link.now, state).by(rule);
-        let id = self.open_flow(cx, flow, None);
-        self.join_mapping(id.index, mapping);
-        Ok(id.index)
+        })
     }
 
     /// Sends a guest's datagram on its flow.
@@ -156,6 +174,7 @@ impl Relay {
             Some(Way::Forward(sock, client)) => payload
                 .chunks(usize::from(segment))
                 .try_for_each(|piece| cx.link.fx.udp_send_forward(sock, client, piece)),
+            Some(Way::Read) => return self.read_datagrams(cx, index, from, frame, p, segment),
             None => Err(SockError::Other(0)),
         };
         self.touch(cx.link.now, index);
@@ -173,8 +192,11 @@ impl Relay {
         count_bytes(&mut f.bytes_out, bytes);
         f.packets_out = f.packets_out.saturating_add(1);
         match &mut f.state {
-            State::Datagram { mapping, target, ip_id } => {
+            State::Datagram { mapping, target, ip_id, watched } => {
                 *ip_id = id;
+                if *watched {
+                    return Some(Way::Read);
+                }
                 let way = (*mapping, *target);
                 if let Some(m) = self.flows.at_mut(way.0) {
                     m.mac = mac;
@@ -182,6 +204,10 @@ impl Relay {
                 Some(Way::Mapping(way.0, way.1))
             }
             State::Forwarded { sock, client, .. } => Some(Way::Forward(*sock, *client)),
+            State::Held { ip_id, .. } => {
+                *ip_id = id;
+                Some(Way::Read)
+            }
             _ => None,
         }
     }

@@ -104,6 +104,15 @@ pub enum State {
         target: SocketAddr,
         /// Identification of the guest's last packet, for the quotation in an ICMP error.
         ip_id: u16,
+        /// Datagrams are looked at before they are sent, because of the name that the flow showed.
+        watched: bool,
+    },
+    /// UDP whose datagrams are held until the name is known that they show. It has no socket.
+    Held {
+        /// Where it will go.
+        target: SocketAddr,
+        /// As above.
+        ip_id: u16,
     },
     /// UDP of a client outside, through a forward.
     Forwarded {

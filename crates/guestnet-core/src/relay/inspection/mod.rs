@@ -4,18 +4,21 @@
 //! - **TCP** ([`stream`]): the state machine holds back what the guest sends ([`crate::relay::tcp::Held`]), and reads
 //!   nothing from the server where the verdict is strict. [`conversation`] reads the name of TLS, or the host of each
 //!   request of HTTP/1. Allowed, the bytes go on, and a flow that shows no more names is an ordinary one from then on.
+//! - **UDP** ([`datagrams`]): datagrams are held until the ClientHello of a QUIC connection is there, then sent in their
+//!   order. Another connection from the same port is read anew.
 //! - A guest has [`WAIT_MS`] for a ClientHello or a request head, once the server has answered and once it has begun. One
 //!   that says nothing shows no name. One that stops in the middle, or breaks the rules of the protocol, is refused:
 //!   the server may understand what is not understood here.
-//! - A refused flow hears why: TLS gets the alert access_denied, HTTP a response with status 403, everything else a reset.
-//!   The server gets a reset, or the end of the requests that were allowed.
+//! - A refused flow hears why: TLS gets the alert access_denied, HTTP a response with status 403, other TCP a reset, and
+//!   UDP an ICMP error. The server gets a reset, or the end of the requests that were allowed.
 //! - **Evidence**: the names that are known of a flow are kept beside its record while it lives, and keep its pins alive. A
 //!   change of the rules judges it again with what it has shown.
 //!
-//! Bounds: 64 KiB of a flow are held back, within the guest's budget of buffered bytes. Only flows under rules about names
+//! Bounds: 64 KiB of a TCP flow and 32 KiB of a UDP flow are held back, within the guest's budget of buffered bytes. Only flows under rules about names
 //! have anything here.
 
 mod conversation;
+mod datagrams;
 mod refused;
 mod stream;
 
@@ -23,8 +26,9 @@ use crate::context::Context;
 use crate::interface::types::PortId;
 use crate::policy::{Generation, Request, RuleId, Shown, Verdict};
 use crate::relay::Relay;
-use crate::tables::flow::{Flow, Key};
+use crate::tables::flow::{Flow, Key, State};
 use conversation::Conversation;
+use datagrams::Datagrams;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -40,8 +44,10 @@ pub(super) struct Evidence {
     pub shown: Option<Arc<str>>,
     /// The pins of the address live as long as the flow.
     holds_pins: bool,
-    /// It is read on.
+    /// TCP: it is read on.
     inspection: Option<Box<Inspection>>,
+    /// UDP: its datagrams are read.
+    datagrams: Option<Box<Datagrams>>,
 }
 
 /// What a flow's conversation is read for.
@@ -71,21 +77,23 @@ fn text(name: &[u8]) -> Arc<str> {
 }
 
 impl Relay {
-    /// A flow of a guest to the outside is in the table: notes what is known of it by name.
-    pub(super) fn note_evidence<E>(
-        &mut self,
-        cx: &mut Context<'_, E>,
-        index: u32,
-        inspection: Option<Inspection>,
-    ) {
-        let Some(Key { slot, remote, .. }) = self.flows.at(index).map(|f| f.key) else { return };
+    /// A flow of a guest to the outside is in the table: notes what is known of it by name. `inspect` is as in
+    /// [`crate::policy::Admitted`].
+    pub(super) fn note_evidence<E>(&mut self, cx: &mut Context<'_, E>, index: u32, inspect: Option<bool>) {
+        let Some(f) = self.flows.at(index) else { return };
+        let (Key { slot, remote, .. }, rule) = (f.key, f.rule);
+        let is_tcp = matches!(f.state, State::Tcp(_));
         let name = cx.policy.pins.of(slot, remote.ip()).first().map(|n| text(n.as_bytes()));
-        if name.is_none() && inspection.is_none() {
+        if name.is_none() && inspect.is_none() {
             return;
         }
         let holds_pins = name.is_some() && cx.policy.pins.hold(slot, remote.ip());
-        let inspection = inspection.map(Box::new);
-        let evidence = Evidence { name, shown: None, holds_pins, inspection };
+        let (inspection, datagrams) = match inspect {
+            Some(strict) if is_tcp => (Some(Box::new(Inspection::new(rule, strict))), None),
+            Some(_) => (None, Some(Box::new(Datagrams::new(rule)))),
+            None => (None, None),
+        };
+        let evidence = Evidence { name, shown: None, holds_pins, inspection, datagrams };
         self.evidence.insert(index, Box::new(evidence));
     }
 
@@ -107,6 +115,9 @@ impl Relay {
         if let Some(inspection) = &mut known.inspection {
             self.charge_inspection(slot, inspection, 0);
         }
+        if let Some(datagrams) = &known.datagrams {
+            self.release_datagrams(slot, datagrams);
+        }
         (known.name, known.shown.filter(|s| !s.is_empty()))
     }
 
@@ -126,7 +137,9 @@ impl Relay {
 
     /// Whether what a flow shows is still read.
     pub(super) fn is_inspected(&self, index: u32) -> bool {
-        self.evidence.get(&index).is_some_and(|e| e.inspection.is_some())
+        let reads =
+            |e: &Evidence| e.inspection.is_some() || e.datagrams.as_ref().is_some_and(|d| d.is_reading());
+        self.evidence.get(&index).is_some_and(|e| reads(e))
     }
 
     /// What is known of a flow: the name of its address, and the name that it showed.
