@@ -99,6 +99,7 @@ pub fn hello_message(name: Option<&str>, fill: usize) -> Vec<u8> {
         extensions.extend_from_slice(data);
     };
     add(51, &vec![1; fill]);
+    add(43, &[2, 3, 4]);
     if let Some(name) = name {
         let len = name.len() as u16;
         add(0, &[&(len + 3).to_be_bytes()[..], &[0], &len.to_be_bytes(), name.as_bytes()].concat());
