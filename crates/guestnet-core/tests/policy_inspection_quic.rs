@@ -1,5 +1,5 @@
 //! QUIC under rules about names: datagrams are held until the ClientHello is there. The packets were made with aioquic
-//! (`guestnet-wire`, `inspect/quic/data`).
+//! (`inspection_support/quic`).
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
@@ -17,7 +17,7 @@ use net::*;
 
 macro_rules! data {
     ($name:literal) => {
-        &include_bytes!(concat!("../../guestnet-wire/src/inspect/quic/data/", $name, ".bin"))[..]
+        &include_bytes!(concat!("inspection_support/quic/", $name, ".bin"))[..]
     };
 }
 

@@ -52,7 +52,7 @@ use crate::util::timers::Timers;
 use guest::Guest;
 use guestnet_wire::parse::Packet;
 use guestnet_wire::proto;
-use inspection::Evidence;
+use inspection::evidence::Evidence;
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use turns::{NO_FLOW, Turns};

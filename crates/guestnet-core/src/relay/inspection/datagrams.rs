@@ -5,14 +5,16 @@
 //! another connection, or shows another ClientHello, is read in the same way before it passes. Everything else passes at
 //! once.
 //!
-//! Bounds: [`DATAGRAMS_MAX`] datagrams and [`BYTES_MAX`] bytes of a flow are held, within the guest's budget.
+//! [`super::held_datagrams`] keeps what is held, within its bounds.
 
-use super::{WAIT_MS, request_of, text};
+use super::evidence::{WAIT_MS, text};
+use super::held_datagrams::{Datagrams, HeldDatagram};
+use super::request_of;
 use crate::context::Context;
 use crate::interface::config::DatagramError;
 use crate::interface::effects::{Effects, SockError};
 use crate::interface::stats::DropReason;
-use crate::interface::types::{IpFields, SockId, Time};
+use crate::interface::types::{IpFields, SockId};
 use crate::l2::lan::Sender;
 use crate::l3::icmp_error::IcmpError;
 use crate::policy::spec::Ech;
@@ -23,103 +25,10 @@ use crate::relay::udp::Refused;
 use crate::tables::flow::{Flow, Key, State};
 use crate::util::account::{charge, release};
 use guestnet_wire::ether::Mac;
-use guestnet_wire::inspect::{ClientHello, Progress, QuicCheck, QuicInspector};
+use guestnet_wire::inspect::{ClientHello, Progress};
 use guestnet_wire::parse::Packet;
-use guestnet_wire::{be32, icmp, ipv4, udp};
+use guestnet_wire::{icmp, ipv4, udp};
 use std::net::SocketAddr;
-
-/// Datagrams of a flow that are held. A ClientHello with post-quantum keys takes two.
-const DATAGRAMS_MAX: usize = 16;
-/// Bytes of them.
-const BYTES_MAX: usize = 32 << 10;
-/// What a datagram costs besides its bytes.
-const DATAGRAM_COST: usize = 64;
-
-/// A datagram that waits.
-#[derive(Debug)]
-struct HeldDatagram {
-    payload: Box<[u8]>,
-    ip: IpFields,
-    dont_fragment: bool,
-}
-
-/// What an inspector takes at least.
-const INSPECTOR_COST: usize = 2048;
-
-/// What the datagrams of a flow are read for.
-#[derive(Debug)]
-pub(super) struct Datagrams {
-    /// The rule that admits the flow, or would.
-    rule: RuleId,
-    /// Something was allowed, so the flow has a socket.
-    judged: bool,
-    /// The connection that was allowed last.
-    known: Option<Box<QuicInspector>>,
-    /// The connection that is read.
-    reading: Option<Box<QuicInspector>>,
-    /// When that began.
-    since: Time,
-    held: Vec<HeldDatagram>,
-    bytes: usize,
-    /// Memory that is charged to the guest's budget.
-    charged: usize,
-}
-
-impl Datagrams {
-    pub fn new(rule: RuleId) -> Datagrams {
-        Datagrams {
-            rule,
-            judged: false,
-            known: None,
-            reading: None,
-            since: Time::default(),
-            held: Vec::new(),
-            bytes: 0,
-            charged: 0,
-        }
-    }
-
-    pub fn is_reading(&self) -> bool {
-        !self.judged || self.reading.is_some()
-    }
-
-    /// Whether a datagram passes without being read.
-    fn passes(&self, datagram: &[u8]) -> bool {
-        match &self.known {
-            Some(known) => known.check(datagram) == QuicCheck::Same,
-            None => self.judged && self.reading.is_none() && !may_begin_quic(datagram),
-        }
-    }
-
-    fn memory(&self) -> usize {
-        let inspectors = self.known.iter().chain(&self.reading).map(|q| q.memory()).sum::<usize>();
-        let held = self.held.len().saturating_mul(DATAGRAM_COST).saturating_add(self.bytes);
-        inspectors.saturating_add(held)
-    }
-
-    /// Holds a datagram. False when there are too many.
-    fn hold(&mut self, payload: &[u8], ip: IpFields, dont_fragment: bool, free: usize) -> bool {
-        let bytes = self.bytes.saturating_add(payload.len());
-        let inspector = if self.reading.is_some() { 0 } else { INSPECTOR_COST };
-        let room = payload.len().saturating_add(DATAGRAM_COST).saturating_add(inspector) <= free;
-        if self.held.len() >= DATAGRAMS_MAX || bytes > BYTES_MAX || !room {
-            return false;
-        }
-        self.bytes = bytes;
-        self.held.push(HeldDatagram { payload: payload.into(), ip, dont_fragment });
-        true
-    }
-
-    fn take_held(&mut self) -> Vec<HeldDatagram> {
-        self.bytes = 0;
-        std::mem::take(&mut self.held)
-    }
-}
-
-/// Whether a datagram has a long header of a version that is read here.
-fn may_begin_quic(datagram: &[u8]) -> bool {
-    datagram.first().is_some_and(|b| b & 0x80 != 0) && matches!(be32(datagram, 1), 1 | 0x6b33_43cf)
-}
 
 /// A guest's packet whose datagrams are read.
 struct Arrived<'a> {

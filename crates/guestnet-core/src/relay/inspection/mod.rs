@@ -6,7 +6,7 @@
 //!   request of HTTP/1. Allowed, the bytes go on, and a flow that shows no more names is an ordinary one from then on.
 //! - **UDP** ([`datagrams`]): datagrams are held until the ClientHello of a QUIC connection is there, then sent in their
 //!   order. Another connection from the same port is read anew.
-//! - A guest has [`WAIT_MS`] for a ClientHello or a request head, once the server has answered and once it has begun. One
+//! - A guest has [`evidence::WAIT_MS`] for a ClientHello or a request head, once the server has answered and once it has begun. One
 //!   that says nothing shows no name. One that stops in the middle, or breaks the rules of the protocol, is refused:
 //!   the server may understand what is not understood here.
 //! - A refused flow hears why: TLS gets the alert access_denied, HTTP a response with status 403, other TCP a reset, and
@@ -19,62 +19,20 @@
 
 mod conversation;
 mod datagrams;
+pub(super) mod evidence;
+mod held_datagrams;
 mod refused;
 mod stream;
 
 use crate::context::Context;
 use crate::interface::types::PortId;
-use crate::policy::{Generation, Request, RuleId, Shown, Verdict};
+use crate::policy::{Request, Shown, Verdict};
 use crate::relay::Relay;
 use crate::tables::flow::{Flow, Key, State};
-use conversation::Conversation;
-use datagrams::Datagrams;
+use evidence::{Evidence, Inspection, text};
+use held_datagrams::Datagrams;
 use std::net::IpAddr;
 use std::sync::Arc;
-
-/// How long a guest may take for a ClientHello or a request head, in milliseconds.
-pub(super) const WAIT_MS: u64 = 10_000;
-
-/// What is known of a flow by name.
-#[derive(Debug, Default)]
-pub(super) struct Evidence {
-    /// A name for which the guest got the address of the other side.
-    pub name: Option<Arc<str>>,
-    /// The name that the conversation showed last; an empty one: that it showed none.
-    pub shown: Option<Arc<str>>,
-    /// The pins of the address live as long as the flow.
-    holds_pins: bool,
-    /// TCP: it is read on.
-    inspection: Option<Box<Inspection>>,
-    /// UDP: its datagrams are read.
-    datagrams: Option<Box<Datagrams>>,
-}
-
-/// What a flow's conversation is read for.
-#[derive(Debug)]
-pub(super) struct Inspection {
-    conversation: Conversation,
-    /// The server's bytes are held back too until a name is allowed.
-    strict: bool,
-    /// The rule that would admit it.
-    rule: RuleId,
-    /// The rules that judged the name that was shown last.
-    judged: Option<Generation>,
-    /// Memory that is charged to the guest's budget.
-    charged: usize,
-}
-
-impl Inspection {
-    /// The inspection of a flow that `rule` would admit.
-    pub fn new(rule: RuleId, strict: bool) -> Inspection {
-        Inspection { conversation: Conversation::new(), strict, rule, judged: None, charged: 0 }
-    }
-}
-
-/// A name for people and programs.
-fn text(name: &[u8]) -> Arc<str> {
-    String::from_utf8_lossy(name).into()
-}
 
 impl Relay {
     /// A flow of a guest to the outside is in the table: notes what is known of it by name. `inspect` is as in
