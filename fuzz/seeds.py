@@ -172,10 +172,54 @@ def opening(what: int, bits: int, seq: int) -> bytes:
     return struct.pack("!BBBHH", 16, what, 0, bits, seq)
 
 
+def speak(what: int, choice: int, cut: int = 0) -> bytes:
+    """A step under rules about names: 0 new rules, 1 a pin, 2 a QUIC datagram, 3 a line of a connection."""
+    return bytes([19, what, choice, cut])
+
+
 STAMPED = 1 << 11
 """In the length of an answer: it has a timestamp."""
 OPEN = raw(FRAMES["arp"]) + raw(FRAMES["syn"]) + CONNECTED + answer(0x10)
+STRICT = raw(FRAMES["arp"]) + speak(0, 1) + speak(1, 0, 200)
+READ = STRICT + opening(16, 0x5D, 0) + answer(0x10)
 PROGRAMS = {
+    "tls_allowed": READ
+    + speak(3, 0)
+    + BATCH_END
+    + sock(1, 100)
+    + speak(3, 2)
+    + BATCH_END
+    + speak(3, 3)
+    + BATCH_END
+    + answer(0x11),
+    "tls_twice": READ
+    + speak(3, 0)
+    + BATCH_END
+    + speak(3, 1)
+    + BATCH_END
+    + sock(2)
+    + BATCH_END
+    + answer(0x10),
+    "tls_denied": READ + speak(3, 1) + BATCH_END * 2 + answer(0x10) + answer(0x11) + wait(3000),
+    "tls_slow": READ + speak(3, 0, 2 | 40) + BATCH_END + wait(10100) + BATCH_END,
+    "http_pipelined": READ
+    + speak(3, 54, 1)
+    + BATCH_END
+    + sock(1, 60)
+    + answer(0x10)
+    + sock(2)
+    + BATCH_END * 2,
+    "http_bodies": READ
+    + speak(3, 6)
+    + answer(0x18, 40)
+    + speak(3, 7)
+    + answer(0x18, 5)
+    + speak(3, 9)
+    + BATCH_END,
+    "other_protocol": raw(FRAMES["arp"]) + speak(0, 2) + opening(16, 0x5D, 0) + answer(0x10) + speak(3, 8),
+    "rules_change": READ + speak(3, 0) + BATCH_END + speak(0, 3) + wait(1) + BATCH_END,
+    "quic": STRICT + speak(2, 0) + speak(2, 6) + speak(2, 2) + speak(2, 3) + speak(2, 4) + wait(10100),
+    "quic_half": STRICT + speak(2, 1) + speak(2, 5) + speak(2, 1) + wait(10100) + wait(60000) * 6,
     "refused": raw(FRAMES["syn"]) + REFUSED,
     "download": OPEN + sock(1, 20000) + answer(0x10) + sock(2) + answer(0x10) + answer(0x11) + answer(0x10),
     "upload": OPEN
@@ -213,8 +257,8 @@ PROGRAMS = {
     + struct.pack("!H", 4000)
     + raw(FRAMES["syn_gateway_dns"])
     + CONNECTED,
-    # The service speaks and allows to ask; a guest asks for a name of others twice; it is answered, and known;
-    # one of the network's own is kept, and known; guests change; time ends all.
+    # The service speaks and allows to ask; a guest asks for a name of others twice; it is answered, and
+    # known; one of the network's own is kept, and known; guests change; time ends all.
     "names": raw(FRAMES["arp"])
     + names(6, 0)
     + names(6, 6)

@@ -2,7 +2,8 @@
 //! its arguments: a raw frame from a guest, a TCP segment that continues a conversation the guest has, data
 //! or an end or an error on a host socket, a client at a Forward, a port that fills up or goes, time that
 //! passes. The mock world of the core's own tests keeps the contract of `Effects` and fails on any breach
-//! (use after close, peek past the end, send after shutdown). What goes to a guest must be readable, cut as it
+//! (use after close, peek past the end, send after shutdown). Rules about names come and go, and guests speak TLS, HTTP
+//! and QUIC under them: what a server got while one policy held must show allowed names only. What goes to a guest must be readable, cut as it
 //! asks to be, and never say what only a gateway may say. At the end all that is open must expire.
 #![no_main]
 
@@ -13,14 +14,20 @@ use common::{Mock, Sent, SentDatagram};
 use guestnet_core::config::{DatagramError, ForwardSpec, Limits, NameServers, NetworkConfig};
 use guestnet_core::{DnsVerdict, Network};
 use guestnet_core::effects::{Event, SockError};
-use guestnet_core::types::{Csum, ForwardId, FrameMeta, Gso, PortConfig, PortId, ServiceId, SockId, Time};
+use guestnet_core::policy::spec::{
+    Action, Destination, Name, NameMatch, NamePattern, PolicyOptions, PolicySpec, RuleDirection, RuleSpec,
+};
+use guestnet_core::policy::table::RuleTable;
+use guestnet_core::types::{Csum, ForwardId, FrameMeta, Gso, PortConfig, PortId, ServiceId, SockId, Target, Time};
 use guestnet_wire::dns::Record;
 use guestnet_wire::ether::{self, Ether, Mac};
+use guestnet_wire::inspect::{HttpInspector, HttpProgress, Progress, StreamInspector};
 use guestnet_wire::ipv4::{self, Ipv4};
 use guestnet_wire::tcp::{Options, Tcp};
 use guestnet_wire::{parse, proto, gso, udp};
 use libfuzzer_sys::fuzz_target;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::sync::Arc;
 
 const GATEWAY_MAC: Mac = Mac([0x52, 0x94, 0xef, 0, 0, 1]);
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 64, 1);
@@ -93,6 +100,90 @@ struct World {
     heard: Vec<(PortId, SocketAddr, SocketAddr, Tcp, u32)>,
     /// The clock of the last timestamp that went to a guest.
     clock: u32,
+    /// Which rules hold, and how often they have changed.
+    rules: u8,
+    changes: usize,
+    /// How often they had changed when each connection was opened.
+    opened_under: Vec<usize>,
+}
+
+/// Rules about names: nothing is allowed but one name, or everything but one.
+fn rules(choice: u8) -> Option<Arc<RuleTable>> {
+    let name = |text: &str| Destination::Name(NamePattern::Exact(Name::new(text.as_bytes()).unwrap()));
+    let rule = |action, destination| RuleSpec {
+        label: "names".into(),
+        action,
+        direction: RuleDirection::Out,
+        endpoints: None,
+        from: vec![],
+        destination,
+        ports: vec![],
+        by: NameMatch::Conversation,
+        log: false,
+        all_query_types: false,
+    };
+    let (default, rules) = match choice & 3 {
+        0 => return None,
+        1 => (Action::Deny, vec![rule(Action::Allow, name("ok.example"))]),
+        2 => (Action::Allow, vec![rule(Action::Deny, name("bad.example"))]),
+        _ => (Action::Deny, vec![]),
+    };
+    let spec = PolicySpec { rules, default, options: PolicyOptions::default() };
+    Some(Arc::new(RuleTable::compile(spec).unwrap()))
+}
+
+/// Whether rules allow a name that a conversation shows.
+fn allows(choice: u8, name: Option<&[u8]>) -> bool {
+    match choice & 3 {
+        1 => name == Some(b"ok.example"),
+        2 => name != Some(b"bad.example"),
+        _ => true,
+    }
+}
+
+/// A ClientHello for a name, which offers TLS 1.3.
+fn hello(name: &str) -> Vec<u8> {
+    let len = name.len() as u16;
+    let sni = [&(len + 3).to_be_bytes()[..], &[0], &len.to_be_bytes(), name.as_bytes()].concat();
+    let mut extensions = [&[0, 43, 0, 3, 2, 3, 4, 0, 0][..], &(sni.len() as u16).to_be_bytes(), &sni].concat();
+    extensions.splice(..0, (extensions.len() as u16).to_be_bytes());
+    let body = [&[3, 3][..], &[7; 32], &[0, 0, 2, 0x13, 1, 1, 0], &extensions].concat();
+    let message = [&[1, 0][..], &(body.len() as u16).to_be_bytes(), &body].concat();
+    [&[22, 3, 1][..], &(message.len() as u16).to_be_bytes(), &message].concat()
+}
+
+/// What guests say under rules about names.
+fn line(choice: u8) -> Vec<u8> {
+    match choice % 10 {
+        0 => hello("ok.example"),
+        1 => hello("bad.example"),
+        2 => vec![20, 3, 3, 0, 1, 1],
+        3 => [&[23, 3, 3, 0, 40][..], &[9; 40]].concat(),
+        4 => b"GET / HTTP/1.1\r\nHost: ok.example\r\n\r\n".to_vec(),
+        5 => b"GET / HTTP/1.1\r\nHost: bad.example\r\n\r\n".to_vec(),
+        6 => b"POST / HTTP/1.1\r\nHost: ok.example\r\nContent-Length: 40\r\n\r\n".to_vec(),
+        7 => b"POST / HTTP/1.1\r\nHost: ok.example\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n".to_vec(),
+        8 => b"SSH-2.0-x\r\n".to_vec(),
+        _ => b"\r\n0\r\n\r\n".to_vec(),
+    }
+}
+
+/// First flights of QUIC clients.
+fn flight(choice: u8) -> &'static [u8] {
+    macro_rules! data {
+        ($name:literal) => {
+            &include_bytes!(concat!("../../crates/guestnet-core/tests/inspection_support/quic/", $name, ".bin"))[..]
+        };
+    }
+    match choice % 7 {
+        0 => data!("small"),
+        1 => data!("first_half"),
+        2 => data!("large_0"),
+        3 => data!("large_1"),
+        4 => data!("after_retry"),
+        5 => data!("conflict"),
+        _ => data!("v1_0"),
+    }
 }
 
 impl World {
@@ -115,6 +206,9 @@ impl World {
             filler: (0..70_000u32).map(|i| i as u8).collect(),
             heard: Vec::new(),
             clock: 0,
+            rules: 0,
+            changes: 0,
+            opened_under: Vec::new(),
         };
         for port in 0..PORTS {
             world.add_port(port);
@@ -236,9 +330,23 @@ impl World {
         options: &Options,
         payload: usize,
     ) {
+        let filler = std::mem::take(&mut self.filler);
+        self.segment_of(port, from, to, tcp, options, &filler[..payload]);
+        self.filler = filler;
+    }
+
+    fn segment_of(
+        &mut self,
+        port: PortId,
+        from: SocketAddrV4,
+        to: SocketAddrV4,
+        tcp: &Tcp,
+        options: &Options,
+        payload: &[u8],
+    ) {
         let mut header = [0u8; 60];
         let n = tcp.emit(options, &mut header);
-        let mut frame = vec![0u8; ether::HEADER_LEN + 20 + n + payload];
+        let mut frame = vec![0u8; ether::HEADER_LEN + 20 + n + payload.len()];
         let mac = guest_mac(port.0 as u8);
         Ether { dst: GATEWAY_MAC, src: mac, ethertype: ether::IPV4 }.emit(&mut frame);
         let ip = Ipv4 {
@@ -249,11 +357,11 @@ impl World {
             tos: 0,
             id: 1,
             frag: ipv4::DF,
-            payload_len: (n + payload) as u16,
+            payload_len: (n + payload.len()) as u16,
         };
         ip.emit(&mut frame[ether::HEADER_LEN..]);
         frame[ether::HEADER_LEN + 20..][..n].copy_from_slice(&header[..n]);
-        frame[ether::HEADER_LEN + 20 + n..].copy_from_slice(&self.filler[..payload]);
+        frame[ether::HEADER_LEN + 20 + n..].copy_from_slice(payload);
         self.frame(port, &mut frame, FrameMeta { csum: Csum::Valid, gso: None });
     }
 
@@ -549,8 +657,92 @@ impl World {
         assert!(bytes <= NAME_BYTES && outstanding <= 1024 + 16 && connections <= 256);
     }
 
+    /// Rules about names change, a guest gets an address for a name, or speaks under the rules.
+    fn speak(&mut self, input: &mut Input<'_>) {
+        let (what, choice, cut) = (input.u8(), input.u8(), input.u8());
+        let n = what >> 3 & 1;
+        let port = PortId(u32::from(n));
+        match what & 7 {
+            0 => {
+                self.rules = choice;
+                self.changes += 1;
+                self.core.set_rules(self.now, None, rules(choice));
+            }
+            1 => {
+                let name: &[u8] = if choice & 1 == 0 { b"ok.example" } else { b"large.example" };
+                let life = u32::from(cut);
+                self.core.note_pin(self.now, port, outside(choice >> 1).ip(), name, life);
+            }
+            2 => {
+                let payload = flight(choice);
+                let mut frame = vec![0u8; ether::HEADER_LEN + 28];
+                frame.extend_from_slice(payload);
+                Ether { dst: GATEWAY_MAC, src: guest_mac(n), ethertype: ether::IPV4 }.emit(&mut frame);
+                let (src, to) = (guest_ip(n), outside(cut));
+                let (IpAddr::V4(dst), payload_len) = (to.ip(), 8 + payload.len() as u16) else { return };
+                let ip = Ipv4 { src, dst, proto: proto::UDP, ttl: 64, tos: 0, id: 1, frag: ipv4::DF, payload_len };
+                ip.emit(&mut frame[ether::HEADER_LEN..]);
+                let l4 = &mut frame[ether::HEADER_LEN + 20..];
+                udp::emit(l4, IpAddr::V4(src), to.ip(), 4000 + u16::from(what >> 4 & 1), to.port());
+                self.frame(port, &mut frame, FrameMeta { csum: Csum::Valid, gso: None });
+            }
+            _ => {
+                if self.heard.is_empty() {
+                    return;
+                }
+                let (port, from, to, tcp, used) = self.heard[usize::from(what >> 3) % self.heard.len()];
+                let (SocketAddr::V4(from), SocketAddr::V4(to)) = (from, to) else { return };
+                let mut payload = line(choice);
+                if cut & 1 != 0 {
+                    payload.extend_from_slice(&line(choice / 10));
+                }
+                if cut & 2 != 0 {
+                    payload.truncate(1 + usize::from(cut >> 3) * 2);
+                }
+                let segment = Tcp {
+                    src_port: from.port(),
+                    dst_port: to.port(),
+                    seq: tcp.ack,
+                    ack: tcp.seq.wrapping_add(used),
+                    flags: 0x18 | u8::from(cut & 4 != 0),
+                    window: 60_000,
+                    header_len: 20,
+                    ..Tcp::default()
+                };
+                let options = self.options(u16::from(tcp.window & 1));
+                self.segment_of(port, from, to, &segment, &options, &payload);
+            }
+        }
+    }
+
+    /// What servers got under rules that have not changed since the connection was opened shows allowed names only.
+    fn check_servers(&mut self) {
+        for (at, (_, sock)) in self.fx.connects.iter().enumerate() {
+            if self.opened_under.get(at) != Some(&self.changes) || !matches!(self.fx.socks[sock].target, Some(Target::Address(_))) {
+                continue;
+            }
+            let sent = &self.fx.socks[sock].sent;
+            let mut stream = StreamInspector::new();
+            match stream.feed(sent).1 {
+                Progress::Tls(h) => assert!(allows(self.rules, h.server_name.as_deref()), "a denied name passed"),
+                Progress::Http => {
+                    let (mut http, mut rest) = (HttpInspector::new(), &sent[..]);
+                    while let (n, HttpProgress::Head(head)) = http.feed(rest) {
+                        assert!(allows(self.rules, head.host.as_deref()), "a denied host passed");
+                        rest = &rest[n..];
+                    }
+                }
+                Progress::Opaque(_) | Progress::Malformed(_) => {
+                    assert!(allows(self.rules, None), "something without a name passed");
+                }
+                Progress::More => assert!(sent.is_empty() || self.rules & 3 != 1, "half a hello passed"),
+            }
+        }
+    }
+
     fn step(&mut self, input: &mut Input<'_>) {
-        match input.u8() % 19 {
+        match input.u8() % 20 {
+            19 => self.speak(input),
             0..=3 => self.raw(input),
             4..=6 => self.answer(input),
             7 => {
@@ -589,6 +781,7 @@ impl World {
             }
         }
         self.listen();
+        self.opened_under.resize(self.fx.connects.len().max(self.opened_under.len()), self.changes);
         if let Err(why) = self.core.audit() {
             panic!("{why}");
         }
@@ -651,10 +844,12 @@ fuzz_target!(|data: &[u8]| {
         }
         world.step(&mut input);
     }
+    world.check_servers();
     // The longest timeout there is, twice: a timer may be set again by the first.
     world.fx.open_error = None;
     world.pass(2 * 7440 * 1000 + 60_000);
     world.pass(2 * 7440 * 1000 + 60_000);
+    world.check_servers();
     assert_eq!(world.core.flows().count(), 0, "flows outlive every timeout");
     assert_eq!(world.core.reassembly_bytes(), 0, "fragments outlive every timeout");
     let open = world.fx.socks.values().filter(|s| s.closed.is_none()).count();
