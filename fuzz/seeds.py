@@ -348,14 +348,14 @@ CONVERSATIONS = {
     "two_requests": 2 * b"POST http://a/ HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nab",
     "ssh": b"SSH-2.0-OpenSSH_9.2\r\n",
 }
-QUIC = HERE.parent / "crates" / "guestnet-wire" / "src" / "inspect" / "quic" / "data"
+RECORDED = HERE.parent / "crates" / "guestnet-wire" / "src" / "inspect" / "data"
 
 
 def main() -> None:
     for name, stream in CONVERSATIONS.items():
         write("inspect", name, b"\x10" + stream)
-    for name in ("rfc9001", "v2_0", "first_half"):
-        write("inspect", f"quic_{name}", b"\x10" + (QUIC / f"{name}.bin").read_bytes())
+    for recording in RECORDED.glob("*.bin"):
+        write("inspect", recording.stem, b"\x10" + recording.read_bytes())
     for name, frame in FRAMES.items():
         write("wire_parse", name, b"\0\0" + frame)
     for name, message in DNS_ANSWERS.items():

@@ -11,7 +11,8 @@
 //!
 //! Bounds: a head has at most [`HELD_MAX`] bytes, with empty lines before it. Bodies are counted and not held.
 
-use super::{HELD_MAX, host_name};
+use super::name::host_name;
+use super::progress::HELD_MAX;
 
 /// Bytes of a line of a chunked body at most: a size, or a trailer.
 const CHUNK_LINE_MAX: usize = 4096;

@@ -8,43 +8,19 @@
 //! - What looks like one of these protocols and breaks its rules is [`Progress::Malformed`]: a server may understand it
 //!   in another way than is understood here. What looks like neither is [`Progress::Opaque`].
 
+mod hello;
 pub mod http;
+mod name;
+mod progress;
 pub mod quic;
 pub mod stream;
 pub mod tls;
 
+pub use hello::ClientHello;
 pub use http::{HttpInspector, HttpProgress, RequestHead};
+pub use progress::{HELD_MAX, Progress};
 pub use quic::{QuicCheck, QuicInspector};
 pub use stream::StreamInspector;
-pub use tls::ClientHello;
-
-/// Bytes that an inspector holds at most: of a ClientHello, or of a request head.
-pub const HELD_MAX: usize = 1 << 16;
-/// The longest host name, as text (RFC 1035 2.3.4).
-const NAME_MAX: usize = 253;
-
-/// What is known of a stream, or of the datagrams of a flow.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Progress {
-    /// Not enough yet.
-    More,
-    /// A ClientHello.
-    Tls(ClientHello),
-    /// HTTP/1: its first line says so.
-    Http,
-    /// Nothing more can be read: another protocol, or the encrypted part of TLS.
-    Opaque(&'static str),
-    /// It breaks the rules of its protocol.
-    Malformed(&'static str),
-}
-
-/// A name as it is compared: lower case, without a final dot. `None` for what is no host name.
-pub(crate) fn host_name(text: &[u8]) -> Option<Box<[u8]>> {
-    let text = text.strip_suffix(b".").unwrap_or(text);
-    let is_name = |b: &u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
-    let labels = text.split(|b| *b == b'.').all(|l| !l.is_empty() && l.len() <= 63);
-    (labels && text.len() <= NAME_MAX && text.iter().all(is_name)).then(|| text.to_ascii_lowercase().into())
-}
 
 /// The record of the TLS alert access_denied (RFC 8446 6.2), for a client that waits for the ServerHello.
 #[must_use]

@@ -1,317 +1,109 @@
 //! Theory of operation: the ClientHello of a QUIC connection is in the CRYPTO frames of Initial packets, which are encrypted
-//! with keys that everybody can derive from the destination connection id of the client's first packet (RFC 9001 5.2;
-//! RFC 9369 for version 2).
+//! with keys that everybody can derive from the destination connection id of the client's first packet ([`keys`]).
 //!
-//! - [`QuicInspector::feed`] takes the datagrams of the client until the ClientHello is complete. A datagram may have
-//!   several packets, a ClientHello several datagrams, in any order. Packets with other keys are skipped.
-//! - After a Retry the keys come from the connection id of the Retry. The client begins again with the same hello.
-//! - [`QuicInspector::check`] takes the datagrams behind that. A new Initial packet that belongs to another connection is
-//!   reported, so that it is inspected too.
+//! - One inspector reads the datagrams of a flow as long as it lives. [`QuicInspector::feed`] takes them until every
+//!   ClientHello that has begun is complete. A datagram may have several packets, a ClientHello several datagrams, in any
+//!   order. Then [`QuicInspector::check`] says whether a datagram shows anything new, which is for `feed` again.
+//! - Each connection id under whose keys a packet opens is a connection of its own. After a Retry the client begins again
+//!   with the id of the Retry, and after a Version Negotiation with another version. After the server's first packet it
+//!   uses an id that the server chose, and the same keys; the server may have it go on in another version (RFC 9368).
+//! - After a HelloRetryRequest a second ClientHello follows the first one in the same stream. It has the same name.
 //! - An Initial packet may have the frames PADDING, PING, ACK, CRYPTO and CONNECTION_CLOSE (RFC 9000 12.4).
+//! - Nothing that a server may read is skipped: an Initial packet that no known key opens, frames that contradict each
+//!   other, and more packets than a client sends are malformed.
 //!
-//! Bounds: [`HELD_MAX`] bytes of CRYPTO data, [`PIECES_MAX`] pieces with gaps between them, one decryption for each packet
-//! of a datagram, [`PACKETS_MAX`] packets of it.
+//! Bounds: [`HELD_MAX`] bytes of CRYPTO data of all connections, 64 pieces of one with gaps between them, eight packets of a
+//! datagram, and [`CONNECTIONS_MAX`] connections, of which the oldest is forgotten.
 
-use super::tls::ClientHello;
-use super::{HELD_MAX, Progress};
-use crate::be32;
-use aes::Aes128;
-use aes::cipher::{BlockCipherEncrypt, KeyInit};
-use aes_gcm::Aes128Gcm;
-use aes_gcm::aead::{Aead, Payload};
-use hkdf::Hkdf;
-use sha2::Sha256;
+mod crypto;
+mod keys;
+mod packet;
 
-const VERSION_1: u32 = 1;
-const VERSION_2: u32 = 0x6b33_43cf;
-const SALT_1: [u8; 20] = [
-    0x38, 0x76, 0x2c, 0xf7, 0xf5, 0x59, 0x34, 0xb3, 0x4d, 0x17, 0x9a, 0xe6, 0xa4, 0xc8, 0x0c, 0xad, 0xcc,
-    0xbb, 0x7f, 0x0a,
-];
-const SALT_2: [u8; 20] = [
-    0x0d, 0xed, 0xe3, 0xde, 0xf7, 0x00, 0xa6, 0xdb, 0x81, 0x93, 0x81, 0xbe, 0x6e, 0x26, 0x9d, 0xcb, 0xf9,
-    0xbd, 0x2e, 0xd9,
-];
-const CONNECTION_ID_MAX: usize = 20;
-const TAG: usize = 16;
-/// Pieces of CRYPTO data that wait for what is before them.
-const PIECES_MAX: usize = 64;
-/// Packets of a datagram that are looked at.
-const PACKETS_MAX: usize = 8;
+use super::hello::ClientHello;
+use super::progress::{HELD_MAX, Progress};
+use crypto::Crypto;
+use keys::Keys;
+use packet::{Initial, Packet, crypto_frames, packets};
+
+/// Connections that are known at a time.
+const CONNECTIONS_MAX: usize = 4;
 const CLIENT_HELLO: u8 = 1;
 
 /// What a later datagram of a flow is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum QuicCheck {
-    /// Of the connection that is known, or nothing that a server would take.
+    /// Of a connection that is known, with nothing new to read.
     Same,
-    /// It begins another connection, or shows another ClientHello.
+    /// It begins another connection, or shows something else. [`QuicInspector::feed`] has to read it.
     Another,
 }
 
-/// The client's keys for Initial packets.
-struct Keys {
-    version: u32,
-    connection_id: Vec<u8>,
-    packet: Aes128Gcm,
-    iv: [u8; 12],
-    header: Aes128,
+/// A connection: the keys of its first packet, and what has come under them.
+#[derive(Debug)]
+struct Connection {
+    keys: Keys,
+    /// The largest packet number.
+    largest: u64,
+    crypto: Crypto,
+    /// Bytes of it that are ClientHellos.
+    read: usize,
+    hello: Option<ClientHello>,
+    /// The caller knows of the hello.
+    reported: bool,
 }
 
-impl std::fmt::Debug for Keys {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Keys").field("version", &self.version).finish_non_exhaustive()
-    }
-}
-
-/// `HKDF-Expand-Label` of TLS 1.3 without a context (RFC 8446 7.1).
-fn expand(secret: &Hkdf<Sha256>, label: &str, out: &mut [u8]) -> Option<()> {
-    let length = u16::try_from(out.len()).ok()?.to_be_bytes();
-    let label_length = u8::try_from(label.len() + 6).ok()?;
-    let info = [&length[..], &[label_length], b"tls13 ", label.as_bytes(), &[0]].concat();
-    secret.expand(&info, out).ok()
-}
-
-impl Keys {
-    fn new(version: u32, connection_id: &[u8]) -> Option<Keys> {
-        let (salt, prefix) = match version {
-            VERSION_1 => (SALT_1, "quic"),
-            VERSION_2 => (SALT_2, "quicv2"),
-            _ => return None,
-        };
-        let initial = Hkdf::<Sha256>::new(Some(&salt), connection_id);
-        let mut secret = [0; 32];
-        expand(&initial, "client in", &mut secret)?;
-        let secret = Hkdf::<Sha256>::from_prk(&secret).ok()?;
-        let (mut key, mut iv, mut header) = ([0; 16], [0; 12], [0; 16]);
-        expand(&secret, &format!("{prefix} key"), &mut key)?;
-        expand(&secret, &format!("{prefix} iv"), &mut iv)?;
-        expand(&secret, &format!("{prefix} hp"), &mut header)?;
-        Some(Keys {
-            version,
-            connection_id: connection_id.to_vec(),
-            packet: Aes128Gcm::new(&key.into()),
-            iv,
-            header: Aes128::new(&header.into()),
-        })
+impl Connection {
+    /// Whether more has to come.
+    fn waits(&self) -> bool {
+        self.hello.is_none() || self.crypto.has_more(self.read)
     }
 
-    /// The frames of an Initial packet; `None` when it was made with other keys.
-    fn open(&self, p: &Initial<'_>) -> Option<Vec<u8>> {
-        let sample: [u8; 16] = p.bytes.get(p.number + 4..p.number + 20)?.try_into().ok()?;
-        let mut mask = sample.into();
-        self.header.encrypt_block(&mut mask);
-        let mut head = p.bytes.get(..p.number + 4)?.to_vec();
-        *head.first_mut()? ^= mask.first()? & 0x0f;
-        let length = usize::from(head.first()? & 3) + 1;
-        for (byte, mask) in head.get_mut(p.number..p.number + length)?.iter_mut().zip(mask.iter().skip(1)) {
-            *byte ^= mask;
+    /// Opens a packet of the same version.
+    fn open(&self, p: &Initial<'_>) -> Option<(Vec<u8>, u64)> {
+        if self.keys.version == p.version { self.keys.open(p, Some(self.largest)) } else { None }
+    }
+
+    /// Opens a packet of another version that goes on with this connection. Some clients still use the keys of the first
+    /// version then.
+    fn open_other_version(&self, p: &Initial<'_>) -> Option<(Vec<u8>, u64)> {
+        if self.keys.version == p.version || self.keys.connection_id == p.connection_id {
+            return None;
         }
-        head.truncate(p.number + length);
-        let mut nonce = self.iv;
-        // A client counts its packets from 0, so the number is not shortened.
-        for (n, byte) in nonce.iter_mut().rev().zip(head.get(p.number..)?.iter().rev()) {
-            *n ^= byte;
+        let largest = Some(self.largest);
+        let opened = Keys::new(p.version, &self.keys.connection_id)?.open(p, largest);
+        opened.or_else(|| self.keys.open(p, largest))
+    }
+
+    /// Reads the frames of a packet, with `room` for so many bytes of CRYPTO data.
+    fn take(&mut self, frames: &[u8], number: u64, room: usize) -> Result<(), &'static str> {
+        self.largest = self.largest.max(number);
+        if !crypto_frames(frames, |at, data| self.crypto.add(at, data, room)) {
+            return Err("an Initial packet with frames that it must not have, or that contradict others");
         }
-        let msg = p.bytes.get(p.number + length..)?;
-        self.packet.decrypt(&nonce.into(), Payload { msg, aad: &head }).ok()
-    }
-}
-
-/// An Initial packet.
-struct Initial<'a> {
-    version: u32,
-    connection_id: &'a [u8],
-    /// All of it.
-    bytes: &'a [u8],
-    /// Where its packet number begins.
-    number: usize,
-}
-
-/// A packet of a datagram.
-enum Packet<'a> {
-    Initial(Initial<'a>),
-    /// 0-RTT or Handshake.
-    Other,
-    /// A short header, or none: the rest of the datagram.
-    Rest,
-    /// A version that is not known.
-    Unknown,
-}
-
-/// Reads a variable-length integer (RFC 9000 16) at `at`, and moves on.
-fn varint(b: &[u8], at: &mut usize) -> Option<u64> {
-    let first = *b.get(*at)?;
-    let length = 1 << (first >> 6);
-    let bytes = b.get(*at..*at + length)?;
-    *at += length;
-    Some(bytes.iter().skip(1).fold(u64::from(first & 0x3f), |n, byte| n << 8 | u64::from(*byte)))
-}
-
-fn varint_size(b: &[u8], at: &mut usize) -> Option<usize> {
-    usize::try_from(varint(b, at)?).ok()
-}
-
-/// Reads the packet at the beginning of `b`, and says where the next one is. `None`: it is malformed.
-fn packet(b: &[u8]) -> Option<(Packet<'_>, usize)> {
-    let first = *b.first()?;
-    if first & 0x80 == 0 {
-        return Some((Packet::Rest, b.len()));
-    }
-    let version = be32(b.get(1..5)?, 0);
-    let mut at = 5;
-    let mut connection_id = || {
-        let length = usize::from(*b.get(at)?);
-        let id = b.get(at + 1..at + 1 + length)?;
-        at += 1 + length;
-        Some(id)
-    };
-    let destination = connection_id()?;
-    let source = connection_id()?;
-    let (initial, retry) = match version {
-        VERSION_1 => (0, 3),
-        VERSION_2 => (1, 0),
-        _ => return Some((Packet::Unknown, b.len())),
-    };
-    if destination.len() > CONNECTION_ID_MAX || source.len() > CONNECTION_ID_MAX {
-        return None;
-    }
-    let kind = first >> 4 & 3;
-    if kind == retry {
-        return None; // a server's
-    }
-    if kind == initial {
-        let token = varint_size(b, &mut at)?;
-        at = at.checked_add(token)?;
-    }
-    let length = varint_size(b, &mut at)?;
-    let end = at.checked_add(length)?;
-    let bytes = b.get(..end)?;
-    if kind != initial {
-        return Some((Packet::Other, end));
-    }
-    // The sample of the header protection begins four bytes behind the number (RFC 9001 5.4.2).
-    if length < 4 + TAG {
-        return None;
-    }
-    Some((Packet::Initial(Initial { version, connection_id: destination, bytes, number: at }), end))
-}
-
-/// CRYPTO data, put together.
-#[derive(Debug, Default)]
-struct Crypto {
-    bytes: Vec<u8>,
-    /// Pieces that have come, in order, with gaps between them.
-    pieces: Vec<(usize, usize)>,
-}
-
-impl Crypto {
-    /// Adds a piece. False when it contradicts what came before, or is too much.
-    fn add(&mut self, at: usize, data: &[u8]) -> bool {
-        let Some(end) = at.checked_add(data.len()).filter(|end| *end <= HELD_MAX) else { return false };
-        if self.bytes.len() < end {
-            self.bytes.resize(end, 0);
-        }
-        let overlaps = self.pieces.iter().filter(|(from, to)| *from < end && at < *to);
-        for (from, to) in overlaps {
-            let (from, to) = (at.max(*from), end.min(*to));
-            if self.bytes.get(from..to) != data.get(from - at..to - at) {
-                return false;
+        while let Some(message) = self.crypto.prefix().get(self.read..)
+            && let Some(kind) = message.first()
+        {
+            if *kind != CLIENT_HELLO {
+                return Err("CRYPTO data that is no ClientHello");
             }
-        }
-        if let Some(place) = self.bytes.get_mut(at..end) {
-            place.copy_from_slice(data);
-        }
-        let (mut from, mut to) = (at, end);
-        self.pieces.retain(|p| {
-            let apart = p.1 < from || to < p.0;
-            if !apart {
-                (from, to) = (from.min(p.0), to.max(p.1));
+            let Some(&[_, a, b, c]) = message.first_chunk() else { break };
+            let length = 4 + (usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c));
+            if length > HELD_MAX {
+                return Err("a ClientHello that is too long");
             }
-            apart
-        });
-        let place = self.pieces.partition_point(|p| p.0 < from);
-        self.pieces.insert(place, (from, to));
-        self.pieces.len() <= PIECES_MAX
-    }
-
-    /// Whether a piece says what is known already.
-    fn repeats(&self, at: usize, data: &[u8]) -> bool {
-        self.bytes.get(at..).is_some_and(|known| known.starts_with(data))
-    }
-
-    /// What has come without a gap.
-    fn prefix(&self) -> &[u8] {
-        match self.pieces.first() {
-            Some((0, end)) => self.bytes.get(..*end).unwrap_or(&[]),
-            _ => &[],
-        }
-    }
-
-    /// The ClientHello; `None` while it is not complete.
-    fn hello(&self) -> Option<Progress> {
-        let bytes = self.prefix();
-        if *bytes.first()? != CLIENT_HELLO {
-            return Some(Progress::Malformed("CRYPTO data that begins with no ClientHello"));
-        }
-        let length = be32(bytes.get(..4)?, 0) as usize & 0x00ff_ffff;
-        if length + 4 > HELD_MAX {
-            return Some(Progress::Malformed("a ClientHello over 64 KiB"));
-        }
-        let body = bytes.get(4..4 + length)?;
-        Some(match ClientHello::parse(body) {
-            Ok(hello) => Progress::Tls(hello),
-            Err(why) => Progress::Malformed(why),
-        })
-    }
-}
-
-/// Calls `each` with every CRYPTO frame. False for frames that an Initial packet must not have.
-fn crypto_frames<'a>(b: &'a [u8], mut each: impl FnMut(usize, &'a [u8]) -> bool) -> bool {
-    let mut at = 0;
-    while at < b.len() {
-        let fine = frame(b, &mut at, &mut each);
-        if fine != Some(true) {
-            return false;
-        }
-    }
-    true
-}
-
-/// Reads one frame. `None`: it is cut off.
-fn frame<'a>(b: &'a [u8], at: &mut usize, each: &mut impl FnMut(usize, &'a [u8]) -> bool) -> Option<bool> {
-    match varint(b, at)? {
-        // PADDING, PING.
-        0 | 1 => Some(true),
-        // ACK, with counts of ECN or without.
-        kind @ (2 | 3) => {
-            let (_largest, _delay) = (varint(b, at)?, varint(b, at)?);
-            let ranges = varint(b, at)?;
-            let counts = if kind == 3 { 3 } else { 0 };
-            // Each takes two bytes at least, so the packet bounds them.
-            for _ in 0..ranges.checked_mul(2)?.checked_add(1 + counts)? {
-                varint(b, at)?;
+            let Some(body) = message.get(4..length) else { break };
+            let hello = ClientHello::parse(body)?;
+            if self.hello.as_ref().is_some_and(|first| first.server_name != hello.server_name) {
+                return Err("a second ClientHello for another name");
             }
-            Some(true)
+            (self.hello, self.reported) = (Some(hello), false);
+            self.read += length;
         }
-        6 => {
-            let (offset, length) = (varint_size(b, at)?, varint_size(b, at)?);
-            let data = b.get(*at..at.checked_add(length)?)?;
-            *at += length;
-            Some(each(offset, data))
-        }
-        // CONNECTION_CLOSE.
-        0x1c => {
-            let (_error, _frame) = (varint(b, at)?, varint(b, at)?);
-            let reason = varint_size(b, at)?;
-            *at = at.checked_add(reason).filter(|end| *end <= b.len())?;
-            Some(true)
-        }
-        _ => Some(false),
+        Ok(())
     }
 }
 
-/// Reads the ClientHello of a QUIC connection.
+/// Reads the ClientHellos of the QUIC connections of a flow.
 ///
 /// ```
 /// use guestnet_wire::inspect::{Progress, QuicInspector};
@@ -320,9 +112,10 @@ fn frame<'a>(b: &'a [u8], at: &mut usize, each: &mut impl FnMut(usize, &'a [u8])
 /// ```
 #[derive(Debug, Default)]
 pub struct QuicInspector {
-    keys: Option<Keys>,
-    crypto: Crypto,
-    known: Option<Progress>,
+    /// The newest is the last.
+    connections: Vec<Connection>,
+    /// What was wrong.
+    malformed: Option<&'static str>,
 }
 
 impl QuicInspector {
@@ -333,105 +126,142 @@ impl QuicInspector {
     }
 
     /// Takes the next datagram of the client.
+    ///
+    /// - [`Progress::More`]: something has begun. This datagram and those behind it must wait.
+    /// - [`Progress::Tls`]: all that has begun is complete, and this is its ClientHello.
+    /// - [`Progress::Opaque`]: it is no beginning of a QUIC connection. A later datagram may be one.
+    /// - [`Progress::Malformed`] is final.
     pub fn feed(&mut self, datagram: &[u8]) -> Progress {
-        if let Some(known) = &self.known {
-            return known.clone();
-        }
-        let progress = self.read(datagram);
-        if progress != Progress::More {
-            self.known = Some(progress.clone());
-        }
-        progress
-    }
-
-    fn read(&mut self, datagram: &[u8]) -> Progress {
-        let mut rest = datagram;
-        for _ in 0..PACKETS_MAX {
-            if rest.is_empty() {
-                break;
-            }
-            let Some((packet, end)) = packet(rest) else {
-                // Zeros behind the last packet are padding of some.
-                return match self.keys {
-                    Some(_) if rest.len() < datagram.len() => Progress::More,
-                    _ => Progress::Malformed("a packet of QUIC that is cut off"),
-                };
-            };
-            match packet {
-                Packet::Initial(initial) => {
-                    if let Some(progress) = self.initial(&initial) {
-                        return progress;
-                    }
-                }
-                Packet::Other => {}
-                Packet::Unknown => return Progress::Opaque("an unknown version of QUIC"),
-                Packet::Rest if self.keys.is_none() => return Progress::Opaque("no QUIC"),
-                Packet::Rest => break,
-            }
-            rest = rest.get(end..).unwrap_or(&[]);
-        }
-        match self.keys {
-            Some(_) => Progress::More,
-            None => Progress::Opaque("QUIC without a beginning"),
-        }
-    }
-
-    fn initial(&mut self, p: &Initial<'_>) -> Option<Progress> {
-        let of_known = self.keys.as_ref().filter(|k| k.version == p.version).and_then(|k| k.open(p));
-        let frames = match of_known {
-            Some(frames) => frames,
-            None => {
-                if self.keys.as_ref().is_some_and(|k| k.connection_id == p.connection_id) {
-                    return None; // a damaged packet, which a server does not take either
-                }
-                // The first packet, or the first one after a Retry: then all begins again.
-                let keys = Keys::new(p.version, p.connection_id)?;
-                let frames = keys.open(p)?;
-                self.keys = Some(keys);
-                self.crypto = Crypto::default();
-                frames
-            }
+        let read = match self.malformed {
+            Some(why) => Err(why),
+            None => self.read(datagram),
         };
-        if !crypto_frames(&frames, |at, data| self.crypto.add(at, data)) {
-            return Some(Progress::Malformed("an Initial packet with frames that it must not have"));
-        }
-        self.crypto.hello()
+        read.unwrap_or_else(|why| {
+            (self.malformed, self.connections) = (Some(why), Vec::new());
+            Progress::Malformed(why)
+        })
     }
 
-    /// Says whether a later datagram of the flow begins another connection. To be asked once [`QuicInspector::feed`] has
-    /// returned [`Progress::Tls`].
+    fn read(&mut self, datagram: &[u8]) -> Result<Progress, &'static str> {
+        let packets = packets(datagram)?;
+        for packet in &packets {
+            if let Packet::Initial(initial) = packet {
+                self.initial(initial)?;
+            }
+        }
+        let waits = self.waits();
+        match packets.first() {
+            Some(Packet::Unknown) if waits => return Err("an unknown version of QUIC within a ClientHello"),
+            Some(Packet::Unknown) => return Ok(Progress::Opaque("an unknown version of QUIC")),
+            _ if waits => return Ok(Progress::More),
+            None if !datagram.is_empty() => return Err("a packet of QUIC that is cut off"),
+            Some(Packet::Rest) | None => return Ok(Progress::Opaque("no QUIC")),
+            _ => {}
+        }
+        let mut new = None::<ClientHello>;
+        for c in self.connections.iter_mut().filter(|c| !c.reported) {
+            c.reported = true;
+            let Some(hello) = &c.hello else { continue };
+            match &mut new {
+                Some(n) if n.server_name != hello.server_name => {
+                    return Err("two connections for different names at once");
+                }
+                Some(n) => n.ech |= hello.ech,
+                None => new = Some(hello.clone()),
+            }
+        }
+        let known = || self.connections.last().and_then(|c| c.hello.clone());
+        Ok(new.or_else(known).map_or(Progress::Opaque("QUIC without a beginning"), Progress::Tls))
+    }
+
+    /// Whether something has begun and is not complete.
+    fn waits(&self) -> bool {
+        self.connections.iter().any(Connection::waits)
+    }
+
+    /// Room for CRYPTO data of a connection beside the `others`.
+    fn room<'a>(others: impl Iterator<Item = &'a Connection>) -> usize {
+        HELD_MAX.saturating_sub(others.map(|c| c.crypto.bytes.len()).sum())
+    }
+
+    fn initial(&mut self, p: &Initial<'_>) -> Result<(), &'static str> {
+        let mut opened = self.open(p);
+        if opened.is_none()
+            && let Some(keys) = Keys::new(p.version, p.connection_id)
+            && let Some((frames, number)) = keys.open(p, None)
+        {
+            self.make_room()?;
+            let (largest, crypto, read) = (number, Crypto::default(), 0);
+            self.connections.push(Connection { keys, largest, crypto, read, hello: None, reported: false });
+            opened = Some((self.connections.len() - 1, frames, number));
+        }
+        let opened = opened.or_else(|| self.open_other_version(p));
+        let (at, frames, number) = opened.ok_or("an Initial packet that no known key opens")?;
+        let others = self.connections.iter().enumerate().filter(|(n, _)| *n != at).map(|(_, c)| c);
+        let room = Self::room(others);
+        match self.connections.get_mut(at) {
+            Some(c) => c.take(&frames, number, room),
+            None => Ok(()),
+        }
+    }
+
+    /// Opens a packet with the keys of a known connection, and says of which.
+    fn open(&self, p: &Initial<'_>) -> Option<(usize, Vec<u8>, u64)> {
+        let opens = |(at, c): (usize, &Connection)| c.open(p).map(|(frames, number)| (at, frames, number));
+        self.connections.iter().enumerate().rev().find_map(opens)
+    }
+
+    fn open_other_version(&self, p: &Initial<'_>) -> Option<(usize, Vec<u8>, u64)> {
+        let opens = |(at, c): (usize, &Connection)| {
+            c.open_other_version(p).map(|(frames, number)| (at, frames, number))
+        };
+        self.connections.iter().enumerate().rev().find_map(opens)
+    }
+
+    /// Forgets the oldest connection if there are too many.
+    fn make_room(&mut self) -> Result<(), &'static str> {
+        if self.connections.len() < CONNECTIONS_MAX {
+            return Ok(());
+        }
+        let oldest = self.connections.iter().position(|c| !c.waits() && c.reported);
+        self.connections.remove(oldest.ok_or("too many connections at once")?);
+        Ok(())
+    }
+
+    /// Says whether a datagram shows anything that [`QuicInspector::feed`] has not read. To be asked while nothing waits.
     #[must_use]
     pub fn check(&self, datagram: &[u8]) -> QuicCheck {
-        let mut rest = datagram;
-        for _ in 0..PACKETS_MAX {
-            // Most datagrams have a short header, and are through here.
-            if rest.first().is_none_or(|first| first & 0x80 == 0) {
-                return QuicCheck::Same;
-            }
-            let Some((packet, end)) = packet(rest) else { return QuicCheck::Same };
-            match packet {
-                Packet::Initial(initial) if self.is_another(&initial) => return QuicCheck::Another,
-                // A server may know a version that is not known here.
-                Packet::Unknown => return QuicCheck::Another,
-                Packet::Initial(_) | Packet::Other | Packet::Rest => {}
-            }
-            rest = rest.get(end..).unwrap_or(&[]);
+        // Most datagrams have a short header, and are through here.
+        let is_short = datagram.first().is_none_or(|first| first & 0x80 == 0);
+        if is_short && !self.waits() {
+            return QuicCheck::Same;
         }
-        QuicCheck::Same
+        let Ok(packets) = packets(datagram) else { return QuicCheck::Another };
+        let unknown = matches!(packets.first(), Some(Packet::Unknown));
+        let news = packets.iter().any(|p| matches!(p, Packet::Initial(p) if self.is_news(p)));
+        if news || unknown || self.waits() { QuicCheck::Another } else { QuicCheck::Same }
     }
 
-    fn is_another(&self, p: &Initial<'_>) -> bool {
-        let of_known = self.keys.as_ref().filter(|k| k.version == p.version).and_then(|k| k.open(p));
-        match of_known {
-            Some(frames) => !crypto_frames(&frames, |at, data| self.crypto.repeats(at, data)),
-            None => Keys::new(p.version, p.connection_id).is_some_and(|keys| keys.open(p).is_some()),
-        }
+    fn is_news(&self, p: &Initial<'_>) -> bool {
+        let known = self.open(p).or_else(|| {
+            // Its own keys come first, as above.
+            let own = Keys::new(p.version, p.connection_id).is_some_and(|keys| keys.open(p, None).is_some());
+            if own { None } else { self.open_other_version(p) }
+        });
+        let Some((at, frames, _)) = known else { return true };
+        let Some(c) = self.connections.get(at) else { return true };
+        !crypto_frames(&frames, |at, data| c.crypto.repeats(at, data))
     }
 
     /// Bytes of memory that it holds.
     #[must_use]
     pub fn memory(&self) -> usize {
-        self.crypto.bytes.capacity() + self.crypto.pieces.capacity() * 16 + size_of::<Keys>()
+        let crypto: usize = self
+            .connections
+            .iter()
+            .map(|c| c.crypto.bytes.capacity() + c.crypto.pieces.capacity() * 16)
+            .sum();
+        crypto + self.connections.capacity() * size_of::<Connection>()
     }
 }
 

@@ -7,8 +7,8 @@
 //!   differ in what they take for a space. Until the first line has ended it may be something else. A byte that no method
 //!   has ends the question.
 
+use super::progress::{HELD_MAX, Progress};
 use super::tls::{HANDSHAKE, TlsReader};
-use super::{HELD_MAX, Progress};
 
 const NO_REQUEST: &str = "no request line";
 

@@ -286,6 +286,41 @@ fn other_protocols_are_opaque_as_soon_as_that_is_certain() {
     assert!(matches!(whole(&long), Progress::Malformed(_)));
 }
 
+/// What OpenSSL's client sends until it has asked for something (`fuzz/record.py`), in pieces of any size.
+#[test]
+fn real_clients_show_their_name_and_then_what_is_encrypted() {
+    macro_rules! data {
+        ($name:literal) => {
+            &include_bytes!(concat!("data/", $name, ".bin"))[..]
+        };
+    }
+    for (stream, hellos, rest) in [
+        (data!("hello_517"), 1, None),
+        (data!("hello_large"), 1, None),
+        (data!("tls13"), 1, Some("encrypted")),
+        (data!("tls13_retry"), 2, Some("encrypted")),
+        (data!("tls12"), 1, Some("encrypted")),
+        (data!("tls12_resumed"), 1, Some("encrypted")),
+    ] {
+        for size in [1, 5, 300, 2000] {
+            let (mut s, mut names, mut last) = (Pieces::default(), Vec::new(), Progress::More);
+            for piece in stream.chunks(size) {
+                last = s.feed(piece);
+                while let Progress::Tls(hello) = last {
+                    names.push(hello.server_name);
+                    last = s.feed(&[]);
+                }
+                if last != Progress::More {
+                    break;
+                }
+            }
+            assert_eq!(names, vec![Some(b"www.ok.example"[..].into()); hellos]);
+            assert_eq!(last, rest.map_or(Progress::More, Progress::Opaque), "pieces of {size}");
+        }
+    }
+    assert_eq!((data!("hello_517").len(), data!("hello_large").len()), (517, 1571));
+}
+
 fn head(text: &str) -> HttpProgress {
     let (taken, progress) = HttpInspector::new().feed(text.as_bytes());
     if matches!(progress, HttpProgress::Head(_)) {
