@@ -228,18 +228,23 @@ impl QuicInspector {
         Ok(())
     }
 
-    /// Says whether a datagram shows anything that [`QuicInspector::feed`] has not read. To be asked while nothing waits.
+    /// Says whether a datagram shows anything that [`QuicInspector::feed`] has to read, or belongs to a connection that
+    /// is not complete. A datagram of a connection that is complete is [`QuicCheck::Same`] while another one waits too.
     #[must_use]
     pub fn check(&self, datagram: &[u8]) -> QuicCheck {
         // Most datagrams have a short header, and are through here.
-        let is_short = datagram.first().is_none_or(|first| first & 0x80 == 0);
-        if is_short && !self.waits() {
+        if datagram.first().is_none_or(|first| first & 0x80 == 0) {
             return QuicCheck::Same;
         }
         let Ok(packets) = packets(datagram) else { return QuicCheck::Another };
+        let waits = self.waits();
+        let news = |p: &Packet<'_>| match p {
+            Packet::Initial(initial) => self.is_news(initial),
+            Packet::Other => waits,
+            Packet::Rest | Packet::Unknown => false,
+        };
         let unknown = matches!(packets.first(), Some(Packet::Unknown));
-        let news = packets.iter().any(|p| matches!(p, Packet::Initial(p) if self.is_news(p)));
-        if news || unknown || self.waits() { QuicCheck::Another } else { QuicCheck::Same }
+        if unknown || packets.iter().any(news) { QuicCheck::Another } else { QuicCheck::Same }
     }
 
     fn is_news(&self, p: &Initial<'_>) -> bool {
@@ -250,7 +255,7 @@ impl QuicInspector {
         });
         let Some((at, frames, _)) = known else { return true };
         let Some(c) = self.connections.get(at) else { return true };
-        !crypto_frames(&frames, |at, data| c.crypto.repeats(at, data))
+        c.waits() || !crypto_frames(&frames, |at, data| c.crypto.repeats(at, data))
     }
 
     /// Bytes of memory that it holds.

@@ -253,6 +253,19 @@ fn later_datagrams_of_the_connection_are_the_same_and_others_another() {
     }
     assert_eq!(q.feed(&unknown), Progress::Opaque("an unknown version of QUIC"));
     assert_eq!(name(&q.feed(&another)), Some("other.example"));
+    // While a connection waits, the others go on.
+    let third = client_hello("third.example", 100);
+    let mut t = Client::new(b"thethird");
+    let (a, b) = (t.send(&crypto(0, &third[..150])), t.send(&crypto(150, &third[150..])));
+    assert_eq!((q.check(&a), q.feed(&a)), (QuicCheck::Another, Progress::More));
+    let early = [&[0xd0, 0, 0, 0, 1, 1, 9, 0, 5], &b"early"[..]].concat();
+    for waits in [&a, &t.send(&[1]), &early] {
+        assert_eq!(q.check(waits), QuicCheck::Another);
+    }
+    for same in [&hello[..], &chosen, &[0x43; 50]] {
+        assert_eq!(q.check(same), QuicCheck::Same);
+    }
+    assert_eq!(name(&q.feed(&b)), Some("third.example"));
     // The first connection is still known, and a flow that began with something else is watched too.
     assert_eq!(q.check(&c.to(b"chosen", 2, &[1])), QuicCheck::Same);
     let mut q = QuicInspector::new();
