@@ -497,6 +497,85 @@ proptest! {
     }
 }
 
+/// Everything that an inspector says of a stream in these pieces.
+fn all(pieces: &[&[u8]]) -> Vec<Progress> {
+    let (mut s, mut said) = (StreamInspector::new(), Vec::new());
+    for piece in pieces {
+        let mut rest = *piece;
+        while !rest.is_empty() {
+            let (taken, progress) = s.feed(rest);
+            assert!(s.memory() <= 2 * HELD_MAX && s.pending() <= 7 * HELD_MAX);
+            rest = &rest[taken..];
+            if progress == Progress::More {
+                assert!(rest.is_empty());
+                continue;
+            }
+            let goes_on = matches!(progress, Progress::Tls(_));
+            said.push(progress);
+            if !goes_on {
+                return said;
+            }
+        }
+    }
+    said
+}
+
+/// All heads of a connection in these pieces, where they end, and what is wrong.
+fn heads(pieces: &[&[u8]]) -> Vec<(usize, HttpProgress)> {
+    let (mut http, mut said, mut at) = (HttpInspector::new(), Vec::new(), 0);
+    for piece in pieces {
+        let mut rest = *piece;
+        while !rest.is_empty() {
+            let (taken, progress) = http.feed(rest);
+            rest = &rest[taken..];
+            at += taken;
+            match progress {
+                HttpProgress::More => assert!(rest.is_empty() && http.pending() <= HELD_MAX),
+                HttpProgress::Head(_) => said.push((at, progress)),
+                HttpProgress::Malformed(_) => {
+                    said.push((0, progress));
+                    return said;
+                }
+            }
+        }
+    }
+    said
+}
+
+proptest! {
+    /// A recording or a connection with a few bytes changed says the same in any pieces.
+    #[test]
+    fn damaged_conversations_say_the_same_in_any_pieces(
+        changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..3),
+        cuts in proptest::collection::vec(1usize..400, 1..20),
+        which in 0usize..3,
+    ) {
+        let mut bytes = match which {
+            0 => include_bytes!("data/tls13_retry.bin").to_vec(),
+            1 => include_bytes!("data/tls12_resumed.bin").to_vec(),
+            _ => connection().0,
+        };
+        for (at, byte) in changes {
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+        }
+        let (mut pieces, mut rest) = (Vec::new(), &bytes[..]);
+        for cut in cuts {
+            let (piece, more) = rest.split_at(cut.min(rest.len()));
+            pieces.push(piece);
+            rest = more;
+        }
+        pieces.push(rest);
+        let single: Vec<&[u8]> = bytes.chunks(1).collect();
+        let whole = all(&[&bytes]);
+        prop_assert_eq!(&whole, &all(&pieces));
+        prop_assert_eq!(&whole, &all(&single));
+        let whole = heads(&[&bytes]);
+        prop_assert_eq!(&whole, &heads(&pieces));
+        prop_assert_eq!(&whole, &heads(&single));
+    }
+}
+
 #[test]
 fn last_words_are_well_formed() {
     assert_eq!(alert_access_denied().len(), 7);
