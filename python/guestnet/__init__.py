@@ -122,6 +122,7 @@ if TYPE_CHECKING:
     from guestnet.model.events import LeaseReleased as LeaseReleased
     from guestnet.model.events import LeaseTaken as LeaseTaken
     from guestnet.model.events import LogMessage as LogMessage
+    from guestnet.model.events import NameDenied as NameDenied
     from guestnet.model.events import NetworkEvent as NetworkEvent
     from guestnet.model.events import NetworkFailed as NetworkFailed
     from guestnet.model.events import PortClosed as PortClosed
@@ -216,6 +217,7 @@ _HOME = {
         "LeaseReleased",
         "LeaseTaken",
         "LogMessage",
+        "NameDenied",
         "NetworkEvent",
         "NetworkFailed",
         "PortClosed",

@@ -45,6 +45,7 @@ __all__ = [
     "FlowOpened",
     "Frame",
     "Log",
+    "NameDenied",
     "NameServer",
     "NatEngine",
     "PacketPool",
@@ -430,6 +431,25 @@ class FlowClosed:
     def shown(self) -> str | None: ...
 
 @final
+class NameDenied:
+    """A query of a guest was refused by a rule, or its answer was."""
+
+    @property
+    def port(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> int:
+        """The number of the type that was asked for."""
+    @property
+    def rule(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def unreported(self) -> int:
+        """How many denials of the guest were not reported since the last one that was."""
+
+@final
 class FlowDenied:
     """A flow was refused or cut."""
 
@@ -518,6 +538,7 @@ _Event: TypeAlias = (
     | FlowOpened
     | FlowClosed
     | FlowDenied
+    | NameDenied
     | Done
     | PortUp
     | PortDown

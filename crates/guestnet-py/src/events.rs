@@ -142,6 +142,19 @@ pub struct FlowDenied {
     unreported: u32,
 }
 
+/// A query of a guest was refused by a rule, or its answer was.
+#[pyclass(frozen, get_all, module = "guestnet._native")]
+pub struct NameDenied {
+    port: u32,
+    name: String,
+    /// The number of the type that was asked for.
+    kind: u16,
+    rule: String,
+    reason: &'static str,
+    /// How many denials of the guest were not reported since the last one that was.
+    unreported: u32,
+}
+
 /// A command is done.
 #[pyclass(frozen, module = "guestnet._native")]
 pub struct Done {
@@ -292,6 +305,17 @@ fn core_event(py: Python<'_>, event: effects::Event) -> PyResult<Bound<'_, PyAny
                 },
             )
         }
+        E::NameDenied(d) => object(
+            py,
+            NameDenied {
+                port: d.port.0,
+                name: d.name.to_string(),
+                kind: d.kind,
+                rule: d.rule.to_string(),
+                reason: d.reason,
+                unreported: d.unreported,
+            },
+        ),
         E::FlowDenied(d) => object(
             py,
             FlowDenied {

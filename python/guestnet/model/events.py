@@ -248,4 +248,22 @@ class FlowDenied(FlowEvent):
     """Denials of this guest that were left out since the last event."""
 
 
+class NameDenied(FlowEvent):
+    """A DNS query was refused by a rule, or its answer was.
+
+    Each guest has 100 of these and of `FlowDenied` events a second.
+    """
+
+    kind = "name_denied"
+    name: str
+    """The name that was asked for, in lower case."""
+    query_type: str
+    """The type of the query, such as "A"."""
+    rule: str
+    """The label of the rule that decided."""
+    reason: str
+    unreported: int = 0
+    """Denials of this guest that were left out since the last event."""
+
+
 EventCallback = Callable[[Any], object]

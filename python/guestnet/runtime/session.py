@@ -39,6 +39,7 @@ from guestnet.model.events import (
     GuestDown,
     GuestUp,
     LogMessage,
+    NameDenied,
     NetworkFailed,
 )
 from guestnet.model.forward_spec import ForwardSpec
@@ -69,6 +70,10 @@ _log = logging.getLogger("guestnet")
 
 FIRST_DYNAMIC = 0x8000_0000
 _END_SECONDS = 5.0
+_QUERY_TYPES = {
+    **{1: "A", 2: "NS", 5: "CNAME", 6: "SOA", 10: "NULL", 12: "PTR", 15: "MX", 16: "TXT", 28: "AAAA"},
+    **{33: "SRV", 43: "DS", 48: "DNSKEY", 64: "SVCB", 65: "HTTPS", 255: "ANY"},
+}
 
 
 def _make_plane(config: NatConfig, runtime: Runtime) -> _native.DataPlane:
@@ -492,6 +497,7 @@ class Session:
             _native.FlowOpened: self._on_flow_opened,
             _native.FlowClosed: self._on_flow_closed,
             _native.FlowDenied: self._on_flow_denied,
+            _native.NameDenied: self._on_name_denied,
         }
 
     def _on_datagram(self, event: _native.Datagram) -> None:
@@ -614,6 +620,19 @@ class Session:
             unreported=event.unreported,
         )
         if denied is not None and self._has_policy:
+            self._denials.note(denied)
+
+    def _on_name_denied(self, event: _native.NameDenied) -> None:
+        denied = self.emit(
+            NameDenied,
+            self._ports.endpoint(event.port),
+            name=event.name,
+            query_type=_QUERY_TYPES.get(event.kind, f"TYPE{event.kind}"),
+            rule=event.rule,
+            reason=event.reason,
+            unreported=event.unreported,
+        )
+        if denied is not None:
             self._denials.note(denied)
 
     def _name_of(self, address: IPv4Address | IPv6Address) -> str | None:

@@ -1,13 +1,14 @@
 //! Theory of operation: the DNS forwarder of a network.
 //!
 //! Every query of a guest, over UDP or TCP, takes this path:
-//! 1. [`DnsForwarder::query`] reads and judges it. What no server should answer is refused here.
+//! 1. [`DnsForwarder::query`] reads and judges it. What no server should answer is refused here, and so are names that no
+//!    rule allows ([`guard`]).
 //! 2. A cached response is sent ([`cache`]).
 //! 3. A name that may be the network's own is asked of the control side, the authority: an event goes up, and its
 //!    [`Verdict`] comes down. The authority has the zones, the guests' names and hooks; the names that it may know
 //!    something of are compiled down to a list. Its responses are cached until it says that something changed.
 //! 4. All other names are asked of name servers ([`upstream`]).
-//! 5. [`DnsForwarder::deliver`] sends each client its response.
+//! 5. [`DnsForwarder::deliver`] sends each client its response, filtered by the rules of its guest.
 //!
 //! The control side also says which name servers there are. It is asked to look again with one query in [`LOOK_S`]
 //! seconds, which waits for it. After [`STALE_S`] seconds without a word all queries wait for it, [`AUTHORITY_MS`] at most;
@@ -18,6 +19,7 @@
 
 mod cache;
 mod failures;
+mod guard;
 mod network;
 mod pending;
 mod streams;
@@ -28,10 +30,12 @@ use crate::interface::config::{Limits, NameServers};
 use crate::interface::effects::{Close, Effects, Event, SockError};
 use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, PortId, ServiceId, SockId, Time};
+use crate::policy::NamePolicy;
 use crate::util::rate_limiter::RateLimiter;
 use crate::util::siphash::SipKey;
 use cache::{Cache, Kept, Key};
 use failures::Failures;
+use guard::{Filtered, Guard};
 use guestnet_wire::be16;
 use guestnet_wire::dns::{self, Answer, IN, Query, Record, Unreadable, ede, flags, kind, rcode};
 use pending::{Bounds, Chain, Client, Pending, Stage, Table, Waiter};
@@ -149,6 +153,8 @@ pub(crate) struct DnsForwarder {
     table: Table,
     upstream: Upstream,
     streams: Streams,
+    /// Rules about names.
+    guard: Guard,
     /// When the control side last said which name servers there are.
     confirmed: Time,
     /// A query went up to have it look again.
@@ -171,6 +177,7 @@ impl DnsForwarder {
             table: Table::new(upstream.draw()),
             upstream,
             streams: Streams::new(limits.dns_connections as usize),
+            guard: Guard::new(sip.derive(2)),
             confirmed: Time::default(),
             looking: false,
             replies: Replies::default(),
@@ -190,6 +197,11 @@ impl DnsForwarder {
         self.own = own.into_iter().collect();
         // A name of others may be the network's own from now on, or the other way round.
         self.cache.clear();
+    }
+
+    /// Other rules about names are in force, or none.
+    pub(crate) fn set_names(&mut self, policy: Option<NamePolicy>) {
+        self.guard.set(policy);
     }
 
     /// The guests that have names have changed.
@@ -261,10 +273,13 @@ impl DnsForwarder {
         for w in &p.waiters {
             let port = w.client.port();
             let fails = searched.as_ref().is_some_and(|name| self.is_failing(name, port, now));
-            self.deliver(now, w.client, true, Tally::Nothing, fx, |tcp, out| match fails {
-                true => w.query().respond(rcode::SERVFAIL, 0, &searched_fails(), out),
-                false => emit(&w.query(), &shape, &message, tcp, out),
-            });
+            if fails {
+                self.deliver(now, w.client, true, Tally::Nothing, fx, |_, out| {
+                    w.query().respond(rcode::SERVFAIL, 0, &searched_fails(), out);
+                });
+            } else {
+                self.deliver_answer(now, w, p.key.name(), true, (&shape, &message), fx);
+            }
         }
         let owner = p.waiters.first().map(|w| w.client.port());
         if let Some(owner) = owner.filter(|_| generation == self.generation) {
@@ -299,12 +314,20 @@ impl DnsForwarder {
         let Some(key) = Key::new(self.sip, &q) else { return Outcome::Dropped(DropReason::Malformed) };
         let rd = q.flags & flags::RD != 0;
         let look = self.is_look_due(now);
+        let watched = self.guard.watches(client.port());
+        if watched && !self.may_be_own(key.name()) && self.refuse_name(now, client, &q, &key, fx) {
+            return Outcome::Refused;
+        }
         if self.send_cached(now, client, &q, &key, rd, look, fx) {
             return Outcome::Hit;
         }
         let tcp = client.is_tcp();
         let may_be_own = self.may_be_own(key.name());
         if let Some(ticket) = self.table.find(&key, rd, tcp) {
+            let asks = matches!(self.table.get(ticket).map(|p| &p.stage), Some(Stage::Authority));
+            if watched && may_be_own && !asks && self.refuse_name(now, client, &q, &key, fx) {
+                return Outcome::Refused;
+            }
             let waits = match self.table.get(ticket).map(|p| &p.stage) {
                 Some(Stage::Authority) => Outcome::Waits,
                 _ => Outcome::Asked,
@@ -324,6 +347,22 @@ impl DnsForwarder {
             }
         }
         self.join(now, client, &q, &key, Err(Outcome::Asked), fx)
+    }
+
+    /// Refuses a query for a name that the rules of its guest do not allow; false when they do.
+    fn refuse_name<E: Effects>(
+        &mut self,
+        now: Time,
+        client: Client,
+        q: &Query<'_>,
+        key: &Key,
+        fx: &mut E,
+    ) -> bool {
+        let Some(refusal) = self.guard.query(now, client.port(), key.name(), q.kind) else { return false };
+        self.deliver(now, client, false, Tally::Nothing, fx, |_, out| {
+            q.respond(refusal.rcode, 0, &refusal.explanation, out);
+        });
+        true
     }
 
     /// Sends a cached response, unless the control side is to look for other name servers first.
@@ -351,6 +390,18 @@ impl DnsForwarder {
             }
         }
         let Some(entry) = self.cache.get(key, now) else { return false };
+        if self.guard.watches(client.port()) {
+            let own = entry.kept.own;
+            let message = entry.message(key, now);
+            // What is no own name after all is judged when it is forwarded.
+            if !own && self.may_be_own(key.name()) && self.refuse_name(now, client, q, key, fx) {
+                return true;
+            }
+            let Some(shape) = Answer::parse(&message) else { return false };
+            let waiter = Waiter::new(client, q);
+            self.send_answer(now, &waiter, false, key.name(), own, (&shape, &message), fx);
+            return true;
+        }
         let at = self.replies.begin(client);
         entry.emit(q, now, q.largest(client.is_tcp()), &mut self.replies.bytes);
         self.replies.finish(at, client, Tally::Nothing);
@@ -428,6 +479,7 @@ impl DnsForwarder {
 
     /// Asks name servers, unless the response is known already or cannot be.
     fn forward<E: Effects>(&mut self, now: Time, ticket: u64, fx: &mut E) {
+        self.refuse_waiters(now, ticket, fx);
         let Some(p) = self.table.get(ticket) else { return };
         let (target, rd) = (p.target().clone(), p.rd);
         if let Some(entry) = self.cache.get(&target, now).filter(|_| rd) {
@@ -442,6 +494,31 @@ impl DnsForwarder {
         }
         let step = self.upstream.ask(now, &mut self.table, ticket, fx);
         self.land(now, ticket, step, fx);
+    }
+
+    /// Refuses clients of a name that turned out to be no own one, where the rules of their guests do not allow it.
+    fn refuse_waiters<E: Effects>(&mut self, now: Time, ticket: u64, fx: &mut E) {
+        let Some(p) = self.table.get(ticket).filter(|p| p.chain.is_none()) else { return };
+        let key = p.key.clone();
+        if !p.waiters.iter().any(|w| self.guard.watches(w.client.port())) || !self.may_be_own(key.name()) {
+            return;
+        }
+        let guard = &mut self.guard;
+        let mut refusals = Vec::new();
+        let refused = self.table.take_waiters(ticket, |w| {
+            let refusal = guard.query(now, w.client.port(), key.name(), key.kind());
+            let is_refused = refusal.is_some();
+            refusals.extend(refusal);
+            is_refused
+        });
+        for (w, refusal) in refused.iter().zip(refusals) {
+            self.deliver(now, w.client, true, Tally::Nothing, fx, |_, out| {
+                w.query().respond(refusal.rcode, 0, &refusal.explanation, out);
+            });
+        }
+        if self.table.get(ticket).is_some_and(|p| p.waiters.is_empty()) {
+            let _nobody_waits = self.table.remove(ticket);
+        }
     }
 
     fn land<E: Effects>(&mut self, now: Time, ticket: u64, step: Step, fx: &mut E) {
@@ -478,9 +555,7 @@ impl DnsForwarder {
         let Some(p) = self.table.remove(ticket) else { return };
         let (sent, bytes) = joined.as_ref().map_or((&shape, &message), |(shape, message)| (shape, message));
         for w in &p.waiters {
-            self.deliver(now, w.client, true, Tally::Nothing, fx, |tcp, out| {
-                emit(&w.query(), sent, bytes, tcp, out);
-            });
+            self.deliver_answer(now, w, p.key.name(), false, (sent, bytes), fx);
         }
         // What servers said that are no longer asked is sent, and not kept.
         let current = p.plan.as_ref().is_some_and(|plan| Arc::ptr_eq(&plan.servers, &self.upstream.servers));
@@ -564,6 +639,41 @@ impl DnsForwarder {
         emit(client.is_tcp(), &mut self.replies.bytes);
         self.replies.finish(at, client, tally);
         self.pass_on(now, waited, fx);
+    }
+
+    /// Sends a client that waits the answer to its query, as the rules of its guest allow it.
+    fn deliver_answer<E: Effects>(
+        &mut self,
+        now: Time,
+        w: &Waiter,
+        name: &[u8],
+        own: bool,
+        answer: (&Answer, &[u8]),
+        fx: &mut E,
+    ) {
+        self.send_answer(now, w, true, name, own, answer, fx);
+    }
+
+    #[allow(clippy::too_many_arguments)] // The client, and the answer.
+    fn send_answer<E: Effects>(
+        &mut self,
+        now: Time,
+        w: &Waiter,
+        waited: bool,
+        name: &[u8],
+        own: bool,
+        (shape, message): (&Answer, &[u8]),
+        fx: &mut E,
+    ) {
+        let filtered = match self.guard.watches(w.client.port()) {
+            true => self.guard.filter(w.client.port(), name, own, shape, message),
+            false => Filtered::Same,
+        };
+        self.deliver(now, w.client, waited, Tally::Nothing, fx, |tcp, out| match &filtered {
+            Filtered::Same => emit(&w.query(), shape, message, tcp, out),
+            Filtered::Other(shape, message) => emit(&w.query(), shape, message, tcp, out),
+            Filtered::Refused(refusal) => w.query().respond(refusal.rcode, 0, &refusal.explanation, out),
+        });
     }
 
     /// Writes the last reply to its connection, where it is for one.
@@ -732,6 +842,7 @@ impl DnsForwarder {
     /// A port is gone.
     pub(crate) fn remove_port(&mut self, port: PortId) {
         self.cache.remove_port(port);
+        self.guard.remove_port(port);
         self.table.remove_port(port);
         self.streams.remove_port(port);
         self.failures.remove_port(port);

@@ -1,11 +1,12 @@
 //! Theory of operation: how the forwarder meets the rest of the network. It knows nothing of slots and frames itself: calls
 //! come here with a [`Context`], outcomes are counted, and responses are sent.
 
+use super::guard::DenialNote;
 use super::pending::Client;
 use super::{DnsForwarder, Outcome, Reply, Tally, Verdict};
 use crate::context::Context;
 use crate::interface::config::{DatagramError, NetworkConfig};
-use crate::interface::effects::{Effects, SockError};
+use crate::interface::effects::{Effects, Event, NameDenied, SockError};
 use crate::interface::stats::{Counters, DropReason};
 use crate::interface::types::{FlowId, PortId, SockId};
 use crate::l3::gateway::Datagram;
@@ -127,11 +128,31 @@ impl DnsForwarder {
         if self.is_sound() { Ok(()) } else { Err("the DNS forwarder's books do not agree".into()) }
     }
 
+    /// Notes which addresses guests got, and reports the queries that were refused.
+    fn hand_on_notes<E: Effects>(&mut self, cx: &mut Context<'_, E>) {
+        let now = cx.link.now;
+        for pin in self.guard.pins.drain(..) {
+            if let Some(slot) = cx.link.lan.slot(pin.port) {
+                cx.policy.pins.note(slot, pin.ip, &pin.name, pin.life_s, now);
+            }
+        }
+        for DenialNote { port, name, kind, rule, reason } in self.guard.denials.drain(..) {
+            let Some(slot) = cx.link.lan.slot(port) else { continue };
+            cx.link.lan.count_drop(slot, DropReason::Policy);
+            let Some(unreported) = cx.gateway.count_denial(now, slot) else { continue };
+            let denied = NameDenied { port, name, kind, rule, reason, unreported };
+            if !cx.link.fx.event(Event::NameDenied(Box::new(denied))) {
+                cx.link.lan.count_drop(slot, DropReason::EventRingFull);
+            }
+        }
+    }
+
     #[inline]
     fn send_replies<E: Effects>(&mut self, cx: &mut Context<'_, E>) {
         if !self.has_replies() {
             return;
         }
+        self.hand_on_notes(cx);
         let replies = self.take_replies();
         for (reply, bytes) in replies.iter() {
             send(cx, reply, bytes);

@@ -280,6 +280,20 @@ impl Table {
         ticket
     }
 
+    /// Takes out the clients of a query that `takes` chooses, in their order.
+    pub(super) fn take_waiters(
+        &mut self,
+        ticket: u64,
+        mut takes: impl FnMut(&Waiter) -> bool,
+    ) -> Vec<Waiter> {
+        let Some(p) = self.list.get_mut(&ticket) else { return Vec::new() };
+        let (taken, kept) = std::mem::take(&mut p.waiters).into_iter().partition(|w| takes(w));
+        p.waiters = kept;
+        let taken: Vec<Waiter> = taken;
+        taken.iter().for_each(|w| self.shares.remove(w.client.port()));
+        taken
+    }
+
     /// Ends a query. The caller has given its stage back.
     pub(super) fn remove(&mut self, ticket: u64) -> Option<Pending> {
         let p = self.list.remove(&ticket)?;

@@ -166,6 +166,25 @@ pub enum Event {
     /// A new flow was refused, or one was cut by a change of the rules. At most
     /// [`crate::policy::denials::PER_SECOND`] a second for each guest.
     FlowDenied(Box<FlowDenied>),
+    /// A query of a guest was refused by a rule, or its answer was. Within the rate of [`Event::FlowDenied`].
+    NameDenied(Box<NameDenied>),
+}
+
+/// A refused query.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NameDenied {
+    /// The port of the guest.
+    pub port: PortId,
+    /// The name, in lower case without a final dot; bytes that are no text are escaped.
+    pub name: Arc<str>,
+    /// The type that was asked for.
+    pub kind: u16,
+    /// The label of the rule that decided.
+    pub rule: Arc<str>,
+    /// Why.
+    pub reason: &'static str,
+    /// Denials of this guest that were not reported since the last one that was.
+    pub unreported: u32,
 }
 
 /// A refused flow.

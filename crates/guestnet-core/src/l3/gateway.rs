@@ -456,6 +456,14 @@ impl Gateway {
     }
 }
 
+impl Gateway {
+    /// Counts a query that was refused by a rule. Returns how many denials of the guest went unreported before it, or `None`
+    /// when it is not to be reported either.
+    pub fn count_denial(&mut self, now: Time, slot: u32) -> Option<u32> {
+        self.denials.count(now, slot)
+    }
+}
+
 /// A flow that was refused.
 #[derive(Debug, Clone)]
 pub(crate) struct Refusal {

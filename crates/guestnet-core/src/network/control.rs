@@ -140,6 +140,7 @@ impl Network {
             return false;
         }
         policy.change(mode, isolated);
+        self.dns.set_names(policy.names());
         self.layers.lan.set_asks(!policy.guests_pass());
         true
     }
@@ -155,6 +156,7 @@ impl Network {
         self.now = now;
         let policy = &mut self.layers.policy;
         let replaced = policy.change_rules(port, table);
+        self.dns.set_names(policy.names());
         self.layers.lan.set_asks(!policy.guests_pass());
         replaced
     }
@@ -163,6 +165,7 @@ impl Network {
     pub fn set_host_addresses(&mut self, now: Time, addresses: Arc<HashSet<IpAddr>>) {
         self.now = now;
         self.layers.policy.change_host_addresses(addresses);
+        self.dns.set_names(self.layers.policy.names());
     }
 
     /// Takes how many flows the last changes of the rules have cut. `None` while flows still have to be judged, and when
@@ -178,6 +181,15 @@ impl Network {
         self.now = now;
         let Some(slot) = self.layers.lan.slot(port) else { return false };
         self.layers.policy.pins.note(slot, ip, name, life_s, now)
+    }
+
+    /// The names for which the guest on a port got an address, as text. Only tests ask.
+    #[doc(hidden)]
+    pub fn pins_of(&mut self, now: Time, port: PortId, ip: IpAddr) -> Vec<String> {
+        let pins = &mut self.layers.policy.pins;
+        let Some(slot) = self.layers.lan.slot(port) else { return Vec::new() };
+        pins.prune(slot, ip, now);
+        pins.of(slot, ip).iter().map(ToString::to_string).collect()
     }
 
     // ---- DNS ----------------------------------------------------------------------------------------

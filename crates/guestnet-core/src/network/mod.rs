@@ -468,6 +468,9 @@ impl Network {
                     cx.policy.sweep = Some(Sweep { stage, cut: cut + budget.done });
                     if next.is_none() {
                         cx.policy.finish_sweep();
+                        // Only now: what a running flow's address was asked for was part of the judgement.
+                        let lan = &*cx.link.lan;
+                        cx.policy.forget_denied_pins(|slot| lan.port(slot).map(|p| p.id));
                     }
                     return;
                 }

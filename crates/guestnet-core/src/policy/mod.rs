@@ -21,6 +21,7 @@ mod admission;
 pub mod conversations;
 pub mod denials;
 mod index;
+pub mod name_budget;
 pub mod pending;
 pub mod pins;
 mod refusal;
@@ -54,13 +55,15 @@ pub use table::{Evidence, NameDecision, Shown};
 pub use verdict::{Direction, Entry, Generation, Request, RuleId, Ticket, Verdict};
 
 /// The owner's rules.
-#[derive(Default)]
+#[derive(Default, Clone)]
 struct Tables {
     network: Option<Arc<RuleTable>>,
     /// Of guests that have rules of their own.
     endpoints: BTreeMap<PortId, Arc<RuleTable>>,
     /// The addresses of this host.
     host: Arc<HashSet<IpAddr>>,
+    /// One of them has rules about flows between guests.
+    about_guests: bool,
 }
 
 impl Tables {
@@ -237,9 +240,7 @@ impl Policy {
     #[inline]
     #[must_use]
     pub fn guests_pass(&self) -> bool {
-        let tables = &self.tables;
-        self.rules.guests_pass()
-            && !tables.network.iter().chain(tables.endpoints.values()).any(|t| t.has_guest_rules())
+        self.rules.guests_pass() && !self.tables.about_guests
     }
 
     /// The generation of the rules in force.
@@ -284,8 +285,34 @@ impl Policy {
             (Some(endpoint), Some(table)) => self.tables.endpoints.insert(endpoint, table),
             (Some(endpoint), None) => self.tables.endpoints.remove(&endpoint),
         };
+        let tables = &mut self.tables;
+        tables.about_guests =
+            tables.network.iter().chain(tables.endpoints.values()).any(|t| t.has_guest_rules());
         self.begin_sweep();
         replaced
+    }
+
+    /// Forgets pins of names that no rule allows any more. `port_of` says which port is in a slot.
+    pub fn forget_denied_pins(&mut self, port_of: impl Fn(u32) -> Option<PortId>) {
+        let tables = &self.tables;
+        self.pins.retain(|slot, name| {
+            let Some(port) = port_of(slot) else { return false };
+            tables.of(port).is_none_or(|table| {
+                matches!(table.judge_name(port, name.as_bytes(), true), NameDecision::Allow { .. })
+            })
+        });
+    }
+
+    /// The rules as the DNS forwarder needs them; `None` where no rule is about names.
+    #[must_use]
+    pub fn names(&self) -> Option<NamePolicy> {
+        let mut all = self.tables.network.iter().chain(self.tables.endpoints.values());
+        all.any(|t| t.names_decide()).then(|| NamePolicy {
+            tables: self.tables.clone(),
+            subnet: self.subnet,
+            gateway: IpAddr::V4(self.gateway4),
+            host_loopback: self.settings.host_loopback,
+        })
     }
 
     /// The addresses of this host are others from now on. Flows are judged again.
@@ -337,6 +364,29 @@ impl Policy {
             ip @ IpAddr::V4(_) if !is_special(ip) && !self.subnet.contains(ip) => ip,
             _ => IpAddr::V4(self.gateway4),
         }
+    }
+}
+
+/// What the rules say of names. See [`Policy::names`].
+pub struct NamePolicy {
+    tables: Tables,
+    subnet: Subnet,
+    gateway: IpAddr,
+    host_loopback: Option<IpAddr>,
+}
+
+impl NamePolicy {
+    /// The rules for a guest, where they are about names.
+    #[must_use]
+    pub fn table(&self, endpoint: PortId) -> Option<&RuleTable> {
+        self.tables.of(endpoint).filter(|t| t.names_decide())
+    }
+
+    /// What addresses mean in this network.
+    #[must_use]
+    pub fn surroundings(&self) -> Surroundings<'_> {
+        let NamePolicy { subnet, gateway, host_loopback, .. } = *self;
+        Surroundings { subnet, gateway, host_loopback, host: &self.tables.host }
     }
 }
 

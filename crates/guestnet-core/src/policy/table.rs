@@ -296,6 +296,12 @@ impl RuleTable {
         }
     }
 
+    /// What becomes of flows that no rule matches.
+    #[must_use]
+    pub fn default_action(&self) -> Action {
+        self.default
+    }
+
     /// Whether flows that a rule admits are logged.
     #[must_use]
     pub fn is_logged(&self, rule: u32) -> bool {

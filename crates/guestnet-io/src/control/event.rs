@@ -97,9 +97,9 @@ impl Event {
     /// Quarters of the ring that it leaves to what matters more. One guest with many short flows, or one
     /// that is sent much, is not to keep others from services.
     fn quarters_left(&self) -> usize {
-        use effects::Event::{FlowClosed, FlowDenied, FlowOpened};
+        use effects::Event::{FlowClosed, FlowDenied, FlowOpened, NameDenied};
         match self {
-            Event::Core(FlowOpened { .. } | FlowClosed { .. } | FlowDenied(_)) => 2,
+            Event::Core(FlowOpened { .. } | FlowClosed { .. } | FlowDenied(_) | NameDenied(_)) => 2,
             Event::Frame { .. } => FRAME_QUARTERS,
             _ => 0,
         }
@@ -111,7 +111,9 @@ const SHARE: usize = 4;
 
 /// The guest that an event which may be lost is about.
 fn guest(event: &Event) -> Option<PortId> {
-    use effects::Event::{AddressSeen, Datagram, DnsQuestion, FlowClosed, FlowDenied, FlowOpened};
+    use effects::Event::{
+        AddressSeen, Datagram, DnsQuestion, FlowClosed, FlowDenied, FlowOpened, NameDenied,
+    };
     match event {
         Event::Core(
             Datagram { port, .. }
@@ -121,6 +123,7 @@ fn guest(event: &Event) -> Option<PortId> {
             | FlowClosed { port, .. },
         ) => Some(*port),
         Event::Core(FlowDenied(denied)) => Some(denied.port),
+        Event::Core(NameDenied(denied)) => Some(denied.port),
         _ => None,
     }
 }

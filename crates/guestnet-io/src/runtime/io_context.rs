@@ -370,10 +370,10 @@ impl Effects for IoContext {
     }
 
     fn event(&mut self, event: effects::Event) -> bool {
-        use effects::Event::{FlowClosed, FlowDenied, FlowOpened};
+        use effects::Event::{FlowClosed, FlowDenied, FlowOpened, NameDenied};
         let wanted = match event {
             FlowOpened { .. } | FlowClosed { .. } => self.flow_events,
-            FlowDenied(_) => self.denial_events,
+            FlowDenied(_) | NameDenied(_) => self.denial_events,
             _ => true,
         };
         !wanted || self.events.try_send(Event::Core(event))

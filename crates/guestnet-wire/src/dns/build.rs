@@ -59,6 +59,39 @@ pub fn join(question: &[u8], chain: &[Record], tail: &[u8], shape: &Answer) -> O
     finish(out, answers, authorities)
 }
 
+/// The section that a record is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Section {
+    /// The answer.
+    Answer,
+    /// The authority.
+    Authority,
+}
+
+/// The records of the answer and the authority section of a message, of the class IN, without compression. `None` when
+/// one of them is malformed.
+#[must_use]
+pub fn records(message: &[u8], shape: &Answer) -> Option<Vec<(Section, Record)>> {
+    let [answers, authorities, _] = shape.counts.map(usize::from);
+    let (mut at, mut out) = (shape.question.end, Vec::with_capacity(answers + authorities));
+    for number in 0..answers + authorities {
+        let mut bytes = Vec::new();
+        let (next, class) = put_expanded(message, at, &mut bytes)?;
+        at = next;
+        if class != IN {
+            continue;
+        }
+        let mut name = Vec::new();
+        let fixed = expand_name(&bytes, 0, &mut name)?;
+        let section = if number < answers { Section::Answer } else { Section::Authority };
+        let data = bytes.get(fixed + 10..)?.into();
+        let record =
+            Record { name: name.into(), kind: be16(&bytes, fixed), ttl: be32(&bytes, fixed + 4), data };
+        out.push((section, record));
+    }
+    Some(out)
+}
+
 /// The option of an extended error (RFC 8914), which people see who look at responses with a tool.
 #[must_use]
 pub fn explain(code: u16, text: &str) -> Vec<u8> {

@@ -61,6 +61,8 @@ pub mod ede {
     pub const OTHER: u16 = 0;
     /// The server cannot answer yet.
     pub const NOT_READY: u16 = 14;
+    /// The name is blocked by a policy of the one who operates the server.
+    pub const BLOCKED: u16 = 15;
     /// No name server answers.
     pub const NO_REACHABLE_AUTHORITY: u16 = 22;
 }
@@ -73,6 +75,12 @@ pub mod kind {
     pub const CNAME: u16 = 5;
     /// The start of a zone.
     pub const SOA: u16 = 6;
+    /// An IPv6 address.
+    pub const AAAA: u16 = 28;
+    /// A service binding (RFC 9460).
+    pub const SVCB: u16 = 64;
+    /// A service binding of HTTPS.
+    pub const HTTPS: u16 = 65;
     /// The pseudo-record of EDNS.
     pub const OPT: u16 = 41;
     /// Any type.

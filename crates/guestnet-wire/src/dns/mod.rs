@@ -14,7 +14,7 @@ mod format;
 mod query;
 
 pub use answer::Answer;
-pub use build::{Record, build, explain, join};
+pub use build::{Record, Section, build, explain, join, records};
 pub use format::{
     HEADER, IN, LABEL_MAX, NAME_MAX, PLAIN_MAX, TCP_MAX, UDP_MAX, ede, expand_name, flags, is_meta, kind,
     rcode,

@@ -24,7 +24,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 from guestnet.errors import ConfigError
-from guestnet.model.events import EventsLost, FlowClosed, FlowDenied, FlowOpened, NetworkEvent, Side
+from guestnet.model.events import (
+    EventsLost,
+    FlowClosed,
+    FlowDenied,
+    FlowOpened,
+    NameDenied,
+    NetworkEvent,
+    Side,
+)
 
 SIZE_MOST = 64 << 20
 """Bytes after which a file is rotated."""
@@ -93,7 +101,7 @@ class AuditLog:
         {"time": "1970-01-01T00:00:00.000Z", "network": "lab", "event": "lost", "count": 3}
     """
 
-    TYPES: tuple[type[NetworkEvent], ...] = (FlowOpened, FlowClosed, FlowDenied, EventsLost)
+    TYPES: tuple[type[NetworkEvent], ...] = (FlowOpened, FlowClosed, FlowDenied, NameDenied, EventsLost)
     """The events that it wants."""
 
     def __init__(
@@ -135,7 +143,7 @@ class AuditLog:
             self._write(_line(event, "denied", _denied(event)))
         elif isinstance(event, EventsLost):
             self._write(_line(event, "lost", {"count": event.count}))
-        elif event.kind == "name_denied":
+        elif isinstance(event, NameDenied):
             self._write(_line(event, "name_denied", event.details()))
 
     def close(self) -> None:
@@ -214,9 +222,9 @@ def _start(event: FlowOpened) -> dict[str, Any]:
         "direction": "inbound" if event.inbound else "outbound",
         "source": _text(event.remote if event.inbound else event.guest),
         "destination": _text(event.guest if event.inbound else event.remote),
-        "name": getattr(event, "name", None),
+        "name": event.name,
         "verdict": "allow",
-        "rule": getattr(event, "rule", None),
+        "rule": event.rule,
     }
 
 
@@ -240,7 +248,7 @@ def _denied(event: FlowDenied) -> dict[str, Any]:
         "source": _text(event.remote if inbound else event.guest),
         "destination": _text(event.guest if inbound else event.remote),
         "name": event.name,
-        "shown": getattr(event, "shown", None),
+        "shown": event.shown,
         "verdict": "deny",
         "rule": event.rule,
         "reason": event.reason,

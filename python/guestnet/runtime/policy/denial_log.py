@@ -11,7 +11,7 @@ from collections import OrderedDict
 from typing import Any
 
 from guestnet.model.denials import Denial
-from guestnet.model.events import FlowDenied, NetworkEvent
+from guestnet.model.events import FlowDenied, NameDenied, NetworkEvent
 
 OF_GUEST = 256
 """Records of one guest."""
@@ -89,11 +89,10 @@ def _fields(event: NetworkEvent) -> dict[str, Any] | None:
             "address": address,
             "port": 0 if event.direction == "inbound" else port,
             "name": event.name,
-            "shown": getattr(event, "shown", None),
+            "shown": event.shown,
             "rule": event.rule,
             "reason": event.reason,
         }
-    if event.kind == "name_denied":
-        values = event.details()
-        return {"what": "dns", "name": values["name"], "rule": values["rule"], "reason": values["reason"]}
+    if isinstance(event, NameDenied):
+        return {"what": "dns", "name": event.name, "rule": event.rule, "reason": event.reason}
     return None
