@@ -252,3 +252,30 @@ fn the_end_of_a_flow_names_what_it_showed() {
     let closed = |e: &Event| matches!(e, Event::FlowClosed { port: PortId(1), shown: Some(s), packets_out: Some(1), .. } if &**s == "ok.example");
     assert_eq!(n.events(closed), 1);
 }
+
+#[test]
+fn a_flow_with_two_connections_is_cut_when_either_is_no_longer_allowed() {
+    for (kept, cut) in
+        [(&["ok.example", "large.example"][..], 0), (&["large.example"], 1), (&["ok.example"], 1)]
+    {
+        let mut n = allows(&["ok.example", "large.example"]);
+        for part in [data!("small"), data!("large_0"), data!("large_1")] {
+            n.udp(A, 4000, TO, part);
+        }
+        assert_eq!(udp_sent(&n).len(), 3);
+        set(&mut n, Action::Deny, kept.iter().map(|name| allow(name)).collect());
+        assert_eq!(n.core.take_flows_cut(), Some(cut), "{kept:?}");
+    }
+}
+
+#[test]
+fn a_connection_that_was_refused_is_refused_again() {
+    let mut n = allows(&["ok.example"]);
+    n.udp(A, 4000, TO, data!("small"));
+    for _ in 0..3 {
+        assert_eq!(told(&mut n, data!("v1_0")), [PROHIBITED]);
+    }
+    assert_eq!((udp_sent(&n).len(), denials(&n).len()), (1, 3));
+    set(&mut n, Action::Deny, vec![allow("ok.example")]);
+    assert_eq!(n.core.take_flows_cut(), Some(0), "what was refused does not count");
+}

@@ -39,7 +39,7 @@ pub enum QuicCheck {
 }
 
 /// A connection: the keys of its first packet, and what has come under them.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Connection {
     keys: Keys,
     /// The largest packet number.
@@ -110,7 +110,7 @@ impl Connection {
 /// // No long header: no QUIC connection begins like that.
 /// assert_eq!(QuicInspector::new().feed(b"hello"), Progress::Opaque("no QUIC"));
 /// ```
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub struct QuicInspector {
     /// The newest is the last.
     connections: Vec<Connection>,

@@ -3,11 +3,12 @@
 //! A flow that is to be read has no socket yet ([`State::Held`]): its datagrams are held until the ClientHello is there, and
 //! then sent in their order, or dropped. Behind that the flow is an ordinary one that is watched: a datagram that begins
 //! another connection, or shows another ClientHello, is read in the same way before it passes. Everything else passes at
-//! once.
+//! once. A connection that is refused is forgotten, so that it is read again when it is sent again, and those that were
+//! allowed go on.
 //!
 //! [`super::held_datagrams`] keeps what is held, within its bounds.
 
-use super::evidence::{WAIT_MS, text};
+use super::evidence::text;
 use super::held_datagrams::{Datagrams, HeldDatagram};
 use super::request_of;
 use crate::context::Context;
@@ -25,7 +26,7 @@ use crate::relay::udp::Refused;
 use crate::tables::flow::{Flow, Key, State};
 use crate::util::account::{charge, release};
 use guestnet_wire::ether::Mac;
-use guestnet_wire::inspect::{ClientHello, Progress};
+use guestnet_wire::inspect::Progress;
 use guestnet_wire::parse::Packet;
 use guestnet_wire::{icmp, ipv4, udp};
 use std::net::SocketAddr;
@@ -107,90 +108,61 @@ impl Relay {
             self.touch(now, index);
             return self.send_read(cx, index, arrived, payload);
         }
-        if d.reading.is_some() && d.since.plus_ms(WAIT_MS) <= now && d.judged {
-            // What was begun before came to nothing.
-            d.take_held();
-            d.reading = None;
-        }
-        if d.reading.is_none() {
-            d.since = now;
-        }
-        if !d.hold(payload, arrived.ip, arrived.p.dont_fragment, free) {
+        if !d.has_room(payload.len(), free) {
             if !d.judged && d.held.is_empty() {
                 self.close_flow(cx, index);
             }
             return Err(DropReason::BufferLimit);
         }
-        let progress = d.reading.get_or_insert_default().feed(payload);
-        let until = d.since.plus_ms(WAIT_MS);
-        let judged = d.judged;
+        let progress = d.read(payload, now);
+        d.hold(payload, arrived.ip, arrived.p.dont_fragment);
+        let (until, judged) = (d.waits_until(), d.judged);
         self.settle_datagrams(slot, index);
         self.touch(now, index);
         if !judged && let Some(f) = self.flows.at_mut(index) {
             f.expires = until.as_ms();
             self.wake_at(index, until.as_ms());
         }
-        let verdict = match progress {
+        let (name, ech, malformed) = match progress {
             Progress::More => return Ok(()),
-            Progress::Tls(hello) => self.judge_hello(cx, index, &hello),
-            Progress::Opaque(_) => self.judge_unnamed(cx, index, false),
-            Progress::Http | Progress::Malformed(_) => self.judge_unnamed(cx, index, true),
+            Progress::Tls(hello) => (hello.server_name.unwrap_or_default(), hello.ech, false),
+            Progress::Opaque(_) => (Box::default(), false, false),
+            Progress::Http | Progress::Malformed(_) => (Box::default(), false, true),
         };
-        match verdict {
-            Ok((rule, named)) => self.let_datagrams_pass(cx, index, arrived, rule, named),
+        match self.judge_datagrams(cx, index, &name, ech, malformed) {
+            Ok(rule) => self.let_datagrams_pass(cx, index, arrived, rule, &name),
             Err((request, reason, rule)) => {
-                self.report_datagrams(cx, index, &request, reason, rule);
+                self.report_datagrams(cx, index, &request, reason, rule, &name);
                 self.drop_datagrams(cx, index, reason, 1);
                 Err(cx.refuse(arrived.from, arrived.frame, arrived.p, reason))
             }
         }
     }
 
-    /// Judges the name of a ClientHello. Returns the rule that allows it, and that it has a connection.
-    fn judge_hello<E>(
+    /// Judges what was read: a name, or an empty one where none was shown. What is malformed is refused in any case.
+    /// Returns the rule that allows it.
+    fn judge_datagrams<E>(
         &mut self,
         cx: &mut Context<'_, E>,
         index: u32,
-        hello: &ClientHello,
-    ) -> Result<(RuleId, bool), (Request, DropReason, RuleId)> {
-        let Some(f) = self.flows.at(index) else { return Ok((RuleId::NONE, false)) };
+        name: &[u8],
+        ech: bool,
+        malformed: bool,
+    ) -> Result<RuleId, (Request, DropReason, RuleId)> {
+        let Some(f) = self.flows.at(index) else { return Ok(RuleId::NONE) };
         let (request, slot, rule) = (request_of(cx, f), f.key.slot, f.rule);
-        let name = hello.server_name.as_deref().unwrap_or(&[]);
-        if let Some(evidence) = self.evidence.get_mut(&index) {
-            evidence.shown = Some(text(name));
-        }
-        let hides =
-            hello.ech && cx.policy.table(request.endpoint).is_some_and(|t| t.options().ech == Ech::Deny);
-        if hides {
+        if ech && cx.policy.table(request.endpoint).is_some_and(|t| t.options().ech == Ech::Deny) {
             return Err((request, DropReason::HiddenName, rule));
         }
         let shown = if name.is_empty() { policy::Shown::Nothing } else { policy::Shown::Name(name) };
         match cx.policy.judge_pinned(cx.link.now, slot, &request, shown) {
-            Verdict::Allow { rule, .. } => Ok((rule, true)),
             Verdict::Deny { reason, rule } => Err((request, reason, rule)),
+            _ if malformed => Err((request, DropReason::NotUnderstood, rule)),
+            Verdict::Allow { rule, .. } => Ok(rule),
             Verdict::Inspect { rule, .. } | Verdict::Ask { rule, .. } => {
                 Err((request, DropReason::Policy, rule))
             }
             Verdict::Defer { .. } => Err((request, DropReason::Policy, rule)),
-        }
-    }
-
-    /// Judges datagrams that show no name: they are of another protocol, or `malformed`, which is refused in any case.
-    fn judge_unnamed<E>(
-        &mut self,
-        cx: &mut Context<'_, E>,
-        index: u32,
-        malformed: bool,
-    ) -> Result<(RuleId, bool), (Request, DropReason, RuleId)> {
-        let Some(f) = self.flows.at(index) else { return Ok((RuleId::NONE, false)) };
-        let (request, slot, rule) = (request_of(cx, f), f.key.slot, f.rule);
-        if let Some(evidence) = self.evidence.get_mut(&index).filter(|e| e.shown.is_none()) {
-            evidence.shown = Some(text(&[]));
-        }
-        match cx.policy.judge_pinned(cx.link.now, slot, &request, policy::Shown::Nothing) {
-            Verdict::Deny { reason, rule } => Err((request, reason, rule)),
-            Verdict::Allow { rule, .. } if !malformed => Ok((rule, false)),
-            _ => Err((request, DropReason::NotUnderstood, rule)),
         }
     }
 
@@ -201,10 +173,23 @@ impl Relay {
         index: u32,
         arrived: &Arrived<'_>,
         rule: RuleId,
-        named: bool,
+        name: &[u8],
     ) -> Result<(), DropReason> {
         let generation = cx.policy.generation();
+        let name = text(name);
+        if !self.datagrams_mut(index).is_some_and(|d| d.allow(&name)) {
+            self.drop_datagrams(cx, index, DropReason::FlowLimit, 1);
+            return Err(cx.refuse(arrived.from, arrived.frame, arrived.p, DropReason::FlowLimit));
+        }
+        if let Some(evidence) = self.evidence.get_mut(&index)
+            && (!name.is_empty() || evidence.shown.is_none())
+        {
+            evidence.shown = Some(name);
+        }
         if let Err(Refused(why, error)) = self.give_socket(cx, index) {
+            if let Some(d) = self.datagrams_mut(index) {
+                d.judged = false;
+            }
             self.drop_datagrams(cx, index, why, 1);
             return Err(cx.gateway.refuse(&mut cx.link, arrived.from, arrived.frame, arrived.p, why, error));
         }
@@ -212,11 +197,7 @@ impl Relay {
             (f.rule, f.admitted) = (rule, generation);
         }
         let Some(d) = self.datagrams_mut(index) else { return Err(DropReason::NoFlow) };
-        let inspector = d.reading.take();
-        (d.judged, d.rule) = (true, rule);
-        if named {
-            d.known = inspector;
-        }
+        d.rule = rule;
         let held = d.take_held();
         self.settle_datagrams(arrived.from.slot, index);
         self.touch(cx.link.now, index);
@@ -277,10 +258,11 @@ impl Relay {
         request: &Request,
         reason: DropReason,
         rule: RuleId,
+        shown: &[u8],
     ) {
         let Some(slot) = self.flows.at(index).map(|f| f.key.slot) else { return };
-        let (name, shown) = self.names_of(index);
-        cx.report_names(slot, request, reason, rule, name, shown);
+        let shown = (!shown.is_empty()).then(|| text(shown));
+        cx.report_names(slot, request, reason, rule, self.names_of(index).0, shown);
     }
 
     /// Drops what is held of a flow, of which `told` datagrams are counted elsewhere. A flow that nothing was allowed of
@@ -294,8 +276,7 @@ impl Relay {
     ) {
         let Some(slot) = self.flows.at(index).map(|f| f.key.slot) else { return };
         let Some(d) = self.datagrams_mut(index) else { return };
-        let (dropped, judged) = (d.take_held().len().saturating_sub(told), d.judged);
-        d.reading = None;
+        let (dropped, judged) = (d.forget().saturating_sub(told), d.judged);
         for _ in 0..dropped {
             cx.link.lan.count_drop(slot, reason);
         }
@@ -312,8 +293,8 @@ impl Relay {
         let (key, mac) = (f.key, f.mac);
         let first = self.evidence.get(&index).and_then(|e| e.datagrams.as_ref()?.held.first());
         let payload: Box<[u8]> = first.map(|d| d.payload.clone()).unwrap_or_default();
-        if let Err((request, reason, rule)) = self.judge_unnamed(cx, index, true) {
-            self.report_datagrams(cx, index, &request, reason, rule);
+        if let Err((request, reason, rule)) = self.judge_datagrams(cx, index, &[], false, true) {
+            self.report_datagrams(cx, index, &request, reason, rule, &[]);
             self.drop_datagrams(cx, index, reason, 0);
         }
         let err = DatagramError {

@@ -5,9 +5,6 @@ use super::held_datagrams::Datagrams;
 use crate::policy::{Generation, RuleId};
 use std::sync::Arc;
 
-/// How long a guest may take for a ClientHello or a request head, in milliseconds.
-pub(crate) const WAIT_MS: u64 = 10_000;
-
 /// What is known of a flow by name.
 #[derive(Debug, Default)]
 pub(crate) struct Evidence {

@@ -6,7 +6,7 @@
 //!   request of HTTP/1. Allowed, the bytes go on, and a flow that shows no more names is an ordinary one from then on.
 //! - **UDP** ([`datagrams`]): datagrams are held until the ClientHello of a QUIC connection is there, then sent in their
 //!   order. Another connection from the same port is read anew.
-//! - A guest has [`evidence::WAIT_MS`] for a ClientHello or a request head, once the server has answered and once it has begun. One
+//! - A guest has [`held_datagrams::WAIT_MS`] for a ClientHello or a request head, once the server has answered and once it has begun. One
 //!   that says nothing shows no name. One that stops in the middle, or breaks the rules of the protocol, is refused:
 //!   the server may understand what is not understood here.
 //! - A refused flow hears why: TLS gets the alert access_denied, HTTP a response with status 403, other TCP a reset, and
@@ -79,17 +79,26 @@ impl Relay {
         (known.name, known.shown.filter(|s| !s.is_empty()))
     }
 
-    /// Judges a flow again, with what it has shown.
+    /// Judges a flow again, with what it has shown. A UDP flow with several connections is allowed if each of them is.
     pub(super) fn judge_flow<E>(&self, cx: &mut Context<'_, E>, index: u32, f: &Flow) -> (Request, Verdict) {
         let request = request_of(cx, f);
         let (slot, now) = (f.key.slot, cx.link.now);
-        let evidence = self.evidence.get(&index);
-        let verdict = match evidence.and_then(|e| e.shown.as_deref()) {
-            Some("") => cx.policy.judge_pinned(now, slot, &request, Shown::Nothing),
-            Some(name) => cx.policy.judge_pinned(now, slot, &request, Shown::Name(name.as_bytes())),
-            None if self.is_inspected(index) => cx.policy.judge_pinned(now, slot, &request, Shown::NotYet),
-            None => cx.policy.judge_unread(now, slot, &request),
+        let mut judge = |name: &Arc<str>| {
+            let shown = if name.is_empty() { Shown::Nothing } else { Shown::Name(name.as_bytes()) };
+            cx.policy.judge_pinned(now, slot, &request, shown)
         };
+        let evidence = self.evidence.get(&index);
+        let names = evidence.and_then(|e| e.datagrams.as_ref()).map_or(&[][..], |d| &d.names);
+        let denied = names.iter().map(&mut judge).find(|v| !matches!(v, Verdict::Allow { .. }));
+        let verdict = match evidence.and_then(|e| e.shown.as_ref()) {
+            _ if denied.is_some() => denied,
+            Some(name) => Some(judge(name)),
+            None => None,
+        };
+        let verdict = verdict.unwrap_or_else(|| match self.is_inspected(index) {
+            true => cx.policy.judge_pinned(now, slot, &request, Shown::NotYet),
+            false => cx.policy.judge_unread(now, slot, &request),
+        });
         (request, verdict)
     }
 

@@ -1,7 +1,8 @@
 //! Inspection of TCP flows: what follows from what a conversation shows. See [the module above](super).
 
 use super::conversation::{Conversation, Found, Shown};
-use super::evidence::{Inspection, WAIT_MS, text};
+use super::evidence::{Inspection, text};
+use super::held_datagrams::WAIT_MS;
 use super::{refused, request_of};
 use crate::context::Context;
 use crate::interface::effects::Effects;

@@ -4,7 +4,7 @@
 pub(super) const PIECES_MAX: usize = 64;
 
 /// CRYPTO data, put together.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub(super) struct Crypto {
     pub bytes: Vec<u8>,
     /// Pieces that have come, in order, with gaps between them.

@@ -18,6 +18,7 @@ const SALT_2: [u8; 20] = [
 ];
 
 /// The keys that follow from a version and the connection id of the client's first packet.
+#[derive(Clone)]
 pub(super) struct Keys {
     pub version: u32,
     pub connection_id: Vec<u8>,
