@@ -119,6 +119,13 @@ impl Pins {
         }
     }
 
+    /// Whether a guest got any address for a name.
+    #[inline]
+    #[must_use]
+    pub fn has_some(&self, slot: u32) -> bool {
+        self.guests.get(slot).is_some()
+    }
+
     /// The names for which a guest got an address.
     #[must_use]
     pub fn of(&self, slot: u32, ip: IpAddr) -> &[Name] {

@@ -76,7 +76,7 @@ impl Relay {
         flow.parked = tcp;
         let rule = flow.rule;
         let id = self.flows.insert(flow);
-        if !inbound && rule != RuleId::NONE {
+        if inspect.is_some() || !inbound && cx.policy.pins.has_some(slot) {
             self.note_evidence(cx, id.index, inspect);
         }
         if let Some(g) = self.guests.get_mut(slot) {
