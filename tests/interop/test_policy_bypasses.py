@@ -1,0 +1,237 @@
+"""What a guest under `allow www.example.test` tries with real tools to reach more, and what it is told.
+
+The guest is a network namespace behind a TAP device. www.example.test is 203.0.113.2, where the outside also
+has alias.example.test; second.example.test is 203.0.113.3, which nothing allows.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import guestnet
+import pytest
+from lab import Lab, Process, need
+from lab.namespaces import OUT4, SECOND4, ip
+
+TESTS = Path(__file__).resolve().parents[1]
+PACKAGE = Path(guestnet.__file__).resolve().parents[1]
+CLIENT = str(Path(__file__).with_name("clients") / "policy_network.py")
+WWW, ALIAS, SECOND = "www.example.test", "alias.example.test", "second.example.test"
+POLICY = """
+default = "deny"
+[[rule]]
+action = "allow"
+to = "www.example.test"
+"""
+NOTHING = 'default = "deny"\n'
+
+
+@dataclass
+class Guest:
+    """A namespace whose only way out is the network of `network`."""
+
+    lab: Lab
+    ns: str
+    network: Process
+    directory: Path
+
+    def run(self, *command: str, stdin: str = "", seconds: float = 20) -> subprocess.CompletedProcess[str]:
+        return self.lab.run(list(command), ns=self.ns, stdin=stdin, seconds=seconds)
+
+    def curl(self, *args: str) -> tuple[int, str]:
+        """The exit status of curl, and what it printed: the body, then the status of HTTP."""
+        done = self.run("curl", "-sS", "-m", "15", "-w", "%{http_code}", *args)
+        return done.returncode, done.stdout + done.stderr
+
+    def tls(self, address: str, *args: str) -> str:
+        command = ["timeout", "15", "openssl", "s_client", "-connect", f"{address}:443", *args]
+        done = self.run(*command, stdin="GET / HTTP/1.0\r\n\r\n")
+        return done.stdout + done.stderr
+
+    def dig(self, *args: str) -> str:
+        return self.run("dig", "+tries=1", "+time=3", *args).stdout
+
+    def say(self, line: str, answer: str) -> str:
+        before = len(self.network.lines)
+        self.network.stdin.write(f"{line}\n".encode())
+        self.network.stdin.flush()
+        return self.network.wait_line(answer, start=before)[1]
+
+    def denials(self) -> list[list[str | None]]:
+        found: list[list[str | None]] = json.loads(self.say("denials", "^denials (.*)$"))
+        return found
+
+    def put_in_force(self, policy: str) -> int:
+        path = self.directory / "other.toml"
+        path.write_text(policy)
+        return int(self.say(f"policy {path}", "^cut (.*)$"))
+
+
+@pytest.fixture(scope="module")
+def tls_servers(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """openssl's server at both addresses of the outside."""
+    openssl = need.program("openssl")
+    directory = tmp_path_factory.mktemp("certificate")
+    key, cert = str(directory / "key.pem"), str(directory / "cert.pem")
+    names = "subjectAltName=DNS:www.example.test,DNS:second.example.test"
+    request = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=example.test"]
+    lab.check([*request, "-keyout", key, "-out", cert, "-addext", names])
+    for address in (OUT4, SECOND4):
+        command = [openssl, "s_server", "-accept", f"{address}:443", "-key", key, "-cert", cert, "-www"]
+        lab.start(command, ns=lab.out, ready="ACCEPT")
+
+
+@pytest.fixture
+def guest(lab: Lab, tls_servers: None, tmp_path: Path) -> Iterator[Guest]:
+    policy = tmp_path / "policy.toml"
+    policy.write_text(POLICY)
+    name = lab.add_namespace(f"{lab.host}-policy")
+    network = lab.start(
+        [sys.executable, CLIENT, name, str(policy)],
+        env={"PYTHONPATH": f"{PACKAGE}:{TESTS}"},
+        stdin=subprocess.PIPE,
+    )
+    ready = network.wait_line(r"^ready (\S+) (\S+)$")
+    ip("-n", name, "link", "set", "eth0", "address", ready[2], "up")
+    ip("-n", name, "address", "add", f"{ready[1]}/24", "dev", "eth0")
+    ip("-n", name, "route", "add", "default", "via", "192.168.64.1")
+    directory = Path("/etc/netns") / name
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "resolv.conf").write_text("nameserver 192.168.64.1\n")
+    yield Guest(lab, name, network, tmp_path)
+    network.stop()
+    lab.remove_namespace(name)
+
+
+def test_what_is_allowed_is_reached(guest: Guest) -> None:
+    status, page = guest.curl(f"http://{WWW}/")
+    assert (status, page[-3:]) == (0, "200")
+    assert "Certificate chain" in guest.tls(WWW, "-servername", WWW)
+
+
+def test_a_raw_address_is_refused_at_once(guest: Guest) -> None:
+    for url in (f"http://{OUT4}/", f"http://{SECOND4}/", f"https://{SECOND4}/"):
+        before = time.monotonic()
+        status, told = guest.curl(url)
+        assert status == 7, told
+        assert time.monotonic() - before < 5
+
+
+def test_an_address_with_a_forged_host_or_name(guest: Guest) -> None:
+    """The name is right, but this guest did not get the address for it."""
+    status, told = guest.curl("--resolve", f"{WWW}:80:{SECOND4}", f"http://{WWW}/")
+    assert status == 7, told
+    assert "errno=111" in guest.tls(SECOND4, "-servername", WWW)
+
+
+def test_another_host_at_an_allowed_address_gets_403(guest: Guest) -> None:
+    status, told = guest.curl("-H", f"Host: {ALIAS}", f"http://{WWW}/")
+    assert (status, told[-3:]) == (0, "403")
+    body = json.loads(told[:-3])
+    assert (body["error"], body["rule"], body["name"]) == ("denied", "default", ALIAS)
+    assert ["tcp", "default", "policy", WWW, ALIAS] in guest.denials()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "GET / HTTP/1.1\r\nHost: www.example.test\r\nHost: alias.example.test\r\n\r\n",
+        "GET http://alias.example.test/ HTTP/1.1\r\nHost: www.example.test\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: www.example.test\r\n alias.example.test\r\n\r\n",
+        "CONNECT second.example.test:443 HTTP/1.1\r\nHost: www.example.test\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: alias.example.test\r\nX: www.example.test\r\n\r\n",
+    ],
+)
+def test_heads_that_servers_read_in_different_ways_get_403(guest: Guest, head: str) -> None:
+    done = guest.run("socat", "-t", "10", "-", f"TCP:{WWW}:80", stdin=head)
+    assert done.stdout.startswith("HTTP/1.1 403 "), done
+
+
+def test_a_pipelined_request_with_another_host(guest: Guest) -> None:
+    head = "GET /{} HTTP/1.1\r\nHost: {}\r\n\r\n"
+    both = head.format("peer", WWW) + head.format("", ALIAS)
+    done = guest.run("socat", "-t", "10", "-", f"TCP:{WWW}:80", stdin=both)
+    first, _, rest = done.stdout.partition("HTTP/1.1 403 ")
+    assert first.startswith("HTTP/1.1 200 "), done
+    assert f'"name":"{ALIAS}"' in rest
+
+
+def test_tls_with_another_name_or_none_gets_an_alert(guest: Guest) -> None:
+    assert "Certificate chain" in guest.tls(WWW, "-servername", WWW)
+    for args in (("-servername", ALIAS), ("-servername", SECOND), ("-noservername",)):
+        told = guest.tls(WWW, *args)
+        assert "access denied" in told, told
+    assert "Certificate chain" not in guest.tls(WWW, "-servername", ALIAS)
+
+
+def test_a_hello_in_pieces_is_put_together(guest: Guest) -> None:
+    for name, page in ((WWW, True), (ALIAS, False)):
+        told = guest.tls(WWW, "-servername", name, "-split_send_frag", "512", "-max_send_frag", "512")
+        assert ("Certificate chain" in told) is page, told
+
+
+def test_silence_and_other_protocols_are_refused(guest: Guest) -> None:
+    script = f"""
+import socket, time
+for first in (b"SSH-2.0-tunnel\\r\\n", bytes(range(9)), b""):
+    s = socket.create_connection(("{WWW}", 443))
+    before = time.monotonic()
+    s.sendall(first)
+    try:
+        print("got", s.recv(10))
+    except ConnectionResetError:
+        print("reset", round((time.monotonic() - before) / 10))
+"""
+    assert guest.run(sys.executable, "-c", script, seconds=40).stdout.split() == ["reset", "0"] * 2 + [
+        "reset",
+        "1",
+    ]
+
+
+def test_names_that_no_rule_allows_are_not_asked(guest: Guest) -> None:
+    for name, kind in ((SECOND, "A"), (ALIAS, "A"), ("data.www.example.test", "TXT"), (WWW, "TXT")):
+        told = guest.dig(name, kind)
+        assert "status: NXDOMAIN" in told or "status: REFUSED" in told, told
+    status, told = guest.curl(f"http://{SECOND}/")
+    assert status == 6, told
+
+
+def test_other_resolvers_are_refused(guest: Guest) -> None:
+    assert "status: NOERROR" not in guest.dig(f"@{OUT4}", WWW)
+    assert "status: NOERROR" not in guest.dig("+tcp", f"@{OUT4}", WWW)
+    status, _ = guest.curl(f"https://{OUT4}:853/")
+    assert status == 7
+    assert {denial[0] for denial in guest.denials()} >= {"udp", "tcp"}
+
+
+def test_a_ping_is_told_that_it_is_prohibited(guest: Guest) -> None:
+    guest.curl(f"http://{WWW}/")
+    for address in (OUT4, SECOND4, "169.254.169.254"):
+        told = guest.run("ping", "-c", "1", "-W", "3", address).stdout
+        assert "Packet filtered" in told, told
+
+
+def test_a_connection_is_cut_when_its_name_is_no_longer_allowed(guest: Guest) -> None:
+    script = f"""
+import socket
+s = socket.create_connection(("{WWW}", 80))
+s.sendall(b"GET /blob HTTP/1.1\\r\\nHost: {WWW}\\r\\n\\r\\n")
+print("first", len(s.recv(1000)) > 0, flush=True)
+try:
+    while s.recv(65536):
+        pass
+    print("ended")
+except ConnectionResetError:
+    print("reset", flush=True)
+"""
+    program = guest.lab.start([sys.executable, "-c", script], ns=guest.ns, ready="first True")
+    assert guest.put_in_force(NOTHING) >= 1
+    program.wait_line("reset")
+    status, _ = guest.curl(f"http://{WWW}/")
+    assert status in (6, 7)
