@@ -1,7 +1,7 @@
 """What a guest under `allow www.example.test` tries with real tools to reach more, and what it is told.
 
 The guest is a network namespace behind a TAP device. www.example.test is 203.0.113.2, where the outside also
-has alias.example.test; second.example.test is 203.0.113.3, which nothing allows.
+has alias.example.test; second.example.test is 203.0.113.3, which nothing allows. Each with both uplinks.
 """
 
 from __future__ import annotations
@@ -87,13 +87,13 @@ def tls_servers(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> None:
         lab.start(command, ns=lab.out, ready="ACCEPT")
 
 
-@pytest.fixture
-def guest(lab: Lab, tls_servers: None, tmp_path: Path) -> Iterator[Guest]:
+@pytest.fixture(params=["sockets", "tun"])
+def guest(lab: Lab, tls_servers: None, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Guest]:
     policy = tmp_path / "policy.toml"
     policy.write_text(POLICY)
     name = lab.add_namespace(f"{lab.host}-policy")
     network = lab.start(
-        [sys.executable, CLIENT, name, str(policy)],
+        [sys.executable, CLIENT, name, str(policy), request.param],
         env={"PYTHONPATH": f"{PACKAGE}:{TESTS}"},
         stdin=subprocess.PIPE,
     )
