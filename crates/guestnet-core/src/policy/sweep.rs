@@ -40,7 +40,7 @@ pub struct Budget {
 }
 
 /// Records that one step looks at.
-const VISITS: u32 = 2048;
+const VISITS: u32 = 1024;
 /// Flows that one step cuts: each may cost system calls.
 const CUTS: u32 = 64;
 

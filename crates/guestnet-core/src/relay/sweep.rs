@@ -12,6 +12,9 @@ use crate::relay::port_forward::UNKNOWN;
 use crate::relay::tcp::Fate;
 use crate::tables::flow::State;
 
+/// How many more visits a flow counts for that is judged by names.
+const NAMED: u32 = 3;
+
 impl Relay {
     /// Judges flows again, from slot `at` of the flow table on. Returns where to go on, or `None` at the end.
     pub fn judge_again<E: Effects>(
@@ -30,6 +33,9 @@ impl Relay {
                 continue;
             }
             let (slot, rule) = (f.key.slot, f.rule);
+            if self.evidence.contains_key(&index) {
+                budget.visit_many(NAMED);
+            }
             match self.judge_old(cx, index).unwrap_or(Ok(rule)) {
                 Ok(rule) => {
                     if let Some(f) = self.flows.at_mut(index) {
