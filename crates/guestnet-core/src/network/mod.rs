@@ -457,20 +457,24 @@ impl Network {
                         None => Some(Stage::Conversations(0)),
                     }
                 }
-                Stage::Conversations(slot) => {
-                    cx.judge_conversations(slot, &mut budget).map(Stage::Conversations)
+                Stage::Conversations(slot) => match cx.judge_conversations(slot, &mut budget) {
+                    Some(slot) => Some(Stage::Conversations(slot)),
+                    None => Some(Stage::Pins(0)),
+                },
+                // Only now: what a running flow's address was asked for was part of the judgement.
+                Stage::Pins(slot) => {
+                    let lan = &*cx.link.lan;
+                    let port_of = |slot| lan.port(slot).map(|p| p.id);
+                    cx.policy.forget_denied_pins(slot, &mut budget, port_of).map(Stage::Pins)
                 }
             };
             match next {
-                Some(next) if !budget.is_spent() => stage = next,
+                Some(next) if !budget.is_spent() && next != stage => stage = next,
                 next => {
                     let stage = next.unwrap_or(stage);
                     cx.policy.sweep = Some(Sweep { stage, cut: cut + budget.done });
                     if next.is_none() {
                         cx.policy.finish_sweep();
-                        // Only now: what a running flow's address was asked for was part of the judgement.
-                        let lan = &*cx.link.lan;
-                        cx.policy.forget_denied_pins(|slot| lan.port(slot).map(|p| p.id));
                     }
                     return;
                 }

@@ -49,7 +49,7 @@ use special::{Surroundings, is_metadata};
 use std::collections::{BTreeMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
-use sweep::Sweep;
+use sweep::{Budget, Sweep};
 use table::{Decision, Outbound, RuleTable};
 pub use table::{Evidence, NameDecision, Shown};
 pub use verdict::{Direction, Entry, Generation, Request, RuleId, Ticket, Verdict};
@@ -292,15 +292,31 @@ impl Policy {
         replaced
     }
 
-    /// Forgets pins of names that no rule allows any more. `port_of` says which port is in a slot.
-    pub fn forget_denied_pins(&mut self, port_of: impl Fn(u32) -> Option<PortId>) {
-        let tables = &self.tables;
-        self.pins.retain(|slot, name| {
-            let Some(port) = port_of(slot) else { return false };
-            tables.of(port).is_none_or(|table| {
-                matches!(table.judge_name(port, name.as_bytes(), true), NameDecision::Allow { .. })
-            })
-        });
+    /// Forgets pins of names that no rule allows any more, guest by guest from `slot` on. `port_of` says which port is in
+    /// a slot. Returns where to go on, or `None` at the end.
+    pub fn forget_denied_pins(
+        &mut self,
+        slot: u32,
+        budget: &mut Budget,
+        port_of: impl Fn(u32) -> Option<PortId>,
+    ) -> Option<u32> {
+        let (tables, mut slot) = (&self.tables, slot);
+        while let Some(guest) = self.pins.next_guest(slot) {
+            let pins = u32::try_from(self.pins.count(guest)).unwrap_or(u32::MAX);
+            if !budget.visit_all(pins.max(1)) {
+                return Some(guest);
+            }
+            let port = port_of(guest);
+            self.pins.retain(guest, |name| {
+                let Some(port) = port else { return false };
+                tables.of(port).is_none_or(|table| {
+                    matches!(table.judge_name(port, name.as_bytes(), true), NameDecision::Allow { .. })
+                })
+            });
+            slot = guest + 1;
+        }
+        self.pins.forget_names();
+        None
     }
 
     /// The rules as the DNS forwarder needs them; `None` where no rule is about names.

@@ -14,7 +14,7 @@ use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 
 /// Pins of one guest.
-pub const PER_GUEST: usize = 4096;
+pub const PER_GUEST: usize = 2048;
 /// Names of one address. Shared hosts have many, but one guest asks for few.
 pub const PER_ADDRESS: usize = 64;
 /// The longest life of a pin that no flow uses, in seconds.
@@ -151,18 +151,25 @@ impl Pins {
         }
     }
 
-    /// Forgets the pins of all guests whose names do not satisfy `keep`. Flows that use their addresses are judged again
-    /// by the rules that hold now.
-    pub fn retain(&mut self, mut keep: impl FnMut(u32, &Name) -> bool) {
-        let slots: Vec<u32> = self.guests.iter().map(|(slot, _)| slot).collect();
-        for slot in slots {
-            let Some(guest) = self.guests.get_mut(slot) else { continue };
-            guest.addresses.retain(|_, a| {
-                guest.count -= a.retain(|name, _| keep(slot, name));
-                !a.names.is_empty() || a.holds > 0
-            });
-        }
+    /// Forgets the pins of a guest whose names do not satisfy `keep`. Flows that use their addresses are judged by the
+    /// rules that hold now.
+    pub fn retain(&mut self, slot: u32, mut keep: impl FnMut(&Name) -> bool) {
+        let Some(guest) = self.guests.get_mut(slot) else { return };
+        guest.addresses.retain(|_, a| {
+            guest.count -= a.retain(|name, _| keep(name));
+            !a.names.is_empty() || a.holds > 0
+        });
+    }
+
+    /// Forgets names that no pin has any more.
+    pub fn forget_names(&mut self) {
         self.names.retain(Name::is_shared);
+    }
+
+    /// The first guest from a slot on that has, or had, pins.
+    #[must_use]
+    pub fn next_guest(&self, slot: u32) -> Option<u32> {
+        self.guests.next_from(slot)
     }
 
     /// A port was removed.
@@ -305,7 +312,12 @@ mod tests {
         }
         assert_eq!(pins.names.len(), 2);
         pins.hold(2, ip(2));
-        pins.retain(|slot, name| slot != 2 && name.as_bytes() == b"ok.example");
+        for slot in 0..3 {
+            assert_eq!(pins.next_guest(slot), Some(slot));
+            pins.retain(slot, |name| slot != 2 && name.as_bytes() == b"ok.example");
+        }
+        pins.forget_names();
+        assert_eq!(pins.next_guest(3), None);
         assert_eq!((pins.count(0), pins.count(2), pins.names.len()), (1, 0, 1));
         assert_eq!(pins.of(2, ip(2)), []);
         pins.release(2, ip(2));

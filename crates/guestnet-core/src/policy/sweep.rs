@@ -11,6 +11,8 @@ pub enum Stage {
     Translations(u32),
     /// What guests say to each other, from this port's slot on.
     Conversations(u32),
+    /// For which names guests got addresses, from this port's slot on.
+    Pins(u32),
 }
 
 /// How far a sweep has come, and what it did.
@@ -67,6 +69,15 @@ impl Budget {
         let more = !self.is_spent();
         self.visits = self.visits.saturating_sub(visits);
         more
+    }
+
+    /// Takes some visits at once if there are so many left, or all of the step. False: in the next step.
+    pub fn visit_all(&mut self, visits: u32) -> bool {
+        if self.visits < visits.min(VISITS) || self.cuts == 0 {
+            return false;
+        }
+        self.visits = self.visits.saturating_sub(visits);
+        true
     }
 
     /// Counts a flow that was cut.

@@ -41,6 +41,13 @@ impl<T> PerPort<T> {
         self.0.get_mut(slot as usize)?.take()
     }
 
+    /// The first slot from this one on that has a value.
+    #[must_use]
+    pub fn next_from(&self, slot: u32) -> Option<u32> {
+        let rest = self.0.get(slot as usize..)?;
+        rest.iter().position(Option::is_some).map(|n| slot + n as u32)
+    }
+
     /// All values with the slots of their ports.
     pub fn iter(&self) -> impl Iterator<Item = (u32, &T)> {
         self.0.iter().enumerate().filter_map(|(i, v)| Some((i as u32, v.as_ref()?)))
@@ -59,6 +66,7 @@ mod tests {
         *t.get_mut(2).unwrap() = 'd';
         t.insert(0, 'a');
         assert_eq!(t.iter().collect::<Vec<_>>(), [(0, &'a'), (2, &'d')]);
+        assert_eq!([0, 1, 2, 3, 9].map(|slot| t.next_from(slot)), [Some(0), Some(2), Some(2), None, None]);
         assert_eq!((t.remove(2), t.remove(2), t.remove(9)), (Some('d'), None, None));
     }
 }
