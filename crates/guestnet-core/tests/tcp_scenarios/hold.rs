@@ -301,3 +301,32 @@ fn an_answer_that_is_awaited_is_known_by_its_first_bytes() {
     s.host().inbox.extend(b"HTTP/1.1 200 OK");
     assert!(!s.await_answer(), "the peer has something else to say before");
 }
+
+#[test]
+fn last_words_wait_for_the_window_of_the_guest() {
+    let mut s = Sim::open_held(true);
+    s.send("P. 1:11 ack 1 win 0");
+    s.answer(b"denied");
+    s.recv(". 1 ack 11");
+    s.silent();
+    s.pass(3000);
+    for probe in s.take() {
+        assert!(probe.payload.is_empty(), "asks for the window");
+    }
+    s.send(". 11 ack 1 win 3");
+    let told = s.mock.take();
+    assert_eq!(crate::tcp_support::dissect(&told[0], &s.path).payload, b"denied");
+}
+
+#[test]
+fn a_guest_that_opens_no_window_still_has_its_bytes_held_and_passed() {
+    let mut s = Sim::open_held(true);
+    s.host_writes(100);
+    s.send("P. 1:11 ack 1 win 0");
+    s.end_hold();
+    s.host_has(10);
+    s.recv(". 1 ack 11");
+    s.silent();
+    s.send(". 11 ack 1 win 100");
+    s.recv("P. 1:101 ack 11");
+}

@@ -32,8 +32,6 @@ pub struct Held<'a> {
     pub ended: bool,
     /// No more bytes find room before some pass.
     pub full: bool,
-    /// Some bytes were let pass before.
-    pub passed: bool,
     /// Whether the peer switches to another protocol, where that was asked and is known.
     pub switches: Option<bool>,
 }
@@ -76,7 +74,6 @@ impl Tcb {
             all: b.from(hold.released),
             ended: self.guest_fin,
             full: b.held() >= HELD_FULL,
-            passed: hold.passed,
             switches: if let Answer::Known(switches) = hold.answer { Some(switches) } else { None },
         })
     }
