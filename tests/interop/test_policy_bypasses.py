@@ -30,6 +30,14 @@ action = "allow"
 to = "www.example.test"
 """
 NOTHING = 'default = "deny"\n'
+QUIC_DENIED = """
+default = "allow"
+[[rule]]
+action = "deny"
+to = "ok.example"
+"""
+FLIGHTS = TESTS.parent / "crates/guestnet-core/tests/inspection_support/quic"
+"""First flights of QUIC clients: `small` is for ok.example, the others are not."""
 
 
 @dataclass
@@ -215,6 +223,33 @@ def test_a_ping_is_told_that_it_is_prohibited(guest: Guest) -> None:
     for address in (OUT4, SECOND4, "169.254.169.254"):
         told = guest.run("ping", "-c", "1", "-W", "3", address).stdout
         assert "Packet filtered" in told, told
+
+
+def test_quic_to_a_denied_name_gets_icmp_and_another_passes(guest: Guest) -> None:
+    guest.put_in_force(QUIC_DENIED)
+    script = f"""
+import pathlib, socket
+flight = lambda name: pathlib.Path("{FLIGHTS}", name + ".bin").read_bytes()
+def first(*names):
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    s.connect(("{OUT4}", 7))
+    s.settimeout(5)
+    heard = []
+    for name in names:
+        s.send(flight(name))
+    for name in names:
+        try:
+            heard.append(s.recv(2000) == flight(name))
+        except OSError as error:
+            heard.append(error.errno)
+    print(heard)
+first("small")
+first("v1_0")
+first("large_0", "large_1")
+"""
+    heard = guest.run(sys.executable, "-c", script).stdout.splitlines()
+    assert heard == ["[113]", "[True]", "[True, True]"]
+    assert ["udp", "deny ok.example", "policy", None, "ok.example"] in guest.denials()
 
 
 def test_a_connection_is_cut_when_its_name_is_no_longer_allowed(guest: Guest) -> None:
