@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import logging
+import os
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from guestnet.api.base import NetworkBase
 from guestnet.control.portal import blocking
-from guestnet.errors import EndpointNotFound
+from guestnet.errors import EndpointNotFound, GuestnetError
+from guestnet.model.events import FlowOpened
 from guestnet.model.spec import NetMode, checked_policy, choice
+from guestnet.model.spec import path as checked_path
 
 if TYPE_CHECKING:
     from guestnet.model.denials import Denial
     from guestnet.policy.policy import Policy
+    from guestnet.runtime.policy.learning import Learner
+
+_log = logging.getLogger("guestnet")
 
 
 class RuleMethods(NetworkBase):
@@ -121,6 +131,79 @@ class RuleMethods(NetworkBase):
 
     set_policy = blocking(aset_policy)
 
+    def audit(self, path: str | os.PathLike[str], *, starts: bool = False) -> Callable[[], None]:
+        """Appends a JSON line to a file for each flow that ends or is refused, and for each refused name.
+
+        A line has the time, the guest, addresses, names, the rule, the verdict and counters. The file is
+        rotated at 64 MiB; four older ones are kept. Writing never delays a packet; what is lost is counted in
+        the log itself. With `Policy(audit="required")`, everything is denied while the file cannot be
+        written.
+
+        Args:
+            path: The file.
+            starts: Also write a line when a flow starts. Rules with `log` do that for their flows.
+
+        Returns:
+            What ends the log.
+
+        Raises:
+            ConfigError: The file cannot be written.
+
+        Example:
+            >>> import os, tempfile
+            >>> from guestnet import NatNetwork
+            >>> with tempfile.TemporaryDirectory() as directory, NatNetwork() as network:
+            ...     end = network.audit(os.path.join(directory, "audit.jsonl"))
+            ...     end()
+        """
+        from guestnet.runtime.policy.audit import AuditLog
+
+        log = AuditLog(checked_path("audit", path, "audit.jsonl"), starts=self._is_logged(starts))
+        log.failed = partial(_audit_failed, weakref.ref(self))
+        end = self._events.add_callback(log.note, AuditLog.TYPES)
+
+        def close() -> None:
+            end()
+            log.close()
+
+        return close
+
+    def _is_logged(self, starts: bool) -> Callable[[FlowOpened], bool]:
+        book = self._policies
+
+        def is_logged(event: FlowOpened) -> bool:
+            policy = None if event.endpoint is None else book.of(event.endpoint)
+            return starts or (policy is not None and event.rule in policy.logged)
+
+        return is_logged
+
+    async def alearn(self) -> Learner:
+        """Lets everything pass, and notes what guests open and for which names they asked.
+
+        Returns:
+            The learner; its `policy()` would have allowed what was noted.
+
+        Raises:
+            NotRunning: The network does not run.
+            UnsupportedError: There is a policy, or the network has the mode "bridged".
+
+        Example:
+            >>> from guestnet import NatNetwork
+            >>> with NatNetwork() as network:
+            ...     learner = network.learn()
+            ...     print(learner.policy())
+            -  deny everything else
+        """
+        from guestnet.runtime.policy.learning import Learner
+
+        session = self._live()
+        await self._do(session.policy.note_names())
+        learner = Learner(self._config.zone)
+        self._events.add_callback(learner.note, (FlowOpened,))
+        return learner
+
+    learn = blocking(alearn)
+
     def denials(self, endpoint: str | None = None) -> list[Denial]:
         """What was refused lately, oldest first. Equal denials are counted together.
 
@@ -147,3 +230,18 @@ def _endpoint_ids(value: object) -> frozenset[str]:
     if not all(isinstance(id, str) for id in ids):
         raise TypeError(f"`trusted` {value!r} has something that is not an endpoint id: ids are text.")
     return ids
+
+
+def _audit_failed(this: weakref.ref[RuleMethods], reason: str | None) -> None:
+    """The audit log cannot be written (None: it can again). Called in a thread for callbacks."""
+    network = this()
+    session = None if network is None else network._running()
+    if network is None or session is None:
+        return
+    if reason is not None:
+        _log.error("the audit log cannot be written: %s", reason)
+    policy = network._policies.network
+    if policy is not None and policy.audit == "required":
+        why = None if reason is None else f"the audit log cannot be written ({reason})"
+        with contextlib.suppress(GuestnetError):  # it was stopped meanwhile
+            network._run(session.policy.deny_all(why))

@@ -34,6 +34,7 @@ COMMANDS = {
     "vm": "run QEMU with a network card attached to guestnet",
     "up": "run a network that guests attach to by sockets",
     "join": "connect an existing network namespace",
+    "policy": "say what a policy allows, and show its rules",
     "nat": "translate a capture as a NAT would have done",
     "demo": "show guestnet at work",
     "doctor": "report what this system supports and how to get the rest",

@@ -13,6 +13,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from guestnet.cli import UsageError
+from guestnet.cli.policy_options import add_policy_options, checked_policy_of
 from guestnet.cli.terminal import answer
 
 if TYPE_CHECKING:
@@ -304,6 +305,7 @@ def add_network_options(parser: Parser) -> None:
         action="store_true",
         help="let guests reach the host's 127.0.0.1 as host.guestnet.internal, the subnet's last address",
     )
+    add_policy_options(parser)
     add(
         "--filtering",
         type=checked(
@@ -538,6 +540,8 @@ def network_settings(options: argparse.Namespace) -> dict[str, Any]:
         "resolvers": options.dns or None,
         "search": search_list(options),
         "host_loopback": options.host_loopback,
+        "policy": checked_policy_of(options),
+        "isolated": options.isolate,
         "filtering": options.filtering,
         "workers": options.workers,
         "io_uring": options.io_uring,

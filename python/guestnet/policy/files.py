@@ -115,6 +115,14 @@ def write_file(path: str | os.PathLike[str], as_toml: Callable[[], str], as_json
         raise PolicyError(f"The policy file {name!r} cannot be written: {why}.") from error
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raises PolicyError when a file cannot be written there later."""
+    name = _path(path)
+    directory = os.path.dirname(name) or "."
+    if not os.path.isdir(directory) or not os.access(directory, os.W_OK) or os.path.isdir(name):
+        raise PolicyError(f"The policy file {name!r} cannot be written: name a file in a directory of yours.")
+
+
 def _path(path: str | os.PathLike[str]) -> str:
     name: object = path
     if isinstance(path, os.PathLike):

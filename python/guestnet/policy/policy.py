@@ -468,6 +468,11 @@ class Policy:
         return min((rule.expires for rule in self.rules if rule.expires is not None), default=None)
 
     @property
+    def logged(self) -> frozenset[str]:
+        """The labels of rules whose flows are logged at their start."""
+        return frozenset(rule.label for rule in self.rules if rule.log)
+
+    @property
     def sources(self) -> frozenset[str]:
         """The endpoints and tags that rules name."""
         named = {one for rule in self.rules if rule.direction != "in" for one in rule.source}

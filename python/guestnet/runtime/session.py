@@ -157,7 +157,15 @@ class Session:
         self.rules = Rules(config, control, self._ports, self._services.mode_changed)
         self._denials = parts.denials
         self._has_policy = not parts.policies.is_empty
-        self.policy = PolicyControl(parts.policies, config.mode, control, self._ports, self._policy_in_force)
+        self.policy = PolicyControl(
+            parts.policies,
+            config.mode,
+            control,
+            self._ports,
+            self._policy_in_force,
+            config.gateway,
+            parts.denials,
+        )
 
     # --- beginning and end ---
 

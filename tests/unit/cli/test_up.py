@@ -67,7 +67,7 @@ def test_a_signal_to_stop_leaves_no_socket(start: Start, tmp_path: Path, number:
 @pytest.mark.parametrize(
     ("number", "word"),
     [
-        (signal.SIGHUP, "SIGHUP is ignored: nothing can be reloaded yet"),
+        (signal.SIGHUP, "SIGHUP is ignored: without --policy nothing is read again"),
         (signal.SIGUSR2, "SIGUSR2 is ignored: SIGTERM stops guestnet"),
         (signal.SIGALRM, "SIGALRM is ignored"),
         (signal.SIGIO, "is ignored"),

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING
 from guestnet.cli import EXIT_OK, UsageError, arguments
 from guestnet.cli.runner import confined, ready, supervise
 from guestnet.cli.runner.event_log import Teller
-from guestnet.cli.runner.session import note_overlap, note_replaced, say_stats, start_capture
+from guestnet.cli.runner.session import (
+    note_overlap,
+    note_replaced,
+    say_stats,
+    start_capture,
+    start_policy_logs,
+)
 from guestnet.cli.runner.sockets import check_path, remove_stale
 from guestnet.cli.terminal import tell_log
 
@@ -26,6 +32,7 @@ _STOPPING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGQUIT})
 _TAKEN = (supervise.FORWARDED | _STOPPING | {signal.SIGHUP}) - {signal.SIGWINCH, signal.SIGCONT}
 """Every signal that would end the process and leave its sockets behind."""
 
+_KINDS = ("stream", "dgram", "unixgram", "vhost-user")
 _ABOUT = """\
 Runs a network until SIGINT or SIGTERM. Each guest that attaches to one of its sockets is an endpoint of its
 own: vm1, vm2, ... or as its lease names it. With --name, namespaces join too. Guests reach each other by
@@ -129,15 +136,12 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command line after `guestnet up`; returns the exit status."""
     options = parser().parse_args(argv)
     arguments.settle(options, command=False)
-    kinds = ("stream", "dgram", "unixgram", "vhost-user")
-    listeners = [(kind, path) for kind in kinds for path in getattr(options, kind.replace("-", "_"))]
+    listeners = [(kind, path) for kind in _KINDS for path in getattr(options, kind.replace("-", "_"))]
     _check(options, listeners)
     # Blocked before any thread starts, and taken by this one alone.
     signal.pthread_sigmask(signal.SIG_BLOCK, _TAKEN)
     socket_path = _socket_path(options.name)
-    paths = [path for _, path in listeners] + [
-        path for path in (options.pid_file, socket_path) if path is not None
-    ]
+    paths = [*(path for _, path in listeners), *filter(None, (options.pid_file, socket_path))]
     confined.begin(options, paths=paths, by_path=bool(options.dgram or options.unixgram))
     teller = Teller(options)
     tell_log(quiet=options.quiet, verbose=options.verbose)
@@ -155,6 +159,7 @@ def main(argv: Sequence[str]) -> int:
             _pin_guests(options, network, listeners[0][1], teller, stack)
         stack.enter_context(network)
         start_capture(network, options)
+        start_policy_logs(network, options, stack)
         if options.verbose:
             from guestnet.cli.runner.monitor import Monitor
 
@@ -173,6 +178,7 @@ def main(argv: Sequence[str]) -> int:
             _let_guests_join(network, options.name, socket_path, teller, stack)
         if options.pid_file is not None:
             stack.enter_context(_pid_file(options.pid_file))
+        reload = _follow_policy(network, options, teller, stack)
         confined.settle(network)
         if options.verbose and (in_force := confined.in_force()) is not None:
             teller.tell("confined", str(in_force), **in_force.details())
@@ -186,14 +192,25 @@ def main(argv: Sequence[str]) -> int:
             subnet=str(options.subnet),
             **details,
         )
-        number = _wait_for_end(lambda: _tell_stats(teller, network, options), teller)
+        number = _wait_for_end(lambda: _tell_stats(teller, network, options), reload, teller)
         teller.tell("stopping", f"stopping on {signal.Signals(number).name}")
     if options.stats:
         say_stats(network)
     return EXIT_OK
 
 
-def _wait_for_end(usr1: Callable[[], None], teller: Teller) -> int:
+def _follow_policy(
+    network: NatNetwork, options: argparse.Namespace, teller: Teller, stack: ExitStack
+) -> Callable[[], None] | None:
+    """Follows the file of `--policy`; returns what reads it again at once."""
+    if options.policy is None:
+        return None
+    from guestnet.cli.runner.policy_file import PolicyFile
+
+    return stack.enter_context(PolicyFile(network, options, lambda text: teller.tell("policy", text))).reload
+
+
+def _wait_for_end(usr1: Callable[[], None], reload: Callable[[], None] | None, teller: Teller) -> int:
     """Takes signals until one says to stop; returns that one."""
     while True:
         number, from_kernel = _next_signal()
@@ -202,8 +219,12 @@ def _wait_for_end(usr1: Callable[[], None], teller: Teller) -> int:
             return number
         if number == signal.SIGUSR1:
             usr1()
+        elif number == signal.SIGHUP and reload is not None:
+            reload()
         elif number == signal.SIGHUP:
-            teller.tell("signal_ignored", "SIGHUP is ignored: nothing can be reloaded yet", signal="SIGHUP")
+            teller.tell(
+                "signal_ignored", "SIGHUP is ignored: without --policy nothing is read again", signal="SIGHUP"
+            )
         else:
             name = signal.strsignal(number) if number >= signal.SIGRTMIN else signal.Signals(number).name
             teller.tell("signal_ignored", f"{name} is ignored: SIGTERM stops guestnet", signal=name)

@@ -106,6 +106,7 @@ def network_of_one(
             network.start()
             started = True
             start_capture(network, options)
+            start_policy_logs(network, options, monitoring)
             network.create_endpoint(
                 ENDPOINT,
                 mac=arguments.format_mac(mac),
@@ -126,6 +127,11 @@ def network_of_one(
                 from guestnet.cli.runner.monitor import Monitor
 
                 monitoring.enter_context(Monitor(network, say))
+            if options.policy is not None:
+                from guestnet.cli.runner.policy_file import PolicyFile
+
+                report = complain if not options.quiet else _say_nothing
+                monitoring.enter_context(PolicyFile(network, options, report))
             yield network
         finally:
             supervise.restore_terminal()
@@ -171,6 +177,30 @@ def start_capture(network: NatNetwork, options: argparse.Namespace) -> None:
     """Starts the capture of `--pcap -`; that to a file belongs to the configuration."""
     if options.pcap == "-":
         network.start_capture(options.capture_fd)
+
+
+def start_policy_logs(network: NatNetwork, options: argparse.Namespace, stack: ExitStack) -> None:
+    """Starts what `--audit` and `--learn` ask for. Their files are complete when the network has stopped."""
+    if options.audit is not None:
+        # Not by the stack: the last flows end with the network.
+        network.audit(options.audit)
+    if options.learn is not None:
+        from guestnet.policy.files import check_writable
+
+        check_writable(options.learn)
+        learner = network.learn()
+
+        def write() -> None:
+            policy = learner.policy()
+            policy.save(options.learn)
+            if not options.quiet:
+                complain(f"Note: {options.learn} has {len(policy.rules)} rules that allow what was done.")
+
+        stack.callback(write)
+
+
+def _say_nothing(_text: str) -> None:
+    pass
 
 
 def say_stats(network: NatNetwork) -> None:

@@ -82,8 +82,7 @@ class AuditLog:
 
     Args:
         path: The file.
-        starts: Also write a line when a flow starts.
-        failed: Called with a reason when lines cannot be written, and with None when they can again.
+        starts: Says of which flows a line is written at their start too.
         size: Bytes after which the file is rotated.
         kept: How many older files are kept.
 
@@ -108,12 +107,13 @@ class AuditLog:
         self,
         path: str,
         *,
-        starts: bool = False,
-        failed: Callable[[str | None], object] = lambda _reason: None,
+        starts: Callable[[FlowOpened], bool] = lambda _event: False,
         size: int = SIZE_MOST,
         kept: int = FILES_KEPT,
     ) -> None:
-        self._path, self._starts, self._failed = os.path.abspath(path), starts, failed
+        self._path, self._starts = os.path.abspath(path), starts
+        self.failed: Callable[[str | None], object] = lambda _reason: None
+        """Called with a reason when lines cannot be written, and with None when they can again."""
         self._size_most, self._kept = size, kept
         self._fd: int | None = open_log(path)
         about = os.fstat(self._fd)
@@ -134,7 +134,7 @@ class AuditLog:
         if isinstance(event, FlowOpened):
             if len(self._open) < _FLOWS_MOST:
                 self._open[event.flow] = event
-            if self._starts:
+            if self._starts(event):
                 self._write(_line(event, "start", _start(event)))
         elif isinstance(event, FlowClosed):
             began = self._open.pop(event.flow, None)
@@ -179,7 +179,7 @@ class AuditLog:
 
     def _report(self, reason: str | None) -> None:
         if (reason is None) != (self._reason is None):
-            self._failed(reason)
+            self.failed(reason)
         self._reason = reason
 
     def _reopen(self) -> None:

@@ -70,7 +70,7 @@ class ExplainPage:
             raise
         return name
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Ends the service."""
         server, self._server = self._server, None
         if server is not None:

@@ -27,15 +27,20 @@ from guestnet.model.spec import NetMode
 
 if TYPE_CHECKING:
     import socket
+    from ipaddress import IPv4Address
 
     from guestnet._native import PolicyTable
     from guestnet.control.channel import Control
     from guestnet.policy.policy import Policy
+    from guestnet.runtime.policy.denial_log import DenialLog
+    from guestnet.runtime.policy.explain import ExplainPage
     from guestnet.runtime.port_table import PortTable
 
 _log = logging.getLogger("guestnet")
 
 _LONGEST_TIMER = 86400.0
+_PAGE = 16
+"""The number of the service, for the data plane."""
 
 
 class PolicyBook:
@@ -80,6 +85,8 @@ class PolicyControl:
     Args:
         mode: The mode of the network.
         in_force: Called with whether there is a policy, when that changes.
+        gateway: The gateway's address.
+        denials: Recent denials, for the page that explains them to guests.
     """
 
     def __init__(
@@ -89,9 +96,13 @@ class PolicyControl:
         control: Control,
         ports: PortTable,
         in_force: Callable[[bool], object],
+        gateway: IPv4Address,
+        denials: DenialLog,
     ) -> None:
         self._book, self._mode, self._control, self._ports = book, mode, control, ports
         self._in_force = in_force
+        self._gateway, self._denials = gateway, denials
+        self._page: ExplainPage | None = None
         self._tables: dict[str | None, PolicyTable] = {}
         """Those in force, by endpoint; None: that of the network."""
         self._changing = asyncio.Lock()
@@ -116,6 +127,9 @@ class PolicyControl:
         if self._timer is not None:
             self._timer.cancel()
         self._follow_host(False)
+        page, self._page = self._page, None
+        if page is not None:
+            page.close()
         self._in_force = _nobody_hears  # leads to the session, and that leads here
 
     async def set(self, policy: Policy | None, endpoint_id: str | None = None) -> int:
@@ -160,6 +174,15 @@ class PolicyControl:
         async with self._changing:
             self.denied_because = reason
             await self._refresh_locked()
+
+    async def note_names(self) -> None:
+        """Has the names noted that guests ask for, although no rule is about names."""
+        if self._mode is NetMode.BRIDGED or self._book.network is not None or self._book.endpoints:
+            raise UnsupportedError(
+                "A policy is learned where everything passes: leave the policy (and the mode 'bridged') out."
+            )
+        self._book.note_names = True
+        await self._refresh()
 
     def port_added(self, endpoint_id: str) -> None:
         """An endpoint has a port from now on, which has sent nothing yet.
@@ -206,6 +229,8 @@ class PolicyControl:
     async def _push(self, key: str | None) -> int:
         policy = self._effective(key)
         self._note_in_force()
+        if policy is not None and policy.explain:
+            await self._explain()
         port = None if key is None else self._ports.port(key)
         if key is not None and port is None:
             return 0  # it gets its rules with its port
@@ -241,6 +266,36 @@ class PolicyControl:
         used = not self._book.is_empty
         self._in_force(used)
         self._follow_host(used)
+
+    # --- the page ---
+
+    async def _explain(self) -> None:
+        """Serves the page that tells guests their rules."""
+        if self._page is not None:
+            return
+        from guestnet.runtime.policy.explain import HTTP_PORT, ExplainPage
+
+        self._page = ExplainPage(self._describe)
+        name = await self._page.open()
+        await self._control.do(self._control.plane.add_service, _PAGE, "tcp", self._gateway, HTTP_PORT, name)
+
+    def _describe(self, port: int) -> dict[str, Any] | None:
+        """What the guest on a port may know: its rules and its denials."""
+        endpoint_id = self._ports.endpoint(port)
+        policy = None if endpoint_id is None else self._book.of(endpoint_id)
+        if endpoint_id is None or policy is None or not policy.explain:
+            return None
+        mine = {endpoint_id, *(f"tag:{tag}" for tag in self._book.tags.get(endpoint_id, ()))}
+        rules = [
+            rule
+            for rule in policy.without_expired().rules
+            if rule.direction == "in" or not rule.source or mine & set(rule.source)
+        ]
+        denials = [denial.as_dict() for denial in self._denials.recent(endpoint_id)]
+        told: dict[str, Any] = {"guest": endpoint_id, "default": policy.default}
+        if self.denied_because is not None:
+            told["denied"] = self.denied_because
+        return {**told, "rules": [{"label": one.label, **one.to_dict()} for one in rules], "denials": denials}
 
     def _ports_of(self, source: str) -> list[int]:
         if source.startswith("tag:"):

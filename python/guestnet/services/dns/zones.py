@@ -82,6 +82,9 @@ class Zones:
         names: dict[bytes, list[OwnRecord]] = {}
         self._fixed = {self.gateway}
         _add(names, parse_record(f"gateway.{config.zone}", config.gateway))
+        # Where guests read their rules, if the owner of the network lets them.
+        self._fixed.add(record_name(f"policy.{config.zone}"))
+        _add(names, parse_record(f"policy.{config.zone}", config.gateway))
         if config.host is not None:
             for name in (f"host.{config.zone}", *_HOST_ALIASES):
                 own = parse_record(name, config.host)

@@ -44,7 +44,7 @@ def test_a_flow_is_one_line_at_its_end(tmp_path: Path) -> None:
 
 
 def test_starts_are_written_by_choice_and_inbound_flows_name_the_client_first(tmp_path: Path) -> None:
-    log = AuditLog(str(tmp_path / "a"), starts=True)
+    log = AuditLog(str(tmp_path / "a"), starts=lambda _event: True)
     log.note(opened(inbound=True))
     log.close()
     (line,) = lines(tmp_path / "a")
@@ -79,7 +79,8 @@ def test_a_file_that_grows_is_rotated_and_only_so_many_are_kept(tmp_path: Path) 
 
 def test_lines_that_cannot_be_written_are_counted_and_reported_once(tmp_path: Path) -> None:
     reasons: list[str | None] = []
-    log = AuditLog(str(tmp_path / "a"), failed=reasons.append)
+    log = AuditLog(str(tmp_path / "a"))
+    log.failed = reasons.append
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:

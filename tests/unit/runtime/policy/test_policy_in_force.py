@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 from guestnet import (
@@ -20,6 +23,7 @@ from guestnet import (
     PolicyError,
     Rule,
     Spec,
+    UnsupportedError,
     diff,
 )
 from guestnet.testing.guest import Guest, GuestError
@@ -40,7 +44,7 @@ def network() -> Iterator[NatNetwork]:
 def refused(guest: Guest, address: str, port: int) -> bool:
     try:
         guest.connect(address, port).close()
-    except GuestError:
+    except (GuestError, ConnectionResetError):
         return True
     return False
 
@@ -138,8 +142,8 @@ def test_clients_of_published_ports_are_judged_by_their_address() -> None:
         guest.serve(80, lambda connection: connection.send(b"hi"))
         forward = network.publish("127.0.0.1:0:vm1:80")
         with (
-            socket.create_connection(("127.0.0.1", forward.host_port), timeout=20) as client,
             pytest.raises(ConnectionResetError),
+            socket.create_connection(("127.0.0.1", forward.host_port), timeout=20) as client,
         ):
             client.recv(2)
         network.set_policy(None)
@@ -172,3 +176,72 @@ def test_wrong_policies_are_refused_and_nothing_changes(network: NatNetwork) -> 
         NatNetwork().set_policy(None)
     with pytest.raises(ConfigError, match="leave `policy` out"):
         NatConfig(mode="bridged", bridge="br0", policy=Policy())
+
+
+def test_guests_read_their_rules_and_denials_and_nobody_elses() -> None:
+    rules = [Rule("allow", "192.0.2.0/24", source="vm1"), Rule("deny", "198.51.100.0/24", source="vm2")]
+    config = NatConfig(dhcp=False, dns=False, policy=Policy("deny", rules, explain=True))
+    with NatNetwork(config) as network:
+        one, two = (add_memory_guest(network, name) for name in ("vm1", "vm2"))
+        assert refused(two, "198.51.100.1", 80)
+        until(network.denials, "a denial")
+        told = [page(guest, "192.168.64.1") for guest in (one, two)]
+        assert [one["guest"] for one in told] == ["vm1", "vm2"]
+        assert [[rule["to"] for rule in one["rules"]] for one in told] == [
+            ["192.0.2.0/24"],
+            ["198.51.100.0/24"],
+        ]
+        assert [len(one["denials"]) for one in told] == [0, 1]
+        network.set_policy(Policy("deny"))
+        with pytest.raises(AssertionError, match="404"):
+            page(one, "192.168.64.1")
+
+
+def page(guest: Guest, address: str) -> dict[str, Any]:
+    connection = guest.connect(address, 80)
+    connection.send(b"GET / HTTP/1.1\r\nHost: policy.guestnet.internal\r\n\r\n")
+    got = b""
+    while part := connection.recv(65536):
+        got += part
+    head, _, body = got.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200"), head.decode()
+    found: dict[str, Any] = json.loads(body)
+    return found
+
+
+def test_the_audit_log_has_flows_and_denials(network: NatNetwork, echo: int, tmp_path: Path) -> None:
+    guest = add_memory_guest(network, "vm1")
+    end = network.audit(tmp_path / "audit.jsonl", starts=True)
+    guest.connect(LOOPBACK, echo).close()
+    assert refused(guest, "203.0.113.7", 80)
+
+    def events() -> list[str]:
+        return [json.loads(line)["event"] for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+
+    until(lambda: {"denied", "start"} <= set(events()), "two lines")
+    end()
+    first = json.loads((tmp_path / "audit.jsonl").read_text().splitlines()[0])
+    assert (first["guest"], first["rule"], first["destination"]) == ("vm1", "the lab", f"{LOOPBACK}:{echo}")
+
+
+def test_a_required_audit_log_that_cannot_be_written_denies_everything(echo: int) -> None:
+    policy = Policy("allow", audit="required")
+    with NatNetwork(NatConfig(dhcp=False, dns=False, host_loopback=True, policy=policy)) as network:
+        guest = add_memory_guest(network, "vm1")
+        network.audit("/dev/full", starts=True)
+        guest.connect(LOOPBACK, echo)
+        until(lambda: refused(guest, LOOPBACK, echo), "a refusal")
+
+
+def test_a_policy_is_learned_from_what_guests_do(echo: int) -> None:
+    with NatNetwork(NatConfig(dhcp=False, dns=False, host_loopback=True)) as network:
+        guest = add_memory_guest(network, "vm1")
+        learner = network.learn()
+        guest.connect(LOOPBACK, echo).close()
+        until(lambda: learner.policy().rules, "a rule")
+        learned = learner.policy()
+        assert learned == Policy("deny", [Rule("allow", LOOPBACK, ports=(echo,), protocol="tcp")])
+        network.set_policy(learned)
+        assert not refused(guest, LOOPBACK, echo)
+        with pytest.raises(UnsupportedError, match="leave the policy"):
+            network.learn()
