@@ -1,4 +1,4 @@
-"""Policies on the command line of `guestnet run`, as an ordinary user, with curl, dig and ping in the guest."""
+"""Policies on the command line of `guestnet run`, as an ordinary user, with real tools in the guest."""
 
 from __future__ import annotations
 
