@@ -16,6 +16,10 @@ pub mod fuzzing;
 pub mod memory;
 pub mod os;
 pub mod runtime;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+#[path = "../tests/common/temp_dir.rs"]
+mod temp_dir;
 mod uplink;
 
 pub use control::{

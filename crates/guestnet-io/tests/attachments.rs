@@ -4,6 +4,7 @@
 
 mod common;
 
+use common::temp_dir::TempDir;
 use common::{
     GATEWAY, Got, Guest, HOST, Link, Net, PATIENCE, StreamLink, pattern, port_config, tcp_echo, udp_echo,
 };
@@ -19,14 +20,6 @@ use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
-
-/// A directory of this test's own.
-fn directory(name: &str) -> PathBuf {
-    let dir = std::env::temp_dir().join(format!("guestnet-io-{name}-{}", std::process::id()));
-    let _none = std::fs::remove_dir_all(&dir);
-    std::fs::create_dir_all(&dir).unwrap();
-    dir
-}
 
 fn udp_works<L: Link>(g: &mut Guest<L>, echo: SocketAddrV4) {
     g.udp_send(5000, echo, b"are you there?");
@@ -102,7 +95,7 @@ fn dgram() {
 #[test]
 fn packets_of_a_connection() {
     let net = Net::new();
-    let dir = directory("seqpacket");
+    let dir = TempDir::new("seqpacket");
     let path = dir.join("s");
     let l = seqpacket(&path, true);
     net.command(Command::Listen { listener: 3, kind: ListenKind::Stream, fd: l, template: port_config() });
@@ -112,7 +105,6 @@ fn packets_of_a_connection() {
     udp_works(&mut g, udp_echo());
     drop(g);
     assert_eq!(net.port_down().0, port);
-    std::fs::remove_dir_all(dir).unwrap();
 }
 
 /// A SOCK_SEQPACKET socket that listens on a path, or is connected to it.
@@ -152,7 +144,7 @@ fn memory() {
 #[test]
 fn unixgram_with_and_without_magic() {
     let net = Net::new();
-    let dir = directory("unixgram");
+    let dir = TempDir::new("unixgram");
     let server = UnixDatagram::bind(dir.join("s")).unwrap();
     net.command(Command::Listen {
         listener: 1,
@@ -200,7 +192,6 @@ fn unixgram_with_and_without_magic() {
     net.port_down();
     net.port_down();
     assert!(matches!(net.command(Command::PortStats), Value::Ports(p) if p.is_empty()));
-    std::fs::remove_dir_all(dir).unwrap();
 }
 
 /// A guest can send four bytes that are the magic, as often as it likes. Each is a new port, which the control
@@ -208,7 +199,7 @@ fn unixgram_with_and_without_magic() {
 #[test]
 fn a_guest_does_not_start_again_without_end() {
     let net = Net::new();
-    let dir = directory("again");
+    let dir = TempDir::new("again");
     let server = UnixDatagram::bind(dir.join("s")).unwrap();
     net.command(Command::Listen {
         listener: 1,
@@ -229,13 +220,12 @@ fn a_guest_does_not_start_again_without_end() {
     net.command(Command::PortStats);
     let ports = net.count(|e| matches!(e, Event::PortUp { .. }));
     assert!((1..=1 + 8 * seconds).contains(&ports), "{ports} ports in {seconds} s");
-    std::fs::remove_dir_all(dir).unwrap();
 }
 
 #[test]
 fn qemu_dgram_guests_are_not_connected() {
     let net = Net::new();
-    let dir = directory("dgram");
+    let dir = TempDir::new("dgram");
     let server = UnixDatagram::bind(dir.join("s")).unwrap();
     net.command(Command::Listen {
         listener: 1,
@@ -266,13 +256,12 @@ fn qemu_dgram_guests_are_not_connected() {
     for g in &mut guests {
         tcp_works(g, tcp, 200_000);
     }
-    std::fs::remove_dir_all(dir).unwrap();
 }
 
 #[test]
 fn guests_of_a_stream_listener_come_and_go() {
     let net = Net::new();
-    let dir = directory("listener");
+    let dir = TempDir::new("listener");
     let l = UnixListener::bind(dir.join("s")).unwrap();
     net.command(Command::Listen {
         listener: 9,
@@ -304,7 +293,6 @@ fn guests_of_a_stream_listener_come_and_go() {
     net.command(Command::StopListening { listener: 9 });
     assert_eq!(net.try_command(Command::StopListening { listener: 9 }), Err(CommandError::NoSuchListener(9)));
     udp_works(&mut c, echo);
-    std::fs::remove_dir_all(dir).unwrap();
 }
 
 #[test]
@@ -377,7 +365,7 @@ fn a_guest_of_a_datagram_listener_that_does_not_read_silences_nobody() {
         [(ListenKind::Dgram, false), (ListenKind::Dgram, true), (ListenKind::Unixgram, true)]
     {
         let net = Net::new();
-        let dir = directory(&format!("deaf-{kind:?}-{connects}"));
+        let dir = TempDir::new(&format!("deaf-{kind:?}-{connects}"));
         let fd = UnixDatagram::bind(dir.join("s")).unwrap().into();
         net.command(Command::Listen { listener: 1, kind, fd, template: port_config() });
         let mut other = Guest::new(Arrived::new(&dir, "other", connects), 9);
@@ -396,7 +384,6 @@ fn a_guest_of_a_datagram_listener_that_does_not_read_silences_nobody() {
             while d.link.receive(Duration::from_millis(100)).is_some() {}
             udp_works(d, udp_echo());
         }
-        std::fs::remove_dir_all(dir).unwrap();
     }
 }
 
@@ -405,7 +392,7 @@ fn a_guest_of_a_datagram_listener_that_does_not_read_silences_nobody() {
 #[test]
 fn guests_that_came_in_the_same_moment_are_parted_when_one_does_not_read() {
     let net = Net::new();
-    let dir = directory("same-moment");
+    let dir = TempDir::new("same-moment");
     let fd = UnixDatagram::bind(dir.join("s")).unwrap().into();
     net.command(Command::Listen { listener: 1, kind: ListenKind::Dgram, fd, template: port_config() });
     let mut first = Guest::new(Arrived::new(&dir, "first", true), 1);
@@ -426,14 +413,13 @@ fn guests_that_came_in_the_same_moment_are_parted_when_one_does_not_read() {
     let mut second = Guest::new(Arrived::new(&dir, "second", true), 2);
     udp_works(&mut second, udp_echo());
     assert_ne!(net.port_up().0, owner);
-    std::fs::remove_dir_all(dir).unwrap();
 }
 
 /// QEMU binds its path anew when it starts again, and does not say `VFKT`.
 #[test]
 fn a_datagram_guest_that_starts_again_is_answered_at_its_new_socket() {
     let net = Net::new();
-    let dir = directory("anew");
+    let dir = TempDir::new("anew");
     let fd = UnixDatagram::bind(dir.join("s")).unwrap().into();
     net.command(Command::Listen { listener: 1, kind: ListenKind::Dgram, fd, template: port_config() });
     let mut first = Guest::new(Arrived::new(&dir, "guest", false), 1);
@@ -452,7 +438,6 @@ fn a_datagram_guest_that_starts_again_is_answered_at_its_new_socket() {
     assert_eq!(net.port_down().0, port);
     udp_works(&mut second, udp_echo());
     assert_ne!(net.port_up().0, port);
-    std::fs::remove_dir_all(dir).unwrap();
 }
 
 /// The clock of a turn is one for all attachments: frames that open flows are slow, and a guest on a stream may bring
@@ -490,7 +475,7 @@ fn a_turn_of_a_stream_guest_that_opens_flows_ends_by_time() {
 #[test]
 fn guests_that_come_all_at_once_are_let_in_at_a_pace() {
     let net = Net::new();
-    let dir = directory("storm");
+    let dir = TempDir::new("storm");
     let fd = UnixListener::bind(dir.join("s")).unwrap().into();
     net.command(Command::Listen { listener: 1, kind: ListenKind::Stream, fd, template: port_config() });
     let begin = Instant::now();
@@ -509,7 +494,6 @@ fn guests_that_come_all_at_once_are_let_in_at_a_pace() {
         std::thread::sleep(Duration::from_millis(1));
     }
     assert!(net.workers.stats().io.listener_pauses > 0);
-    std::fs::remove_dir_all(dir).unwrap();
 }
 
 /// A port with more flows than are closed at once goes in steps, and is acknowledged when it is gone.
@@ -548,7 +532,7 @@ fn a_port_with_many_flows_is_removed_whole() {
 #[test]
 fn a_deaf_guest_on_a_shared_socket_is_alone_too() {
     let net = Net::new();
-    let dir = directory("deaf");
+    let dir = TempDir::new("deaf");
     let server = UnixDatagram::bind(dir.join("s")).unwrap();
     net.command(Command::Listen {
         listener: 1,
@@ -576,7 +560,6 @@ fn a_deaf_guest_on_a_shared_socket_is_alone_too() {
     tcp_works(&mut other, tcp_echo(), 500_000);
     while deaf.link.receive(Duration::from_millis(200)).is_some() {}
     udp_works(&mut deaf, udp_echo());
-    std::fs::remove_dir_all(dir).unwrap();
 }
 
 #[test]
@@ -726,7 +709,7 @@ fn a_forward_waits_for_its_guest() {
 #[test]
 fn services() {
     let net = Net::new();
-    let dir = directory("services");
+    let dir = TempDir::new("services");
     let mut g = net.stream_guest(1);
     let l = UnixListener::bind(dir.join("web")).unwrap();
     std::thread::spawn(move || {
@@ -771,14 +754,13 @@ fn services() {
         payload: b"address!".to_vec(),
     });
     assert_eq!(g.udp_receive(5353).payload, b"address!");
-    std::fs::remove_dir_all(dir).unwrap();
 }
 
 #[test]
 fn a_path_that_nobody_listens_on_is_a_refused_service() {
     let net = Net::new();
     let mut g = net.stream_guest(1);
-    let dir = directory("noservice");
+    let dir = TempDir::new("noservice");
     let address = Ipv4Addr::new(192, 168, 64, 200);
     net.command(Command::AddService {
         service: ServiceId(1),
@@ -789,5 +771,4 @@ fn a_path_that_nobody_listens_on_is_a_refused_service() {
     });
     let got = g.connect(4000, SocketAddrV4::new(address, 80)).unwrap_err();
     assert_eq!(got.tcp.unwrap().flags & tcp::flags::RST, tcp::flags::RST);
-    std::fs::remove_dir_all(dir).unwrap();
 }

@@ -4,6 +4,7 @@
 
 mod common;
 
+use common::temp_dir::TempDir;
 use common::vhost::message::*;
 use common::vhost::*;
 use common::{Guest, Net, StreamLink, port_config, tcp_echo};
@@ -20,8 +21,7 @@ fn front_ends_of_one_listener_leave_descriptors_to_everybody_else() {
     assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &lower) }, 0);
     let net = Net::new();
     let mut honest = net.stream_guest(1);
-    let dir = std::env::temp_dir().join(format!("guestnet-io-shares-{}", std::process::id()));
-    std::fs::create_dir_all(&dir).unwrap();
+    let dir = TempDir::new("shares");
     let listen = |listener, kind, name: &str| {
         let fd = UnixListener::bind(dir.join(name)).unwrap().into();
         net.command(Command::Listen { listener, kind, fd, template: port_config() });
@@ -74,5 +74,4 @@ fn front_ends_of_one_listener_leave_descriptors_to_everybody_else() {
         assert!(std::time::Instant::now() < end);
         f = Front::new(UnixStream::connect(dir.join("vhost")).unwrap());
     }
-    std::fs::remove_dir_all(dir).unwrap();
 }

@@ -3,6 +3,7 @@
 
 mod common;
 
+use common::temp_dir::TempDir;
 use common::{Guest, Net, StreamLink, port_config, tcp_echo, udp_echo};
 use guestnet_io::{Command, ListenKind};
 use std::fs::File;
@@ -16,8 +17,7 @@ fn a_host_without_descriptors_refuses_and_recovers() {
     let (tcp, udp) = (tcp_echo(), udp_echo());
     g.udp_send(5000, udp, b"before");
     g.udp_receive(5000);
-    let dir = std::env::temp_dir().join(format!("guestnet-io-fds-{}", std::process::id()));
-    std::fs::create_dir_all(&dir).unwrap();
+    let dir = TempDir::new("fds");
     let l = UnixListener::bind(dir.join("s")).unwrap();
     net.command(Command::Listen {
         listener: 1,
@@ -53,5 +53,4 @@ fn a_host_without_descriptors_refuses_and_recovers() {
     assert_eq!(guest.udp_receive(5000).payload, b"after");
     let mut c = g.connect(4001, tcp).unwrap();
     assert_eq!(g.exchange(&mut c, b"again", 5), b"again");
-    std::fs::remove_dir_all(dir).unwrap();
 }

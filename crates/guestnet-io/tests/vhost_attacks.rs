@@ -5,6 +5,7 @@
 
 mod common;
 
+use common::temp_dir::TempDir;
 use common::vhost::message::*;
 use common::vhost::*;
 use common::{Guest, Net, PATIENCE, StreamLink, pattern, port_config, tcp_echo, udp_echo};
@@ -279,8 +280,7 @@ fn works(g: &mut Guest<VhostLink>, echo: SocketAddrV4) {
 #[test]
 fn a_front_end_that_makes_the_worker_wait_gets_a_thread_of_its_own() {
     let a = Attack::new();
-    let dir = std::env::temp_dir().join(format!("guestnet-vhost-stall-{}", std::process::id()));
-    std::fs::create_dir_all(&dir).unwrap();
+    let dir = TempDir::new("stall");
     let fd = UnixListener::bind(dir.join("s")).unwrap().into();
     let template = port_config();
     a.net.command(Command::Listen { listener: 5, kind: ListenKind::VhostUser, fd, template });
@@ -345,6 +345,5 @@ fn a_front_end_that_makes_the_worker_wait_gets_a_thread_of_its_own() {
         assert_eq!(down, port);
         assert!(why.contains("closed the connection"), "{why}");
     }
-    std::fs::remove_dir_all(dir).unwrap();
     a.all_is_well();
 }

@@ -4,6 +4,7 @@
 
 mod common;
 
+use common::temp_dir::TempDir;
 use common::vhost::message::*;
 use common::vhost::*;
 use common::{Guest, Link, Net, PATIENCE, StreamLink, pattern, port_config, tcp_echo, udp_echo};
@@ -302,8 +303,8 @@ fn what_was_put_in_before_the_start_is_seen() {
 #[test]
 fn a_front_end_goes_and_another_comes_to_the_same_port() {
     let net = Net::new();
-    let path = std::env::temp_dir().join(format!("guestnet-vhost-{}.sock", std::process::id()));
-    let _none = std::fs::remove_file(&path);
+    let dir = TempDir::new("vhost");
+    let path = dir.join("s");
     let port = net.add_port(1);
     let listener = UnixListener::bind(&path).unwrap();
     net.command(Command::AttachVhostUser { port, fd: listener.into() });
@@ -313,14 +314,13 @@ fn a_front_end_goes_and_another_comes_to_the_same_port() {
         let mut g = Guest::new(link, 1);
         udp_works(&mut g, echo);
     }
-    std::fs::remove_file(&path).unwrap();
 }
 
 #[test]
 fn guests_of_a_listener_come_and_go() {
     let net = Net::new();
-    let path = std::env::temp_dir().join(format!("guestnet-vhosts-{}.sock", std::process::id()));
-    let _none = std::fs::remove_file(&path);
+    let dir = TempDir::new("vhosts");
+    let path = dir.join("s");
     let fd = UnixListener::bind(&path).unwrap().into();
     net.command(Command::Listen { listener: 5, kind: ListenKind::VhostUser, fd, template: port_config() });
     let come = |n| {
@@ -338,7 +338,6 @@ fn guests_of_a_listener_come_and_go() {
     udp_works(&mut b, echo);
     udp_works(&mut c, echo);
     assert!(first != second && second != third && first != third);
-    std::fs::remove_file(&path).unwrap();
 }
 
 #[test]

@@ -4,6 +4,7 @@
 
 mod common;
 
+use common::temp_dir::TempDir;
 use common::{Net, port_config, tcp_echo, udp_echo};
 use guestnet_core::policy::Entry;
 use guestnet_core::types::{ForwardId, PortId};
@@ -150,7 +151,8 @@ fn capture() {
     let net = Net::new();
     let mut g = net.dgram_guest(1);
     g.gateway();
-    let path = std::env::temp_dir().join(format!("guestnet-io-capture-{}.pcapng", std::process::id()));
+    let dir = TempDir::new("capture");
+    let path = dir.join("capture.pcapng");
     let file = std::fs::File::create(&path).unwrap();
     net.command(Command::StartCapture { fd: file.into(), snaplen: 0 });
     for i in 0..10u8 {
@@ -167,7 +169,6 @@ fn capture() {
         at += word(4) as usize;
     }
     assert_eq!((at, packets), (bytes.len(), 20));
-    std::fs::remove_file(path).unwrap();
     // Without a capture there is nothing to stop.
     net.command(Command::StopCapture);
 }

@@ -4,6 +4,7 @@
 
 mod common;
 
+use common::temp_dir::TempDir;
 use common::{Guest, Link, Net, PATIENCE, StreamLink, port_config, tcp_echo, udp_echo};
 use guestnet_core::policy::Entry;
 use guestnet_core::stats::DropReason;
@@ -153,8 +154,7 @@ fn nobody_is_another_workers_guest() {
 #[test]
 fn guests_of_a_listener_are_shared_out() {
     let net = net(2);
-    let dir = std::env::temp_dir().join(format!("gn-workers-{}", std::process::id()));
-    std::fs::create_dir_all(&dir).unwrap();
+    let dir = TempDir::new("workers");
     let path = dir.join("net.sock");
     let fd = UnixListener::bind(&path).unwrap().into();
     net.command(Command::Listen { listener: 1, kind: ListenKind::Stream, fd, template: port_config() });
@@ -182,7 +182,6 @@ fn guests_of_a_listener_are_shared_out() {
     net.command(Command::StopListening { listener: 1 });
     let Value::Ports(ports) = net.command(Command::PortStats) else { panic!() };
     assert_eq!(ports.len(), 4);
-    std::fs::remove_dir_all(&dir).unwrap();
 }
 
 #[test]

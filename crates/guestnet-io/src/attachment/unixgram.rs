@@ -296,6 +296,7 @@ fn restore_mode(path: &[u8], mode: u32) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::temp_dir::TempDir;
     use std::os::unix::net::UnixDatagram;
 
     const NOW: Time = Time(1_000_000_000);
@@ -303,8 +304,7 @@ mod tests {
 
     #[test]
     fn the_next_socket_is_for_the_same_users_whatever_was_left_beside_it() {
-        let dir = std::env::temp_dir().join(format!("guestnet-unixgram-next-{}", std::process::id()));
-        std::fs::create_dir_all(&dir).unwrap();
+        let dir = TempDir::new("next");
         let (path, beside) = (dir.join("s"), dir.join("s.new"));
         let s = UnixDatagram::bind(&path).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
@@ -321,17 +321,12 @@ mod tests {
         // Somebody's socket that is in use stays.
         let _others = UnixDatagram::bind(&beside).unwrap();
         assert!(third.replace().is_none());
-        std::fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]
     fn knows_guests_by_their_path() {
-        let dir = std::env::temp_dir().join(format!("guestnet-unixgram-{}", std::process::id()));
-        std::fs::create_dir_all(&dir).unwrap();
+        let dir = TempDir::new("paths");
         let path = |n: &str| dir.join(n);
-        for n in ["s", "a", "b"] {
-            let _none = std::fs::remove_file(path(n));
-        }
         let s = UnixDatagram::bind(path("s")).unwrap();
         let mut u = Unixgram::new(s.into(), true);
         let a = UnixDatagram::bind(path("a")).unwrap();
@@ -370,32 +365,16 @@ mod tests {
         assert_eq!(u.gone(), []);
         drop(a);
         assert_eq!(u.gone(), [PortId(1)]);
-        std::fs::remove_dir_all(dir).unwrap();
     }
 
-    struct Dir(std::path::PathBuf);
-
-    impl Dir {
-        fn new(name: &str) -> Dir {
-            let dir = std::env::temp_dir().join(format!("guestnet-unixgram-{name}-{}", std::process::id()));
-            let _old = std::fs::remove_dir_all(&dir);
-            std::fs::create_dir_all(&dir).unwrap();
-            Dir(dir)
-        }
-        fn socket(&self, name: &str) -> UnixDatagram {
-            let s = UnixDatagram::bind(self.0.join(name)).unwrap();
-            s.set_nonblocking(true).unwrap();
-            s
-        }
-        fn path(&self, name: &str) -> Vec<u8> {
-            self.0.join(name).into_os_string().into_encoded_bytes()
-        }
+    fn socket(dir: &TempDir, name: &str) -> UnixDatagram {
+        let s = UnixDatagram::bind(dir.join(name)).unwrap();
+        s.set_nonblocking(true).unwrap();
+        s
     }
 
-    impl Drop for Dir {
-        fn drop(&mut self) {
-            let _best_effort = std::fs::remove_dir_all(&self.0);
-        }
+    fn path(dir: &TempDir, name: &str) -> Vec<u8> {
+        dir.join(name).into_os_string().into_encoded_bytes()
     }
 
     fn refusal(u: &Unixgram, path: &[u8], user: Option<u32>) -> String {
@@ -404,46 +383,46 @@ mod tests {
 
     #[test]
     fn a_guest_keeps_the_socket_that_it_arrived_with_whatever_its_path_leads_to_later() {
-        let dir = Dir::new("pinned");
-        let u = Unixgram::new(dir.socket("s").into(), false);
+        let dir = TempDir::new("pinned");
+        let u = Unixgram::new(socket(&dir, "s").into(), false);
         for connects in [false, true] {
-            let (guest, victim) = (dir.socket("guest"), dir.socket("victim"));
+            let (guest, victim) = (socket(&dir, "guest"), socket(&dir, "victim"));
             if connects {
-                guest.connect(dir.0.join("s")).unwrap();
+                guest.connect(dir.join("s")).unwrap();
             }
-            let arrival = u.attach(&dir.path("guest"), Some(sys::own_user())).unwrap();
+            let arrival = u.attach(&path(&dir, "guest"), Some(sys::own_user())).unwrap();
             assert_eq!(arrival.how.connected, connects);
             let mut d = arrival.dgram;
-            std::fs::remove_file(dir.0.join("guest")).unwrap();
-            std::os::unix::fs::symlink(dir.0.join("victim"), dir.0.join("guest")).unwrap();
+            std::fs::remove_file(dir.join("guest")).unwrap();
+            std::os::unix::fs::symlink(dir.join("victim"), dir.join("guest")).unwrap();
             d.push(b"frame", b"");
             assert_eq!(d.flush(), super::super::Flushed::All);
             assert_eq!(guest.recv(&mut [0; 9]).unwrap(), 5);
             assert!(victim.recv(&mut [0; 9]).is_err());
             for name in ["guest", "victim"] {
-                std::fs::remove_file(dir.0.join(name)).unwrap();
+                std::fs::remove_file(dir.join(name)).unwrap();
             }
         }
     }
 
     #[test]
     fn a_path_that_is_not_the_senders_own_socket_is_refused() {
-        let dir = Dir::new("owner");
-        let u = Unixgram::new(dir.socket("s").into(), false);
-        let _victim = dir.socket("victim");
+        let dir = TempDir::new("owner");
+        let u = Unixgram::new(socket(&dir, "s").into(), false);
+        let _victim = socket(&dir, "victim");
         let me = sys::own_user();
         let other = if me == 12345 { 54321 } else { 12345 };
-        assert!(u.attach(&dir.path("victim"), Some(me)).is_ok());
-        let why = refusal(&u, &dir.path("victim"), Some(other));
+        assert!(u.attach(&path(&dir, "victim"), Some(me)).is_ok());
+        let why = refusal(&u, &path(&dir, "victim"), Some(other));
         assert!(why.contains(&format!("belongs to user {me}")) && why.contains("user 12345"), "{why}");
-        assert!(refusal(&u, &dir.path("victim"), None).contains("an unknown user"));
+        assert!(refusal(&u, &path(&dir, "victim"), None).contains("an unknown user"));
         // Links are not followed, and what is no socket is none.
-        std::os::unix::fs::symlink(dir.0.join("victim"), dir.0.join("link")).unwrap();
-        std::fs::write(dir.0.join("file"), "").unwrap();
+        std::os::unix::fs::symlink(dir.join("victim"), dir.join("link")).unwrap();
+        std::fs::write(dir.join("file"), "").unwrap();
         for name in ["link", "file"] {
-            assert!(refusal(&u, &dir.path(name), Some(me)).contains("not a socket"), "{name}");
+            assert!(refusal(&u, &path(&dir, name), Some(me)).contains("not a socket"), "{name}");
         }
-        assert!(refusal(&u, &dir.path("nothing"), Some(me)).contains("No such file"));
+        assert!(refusal(&u, &path(&dir, "nothing"), Some(me)).contains("No such file"));
         assert!(
             refusal(&u, b"relative/socket", Some(me)).contains("bind the guest's socket to an absolute one")
         );
@@ -452,13 +431,13 @@ mod tests {
     /// An abstract name has no owner, and belongs to a network namespace that may not be the sender's.
     #[test]
     fn a_guest_with_an_abstract_name_has_to_connect() {
-        let dir = Dir::new("abstract");
-        let u = Unixgram::new(dir.socket("s").into(), false);
+        let dir = TempDir::new("abstract");
+        let u = Unixgram::new(socket(&dir, "s").into(), false);
         let name = format!("\0guestnet-abstract-{}", std::process::id()).into_bytes();
         let fd = sys::socket(libc::AF_UNIX, libc::SOCK_DGRAM, 0).unwrap();
         sys::bind(&fd, &RawAddr::unix(&name).unwrap()).unwrap();
         assert!(refusal(&u, &name, Some(sys::own_user())).contains("has not connected"));
-        sys::connect(&fd, &RawAddr::unix(&dir.path("s")).unwrap()).unwrap();
+        sys::connect(&fd, &RawAddr::unix(&path(&dir, "s")).unwrap()).unwrap();
         let mut d = u.attach(&name, Some(12345)).unwrap().dgram;
         d.push(b"frame", b"");
         assert_eq!(d.flush(), super::super::Flushed::All);
@@ -467,10 +446,10 @@ mod tests {
 
     #[test]
     fn another_socket_at_the_path_of_a_silent_guest_is_another_guest() {
-        let dir = Dir::new("restart");
-        let mut u = Unixgram::new(dir.socket("s").into(), false);
-        let (s, mut buf) = (dir.0.join("s"), [0; 100]);
-        let first = dir.socket("guest");
+        let dir = TempDir::new("restart");
+        let mut u = Unixgram::new(socket(&dir, "s").into(), false);
+        let (s, mut buf) = (dir.join("s"), [0; 100]);
+        let first = socket(&dir, "guest");
         first.send_to(b"x", &s).unwrap();
         let Sender::New { path, user, old: None, .. } = u.read(NOW, &mut buf) else { panic!() };
         let arrival = u.attach(&path, user).unwrap();
@@ -479,8 +458,8 @@ mod tests {
         first.send_to(b"x", &s).unwrap();
         assert_eq!(u.read(later(5), &mut buf), Sender::Known(PortId(1), 1));
         drop(first);
-        std::fs::remove_file(dir.0.join("guest")).unwrap();
-        let second = dir.socket("guest");
+        std::fs::remove_file(dir.join("guest")).unwrap();
+        let second = socket(&dir, "guest");
         second.send_to(b"x", &s).unwrap();
         let got = u.read(later(10), &mut buf);
         assert!(matches!(got, Sender::New { old: Some(PortId(1)), frame: Some(1), .. }), "{got:?}");
@@ -488,10 +467,10 @@ mod tests {
 
     #[test]
     fn a_guest_that_does_not_read_fills_no_other_guests_socket() {
-        let dir = Dir::new("unread");
-        let u = Unixgram::new(dir.socket("s").into(), false);
-        let (deaf, guest) = (dir.socket("deaf"), dir.socket("guest"));
-        let to = |name: &str| u.attach(&dir.path(name), Some(sys::own_user())).unwrap().dgram;
+        let dir = TempDir::new("unread");
+        let u = Unixgram::new(socket(&dir, "s").into(), false);
+        let (deaf, guest) = (socket(&dir, "deaf"), socket(&dir, "guest"));
+        let to = |name: &str| u.attach(&path(&dir, name), Some(sys::own_user())).unwrap().dgram;
         let (mut to_deaf, mut to_guest) = (to("deaf"), to("guest"));
         for _ in 0..2000 {
             to_deaf.push(&[7; 1000], b"");
@@ -510,14 +489,14 @@ mod tests {
     /// the first one's alone.
     #[test]
     fn a_shared_socket_that_stalls_is_left_to_the_first_guest() {
-        let dir = Dir::new("shared");
-        let mut u = Unixgram::new(dir.socket("s").into(), true);
-        let (first, second) = (dir.socket("first"), dir.socket("second"));
+        let dir = TempDir::new("shared");
+        let mut u = Unixgram::new(socket(&dir, "s").into(), true);
+        let (first, second) = (socket(&dir, "first"), socket(&dir, "second"));
         let mut come = |s: &UnixDatagram, name: &str, port| {
-            s.connect(dir.0.join("s")).unwrap();
-            let a = u.attach(&dir.path(name), Some(sys::own_user())).unwrap();
+            s.connect(dir.join("s")).unwrap();
+            let a = u.attach(&path(&dir, name), Some(sys::own_user())).unwrap();
             u.owner.get_or_insert(PortId(1));
-            u.arrived(NOW, &dir.path(name), PortId(port), a.how);
+            u.arrived(NOW, &path(&dir, name), PortId(port), a.how);
             a.dgram
         };
         let (mut to_first, mut to_second) = (come(&first, "first", 1), come(&second, "second", 2));

@@ -4,6 +4,7 @@
 //! what the Network maps 192.168.64.254 to.
 #![allow(dead_code, missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+pub mod temp_dir;
 pub mod vhost;
 
 use guestnet_core::config::NetworkConfig;

@@ -175,6 +175,7 @@ mod tests {
     use crate::os::epoll::Poller;
     use crate::os::sockaddr::RawAddr;
     use crate::runtime::stats::IoCounters;
+    use crate::temp_dir::TempDir;
     use guestnet_core::types::{FlowId, IpFields, PortId, Target};
     use std::io::Write;
     use std::net::Shutdown;
@@ -205,7 +206,8 @@ mod tests {
 
     #[test]
     fn what_a_service_sent_is_thrown_away_too() {
-        let path = std::env::temp_dir().join(format!("gn-tcp-{}", std::process::id()));
+        let dir = TempDir::new("tcp");
+        let path = dir.join("s");
         let l = std::os::unix::net::UnixListener::bind(&path).unwrap();
         let (poller, mut c, mut s) =
             (Poller::new(4).unwrap(), IoCounters::default(), Socks::new(&Quota::new(Pool::of_process())));
@@ -214,7 +216,6 @@ mod tests {
         let flow = FlowId { index: 0, generation: 0 };
         let target = Target::Service(guestnet_core::types::ServiceId(7), PortId(3));
         let id = s.tcp_connect(&poller, &mut c, flow, target, IpFields::ttl(9), false).unwrap();
-        std::fs::remove_file(&path).unwrap();
         let (mut other, from) = l.accept().unwrap();
         #[cfg(target_os = "linux")]
         {
