@@ -233,7 +233,8 @@ impl World {
             uplink: false,
         };
         self.fx.port(PortId(u32::from(n))).gone = false;
-        self.core.add_port(PortId(u32::from(n)), config);
+        // The address may be assigned to another port by now.
+        let _refused = self.core.add_port(PortId(u32::from(n)), config);
     }
 
     fn frame(&mut self, port: PortId, frame: &mut [u8], meta: FrameMeta) {

@@ -127,7 +127,8 @@ impl World {
             lax_offload: false,
             uplink: false,
         };
-        self.core.add_port(PortId(n), config);
+        // The address may be assigned to another port by now.
+        let _refused = self.core.add_port(PortId(n), config);
     }
 
     fn look(&mut self) {

@@ -196,7 +196,7 @@ impl Net {
                 lax_offload: false,
                 uplink: false,
             };
-            net.core.add_port(port, port_config);
+            net.core.add_port(port, port_config).unwrap();
             let mut frame = vec![0; 14 + arp::LEN];
             Ether { dst: Mac::BROADCAST, src: mac(port), ethertype: ether::ARP }.emit(&mut frame);
             let (sha, spa) = (mac(port), address(port));

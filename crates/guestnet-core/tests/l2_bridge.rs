@@ -21,7 +21,7 @@ fn bridged() -> Net {
     let mut c = config();
     c.mode = NetMode::Bridged;
     let mut n = Net::with(c);
-    n.core.add_port(OUTSIDE, PortConfig { uplink: true, ..port_config() });
+    n.core.add_port(OUTSIDE, PortConfig { uplink: true, ..port_config() }).unwrap();
     n
 }
 
@@ -76,7 +76,7 @@ fn no_guest_takes_the_mac_of_a_station() {
     n.send(OUTSIDE, udp_to(STATION, mac(B)));
     n.dropped(DropReason::SpoofedMac, |n| n.send(A, udp_to(STATION, mac(B))));
     let c = PortId(3);
-    n.core.add_port(c, port_config());
+    n.core.add_port(c, port_config()).unwrap();
     n.dropped(DropReason::SpoofedMac, |n| n.send(c, udp_to(STATION, mac(B))));
     // One that a guest used before the station showed is the station's from then on.
     let other = Mac([2, 9, 9, 9, 9, 8]);
@@ -160,7 +160,7 @@ fn other_protocols_pass_as_they_are() {
 fn the_owner_hears_of_macs_and_addresses_once() {
     let mut n = bridged();
     let c = PortId(3);
-    n.core.add_port(c, port_config());
+    n.core.add_port(c, port_config()).unwrap();
     let seen = |n: &mut Net| {
         let found = n.fx.events.iter().filter_map(|e| match e {
             Event::AddressSeen { address, .. } => Some(address.to_string()),

@@ -5,6 +5,7 @@ mod common;
 #[path = "common/net.rs"]
 mod net;
 
+use guestnet_core::config::AddressInUse;
 use guestnet_core::config::ForwardSpec;
 use guestnet_core::effects::Event;
 use guestnet_core::stats::DropReason;
@@ -25,7 +26,7 @@ fn to_b(payload: &[u8]) -> Vec<u8> {
 #[test]
 fn guests_reach_each_other_unchanged() {
     let mut n = Net::new();
-    n.core.add_port(C, port_config());
+    n.core.add_port(C, port_config()).unwrap();
     n.hello(C);
     let frame = to_b(b"hello");
     let out = n.ask(A, frame.clone());
@@ -37,6 +38,24 @@ fn guests_reach_each_other_unchanged() {
     n.send_meta(A, big.clone(), meta);
     let out = n.fx.take();
     assert_eq!((out.len(), out[0].meta, &out[0].frame), (1, meta, &big));
+}
+
+#[test]
+fn a_port_with_an_address_in_use_is_not_added() {
+    let mut n = Net::new();
+    let with = |addresses: &[IpAddr]| PortConfig { addresses: addresses.to_vec(), ..port_config() };
+    let (free, taken) = (IpAddr::V4(guest_ip(C)), IpAddr::V4(guest_ip(B)));
+    n.core.bind_address(B, taken, None).unwrap();
+    assert_eq!(n.core.add_port(C, with(&[free, taken])), Err(AddressInUse(taken)));
+    let gateway = IpAddr::V4(ip(GATEWAY));
+    assert_eq!(n.core.add_port(C, with(&[gateway])), Err(AddressInUse(gateway)));
+    assert!(n.core.ports().all(|p| p.port != C));
+    // What was refused left nothing behind; an address may be named twice.
+    n.core.add_port(C, with(&[free, free])).unwrap();
+    n.core.remove_port(n.now, B, &mut n.fx);
+    n.core.add_port(B, with(&[taken])).unwrap();
+    n.core.add_port(B, with(&[gateway])).unwrap();
+    assert_eq!(n.core.ports().count(), 3);
 }
 
 /// A frame that asks to be cut in many pieces is that many frames to a guest whose attachment cannot cut.
@@ -62,7 +81,7 @@ fn a_flood_costs_what_it_is_cut_into() {
 #[test]
 fn floods_reach_everyone_else_and_are_limited() {
     let mut n = Net::with_limits(|l| l.floods_per_second = 10);
-    n.core.add_port(C, port_config());
+    n.core.add_port(C, port_config()).unwrap();
     n.hello(C);
     n.pass_ms(2000);
     let mut h = Ip4::new(A, "255.255.255.255".parse().unwrap(), proto::UDP);
@@ -87,7 +106,7 @@ fn floods_reach_everyone_else_and_are_limited() {
     assert_eq!(n.fx.frames.len(), 2 * 2);
     n.pass_ms(2000);
     for port in 10..200 {
-        n.core.add_port(PortId(port), port_config());
+        n.core.add_port(PortId(port), port_config()).unwrap();
     }
     n.fx.frames.clear();
     for _ in 0..10 {
@@ -142,7 +161,7 @@ fn a_guest_has_a_bounded_number_of_macs_and_addresses() {
     let a = n.core.ports().find(|p| p.port == A).unwrap();
     assert_eq!((a.mac, a.addresses.len()), (Some(mac(A)), 4));
     // Its first MAC stays its own, and what it no longer uses is free for others.
-    n.core.add_port(C, port_config());
+    n.core.add_port(C, port_config()).unwrap();
     let h = Ip4 { mac: Mac([2, 7, 7, 7, 7, 1]), ..Ip4::new(C, "10.0.0.9".parse().unwrap(), proto::UDP) };
     let before = n.drops(DropReason::SpoofedMac);
     n.send(C, udp_from(&h, 1, 2, b""));
@@ -155,20 +174,20 @@ fn a_configured_mac_cannot_be_taken_beforehand() {
     // A sends with what will be C's MAC, and with an unknown port's first frame so does port 4.
     let h = Ip4 { mac: mac(C), ..Ip4::new(A, "10.0.0.9".parse().unwrap(), proto::UDP) };
     n.send(A, udp_from(&h, 1, 2, b""));
-    n.core.add_port(C, PortConfig { mac: Some(mac(C)), ..port_config() });
+    n.core.add_port(C, PortConfig { mac: Some(mac(C)), ..port_config() }).unwrap();
     n.dropped(DropReason::SpoofedMac, |n| n.send(A, udp_from(&h, 1, 2, b"")));
     n.hello(C);
     let d = PortId(4);
-    n.core.add_port(d, port_config());
+    n.core.add_port(d, port_config()).unwrap();
     let h =
         Ip4 { mac: mac(PortId(5)), src: guest_ip(d), ..Ip4::new(d, "10.0.0.9".parse().unwrap(), proto::UDP) };
     n.send(d, udp_from(&h, 1, 2, b""));
-    n.core.add_port(PortId(5), PortConfig { mac: Some(mac(PortId(5))), ..port_config() });
+    n.core.add_port(PortId(5), PortConfig { mac: Some(mac(PortId(5))), ..port_config() }).unwrap();
     n.dropped(DropReason::SpoofedMac, |n| n.send(d, udp_from(&h, 1, 2, b"")));
     n.udp(PortId(5), 1, "10.0.0.9:2", b"");
     assert_eq!(n.core.port_counters(PortId(5)).unwrap().drops.iter().sum::<u64>(), 0);
     // Two ports configured alike: the first has it.
-    n.core.add_port(PortId(6), PortConfig { mac: Some(mac(C)), ..port_config() });
+    n.core.add_port(PortId(6), PortConfig { mac: Some(mac(C)), ..port_config() }).unwrap();
     let h = Ip4 { mac: mac(C), ..Ip4::new(PortId(6), "10.0.0.9".parse().unwrap(), proto::UDP) };
     n.dropped(DropReason::SpoofedMac, |n| n.send(PortId(6), udp_from(&h, 1, 2, b"")));
 }
@@ -181,7 +200,7 @@ fn a_mac_that_another_only_borrowed_goes_to_the_port_that_begins_with_it() {
     n.core.remove_port(now, B, &mut n.fx);
     let borrowed = Ip4 { mac: mac(B), ..Ip4::new(A, "10.0.0.9".parse().unwrap(), proto::UDP) };
     n.send(A, udp_from(&borrowed, 1, 2, b""));
-    n.core.add_port(B, port_config());
+    n.core.add_port(B, port_config()).unwrap();
     n.udp(B, 1, "10.0.0.9:2", b"");
     assert_eq!(n.core.port_counters(B).unwrap().drops.iter().sum::<u64>(), 0);
     n.dropped(DropReason::SpoofedMac, |n| n.send(A, udp_from(&borrowed, 1, 2, b"")));
@@ -191,7 +210,7 @@ fn a_mac_that_another_only_borrowed_goes_to_the_port_that_begins_with_it() {
     let h = Ip4 { mac: mac(C), ..Ip4::new(B, "10.0.0.9".parse().unwrap(), proto::UDP) };
     n.dropped(DropReason::SpoofedMac, |n| n.send(B, udp_from(&h, 1, 2, b"")));
     // Nor one that is another's first.
-    n.core.add_port(PortId(7), port_config());
+    n.core.add_port(PortId(7), port_config()).unwrap();
     let h = Ip4 { mac: mac(A), ..Ip4::new(PortId(7), "10.0.0.9".parse().unwrap(), proto::UDP) };
     n.dropped(DropReason::SpoofedMac, |n| n.send(PortId(7), udp_from(&h, 1, 2, b"")));
 }
@@ -210,7 +229,7 @@ fn one_guest_cannot_crowd_the_services() {
     n.pass_ms(2000);
     n.fx.events.clear();
     let meta = FrameMeta { csum: Csum::Valid, gso: Some(Gso::Udp(7500)) };
-    n.core.add_port(C, PortConfig { mtu: 9000, ..port_config() });
+    n.core.add_port(C, PortConfig { mtu: 9000, ..port_config() }).unwrap();
     n.hello(C);
     for _ in 0..3 {
         n.send_meta(C, udp_frame(C, 4000, addr("192.168.64.1:53"), &[0; 15_000]), meta);
@@ -276,7 +295,7 @@ fn a_reserved_address_is_taken_by_its_mac_alone() {
         assert_eq!(n.core.tcp_accepted(n.now, ForwardId(1), sock, peer, &mut n.fx), None);
     });
     // Its owner comes, and needs no DHCP for it.
-    n.core.add_port(C, port_config());
+    n.core.add_port(C, port_config()).unwrap();
     n.fx.frames.clear();
     n.send(C, arp_frame(arp::REQUEST, mac(C), promised, Mac::BROADCAST, promised));
     let sock = n.fx.new_sock();
@@ -311,7 +330,7 @@ fn arp_is_answered_for_the_gateway_and_services_alone() {
 #[test]
 fn an_address_is_announced_to_the_control_side() {
     let mut n = Net::new();
-    n.core.add_port(C, port_config());
+    n.core.add_port(C, port_config()).unwrap();
     n.udp(C, 1, "10.0.0.9:2", b"");
     let want = Event::AddressSeen { port: C, mac: mac(C), address: IpAddr::V4(guest_ip(C)) };
     assert_eq!(n.events(|e| *e == want), 1);
@@ -535,7 +554,7 @@ fn a_large_send_cannot_ask_for_any_number_of_pieces() {
 #[test]
 fn a_large_frame_of_a_lax_port_is_not_cut_into_crumbs() {
     let mut n = Net::new();
-    n.core.add_port(C, PortConfig { lax_offload: true, mtu: 68, ..port_config() });
+    n.core.add_port(C, PortConfig { lax_offload: true, mtu: 68, ..port_config() }).unwrap();
     n.hello(C);
     let h = Ip4 { to_mac: mac(B), ..Ip4::new(C, IpAddr::V4(guest_ip(B)), proto::TCP) };
     let f = tcp_frame(&h, &guestnet_wire::tcp::Tcp::default(), &[1; 60_000]);
@@ -547,7 +566,7 @@ fn a_large_frame_of_a_lax_port_is_not_cut_into_crumbs() {
 #[test]
 fn lax_ports_may_leave_checksums_and_segmentation_to_us() {
     let mut n = Net::new();
-    n.core.add_port(C, PortConfig { lax_offload: true, ..port_config() });
+    n.core.add_port(C, PortConfig { lax_offload: true, ..port_config() }).unwrap();
     n.hello(C);
     // Wrong checksum, and larger than the MTU.
     let h = Ip4::new(C, "10.0.0.9".parse().unwrap(), proto::UDP);
@@ -760,7 +779,7 @@ fn no_guest_sends_errors_about_the_packets_of_others() {
 #[test]
 fn a_packet_for_a_guest_with_a_smaller_mtu_is_cut_or_refused() {
     let mut n = Net::new();
-    n.core.add_port(C, PortConfig { mtu: 1300, ..port_config() });
+    n.core.add_port(C, PortConfig { mtu: 1300, ..port_config() }).unwrap();
     n.hello(C);
     let h = Ip4::new(A, IpAddr::V4(guest_ip(C)), proto::UDP);
     let data: Vec<u8> = (0..1400).map(|i| (i / 8) as u8).collect();
@@ -895,7 +914,7 @@ fn host_only_lets_nothing_out() {
 #[test]
 fn a_full_port_drops_and_others_do_not_notice() {
     let mut n = Net::new();
-    n.core.add_port(C, port_config());
+    n.core.add_port(C, port_config()).unwrap();
     n.hello(C);
     n.fx.port(B).room = 0;
     let mut h = Ip4::new(A, "255.255.255.255".parse().unwrap(), proto::UDP);
@@ -919,7 +938,7 @@ fn a_port_that_goes_frees_everything() {
     let after = n.core.counters();
     assert_eq!((after.rx_frames, after.flows_closed), (before.rx_frames, 3));
     // Its MAC and address are free, its slot can be used again.
-    n.core.add_port(C, port_config());
+    n.core.add_port(C, port_config()).unwrap();
     let h = Ip4 { mac: mac(A), src: guest_ip(A), ..Ip4::new(C, "10.0.0.9".parse().unwrap(), proto::UDP) };
     n.send(C, udp_from(&h, 1, 2, b""));
     assert_eq!(n.core.flows().count(), 1);

@@ -16,7 +16,7 @@ const C: PortId = PortId(7);
 /// Has the network send a datagram to a guest whose link has this MTU; the frames.
 fn datagram(src: &str, dst: &str, payload: &[u8], mtu: u16, gso_max: u32) -> Vec<(Vec<u8>, Csum)> {
     let mut n = Net::new();
-    n.core.add_port(C, PortConfig { mtu, gso_max, ..port_config() });
+    n.core.add_port(C, PortConfig { mtu, gso_max, ..port_config() }).unwrap();
     let (src, dst): (SocketAddr, SocketAddr) = (addr(src), addr(dst));
     n.core.service_send(n.now, C, mac(C), src, dst, payload, &mut n.fx);
     n.fx.take().into_iter().map(|s| (s.frame, s.meta.csum)).collect()

@@ -405,7 +405,7 @@ fn one_guest_leaves_ports_and_connections_to_others() {
         assert!((690..=710).contains(&first) && (130..=160).contains(&second), "{first} and {second}");
         assert_eq!(n.drops(why), 2000 - (first + second) as u64);
         let c = PortId(3);
-        n.core.add_port(c, port_config());
+        n.core.add_port(c, port_config()).unwrap();
         n.hello(c);
         assert!(opened(&mut n, c) >= 16);
     }
@@ -534,7 +534,7 @@ fn a_guest_that_was_never_heard_is_asked_for_its_mac_first() {
     let mut n = tunnel();
     let quiet = PortId(3);
     let addresses = vec![IpAddr::V4(guest_ip(quiet))];
-    n.core.add_port(quiet, PortConfig { addresses, ..port_config() });
+    n.core.add_port(quiet, PortConfig { addresses, ..port_config() }).unwrap();
     publish(&mut n, 8080, guest_addr(quiet, 80)).unwrap();
     arrive(&mut n, tcp(addr("203.0.113.5:40000"), addr("198.51.100.9:8080"), flags::SYN, b""));
     let asked = one(n.fx.take());

@@ -30,7 +30,7 @@ fn every_kind_of_lost_event_is_counted() {
     assert_eq!(n.drops(EventRingFull) - before, 1);
     // An address that is seen.
     let c = PortId(3);
-    n.core.add_port(c, port_config());
+    n.core.add_port(c, port_config()).unwrap();
     n.dropped(EventRingFull, |n| {
         n.send(c, arp_frame(arp::REQUEST, mac(c), guest_ip(c), Mac::BROADCAST, guest_ip(c)));
     });

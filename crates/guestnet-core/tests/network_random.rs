@@ -128,7 +128,9 @@ fn network() -> Net {
         l.macs_per_port = 3;
         l.buffer_per_port = 20_000;
     });
-    n.core.add_port(LAX, PortConfig { lax_offload: true, gso_max: 60_000, mtu: 900, ..port_config() });
+    n.core
+        .add_port(LAX, PortConfig { lax_offload: true, gso_max: 60_000, mtu: 900, ..port_config() })
+        .unwrap();
     n.core.bind_address(LAX, IpAddr::V4(guest_ip(LAX)), None).unwrap();
     n.core.add_service(ServiceId(1), proto::UDP, GATEWAY.parse().unwrap(), 67);
     n.core.add_service(ServiceId(2), proto::TCP, GATEWAY.parse().unwrap(), 53);
@@ -244,7 +246,7 @@ proptest! {
                 Op::Replug(port) => {
                     let now = n.now;
                     n.core.remove_port(now, PortId(port), &mut n.fx);
-                    n.core.add_port(PortId(port), port_config());
+                    n.core.add_port(PortId(port), port_config()).unwrap();
                 }
             }
             let now = n.now;

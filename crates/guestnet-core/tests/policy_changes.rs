@@ -175,7 +175,7 @@ fn a_flow_that_waits_for_its_guest_is_cut_without_a_segment() {
     let mut n = Net::new();
     let quiet = PortId(3);
     let addresses = vec![guest_ip(quiet).into()];
-    n.core.add_port(quiet, guestnet_core::types::PortConfig { addresses, ..port_config() });
+    n.core.add_port(quiet, guestnet_core::types::PortConfig { addresses, ..port_config() }).unwrap();
     let spec = ForwardSpec { proto: proto::TCP, guest: guest_addr(quiet, 80), entry: Entry::GuestPort };
     n.core.add_forward(ForwardId(1), spec);
     let sock = n.fx.new_sock();

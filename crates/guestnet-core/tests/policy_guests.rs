@@ -22,7 +22,7 @@ fn isolated(trusted: &[PortId]) -> Net {
     let mut c = config();
     c.isolated = all_except(trusted);
     let mut n = Net::with(c);
-    n.core.add_port(C, port_config());
+    n.core.add_port(C, port_config()).unwrap();
     n.hello(C);
     n
 }
@@ -127,7 +127,7 @@ fn what_is_remembered_of_a_guest_goes_with_it() {
     let mut n = isolated(&[B]);
     n.send(B, datagram((B, 1), (A, 2), false));
     n.core.remove_port(n.now, B, &mut n.fx);
-    n.core.add_port(B, port_config());
+    n.core.add_port(B, port_config()).unwrap();
     n.hello(B);
     assert_eq!(reached(&mut n, A, datagram((A, 2), (B, 1), false)), [A]);
 }

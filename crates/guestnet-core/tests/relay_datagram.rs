@@ -298,7 +298,7 @@ fn tcp_in_time_wait_makes_room_the_oldest_first() {
 fn large_sends_stay_in_one_piece() {
     let mut n = Net::new();
     let c = PortId(3);
-    n.core.add_port(c, PortConfig { gso_max: 65000, ..port_config() });
+    n.core.add_port(c, PortConfig { gso_max: 65000, ..port_config() }).unwrap();
     n.hello(c);
     let meta = FrameMeta { csum: Csum::Partial { start: 34, offset: 6 }, gso: Some(Gso::Udp(1000)) };
     n.send_meta(c, udp_frame(c, 4000, addr(X1), &[1; 5500]), meta);
@@ -646,7 +646,7 @@ fn published_udp_keeps_the_clients_address() {
 fn a_guest_is_asked_for_its_mac_while_clients_wait() {
     let mut n = Net::new();
     let c = PortId(3);
-    n.core.add_port(c, port_config());
+    n.core.add_port(c, port_config()).unwrap();
     n.core.bind_address(c, IpAddr::V4(guest_ip(c)), None).unwrap();
     n.core.add_forward(ForwardId(1), ForwardSpec::published(proto::UDP, guest_addr(c, 80)));
     n.core.add_forward(ForwardId(2), ForwardSpec::published(proto::TCP, guest_addr(c, 80)));
@@ -673,7 +673,7 @@ fn a_guest_is_asked_for_its_mac_while_clients_wait() {
 fn a_guest_that_does_not_answer_is_given_up() {
     let mut n = Net::new();
     let c = PortId(3);
-    n.core.add_port(c, port_config());
+    n.core.add_port(c, port_config()).unwrap();
     n.core.bind_address(c, IpAddr::V4(guest_ip(c)), None).unwrap();
     n.core.add_forward(ForwardId(2), ForwardSpec::published(proto::TCP, guest_addr(c, 80)));
     let sock = n.fx.new_sock();
@@ -785,8 +785,8 @@ fn segments_of_no_flow_are_reset() {
 #[test]
 fn a_guest_that_answers_no_arp_leaves_requests_to_others() {
     let mut n = Net::with_limits(|l| l.neighbour_waiting = 100_000);
-    n.core.add_port(PortId(3), port_config());
-    n.core.add_port(PortId(4), port_config());
+    n.core.add_port(PortId(3), port_config()).unwrap();
+    n.core.add_port(PortId(4), port_config()).unwrap();
     let mut callers = 0u16;
     let mut call = |n: &mut Net, id: u32, host: u8| {
         let address = format!("192.168.64.{host}");
@@ -814,7 +814,7 @@ fn what_waits_for_one_guest_leaves_room_for_another() {
     let now = n.now;
     for id in [3, 4] {
         let address = format!("192.168.64.9{id}");
-        n.core.add_port(PortId(id), port_config());
+        n.core.add_port(PortId(id), port_config()).unwrap();
         n.core.bind_address(PortId(id), address.parse().unwrap(), None).unwrap();
         let guest = addr(&format!("{address}:80"));
         n.core.add_forward(ForwardId(id), ForwardSpec::published(proto::TCP, guest));
@@ -834,7 +834,7 @@ fn what_waits_for_many_guests_leaves_room_for_one_more() {
     let now = n.now;
     for id in 3..10 {
         let address = format!("192.168.64.{}", 90 + id);
-        n.core.add_port(PortId(id), port_config());
+        n.core.add_port(PortId(id), port_config()).unwrap();
         n.core.bind_address(PortId(id), address.parse().unwrap(), None).unwrap();
         let guest = addr(&format!("{address}:80"));
         n.core.add_forward(ForwardId(id), ForwardSpec::published(proto::TCP, guest));

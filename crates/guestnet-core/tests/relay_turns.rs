@@ -22,7 +22,7 @@ fn net() -> Net {
     let mut n = Net::with(config());
     for port in [A, B] {
         n.core.remove_port(n.now, port, &mut n.fx);
-        n.core.add_port(port, PortConfig { gso_max: 65535, ..port_config() });
+        n.core.add_port(port, PortConfig { gso_max: 65535, ..port_config() }).unwrap();
         n.hello(port);
     }
     n

@@ -106,7 +106,7 @@ impl World {
 
     fn plug(&mut self, port: u32) {
         let config = PortConfig { mac: self.given.get(&port).map(|n| mac_of(*n)), ..port_config() };
-        self.cores[host(port)].add_port(PortId(port), config);
+        self.cores[host(port)].add_port(PortId(port), config).unwrap();
         self.tell(host(port));
     }
 

@@ -7,7 +7,7 @@ mod common;
 use common::temp_dir::TempDir;
 use common::{Net, port_config, tcp_echo, udp_echo};
 use guestnet_core::policy::Entry;
-use guestnet_core::types::{ForwardId, PortId};
+use guestnet_core::types::{ForwardId, PortConfig, PortId};
 use guestnet_io::{Command, CommandError, Event, ListenKind, Value};
 use std::net::{SocketAddrV4, UdpSocket};
 use std::os::unix::net::{UnixDatagram, UnixStream};
@@ -73,6 +73,12 @@ fn commands_that_cannot_be_done_say_why() {
         refused(Command::BindAddress { port, ip: gateway, mac: None }),
         CommandError::AddressInUse(gateway)
     );
+    let config = || PortConfig { addresses: vec![gateway], ..port_config() };
+    let other = PortId(port.0 + 1);
+    for _ in 0..2 {
+        let refused = refused(Command::AddPort { port: other, config: config() });
+        assert_eq!(refused, CommandError::AddressInUse(gateway));
+    }
     assert!(matches!(
         refused(Command::AddForward {
             forward: ForwardId(1),

@@ -35,15 +35,9 @@ impl Lan {
         mac: Option<Mac>,
     ) -> Result<(), AddressInUse> {
         let slot = self.ports.slot(port).ok_or(AddressInUse(ip))?;
-        if self.addressing.is_own(ip) {
-            return Err(AddressInUse(ip));
-        }
+        self.check_unassigned(ip, Some(slot))?;
         let old = self.neighbours.get(ip).copied();
         if let Some(b) = old {
-            // Of ports elsewhere the control side knows more than this worker does yet.
-            if b.assigned && b.slot != slot && !self.is_remote(b.slot) {
-                return Err(AddressInUse(ip));
-            }
             self.forget_learned(b.slot, ip);
             if b.slot != slot {
                 self.released.push(ip);
@@ -55,6 +49,19 @@ impl Lan {
         let b = Binding { ip, slot, mac, assigned: true, seen: now };
         self.neighbours.set(b);
         self.announce_binding(&b, None);
+        Ok(())
+    }
+
+    /// Checks that an address may be assigned to a port, which may not exist yet.
+    ///
+    /// # Errors
+    /// [`AddressInUse`] when it is assigned to another port, or belongs to the gateway or a service.
+    pub(super) fn check_unassigned(&self, ip: IpAddr, slot: Option<u32>) -> Result<(), AddressInUse> {
+        // Of ports elsewhere the control side knows more than this worker does yet.
+        let taken = |b: &Binding| b.assigned && Some(b.slot) != slot && !self.is_remote(b.slot);
+        if self.addressing.is_own(ip) || self.neighbours.get(ip).is_some_and(taken) {
+            return Err(AddressInUse(ip));
+        }
         Ok(())
     }
 

@@ -16,7 +16,7 @@
 //! - Whatever is learned from a guest is bounded for its port.
 //! - Every frame that is dropped is counted: at its port, or at the network where there is no port.
 
-use crate::interface::config::{Limits, NetworkConfig};
+use crate::interface::config::{AddressInUse, Limits, NetworkConfig};
 use crate::interface::effects::{Effects, TxError};
 use crate::interface::stats::{Counters, DropReason};
 use crate::interface::types::{FrameMeta, NetMode, PortConfig, PortId, ServiceId, Time};
@@ -232,21 +232,35 @@ impl Lan {
 
     // ---- ports --------------------------------------------------------------------------------------
 
-    /// Adds a port and returns its slot; `None` where the identifier is taken. Addresses that others use are left out.
-    pub fn add_port(&mut self, now: Time, port: PortId, config: PortConfig) -> Option<u32> {
+    /// Adds a port and returns its slot; `None` where the identifier is taken.
+    ///
+    /// # Errors
+    /// [`AddressInUse`] when one of its addresses is assigned to another port, or belongs to the gateway or a service.
+    /// The port is not added then.
+    pub fn add_port(
+        &mut self,
+        now: Time,
+        port: PortId,
+        config: PortConfig,
+    ) -> Result<Option<u32>, AddressInUse> {
+        if self.ports.slot(port).is_some() {
+            return Ok(None);
+        }
         let addresses = config.addresses.clone();
+        addresses.iter().try_for_each(|ip| self.check_unassigned(*ip, None))?;
         let mac = config.mac.filter(|m| m.is_unicast() && *m != self.gateway_mac);
         let mtu = config.mtu;
-        let slot = self.ports.insert(Port::new(port, config, &self.limits, now))?;
+        let Some(slot) = self.ports.insert(Port::new(port, config, &self.limits, now)) else {
+            return Ok(None);
+        };
         self.announce(PeerUpdate::PortUp { port, mac, mtu });
         if let Some(mac) = mac {
             self.claim_mac(slot, mac);
         }
         for ip in addresses {
-            // The caller decides which port has an address; one that it gave twice stays with the first.
-            let _taken = self.bind_address(now, port, ip, mac);
+            self.bind_address(now, port, ip, mac)?;
         }
-        Some(slot)
+        Ok(Some(slot))
     }
 
     /// Removes a port with its MACs and addresses. What waited for them is dropped.

@@ -23,7 +23,7 @@ impl World {
     fn new() -> World {
         let mut w = World { lan: Lan::new(&config()), fx: Mock::new() };
         for port in [A, B] {
-            w.lan.add_port(NOW, port, PortConfig { mac: Some(mac(port)), ..port_config() });
+            w.lan.add_port(NOW, port, PortConfig { mac: Some(mac(port)), ..port_config() }).unwrap().unwrap();
             w.lan.bind_address(NOW, port, guest_ip(port).into(), None).unwrap();
         }
         w
@@ -105,7 +105,7 @@ fn a_broadcast_request_for_the_gateway_is_answered_and_noticed() {
 fn a_probe_of_an_address_ends_with_its_answer_or_after_three_requests() {
     let mut w = World::new();
     let (c, address) = (PortId(3), guest_ip(PortId(3)));
-    w.lan.add_port(NOW, c, port_config());
+    w.lan.add_port(NOW, c, port_config()).unwrap().unwrap();
     w.lan.bind_address(NOW, c, address.into(), None).unwrap();
     let slot = w.slot(c);
     let probe = |w: &mut World| {

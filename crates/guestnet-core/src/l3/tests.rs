@@ -27,8 +27,11 @@ impl World {
         limit(&mut c.limits);
         let mut w = World { lan: Lan::new(&c), gateway: Gateway::new(&c), fx: Mock::new() };
         for port in [A, B] {
-            let slot =
-                w.lan.add_port(NOW, port, PortConfig { mac: Some(mac(port)), ..port_config() }).unwrap();
+            let slot = w
+                .lan
+                .add_port(NOW, port, PortConfig { mac: Some(mac(port)), ..port_config() })
+                .unwrap()
+                .unwrap();
             w.lan.bind_address(NOW, port, guest_ip(port).into(), None).unwrap();
             w.gateway.add_port(NOW, slot, port.0);
         }

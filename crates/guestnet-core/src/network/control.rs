@@ -34,16 +34,21 @@ impl Network {
 
     // ---- ports and addresses ------------------------------------------------------------------------
 
-    /// Adds a port; one that exists already stays as it is. Addresses that are in use by others are left out.
-    pub fn add_port(&mut self, port: PortId, config: PortConfig) {
+    /// Adds a port; one that exists already stays as it is.
+    ///
+    /// # Errors
+    /// [`AddressInUse`] when one of its addresses is assigned to another port, or belongs to the gateway or a service.
+    /// The port is not added then.
+    pub fn add_port(&mut self, port: PortId, config: PortConfig) -> Result<(), AddressInUse> {
         let now = self.now;
-        let Some(slot) = self.layers.lan.add_port(now, port, config) else { return };
+        let Some(slot) = self.layers.lan.add_port(now, port, config)? else { return Ok(()) };
         self.layers.gateway.add_port(now, slot, port.0);
         self.relay.add_port(now, slot);
         if let Some(uplink) = &mut self.uplink {
             uplink.add_port(slot);
         }
         self.note_released();
+        Ok(())
     }
 
     /// Closes up to `most` flows of a port that is to be removed. True when it has more: a port with many is

@@ -26,7 +26,7 @@ impl World {
         let mut w = World { layers: Layers::new(&c), relay: Relay::new(&c, now), fx: Mock::new(), now };
         for port in [A, B] {
             let config = PortConfig { mac: Some(mac(port)), ..port_config() };
-            let slot = w.layers.lan.add_port(now, port, config).unwrap();
+            let slot = w.layers.lan.add_port(now, port, config).unwrap().unwrap();
             w.layers.lan.bind_address(now, port, guest_ip(port).into(), None).unwrap();
             w.layers.gateway.add_port(now, slot, port.0);
             w.relay.add_port(now, slot);
@@ -123,7 +123,7 @@ fn a_port_that_goes_takes_its_flows_along() {
 fn a_connection_from_outside_waits_until_the_guest_is_known() {
     let mut w = World::new(|_| ());
     let (c, at) = (PortId(3), w.now);
-    let slot = w.layers.lan.add_port(at, c, port_config()).unwrap();
+    let slot = w.layers.lan.add_port(at, c, port_config()).unwrap().unwrap();
     w.layers.lan.bind_address(at, c, guest_ip(c).into(), None).unwrap();
     w.layers.gateway.add_port(at, slot, c.0);
     w.relay.add_port(at, slot);

@@ -75,7 +75,7 @@ impl Net {
         let now = Time(1_000_000_000);
         let mut n = Net { core: Network::new(c, now), fx: Mock::new(), now, isn: 0 };
         for port in [A, B] {
-            n.core.add_port(port, port_config());
+            n.core.add_port(port, port_config()).unwrap();
             n.hello(port);
         }
         n

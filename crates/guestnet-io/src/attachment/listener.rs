@@ -318,7 +318,12 @@ impl Shard {
             self.warn(crate::attachment::reason("a guest was refused", e));
             return None;
         }
-        self.core.add_port(port, config);
+        if let Err(e) = self.core.add_port(port, config) {
+            self.io.ports.remove(port);
+            self.io.counters.guests_refused += 1;
+            self.warn(format!("a guest was refused: {}", CommandError::AddressInUse(e.0)));
+            return None;
+        }
         self.io.events.send_reliable(Event::PortUp { port, listener: number, peer });
         Some(port)
     }

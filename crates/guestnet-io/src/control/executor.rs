@@ -94,8 +94,8 @@ impl Shard {
                 if port.0 >= FIRST_DYNAMIC || self.io.ports.len() >= PORTS_MAX {
                     return Err(CommandError::NumberInUse(port.0));
                 }
+                self.core.add_port(port, config).map_err(|e| CommandError::AddressInUse(e.0))?;
                 self.io.ports.add(port, None);
-                self.core.add_port(port, config);
             }
             Command::RemovePort { port } => {
                 self.port(port)?;

@@ -484,7 +484,7 @@ impl WorkerGroup {
                 let PendingCommand { result, rollback, .. } = table.pending.remove(&number)?;
                 match rollback {
                     Rollback::Port(port, at) if result.is_err() => {
-                        table.ports.remove(&port);
+                        table.forget_port(port);
                         shard_links::unload(&router.loads, at);
                     }
                     Rollback::Forward(forward) if result.is_err() => drop(table.forwards.remove(&forward)),

@@ -17,7 +17,8 @@ fn one_guest() -> (Layers, L3Uplink, u32) {
     let c = config();
     let mut layers = Layers::new(&c);
     let mut uplink = L3Uplink::new(&c, NatEngineConfig::new(OUTSIDE)).unwrap();
-    let slot = layers.lan.add_port(NOW, A, PortConfig { mac: Some(mac(A)), ..port_config() }).unwrap();
+    let slot =
+        layers.lan.add_port(NOW, A, PortConfig { mac: Some(mac(A)), ..port_config() }).unwrap().unwrap();
     layers.lan.bind_address(NOW, A, guest_ip(A).into(), None).unwrap();
     layers.gateway.add_port(NOW, slot, A.0);
     uplink.add_port(slot);
