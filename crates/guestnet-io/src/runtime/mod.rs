@@ -1,14 +1,17 @@
 //! Theory of operation: the packet threads. [`placement`] starts threads and places networks on them. [`worker`] is the
 //! loop of one thread, and serves a [`shard`] of each of its networks; [`dispatch`] passes ready descriptors to the core,
 //! and [`io_context`] passes what the core wants done to attachments and uplink. [`worker_group`] makes the shards of a
-//! network look like one to the control side ([`shard_handle`] for each), and [`shard_links`] connects them to each other.
+//! network look like one to the control side ([`shard_handle`] for each) with the table of `routing`, and moves published
+//! ports between them (`forward_moves`). [`shard_links`] connects the shards to each other.
 
 pub(crate) mod adaptive;
 pub(crate) mod buffers;
 mod confinement;
 mod dispatch;
+mod forward_moves;
 pub(crate) mod io_context;
 pub(crate) mod placement;
+mod routing;
 pub(crate) mod shard;
 pub(crate) mod shard_handle;
 pub(crate) mod shard_links;

@@ -1,89 +1,41 @@
-//! Theory of operation: the control side's view of a Network's workers, as if they were one. Each guest is placed
-//! on the worker with the fewest, and stays there; a command goes to the worker of its port, or to all where it is
-//! about the Network, and is acknowledged once all have done it. Events of all are drained in turn. A published
-//! port is at the worker that has its guest, and moves when the guest does: the sockets are kept here too, so no
-//! client that waits in their queues is lost. One worker alone is driven directly, and nothing of this exists.
+//! Theory of operation: the control side's view of a network's workers, as if they were one.
+//!
+//! - Each guest is placed on the worker with the fewest guests, and stays there.
+//! - A command goes to the worker of its port, or to all where it is about the network. It is acknowledged once all
+//!   have done it (`routing`).
+//! - A published port follows its guest (`forward_moves`).
+//! - Events of all workers are drained in turn.
+//! - A single worker is driven directly, without a table.
 
 use crate::attachment::listener::FIRST_DYNAMIC;
 use crate::control::capture::{Capture, SharedCapture};
 use crate::control::command::{Command, CommandError, QueueFull, SubmitError, Value};
 use crate::control::event::Event;
 use crate::control::port_names::PortNames;
-use crate::os::epoll::{Kind, Poller, Token};
 use crate::os::sys;
-use crate::runtime::placement::{IoError, Runtime, system};
-use crate::runtime::shard::{FLOWS_MAX, WorkerConfig};
+use crate::runtime::placement::{IoError, Runtime};
+use crate::runtime::routing::{PendingCommand, Router, RoutingTable, Then, merge_results, numbered};
+use crate::runtime::shard::WorkerConfig;
 use crate::runtime::shard_handle::{self, ShardHandle};
 use crate::runtime::shard_links;
 use crate::runtime::stats::StatsSnapshot;
 use guestnet_core::config::ForwardSpec;
 use guestnet_core::effects;
-use guestnet_core::types::{FlowId, ForwardId, PortConfig, PortId};
-use std::collections::{HashMap, VecDeque};
-use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use guestnet_core::types::{PortConfig, PortId};
+use std::os::fd::RawFd;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Most workers of one Network.
 pub const WORKERS_MAX: usize = 64;
 /// Numbers of ports that one of several workers has for guests of listeners.
 pub(crate) const DYNAMIC_PORTS: u32 = (u32::MAX - FIRST_DYNAMIC) / WORKERS_MAX as u32 + 1;
-/// Addresses that are remembered with their port.
-const ADDRESSES_MAX: usize = 65_536;
 
 /// The running workers of a Network.
 pub struct WorkerGroup {
-    shards: Vec<ShardHandle>,
+    pub(super) shards: Vec<ShardHandle>,
     router: Option<Router>,
     port_names: PortNames,
-}
-
-/// What it takes to make several look like one.
-struct Router {
-    /// Watches the eventfds of all.
-    poller: Poller,
-    /// Written when `ready` has something.
-    ready_fd: OwnedFd,
-    loads: Arc<[AtomicU32]>,
-    table: Mutex<RoutingTable>,
-}
-
-#[derive(Default)]
-struct RoutingTable {
-    next: u64,
-    /// Commands under way: by worker and its number for them.
-    in_flight: HashMap<(usize, u64), u64>,
-    pending: HashMap<u64, PendingCommand>,
-    ports: HashMap<PortId, usize>,
-    addresses: HashMap<IpAddr, PortId>,
-    forwards: HashMap<ForwardId, Published>,
-    /// Forwards that are to end at a worker which had no room for the command.
-    stale_forwards: Vec<(usize, ForwardId)>,
-    ready: VecDeque<Event>,
-    /// Whose events are drained first.
-    turn: usize,
-}
-
-/// A command that is not acknowledged yet.
-struct PendingCommand {
-    left: usize,
-    result: Result<Value, CommandError>,
-    rollback: Rollback,
-}
-
-/// What is to be forgotten when a command failed, or (`PortGone`) was done.
-enum Rollback {
-    None,
-    Port(PortId, usize),
-    Forward(ForwardId),
-    PortGone(PortId),
-}
-
-struct Published {
-    spec: ForwardSpec,
-    fds: Vec<OwnedFd>,
-    at: usize,
 }
 
 /// Starts a network on the runtime of the process. Raises the process's soft limit of descriptors to its hard limit, since
@@ -102,31 +54,6 @@ pub(crate) fn spawn_on(runtime: &Runtime, config: WorkerConfig) -> Result<Worker
     let shards = shard_handle::start(runtime, config, &loads)?;
     let router = if n > 1 { Some(Router::new(&shards, loads)?) } else { None };
     Ok(WorkerGroup { shards, router, port_names })
-}
-
-impl Router {
-    fn new(shards: &[ShardHandle], loads: Arc<[AtomicU32]>) -> Result<Router, IoError> {
-        let poller = Poller::new(1).map_err(system("no epoll"))?;
-        let ready_fd = sys::eventfd().map_err(system("no eventfd"))?;
-        let token = Token { kind: Kind::Waker, index: 0, generation: 0 };
-        let fds = shards.iter().map(ShardHandle::event_fd).chain([ready_fd.as_raw_fd()]);
-        for fd in fds {
-            poller.add_raw(fd, token, libc::EPOLLIN).map_err(system("no epoll"))?;
-        }
-        Ok(Router { poller, ready_fd, loads, table: Mutex::default() })
-    }
-
-    fn table(&self) -> MutexGuard<'_, RoutingTable> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// An acknowledgement of our own.
-    fn acknowledge(&self, table: &mut RoutingTable, result: Result<Value, CommandError>) -> u64 {
-        let sequence = table.number();
-        table.ready.push_back(Event::Done { sequence, result });
-        sys::eventfd_signal(&self.ready_fd);
-        sequence
-    }
 }
 
 impl WorkerGroup {
@@ -237,7 +164,7 @@ impl WorkerGroup {
             Command::AddPort { port, config } => self.add_port(router, table, port, config),
             Command::RemovePort { port } => {
                 let to = table.at(port, self.shards.len());
-                self.submit_to(table, [(to, command)], Rollback::PortGone(port))
+                self.submit_to(table, [(to, command)], Then::PortGone(port))
             }
             Command::AttachTap { port, .. }
             | Command::AttachStream { port, .. }
@@ -248,22 +175,20 @@ impl WorkerGroup {
             | Command::DnsVerdict { port, .. }
             | Command::Inject { port, .. } => {
                 let to = table.at(port, self.shards.len());
-                self.submit_to(table, [(to, command)], Rollback::None)
+                self.submit_to(table, [(to, command)], Then::Nothing)
             }
             Command::BindAddress { port, ip, .. } => {
                 let to = table.at(port, self.shards.len());
-                let n = self.submit_to(table, [(to, command)], Rollback::None)?;
-                self.bind_addresses(table, vec![ip], port);
-                Ok(n)
+                self.submit_to(table, [(to, command)], Then::AddressBound { port, address: ip })
             }
             Command::UnbindAddress { ip } => {
                 let n = self.submit_to_all(table, || Command::UnbindAddress { ip })?;
-                table.addresses.remove(&ip);
+                table.forget_address(ip);
                 Ok(n)
             }
             Command::Listen { listener, .. } | Command::StopListening { listener } => {
                 let to = listener as usize % self.shards.len();
-                self.submit_to(table, [(to, command)], Rollback::None)
+                self.submit_to(table, [(to, command)], Then::Nothing)
             }
             Command::AddService { service, proto, address, port, unix_path } => {
                 self.submit_to_all(table, || Command::AddService {
@@ -288,9 +213,11 @@ impl WorkerGroup {
             }
             Command::RetargetForward { forward, guest } => self.retarget(table, forward, guest),
             Command::RemoveForward { forward } => {
-                let at = table.forwards.get(&forward).map_or(0, |f| f.at);
-                let n = self.submit_to(table, [(at, command)], Rollback::None)?;
-                table.forwards.remove(&forward);
+                // It cannot fail. While it changes, two workers may have it.
+                let n = self.submit_to_all(table, || Command::RemoveForward { forward })?;
+                for (sequence, _) in table.forwards.remove(&forward).into_iter().flat_map(|f| f.waiting) {
+                    router.report(table, sequence, Err(CommandError::NoSuchForward(forward)));
+                }
                 Ok(n)
             }
             Command::StartCapture { fd, snaplen } => {
@@ -325,7 +252,7 @@ impl WorkerGroup {
             Command::PortStats => self.submit_to_all(table, || Command::PortStats),
             Command::Stop => self.submit_to_all(table, || Command::Stop),
             #[cfg(test)]
-            Command::Panic => self.submit_to(table, [(0, command)], Rollback::None),
+            Command::Panic => self.submit_to(table, [(0, command)], Then::Nothing),
             // The translator has one table, which is one worker's.
             Command::AttachTun { .. } => Ok(router.acknowledge(table, Err(CommandError::OneWorker))),
             Command::AddUplinkForward { .. } | Command::NatStats => {
@@ -336,25 +263,42 @@ impl WorkerGroup {
     }
 
     /// Gives commands to workers; one number for all of them.
-    fn submit_to(
+    pub(super) fn submit_to(
         &self,
         table: &mut RoutingTable,
         commands: impl IntoIterator<Item = (usize, Command)>,
-        rollback: Rollback,
+        then: Then,
     ) -> Result<u64, QueueFull> {
         let sequence = table.number();
+        self.submit_as(table, sequence, true, commands, then)?;
+        Ok(sequence)
+    }
+
+    /// As [`WorkerGroup::submit_to`], with a number that exists.
+    pub(super) fn submit_as(
+        &self,
+        table: &mut RoutingTable,
+        sequence: u64,
+        asked: bool,
+        commands: impl IntoIterator<Item = (usize, Command)>,
+        then: Then,
+    ) -> Result<(), QueueFull> {
         let mut left = 0;
         for (to, command) in commands {
             let number = self.shards.get(to).ok_or(QueueFull)?.submit(command)?;
             table.in_flight.insert((to, number), sequence);
             left += 1;
         }
-        table.pending.insert(sequence, PendingCommand { left, result: Ok(Value::None), rollback });
-        Ok(sequence)
+        table.pending.insert(sequence, PendingCommand { left, result: Ok(Value::None), then, asked });
+        Ok(())
     }
 
-    fn submit_to_all(&self, table: &mut RoutingTable, make: impl Fn() -> Command) -> Result<u64, QueueFull> {
-        self.submit_to(table, (0..self.shards.len()).map(|i| (i, make())), Rollback::None)
+    pub(super) fn submit_to_all(
+        &self,
+        table: &mut RoutingTable,
+        make: impl Fn() -> Command,
+    ) -> Result<u64, QueueFull> {
+        self.submit_to(table, (0..self.shards.len()).map(|i| (i, make())), Then::Nothing)
     }
 
     fn add_port(
@@ -368,13 +312,12 @@ impl WorkerGroup {
         let command = Command::AddPort { port, config };
         if let Some(at) = table.ports.get(&port).copied() {
             // Refused there.
-            return self.submit_to(table, [(at, command)], Rollback::None);
+            return self.submit_to(table, [(at, command)], Then::Nothing);
         }
         let to = shard_links::choose(&router.loads);
-        match self.submit_to(table, [(to, command)], Rollback::Port(port, to)) {
+        match self.submit_to(table, [(to, command)], Then::PortAdded { port, at: to, addresses }) {
             Ok(n) => {
                 table.ports.insert(port, to);
-                self.bind_addresses(table, addresses, port);
                 Ok(n)
             }
             Err(full) => {
@@ -384,86 +327,60 @@ impl WorkerGroup {
         }
     }
 
-    // ---- published ports ----------------------------------------------------------------------------
-
-    fn add_forward(
-        &self,
-        table: &mut RoutingTable,
-        forward: ForwardId,
-        spec: ForwardSpec,
-        fds: Vec<OwnedFd>,
-    ) -> Result<u64, QueueFull> {
-        if let Some(at) = table.forwards.get(&forward).map(|f| f.at) {
-            // Refused there.
-            return self.submit_to(table, [(at, add_forward(forward, spec, fds))], Rollback::None);
-        }
-        let at = table.of_address(spec.guest.ip(), self.shards.len()).unwrap_or(0);
-        let kept = copies(&fds).ok_or(QueueFull)?;
-        let n = self.submit_to(table, [(at, add_forward(forward, spec, fds))], Rollback::Forward(forward))?;
-        table.forwards.insert(forward, Published { spec, fds: kept, at });
-        Ok(n)
-    }
-
-    fn retarget(
-        &self,
-        table: &mut RoutingTable,
-        forward: ForwardId,
-        guest: SocketAddr,
-    ) -> Result<u64, QueueFull> {
-        let to = table.of_address(guest.ip(), self.shards.len());
-        let Some(f) = table.forwards.get(&forward) else {
-            return self.submit_to(table, [(0, Command::RetargetForward { forward, guest })], Rollback::None);
-        };
-        let from = f.at;
-        let (at, spec) = (to.unwrap_or(from), ForwardSpec { guest, ..f.spec });
-        let n = if at == from {
-            self.submit_to(table, [(from, Command::RetargetForward { forward, guest })], Rollback::None)?
-        } else {
-            let fds = copies(&f.fds).ok_or(QueueFull)?;
-            let commands =
-                [(at, add_forward(forward, spec, fds)), (from, Command::RemoveForward { forward })];
-            self.submit_to(table, commands, Rollback::None)?
-        };
-        if let Some(f) = table.forwards.get_mut(&forward) {
-            (f.spec, f.at) = (spec, at);
-        }
-        Ok(n)
-    }
-
-    /// Addresses are at a port: forwards to them go where it is.
-    fn bind_addresses(&self, table: &mut RoutingTable, addresses: Vec<IpAddr>, port: PortId) {
-        let to = table.at(port, self.shards.len());
-        for ip in addresses {
-            if table.addresses.len() < ADDRESSES_MAX || table.addresses.contains_key(&ip) {
-                table.addresses.insert(ip, port);
-            }
-            let RoutingTable { forwards, stale_forwards, .. } = &mut *table;
-            for (id, f) in forwards.iter_mut().filter(|(_, f)| f.spec.guest.ip() == ip && f.at != to) {
-                let Some(fds) = copies(&f.fds) else { continue };
-                let moved = self.shards.get(to).map(|t| t.submit(add_forward(*id, f.spec, fds)));
-                // A worker whose queue is full will do when the address is next heard of.
-                if let Some(Ok(_)) = moved {
-                    stale_forwards.push((f.at, *id));
-                    f.at = to;
-                }
-            }
-        }
-        self.remove_stale_forwards(table);
-    }
-
-    /// Ends what is left of forwards that have moved.
-    fn remove_stale_forwards(&self, table: &mut RoutingTable) {
-        let RoutingTable { stale_forwards, forwards, .. } = &mut *table;
-        stale_forwards.retain(|(at, forward)| {
-            // It may have come back meanwhile.
-            forwards.get(forward).is_none_or(|f| f.at != *at)
-                && self.shards.get(*at).is_some_and(|t| {
-                    t.is_healthy() && t.submit(Command::RemoveForward { forward: *forward }).is_err()
-                })
-        });
-    }
-
     // ---- events of several workers ------------------------------------------------------------------
+
+    /// Books what a command has done. False when there is more to do before it is acknowledged.
+    fn settle(
+        &self,
+        router: &Router,
+        table: &mut RoutingTable,
+        sequence: u64,
+        then: Then,
+        result: &Result<Value, CommandError>,
+        asked: bool,
+    ) -> bool {
+        let done = result.is_ok();
+        match then {
+            Then::Nothing => {}
+            Then::PortAdded { port, addresses, .. } if done => self.bind_addresses(table, addresses, port),
+            Then::PortAdded { port, at, .. } => {
+                table.forget_port(port);
+                shard_links::unload(&router.loads, at);
+            }
+            Then::PortGone(port) => table.forget_port(port),
+            Then::AddressBound { port, address } if done => self.bind_addresses(table, vec![address], port),
+            Then::AddressBound { .. } => {}
+            Then::ForwardAdded(forward) => {
+                let mine = table.forwards.get(&forward).is_some_and(|f| f.changing == Some(sequence));
+                if mine && !done {
+                    let waiting = table.forwards.remove(&forward).map(|f| f.waiting).unwrap_or_default();
+                    for (sequence, _) in waiting {
+                        router.report(table, sequence, Err(CommandError::NoSuchForward(forward)));
+                    }
+                }
+                self.end_change(router, table, forward, sequence, done);
+            }
+            Then::ForwardMoved { forward, spec, at } => {
+                if let Some(f) =
+                    table.forwards.get_mut(&forward).filter(|f| done && f.changing == Some(sequence))
+                {
+                    let from = std::mem::replace(&mut f.at, at);
+                    f.spec = spec;
+                    let remove = [(from, Command::RemoveForward { forward })];
+                    if from != at {
+                        let left = Then::ForwardLeft(forward);
+                        if self.submit_as(table, sequence, asked, remove, left).is_ok() {
+                            return false;
+                        }
+                        table.stale_forwards.push((from, forward));
+                    }
+                }
+                self.end_change(router, table, forward, sequence, done);
+            }
+            Then::ForwardLeft(forward) => self.end_change(router, table, forward, sequence, done),
+        }
+        true
+    }
 
     fn handle_event(
         &self,
@@ -481,17 +398,10 @@ impl WorkerGroup {
                 if pending.left > 0 {
                     return None;
                 }
-                let PendingCommand { result, rollback, .. } = table.pending.remove(&number)?;
-                match rollback {
-                    Rollback::Port(port, at) if result.is_err() => {
-                        table.forget_port(port);
-                        shard_links::unload(&router.loads, at);
-                    }
-                    Rollback::Forward(forward) if result.is_err() => drop(table.forwards.remove(&forward)),
-                    Rollback::PortGone(port) => table.forget_port(port),
-                    _ => {}
-                }
-                Some(Event::Done { sequence: number, result })
+                let PendingCommand { result, then, asked, .. } = table.pending.remove(&number)?;
+                self.settle(router, table, number, then, &result, asked)
+                    .then_some(Event::Done { sequence: number, result })
+                    .filter(|_| asked)
             }
             Event::PortDown { port, reason } => {
                 if port.0 >= FIRST_DYNAMIC {
@@ -516,71 +426,14 @@ impl WorkerGroup {
     }
 }
 
-impl RoutingTable {
-    fn number(&mut self) -> u64 {
-        self.next += 1;
-        self.next
-    }
-
-    /// The worker of a port; any for one that does not exist, which will say so.
-    fn at(&self, port: PortId, workers: usize) -> usize {
-        let dynamic = || port.0.checked_sub(FIRST_DYNAMIC).map(|n| (n / DYNAMIC_PORTS) as usize);
-        self.ports.get(&port).copied().or_else(dynamic).filter(|at| *at < workers).unwrap_or(0)
-    }
-
-    fn of_address(&self, ip: IpAddr, workers: usize) -> Option<usize> {
-        self.addresses.get(&ip).map(|p| self.at(*p, workers))
-    }
-
-    fn forget_port(&mut self, port: PortId) {
-        self.ports.remove(&port);
-        self.addresses.retain(|_, p| *p != port);
-    }
-}
-
-fn add_forward(forward: ForwardId, spec: ForwardSpec, fds: Vec<OwnedFd>) -> Command {
-    let ForwardSpec { proto, guest, entry } = spec;
-    Command::AddForward { forward, proto, guest, entry, fds }
-}
-
-fn copies(fds: &[OwnedFd]) -> Option<Vec<OwnedFd>> {
-    fds.iter().map(|fd| fd.try_clone().ok()).collect()
-}
-
-/// A flow's number among those of all workers.
-fn numbered(flow: &mut FlowId, worker: usize) {
-    flow.index |= worker as u32 * FLOWS_MAX;
-}
-
-/// Joins what two workers say to one command.
-fn merge_results(sum: &mut Result<Value, CommandError>, from: usize, more: Result<Value, CommandError>) {
-    match (sum, more) {
-        (Ok(Value::Flows(all)), Ok(Value::Flows(more))) => all.extend(renumbered(more, from)),
-        (Ok(Value::Ports(all)), Ok(Value::Ports(more))) => all.extend(more),
-        (sum @ Ok(Value::None), Ok(Value::Flows(more))) => *sum = Ok(Value::Flows(renumbered(more, from))),
-        (Ok(Value::FlowsCut(all)), Ok(Value::FlowsCut(more))) => *all += more,
-        (sum @ Ok(_), more @ (Err(_) | Ok(Value::Ports(_) | Value::Nat(_) | Value::FlowsCut(_)))) => {
-            *sum = more;
-        }
-        _ => {}
-    }
-}
-
-fn renumbered(
-    mut flows: Vec<guestnet_core::config::FlowInfo>,
-    from: usize,
-) -> Vec<guestnet_core::config::FlowInfo> {
-    flows.iter_mut().for_each(|f| numbered(&mut f.flow, from));
-    flows
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::control::event::Event;
     use guestnet_core::config::NetworkConfig;
+    use guestnet_core::types::ForwardId;
     use guestnet_wire::ether::Mac;
-    use std::net::Ipv4Addr;
+    use std::net::{Ipv4Addr, SocketAddr, TcpListener};
     use std::sync::atomic::Ordering;
 
     fn port_config() -> PortConfig {
@@ -588,11 +441,107 @@ mod tests {
         PortConfig { mac: None, addresses, mtu: 1500, gso_max: 65_450, lax_offload: false, uplink: false }
     }
 
-    #[test]
-    fn a_command_that_no_worker_takes_leaves_nothing_booked() {
+    fn two_workers() -> WorkerGroup {
         let (gateway, subnet) = (Ipv4Addr::new(10, 0, 0, 1), Ipv4Addr::new(10, 0, 0, 0));
         let core = NetworkConfig::new(Mac([2, 0, 0, 0, 0, 1]), gateway, (subnet, 24), [7; 32]);
-        let group = spawn(WorkerConfig { workers: 2, ..WorkerConfig::new(core) }).unwrap();
+        spawn(WorkerConfig { workers: 2, ..WorkerConfig::new(core) }).unwrap()
+    }
+
+    /// Waits for the acknowledgement of a command.
+    fn result(group: &WorkerGroup, number: u64) -> Result<Value, CommandError> {
+        loop {
+            for event in group.drain(100) {
+                match event {
+                    Event::Done { sequence, result } if sequence == number => return result,
+                    _ => {}
+                }
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    fn done(group: &WorkerGroup, command: Command) -> Result<Value, CommandError> {
+        result(group, group.submit(command).unwrap())
+    }
+
+    /// A forward to the guest of port 1, which is at worker 0; port 2 is at worker 1.
+    fn published(group: &WorkerGroup) -> [SocketAddr; 2] {
+        let guests: [SocketAddr; 2] = ["10.0.0.7:80".parse().unwrap(), "10.0.0.8:80".parse().unwrap()];
+        for (n, guest) in [1, 2].into_iter().zip(guests) {
+            let config = PortConfig { addresses: vec![guest.ip()], ..port_config() };
+            done(group, Command::AddPort { port: PortId(n), config }).unwrap();
+        }
+        let fds = vec![TcpListener::bind("127.0.0.1:0").unwrap().into()];
+        let spec = ForwardSpec::published(6, guests[0]);
+        let ForwardSpec { proto, guest, entry } = spec;
+        done(group, Command::AddForward { forward: ForwardId(1), proto, guest, entry, fds }).unwrap();
+        guests
+    }
+
+    fn place(group: &WorkerGroup) -> (usize, SocketAddr) {
+        let table = group.router.as_ref().unwrap().table();
+        let f = &table.forwards[&ForwardId(1)];
+        assert!(f.changing.is_none() && f.waiting.is_empty());
+        (f.at, f.spec.guest)
+    }
+
+    #[test]
+    fn a_forward_moves_when_the_new_worker_has_acknowledged_it() {
+        let group = two_workers();
+        let [a, b] = published(&group);
+        let forward = ForwardId(1);
+        // The second one waits for the first.
+        let n = group.submit(Command::RetargetForward { forward, guest: b }).unwrap();
+        let m = group.submit(Command::RetargetForward { forward, guest: a }).unwrap();
+        assert_eq!(group.router.as_ref().unwrap().table().forwards[&forward].spec.guest, a);
+        assert_eq!((result(&group, n), result(&group, m)), (Ok(Value::None), Ok(Value::None)));
+        assert_eq!(place(&group), (0, a));
+        done(&group, Command::RetargetForward { forward, guest: b }).unwrap();
+        assert_eq!(place(&group), (1, b));
+        done(&group, Command::RemoveForward { forward }).unwrap();
+        let gone = done(&group, Command::RetargetForward { forward, guest: a });
+        assert_eq!(gone, Err(CommandError::NoSuchForward(forward)));
+    }
+
+    #[test]
+    fn a_move_that_fails_leaves_the_forward_where_it_was() {
+        let group = two_workers();
+        let [a, b] = published(&group);
+        let forward = ForwardId(1);
+        let router = group.router.as_ref().unwrap();
+        let mut table = router.table();
+        let n = group.route(router, &mut table, Command::RetargetForward { forward, guest: b }).unwrap();
+        // As when worker 1 refuses it.
+        let (from, sequence) = table.in_flight.iter().find(|(_, number)| **number == n).unwrap().0.to_owned();
+        let refused = Err(CommandError::NumberInUse(1));
+        let event = Event::Done { sequence, result: refused.clone() };
+        let told = group.handle_event(router, &mut table, from, event);
+        assert_eq!((from, told), (1, Some(Event::Done { sequence: n, result: refused })));
+        assert!(table.pending.is_empty());
+        drop(table);
+        assert_eq!(place(&group), (0, a));
+    }
+
+    #[test]
+    fn an_address_that_is_refused_moves_no_forward() {
+        let group = two_workers();
+        let [a, _] = published(&group);
+        // Worker 1 would have this port.
+        let port = PortId(FIRST_DYNAMIC + DYNAMIC_PORTS);
+        let refused = done(&group, Command::BindAddress { port, ip: a.ip(), mac: None });
+        assert_eq!(refused, Err(CommandError::NoSuchPort(port)));
+        assert_eq!(place(&group), (0, a));
+        let config = PortConfig { addresses: vec![Ipv4Addr::new(10, 0, 0, 1).into()], ..port_config() };
+        let refused = done(&group, Command::AddPort { port: PortId(3), config });
+        assert!(matches!(refused, Err(CommandError::AddressInUse(_))));
+        let table = group.router.as_ref().unwrap().table();
+        assert_eq!((table.addresses.len(), table.ports.len()), (2, 2));
+        assert_eq!(table.addresses[&a.ip()], PortId(1));
+    }
+
+    #[test]
+    fn a_command_that_no_worker_takes_leaves_nothing_booked() {
+        let group = two_workers();
         group.submit(Command::Panic).unwrap();
         while group.shards[0].has_room() {
             std::thread::yield_now();
