@@ -458,18 +458,15 @@ mod tests {
 
     /// Has the peer send until it cannot any more; what the socket holds then.
     fn fill(s: &Socks, id: SockId, other: &mut TcpStream) -> (usize, usize) {
-        let (mut sent, mut before) = (0, usize::MAX);
-        // Until nothing moves any more: what the kernels keep does not grow.
-        for _ in 0..200 {
-            match other.write(&[7; 65536]) {
-                Ok(n) => sent += n,
-                Err(_) if before == s.tcp_held(id) => break,
-                Err(_) => {
-                    before = s.tcp_held(id);
-                    std::thread::sleep(Duration::from_millis(2));
-                }
+        let (mut sent, fd) = (0, OwnedFd::from(other.try_clone().unwrap()));
+        // It is over when the peer's buffer is full and nothing is in flight: the window is closed.
+        until("a closed window", || match other.write(&[7; 65536]) {
+            Ok(n) => {
+                sent += n;
+                false
             }
-        }
+            Err(_) => sys::tcp_info(&fd).is_some_and(|i| i.unacked == 0 && i.unsent > 0),
+        });
         (sent, s.tcp_held(id))
     }
 
