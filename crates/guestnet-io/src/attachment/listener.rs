@@ -8,7 +8,7 @@ use crate::attachment::quota::{Charge, Quota, Resource};
 use crate::attachment::stream::Stream;
 use crate::attachment::unixgram::{PEERS_MAX, Sender, Unixgram};
 use crate::attachment::vhost_user::{FrontEnds, VhostUser};
-use crate::control::command::{AcceptedGuest, Command, CommandError, ListenKind, Value};
+use crate::control::command::{AcceptedGuest, Command, CommandError, Encapsulation, ListenKind, Value};
 use crate::control::event::{Event, Level};
 use crate::os::epoll::{Kind, Token};
 use crate::os::sys;
@@ -20,8 +20,6 @@ use std::sync::Arc;
 
 /// Descriptors of a guest on a datagram listener at most: its own socket, and its place in the file system.
 const DESCRIPTORS_OF_PEER: u64 = 2;
-/// The first number of a port that was not asked for.
-pub(crate) const FIRST_DYNAMIC: u32 = 0x8000_0000;
 /// Ports of one worker, all together.
 pub(crate) const PORTS_MAX: usize = 4096;
 /// Connections taken before others have their turn.
@@ -84,17 +82,6 @@ pub(crate) enum Arrivals {
     Connections { fd: OwnedFd, encapsulation: Encapsulation },
     /// Datagrams on one socket.
     Datagrams(Unixgram),
-}
-
-/// What is spoken on a connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Encapsulation {
-    /// Frames with a length in front.
-    Framed,
-    /// A frame per packet.
-    Packets,
-    /// vhost-user.
-    VhostUser,
 }
 
 impl Listener {

@@ -2,7 +2,6 @@
 //! command has a number, and when it is done the number comes back in [`crate::control::event::Event::Done`]. What a
 //! command brings along (descriptors) belongs to the worker from then on.
 
-use crate::attachment::listener::Encapsulation;
 use crate::attachment::quota::Charge;
 use crate::attachment::vhost_user::FrontEnds;
 use crate::control::capture::SharedCapture;
@@ -32,6 +31,17 @@ pub enum ListenKind {
     /// As `Dgram`, for vfkit: a guest may begin with the four bytes `VFKT`, and may send TSO frames.
     Unixgram,
     /// Connections of vhost-user front-ends.
+    VhostUser,
+}
+
+/// What is spoken on a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Encapsulation {
+    /// Frames with a length in front.
+    Framed,
+    /// A frame per packet.
+    Packets,
+    /// vhost-user.
     VhostUser,
 }
 

@@ -2,7 +2,7 @@
 //! changes nothing and says why; either way it is acknowledged.
 
 use crate::attachment::dgram::Dgram;
-use crate::attachment::listener::{FIRST_DYNAMIC, FLOWS_AT_ONCE, PORTS_MAX};
+use crate::attachment::listener::{FLOWS_AT_ONCE, PORTS_MAX};
 use crate::attachment::port_set::{Attachment, Leaving};
 use crate::attachment::quota::Quota;
 use crate::attachment::reason;
@@ -15,6 +15,7 @@ use crate::control::event::Event;
 use crate::os::epoll::{Kind, Token};
 use crate::os::sockaddr::RawAddr;
 use crate::os::sys;
+use crate::runtime::config::FIRST_DYNAMIC;
 use crate::runtime::shard::Shard;
 use crate::uplink::forward::{ForwardParts, Listening, Origins};
 use crate::uplink::sockets::{Sock, SockKind};

@@ -6,6 +6,7 @@
 
 pub(crate) mod adaptive;
 pub(crate) mod buffers;
+pub(crate) mod config;
 mod confinement;
 mod dispatch;
 mod forward_moves;
@@ -21,8 +22,8 @@ pub mod wake_flag;
 pub(crate) mod worker;
 pub(crate) mod worker_group;
 
+pub use config::{PollingStrategy, WORKERS_MAX, WorkerConfig};
 pub use confinement::confinement_works;
 pub use placement::{IoError, Runtime, processors};
-pub use shard::{PollingStrategy, WorkerConfig};
 pub use stats::{IoCounters, StatsSnapshot};
-pub use worker_group::{WORKERS_MAX, WorkerGroup, spawn};
+pub use worker_group::{WorkerGroup, spawn};

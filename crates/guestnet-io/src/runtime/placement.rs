@@ -6,10 +6,10 @@
 //! network asks for more workers. After a fork, the child has a copy of the parent's runtimes but none of their threads:
 //! it gets a new runtime of its own, and the copies are refused.
 
-use crate::runtime::shard::WorkerConfig;
+use crate::runtime::config::{WORKERS_MAX, WorkerConfig};
 use crate::runtime::shard_handle::NewShard;
 use crate::runtime::worker::{self, Mailbox};
-use crate::runtime::worker_group::{self, WORKERS_MAX, WorkerGroup};
+use crate::runtime::worker_group::{self, WorkerGroup};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 

@@ -5,15 +5,13 @@
 //!   as it was. Ports are booked when they are submitted, since later commands must follow them, and taken back.
 //! - A command for several workers has one number, and one result once all have acknowledged it.
 
-use crate::attachment::listener::FIRST_DYNAMIC;
 use crate::control::command::{CommandError, Value};
 use crate::control::event::Event;
 use crate::os::epoll::{Kind, Poller, Token};
 use crate::os::sys;
+use crate::runtime::config::{DYNAMIC_PORTS, FIRST_DYNAMIC, FLOWS_MAX};
 use crate::runtime::placement::{IoError, system};
-use crate::runtime::shard::FLOWS_MAX;
 use crate::runtime::shard_handle::ShardHandle;
-use crate::runtime::worker_group::DYNAMIC_PORTS;
 use guestnet_core::config::{FlowInfo, ForwardSpec};
 use guestnet_core::types::{FlowId, ForwardId, PortId};
 use std::collections::{HashMap, VecDeque};

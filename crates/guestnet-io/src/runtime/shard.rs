@@ -8,26 +8,24 @@
 //!   list of ready ones, and the next turn goes on with them.
 //! - A shard ends in steps ([`Shard::end_step`]), so that others on the thread do not wait for it.
 
-use crate::attachment::listener::{FIRST_DYNAMIC, Listener};
+use crate::attachment::listener::Listener;
 use crate::attachment::quota::{Charge, Resource};
 use crate::attachment::vhost_user;
 use crate::control::capture::Closing;
 use crate::control::command::{Queued, Value, Waker};
 use crate::control::event::Event;
-use crate::control::port_names::PortNames;
 use crate::memory::slab::Slab;
 use crate::os::epoll::{Token, until};
 use crate::os::sys;
 use crate::runtime::adaptive::Spinner;
 use crate::runtime::buffers::Buffers;
+use crate::runtime::config::{DYNAMIC_PORTS, FIRST_DYNAMIC, PollingStrategy, WorkerConfig};
 use crate::runtime::io_context::IoContext;
 use crate::runtime::stats::{IoCounters, Published, StatsSnapshot};
 use crate::runtime::turn::Turn;
-use crate::runtime::worker_group;
 use crate::uplink::forward::{ForwardParts, Listening, Resting};
 use crate::uplink::udp::Inbox;
 use guestnet_core::Network;
-use guestnet_core::config::NetworkConfig;
 use guestnet_core::types::Time;
 use std::collections::HashMap;
 use std::ops::Range;
@@ -42,8 +40,6 @@ const CAPTURE_FLUSH: u64 = 100_000_000;
 const CLOSING_POLL: u64 = 5_000_000;
 /// How soon updates of ports are sent again for which a ring had no room.
 const UPDATE_RETRY: u64 = 200_000;
-/// Flows of one of several workers: the rest of the number says which worker.
-pub(crate) const FLOWS_MAX: u32 = 1 << 26;
 /// Rounds of telling the core and sending before other descriptors have their turn.
 const SETTLE_ROUNDS: usize = 4;
 /// Descriptors that a shard has by itself: an epoll instance, and an eventfd each way.
@@ -54,62 +50,6 @@ const CAPTURE_END_S: u64 = 1;
 const END_STEP: u64 = 200_000;
 const END_FLOWS: usize = 64;
 const END_POLL: u64 = 1_000_000;
-
-/// What a worker does when nothing is ready.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum PollingStrategy {
-    /// Polls for ever: shortest delay, one processor.
-    Busy,
-    /// Polls for a moment after work, then sleeps.
-    #[default]
-    Adaptive,
-    /// Sleeps.
-    EventDriven,
-}
-
-/// What a worker is to be like.
-#[derive(Clone)]
-pub struct WorkerConfig {
-    /// The Network.
-    pub core: NetworkConfig,
-    /// What to do when nothing is ready.
-    pub strategy: PollingStrategy,
-    /// Frames of one guest before others have their turn, 1 to 1024.
-    pub batch_size: usize,
-    /// Most polls of the adaptive strategy before it sleeps.
-    pub max_spins: u32,
-    /// Events that wait for the control side, at least 128.
-    pub event_ring: usize,
-    /// Commands that wait for the worker, at least 16.
-    pub command_ring: usize,
-    /// Name of the network, for messages.
-    pub name: String,
-    /// Threads that share the ports, 1 to 64.
-    pub workers: usize,
-    /// Small writes of a batch are one call by io_uring, where the system has it.
-    pub io_uring: bool,
-    /// What captures call the ports.
-    pub port_names: PortNames,
-}
-
-impl WorkerConfig {
-    /// With the usual sizes.
-    #[must_use]
-    pub fn new(core: NetworkConfig) -> WorkerConfig {
-        WorkerConfig {
-            core,
-            strategy: PollingStrategy::default(),
-            batch_size: 64,
-            max_spins: 1000,
-            event_ring: 8192,
-            command_ring: 1024,
-            name: "guestnet".into(),
-            workers: 1,
-            io_uring: true,
-            port_names: PortNames::default(),
-        }
-    }
-}
 
 /// What one worker has of one network.
 pub(crate) struct Shard {
@@ -184,8 +124,8 @@ impl Shard {
         if let Some(p) = &io.links {
             core.share(p.count() as u16);
             core.take_peer_updates(p.room(), &mut Vec::new());
-            first += p.me() as u32 * worker_group::DYNAMIC_PORTS;
-            last = first + (worker_group::DYNAMIC_PORTS - 1);
+            first += p.me() as u32 * DYNAMIC_PORTS;
+            last = first + (DYNAMIC_PORTS - 1);
         }
         let quota = Arc::clone(&io.quota);
         let mut own = Charge::new(&quota, Resource::Sockets);

@@ -7,9 +7,10 @@ use crate::control::command::{self, Command, CommandSender, QueueFull, Queued, W
 use crate::control::event::{self, Event, EventReceiver, EventSender, EventSignal};
 use crate::os::epoll::{Kind, Poller, Token};
 use crate::os::sys;
+use crate::runtime::config::{FLOWS_MAX, WorkerConfig};
 use crate::runtime::io_context::IoContext;
 use crate::runtime::placement::{IoError, Place, Runtime, system};
-use crate::runtime::shard::{FLOWS_MAX, Shard, WorkerConfig};
+use crate::runtime::shard::Shard;
 use crate::runtime::shard_links::{self, ShardLinks, WorkerHandle};
 use crate::runtime::stats::{Published, StatsSnapshot};
 use guestnet_core::config::Limits;

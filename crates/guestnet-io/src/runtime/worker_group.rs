@@ -7,15 +7,14 @@
 //! - Events of all workers are drained in turn.
 //! - A single worker is driven directly, without a table.
 
-use crate::attachment::listener::FIRST_DYNAMIC;
 use crate::control::capture::{Capture, SharedCapture};
 use crate::control::command::{Command, CommandError, QueueFull, SubmitError, Value};
 use crate::control::event::Event;
 use crate::control::port_names::PortNames;
 use crate::os::sys;
+use crate::runtime::config::{FIRST_DYNAMIC, WORKERS_MAX, WorkerConfig};
 use crate::runtime::placement::{IoError, Runtime};
 use crate::runtime::routing::{PendingCommand, Router, RoutingTable, Then, merge_results, numbered};
-use crate::runtime::shard::WorkerConfig;
 use crate::runtime::shard_handle::{self, ShardHandle};
 use crate::runtime::shard_links;
 use crate::runtime::stats::StatsSnapshot;
@@ -25,11 +24,6 @@ use guestnet_core::types::{PortConfig, PortId};
 use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
-
-/// Most workers of one Network.
-pub const WORKERS_MAX: usize = 64;
-/// Numbers of ports that one of several workers has for guests of listeners.
-pub(crate) const DYNAMIC_PORTS: u32 = (u32::MAX - FIRST_DYNAMIC) / WORKERS_MAX as u32 + 1;
 
 /// The running workers of a Network.
 pub struct WorkerGroup {
@@ -430,6 +424,7 @@ impl WorkerGroup {
 mod tests {
     use super::*;
     use crate::control::event::Event;
+    use crate::runtime::config::DYNAMIC_PORTS;
     use guestnet_core::config::NetworkConfig;
     use guestnet_core::types::ForwardId;
     use guestnet_wire::ether::Mac;
