@@ -109,6 +109,8 @@ if TYPE_CHECKING:
     from guestnet.errors import PortInUse as PortInUse
     from guestnet.errors import TooManyFiles as TooManyFiles
     from guestnet.errors import UnsupportedError as UnsupportedError
+    from guestnet.model.asking import FlowQuestion as FlowQuestion
+    from guestnet.model.asking import Ruling as Ruling
     from guestnet.model.denials import Denial as Denial
     from guestnet.model.events import AddressChanged as AddressChanged
     from guestnet.model.events import AddressSeen as AddressSeen
@@ -223,6 +225,7 @@ _HOME = {
         "PortClosed",
         "PortOpened",
     ),
+    "guestnet.model.asking": ("FlowQuestion", "Ruling"),
     "guestnet.model.denials": ("Denial",),
     "guestnet.model.handles": ("Handles",),
     "guestnet.policy.policy": ("Decision", "Policy"),

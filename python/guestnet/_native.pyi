@@ -49,6 +49,8 @@ __all__ = [
     "NameServer",
     "NatEngine",
     "PacketPool",
+    "PolicyAsk",
+    "PolicyAskEnded",
     "PolicyTable",
     "PortDown",
     "PortInfo",
@@ -277,6 +279,8 @@ class DataPlane:
         """Changes the rules: the mode, and whether guests may open flows to each other. Those on the ports in
         `trusted` always may. Brings the number of flows that were cut, once all flows have been judged again.
         """
+    def decide(self, port: int, ticket: int, allow: bool) -> int:
+        """Answers the question of a `PolicyAsk`."""
     def set_rules(self, endpoint: int | None, table: PolicyTable | None) -> int:
         """Puts a policy in force, for one guest or for all that have none of their own. Brings the number of
         flows that were cut, once all flows have been judged again. Keep the table that it replaces until
@@ -431,6 +435,35 @@ class FlowClosed:
     def shown(self) -> str | None: ...
 
 @final
+class PolicyAsk:
+    """A flow waits for the owner's answer."""
+
+    @property
+    def ticket(self) -> int: ...
+    @property
+    def port(self) -> int: ...
+    @property
+    def proto(self) -> int: ...
+    @property
+    def guest(self) -> _Socket: ...
+    @property
+    def remote(self) -> _Socket: ...
+    @property
+    def rule(self) -> str: ...
+    @property
+    def name(self) -> str | None:
+        """A name for which the guest got the address of the other side."""
+
+@final
+class PolicyAskEnded:
+    """A flow waits no longer for the owner's answer."""
+
+    @property
+    def ticket(self) -> int: ...
+    @property
+    def port(self) -> int: ...
+
+@final
 class NameDenied:
     """A query of a guest was refused by a rule, or its answer was."""
 
@@ -539,6 +572,8 @@ _Event: TypeAlias = (
     | FlowClosed
     | FlowDenied
     | NameDenied
+    | PolicyAsk
+    | PolicyAskEnded
     | Done
     | PortUp
     | PortDown

@@ -348,6 +348,11 @@ impl DataPlane {
         self.submit(py, Command::SetNameServers { servers })
     }
 
+    /// Answers the question that a rule asked about a flow.
+    fn decide(&self, py: Python<'_>, port: u32, ticket: u64, allow: bool) -> PyResult<u64> {
+        self.submit(py, Command::Decide { port: PortId(port), ticket, allow })
+    }
+
     fn forward_dns(&self, py: Python<'_>, port: u32, ticket: u64, generation: u64) -> PyResult<u64> {
         let verdict = DnsVerdict::Forward;
         self.submit(py, Command::DnsVerdict { port: PortId(port), ticket, generation, verdict })

@@ -155,6 +155,25 @@ pub struct NameDenied {
     unreported: u32,
 }
 
+/// A flow waits for the owner's answer.
+#[pyclass(frozen, get_all, module = "guestnet._native")]
+pub struct PolicyAsk {
+    ticket: u64,
+    port: u32,
+    proto: u8,
+    guest: Pair,
+    remote: Pair,
+    rule: String,
+    name: Option<String>,
+}
+
+/// A flow waits no longer for the owner's answer.
+#[pyclass(frozen, get_all, module = "guestnet._native")]
+pub struct PolicyAskEnded {
+    ticket: u64,
+    port: u32,
+}
+
 /// A command is done.
 #[pyclass(frozen, module = "guestnet._native")]
 pub struct Done {
@@ -305,6 +324,19 @@ fn core_event(py: Python<'_>, event: effects::Event) -> PyResult<Bound<'_, PyAny
                 },
             )
         }
+        E::PolicyAsk(a) => object(
+            py,
+            PolicyAsk {
+                ticket: a.ticket,
+                port: a.port.0,
+                proto: a.proto,
+                guest: pair(a.guest),
+                remote: pair(a.remote),
+                rule: a.rule.to_string(),
+                name: text(a.name),
+            },
+        ),
+        E::PolicyAskEnded { port, ticket } => object(py, PolicyAskEnded { ticket, port: port.0 }),
         E::NameDenied(d) => object(
             py,
             NameDenied {

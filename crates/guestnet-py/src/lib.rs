@@ -28,7 +28,7 @@ mod _native {
     #[pymodule_export]
     use super::events::{
         AddressSeen, Datagram, DnsQuestion, Done, Failed, FlowClosed, FlowDenied, FlowOpened, Frame, Log,
-        NameDenied, NameServer, PortDown, PortUp,
+        NameDenied, NameServer, PolicyAsk, PolicyAskEnded, PortDown, PortUp,
     };
     #[pymodule_export]
     use super::nat::{NatEngine, after_fork_in_child, after_fork_in_parent, before_fork, drop_reasons};

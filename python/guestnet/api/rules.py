@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
+import math
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from guestnet.api.base import NetworkBase
 from guestnet.control.portal import blocking
-from guestnet.errors import EndpointNotFound, GuestnetError
+from guestnet.errors import ConfigError, EndpointNotFound, GuestnetError
 from guestnet.model.events import FlowOpened
 from guestnet.model.spec import NetMode, checked_policy, choice
 from guestnet.model.spec import path as checked_path
@@ -20,6 +22,7 @@ from guestnet.model.spec import path as checked_path
 if TYPE_CHECKING:
     from guestnet.model.denials import Denial
     from guestnet.policy.policy import Policy
+    from guestnet.runtime.policy.asking import Hook
     from guestnet.runtime.policy.learning import Learner
 
 _log = logging.getLogger("guestnet")
@@ -203,6 +206,47 @@ class RuleMethods(NetworkBase):
         return learner
 
     learn = blocking(alearn)
+
+    async def adecide(self, hook: Hook | None, *, seconds: float = 30.0) -> None:
+        """Names the function that decides about flows whose rule says "ask".
+
+        The function gets a `FlowQuestion` and returns "allow", "deny" or a `Ruling`, which can hold for later
+        flows too. The flow waits meanwhile; other flows do not. A function that raises, returns something
+        else or is too slow denies the flow. An asynchronous function is called in the event loop of the
+        caller, or in one of the network's own. A plain one is called in a thread, so it may wait for a
+        person.
+
+        Args:
+            hook: The function; None: flows that would be asked about are denied.
+            seconds: How long an answer may take. `Policy.ask_seconds` is the limit.
+
+        Raises:
+            NotRunning: The network does not run.
+            ConfigError: The time is not positive.
+            TypeError: The hook is not a function.
+
+        Example:
+            >>> from guestnet import NatNetwork, Policy, Ruling
+            >>> with NatNetwork(policy=Policy("ask")) as network:
+            ...     network.decide(lambda question: Ruling("allow", scope="guest", seconds=3600))
+        """
+        if hook is not None and not callable(hook):
+            raise TypeError(f"hook {hook!r} is not a function: give one that takes a FlowQuestion.")
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+            raise TypeError(f"seconds {seconds!r} is not a number: give one such as 30.")
+        if not (math.isfinite(seconds) and seconds > 0):
+            raise ConfigError(f"seconds {seconds!r} is not a positive time: give one such as 30.")
+        loop = None
+        with contextlib.suppress(RuntimeError):
+            loop = asyncio.get_running_loop()
+        await self._do(self._set_hook(hook, loop, seconds))
+
+    decide = blocking(adecide)
+
+    async def _set_hook(
+        self, hook: Hook | None, loop: asyncio.AbstractEventLoop | None, seconds: float
+    ) -> None:
+        self._live().policy.set_hook(hook, loop, seconds)
 
     def denials(self, endpoint: str | None = None) -> list[Denial]:
         """What was refused lately, oldest first. Equal denials are counted together.

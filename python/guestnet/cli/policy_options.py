@@ -13,7 +13,6 @@ from guestnet.cli import UsageError
 from guestnet.errors import ConfigError, PolicyError
 
 if TYPE_CHECKING:
-    from guestnet.cli.arguments import Parser
     from guestnet.policy.policy import Policy
     from guestnet.policy.rule import Rule
 
@@ -40,7 +39,7 @@ class _RuleAction(argparse.Action):
         setattr(namespace, self.dest, [*getattr(namespace, self.dest), rule])
 
 
-def add_policy_options(parser: Parser) -> None:
+def add_policy_options(parser: argparse.ArgumentParser) -> None:
     """The options of a policy."""
     add_rule_options(parser)
     parser.add_argument(
@@ -61,7 +60,7 @@ def add_policy_options(parser: Parser) -> None:
     )
 
 
-def add_rule_options(parser: Parser) -> None:
+def add_rule_options(parser: argparse.ArgumentParser) -> None:
     """The options that make rules."""
     what = "DESTINATION[:PORT[-END]][/tcp|/udp|/icmp]: a name, *.NAME, an address, a prefix or a group"
     parser.add_argument(

@@ -213,6 +213,7 @@ class NatNetwork(DescriptionMethods, MonitoringMethods, RingMethods):
                     doors=self._doors,
                     policies=self._policies,
                     denials=self._denials,
+                    name=self._name,
                     kept=self._kept,
                 )
             )

@@ -122,6 +122,7 @@ class SessionParts(FrozenRecord):
     doors: Doors
     policies: PolicyBook
     denials: DenialLog
+    name: str
     kept: KeptAttachments
     """Held weakly."""
 
@@ -165,6 +166,7 @@ class Session:
             self._policy_in_force,
             config.gateway,
             parts.denials,
+            parts.name,
         )
 
     # --- beginning and end ---
@@ -506,6 +508,8 @@ class Session:
             _native.FlowClosed: self._on_flow_closed,
             _native.FlowDenied: self._on_flow_denied,
             _native.NameDenied: self._on_name_denied,
+            _native.PolicyAsk: self.policy.on_ask,
+            _native.PolicyAskEnded: self.policy.on_ask_ended,
         }
 
     def _on_datagram(self, event: _native.Datagram) -> None:

@@ -168,6 +168,34 @@ pub enum Event {
     FlowDenied(Box<FlowDenied>),
     /// A query of a guest was refused by a rule, or its answer was. Within the rate of [`Event::FlowDenied`].
     NameDenied(Box<NameDenied>),
+    /// A flow waits for the owner's answer: [`crate::Network::decide`].
+    PolicyAsk(Box<PolicyAsk>),
+    /// A flow waits no longer: nobody answered in time, or its guest is gone.
+    PolicyAskEnded {
+        /// The guest's port.
+        port: PortId,
+        /// Named the question.
+        ticket: u64,
+    },
+}
+
+/// A flow that waits for the owner's answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PolicyAsk {
+    /// Names the question.
+    pub ticket: u64,
+    /// The guest's port.
+    pub port: PortId,
+    /// IP protocol.
+    pub proto: u8,
+    /// The guest's side.
+    pub guest: SocketAddr,
+    /// The other side.
+    pub remote: SocketAddr,
+    /// The label of the rule that asks.
+    pub rule: Arc<str>,
+    /// A name for which the guest got the address of the other side.
+    pub name: Option<Arc<str>>,
 }
 
 /// A refused query.

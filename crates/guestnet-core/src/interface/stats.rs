@@ -78,6 +78,8 @@ reasons! {
     NotUnderstood = "not_understood",
     /// A ClientHello may hide its name (ECH), and the policy refuses that.
     HiddenName = "hidden_name",
+    /// The owner is asked about the flow, which waits. Its first packet is held; later ones are not needed.
+    AwaitingDecision = "awaiting_decision",
 }
 
 impl From<WireError> for DropReason {

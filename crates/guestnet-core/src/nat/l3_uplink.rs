@@ -440,8 +440,13 @@ impl L3Uplink {
                         (o.admitted, o.rule) = (now_in_force, rule);
                     }
                 }
-                Verdict::Defer { .. } => {}
-                Verdict::Deny { rule, .. } | Verdict::Inspect { rule, .. } | Verdict::Ask { rule, .. } => {
+                // A running flow is not asked about.
+                Verdict::Ask { .. } | Verdict::Defer { .. } => {
+                    if let Some(o) = self.opened.get_mut(id as usize) {
+                        o.admitted = now_in_force;
+                    }
+                }
+                Verdict::Deny { rule, .. } | Verdict::Inspect { rule, .. } => {
                     let reason = match verdict {
                         Verdict::Deny { reason, .. } => reason,
                         _ => DropReason::Policy,

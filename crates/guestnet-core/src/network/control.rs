@@ -3,7 +3,7 @@
 
 use super::{Network, give_up};
 use crate::interface::config::{AddressInUse, FlowInfo, ForwardSpec, NameServers, PortInfo};
-use crate::interface::effects::Effects;
+use crate::interface::effects::{Effects, Event};
 use crate::interface::stats::Counters;
 use crate::interface::types::{ForwardId, NetMode, PortConfig, PortId, ServiceId, Time};
 use crate::nat::l3_uplink::L3Uplink;
@@ -72,6 +72,9 @@ impl Network {
         let cx = &mut self.layers.context(now, fx);
         cx.policy.conversations.remove_port(slot);
         cx.policy.pins.remove_port(slot);
+        for ask in cx.policy.asks.remove_port(slot) {
+            let _best_effort = cx.link.fx.event(Event::PolicyAskEnded { port, ticket: ask.ticket.0 });
+        }
         for pending in cx.policy.pending.remove_port(slot) {
             give_up(&mut self.relay, cx, pending);
         }

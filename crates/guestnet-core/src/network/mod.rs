@@ -16,12 +16,14 @@ use crate::context::Context;
 use crate::context::Layers;
 use crate::dns::{DnsForwarder, Verdict as DnsVerdict};
 use crate::interface::config::{DatagramError, NetworkConfig};
-use crate::interface::effects::{Effects, SockError};
+use crate::interface::effects::{Effects, Event, SockError};
 use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, ForwardId, FrameMeta, Gso, PortId, ServiceId, SockId, Time};
 use crate::l2::lan::{Notice, Sender, Verdict};
 use crate::l3::gateway::Datagram;
 use crate::nat::l3_uplink::L3Uplink;
+use crate::policy::Ticket;
+use crate::policy::asks::Ask;
 use crate::policy::pending::{Awaits, Held, Pending};
 use crate::policy::sweep::{Budget, Stage, Sweep};
 use crate::relay::Relay;
@@ -396,6 +398,37 @@ impl Network {
         self.relay.sock_error(cx, flow, &error);
     }
 
+    // ---- flows that wait for the owner's answer ---------------------------------------------------------
+
+    /// Answers the question that a rule asked about a flow. False when the question is not open.
+    pub fn decide<E: Effects>(
+        &mut self,
+        now: Time,
+        port: PortId,
+        ticket: u64,
+        allow: bool,
+        fx: &mut E,
+    ) -> bool {
+        self.now = now;
+        let Some(ask) = self.layers.policy.asks.take(Ticket(ticket), port) else { return false };
+        self.answer(ask, allow, fx);
+        true
+    }
+
+    /// Handles the packet that was held, with the answer in force.
+    fn answer<E: Effects>(&mut self, ask: Ask, allow: bool, fx: &mut E) {
+        self.layers.policy.asks.answer(&ask, allow);
+        if let (Some(mut frame), Some(slot)) = (ask.frame, self.layers.lan.slot(ask.port)) {
+            if let Err(why) = self.receive(slot, &mut frame, FrameMeta::default(), fx) {
+                self.layers.lan.count_drop(slot, why);
+            }
+            if self.layers.lan.has_notices() {
+                self.follow_notices(fx);
+            }
+        }
+        self.layers.policy.asks.forget_answer();
+    }
+
     // ---- timers -------------------------------------------------------------------------------------
 
     /// When [`Network::timers`] is to be called next. `None`: not until something else happens.
@@ -406,6 +439,7 @@ impl Network {
         [
             self.layers.policy.sweep.is_some().then_some(self.now),
             self.layers.policy.pending.next_deadline(),
+            self.layers.policy.asks.next_deadline(),
             self.relay.next_timer(self.now),
             uplink,
             self.dns.next_timer(),
@@ -428,6 +462,10 @@ impl Network {
         let cx = &mut self.layers.context(now, fx);
         for pending in cx.policy.pending.expired(now) {
             give_up(&mut self.relay, cx, pending);
+        }
+        while let Some(ask) = self.layers.policy.asks.take_expired(now) {
+            let _best_effort = fx.event(Event::PolicyAskEnded { port: ask.port, ticket: ask.ticket.0 });
+            self.answer(ask, false, fx);
         }
         self.sweep(fx);
         let cx = &mut self.layers.context(now, fx);

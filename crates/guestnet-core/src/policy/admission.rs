@@ -8,11 +8,12 @@
 //!   since there is no flow record; the conversations that were admitted are remembered.
 
 use crate::context::Context;
-use crate::interface::effects::Effects;
+use crate::interface::effects::{Effects, Event, PolicyAsk};
 use crate::interface::stats::DropReason;
 use crate::interface::types::{FrameMeta, PortId};
 use crate::l2::lan::Sender;
 use crate::l3::gateway::Refusal;
+use crate::policy::asks::Asked;
 use crate::policy::conversations::{PER_GUEST, Tuple};
 use crate::policy::pending::{Awaits, Held};
 use crate::policy::sweep::Budget;
@@ -65,13 +66,53 @@ impl<E: Effects> Context<'_, E> {
                 Verdict::Deny { reason, rule } => {
                     return Err(self.deny(from, frame, p, &request, reason, rule));
                 }
-                Verdict::Ask { rule, .. } => {
-                    return Err(self.deny(from, frame, p, &request, DropReason::Policy, rule));
-                }
+                Verdict::Ask { target, rule } => (target, rule, self.ask(from, frame, p, &request, rule)?),
                 Verdict::Defer { .. } => return Err(DropReason::Policy),
             };
         self.gateway.check_ttl(&mut self.link, from, frame, p)?;
         Ok(Admitted { target, rule, inspect })
+    }
+
+    /// Asks the owner about a flow, or finds the answer. Returns how the flow is inspected when the owner allows it.
+    ///
+    /// # Errors
+    /// Why it does not go on now: the owner is asked, or has refused it. The guest has been told of a refusal.
+    #[cold]
+    fn ask(
+        &mut self,
+        from: Sender,
+        frame: &[u8],
+        p: &Packet,
+        request: &Request,
+        rule: RuleId,
+    ) -> Result<Option<bool>, DropReason> {
+        match self.policy.asks.state(from.slot, request) {
+            Asked::Open => return Err(DropReason::AwaitingDecision),
+            Asked::Answered(true) => return Ok(self.policy.inspects_after_asking(request, rule)),
+            Asked::Answered(false) => {}
+            Asked::New => {
+                let seconds = self.policy.table(request.endpoint).map_or(0, |t| t.options().ask_s);
+                let deadline = self.link.now.plus_s(seconds.into());
+                if let Some(ticket) = self.policy.asks.open(from.slot, request, frame, p, deadline) {
+                    let ip = request.destination.ip();
+                    let asked = PolicyAsk {
+                        ticket: ticket.0,
+                        port: request.endpoint,
+                        proto: request.protocol,
+                        guest: request.source,
+                        remote: request.destination,
+                        rule: self.policy.label(request.endpoint, rule),
+                        name: self.policy.pins.of(from.slot, ip).first().map(|n| n.to_string().into()),
+                    };
+                    if self.link.fx.event(Event::PolicyAsk(Box::new(asked))) {
+                        return Err(DropReason::AwaitingDecision);
+                    }
+                    let _not_asked = self.policy.asks.take(ticket, request.endpoint);
+                    self.link.lan.count_drop(from.slot, DropReason::EventRingFull);
+                }
+            }
+        }
+        Err(self.deny(from, frame, p, request, DropReason::Policy, rule))
     }
 
     /// Asks about a new flow from the outside to the guest with `binding`. It is deferred while the guest's MAC is not

@@ -18,6 +18,7 @@
 //! generation are judged again, a few at a time ([`sweep`]), and those that are no longer allowed are cut.
 
 mod admission;
+pub mod asks;
 pub mod conversations;
 pub mod denials;
 mod index;
@@ -84,6 +85,8 @@ pub struct Policy {
     generation: Generation,
     subnet: Subnet,
     gateway4: Ipv4Addr,
+    /// Flows whose rule says "ask".
+    pub(crate) asks: asks::Asks,
     /// Flows that wait before they are opened.
     pub(crate) pending: PendingFlows,
     /// What guests say to each other.
@@ -110,6 +113,7 @@ impl Policy {
             generation: Generation::default(),
             subnet,
             gateway4: c.gateway4,
+            asks: asks::Asks::default(),
             pending: PendingFlows::new(c.limits.neighbour_waiting),
             conversations: Conversations::new(SipKey::from_secret(&c.secret, 0)),
             pins: Pins::default(),
@@ -165,6 +169,12 @@ impl Policy {
         let ip = request.destination.ip();
         self.pins.prune(slot, ip, now);
         self.judge_with(request, Evidence { pins: self.pins.of(slot, ip), shown })
+    }
+
+    /// How a flow that the owner allowed is inspected: strictly where its rule is about a name that the conversation shows.
+    pub(crate) fn inspects_after_asking(&self, request: &Request, rule: RuleId) -> Option<bool> {
+        let table = self.tables.of(request.endpoint)?;
+        table.inspects_after_asking(&self.flow(request, Evidence::NONE), rule.number().err()?)
     }
 
     /// Decides again about a flow to the outside that nobody has looked at. It may have shown any of the names of its

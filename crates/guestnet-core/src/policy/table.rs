@@ -406,6 +406,19 @@ impl RuleTable {
         self.but_resolver(decision, protocol, port)
     }
 
+    /// How a flow is inspected that a rule asked about and the owner allowed: strictly, or because a deny rule about a name
+    /// is above the rule.
+    #[must_use]
+    pub fn inspects_after_asking(&self, flow: &Outbound<'_>, rule: u32) -> Option<bool> {
+        let by_conversation = self.rule(rule).is_some_and(|r| {
+            matches!(r.destination, Destination::Name(_)) && r.by == NameMatch::Conversation
+        });
+        match by_conversation && is_inspectable(flow.protocol) {
+            true => Some(true),
+            false => self.is_watched(rule, flow).then_some(false),
+        }
+    }
+
     /// Refuses another resolver than the gateway's where names decide.
     fn but_resolver(&self, decision: Decision, protocol: u8, port: u16) -> Decision {
         let (Decision::Allow { rule } | Decision::Inspect { rule, .. } | Decision::Ask { rule }) = decision

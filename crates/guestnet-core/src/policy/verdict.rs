@@ -151,3 +151,15 @@ pub enum Verdict {
         ticket: Ticket,
     },
 }
+
+impl Verdict {
+    /// The verdict on a flow that is open already, by the rule `opened_by`: what the owner has answered for that rule is not
+    /// asked again.
+    #[must_use]
+    pub fn after_asking(self, opened_by: RuleId) -> Verdict {
+        match self {
+            Verdict::Ask { target, rule } if rule == opened_by => Verdict::Allow { target, rule },
+            other => other,
+        }
+    }
+}

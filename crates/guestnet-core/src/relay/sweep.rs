@@ -89,10 +89,9 @@ impl Relay {
                 _ => Ok(rule),
             },
             Verdict::Inspect { rule, .. } if self.is_inspected(index) => Ok(rule),
-            Verdict::Inspect { rule, .. } | Verdict::Ask { rule, .. } => {
-                Err((request, DropReason::Policy, rule))
-            }
-            Verdict::Defer { .. } => Ok(f.rule),
+            Verdict::Inspect { rule, .. } => Err((request, DropReason::Policy, rule)),
+            // A running flow is not asked about.
+            Verdict::Ask { .. } | Verdict::Defer { .. } => Ok(f.rule),
         })
     }
 }

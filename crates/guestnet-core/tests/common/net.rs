@@ -134,13 +134,19 @@ impl Net {
     pub fn try_open_tcp(&mut self, port: PortId, from: u16, to: &str) -> Option<(FlowId, SockId)> {
         let before = self.fx.connects.len();
         self.send(port, syn(port, from, to));
-        let (flow, sock) = *self.fx.connects.get(before)?;
+        self.fx.connects.get(before)?;
+        Some(self.finish_tcp(port, from, to))
+    }
+
+    /// The server of the last connect answers, and so does the guest.
+    pub fn finish_tcp(&mut self, port: PortId, from: u16, to: &str) -> (FlowId, SockId) {
+        let (flow, sock) = *self.fx.connects.last().unwrap();
         self.fx.frames.clear();
         self.core.tcp_connected(self.now, flow, Ok(()), &mut self.fx);
         let isn = Tcp::parse(read(&self.fx.take()[0]).l4()).unwrap().seq;
         self.isn = isn;
         self.segment(port, from, to, 1001, isn.wrapping_add(1), guestnet_wire::tcp::flags::ACK);
-        Some((flow, sock))
+        (flow, sock)
     }
 
     /// A TCP segment of a guest, without data.

@@ -155,6 +155,13 @@ impl Client {
         Client { flow, sock, port, to, seq: 1001, ack: n.isn.wrapping_add(1) }
     }
 
+    /// One whose SYN was sent already, and which the server answers now.
+    pub fn connected(n: &mut Net, port: u16, to: &'static str) -> Client {
+        let (flow, sock) = n.finish_tcp(A, port, to);
+        n.fx.frames.clear();
+        Client { flow, sock, port, to, seq: 1001, ack: n.isn.wrapping_add(1) }
+    }
+
     fn segment(&self, n: &mut Net, flags: u8, data: &[u8]) {
         let to = addr(self.to);
         let seg = Tcp {

@@ -195,6 +195,16 @@ pub enum Command {
         /// What the DNS service says of the name.
         verdict: DnsVerdict,
     },
+    /// Answers the question that a rule asked about a flow: see `Network::decide`. Nothing happens when it is not open any
+    /// more.
+    Decide {
+        /// The port that the question came with.
+        port: PortId,
+        /// Names the question.
+        ticket: u64,
+        /// Whether the flow may be opened.
+        allow: bool,
+    },
     /// Publishes a guest's port.
     AddForward {
         /// Its number.

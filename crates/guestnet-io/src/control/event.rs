@@ -112,7 +112,7 @@ const SHARE: usize = 4;
 /// The guest that an event which may be lost is about.
 fn guest(event: &Event) -> Option<PortId> {
     use effects::Event::{
-        AddressSeen, Datagram, DnsQuestion, FlowClosed, FlowDenied, FlowOpened, NameDenied,
+        AddressSeen, Datagram, DnsQuestion, FlowClosed, FlowDenied, FlowOpened, NameDenied, PolicyAsk,
     };
     match event {
         Event::Core(
@@ -124,6 +124,7 @@ fn guest(event: &Event) -> Option<PortId> {
         ) => Some(*port),
         Event::Core(FlowDenied(denied)) => Some(denied.port),
         Event::Core(NameDenied(denied)) => Some(denied.port),
+        Event::Core(PolicyAsk(asked)) => Some(asked.port),
         _ => None,
     }
 }

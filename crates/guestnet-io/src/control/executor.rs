@@ -144,6 +144,9 @@ impl Shard {
             Command::DnsVerdict { port: _, ticket, generation, verdict } => {
                 self.core.dns_verdict(self.now, ticket, generation, verdict, &mut self.io);
             }
+            Command::Decide { port, ticket, allow } => {
+                let _still_open = self.core.decide(self.now, port, ticket, allow, &mut self.io);
+            }
             Command::AddForward { forward, proto, guest, entry, fds } => {
                 self.add_forward(forward, ForwardSpec { proto, guest, entry }, fds)?;
             }

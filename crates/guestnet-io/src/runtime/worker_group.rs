@@ -167,6 +167,7 @@ impl WorkerGroup {
             | Command::AttachMemory { port }
             | Command::ServiceSend { port, .. }
             | Command::DnsVerdict { port, .. }
+            | Command::Decide { port, .. }
             | Command::Inject { port, .. } => {
                 let to = table.at(port, self.shards.len());
                 self.submit_to(table, [(to, command)], Then::Nothing)

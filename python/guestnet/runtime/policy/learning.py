@@ -28,6 +28,7 @@ class Learner:
         zone: The network's own zone, whose names are noted by their addresses.
 
     Example:
+        >>> from ipaddress import ip_address
         >>> learner = Learner()
         >>> learner.note(FlowOpened(flow="f1", endpoint="vm1", protocol=6, inbound=False, name="pypi.org",
         ...                         guest=(ip_address("192.168.64.2"), 4000),

@@ -29,9 +29,12 @@ if TYPE_CHECKING:
     import socket
     from ipaddress import IPv4Address
 
+    from guestnet import _native
     from guestnet._native import PolicyTable
     from guestnet.control.channel import Control
+    from guestnet.model.asking import FlowQuestion, Ruling
     from guestnet.policy.policy import Policy
+    from guestnet.runtime.policy.asking import Asking, Hook
     from guestnet.runtime.policy.denial_log import DenialLog
     from guestnet.runtime.policy.explain import ExplainPage
     from guestnet.runtime.port_table import PortTable
@@ -87,6 +90,7 @@ class PolicyControl:
         in_force: Called with whether there is a policy, when that changes.
         gateway: The gateway's address.
         denials: Recent denials, for the page that explains them to guests.
+        name: What the network is called.
     """
 
     def __init__(
@@ -98,11 +102,14 @@ class PolicyControl:
         in_force: Callable[[bool], object],
         gateway: IPv4Address,
         denials: DenialLog,
+        name: str,
     ) -> None:
         self._book, self._mode, self._control, self._ports = book, mode, control, ports
         self._in_force = in_force
         self._gateway, self._denials = gateway, denials
         self._page: ExplainPage | None = None
+        self._asking: Asking | None = None
+        self._name = name
         self._tables: dict[str | None, PolicyTable] = {}
         """Those in force, by endpoint; None: that of the network."""
         self._changing = asyncio.Lock()
@@ -130,6 +137,9 @@ class PolicyControl:
         page, self._page = self._page, None
         if page is not None:
             page.close()
+        asking, self._asking = self._asking, None
+        if asking is not None:
+            asking.close()
         self._in_force = _nobody_hears  # leads to the session, and that leads here
 
     async def set(self, policy: Policy | None, endpoint_id: str | None = None) -> int:
@@ -266,6 +276,81 @@ class PolicyControl:
         used = not self._book.is_empty
         self._in_force(used)
         self._follow_host(used)
+
+    # --- questions ---
+
+    def set_hook(self, hook: Hook | None, loop: asyncio.AbstractEventLoop | None, seconds: float) -> None:
+        """Names the function that decides about flows whose rule says "ask".
+
+        Args:
+            hook: The function; None: nobody decides.
+            loop: The event loop that calls it; None: one of the network's own.
+            seconds: How long an answer may take.
+        """
+        if self._asking is None:
+            if hook is None:
+                return
+            from guestnet.runtime.policy.asking import Asking
+
+            self._asking = Asking(self._control.loop, self._decide, self._ruled)
+        self._asking.set_hook(hook, loop, seconds)
+
+    def on_ask(self, event: _native.PolicyAsk) -> None:
+        """A flow waits.
+
+        Args:
+            event: The event.
+        """
+        endpoint_id = self._ports.endpoint(event.port)
+        if self._asking is None or endpoint_id is None:
+            self._decide((event.port, event.ticket), False)
+            return
+        from guestnet.model.asking import FlowQuestion
+
+        protocol = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmp"}.get(event.proto, str(event.proto))
+        question = FlowQuestion(
+            network=self._name,
+            endpoint=endpoint_id,
+            protocol=protocol,
+            guest=event.guest,
+            remote=event.remote,
+            name=event.name,
+            rule=event.rule,
+        )
+        self._asking.ask((event.port, event.ticket), question)
+
+    def on_ask_ended(self, event: _native.PolicyAskEnded) -> None:
+        """A flow waits no longer.
+
+        Args:
+            event: The event.
+        """
+        if self._asking is not None:
+            self._asking.withdraw((event.port, event.ticket))
+
+    def _decide(self, ticket: tuple[int, int], allow: bool) -> None:
+        self._control.ensure(self._control.plane.decide, *ticket, allow)
+
+    def _ruled(self, question: FlowQuestion, ruling: Ruling) -> None:
+        """A ruling holds for later flows too: it becomes a rule in front of the policy."""
+        from guestnet.policy.rule import Rule
+
+        ends = None if ruling.seconds is None else time.time() + ruling.seconds
+        protocol = question.protocol if question.protocol in ("tcp", "udp", "icmp") else None
+        rule = Rule(
+            ruling.action,
+            question.name or str(question.remote[0]),
+            ports=None if protocol == "icmp" else question.remote[1] or None,
+            protocol=protocol,
+            source=question.endpoint if ruling.scope == "guest" else (),
+            label=f"answer: {question.name or question.remote[0]}",
+            expires=ends,
+        )
+        own = self._book.endpoints.get(question.endpoint)
+        before = own if own is not None else self._book.network
+        if before is not None:
+            key = question.endpoint if own is not None else None
+            self._control.spawn(self.set(before.with_rules_first([rule]), key))
 
     # --- the page ---
 

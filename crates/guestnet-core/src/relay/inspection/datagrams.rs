@@ -155,7 +155,7 @@ impl Relay {
             return Err((request, DropReason::HiddenName, rule));
         }
         let shown = if name.is_empty() { policy::Shown::Nothing } else { policy::Shown::Name(name) };
-        match cx.policy.judge_pinned(cx.link.now, slot, &request, shown) {
+        match cx.policy.judge_pinned(cx.link.now, slot, &request, shown).after_asking(rule) {
             Verdict::Deny { reason, rule } => Err((request, reason, rule)),
             _ if malformed => Err((request, DropReason::NotUnderstood, rule)),
             Verdict::Allow { rule, .. } => Ok(rule),

@@ -131,7 +131,7 @@ impl Relay {
             true => Verdict::Allow { target: request.destination, rule },
             false => {
                 let shown = if name.is_empty() { policy::Shown::Nothing } else { policy::Shown::Name(name) };
-                cx.policy.judge_pinned(cx.link.now, slot, &request, shown)
+                cx.policy.judge_pinned(cx.link.now, slot, &request, shown).after_asking(rule)
             }
         };
         match verdict {
@@ -183,13 +183,15 @@ impl Relay {
     /// A conversation shows no name, and will show none: it is another protocol, or the client is silent.
     fn judge_nothing<E: Effects>(&mut self, cx: &mut Context<'_, E>, index: u32) {
         let Some(f) = self.flows.at(index) else { return };
-        let (request, slot, generation) = (request_of(cx, f), f.key.slot, cx.policy.generation());
+        let (request, slot, opened_by) = (request_of(cx, f), f.key.slot, f.rule);
+        let generation = cx.policy.generation();
         let judged = self.inspection_mut(index).is_some_and(|i| i.judged.is_some());
         if !judged {
             if let Some(evidence) = self.evidence.get_mut(&index) {
                 evidence.shown = Some(text(&[]));
             }
-            match cx.policy.judge_pinned(cx.link.now, slot, &request, policy::Shown::Nothing) {
+            let verdict = cx.policy.judge_pinned(cx.link.now, slot, &request, policy::Shown::Nothing);
+            match verdict.after_asking(opened_by) {
                 Verdict::Allow { rule, .. } => self.note_allowed(index, rule, generation, false),
                 verdict => return self.refuse_by(cx, index, request, &verdict),
             }
@@ -232,8 +234,9 @@ impl Relay {
     /// The guest says nothing. Where that is allowed, the server may speak, and what the guest says then is still looked at.
     fn judge_silent<E: Effects>(&mut self, cx: &mut Context<'_, E>, index: u32) {
         let Some(f) = self.flows.at(index) else { return };
-        let (request, slot) = (request_of(cx, f), f.key.slot);
-        match cx.policy.judge_pinned(cx.link.now, slot, &request, policy::Shown::Nothing) {
+        let (request, slot, opened_by) = (request_of(cx, f), f.key.slot, f.rule);
+        let verdict = cx.policy.judge_pinned(cx.link.now, slot, &request, policy::Shown::Nothing);
+        match verdict.after_asking(opened_by) {
             Verdict::Allow { .. } => {
                 if let Some(inspection) = self.inspection_mut(index) {
                     inspection.strict = false;
