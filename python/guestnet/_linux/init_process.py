@@ -6,8 +6,9 @@ Theory of operation:
   because it waits for the end of a pipe that only guestnet can write to.
 - Orphans become its children, and the kernel reaps them. No process of the namespace can signal it: the
   kernel ignores their signals to the first process.
-- It restores files for name resolution that the host has replaced (`mounts.NameFiles`). inotify reports
-  changes; otherwise it sleeps.
+- It restores files for name resolution that the host has replaced (`mounts.NameFiles`). In the first
+  moments it looks for changes itself; then inotify reports them, and it sleeps. The end of an inotify
+  descriptor takes the kernel 10 to 20 ms, which a short command is spared.
 - It has left the session of the command, so no key on the terminal ends it. It holds no descriptor of the
   command, and cannot be traced.
 """
@@ -27,6 +28,10 @@ from guestnet._linux.child_process import StartError
 
 NAME = "guestnet-init"
 _EVENT_BYTES = 65536
+_LOOKS, _LOOK_MILLISECONDS = 10, 20
+"""How often, and at which interval, it looks for changes before it has inotify report them."""
+_UNWATCHED_MILLISECONDS = 1000
+"""The interval where inotify is not to be had."""
 
 
 def fork_init(lifeline: int, resolv_conf: str | None, *, root: bool) -> tuple[int, list[str]]:
@@ -59,11 +64,10 @@ def _main(lifeline: int, report: int, resolv_conf: str | None, root: bool) -> No
         libc.hide_from_tracers()
         os.chdir("/")
         notes, place, names = _set_up(resolv_conf, root)
-        watcher = _watcher(place, names, notes)
-        _close_all_but({lifeline, report, watcher, place})
+        _close_all_but({lifeline, report, place})
         os.write(report, json.dumps(notes).encode())
         os.close(report)
-        _wait(lifeline, watcher, names)
+        _wait(lifeline, names)
     finally:
         os._exit(0)
 
@@ -97,24 +101,29 @@ def _set_up(resolv_conf: str | None, root: bool) -> tuple[list[str], int | None,
             f"Cannot lay a private /etc/resolv.conf over the host's{why}: {remedy}, "
             f"or have the guest's programs ask {server}."
         )
-    return notes, place, names
+    if place is not None:
+        return notes, place, names
+    if names.is_single and done:
+        notes.append(
+            "The guest's /etc/resolv.conf cannot be restored without a /proc of the guest's own: when the "
+            "host replaces its own, the guest sees that."
+        )
+    return notes, None, None
 
 
-def _watcher(place: int | None, names: mounts.NameFiles | None, notes: list[str]) -> int | None:
-    """Returns an inotify descriptor for the directories of files that may have to be restored."""
-    if names is None:
+def _watcher(names: mounts.NameFiles) -> int | None:
+    """Returns an inotify descriptor for the directories of files that may have to be restored.
+
+    None if the user has no more of them (`fs.inotify` in sysctl).
+    """
+    try:
+        watcher = libc.open_inotify()
+    except OSError:
         return None
     try:
-        if place is None:
-            raise OSError(0, "there is no /proc of its own to keep it under")
-        watcher = libc.open_inotify()
         _watch(watcher, names)
-    except OSError as error:
-        if names.is_single:
-            notes.append(
-                f"The guest's /etc/resolv.conf cannot be watched ({error.strerror}): when the host replaces "
-                "its own, the guest sees that."
-            )
+    except OSError:
+        os.close(watcher)
         return None
     return watcher
 
@@ -132,14 +141,27 @@ def _close_all_but(kept: set[int | None]) -> None:
                 os.close(int(name))
 
 
-def _wait(lifeline: int, watcher: int | None, names: mounts.NameFiles | None) -> None:
+def _wait(lifeline: int, names: mounts.NameFiles | None) -> None:
+    """Returns when guestnet has ended."""
     poll = select.poll()
     poll.register(lifeline, select.POLLIN)
+    if names is None:
+        poll.poll()
+        return
+    for _ in range(_LOOKS):
+        if poll.poll(_LOOK_MILLISECONDS):
+            return
+        names.restore()
+    watcher = _watcher(names)
+    names.restore()  # what was replaced before the watch
     if watcher is not None:
         poll.register(watcher, select.POLLIN)
-    while all(fd != lifeline for fd, _ in poll.poll()):
-        if watcher is not None and names is not None:
+    while all(
+        fd != lifeline for fd, _ in poll.poll(None if watcher is not None else _UNWATCHED_MILLISECONDS)
+    ):
+        if watcher is not None:
             with contextlib.suppress(BlockingIOError):
                 os.read(watcher, _EVENT_BYTES)
-            _watch(watcher, names)
-            names.restore()
+            with contextlib.suppress(OSError):  # no more watches: those that there are remain
+                _watch(watcher, names)
+        names.restore()

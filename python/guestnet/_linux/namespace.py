@@ -43,6 +43,8 @@ class Guest(NamedTuple):
     hostname: str | None = None
     host_ids: bool = False
     """Root keeps the host's user ids: the guest's root is root of the host's files."""
+    ends_first: bool = False
+    """The namespace ends before its network does, so its interface may end with it."""
 
     @property
     def resolv_conf(self) -> str | None:
@@ -272,6 +274,8 @@ def _set_up(guest: Guest, mapped: dict[str, bool], lifeline: int, control: socke
         mounts.show_own_devices(read_only=mapped["root"])
     links.set_up("lo")
     tap = _make_tap(guest.interface.name, device)
+    if guest.ends_first:
+        links.leave_to_namespace(tap)
     try:
         links.configure(guest.interface)
     except OSError as error:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import gc
 import os
 import re
 import sys
@@ -56,6 +57,10 @@ options:
 example:
   guestnet run -p 8080:80 -- python3 -m http.server 80
 """
+
+
+_STARTING_OBJECTS = 200_000
+_USUAL_THRESHOLDS = gc.get_threshold()
 
 
 class UsageError(Exception):
@@ -101,7 +106,11 @@ def entry_point() -> NoReturn:
     It leaves by `os._exit` after the exit handlers ran and the streams were flushed. Tearing down the
     interpreter takes some 9 ms of `guestnet run -- true`, and frees nothing that the kernel does not free.
     If a thread still runs, the interpreter ends as usual and waits for it.
+
+    Imports make many objects and no garbage, so the garbage collector waits until `settled`, or until there
+    are very many objects.
     """
+    gc.set_threshold(_STARTING_OBJECTS)
     status = main()
     if threading.active_count() > 1:
         sys.exit(status)
@@ -112,6 +121,14 @@ def entry_point() -> NoReturn:
     except Exception:  # an exit handler failed, which Python has reported, or the output cannot be written
         status = status or EXIT_FAILED
     os._exit(status & 0xFF)
+
+
+def settled() -> None:
+    """The command has started what it serves. What exists now stays, so the garbage collector need not look
+    at it again, and from here on collects as usual."""
+    if gc.get_threshold()[0] == _STARTING_OBJECTS:
+        gc.freeze()
+        gc.set_threshold(*_USUAL_THRESHOLDS)
 
 
 def _close_stdout() -> None:

@@ -67,3 +67,20 @@ def test_ssl_can_be_imported_after_asyncio_was_imported_without_it() -> None:
         "asyncio.run(asyncio.sleep(0))\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_the_garbage_collector_waits_until_the_command_has_started() -> None:
+    usual = "gc.get_threshold() == guestnet.cli._USUAL_THRESHOLDS"
+    work = (
+        "import gc; print(gc.get_threshold()[0] > 10_000, gc.get_freeze_count()); guestnet.cli.settled(); "
+        f"print({usual}, gc.get_freeze_count() > 1000, end='')"
+    )
+    assert _run("0", work).stdout == "writtenTrue 0\nTrue Trueexit handler\n"
+
+
+def test_settling_leaves_the_garbage_collector_of_another_program_alone() -> None:
+    program = (
+        "import gc, guestnet.cli; gc.set_threshold(5000, 5, 5); guestnet.cli.settled(); "
+        "assert gc.get_threshold() == (5000, 5, 5) and gc.get_freeze_count() == 0"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0

@@ -31,7 +31,7 @@ _SYSFS = not subprocess.run(
 ).returncode
 
 _DRIVER = """
-import json, os, sys
+import fcntl, json, os, sys
 from ipaddress import IPv4Address, IPv4Interface
 from guestnet.errors import GuestnetError
 from guestnet._linux.links import Interface
@@ -40,13 +40,21 @@ mac, address, gateway = bytes.fromhex("02abcdef0102"), IPv4Interface("10.9.8.2/2
 interface = Interface(mac, address, gateway, 1400)
 host_ids = os.geteuid() == 0 and "OWN_IDS" not in os.environ
 guest = Guest(
-    interface, nameserver="10.9.8.1", search=("guestnet.internal",), hostname="g1", host_ids=host_ids
+    interface,
+    nameserver="10.9.8.1",
+    search=("guestnet.internal",),
+    hostname="g1",
+    host_ids=host_ids,
+    ends_first="ENDS_FIRST" in os.environ,
 )
 try:
     namespace = launch(guest, sys.argv[1:])
     tap = namespace.take_tap()
     assert not os.get_inheritable(tap)
     assert namespace.notes == (), namespace.notes
+    name_and_flags = fcntl.ioctl(tap, 0x800454D2, bytes(40))  # TUNGETIFF
+    persistent = bool(int.from_bytes(name_and_flags[16:18], sys.byteorder) & 0x0800)  # IFF_PERSIST
+    assert persistent == guest.ends_first
     namespace.go()
 except GuestnetError as error:
     print(error, file=sys.stderr)
@@ -67,6 +75,20 @@ def launch(
         check=False,
         env={**os.environ, "OWN_IDS": "1"} if own_ids else None,
     )
+
+
+def test_the_interface_ends_with_its_descriptor_or_with_its_namespace() -> None:
+    """The second costs whoever closes the descriptor no time, and is for namespaces that end before it."""
+    for environment in ({}, {"ENDS_FIRST": "1"}):
+        done = subprocess.run(
+            [sys.executable, "-c", _DRIVER, "true"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+            env={**os.environ, **environment},
+        )
+        assert done.returncode == 0, done.stderr
 
 
 def python(code: str) -> tuple[str, ...]:

@@ -85,6 +85,7 @@ def main(argv: Sequence[str]) -> int:
         search=config.search,
         hostname=options.hostname,
         host_ids=options.host_ids,
+        ends_first=True,
     )
     before = supervise.take_terminal if supervise.holds_terminal_alone() else None
     # The child sets its namespace up while this process imports and starts the network.

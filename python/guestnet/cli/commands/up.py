@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from guestnet.cli import EXIT_OK, UsageError, arguments
+from guestnet.cli import EXIT_OK, UsageError, arguments, settled
 from guestnet.cli.runner import confined, ready, supervise
 from guestnet.cli.runner.event_log import Teller
 from guestnet.cli.runner.session import (
@@ -182,16 +182,9 @@ def main(argv: Sequence[str]) -> int:
         confined.settle(network)
         if options.verbose and (in_force := confined.in_force()) is not None:
             teller.tell("confined", str(in_force), **in_force.details())
+        settled()
         ready.announce(options.ready_fd)
-        out = network.external
-        details = {"external": list(map(str, out)), "device": network.uplink_device} if out else {}
-        teller.tell(
-            "ready",
-            f"the network {options.subnet} is up, gateway {network.gateway}"
-            + (f", outside {', '.join(map(str, out))} by {network.uplink_device}" if out else ""),
-            subnet=str(options.subnet),
-            **details,
-        )
+        _tell_ready(teller, network, options)
         number = _wait_for_end(lambda: _tell_stats(teller, network, options), reload, teller)
         teller.tell("stopping", f"stopping on {signal.Signals(number).name}")
     if options.stats:
@@ -208,6 +201,18 @@ def _follow_policy(
     from guestnet.cli.runner.policy_file import PolicyFile
 
     return stack.enter_context(PolicyFile(network, options, lambda text: teller.tell("policy", text))).reload
+
+
+def _tell_ready(teller: Teller, network: NatNetwork, options: argparse.Namespace) -> None:
+    out = network.external
+    details = {"external": list(map(str, out)), "device": network.uplink_device} if out else {}
+    teller.tell(
+        "ready",
+        f"the network {options.subnet} is up, gateway {network.gateway}"
+        + (f", outside {', '.join(map(str, out))} by {network.uplink_device}" if out else ""),
+        subnet=str(options.subnet),
+        **details,
+    )
 
 
 def _wait_for_end(usr1: Callable[[], None], reload: Callable[[], None] | None, teller: Teller) -> int:

@@ -13,6 +13,7 @@ from contextlib import suppress
 
 from guestnet._linux.links import Interface
 from guestnet._linux.namespace import Guest, launch
+from guestnet.cli import settled
 from guestnet.cli.runner import supervise
 from guestnet.cli.runner.network_client import NetworkClient
 from guestnet.cli.runner.session import HOST_IDS_NOTE, let_connections_end
@@ -46,6 +47,7 @@ def run_joined(options: argparse.Namespace, command: Sequence[str]) -> int:
                 say(f"guestnet: the guest {got.id} of {options.network} {where}")
                 for one in published:
                     say(f"guestnet: published {one}")
+            settled()
             namespace.go()
             return supervise.wait(namespace.pid)
         finally:

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
-from guestnet.cli import UsageError, arguments
+from guestnet.cli import UsageError, arguments, settled
 from guestnet.cli.runner import confined, supervise
 from guestnet.cli.terminal import complain, say, tell_log
 from guestnet.errors import GuestnetError
@@ -127,11 +127,8 @@ def network_of_one(
                 from guestnet.cli.runner.monitor import Monitor
 
                 monitoring.enter_context(Monitor(network, say))
-            if options.policy is not None:
-                from guestnet.cli.runner.policy_file import PolicyFile
-
-                report = complain if not options.quiet else _say_nothing
-                monitoring.enter_context(PolicyFile(network, options, report))
+            _follow_policy(network, options, monitoring)
+            settled()
             yield network
         finally:
             supervise.restore_terminal()
@@ -197,6 +194,15 @@ def start_policy_logs(network: NatNetwork, options: argparse.Namespace, stack: E
                 complain(f"Note: {options.learn} has {len(policy.rules)} rules that allow what was done.")
 
         stack.callback(write)
+
+
+def _follow_policy(network: NatNetwork, options: argparse.Namespace, stack: ExitStack) -> None:
+    """Reads the file of `--policy` again when it changes."""
+    if options.policy is not None:
+        from guestnet.cli.runner.policy_file import PolicyFile
+
+        report = complain if not options.quiet else _say_nothing
+        stack.enter_context(PolicyFile(network, options, report))
 
 
 def _say_nothing(_text: str) -> None:
