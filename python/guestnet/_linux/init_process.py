@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import select
 import signal
 from typing import NoReturn
 
 from guestnet._linux import libc, mounts
-from guestnet._linux.child_process import StartError
+from guestnet._linux.child_process import StartError, pack, unpack
 
 NAME = "guestnet-init"
 _EVENT_BYTES = 65536
@@ -48,11 +47,11 @@ def fork_init(lifeline: int, resolv_conf: str | None, *, root: bool) -> tuple[in
         os.close(reader)
         _main(lifeline, writer, resolv_conf, root)
     os.close(writer)
-    with open(reader, encoding="utf-8") as file:
-        text = file.read()
-    if not text:
+    with open(reader, "rb") as file:
+        data = file.read()
+    if not data:
         raise StartError("The guest's first process ended before it was ready: run the command again.")
-    return pid, json.loads(text)
+    return pid, unpack(data)
 
 
 def _main(lifeline: int, report: int, resolv_conf: str | None, root: bool) -> NoReturn:
@@ -65,7 +64,7 @@ def _main(lifeline: int, report: int, resolv_conf: str | None, root: bool) -> No
         os.chdir("/")
         notes, place, names = _set_up(resolv_conf, root)
         _close_all_but({lifeline, report, place})
-        os.write(report, json.dumps(notes).encode())
+        os.write(report, pack(*notes))
         os.close(report)
         _wait(lifeline, names)
     finally:

@@ -18,7 +18,7 @@ import struct
 from typing import NamedTuple
 
 from guestnet._linux import libc, links
-from guestnet._linux.child_process import StartError, fork_held
+from guestnet._linux.child_process import READY, StartError, fork_held
 
 _NS_GET_USERNS = 0xB701
 """linux/nsfs.h: the user namespace that owns a namespace."""
@@ -139,7 +139,7 @@ def make_tap(target: Target, namespace: int, interface: links.Interface) -> int:
                 f"Cannot configure {interface.name} in the namespace of {target} ({error.strerror}): choose "
                 "another --interface, or another --subnet for the network."
             ) from error
-        socket.send_fds(control, [b"{}"], [tap])
+        socket.send_fds(control, [READY], [tap])
 
     held = fork_held(prepare, lambda: 0)
     try:

@@ -14,7 +14,8 @@ import os
 import socket
 import struct
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
-from typing import NamedTuple
+
+from guestnet.model.frozen_record import FrozenRecord
 
 TUN_DEVICE = "/dev/net/tun"
 
@@ -40,7 +41,7 @@ _RTF_GATEWAY = 0x2
 _ARPHRD_ETHER = 1
 
 
-class Interface(NamedTuple):
+class Interface(FrozenRecord, kw_only=False):
     """The guest's interface. With `address` None it has no address; a DHCP client may get one."""
 
     mac: bytes

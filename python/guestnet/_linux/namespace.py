@@ -20,20 +20,28 @@ from __future__ import annotations
 import array as _array  # noqa: F401 - for socket.send_fds: a child that became another user may not find it
 import contextlib
 import errno
-import json
 import os
 import socket
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
 
 from guestnet._linux import libc, links, mounts, terminal_filter
-from guestnet._linux.child_process import EXIT_NOT_EXECUTABLE, Command, Held, StartError, fork_held
+from guestnet._linux.child_process import (
+    EXIT_NOT_EXECUTABLE,
+    READY,
+    Command,
+    Held,
+    StartError,
+    fork_held,
+    pack,
+    unpack,
+)
 from guestnet._linux.init_process import fork_init
+from guestnet.model.frozen_record import FrozenRecord
 
 __all__ = ["Guest", "Namespace", "StartError", "launch", "write_id_maps"]
 
 
-class Guest(NamedTuple):
+class Guest(FrozenRecord, kw_only=False):
     """The properties of the namespace."""
 
     interface: links.Interface
@@ -59,6 +67,21 @@ _IDS_OF_A_GUEST = 0x1_0000
 _NOBODY = 65534
 
 
+class IdMaps(FrozenRecord):
+    """What the ids in a user namespace are."""
+
+    root: bool
+    """Root in the namespace is the host's root."""
+    own: bool
+    """It has ids of its own, which the process still has to take."""
+
+    @classmethod
+    def read(cls, words: Sequence[str]) -> IdMaps:
+        """Reads what the parent said."""
+        root, own = (word == "1" for word in words)
+        return cls(root=root, own=own)
+
+
 class Namespace:
     """A child process that waits in its namespaces for `go()`."""
 
@@ -78,10 +101,10 @@ class Namespace:
 
     def take_tap(self) -> int:
         """Waits for the set-up, and returns the descriptor of the TAP, which then belongs to the caller."""
-        message, (tap,) = self._held.receive(1)
-        self.notes = tuple(message["notes"])
-        self._init = int(message["init"])
-        self._held.hand_over(int(message["command"]))
+        (init, command, *notes), (tap,) = self._held.receive(1)
+        self.notes = tuple(notes)
+        self._init = int(init)
+        self._held.hand_over(int(command))
         return tap
 
     def go(self) -> None:
@@ -131,9 +154,9 @@ def launch(
     def prepare(control: socket.socket) -> None:
         os.close(lifeline)
         _enter()
-        control.send(b"{}")
+        control.send(READY)
         if answer := control.recv(_MESSAGE_BYTES):
-            _set_up(guest, json.loads(answer), watched, control)
+            _set_up(guest, IdMaps.read(unpack(answer)), watched, control)
             if before is not None:
                 before()
 
@@ -148,19 +171,16 @@ def launch(
     try:
         held.receive()
         mapped = write_id_maps(held.pid, host_ids=guest.host_ids)
-        namespace.has_own_ids = mapped["ids"]
-        held.answer(mapped)
+        namespace.has_own_ids = mapped.own
+        held.answer(int(mapped.root), int(mapped.own))
     except BaseException:
         namespace.close()
         raise
     return namespace
 
 
-def write_id_maps(pid: int, *, host_ids: bool = False) -> dict[str, bool]:
-    """Maps the user ids of the new user namespace of process `pid`.
-
-    Returns `root`, whether root in the namespace is the host's root, and `ids`, whether it has ids of its
-    own, which it still has to take.
+def write_id_maps(pid: int, *, host_ids: bool = False) -> IdMaps:
+    """Maps the user ids of the new user namespace of process `pid`. Returns what they are.
 
     An ordinary user becomes root there and nothing else, the only map that the kernel allows them. Guests of
     root get ids that own nothing on the host: a range, so that files can be given away and `su` works, or the
@@ -174,7 +194,7 @@ def write_id_maps(pid: int, *, host_ids: bool = False) -> dict[str, bool]:
             if all(maps):
                 for name, text in zip(_MAPS, maps, strict=True):
                     _write_proc(pid, name, text or "")
-                return {"root": host_ids and _is_hosts_root(), "ids": not host_ids}
+                return IdMaps(root=host_ids and _is_hosts_root(), own=not host_ids)
         except OSError:
             pass
     try:
@@ -183,7 +203,7 @@ def write_id_maps(pid: int, *, host_ids: bool = False) -> dict[str, bool]:
         _write_proc(pid, "gid_map", f"0 {os.getegid()} 1")
     except OSError as error:
         raise StartError(_why_no_map(error)) from error
-    return {"root": os.geteuid() == 0 and _is_hosts_root(), "ids": False}
+    return IdMaps(root=os.geteuid() == 0 and _is_hosts_root(), own=False)
 
 
 def _why_no_map(error: OSError) -> str:
@@ -255,23 +275,23 @@ def _enter() -> None:
         raise StartError(why_no_namespaces(error)) from error
 
 
-def _set_up(guest: Guest, mapped: dict[str, bool], lifeline: int, control: socket.socket) -> None:
+def _set_up(guest: Guest, mapped: IdMaps, lifeline: int, control: socket.socket) -> None:
     """Prepares the namespaces, and returns in the process that becomes the command.
 
     The process that calls this exits.
     """
     notes: list[str] = []
     device = _open_device()  # with the rights of who started guestnet: it may be closed to others
-    if mapped["ids"]:
+    if mapped.own:
         _become_root()
-    elif mapped["root"] and not guest.host_ids:
+    elif mapped.root and not guest.host_ids:
         notes.append(_OWN_ROOT)
     try:
         mounts.make_private()
     except OSError as error:
         raise StartError(why_no_namespaces(error)) from error
     with contextlib.suppress(OSError):  # where it is forbidden, programs see the host's devices in /sys
-        mounts.show_own_devices(read_only=mapped["root"])
+        mounts.show_own_devices(read_only=mapped.root)
     links.set_up("lo")
     tap = _make_tap(guest.interface.name, device)
     if guest.ends_first:
@@ -292,14 +312,13 @@ def _set_up(guest: Guest, mapped: dict[str, bool], lifeline: int, control: socke
         terminal_filter.install()
     except OSError as error:
         notes.append(_NO_FILTER.format(error.strerror))
-    init, more = fork_init(lifeline, guest.resolv_conf, root=mapped["root"])
+    init, more = fork_init(lifeline, guest.resolv_conf, root=mapped.root)
     command = os.fork()
     if command == 0:
         os.close(lifeline)
         os.close(tap)
         return
-    message = {"notes": notes + more, "init": init, "command": command}
-    socket.send_fds(control, [json.dumps(message).encode()], [tap])
+    socket.send_fds(control, [pack(init, command, *notes, *more)], [tap])
     os._exit(0)
 
 

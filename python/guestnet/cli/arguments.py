@@ -25,6 +25,14 @@ DEFAULT_SUBNET = "192.168.64.0/24"
 _T = TypeVar("_T")
 
 
+class _FixedWidth(argparse.RawDescriptionHelpFormatter):
+    """Knows its width. argparse makes one for each option, to check it, and would otherwise look for the
+    terminal's by `shutil`, which takes 2 ms to import."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=80)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that says what is wrong in one sentence and leaves the exit to `main`.
 
@@ -40,7 +48,7 @@ class Parser(argparse.ArgumentParser):
             usage=f"guestnet {command} {usage}",
             description=about,
             epilog=f"example:\n{example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_FixedWidth,
             allow_abbrev=False,
             exit_on_error=False,
         )
@@ -53,6 +61,10 @@ class Parser(argparse.ArgumentParser):
     def option_names(self) -> list[str]:
         """Every option of the command, long and short."""
         return list(self._names)
+
+    def format_help(self) -> str:
+        self.formatter_class = argparse.RawDescriptionHelpFormatter
+        return super().format_help()
 
     def print_help(self, file: Any = None) -> None:
         answer(self.format_help())

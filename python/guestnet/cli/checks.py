@@ -84,7 +84,7 @@ def check_kernel() -> Check:
 
 def check_namespaces() -> Check:
     """Whether this user can make user, network, mount and PID namespaces and map ids; tried in a child."""
-    from guestnet._linux.child_process import StartError, fork_held
+    from guestnet._linux.child_process import READY, StartError, fork_held
     from guestnet._linux.namespace import why_no_namespaces, write_id_maps
 
     def prepare(control: socket.socket) -> None:
@@ -92,7 +92,7 @@ def check_namespaces() -> Check:
             libc.unshare(libc.CLONE_NEWUSER | libc.CLONE_NEWNET | libc.CLONE_NEWNS | libc.CLONE_NEWPID)
         except OSError as error:
             raise StartError(why_no_namespaces(error)) from error
-        control.send(b"{}")
+        control.send(READY)
 
     name = "namespaces"
     child = fork_held(prepare, lambda: 0)

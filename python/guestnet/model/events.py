@@ -6,7 +6,6 @@ Each event names its network, has the time, and a sequence number that counts th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any, ClassVar, Literal
 
@@ -46,8 +45,7 @@ class NetworkEvent(FrozenRecord):
         Returns:
             The names of the fields, with values that JSON can carry.
         """
-        own = (field.name for field in fields(self) if field.name not in _COMMON)
-        values = {name: getattr(self, name) for name in own}
+        values = {name: getattr(self, name) for name in self._fields if name not in _COMMON}
         return {
             name: plain(value)
             for name, value in values.items()
@@ -63,7 +61,7 @@ class NetworkEvent(FrozenRecord):
         return {"kind": self.kind, **{name: getattr(self, name) for name in _COMMON}, **self.details()}
 
 
-_COMMON = tuple(field.name for field in fields(NetworkEvent))
+_COMMON = NetworkEvent._fields
 
 
 def plain(value: Any) -> Any:

@@ -12,11 +12,11 @@ The module is imported before `guestnet run` forks: it is small, and starts no t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TYPE_CHECKING
 
 from guestnet.errors import ConfigError, UnsupportedError
+from guestnet.model.frozen_record import FrozenRecord
 
 PORT_HIGHEST = 65535
 _EVERYWHERE = IPv4Address("0.0.0.0")
@@ -25,8 +25,7 @@ _NO_PORT = ""
 """Stands for port 0, which the kernel replaces by a free one."""
 
 
-@dataclass(frozen=True)
-class ForwardSpec:
+class ForwardSpec(FrozenRecord, kw_only=False):
     """A range of ports of the host, often of one port, that leads to ports of a guest.
 
     Args:

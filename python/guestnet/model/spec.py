@@ -1,6 +1,6 @@
 """The configuration of a network, checked when it is made.
 
-`NatConfig` is a frozen dataclass with its own checks. Importing a library for models would take 90 ms of the
+`NatConfig` is a frozen record with its own checks. Importing a library for models would take 90 ms of the
 400 ms that `guestnet run -- true` may take. Every wrong value is a ConfigError that names the value and says
 what to write instead.
 """
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
 from enum import StrEnum
 from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, NetmaskValueError, ip_address
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from guestnet.errors import ConfigError
 from guestnet.model.frozen import FrozenMapping
+from guestnet.model.frozen_record import FrozenRecord
 from guestnet.model.ipam import format_mac, parse_mac
 
 if TYPE_CHECKING:
@@ -103,8 +103,7 @@ class Filtering(StrEnum):
     """Ports that the guest has sent to from that port."""
 
 
-@dataclass(frozen=True)
-class StaticLease:
+class StaticLease(FrozenRecord, kw_only=False):
     """An address, and optionally a name, that a MAC always gets.
 
     Example:
@@ -295,8 +294,7 @@ def _guest_ports(value: object) -> tuple[int, int] | None:
     return None if value is None else check_port_range(value, "pcp_ports", "(40000, 40999)")
 
 
-@dataclass(frozen=True, init=False, eq=True)
-class NatConfig:
+class NatConfig(FrozenRecord):
     """The settings of a network. All are keywords, and text is accepted wherever its meaning is clear.
 
     Addresses:
@@ -520,7 +518,7 @@ class NatConfig:
             ConfigError: A value is wrong.
             TypeError: There is no such setting.
         """
-        kept = {f.name: getattr(self, f.name) for f in fields(self)}
+        kept = {name: getattr(self, name) for name in self._fields}
         if "subnet" in changes:
             for name in ("gateway", "dhcp_start", "dhcp_end", "gateway_mac"):
                 kept.pop(name)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any, Self
 
+from guestnet.model.frozen import FrozenMapping
+from guestnet.model.frozen_record import FrozenRecord
 
-@dataclass(frozen=True)
-class NetworkStats:
+
+class NetworkStats(FrozenRecord, kw_only=False):
     """The counters of a network, an endpoint or a worker since the network was started.
 
     Frames and bytes are counted at the guests' side. `drops` has a count for each reason, `io` the counters
@@ -43,8 +44,8 @@ class NetworkStats:
     """DNS queries refused because their guest had too many outstanding."""
     dns_unanswered: int = 0
     """DNS queries that no name server responded to."""
-    drops: Mapping[str, int] = field(default_factory=dict)
-    io: Mapping[str, Any] = field(default_factory=dict)
+    drops: Mapping[str, int] = FrozenMapping({})
+    io: Mapping[str, Any] = FrozenMapping({})
 
     @classmethod
     def from_native(cls, values: Mapping[str, Any]) -> NetworkStats:
@@ -71,7 +72,7 @@ class NetworkStats:
     def __sub__(self, earlier: NetworkStats) -> NetworkStats:
         """What was counted since `earlier`. A value that can fall (open sockets) is 0 when it fell."""
         return NetworkStats(
-            **{f.name: _less(getattr(self, f.name), getattr(earlier, f.name)) for f in fields(self)}
+            **{name: _less(getattr(self, name), getattr(earlier, name)) for name in self._fields}
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -80,19 +81,18 @@ class NetworkStats:
         Returns:
             The counters by name.
         """
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        return {name: _plain(getattr(self, name)) for name in self._fields}
 
 
 BATCH_BUCKETS = 8
 """Sizes that a histogram of batches tells apart: 0, 1, then twice as many each, 64 and more the last."""
 
 
-class _Subtractable:
+class _Subtractable(FrozenRecord):
     """Snapshots that can be subtracted. A value that can fall is 0 when it fell."""
 
     def __sub__(self, earlier: Self) -> Self:
-        names = [f.name for f in fields(self)]  # type: ignore[arg-type]
-        return type(self)(**{n: _less(getattr(self, n), getattr(earlier, n)) for n in names})
+        return type(self)(**{n: _less(getattr(self, n), getattr(earlier, n)) for n in self._fields})
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain dictionaries, for JSON.
@@ -100,11 +100,10 @@ class _Subtractable:
         Returns:
             The counters by name.
         """
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+        return {name: _plain(getattr(self, name)) for name in self._fields}
 
 
-@dataclass(frozen=True)
-class NatStats(_Subtractable):
+class NatStats(_Subtractable, kw_only=False):
     """What a NatEngine did since it was made.
 
     Example:
@@ -124,7 +123,7 @@ class NatStats(_Subtractable):
     too_big: int = 0
     icmp_errors: int = 0
     """ICMP errors made."""
-    drops: Mapping[str, int] = field(default_factory=dict)
+    drops: Mapping[str, int] = FrozenMapping({})
 
     @property
     def translated(self) -> int:
@@ -137,8 +136,7 @@ class NatStats(_Subtractable):
         return sum(self.drops.values())
 
 
-@dataclass(frozen=True)
-class ConnTrackStats(_Subtractable):
+class ConnTrackStats(_Subtractable, kw_only=False):
     """What a NatEngine holds at one moment, and how its table was used since it was made.
 
     Example:
@@ -162,8 +160,7 @@ class ConnTrackStats(_Subtractable):
     misses: int = 0
 
 
-@dataclass(frozen=True)
-class DatapathStats(_Subtractable):
+class DatapathStats(_Subtractable, kw_only=False):
     """What a datapath moved, in frames and bytes as its rings carry them.
 
     Example:
@@ -209,8 +206,7 @@ def _plain(value: Any) -> Any:
     return {key: _plain(v) for key, v in value.items()} if isinstance(value, Mapping) else value
 
 
-@dataclass(frozen=True)
-class LeaseRecord:
+class LeaseRecord(FrozenRecord, kw_only=False):
     """An address that a guest holds by DHCP.
 
     Example:
@@ -229,8 +225,7 @@ class LeaseRecord:
     """Seconds since the epoch, as of `time.time()`; infinite for a lease without end."""
 
 
-@dataclass(frozen=True)
-class MappingRecord:
+class MappingRecord(FrozenRecord, kw_only=False):
     """A port of the host that a guest opened for itself, by PCP or NAT-PMP.
 
     Example:
@@ -252,8 +247,7 @@ class MappingRecord:
     """Seconds since the epoch, as of `time.time()`."""
 
 
-@dataclass(frozen=True)
-class FlowRecord:
+class FlowRecord(FrozenRecord, kw_only=False):
     """One flow that the network carries now.
 
     Example:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Protocol
 
@@ -163,6 +162,8 @@ class Endpoint:
                 f"{wanted} names {wanted.guest!r}, and this is {self._record.id!r}: leave the name out, or "
                 "use NatNetwork.publish."
             )
+        from dataclasses import replace
+
         return replace(wanted, guest=self._record.id)
 
     def __repr__(self) -> str:

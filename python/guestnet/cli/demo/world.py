@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Interface
 
 from guestnet._linux import libc, links, mounts
-from guestnet._linux.child_process import Held, fork_held
+from guestnet._linux.child_process import READY, Held, fork_held
 from guestnet._linux.namespace import Guest, Namespace, launch
 from guestnet.cli.demo import actions, peer
 from guestnet.cli.runner.session import ENDPOINT
@@ -81,7 +81,7 @@ def _outside() -> tuple[peer.Peer, Held]:
 
     def prepare(control: socket.socket) -> None:
         libc.unshare(libc.CLONE_NEWNET)
-        control.send(b"{}")
+        control.send(READY)
         control.recv(1)  # the veth is here now
         links.set_up("lo")
         links.set_address("outside0", OUTSIDE)

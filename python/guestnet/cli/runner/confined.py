@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterable
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ def begin(
         keep.add(c.CAP_DAC_OVERRIDE)
     elif options.pcap not in (None, "-") and _are_others([options.pcap]):
         start.add(c.CAP_DAC_OVERRIDE)
+    if c.CAP_DAC_OVERRIDE not in keep and os.geteuid() == 0:
+        # What guests may need later is imported while root can read every file.
+        import_module("guestnet.services.dhcp")
     c.begin(start, keep)
 
 

@@ -9,10 +9,8 @@ does not run.
 from __future__ import annotations
 
 import logging
-import random
 import socket
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
 from functools import partial
 from ipaddress import IPv4Address, ip_address
 from typing import TYPE_CHECKING, Any
@@ -118,6 +116,10 @@ class Publishing:
     async def add_external(self, spec: ForwardSpec, asked_by: str | None = None) -> Forward:
         """Publishes ports of an external address of the uplink: all of the range, or none. Where the host's
         port is 0 a free one is chosen."""
+        # Imported only where such a port is published.
+        import random
+        from dataclasses import replace
+
         address = self._outside(spec)
         count = len(spec.host_ports)
         numbers = tuple(range(self._next, self._next + count))

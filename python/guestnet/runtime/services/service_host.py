@@ -8,7 +8,9 @@ asks the DNS service for names that may be the network's own.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from ipaddress import IPv4Address
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from guestnet.errors import ConfigError
@@ -39,6 +41,9 @@ _DHCP, _DNS_UDP, _DNS_TCP, _PCP = 1, 2, 3, 4
 _MAPPINGS = 1024
 _MAPPING = 16
 """PCP requests of an endpoint that wait or are being answered."""
+_IDLE_SECONDS = 0.1
+"""After the start. Then the DHCP server is made, if no guest has asked for an address yet: importing it takes
+4 ms, which a network that ends at once is spared, and the first guest that asks later."""
 
 
 def _mappings_most() -> int:
@@ -49,7 +54,7 @@ def _mappings_most() -> int:
     return _MAPPINGS if hard == resource.RLIM_INFINITY else max(1, min(_MAPPINGS, hard // 8))
 
 
-def _nobody_hears(_lease: object) -> None:
+def _nobody_hears(_: object) -> None:
     pass
 
 
@@ -70,7 +75,10 @@ class Services:
     def __init__(self, config: NatConfig, registry: Registry) -> None:
         self._config = config
         self._registry = registry
+        self._making = Lock()
         self._dhcp: DhcpServer | None = None
+        self.on_dhcp: Callable[[DhcpServer], object] = _nobody_hears
+        """Called with the DHCP server when it is made, by the thread that needs it first."""
         self._dns: DnsServer | None = None
         self._pcp: PcpServer | None = None
 
@@ -83,7 +91,7 @@ class Services:
             from guestnet.services.dhcp import DhcpConfig, DhcpServer, LeaseStore
 
             config = self._config
-            self._dhcp = DhcpServer(
+            made = DhcpServer(
                 DhcpConfig(
                     server=config.gateway,
                     subnet=config.subnet,
@@ -96,7 +104,16 @@ class Services:
                 ),
                 LeaseStore(self._registry),
             )
+            with self._making:
+                if self._dhcp is None:
+                    self._dhcp = made
+            self.on_dhcp(self._dhcp)
         return self._dhcp
+
+    @property
+    def made_dhcp(self) -> DhcpServer | None:
+        """The DHCP server, None as long as nobody has needed it."""
+        return self._dhcp if self._config.dhcp else None
 
     @property
     def dns(self) -> DnsServer:
@@ -162,16 +179,18 @@ class ServiceHost:
         self._expiry: asyncio.TimerHandle | None = None
         self.refused = 0
         """Requests of PCP that were not taken because too many were being answered."""
-        # Made here and not in the control thread, whose loop would stand still for what they import.
-        _ = self._config.dhcp and services.dhcp, self._config.dns and services.dns
+        self._idle: asyncio.TimerHandle | None = None
+        # Made here and not in the control thread, whose loop would stand still for what it imports.
+        _ = self._config.dns and services.dns
 
     async def open(self) -> None:
         """Adds the services that the configuration asks for."""
         control, plane, gateway = self._control, self._control.plane, self._config.gateway
         if self._config.dhcp:
-            dhcp = self._services.dhcp
-            dhcp.on_lease = self._leased
-            dhcp.on_release = self._released
+            self._services.on_dhcp = self._serve_dhcp
+            if (dhcp := self._services.made_dhcp) is not None:
+                self._serve_dhcp(dhcp)
+            self._idle = control.loop.call_later(_IDLE_SECONDS, lambda: self._services.dhcp)
             await control.do(plane.add_service, _DHCP, "udp", gateway, DHCP_PORT)
         self.mode_changed(self._config.mode)
         if self._config.dns:
@@ -199,8 +218,11 @@ class ServiceHost:
 
     async def close(self) -> None:
         """Ends what is served. The servers outlive it with their names and leases."""
-        if self._config.dhcp:
-            self._services.dhcp.on_lease = self._services.dhcp.on_release = _nobody_hears
+        self._services.on_dhcp = _nobody_hears
+        if (dhcp := self._services.made_dhcp) is not None:
+            dhcp.on_lease = dhcp.on_release = _nobody_hears
+        if self._idle is not None:
+            self._idle.cancel()
         if self._dns is not None:
             self._dns.close()
         if self._expiry is not None:
@@ -232,8 +254,8 @@ class ServiceHost:
 
     def forget(self, endpoint_id: str) -> None:
         """An endpoint goes: what its guest held ends before its address is free."""
-        if self._config.dhcp:
-            self._services.dhcp.remove_endpoint(endpoint_id)
+        if (dhcp := self._services.made_dhcp) is not None:
+            dhcp.remove_endpoint(endpoint_id)
         if self._pcp is not None:
             self._pcp.remove_endpoint(endpoint_id)
 
@@ -249,10 +271,14 @@ class ServiceHost:
 
     def expire(self) -> None:
         """Ends leases and mappings that are over; the servers do it too, when they are asked something."""
-        if self._config.dhcp:
-            self._services.dhcp.expire(time.monotonic())
+        if (dhcp := self._services.made_dhcp) is not None:
+            dhcp.expire(time.monotonic())
         if self._pcp is not None:
             self._pcp.expire()
+
+    def _serve_dhcp(self, dhcp: DhcpServer) -> None:
+        dhcp.on_lease = self._leased
+        dhcp.on_release = self._released
 
     def _answer_dhcp(self, event: _native.Datagram, endpoint: Endpoint) -> None:
         reply = self._services.dhcp.handle(

@@ -13,6 +13,7 @@ from ipaddress import IPv4Address
 from threading import RLock
 from typing import Protocol
 
+from guestnet.model.frozen_record import FrozenRecord
 from guestnet.services.dhcp.message import DhcpRefusal, Refused
 
 PER_ENDPOINT = 16
@@ -40,8 +41,7 @@ class AddressBook(Protocol):
         """The client found that another host uses the address."""
 
 
-@dataclass(frozen=True)
-class Lease:
+class Lease(FrozenRecord, kw_only=False):
     """An address held by a client. `expires` is in seconds of the server's clock."""
 
     endpoint_id: str

@@ -11,9 +11,10 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 
+from guestnet.model.frozen_record import FrozenRecord
 from guestnet.model.ipam import format_mac, parse_mac
 from guestnet.model.stats import LeaseRecord
 from guestnet.services.dhcp import options as make
@@ -49,8 +50,7 @@ _USUAL = (1, 3, 6, 12, 15, 26, 28, 119)
 """The options for a client that lists none."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DhcpConfig:
+class DhcpConfig(FrozenRecord):
     """The settings of the server. `lease_time` is in seconds, up to 0xFFFFFFFE; `mtu` is in bytes."""
 
     server: IPv4Address
@@ -65,8 +65,7 @@ class DhcpConfig:
     """Routes besides the default route."""
 
 
-@dataclass(frozen=True)
-class DhcpReply:
+class DhcpReply(FrozenRecord, kw_only=False):
     """An answer and its destination. It is sent from the server's address, port 67."""
 
     payload: bytes
@@ -76,8 +75,7 @@ class DhcpReply:
     broadcast: bool
 
 
-@dataclass(frozen=True)
-class _Client:
+class _Client(FrozenRecord, kw_only=False):
     """The client that sent a message, and the time."""
 
     endpoint_id: str

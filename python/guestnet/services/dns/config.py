@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
 from typing import Protocol
+
+from guestnet.model.frozen import FrozenMapping
+from guestnet.model.frozen_record import FrozenRecord
 
 
 class Directory(Protocol):
@@ -31,8 +33,7 @@ class NoDirectory:
         return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class DnsConfig:
+class DnsConfig(FrozenRecord):
     """A DNS server.
 
     - `zone`: where endpoints have their names, and the gateway its own: `gateway.` and the zone.
@@ -44,10 +45,10 @@ class DnsConfig:
     """
 
     zone: str = "guestnet.internal"
-    records: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    records: Mapping[str, tuple[str, ...]] = FrozenMapping({})
     gateway: IPv4Address
     subnet: IPv4Network | None = None
     host: IPv4Address | None = None
     resolvers: tuple[str, ...] | None = None
-    directory: Directory = field(default_factory=NoDirectory)
+    directory: Directory = NoDirectory()
     resolv_conf: str = "/etc/resolv.conf"

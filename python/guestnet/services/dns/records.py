@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address, IPv6Address, ip_address
 
 from guestnet.errors import ConfigError
+from guestnet.model.frozen_record import FrozenRecord
 from guestnet.services.dns.labels import Malformed, Type, to_labels
 
 _TYPED = re.compile(r"([A-Za-z][A-Za-z0-9-]*):(.*)", re.DOTALL)
@@ -21,8 +21,7 @@ _REFUSED = {"SOA", "OPT", "ANY", "AXFR", "IXFR", "TSIG", "TKEY", "RRSIG", "NSEC"
 _NUMBER = 0xFFFF
 
 
-@dataclass(frozen=True)
-class OwnRecord:
+class OwnRecord(FrozenRecord, kw_only=False):
     """A record: `name` as labels in lower case, `rdata` as bytes. `address` of A and AAAA."""
 
     name: bytes

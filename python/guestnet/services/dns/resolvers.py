@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from dataclasses import dataclass
 from ipaddress import ip_address
 
 from guestnet.errors import ConfigError
+from guestnet.model.frozen_record import FrozenRecord
 
 _log = logging.getLogger("guestnet")
 
@@ -20,8 +20,7 @@ _TIMEOUT, _TIMEOUT_LONGEST = 2.0, 10.0
 _ATTEMPTS, _ATTEMPTS_MOST = 2, 5
 
 
-@dataclass(frozen=True)
-class Resolver:
+class Resolver(FrozenRecord, kw_only=False):
     """A name server."""
 
     host: str
@@ -48,8 +47,7 @@ _UNSPECIFIED = {"0.0.0.0": _LOCAL, "::": Resolver("::1")}
 """What a socket that is connected to these reaches."""
 
 
-@dataclass(frozen=True)
-class Resolvers:
+class Resolvers(FrozenRecord, kw_only=False):
     """Name servers and how to ask them. `timeout` in seconds for each try, `attempts`: tries of each."""
 
     servers: tuple[Resolver, ...] = ()

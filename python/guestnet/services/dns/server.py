@@ -7,8 +7,8 @@ be the network's own; the answer is records, which it makes a message of.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from guestnet.model.frozen_record import FrozenRecord
 from guestnet.services.dns.config import DnsConfig
 from guestnet.services.dns.labels import Rcode, Type
 from guestnet.services.dns.records import OwnRecord
@@ -22,8 +22,7 @@ Record = tuple[bytes, int, int, bytes]
 """Name as labels, type, TTL in seconds, data."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(FrozenRecord, kw_only=False):
     """What is said of an own name.
 
     Attributes:

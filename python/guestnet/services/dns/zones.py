@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address
 from threading import Lock
 
 from guestnet.errors import ConfigError
+from guestnet.model.frozen_record import FrozenRecord
 from guestnet.services.dns.config import DnsConfig
 from guestnet.services.dns.labels import Malformed, Rcode, Type, labels_of, parents, to_labels
 from guestnet.services.dns.records import OwnRecord, parse_record, record_name
@@ -42,8 +42,7 @@ _RFC8482 = b"\x07RFC8482\x00"
 _Names = dict[bytes, tuple[OwnRecord, ...]]
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(FrozenRecord, kw_only=False):
     """What is known of a name: records of the type, or why there are none. `apex`: the zone that it is in."""
 
     apex: bytes
@@ -58,15 +57,14 @@ class Found:
         return server + b"\x0ahostmaster" + self.apex + times
 
 
-@dataclass(frozen=True)
-class _Content:
+class _Content(FrozenRecord, kw_only=False):
     """The records at one time; changed by replacing it, so that it can be read from any thread."""
 
     names: _Names
     serial: int
-    between: frozenset[bytes] = field(default_factory=frozenset)
+    between: frozenset[bytes]
     """Names that exist only because of others below them (RFC 8020)."""
-    reverse: dict[bytes, tuple[OwnRecord, ...]] = field(default_factory=dict)
+    reverse: dict[bytes, tuple[OwnRecord, ...]]
     wildcards: bool = False
 
 

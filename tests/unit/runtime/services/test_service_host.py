@@ -17,13 +17,14 @@ import pytest
 from guestnet import ConfigError, NatConfig, NatNetwork
 from guestnet.model.events import LeaseReleased, LeaseTaken
 from guestnet.model.ipam import parse_mac
+from guestnet.runtime.services import service_host
 from guestnet.services.dns.labels import to_labels
 from guestnet.services.dns.resolvers import Resolvers
 from guestnet.services.dns.server import Answer
 from guestnet.testing import messages
 from guestnet.testing.guest import Guest, GuestError
 
-from ..conftest import PATIENCE, AddGuest, Events, add_memory_guest, fetch
+from ..conftest import PATIENCE, AddGuest, Events, add_memory_guest, fetch, until
 
 
 @dataclass
@@ -146,6 +147,45 @@ def test_leases_end_with_their_endpoint(served: Served, network: NatNetwork) -> 
     network.maintenance()
     network.remove_endpoint("vm1")
     assert served.dhcp.gone == ["expired", "vm1"]
+
+
+def lease_one(network: NatNetwork) -> None:
+    events = Events(network)
+    network.create_endpoint("vm1", mac="02:00:00:00:00:77")
+    guest = Guest(parse_mac("02:00:00:00:00:77"), lambda frame: attachment.send(frame))  # noqa: PLW0108
+    attachment = network.attach("vm1", "memory", on_frame=guest.receive)
+    assert guest.lease().interface == IPv4Interface("192.168.64.2/24")
+    assert events.next(LeaseTaken).endpoint == "vm1"
+
+
+def test_the_first_guest_that_asks_has_the_dhcp_server_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_host, "_IDLE_SECONDS", 3600.0)
+    with NatNetwork() as network:
+        network.maintenance()
+        assert network.services.made_dhcp is None
+        lease_one(network)
+        assert network.services.made_dhcp is network.services.dhcp
+
+
+def test_a_dhcp_server_that_the_program_asks_for_is_served_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(service_host, "_IDLE_SECONDS", 3600.0)
+    with NatNetwork() as network:
+        assert network.services.dhcp.leases() == []
+        lease_one(network)
+        assert [one.endpoint_id for one in network.services.dhcp.leases()] == ["vm1"]
+
+
+def test_a_network_that_stays_makes_its_dhcp_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_host, "_IDLE_SECONDS", 0.0)
+    with NatNetwork() as network:
+        until(lambda: network.services.made_dhcp, "the DHCP server")
+        lease_one(network)
+        server = network.services.dhcp
+    network.start()
+    assert network.services.made_dhcp is server
+    network.stop()
 
 
 def test_dns_over_udp(served: Served, add_guest: AddGuest) -> None:
