@@ -15,10 +15,10 @@ import fcntl
 import os
 import socket
 import struct
-from typing import NamedTuple
 
 from guestnet._linux import libc, links
 from guestnet._linux.child_process import READY, StartError, fork_held
+from guestnet.model.frozen_record import FrozenRecord
 
 _NS_GET_USERNS = 0xB701
 """linux/nsfs.h: the user namespace that owns a namespace."""
@@ -27,7 +27,7 @@ _EVENT = struct.Struct("=iIII")
 _EVENT_BYTES = 65536
 
 
-class Target(NamedTuple):
+class Target(FrozenRecord, kw_only=False):
     """A network namespace, by a process in it or by the path of its file. Exactly one of them is given."""
 
     pid: int | None = None

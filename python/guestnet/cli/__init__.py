@@ -68,13 +68,10 @@ class UsageError(Exception):
 
 
 def version() -> str:
-    """The version of the installed package."""
-    from importlib import metadata
+    """The version, as it was built: asking for that of the installed package takes 16 ms."""
+    from guestnet import __version__
 
-    try:
-        return metadata.version("guestnet")
-    except metadata.PackageNotFoundError:
-        return "unknown (not installed)"
+    return str(__version__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

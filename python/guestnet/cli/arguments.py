@@ -42,6 +42,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, command: str, usage: str, about: str, example: str) -> None:
         self._names: list[str] = []
+        self.network_settings: frozenset[str] = frozenset()
+        """What the options that describe a network set."""
         self._command = command
         super().__init__(
             prog=f"guestnet {command}",
@@ -256,6 +258,7 @@ def host_address(text: str) -> IPv4Address | IPv6Address:
 
 def add_network_options(parser: Parser) -> None:
     """The options that describe a network."""
+    others = {action.dest for action in parser._actions}
     add = parser.add_argument
     add(
         "-p",
@@ -397,6 +400,7 @@ def add_network_options(parser: Parser) -> None:
         action="store_true",
         help="print refusals, drops, name servers that fail, and guests",
     )
+    parser.network_settings = frozenset(action.dest for action in parser._actions) - others
 
 
 def add_guest_options(parser: Parser) -> None:
@@ -419,9 +423,7 @@ OF_A_GUEST = frozenset(("publish", "publish_address", "quiet", "verbose"))
 
 def refuse_network_settings(parser: Parser, options: argparse.Namespace, besides: Iterable[str] = ()) -> None:
     """Raises UsageError if an option is given that a network that runs has decided already."""
-    described = Parser("", "", "", "")
-    add_network_options(described)
-    decided = {action.dest for action in described._actions} - OF_A_GUEST - {"help"} | set(besides)
+    decided = parser.network_settings - OF_A_GUEST | set(besides)
     for action in parser._actions:
         if action.dest in decided and getattr(options, action.dest) != action.default:
             raise UsageError(

@@ -56,19 +56,6 @@ def test_output_that_cannot_be_written_is_a_failure() -> None:
     assert done.returncode == 125
 
 
-def test_ssl_can_be_imported_after_asyncio_was_imported_without_it() -> None:
-    program = (
-        "import sys\n"
-        "from guestnet.cli.runner import session\n"
-        "session._import_asyncio_without_tls()\n"
-        "assert 'asyncio' in sys.modules and 'ssl' not in sys.modules\n"
-        "import asyncio, ssl\n"
-        "assert ssl.create_default_context() is not None\n"
-        "asyncio.run(asyncio.sleep(0))\n"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
-
-
 def test_the_garbage_collector_waits_until_the_command_has_started() -> None:
     usual = "gc.get_threshold() == guestnet.cli._USUAL_THRESHOLDS"
     work = (

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from guestnet.cli import EXIT_OK, UsageError, arguments, settled
 from guestnet.cli.runner import confined, ready, supervise
 from guestnet.cli.runner.event_log import Teller
+from guestnet.cli.runner.late_modules import import_asyncio
 from guestnet.cli.runner.session import (
     note_overlap,
     note_replaced,
@@ -148,6 +149,7 @@ def main(argv: Sequence[str]) -> int:
     note_overlap(options)
     note_replaced(options)
 
+    import_asyncio()
     from guestnet.model.spec_diff import ForwardAdded
     from guestnet.runtime.network import NatNetwork
 

@@ -8,15 +8,16 @@ import socket
 from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv4Interface
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from guestnet.errors import GuestnetError, NotRunning
+from guestnet.model.frozen_record import FrozenRecord
 from guestnet.runtime.joining import network_socket as wire
 
 _ANSWER_SECONDS = 30.0
 
 
-class Reservation(NamedTuple):
+class Reservation(FrozenRecord):
     """What the network gave the guest. In the mode `bridged` the segment gives addresses: `address`,
     `gateway` and `nameserver` are None then."""
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from types import ModuleType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from guestnet.cli import UsageError, arguments, settled
 from guestnet.cli.runner import confined, supervise
+from guestnet.cli.runner.late_modules import import_asyncio
 from guestnet.cli.terminal import complain, say, tell_log
 from guestnet.errors import GuestnetError
 
@@ -92,7 +90,7 @@ def network_of_one(
     From here on the process is confined, but for the capabilities `kept`: the command was forked before.
     On leaving, what the command left running is ended first, so that it does not see its network fail.
     """
-    _import_asyncio_without_tls()
+    import_asyncio()
     from guestnet.runtime.network import NatNetwork
 
     tell_log(quiet=options.quiet, verbose=options.verbose)
@@ -145,18 +143,6 @@ def network_of_one(
                     network.stop()
         if options.stats and started:
             say_stats(network)
-
-
-def _import_asyncio_without_tls() -> None:
-    """Imports asyncio as an interpreter without the module `ssl` does, which takes 6 ms less. The network of
-    one command speaks no TLS; a later `import ssl` works as usual."""
-    if "ssl" in sys.modules or "asyncio" in sys.modules:
-        return
-    sys.modules["ssl"] = cast(ModuleType, None)
-    try:
-        importlib.import_module("asyncio")
-    finally:
-        del sys.modules["ssl"]
 
 
 def note_replaced(options: argparse.Namespace) -> None:
