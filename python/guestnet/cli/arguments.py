@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from guestnet.cli import UsageError
 from guestnet.cli.policy_options import add_policy_options, checked_policy_of
 from guestnet.cli.terminal import answer
+from guestnet.model.defaults import DEFAULT_SUBNET, DEFAULT_ZONE
 
 if TYPE_CHECKING:
     from guestnet.model.forward_spec import ForwardSpec
-
-ZONE = "guestnet.internal"
-DEFAULT_SUBNET = "192.168.64.0/24"
 
 _T = TypeVar("_T")
 
@@ -535,7 +533,7 @@ def _share_address(one: ForwardSpec, other: ForwardSpec) -> bool:
 
 def search_list(options: argparse.Namespace) -> tuple[str, ...]:
     """The domains that guests try for short names."""
-    return tuple(dict.fromkeys((*options.search, ZONE)))
+    return tuple(dict.fromkeys((*options.search, DEFAULT_ZONE)))
 
 
 def network_settings(options: argparse.Namespace) -> dict[str, Any]:

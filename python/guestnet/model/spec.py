@@ -14,6 +14,7 @@ from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, 
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from guestnet.errors import ConfigError
+from guestnet.model.defaults import DEFAULT_SUBNET, DEFAULT_ZONE
 from guestnet.model.frozen import FrozenMapping
 from guestnet.model.frozen_record import FrozenRecord
 from guestnet.model.ipam import format_mac, parse_mac
@@ -38,7 +39,6 @@ TIMEOUTS = ("udp", "udp_dns", "icmp", "tcp_established", "tcp_transitory", "reas
 """What the data plane knows by these names; its defaults are in `guestnet-core/src/interface/config.rs`."""
 _OWN = ("`gateway`", "`dhcp_start`", "`dhcp_end`")
 _LINK_LOCAL = IPv4Network("169.254.0.0/16")
-DEFAULT_SUBNET = "192.168.64.0/24"
 
 
 class NetMode(StrEnum):
@@ -188,7 +188,7 @@ def ipv4_subnet(what: str, value: object) -> IPv4Network:
 def domain(what: str, value: object, *, one_label: bool = False) -> str:
     """A domain name in lower case, without its final dot."""
     kind = "name of one label" if one_label else "domain name"
-    example = "web" if one_label else "guestnet.internal"
+    example = "web" if one_label else DEFAULT_ZONE
     if isinstance(value, str):
         name = value.rstrip(".").lower()
         labels = name.split(".")
@@ -406,7 +406,7 @@ class NatConfig(FrozenRecord):
         dns: bool = True,
         lease_time: int = 3600,
         dns_records: Mapping[str, str | Iterable[str]] | None = None,
-        zone: str = "guestnet.internal",
+        zone: str = DEFAULT_ZONE,
         search: Iterable[str] | None = None,
         resolvers: Iterable[str] | None = None,
         static_leases: Iterable[StaticLease | Mapping[str, Any]] = (),

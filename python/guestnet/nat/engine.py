@@ -23,6 +23,7 @@ from typing import Any, ClassVar, overload
 
 from guestnet import _native
 from guestnet.errors import ConfigError
+from guestnet.model.defaults import DEFAULT_SUBNET
 from guestnet.model.spec import Filtering, check_port_range, choice, whole_number
 from guestnet.model.stats import ConnTrackStats, NatStats
 
@@ -214,11 +215,11 @@ def _address(value: IPv4Address | str, what: str) -> IPv4Address:
 
 def _network(value: IPv4Network | str, what: str) -> IPv4Network:
     if not isinstance(value, IPv4Network | str):
-        raise TypeError(f"{what} {value!r} is neither text nor an IPv4Network: write '192.168.64.0/24'.")
+        raise TypeError(f"{what} {value!r} is neither text nor an IPv4Network: write '{DEFAULT_SUBNET}'.")
     try:
         return IPv4Network(value)
     except (AddressValueError, NetmaskValueError, ValueError):
-        message = f"{what} {value!r} is not an IPv4 network: write one such as 192.168.64.0/24."
+        message = f"{what} {value!r} is not an IPv4 network: write one such as {DEFAULT_SUBNET}."
         raise ConfigError(message) from None
 
 
@@ -238,7 +239,7 @@ class NatEngineConfig:
 
     external: IPv4Address | str | Sequence[IPv4Address | str]
     """External addresses; a guest keeps one of them."""
-    internal: IPv4Network | str = "192.168.64.0/24"
+    internal: IPv4Network | str = DEFAULT_SUBNET
     """The inside network."""
     gateway: IPv4Address | str | None = None
     """The source address of ICMP errors to guests; by default the first address inside."""

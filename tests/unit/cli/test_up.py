@@ -64,6 +64,34 @@ def test_a_signal_to_stop_leaves_no_socket(start: Start, tmp_path: Path, number:
     assert os.listdir(tmp_path) == ["said"]
 
 
+_NAMED = """
+import sys
+from guestnet.cli import main
+from guestnet.runtime.joining import network_socket
+network_socket.directory = lambda: sys.argv[1]
+sys.exit(main(["up", "--name", *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_a_named_network_leaves_no_empty_directory(tmp_path: Path, starts: bool) -> None:
+    folder = tmp_path / "guestnet"
+    reader, writer = os.pipe()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = 0 if starts else taken.getsockname()[1]
+        words = [sys.executable, "-c", _NAMED, str(folder), "lab", "--ready-fd", str(writer)]
+        with subprocess.Popen(
+            [*words, "-p", f"127.0.0.1:{port}:vm1:80"], pass_fds=[writer], stderr=subprocess.DEVNULL
+        ) as process:
+            os.close(writer)
+            assert bool(os.read(reader, 64)) == starts
+            os.close(reader)
+            assert not starts or os.listdir(folder) == ["lab.sock"]
+            process.terminate()
+            assert process.wait(20) == (0 if starts else 125)
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize(
     ("number", "word"),
     [

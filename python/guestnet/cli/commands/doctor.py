@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from guestnet.cli import EXIT_OK, EXIT_PROBLEM, arguments, checks, version
 from guestnet.cli.terminal import answer
+from guestnet.model.defaults import DEFAULT_SUBNET
 
 _ABOUT = """\
 Tests what guestnet needs from this system and says how to get what is missing. Exits with 1 when
@@ -24,7 +25,7 @@ def parser() -> arguments.Parser:
     made.add_argument(
         "--subnet",
         type=arguments.checked(arguments.subnet),
-        default=arguments.DEFAULT_SUBNET,
+        default=DEFAULT_SUBNET,
         help="the subnet to check for conflicts",
     )
     return made

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from guestnet.cli import EXIT_OK, UsageError, arguments
 from guestnet.errors import ConfigError, GuestnetError
+from guestnet.model.defaults import DEFAULT_SUBNET
 from guestnet.model.spec import Filtering
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def _network(text: str) -> IPv4Network:
     try:
         inside = IPv4Network(text, strict=False)
     except ValueError:
-        raise UsageError(f"--internal {text!r} is not an IPv4 network: write 192.168.64.0/24.") from None
+        raise UsageError(f"--internal {text!r} is not an IPv4 network: write {DEFAULT_SUBNET}.") from None
     raise UsageError(f"--internal {text!r} is an address within a network: write {inside}.")
 
 
@@ -92,9 +93,9 @@ def parser() -> arguments.Parser:
     add(
         "--internal",
         type=checked(_network),
-        default=IPv4Network(arguments.DEFAULT_SUBNET),
+        default=IPv4Network(DEFAULT_SUBNET),
         metavar="CIDR",
-        help=f"the inside (default {arguments.DEFAULT_SUBNET})",
+        help=f"the inside (default {DEFAULT_SUBNET})",
     )
     add("--reverse", action="store_true", help="IN was captured outside: translate inbound")
     add(

@@ -155,6 +155,8 @@ def main(argv: Sequence[str]) -> int:
 
     network = NatNetwork(options.config)
     with ExitStack() as stack:
+        if socket_path is not None:
+            stack.callback(_remove_socket_directory)
         stack.callback(teller.close)
         network.on_event(teller.event)
         if listeners:
@@ -171,11 +173,7 @@ def main(argv: Sequence[str]) -> int:
         for forward in network.forwards:
             teller.tell("published", f"published {forward}", forward=str(forward))
         for kind, path in listeners:
-            if remove_stale(path):
-                teller.tell("stale_socket_removed", f"replaced {path}, which a dead process left", path=path)
-            network.listen(kind, path)
-            stack.callback(_unlink, path)
-            teller.tell("listening", f"guests can attach to {path} ({kind})", kind=kind, path=path)
+            _listen(network, kind, path, teller, stack)
         if socket_path is not None:
             _let_guests_join(network, options.name, socket_path, teller, stack)
         if options.pid_file is not None:
@@ -317,6 +315,20 @@ def _socket_path(name: str | None) -> str | None:
 
     network_socket.make_directory()
     return network_socket.path_of(name)
+
+
+def _listen(network: NatNetwork, kind: str, path: str, teller: Teller, stack: ExitStack) -> None:
+    if remove_stale(path):
+        teller.tell("stale_socket_removed", f"replaced {path}, which a dead process left", path=path)
+    network.listen(kind, path)
+    stack.callback(_unlink, path)
+    teller.tell("listening", f"guests can attach to {path} ({kind})", kind=kind, path=path)
+
+
+def _remove_socket_directory() -> None:
+    from guestnet.runtime.joining import network_socket
+
+    network_socket.remove_directory()
 
 
 def _let_guests_join(network: NatNetwork, name: str, path: str, teller: Teller, stack: ExitStack) -> None:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from guestnet.cli import arguments
 from guestnet.cli.demo import world
 from guestnet.cli.runner.session import ENDPOINT
+from guestnet.model.defaults import DEFAULT_SUBNET, DEFAULT_ZONE
 
 if TYPE_CHECKING:
     from guestnet.runtime.network import NatNetwork
 
 HTTP_PORT, TRANSFER_PORT = 80, 5201
-SUBNET = arguments.DEFAULT_SUBNET
+SUBNET = DEFAULT_SUBNET
 MTU = 1500
 GREETING = "Hello from outside"
 
@@ -76,7 +77,7 @@ class NamespaceGuest:
         mac = arguments.random_mac()
         self.mac = arguments.format_mac(mac)
         interface = Interface(mac=mac, address=None, gateway=None, mtu=MTU)
-        self._world = world.build(interface, str(config.gateway), ("guestnet.internal",))
+        self._world = world.build(interface, str(config.gateway), (DEFAULT_ZONE,))
         self._address = ""
         outside = self._world.outside
         outside.ask("serve_dns", name="web.example", address=str(world.OUTSIDE.ip))

@@ -323,7 +323,14 @@ def _listen(path: str) -> socket.socket:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         os.fchmod(sock.fileno(), 0o600)  # Linux gives the file the mode of the socket
-        sock.bind(path)
+        try:
+            sock.bind(path)
+        except FileNotFoundError:
+            # The last network in the directory has ended meanwhile, and has removed it.
+            if os.path.dirname(path) != wire.directory():
+                raise
+            wire.make_directory()
+            sock.bind(path)
         sock.listen(_BACKLOG)
     except OSError as error:
         sock.close()

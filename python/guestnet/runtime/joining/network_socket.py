@@ -8,6 +8,7 @@ it. The commands that join import this module, so it imports little.
 from __future__ import annotations
 
 import array as _array  # noqa: F401 - for socket.send_fds in a process that may become another user
+import contextlib
 import json
 import os
 import re
@@ -69,6 +70,12 @@ def make_directory() -> str:
             "to a directory of your own."
         )
     return path
+
+
+def remove_directory() -> None:
+    """Removes the directory of the sockets if it is empty."""
+    with contextlib.suppress(OSError):  # others are in use, or it is somebody else's
+        os.rmdir(directory())
 
 
 def path_of(network: str) -> str:

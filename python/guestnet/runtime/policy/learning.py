@@ -12,6 +12,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable
 
+from guestnet.model.defaults import DEFAULT_ZONE
 from guestnet.model.events import FlowOpened, NetworkEvent
 from guestnet.policy.policy import Policy
 from guestnet.policy.rule import Rule
@@ -38,7 +39,7 @@ class Learner:
         -  deny everything else
     """
 
-    def __init__(self, zone: str = "guestnet.internal") -> None:
+    def __init__(self, zone: str = DEFAULT_ZONE) -> None:
         self._zone = f".{zone}"
         self._lock = threading.Lock()
         self._seen: dict[tuple[bool, str], set[tuple[str, int]]] = {}

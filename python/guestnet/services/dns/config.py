@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from ipaddress import IPv4Address, IPv4Network
 from typing import Protocol
 
+from guestnet.model.defaults import DEFAULT_ZONE
 from guestnet.model.frozen import FrozenMapping
 from guestnet.model.frozen_record import FrozenRecord
 
@@ -44,7 +45,7 @@ class DnsConfig(FrozenRecord):
       `[2001:db8::53]:5353`; None: those of `resolv_conf`, which is read again when it changes; (): none.
     """
 
-    zone: str = "guestnet.internal"
+    zone: str = DEFAULT_ZONE
     records: Mapping[str, tuple[str, ...]] = FrozenMapping({})
     gateway: IPv4Address
     subnet: IPv4Network | None = None

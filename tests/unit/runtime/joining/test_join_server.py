@@ -71,6 +71,45 @@ def ask(sock: socket.socket, message: bytes, fds: list[int] | None = None) -> di
 RESERVE = json.dumps({"op": "reserve", "protocol": network_socket.PROTOCOL}).encode()
 
 
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of this user's networks, which is not there yet."""
+    path = tmp_path / "guestnet"
+    monkeypatch.setattr(network_socket, "directory", lambda: str(path))
+    return path
+
+
+def test_the_directory_is_removed_when_it_is_empty(directory: Path) -> None:
+    network_socket.remove_directory()
+    network_socket.make_directory()
+    (directory / "other.sock").touch()
+    network_socket.remove_directory()
+    assert [one.name for one in directory.iterdir()] == ["other.sock"]
+    (directory / "other.sock").unlink()
+    network_socket.remove_directory()
+    assert not directory.exists()
+
+
+def test_a_directory_that_an_ending_network_removed_is_made_again(
+    network: NatNetwork, directory: Path
+) -> None:
+    network_socket.make_directory()
+    path = network_socket.path_of("lab")
+    network_socket.remove_directory()
+    server = JoinServer(network, path)
+    try:
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+        with connect(path) as sock:
+            assert ask(sock, RESERVE)["id"] == "vm1"
+    finally:
+        server.close()
+
+
+def test_only_the_directory_of_networks_is_made_again(network: NatNetwork, tmp_path: Path) -> None:
+    with pytest.raises(GuestnetError, match="No such file"):
+        JoinServer(network, str(tmp_path / "missing" / "lab.sock"))
+
+
 def test_the_socket_is_for_its_user_alone(server: JoinServer, path: str) -> None:
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
 
