@@ -2,8 +2,8 @@
 
 A subcommand's module is imported when it is the one that was asked for, so that `guestnet run` does not pay
 for what `demo` needs. argparse and not typer: reading the same options takes 10 ms with the one and 120 ms
-with the other (measured with -X importtime and time(1), interpreter included); `guestnet run -- true` takes 55
-ms in all.
+with the other (measured with -X importtime and time(1), interpreter included); `guestnet run -- true` takes
+55 ms in all.
 
 Exit statuses: the command's own for `run` and `vm` (128 + signal when one ended it), 2 for wrong usage, 125
 when guestnet failed, 126 when the command cannot be executed, 127 when there is no such command; 1 from

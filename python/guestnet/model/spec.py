@@ -1,8 +1,8 @@
 """The configuration of a network, checked when it is made.
 
 `NatConfig` is a frozen record with its own checks. Importing a library for models would take 90 ms;
-`guestnet run -- true` takes 55 in all. Every wrong value is a ConfigError that names the value and says what to
-write instead.
+`guestnet run -- true` takes 55 in all. Every wrong value is a ConfigError that names the value and says what
+to write instead.
 """
 
 from __future__ import annotations
