@@ -9,8 +9,11 @@ only neighbour is an outside of their own.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -66,7 +69,10 @@ class Guests:
             self._lab.check([*enter, "ping", "-c", "1", "-W", "10", OUT4])
 
     def close(self) -> None:
-        """Ends them."""
+        """Ends them. They would outlive the shell that started them."""
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
         self._shell.stop()
 
 
