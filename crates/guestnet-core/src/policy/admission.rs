@@ -1,6 +1,6 @@
 //! Theory of operation: how flows are admitted. Whoever is about to open a flow asks here, once, and gets back where
 //! the flow goes or why it is refused. A refusal has been reported to the control side then, and the guest that opens
-//! the flow has been told ([`refusal`]).
+//! the flow has been told ([`super::refusal`]).
 //!
 //! - [`Context::outbound`]: a guest opens a flow to the outside, relayed or translated.
 //! - [`Context::inbound`]: the outside opens a flow to a guest. It is deferred while the guest's MAC is not known.

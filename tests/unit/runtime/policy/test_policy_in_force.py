@@ -171,7 +171,8 @@ def test_wrong_policies_are_refused_and_nothing_changes(network: NatNetwork) -> 
         network.set_policy({"rule": [{"action": "alow"}]})
     with pytest.raises(TypeError, match="tags"):
         network.create_endpoint("vm7", tags="ci")
-    assert network.policy == before and network.get_endpoint("vm7") is None
+    assert network.policy == before
+    assert network.get_endpoint("vm7") is None
     with pytest.raises(NotRunning):
         NatNetwork().set_policy(None)
     with pytest.raises(ConfigError, match="leave `policy` out"):
