@@ -6,6 +6,7 @@ Policies are imported only where one of the options is given.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from guestnet.policy.rule import Rule
 
 PRESETS = ("open", "public", "dev", "none")
+_PERSON_SECONDS = 120
+"""How long a flow waits for a person. A Linux guest repeats a SYN for over two minutes."""
 
 
 class _RuleAction(argparse.Action):
@@ -47,6 +50,11 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--isolate", action="store_true", help="guests open no flows to each other (default: they do)"
+    )
+    parser.add_argument(
+        "--ask",
+        action="store_true",
+        help="ask at the terminal about what no rule decides; answers can be saved to the file of --policy",
     )
     parser.add_argument(
         "--audit",
@@ -102,19 +110,28 @@ def policy_of(options: argparse.Namespace, file: str | None = None) -> Policy | 
             "--learn lets everything pass, so rules would not be followed: leave --allow, --deny, --policy "
             "and --preset out."
         )
-    if not rules and path is None and options.preset is None:
+    asks = getattr(options, "ask", False)
+    if asks and learn is not None:
+        raise UsageError("--learn lets everything pass, so there is nothing to ask: leave --ask out.")
+    if not rules and path is None and options.preset is None and not asks:
         return None
     from guestnet.policy.policy import Policy
 
     if path is not None and options.preset is not None:
         raise UsageError("--policy and --preset both say what holds for the rest: leave one out.")
-    if path is not None:
+    if path is not None and asks and not os.path.exists(path):
+        base = Policy("ask", ask_seconds=_PERSON_SECONDS)  # the file is made when an answer is saved
+    elif path is not None:
         base = Policy.load(path)
     elif options.preset is not None:
         base = Policy.preset(options.preset)
     else:
         # With an allowed destination, the rest is denied.
         base = Policy("deny" if any(rule.action == "allow" for rule in rules) else "allow")
+        if asks:
+            base = Policy("ask", ask_seconds=_PERSON_SECONDS)
+    if asks and base.default == "deny":
+        base = base.replace(default="ask")
     return base.with_rules_first(rules) if rules else base
 
 

@@ -463,6 +463,11 @@ class Policy:
         return self if len(rules) == len(self.rules) else self.replace(rules=rules)
 
     @property
+    def asks(self) -> bool:
+        """Whether flows may have to wait for an answer: the default or a rule is "ask"."""
+        return "ask" in (self.default, *(rule.action for rule in self.rules))
+
+    @property
     def next_expiry(self) -> float | None:
         """When the next rule ends, in seconds since the epoch; None when none does."""
         return min((rule.expires for rule in self.rules if rule.expires is not None), default=None)
@@ -486,7 +491,8 @@ class Policy:
 
         Args:
             ports_of: The numbers of the ports that an endpoint's id, or `tag:TAG`, stands for.
-            note_names: Also note which names guests ask for where no rule is about names.
+            note_names: Also note which names guests ask for where no rule is about names. A policy that asks
+                notes them always, since its questions name them.
 
         Returns:
             The table.
@@ -501,7 +507,7 @@ class Policy:
             "names_per_suffix": self.names_per_suffix,
             "name_bytes_per_suffix": self.name_bytes_per_suffix,
             "ask_s": self.ask_seconds,
-            "note_names": note_names,
+            "note_names": note_names or self.asks,
         }
         return PolicyTable([_tuple(rule, ports_of) for rule in self.rules], self.default, options)
 

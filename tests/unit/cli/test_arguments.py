@@ -31,10 +31,10 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     ("argv", "words"),
     [
         (["walk"], "'walk'"),
-        (["--walk"], "'--walk'"),
+        (["--wibble"], "'--wibble'"),
         (["run"], "Say what to run"),
         (["run", "--"], "Say what to run"),
-        (["run", "--walk", "--", "true"], "--walk"),
+        (["run", "--wibble", "--", "true"], "--wibble"),
         (["run", "--subnet", "10.0.0.0", "--", "true"], "10.0.0.0"),
         (["run", "--subnet", "10.0.0.7/24", "--", "true"], "write 10.0.0.0/24"),
         (["run", "--subnet", "10.0.0.0/31", "--", "true"], "/31"),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pty
 import resource
 import select
 import shlex
@@ -16,12 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from guestnet.cli import checks
 from lab.runner import without_host_ids_note
+from lab.terminal import Terminal
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux")
@@ -316,37 +315,6 @@ def test_death_by_a_signal_is_the_exit_status() -> None:
     process.terminate()
     assert process.wait(20) == 128 + signal.SIGTERM
     process.stdout.close()
-
-
-class Terminal:
-    """A program on a terminal of its own, as its session's leader."""
-
-    def __init__(self, *words: str) -> None:
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.execvp(words[0], words)
-        self.text = ""
-
-    def until(self, done: Callable[[str], bool]) -> None:
-        deadline = time.monotonic() + 20
-        while not done(self.text):
-            assert time.monotonic() < deadline, self.text
-            if select.select([self.fd], [], [], 0.1)[0]:
-                try:
-                    data = os.read(self.fd, 4096)
-                except OSError:
-                    data = b""
-                assert data or done(self.text), self.text
-                self.text += data.decode()
-
-    def type(self, text: str) -> None:
-        os.write(self.fd, text.encode())
-
-    def status(self) -> int:
-        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        os.close(self.fd)
-        return status
 
 
 def test_ctrl_c_reaches_the_command_once() -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from ipaddress import IPv4Interface
 from typing import TYPE_CHECKING
 
 from guestnet.cli import UsageError, arguments
 from guestnet.cli.runner import supervise
-from guestnet.cli.runner.session import ENDPOINT, HOST_IDS_NOTE, network_of_one
+from guestnet.cli.runner.session import ENDPOINT, HOST_IDS_NOTE, network_of_one, person
 from guestnet.cli.terminal import complain, say
 
 if TYPE_CHECKING:
+    import argparse
+
+    from guestnet._linux.namespace import Guest
     from guestnet.runtime.network import NatNetwork
 
 _ABOUT = """\
@@ -69,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     mask = supervise.block_signals()
 
     from guestnet._linux.links import Interface
-    from guestnet._linux.namespace import Guest, launch
+    from guestnet._linux.namespace import Guest
 
     interface = Interface(
         mac=mac,
@@ -87,9 +91,26 @@ def main(argv: Sequence[str]) -> int:
         host_ids=options.host_ids,
         ends_first=True,
     )
+    with ExitStack() as at_end:
+        return _run(options, command, guest, mask, at_end)
+
+
+def _run(
+    options: argparse.Namespace, command: list[str], guest: Guest, mask: set[int], at_end: ExitStack
+) -> int:
+    """Runs the command in the guest; `mask` is the signal mask that it gets."""
+    from guestnet._linux.namespace import launch
+
+    config = options.config
+    asker = person(options, at_end)
+    terminal = None if asker is None else asker.lend()
     before = supervise.take_terminal if supervise.holds_terminal_alone() else None
+    if terminal is not None:
+        before = terminal.enter
     # The child sets its namespace up while this process imports and starts the network.
     namespace = launch(guest, command, mask, before)
+    if terminal is not None:
+        terminal.start()
 
     def attach(network: NatNetwork) -> None:
         network.attach(ENDPOINT, "tap", fd=namespace.take_tap())
@@ -99,7 +120,7 @@ def main(argv: Sequence[str]) -> int:
             complain(note)
 
     try:
-        with network_of_one(options, mac, attach):
+        with network_of_one(options, guest.interface.mac, attach, asker=asker):
             if options.verbose:
                 about = (
                     f"on {options.bridge}"
@@ -108,6 +129,6 @@ def main(argv: Sequence[str]) -> int:
                 )
                 say(f"guestnet: the guest is {about}")
             namespace.go()
-            return supervise.wait(namespace.pid)
+            return supervise.wait(namespace.pid, None if terminal is None else terminal.resize)
     finally:
         namespace.close()

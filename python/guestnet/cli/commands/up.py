@@ -18,7 +18,9 @@ from guestnet.cli.runner.late_modules import import_asyncio
 from guestnet.cli.runner.session import (
     note_overlap,
     note_replaced,
+    person,
     say_stats,
+    start_asking,
     start_capture,
     start_policy_logs,
 )
@@ -159,11 +161,13 @@ def main(argv: Sequence[str]) -> int:
             stack.callback(_remove_socket_directory)
         stack.callback(teller.close)
         network.on_event(teller.event)
+        asker = person(options, stack)
         if listeners:
             _pin_guests(options, network, listeners[0][1], teller, stack)
         stack.enter_context(network)
         start_capture(network, options)
         start_policy_logs(network, options, stack)
+        start_asking(network, asker)
         if options.verbose:
             from guestnet.cli.runner.monitor import Monitor
 

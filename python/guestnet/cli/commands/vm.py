@@ -7,12 +7,13 @@ import re
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from guestnet.cli import UsageError, arguments
 from guestnet.cli.runner import supervise
-from guestnet.cli.runner.session import ENDPOINT, network_of_one
+from guestnet.cli.runner.session import ENDPOINT, network_of_one, person
 from guestnet.cli.terminal import complain, say
 from guestnet.runtime.attachments import listening_socket
 
@@ -100,23 +101,32 @@ def _run(
     def attach(network: NatNetwork) -> None:
         network.attach(ENDPOINT, attached, fd=ours.detach())
 
-    def prepare(_control: socket.socket) -> None:
-        os.set_inheritable(theirs, True)  # in the child alone, which closes ours on exec
+    with ExitStack() as at_end:
+        asker = person(options, at_end)
+        terminal = None if asker is None else asker.lend()
 
-    from guestnet._linux.child_process import fork_held
-    from guestnet._linux.confinement import CAP_KILL
+        def prepare(_control: socket.socket) -> None:
+            os.set_inheritable(theirs, True)  # in the child alone, which closes ours on exec
+            if terminal is not None:
+                terminal.enter()
 
-    # Forked before the network starts threads, and held until it is attached and its ports are published.
-    child = fork_held(prepare, command, mask)
-    os.close(theirs)
-    try:
-        with network_of_one(options, mac, attach, [CAP_KILL]):  # QEMU may become another user
-            if options.verbose:
-                say(f"guestnet: the guest's MAC is {arguments.format_mac(mac)}")
-            child.go()
-            return supervise.wait(child.pid)
-    finally:
-        child.close()
+        from guestnet._linux.child_process import fork_held
+        from guestnet._linux.confinement import CAP_KILL
+
+        # Forked before the network starts threads, and held until it is attached and its ports are published.
+        child = fork_held(prepare, command, mask)
+        os.close(theirs)
+        if terminal is not None:
+            terminal.start()
+        try:
+            # QEMU may become another user.
+            with network_of_one(options, mac, attach, [CAP_KILL], asker):
+                if options.verbose:
+                    say(f"guestnet: the guest's MAC is {arguments.format_mac(mac)}")
+                child.go()
+                return supervise.wait(child.pid, None if terminal is None else terminal.resize)
+        finally:
+            child.close()
 
 
 def _nameless_listener() -> tuple[socket.socket, int]:

@@ -17,6 +17,7 @@ from guestnet.cli.terminal import complain, say, tell_log
 from guestnet.errors import GuestnetError
 
 if TYPE_CHECKING:
+    from guestnet.cli.runner.asker import TerminalAsker
     from guestnet.model.forward_spec import ForwardSpec
     from guestnet.runtime.network import NatNetwork
 
@@ -84,6 +85,7 @@ def network_of_one(
     mac: bytes,
     attach: Callable[[NatNetwork], None],
     kept: Iterable[int] = (),
+    asker: TerminalAsker | None = None,
 ) -> Iterator[NatNetwork]:
     """A running network with the endpoint `vm1`, attached by `attach`, its ports published.
 
@@ -105,6 +107,7 @@ def network_of_one(
             started = True
             start_capture(network, options)
             start_policy_logs(network, options, monitoring)
+            start_asking(network, asker)
             network.create_endpoint(
                 ENDPOINT,
                 mac=arguments.format_mac(mac),
@@ -180,6 +183,32 @@ def start_policy_logs(network: NatNetwork, options: argparse.Namespace, stack: E
                 complain(f"Note: {options.learn} has {len(policy.rules)} rules that allow what was done.")
 
         stack.callback(write)
+
+
+def person(options: argparse.Namespace, stack: ExitStack) -> TerminalAsker | None:
+    """The person at the terminal, with `--ask`. `stack` is closed after the network has stopped.
+
+    Raises:
+        UsageError: There is no terminal.
+    """
+    if not options.ask:
+        return None
+    from guestnet.cli.runner.asker import TerminalAsker
+
+    asker = TerminalAsker(options.policy)
+    stack.callback(asker.close)
+    return asker
+
+
+def start_asking(network: NatNetwork, asker: TerminalAsker | None) -> None:
+    """Has the person decide."""
+    if asker is None:
+        return
+    policy = network.policy
+    if policy is None or not policy.asks:
+        complain("Note: --ask asks nothing: the policy allows what no rule decides, and no rule asks.")
+        return
+    network.decide(asker, seconds=policy.ask_seconds)
 
 
 def _follow_policy(network: NatNetwork, options: argparse.Namespace, stack: ExitStack) -> None:

@@ -8,6 +8,7 @@ Theory of operation:
 - The main thread blocks these signals and takes them one at a time with sigwaitinfo(2). It needs no handler
   and no polling, and learns where each signal came from.
 - A command that is stopped stops guestnet too, so that the shell sees a stopped job.
+- With `--ask` the command has a terminal of its own instead (`terminal_relay`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Callable
 
 from guestnet._linux import libc
 
@@ -60,16 +62,24 @@ def block_signals() -> set[int]:
     return {int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED)}
 
 
-def wait(pid: int) -> int:
-    """Waits for child `pid` and passes signals on. Returns its exit status, 128 + number for a signal."""
+def wait(pid: int, resized: Callable[[], None] | None = None) -> int:
+    """Waits for child `pid` and passes signals on. Returns its exit status, 128 + number for a signal.
+
+    `resized`: called when the terminal has another size. It is given when the command has a terminal, and a
+    session, of its own; keys of guestnet's terminal then reach guestnet alone.
+    """
     while True:
         status = _reap(pid)
         if status is not None:
             return status
         info = signal.sigwaitinfo(_WAITED)
+        if info.si_signo == signal.SIGWINCH and resized is not None:
+            resized()
+            continue
         if info.si_signo == signal.SIGCONT:
             _lend_terminal(pid)
-        if info.si_signo != signal.SIGCHLD and (info.si_code != SI_KERNEL or _is_hangup(info.si_signo)):
+        reached_it = info.si_code == SI_KERNEL and resized is None and not _is_hangup(info.si_signo)
+        if info.si_signo != signal.SIGCHLD and not reached_it:
             with contextlib.suppress(OSError):  # a set-uid command of another user, or one that just ended
                 os.kill(pid, info.si_signo)
 
@@ -107,6 +117,8 @@ def _stop_with(pid: int, number: int) -> None:
     alone applies to it alone.
     """
     with contextlib.suppress(OSError):
+        if os.getsid(pid) != os.getsid(0):
+            return
         foreground = os.tcgetpgrp(0)
         waits = number in (signal.SIGTTIN, signal.SIGTTOU) or foreground in (os.getpgrp(), os.getpgid(pid))
         if not waits or _status(pid)[0] != b"T":

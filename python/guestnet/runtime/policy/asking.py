@@ -22,9 +22,12 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from guestnet.model.asking import FlowQuestion, Ruling
+
+if TYPE_CHECKING:
+    from guestnet.policy.rule import Rule
 
 Hook = Callable[[FlowQuestion], Ruling | str | bool | Awaitable[Ruling | str | bool]]
 
@@ -50,14 +53,15 @@ class Asking:
     Args:
         loop: That of the control thread.
         decide: Sends the answer for a ticket to the data plane.
-        ruled: Called with a question and a ruling that holds for later flows too.
+        ruled: Called with a question, a ruling that holds for later flows too, and what it has to call once
+            the ruling is in force.
     """
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         decide: Callable[[Any, bool], object],
-        ruled: Callable[[FlowQuestion, Ruling], object],
+        ruled: Callable[[FlowQuestion, Ruling, Callable[[], None]], object],
     ) -> None:
         self._loop, self._decide, self._ruled = loop, decide, ruled
         self._open: dict[tuple[object, ...], _Open] = {}
@@ -146,12 +150,22 @@ class Asking:
         except Exception as error:
             self._failed(key, asked, f"failed ({error or type(error).__name__})")
             return
+        if asked.timer is not None:
+            asked.timer.cancel()
+        allowed = ruling.action == "allow"
+        if ruling.scope == "once":
+            self._settle(key, asked, allowed)
+        else:
+            # First the rule, so that the flow is opened by it and equal ones that come meanwhile wait too.
+            self._ruled(asked.question, ruling, lambda: self._settle(key, asked, allowed))
+
+    def _settle(self, key: tuple[object, ...], asked: _Open, allowed: bool) -> None:
+        if self._open.get(key) is not asked:
+            return
         tickets = set(asked.tickets)
         self._end(key, asked)
-        if ruling.scope != "once":
-            self._ruled(asked.question, ruling)
         for ticket in tickets:
-            self._decide(ticket, ruling.action == "allow")
+            self._decide(ticket, allowed)
 
     def _too_late(self, key: tuple[object, ...], asked: _Open) -> None:
         self._failed(key, asked, f"did not answer within {self._seconds:g} s")
@@ -160,10 +174,7 @@ class Asking:
         if self._open.get(key) is not asked:
             return
         _log.warning("%s: refused, because the function that decides %s", asked.question, why)
-        tickets = set(asked.tickets)
-        self._end(key, asked)
-        for ticket in tickets:
-            self._decide(ticket, False)
+        self._settle(key, asked, False)
 
     def _end(self, key: tuple[object, ...], asked: _Open) -> None:
         self._open.pop(key, None)
@@ -171,6 +182,36 @@ class Asking:
             asked.timer.cancel()
         if asked.call is not None:
             asked.call.cancel()
+
+
+_WEB = (("tcp", 80), ("tcp", 443), ("udp", 443))
+
+
+def rule_for(question: FlowQuestion, action: str, **settings: Any) -> Rule:
+    """The rule that decides about flows like one that was asked about.
+
+    Args:
+        question: The flow.
+        action: "allow" or "deny".
+        **settings: Other settings of the rule.
+
+    Returns:
+        A rule for the name when there is one, else for the address, with the port and protocol. At ports
+        other than those of the web it matches by address: the protocol may not show the name.
+    """
+    from guestnet.policy.rule import Rule
+
+    protocol = question.protocol if question.protocol in ("tcp", "udp", "icmp") else None
+    address, port = question.remote
+    shows_name = question.name is None or (question.protocol, port) in _WEB
+    return Rule(
+        action,
+        question.name or str(address),
+        ports=None if protocol == "icmp" else port or None,
+        protocol=protocol,
+        match="conversation" if shows_name else "address",
+        **settings,
+    )
 
 
 def _key(question: FlowQuestion) -> tuple[object, ...]:
@@ -195,9 +236,19 @@ class _LoopThread:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the loop. A function that waits for a person in its thread does not keep the network."""
+        """Ends the loop, after calls that were cancelled.
+
+        A function that waits for a person in its thread does not keep the network.
+        """
         with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self.loop.stop)
+            asyncio.run_coroutine_threadsafe(self._end_calls(), self.loop)
         self._thread.join(1.0)
         if not self._thread.is_alive():
             self.loop.close()
+
+    async def _end_calls(self) -> None:
+        calls = asyncio.all_tasks(self.loop) - {asyncio.current_task()}
+        for call in calls:
+            call.cancel()
+        await asyncio.wait(calls, timeout=0.5) if calls else None
+        self.loop.stop()

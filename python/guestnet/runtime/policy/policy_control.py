@@ -331,26 +331,31 @@ class PolicyControl:
     def _decide(self, ticket: tuple[int, int], allow: bool) -> None:
         self._control.ensure(self._control.plane.decide, *ticket, allow)
 
-    def _ruled(self, question: FlowQuestion, ruling: Ruling) -> None:
+    def _ruled(self, question: FlowQuestion, ruling: Ruling, then: Callable[[], None]) -> None:
         """A ruling holds for later flows too: it becomes a rule in front of the policy."""
-        from guestnet.policy.rule import Rule
+        from guestnet.runtime.policy.asking import rule_for
 
         ends = None if ruling.seconds is None else time.time() + ruling.seconds
-        protocol = question.protocol if question.protocol in ("tcp", "udp", "icmp") else None
-        rule = Rule(
+        rule = rule_for(
+            question,
             ruling.action,
-            question.name or str(question.remote[0]),
-            ports=None if protocol == "icmp" else question.remote[1] or None,
-            protocol=protocol,
             source=question.endpoint if ruling.scope == "guest" else (),
             label=f"answer: {question.name or question.remote[0]}",
             expires=ends,
         )
         own = self._book.endpoints.get(question.endpoint)
         before = own if own is not None else self._book.network
-        if before is not None:
-            key = question.endpoint if own is not None else None
-            self._control.spawn(self.set(before.with_rules_first([rule]), key))
+        if before is None:
+            then()
+            return
+        key = question.endpoint if own is not None else None
+        self._control.spawn(self._rule(before.with_rules_first([rule]), key, then))
+
+    async def _rule(self, policy: Policy, endpoint_id: str | None, then: Callable[[], None]) -> None:
+        try:
+            await self.set(policy, endpoint_id)
+        finally:
+            then()
 
     # --- the page ---
 

@@ -28,8 +28,10 @@ class World:
         self.changed = asyncio.Event()
         self.asking = Asking(asyncio.get_running_loop(), self._decide, self._ruling)
 
-    def _ruling(self, _question: FlowQuestion, ruling: Ruling) -> None:
+    def _ruling(self, _question: FlowQuestion, ruling: Ruling, then: Callable[[], None]) -> None:
+        assert self.decided == {}  # the flow waits until the ruling is in force
         self.ruled.append(ruling)
+        then()
 
     def _decide(self, ticket: Any, allow: bool) -> None:
         self.decided[ticket] = allow
