@@ -15,7 +15,7 @@ PYTHON_DIRS := $(wildcard python tests bench scripts)
 # throwing away the ordinary build.
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
-.PHONY: help build dist docs check test demo bench instructions instructions-renew bench-forwarding conformance bench-engine fuzz loom lock format clean
+.PHONY: help build dist docs check test demo bench instructions instructions-renew bench-forwarding conformance bench-engine bench-rules fuzz loom lock format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -86,6 +86,9 @@ bench-engine: build ## Compare the NAT engine with arcbox-conntrack; writes targ
 	cargo build --release --locked --manifest-path benches/engine/Cargo.toml --target-dir $(TARGET)/bench-engine
 	$(TARGET)/bench-engine/release/guestnet-engine-bench target/bench/engine.json
 	$(BIN)/python bench/translate_batch.py --rust $(TARGET)/bench-engine/release/guestnet-engine-bench --json target/bench/engine.json
+
+bench-rules: ## Print what rules cost: decisions, a change while flows run, compiling, memory of names
+	cargo run --release --locked -p guestnet-core --example rules
 
 fuzz: ## Fuzz each target for a short time (FUZZ_SECONDS=20 each)
 	scripts/fuzz.py --seconds $(or $(FUZZ_SECONDS),20)

@@ -1,7 +1,7 @@
 //! Theory of operation: the hot paths alone, for counting instructions: `hotpaths PATH COUNT` does one of them
 //! COUNT times with a world that takes everything and keeps nothing. Two runs with different counts differ by
 //! the instructions of the path and by nothing else (scripts/instructions.py). A path that did not do its work
-//! ends with a failure, so that it cannot look fast.
+//! ends with a failure, so that it cannot look fast. The example `rules` uses the same world.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use guestnet_core::Network;
@@ -20,20 +20,20 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::Range;
 use std::sync::Arc;
 
-const GATEWAY_MAC: Mac = Mac([2, 0, 0, 0, 0, 1]);
-const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 64, 1);
-const REMOTE: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 2);
-const EXTERNAL: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
-const A: PortId = PortId(1);
-const B: PortId = PortId(2);
-const SEGMENT: usize = 1448;
+pub const GATEWAY_MAC: Mac = Mac([2, 0, 0, 0, 0, 1]);
+pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 64, 1);
+pub const REMOTE: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 2);
+pub const EXTERNAL: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
+pub const A: PortId = PortId(1);
+pub const B: PortId = PortId(2);
+pub const SEGMENT: usize = 1448;
 /// Where the fields of a TCP header without options lie in a frame.
-const SEQ: usize = 14 + 20 + 4;
-const ACK: usize = SEQ + 4;
+pub const SEQ: usize = 14 + 20 + 4;
+pub const ACK: usize = SEQ + 4;
 
 /// Takes everything; remembers what the guest has to be told.
 #[derive(Default)]
-struct World {
+pub struct World {
     flow: Option<FlowId>,
     /// The sequence number of the last TCP segment to the guest.
     seq: u32,
@@ -134,15 +134,15 @@ impl Effects for World {
     }
 }
 
-fn mac(port: PortId) -> Mac {
+pub fn mac(port: PortId) -> Mac {
     Mac([2, 0, 0, 0, 1, port.0 as u8])
 }
 
-fn address(port: PortId) -> Ipv4Addr {
+pub fn address(port: PortId) -> Ipv4Addr {
     Ipv4Addr::new(192, 168, 64, 10 + port.0 as u8)
 }
 
-fn ip_frame(to_mac: Mac, src: Ipv4Addr, dst: Ipv4Addr, protocol: u8, l4: &[u8]) -> Vec<u8> {
+pub fn ip_frame(to_mac: Mac, src: Ipv4Addr, dst: Ipv4Addr, protocol: u8, l4: &[u8]) -> Vec<u8> {
     let mut frame = vec![0; 34];
     Ether { dst: to_mac, src: mac(A), ethertype: ether::IPV4 }.emit(&mut frame);
     let payload_len = l4.len() as u16;
@@ -152,13 +152,13 @@ fn ip_frame(to_mac: Mac, src: Ipv4Addr, dst: Ipv4Addr, protocol: u8, l4: &[u8]) 
     frame
 }
 
-fn udp_frame(to_mac: Mac, src: Ipv4Addr, dst: Ipv4Addr, payload: usize) -> Vec<u8> {
+pub fn udp_frame(to_mac: Mac, src: Ipv4Addr, dst: Ipv4Addr, payload: usize) -> Vec<u8> {
     let mut l4 = vec![7; 8 + payload];
     udp::emit(&mut l4, src.into(), dst.into(), 4000, 5000);
     ip_frame(to_mac, src, dst, proto::UDP, &l4)
 }
 
-fn tcp_frame(seq: u32, ack: u32, bits: u8, payload: usize) -> Vec<u8> {
+pub fn tcp_frame(seq: u32, ack: u32, bits: u8, payload: usize) -> Vec<u8> {
     let seg = Tcp { src_port: 4000, dst_port: 80, seq, ack, flags: bits, window: 65535, ..Tcp::default() };
     let mut l4 = vec![0; 60];
     let n = seg.emit(&Options::default(), &mut l4);
@@ -173,18 +173,19 @@ fn tcp_frame(seq: u32, ack: u32, bits: u8, payload: usize) -> Vec<u8> {
 /// A path's name and what goes through it so many times; gives how often that was done.
 type Path = (&'static str, fn(usize) -> usize);
 
-struct Net {
-    core: Network,
-    fx: World,
-    now: Time,
+pub struct Net {
+    pub core: Network,
+    pub fx: World,
+    pub now: Time,
 }
 
 impl Net {
-    fn new() -> Net {
+    #[allow(clippy::new_without_default)]
+    pub fn new() -> Net {
         Net::with(NetworkConfig::new(GATEWAY_MAC, GATEWAY, (Ipv4Addr::new(192, 168, 64, 0), 24), [7; 32]))
     }
 
-    fn with(config: NetworkConfig) -> Net {
+    pub fn with(config: NetworkConfig) -> Net {
         let now = Time(1_000_000_000);
         let mut net = Net { core: Network::new(config, now), fx: World::default(), now };
         for port in [A, B] {
@@ -206,13 +207,13 @@ impl Net {
         net
     }
 
-    fn frame(&mut self, port: PortId, frame: &mut [u8], meta: FrameMeta) {
+    pub fn frame(&mut self, port: PortId, frame: &mut [u8], meta: FrameMeta) {
         self.core.frame(self.now, port, frame, meta, &mut self.fx);
         self.core.batch_end(self.now, &mut self.fx);
     }
 
     /// Opens a TCP flow; gives the number of the first byte that the guest will get.
-    fn connect(&mut self) -> u32 {
+    pub fn connect(&mut self) -> u32 {
         self.frame(A, &mut tcp_frame(999, 0, flags::SYN, 0), FrameMeta::default());
         let flow = self.fx.flow.expect("the SYN connects");
         self.core.tcp_connected(self.now, flow, Ok(()), &mut self.fx);

@@ -228,12 +228,16 @@ fn destination(py: Python<'_>, tuple: &Bound<'_, PyTuple>) -> PyResult<Destinati
         "name" => Destination::Name(NamePattern::Exact(name(py, &text()?)?)),
         "below" => Destination::Name(NamePattern::Below(name(py, &text()?)?)),
         "at_or_below" => Destination::Name(NamePattern::AtOrBelow(name(py, &text()?)?)),
+        "any_of" => {
+            let names: PyResult<_> = text()?.split(' ').map(|one| name(py, one)).collect();
+            Destination::Name(NamePattern::AnyOf(names?))
+        }
         "endpoints" => {
             let ports: Vec<u32> = tuple.get_item(1)?.extract()?;
             Destination::Endpoints(ports.into_iter().map(PortId).collect())
         }
         other => {
-            let known = "'any', 'net', 'group', 'name', 'below', 'at_or_below', 'endpoints'";
+            let known = "'any', 'net', 'group', 'name', 'below', 'at_or_below', 'any_of', 'endpoints'";
             return Err(none_of(py, "destination", other, known));
         }
     })
@@ -305,7 +309,6 @@ fn read_options(given: &Bound<'_, PyDict>) -> PyResult<PolicyOptions> {
             "pin_min_s" => options.pin_min_s = value.extract()?,
             "names_per_suffix" => options.names_per_suffix = value.extract()?,
             "name_bytes_per_suffix" => options.name_bytes_per_suffix = value.extract()?,
-            "block_doh" => options.block_doh = value.extract()?,
             "note_names" => options.note_names = value.extract()?,
             "ask_s" => options.ask_s = value.extract()?,
             other => return Err(config_error(py, format!("there is no policy option {other:?}."))),

@@ -57,7 +57,7 @@ def _wider(destination: Destination) -> Iterator[Destination]:
         while net.prefixlen:
             net = net.supernet()
             yield Destination("net", str(net))
-    elif destination.is_name:
+    elif destination.is_name and destination.kind != "names":
         if destination.kind in ("name", "below"):
             yield Destination("at_or_below", destination.value)
         labels = destination.value.split(".")

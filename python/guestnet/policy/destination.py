@@ -20,6 +20,20 @@ GROUPS = (
     *("guests", "multicast", "special"),
 )
 """Groups of addresses. docs/reference/policy.md has what each of them contains."""
+NAME_GROUPS = {
+    "doh": (
+        *("dns.google", "dns.google.com", "dns64.dns.google", "cloudflare-dns.com", "one.one.one.one"),
+        *("dns.quad9.net", "dns9.quad9.net", "dns10.quad9.net", "dns11.quad9.net", "doh.opendns.com"),
+        *("dns.opendns.com", "dns.umbrella.com", "doh.umbrella.com", "dns.adguard.com", "adguard-dns.com"),
+        *("doh.cleanbrowsing.org", "dns.nextdns.io", "doh.dns.sb", "dns.sb", "dns.mullvad.net"),
+        *("dns.switch.ch", "doh.libredns.gr", "doh.xfinity.com", "dns0.eu", "dns.alidns.com", "doh.pub"),
+        *("doh.360.cn", "dns.controld.com", "freedns.controld.com", "dns.njal.la", "doh.tiar.app"),
+        *("dns.digitale-gesellschaft.ch", "doh.applied-privacy.net", "dnsforge.de", "doh.ffmuc.net"),
+        *("ordns.he.net", "odvr.nic.cz", "doh.dns.apple.com", "use-application-dns.net"),
+    )
+}
+"""Groups of names, each with every name below it. "doh": well-known resolvers over HTTPS, and the name by which browsers
+ask whether they may use one."""
 PROTOCOLS = ("tcp", "udp", "icmp", "any")
 NAME_LONGEST, LABEL_LONGEST = 253, 63
 PORT_HIGHEST = 65535
@@ -44,7 +58,8 @@ class Destination(NamedTuple):
     """Where a flow goes, as a rule says it."""
 
     kind: str
-    """"any", "net", "group", "name" (exactly), "below" (`*.NAME`), "at_or_below" (`.NAME`), "endpoints"."""
+    """"any", "net", "group", "name" (exactly), "below" (`*.NAME`), "at_or_below" (`.NAME`), "names" (a group of
+    them), "endpoints"."""
     value: str = ""
     """The prefix, group, name, or the guest's id or tag."""
 
@@ -55,7 +70,7 @@ class Destination(NamedTuple):
     @property
     def is_name(self) -> bool:
         """Whether it is about names."""
-        return self.kind in ("name", "below", "at_or_below")
+        return self.kind in ("name", "below", "at_or_below", "names")
 
 
 class Target(NamedTuple):
@@ -91,7 +106,7 @@ def parse_destination(text: object) -> Destination:
     """Reads a destination without a port.
 
     Args:
-        text: A name, `*.NAME`, `.NAME`, an address, a prefix, a group, "any", an endpoint as "guest:ID", or
+        text: A name, `*.NAME`, `.NAME`, an address, a prefix, a group, "doh", "any", an endpoint as "guest:ID", or
             endpoints with a tag as "tag:TAG".
 
     Returns:
@@ -107,6 +122,8 @@ def parse_destination(text: object) -> Destination:
         return Destination("any")
     if word in GROUPS:
         return Destination("group", word)
+    if word in NAME_GROUPS:
+        return Destination("names", word)
     kind, _, value = word.partition(":")
     if kind in ("guest", "tag") and value and not value.startswith(":"):
         return Destination("endpoints", word)
@@ -120,7 +137,7 @@ def parse_destination(text: object) -> Destination:
         prefix, rest = "at_or_below", word[1:]
     name = host_name(rest)
     if name is None or _NUMBERS_ALONE.fullmatch(word):
-        raise PolicyError(f"{_short(text)} is no destination: {_EXAMPLE}.{nearest(word, GROUPS)}")
+        raise PolicyError(f"{_short(text)} is no destination: {_EXAMPLE}.{nearest(word, (*GROUPS, *NAME_GROUPS))}")
     # A misspelled group would be the name of a host that nobody asks for.
     if prefix == "name" and "." not in name and (meant := nearest(name, ("any", *GROUPS), 0.8)):
         raise PolicyError(f"{_short(text)} is no group, and hardly the name of a host:{meant}")

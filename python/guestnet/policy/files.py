@@ -43,11 +43,16 @@ def located(text: str, name: str, rule: int | None, error: PolicyError) -> Polic
     Returns:
         An error that names the place.
     """
-    line = _line_of_key(text, str(error)) if rule is None else _line_of_rule(text, rule)
+    line = _line_of_key(text, str(error)) if rule is None else line_of_rule(text, rule)
     return PolicyError(f"{name}{line}: {error}")
 
 
-def _line_of_rule(text: str, number: int) -> str:
+def line_of_rule(text: str, number: int) -> str:
+    """Where a rule is in a TOML file, as text behind its name; empty when it is not found.
+
+    >>> line_of_rule("default = 'deny'\\n[[rule]]\\naction = 'allow'\\n", 1)
+    ', line 2'
+    """
     for at, found in enumerate(_HEADER.finditer(text), 1):
         if at == number:
             return f", line {text.count(chr(10), 0, found.start()) + 1}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from guestnet.errors import PolicyError
 from guestnet.model.frozen_record import FrozenRecord
-from guestnet.policy.destination import _short, nearest, parse_target
+from guestnet.policy.destination import NAME_GROUPS, _short, nearest, parse_target
 from guestnet.policy.rule import ACTIONS, Rule, _choice, _flag
 
 if TYPE_CHECKING:
@@ -557,7 +557,9 @@ def _option(name: str, value: object) -> Any:
 def _tuple(rule: Rule, ports_of: Callable[[str], Sequence[int]]) -> Any:
     to, inbound = rule.destination, rule.direction == "in"
     destination: tuple[Any, ...] = (to.kind, to.value) if to.value else (to.kind,)
-    if to.kind == "endpoints":
+    if to.kind == "names":
+        destination = ("any_of", " ".join(NAME_GROUPS[to.value]))
+    elif to.kind == "endpoints":
         destination = ("endpoints", list(ports_of(to.value.removeprefix("guest:"))))
     endpoints = None
     if rule.source and not inbound:

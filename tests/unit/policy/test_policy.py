@@ -226,3 +226,18 @@ def test_a_large_policy_is_read_and_compiled() -> None:
 
 def test_every_group_is_known_to_the_data_plane() -> None:
     Policy("deny", [Rule("allow", group) for group in GROUPS]).compile(lambda _source: [])
+
+
+def test_known_resolvers_over_https_are_a_group_of_names() -> None:
+    policy = Policy("deny", [Rule("deny", "doh"), Rule("allow", "public"), Rule("allow", ".google.com")])
+    for name in ("dns.google", "cloudflare-dns.com", "mozilla.cloudflare-dns.com", "use-application-dns.net"):
+        decision = policy.check(name)
+        assert (decision.verdict, decision.rule) == ("deny", "deny doh"), name
+    assert policy.check("pypi.org").allowed
+    assert Policy.from_toml(policy.to_toml()) == policy
+    own = policy.with_rules_first([Rule("allow", "dns.google")])
+    assert own.check("dns.google").allowed
+    assert not own.check("dns.google.com").allowed
+    with pytest.raises(PolicyError, match="doh"):
+        policy.check("doh")
+    assert policy.warnings() == []

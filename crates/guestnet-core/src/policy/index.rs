@@ -5,6 +5,7 @@ use crate::policy::spec::{Destination, Name, NamePattern, bits_of};
 use prefix_trie::PrefixMap;
 use std::collections::HashMap;
 use std::net::IpAddr;
+use std::slice;
 
 /// Lists that one decision merges at most; further ones are of suffixes of names with very many labels.
 const LISTS_MAX: usize = 320;
@@ -35,15 +36,16 @@ impl Index {
                 list.push(number);
             }
             Destination::Name(pattern) => {
-                let (exact, below) = match pattern {
-                    NamePattern::Exact(n) => (Some(n), None),
-                    NamePattern::Below(n) => (None, Some(n)),
-                    NamePattern::AtOrBelow(n) => (Some(n), Some(n)),
+                let (exact, below): (&[Name], &[Name]) = match pattern {
+                    NamePattern::Exact(n) => (slice::from_ref(n), &[]),
+                    NamePattern::Below(n) => (&[], slice::from_ref(n)),
+                    NamePattern::AtOrBelow(n) => (slice::from_ref(n), slice::from_ref(n)),
+                    NamePattern::AnyOf(names) => (names, names),
                 };
-                if let Some(n) = exact {
+                for n in exact {
                     self.exact.entry(n.clone()).or_default().push(number);
                 }
-                if let Some(n) = below {
+                for n in below {
                     self.below.entry(n.clone()).or_default().push(number);
                 }
             }

@@ -5,16 +5,18 @@
 //!   uses its address ([`Pins::hold`]).
 //! - Each guest has [`PER_GUEST`] pins at most. A new one replaces the one that ends first and that no flow uses; where
 //!   there is none, it is not noted.
-//! - Names are shared by the pins of all guests.
+//! - Names are shared by the pins of all guests. Most addresses have one name, which takes no memory besides that of the
+//!   table.
 
 use crate::interface::types::Time;
 use crate::policy::spec::Name;
 use crate::tables::per_port::PerPort;
+use smallvec::SmallVec;
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 
-/// Pins of one guest.
-pub const PER_GUEST: usize = 2048;
+/// Pins of one guest: as many addresses as fit in a hash table of 2048 places.
+pub const PER_GUEST: usize = 1792;
 /// Names of one address. Shared hosts have many, but one guest asks for few.
 pub const PER_ADDRESS: usize = 64;
 /// The longest life of a pin that no flow uses, in seconds.
@@ -23,9 +25,9 @@ pub const LIFE_MAX_S: u32 = 86_400;
 /// The names of an address.
 #[derive(Debug, Default)]
 struct Address {
-    names: Vec<Name>,
+    names: SmallVec<[Name; 1]>,
     /// When the pin of each name ends, in seconds, rounded up.
-    until: Vec<u64>,
+    until: SmallVec<[u32; 1]>,
     /// Flows that use it.
     holds: u32,
 }
@@ -44,8 +46,8 @@ pub struct Pins {
     names: HashSet<Name>,
 }
 
-fn seconds(now: Time) -> u64 {
-    now.0 / 1_000_000_000
+fn seconds(now: Time) -> u32 {
+    u32::try_from(now.0 / 1_000_000_000).unwrap_or(u32::MAX)
 }
 
 impl Pins {
@@ -57,7 +59,7 @@ impl Pins {
             self.guests.insert(slot, Guest::default());
         }
         let Some(guest) = self.guests.get_mut(slot) else { return false };
-        let until = seconds(now) + 1 + u64::from(life_s.min(LIFE_MAX_S));
+        let until = seconds(now).saturating_add(1).saturating_add(life_s.min(LIFE_MAX_S));
         let known = guest.addresses.get(&ip).and_then(|a| a.names.iter().position(|n| *n == name));
         if known.is_none() && guest.count >= PER_GUEST && !guest.make_room(seconds(now)) {
             self.forget_name(name);
@@ -187,16 +189,16 @@ impl Pins {
 
 impl Address {
     /// Keeps names that satisfy `keep`; returns how many it forgot.
-    fn retain(&mut self, mut keep: impl FnMut(&Name, u64) -> bool) -> usize {
+    fn retain(&mut self, mut keep: impl FnMut(&Name, u32) -> bool) -> usize {
         let before = self.names.len();
-        let kept: Vec<bool> = self.names.iter().zip(&self.until).map(|(n, u)| keep(n, *u)).collect();
+        let kept: Vec<bool> = self.names.iter().zip(self.until.iter()).map(|(n, u)| keep(n, *u)).collect();
         let (mut names, mut ends) = (kept.iter(), kept.iter());
         self.names.retain(|_| names.next().is_some_and(|k| *k));
         self.until.retain(|_| ends.next().is_some_and(|k| *k));
         before - self.names.len()
     }
 
-    fn prune(&mut self, now: u64) -> usize {
+    fn prune(&mut self, now: u32) -> usize {
         if self.holds > 0 || self.until.iter().all(|u| *u > now) {
             return 0;
         }
@@ -206,7 +208,7 @@ impl Address {
 
 impl Guest {
     /// Forgets pins that have ended, or else those of the address that ends first. False when flows use all addresses.
-    fn make_room(&mut self, now: u64) -> bool {
+    fn make_room(&mut self, now: u32) -> bool {
         let before = self.count;
         self.addresses.retain(|_, a| {
             self.count -= a.prune(now);

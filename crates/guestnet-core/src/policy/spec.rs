@@ -81,6 +81,8 @@ pub enum NamePattern {
     Below(Name),
     /// It and every name below it.
     AtOrBelow(Name),
+    /// Each of these and every name below them.
+    AnyOf(Arc<[Name]>),
 }
 
 impl NamePattern {
@@ -94,6 +96,7 @@ impl NamePattern {
             NamePattern::Exact(n) => n.as_bytes() == name,
             NamePattern::Below(n) => is_below(n),
             NamePattern::AtOrBelow(n) => n.as_bytes() == name || is_below(n),
+            NamePattern::AnyOf(names) => names.iter().any(|n| n.as_bytes() == name || is_below(n)),
         }
     }
 }
@@ -271,8 +274,6 @@ pub struct PolicyOptions {
     pub names_per_suffix: u32,
     /// Bytes of such names.
     pub name_bytes_per_suffix: u32,
-    /// Whether well-known resolvers over HTTPS are denied by name.
-    pub block_doh: bool,
     /// Names that guests ask for are noted even where no rule is about names.
     pub note_names: bool,
     /// Seconds that a flow waits for the answer of the owner.
@@ -288,7 +289,6 @@ impl Default for PolicyOptions {
             pin_min_s: 30,
             names_per_suffix: 100,
             name_bytes_per_suffix: 4096,
-            block_doh: false,
             note_names: false,
             ask_s: 30,
         }

@@ -518,6 +518,7 @@ impl RuleTable {
             let exact = match &rule.destination {
                 Destination::Name(NamePattern::Exact(_)) => true,
                 Destination::Name(NamePattern::AtOrBelow(n)) => n.as_bytes() == name,
+                Destination::Name(NamePattern::AnyOf(names)) => names.iter().any(|n| n.as_bytes() == name),
                 _ => false,
             };
             let below = matches!(rule.destination, Destination::Name(_)) && !exact;

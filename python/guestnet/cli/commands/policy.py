@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ _EXAMPLE = """\
   guestnet policy check net.toml 10.1.2.3:5432/tcp --guest vm1
   guestnet policy show --preset dev --deny github.com"""
 _ACTIONS = ("check", "show")
+_OF_RULE = re.compile(r"Rule (\d+) ")
 
 
 def parser() -> arguments.Parser:
@@ -41,7 +43,7 @@ def parser() -> arguments.Parser:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line after `guestnet policy`; returns the exit status."""
-    options = parser().parse_args(argv)
+    options = parser().parse_intermixed_args(argv)
     words = list(options.words)
     if not words or words[0] not in _ACTIONS:
         from guestnet.policy.destination import nearest
@@ -54,8 +56,9 @@ def main(argv: Sequence[str]) -> int:
     action, words = words[0], words[1:]
     by_options = bool(options.rules) or options.preset is not None
     if action == "show":
-        return _show(_policy(options, words, by_options, at_most=1), as_json=options.json)
-    file = words[:1] if not by_options else []
+        options.file = words[:1]
+        return _show(_policy(options, words, by_options, at_most=1), options)
+    options.file = file = words[:1] if not by_options else []
     destinations = words[len(file) :]
     if not destinations:
         raise UsageError("Say what to check: `guestnet policy check FILE DEST`, such as pypi.org:443.")
@@ -80,7 +83,7 @@ def _check(policy: Policy, destinations: list[str], options: argparse.Namespace)
         decisions = [policy.check(to, guest=options.guest, tags=options.tag) for to in destinations]
     except ConfigError as error:
         raise UsageError(str(error)) from None
-    warnings = policy.warnings()
+    warnings = _warnings(policy, options)
     if options.json:
         found = [{**vars(decision), "allowed": decision.allowed} for decision in decisions]
         answer(json.dumps({"decisions": found, "warnings": warnings}, indent=2) + "\n")
@@ -92,9 +95,24 @@ def _check(policy: Policy, destinations: list[str], options: argparse.Namespace)
     return EXIT_OK if all(decision.allowed for decision in decisions) else EXIT_PROBLEM
 
 
-def _show(policy: Policy, *, as_json: bool) -> int:
-    warnings = policy.warnings()
-    if as_json:
+def _warnings(policy: Policy, options: argparse.Namespace) -> list[str]:
+    """The warnings, with the place in the file that each is about."""
+    found = policy.warnings()
+    if not options.file or options.rules or options.file[0].endswith(".json"):
+        return found
+    from guestnet.policy.files import line_of_rule, read_file
+
+    name, text = read_file(options.file[0])
+    number = [int(at[1]) if (at := _OF_RULE.match(one)) else None for one in found]
+    return [
+        one if at is None else f"{name}{line_of_rule(text, at)}: {one}"
+        for one, at in zip(found, number, strict=True)
+    ]
+
+
+def _show(policy: Policy, options: argparse.Namespace) -> int:
+    warnings = _warnings(policy, options)
+    if options.json:
         rules = [{"number": n, "label": r.label, **r.to_dict()} for n, r in enumerate(policy.rules, 1)]
         answer(json.dumps({**policy.to_dict(), "rule": rules, "warnings": warnings}, indent=2) + "\n")
         return EXIT_OK

@@ -189,6 +189,20 @@ fn a_name_by_address_needs_the_pin_alone() {
 }
 
 #[test]
+fn a_group_of_names_has_what_is_below_them() {
+    let w = World::new();
+    let group = NamePattern::AnyOf([name("dns.example"), name("doh.test")].into());
+    let t = table(Action::Allow, vec![by_name(Action::Deny, group)]);
+    let to = "192.0.2.1:443";
+    for shown in ["dns.example", "x.dns.example", "doh.test"] {
+        assert_eq!(w.ask(&t, 6, to, &[], Shown::Name(shown.as_bytes())), Decision::Deny { rule: 0 });
+        let asked = t.judge_name(PortId(1), shown.as_bytes(), true);
+        assert_eq!(asked, NameDecision::Deny { rule: 0, by_type: false });
+    }
+    assert_eq!(w.ask(&t, 6, to, &[], Shown::Name(b"xdns.example")), Decision::Allow { rule: DEFAULT });
+}
+
+#[test]
 fn a_denied_name_is_denied_without_a_pin() {
     let w = World::new();
     let t = table(Action::Allow, vec![by_name(Action::Deny, exact("evil.example"))]);
