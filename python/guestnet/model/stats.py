@@ -218,7 +218,7 @@ class LeaseRecord(FrozenRecord, kw_only=False):
     endpoint_id: str
     mac: str
     """As `Endpoint.mac`."""
-    ip: IPv4Address
+    ip: IPv4Address | IPv6Address
     hostname: str | None
     """The name that the client gave itself, or was given."""
     expires: float

@@ -373,16 +373,30 @@ class Registry:
     ) -> IPv4Address | None:
         """The address that the client with this MAC has, None when there is none for it."""
         with self._lock:
+            endpoint = self.recognise(endpoint_id, mac)
+            if endpoint is not None:
+                return endpoint.ip
+            if endpoint_id not in self._endpoints:
+                return None
+            return self._extra_address(endpoint_id, format_mac(mac), requested)
+
+    def recognise(self, endpoint_id: str, mac: bytes) -> Endpoint | None:
+        """The endpoint, if the client with this MAC is its guest; None for others that are behind it."""
+        with self._lock:
             endpoint = self._endpoints.get(endpoint_id)
             if endpoint is None:
                 return None
             text = format_mac(mac)
             if endpoint.mac != text and endpoint_id in self._proposed:
                 self._adopt(endpoint, text)
-            if endpoint.mac == text:
-                self._proposed.discard(endpoint_id)
-                return endpoint.ip
-            return self._extra_address(endpoint_id, text, requested)
+            if endpoint.mac != text:
+                return None
+            self._proposed.discard(endpoint_id)
+            return endpoint
+
+    def is_of_guest(self, mac: str) -> bool:
+        """Whether the MAC is that of a guest, who may be away."""
+        return mac in self._leases or any(one.mac == mac for one in list(self._endpoints.values()))
 
     def _adopt(self, endpoint: Endpoint, mac: str) -> None:
         """The guest has a MAC of its own instead of the one that was proposed."""
@@ -397,7 +411,7 @@ class Registry:
         key = (endpoint_id, mac)
         if key in self._extra:
             return self._extra[key]
-        if mac in self._leases or any(one.mac == mac for one in self._endpoints.values()):
+        if self.is_of_guest(mac):
             return None  # it is another guest's own, who may be away
         # No more than are left to guests that have none.
         taken = self._pool.allocated_count

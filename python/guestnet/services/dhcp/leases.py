@@ -2,19 +2,22 @@
 
 Theory of operation: the `AddressBook`, which knows the endpoints, gives out the addresses. The store
 remembers what was offered and taken, for how long, and how many addresses an endpoint has declined. It holds
-a bounded number of entries per endpoint, and never more than the book has addresses.
+a bounded number of entries per endpoint, and never more than the book has addresses. DHCPv6 keeps its leases
+in a store of its own, with a book of IPv6 addresses.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 from threading import RLock
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from guestnet.model.frozen_record import FrozenRecord
 from guestnet.services.dhcp.message import DhcpRefusal, Refused
+
+Address = TypeVar("Address", bound=IPv4Address | IPv6Address)
 
 PER_ENDPOINT = 16
 """Clients of one endpoint: the guest, and hosts that are bridged behind it."""
@@ -26,46 +29,46 @@ OFFERED = 60.0
 """Seconds for which an offer is valid."""
 
 
-class AddressBook(Protocol):
+class AddressBook(Protocol[Address]):
     """Gives out the addresses of a network."""
 
     def address_for(
-        self, endpoint_id: str, mac: bytes, client_id: bytes | None, requested: IPv4Address | None
-    ) -> IPv4Address | None:
+        self, endpoint_id: str, mac: bytes, client_id: bytes | None, requested: Address | None
+    ) -> Address | None:
         """The address of a client, the same one until it is given back; None when there is none for it."""
 
-    def release(self, endpoint_id: str, mac: bytes, address: IPv4Address) -> None:
+    def release(self, endpoint_id: str, mac: bytes, address: Address) -> None:
         """The client no longer uses the address."""
 
-    def decline(self, endpoint_id: str, mac: bytes, address: IPv4Address) -> None:
+    def decline(self, endpoint_id: str, mac: bytes, address: Address) -> None:
         """The client found that another host uses the address."""
 
 
-class Lease(FrozenRecord, kw_only=False):
+class Lease(Generic[Address], FrozenRecord, kw_only=False):
     """An address held by a client. `expires` is in seconds of the server's clock."""
 
     endpoint_id: str
     mac: bytes
-    ip: IPv4Address
+    ip: Address
     hostname: str | None
     expires: float
 
 
 @dataclass
-class _Entry:
-    lease: Lease
+class _Entry(Generic[Address]):
+    lease: Lease[Address]
     taken: bool
 
 
 _Key = tuple[str, bytes]
 
 
-class LeaseStore:
+class LeaseStore(Generic[Address]):
     """The leases of one network. Any thread may read them."""
 
-    def __init__(self, book: AddressBook) -> None:
+    def __init__(self, book: AddressBook[Address]) -> None:
         self._book = book
-        self._entries: dict[_Key, _Entry] = {}
+        self._entries: dict[_Key, _Entry[Address]] = {}
         self._per_endpoint: dict[str, int] = {}
         self._declined: dict[str, list[float]] = {}
         self._first = math.inf
@@ -76,8 +79,8 @@ class LeaseStore:
         return len(self._entries)
 
     def find(
-        self, endpoint_id: str, mac: bytes, client_id: bytes | None, requested: IPv4Address | None
-    ) -> IPv4Address:
+        self, endpoint_id: str, mac: bytes, client_id: bytes | None, requested: Address | None
+    ) -> Address:
         """Returns the client's address. Raises `Refused`."""
         with self._lock:
             if (endpoint_id, mac) not in self._entries and self._count(endpoint_id) >= PER_ENDPOINT:
@@ -96,14 +99,14 @@ class LeaseStore:
         name = None if ask is None else ask(endpoint_id, mac)
         return name if isinstance(name, str) else None
 
-    def offer(self, endpoint_id: str, mac: bytes, ip: IPv4Address, now: float) -> None:
+    def offer(self, endpoint_id: str, mac: bytes, ip: Address, now: float) -> None:
         """Remembers an offer, so that an address that nobody takes becomes free again."""
         with self._lock:
             entry = self._entries.get((endpoint_id, mac))
             if entry is None or not entry.taken:
                 self._put(Lease(endpoint_id, mac, ip, None, now + OFFERED), taken=False)
 
-    def take(self, lease: Lease) -> Lease | None:
+    def take(self, lease: Lease[Address]) -> Lease[Address] | None:
         """Records a lease. Returns the lease that it replaces, if that was for another address."""
         with self._lock:
             before = self._entries.get((lease.endpoint_id, lease.mac))
@@ -112,19 +115,19 @@ class LeaseStore:
                 before.lease if before is not None and before.taken and before.lease.ip != lease.ip else None
             )
 
-    def _put(self, lease: Lease, *, taken: bool) -> None:
+    def _put(self, lease: Lease[Address], *, taken: bool) -> None:
         key = (lease.endpoint_id, lease.mac)
         if key not in self._entries:
             self._per_endpoint[lease.endpoint_id] = self._count(lease.endpoint_id) + 1
         self._entries[key] = _Entry(lease, taken)
         self._first = min(self._first, lease.expires)
 
-    def held(self, endpoint_id: str, mac: bytes) -> Lease | None:
+    def held(self, endpoint_id: str, mac: bytes) -> Lease[Address] | None:
         """Returns what the client holds, or was offered."""
         entry = self._entries.get((endpoint_id, mac))
         return None if entry is None else entry.lease
 
-    def release(self, endpoint_id: str, mac: bytes, ip: IPv4Address) -> Lease:
+    def release(self, endpoint_id: str, mac: bytes, ip: Address) -> Lease[Address]:
         """The client gives its address back. Raises `Refused` if it does not hold it."""
         with self._lock:
             entry = self._entries.get((endpoint_id, mac))
@@ -133,7 +136,7 @@ class LeaseStore:
             self._drop(entry)
             return entry.lease
 
-    def decline(self, endpoint_id: str, mac: bytes, ip: IPv4Address, now: float) -> Lease | None:
+    def decline(self, endpoint_id: str, mac: bytes, ip: Address, now: float) -> Lease[Address] | None:
         """Puts the client's address aside. Returns the lease that this ends. Raises `Refused`."""
         with self._lock:
             entry = self._entries.get((endpoint_id, mac))
@@ -147,11 +150,11 @@ class LeaseStore:
             self._book.decline(endpoint_id, mac, ip)
             return entry.lease if entry.taken else None
 
-    def _drop(self, entry: _Entry) -> None:
+    def _drop(self, entry: _Entry[Address]) -> None:
         self._forget(entry)
         self._book.release(entry.lease.endpoint_id, entry.lease.mac, entry.lease.ip)
 
-    def _forget(self, entry: _Entry) -> None:
+    def _forget(self, entry: _Entry[Address]) -> None:
         lease = entry.lease
         del self._entries[lease.endpoint_id, lease.mac]
         left = self._count(lease.endpoint_id) - 1
@@ -160,7 +163,7 @@ class LeaseStore:
         else:
             del self._per_endpoint[lease.endpoint_id]
 
-    def expire(self, now: float) -> list[Lease]:
+    def expire(self, now: float) -> list[Lease[Address]]:
         """Ends what has expired. Returns the leases, not the offers."""
         with self._lock:
             if now < self._first:
@@ -176,7 +179,7 @@ class LeaseStore:
             }
             return [entry.lease for entry in over if entry.taken]
 
-    def remove(self, endpoint_id: str) -> list[Lease]:
+    def remove(self, endpoint_id: str) -> list[Lease[Address]]:
         """Ends everything that the guest of a removed endpoint held. Returns the leases."""
         with self._lock:
             gone = [entry for key, entry in self._entries.items() if key[0] == endpoint_id]
@@ -185,7 +188,7 @@ class LeaseStore:
             self._declined.pop(endpoint_id, None)
             return [entry.lease for entry in gone if entry.taken]
 
-    def all(self, now: float) -> list[Lease]:
+    def all(self, now: float) -> list[Lease[Address]]:
         """Returns the current leases."""
         with self._lock:
             entries = list(self._entries.values())

@@ -60,8 +60,11 @@ def client_name(options: dict[int, bytes]) -> str | None:
         text = full[3:]
         if full[0] & 4:
             text = text[1 : 1 + text[0]]
-    if not text:
-        return None
+    return host_label(text) if text else None
+
+
+def host_label(text: bytes) -> str | None:
+    """The first label of a name that a client gives itself; None if it is not a valid name for one."""
     try:
         label = text.rstrip(b"\0").decode("ascii").lower().split(".")[0]
     except UnicodeDecodeError:

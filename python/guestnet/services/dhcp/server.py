@@ -95,7 +95,7 @@ class DhcpServer:
     def __init__(
         self,
         config: DhcpConfig,
-        leases: LeaseStore,
+        leases: LeaseStore[IPv4Address],
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -103,9 +103,9 @@ class DhcpServer:
         self._store = leases
         self._clock = clock
         self._wall_clock = wall_clock
-        self.on_lease: Callable[[Lease], object] = lambda _lease: None
+        self.on_lease: Callable[[Lease[IPv4Address]], object] = lambda _lease: None
         """Called when a client has taken or renewed an address."""
-        self.on_release: Callable[[Lease], object] = lambda _lease: None
+        self.on_release: Callable[[Lease[IPv4Address]], object] = lambda _lease: None
         """Called when a lease ends: given back, declined or expired."""
         self.counters: Counter[str] = Counter()
         """Messages by type ("discover", "offer", ...) and refusals by reason ("refused_" and the reason)."""
@@ -161,15 +161,15 @@ class DhcpServer:
         now = self._clock()
         from_wall = now - self._wall_clock()
         for one in leases:
-            mac, expires = parse_mac(one.mac), one.expires + from_wall
-            if expires <= now:
+            mac, expires, ip = parse_mac(one.mac), one.expires + from_wall, one.ip
+            if expires <= now or not isinstance(ip, IPv4Address):
                 continue
             try:
-                address = self._store.find(one.endpoint_id, mac, None, one.ip)
+                address = self._store.find(one.endpoint_id, mac, None, ip)
             except Refused:
                 continue
-            if address == one.ip:
-                self._store.take(Lease(one.endpoint_id, mac, one.ip, one.hostname, expires))
+            if address == ip:
+                self._store.take(Lease(one.endpoint_id, mac, ip, one.hostname, expires))
 
     def expire(self, now: float) -> None:
         """Ends the leases that are over. `handle` does so too.
@@ -328,7 +328,7 @@ class DhcpServer:
         self._take(Lease(client.endpoint_id, client.mac, address, name, expires))
         return self._reply(message, asked, client, MessageType.ACK, address, {**times, **more})
 
-    def _take(self, lease: Lease) -> None:
+    def _take(self, lease: Lease[IPv4Address]) -> None:
         before = self._store.take(lease)
         if before is not None:
             self.on_release(before)
