@@ -4,17 +4,19 @@
 //! - A link-layer address in a message is the sender's own.
 //! - Router advertisements and redirects of guests are dropped (RFC 6105), also behind extension headers or in fragments
 //!   (RFC 7113, RFC 6980).
-//! - The gateway itself has no IPv6.
+//! - Queries for the gateway's DHCPv6 service are found here. No other guest gets them, and without that service they are
+//!   multicast as any.
+//! - The gateway itself has no other IPv6.
 
 use crate::interface::effects::Effects;
 use crate::interface::stats::DropReason;
-use crate::interface::types::Time;
+use crate::interface::types::{ServiceId, Time};
 use crate::l2::frame_checks::udp_destination;
 use crate::l2::lan::{Lan, Sender};
-use crate::tables::service::DHCP6_CLIENT;
+use crate::tables::service::{DHCP6_CLIENT, DHCP6_SERVER, DHCP6_SERVERS};
 use guestnet_wire::parse::{FRAGMENT_HEADER, Packet, is_extension};
 use guestnet_wire::{icmp, proto, tcp, udp};
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 const ROUTER_SOLICITATION: u8 = 133;
 const ROUTER_ADVERTISEMENT: u8 = 134;
@@ -53,7 +55,10 @@ impl Lan {
             }
         }
         if udp_destination(frame, p) == Some(DHCP6_CLIENT)
-            && (self.bridged || self.addressing.services().dhcp().is_some())
+            && (self.bridged || {
+                let services = self.addressing.services();
+                services.dhcp().or(services.dhcp6()).is_some()
+            })
         {
             return Err(DropReason::Policy);
         }
@@ -64,6 +69,28 @@ impl Lan {
             return Ok(());
         }
         if p.proto == proto::ICMPV6 { self.check_ndp(now, from, kind, p.src, message, fx) } else { Ok(()) }
+    }
+
+    /// The DHCPv6 service, where the packet is a query for it: by multicast, or to its address.
+    ///
+    /// # Errors
+    /// [`DropReason::Policy`] for a query from another than a link-local address, which RFC 8415 16 demands.
+    #[inline]
+    pub(super) fn dhcp6_query(&self, p: &Packet) -> Result<Option<ServiceId>, DropReason> {
+        if p.proto != proto::UDP || p.dst_port != DHCP6_SERVER || p.fragment.is_some() {
+            return Ok(None);
+        }
+        let services = self.addressing.services();
+        let service = if p.dst == IpAddr::V6(DHCP6_SERVERS) {
+            services.dhcp6()
+        } else {
+            services.find(proto::UDP, SocketAddr::new(p.dst, DHCP6_SERVER))
+        };
+        match p.src {
+            IpAddr::V6(src) if src.is_unicast_link_local() => Ok(service),
+            _ if service.is_some() => Err(DropReason::Policy),
+            _ => Ok(None),
+        }
     }
 
     fn check_ndp<E: Effects>(

@@ -102,6 +102,10 @@ impl Lan {
         check_offload(frame, p, meta)?;
         if p.src.is_ipv6() {
             self.check_v6(now, from, frame, p, fx)?;
+            if let Some(service) = self.dhcp6_query(p)? {
+                self.verify(slot, frame, p, meta)?;
+                return Ok(Verdict::Serve(service));
+            }
             if eth.dst == self.gateway_mac {
                 return Err(DropReason::UnsupportedProtocol);
             }

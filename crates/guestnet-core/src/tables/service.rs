@@ -3,7 +3,7 @@
 
 use crate::interface::types::ServiceId;
 use guestnet_wire::proto;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 /// DHCP server port (RFC 2131).
 pub const DHCP_SERVER: u16 = 67;
@@ -11,6 +11,10 @@ pub const DHCP_SERVER: u16 = 67;
 pub const DHCP_CLIENT: u16 = 68;
 /// DHCPv6 client port (RFC 8415).
 pub const DHCP6_CLIENT: u16 = 546;
+/// DHCPv6 server port.
+pub const DHCP6_SERVER: u16 = 547;
+/// All DHCPv6 relay agents and servers of a link, `ff02::1:2`.
+pub const DHCP6_SERVERS: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 1, 2);
 
 struct Service {
     id: ServiceId,
@@ -44,6 +48,12 @@ impl Services {
     #[must_use]
     pub fn dhcp(&self) -> Option<ServiceId> {
         self.list.iter().find(|s| s.proto == proto::UDP && s.port == DHCP_SERVER).map(|s| s.id)
+    }
+
+    /// The DHCPv6 service, which is reached by multicast too.
+    #[must_use]
+    pub fn dhcp6(&self) -> Option<ServiceId> {
+        self.list.iter().find(|s| s.proto == proto::UDP && s.port == DHCP6_SERVER).map(|s| s.id)
     }
 
     /// Whether some service has the address.
