@@ -115,7 +115,7 @@ class DataPlane:
         mode: str = "nat",
         host_loopback: IPv4Address | str | None = None,
         isolated: bool = False,
-        reserved: Sequence[tuple[IPv4Address | str, bytes]] = ...,
+        reserved: Sequence[tuple[_IpIn, bytes]] = ...,
         filtering: str = "address_dependent",
         limits: Mapping[str, int] = ...,
         timeouts: Mapping[str, int] = ...,

@@ -93,7 +93,7 @@ class DescriptionMethods(GuestMethods, PortMethods, RuleMethods):
                 for one in own
             ),
             guests,
-            tuple(services.dhcp.leases()) if config.dhcp else (),
+            tuple(services.leases()),
             services.dns.records() if config.dns else None,
             tuple(map(exact, self._own_forwards())),
             tuple((one.kind, one.path) for one in self.listeners),
@@ -108,7 +108,7 @@ class DescriptionMethods(GuestMethods, PortMethods, RuleMethods):
             registry.recall(mac, id, ip)
         if self._config.dhcp:
             own = {one.id for one in state.endpoints}
-            self._services.dhcp.restore(one for one in state.leases if one.endpoint_id in own)
+            self._services.restore([one for one in state.leases if one.endpoint_id in own])
         if self._config.dns and state.records is not None:
             dns = self._services.dns
             for name in set(dns.records()) - set(state.records):

@@ -207,6 +207,7 @@ _OPTIONS = {name: f"--{name}" for name in _SAME} | {
     "resolvers": "--dns",
     "dns_records": "--dns-record",
     "static_leases": "--lease",
+    "subnet6": "--prefix",
 }
 """Settings of NatConfig that the command line has too."""
 
@@ -218,7 +219,7 @@ def _as_options(text: str) -> str:
         name = _OPTIONS.get(match[1])
         return match[0] if name is None else name + (f" {match[2]}" if match[2] else "")
 
-    return re.sub(r"`([a-z_]+)(?:='?(\w+)'?)?`", option, text)
+    return re.sub(r"`([a-z_]+6?)(?:='?(\w+)'?)?`", option, text)
 
 
 def _no_thread(error: Exception) -> bool:

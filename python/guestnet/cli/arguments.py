@@ -565,5 +565,6 @@ def network_settings(options: argparse.Namespace) -> dict[str, Any]:
         "masquerade": options.masquerade,
         "pcp_ports": None if options.pcp is None else options.pcp[1:],
         "pcp_address": None if options.pcp is None else options.pcp[0],
+        "subnet6": getattr(options, "prefix", None),
         "static_leases": getattr(options, "lease", ()),
     }

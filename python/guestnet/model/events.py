@@ -103,7 +103,7 @@ class LeaseTaken(NetworkEvent):
 
     kind = "lease"
     mac: str
-    ip: IPv4Address
+    ip: IPv4Address | IPv6Address
     hostname: str | None = None
 
 
@@ -112,7 +112,7 @@ class LeaseReleased(NetworkEvent):
 
     kind = "release"
     mac: str
-    ip: IPv4Address
+    ip: IPv4Address | IPv6Address
 
 
 class AddressSeen(NetworkEvent):

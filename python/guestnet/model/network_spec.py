@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from ipaddress import IPv4Address, IPv4Network, IPv6Address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any
 
 from guestnet.errors import ConfigError
@@ -181,7 +181,7 @@ def _without_none(value: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
-    if isinstance(value, IPv4Address | IPv6Address | IPv4Network):
+    if isinstance(value, IPv4Address | IPv6Address | IPv4Network | IPv6Network):
         return str(value)
     if isinstance(value, StaticLease):
         return _without_none(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, ip_address
 from typing import Any
 
 from guestnet.errors import ConfigError
@@ -143,7 +143,7 @@ def _lease(data: object) -> LeaseRecord:
     return LeaseRecord(
         str(known["endpoint"]),
         format_mac(parse_mac(known["mac"])),
-        IPv4Address(known["ip"]),
+        ip_address(known["ip"]),
         known["hostname"],
         math.inf if known["expires"] is None else float(known["expires"]),
     )

@@ -10,7 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
-from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, NetmaskValueError, ip_address
+from ipaddress import (
+    AddressValueError,
+    IPv4Address,
+    IPv4Network,
+    IPv6Address,
+    IPv6Network,
+    NetmaskValueError,
+    ip_address,
+)
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from guestnet.errors import ConfigError
@@ -104,7 +112,7 @@ class Filtering(StrEnum):
 
 
 class StaticLease(FrozenRecord, kw_only=False):
-    """An address, and optionally a name, that a MAC always gets.
+    """An address of either family or of both, and optionally a name, that a MAC always gets.
 
     Example:
         >>> lease = StaticLease("52:54:00:12:34:56", IPv4Address("192.168.64.10"), "web")
@@ -113,8 +121,14 @@ class StaticLease(FrozenRecord, kw_only=False):
     """
 
     mac: str
-    ip: IPv4Address
+    ip: IPv4Address | None
     name: str | None = None
+    ip6: IPv6Address | None = None
+
+    @property
+    def addresses(self) -> tuple[IPv4Address | IPv6Address, ...]:
+        """The addresses."""
+        return tuple(one for one in (self.ip, self.ip6) if one is not None)
 
 
 _Choice = TypeVar("_Choice", bound=StrEnum)
@@ -183,6 +197,15 @@ def ipv4_subnet(what: str, value: object) -> IPv4Network:
             f"write a private one such as {DEFAULT_SUBNET}."
         )
     return network
+
+
+def _prefix6(value: object) -> IPv6Network | None:
+    if value is None:
+        return None
+    # Imported only where there is IPv6.
+    from guestnet.model.spec6 import ipv6_prefix
+
+    return ipv6_prefix("subnet6", value)
 
 
 def domain(what: str, value: object, *, one_label: bool = False) -> str:
@@ -300,6 +323,8 @@ class NatConfig(FrozenRecord):
     Addresses:
 
     - `subnet`: IPv4, /8 to /30. `gateway`: its address in it, the first by default. `gateway_mac`: its MAC.
+    - `subnet6`: an IPv6 /64, none by default. Guests get addresses of it by DHCPv6, with the number of their
+      IPv4 address. The gateway neither advertises the prefix nor routes IPv6 yet.
     - `dhcp_start`, `dhcp_end`: the range of addresses for endpoints, the whole subnet by default.
     - `static_leases`: addresses and names for known MACs: `StaticLease` objects, or mappings with its fields.
     - `mtu`: the IP MTU of the guests in bytes, 68 to 65520.
@@ -358,6 +383,7 @@ class NatConfig(FrozenRecord):
 
     subnet: IPv4Network
     gateway: IPv4Address
+    subnet6: IPv6Network | None
     mtu: int
     mode: NetMode
     host_loopback: bool
@@ -397,6 +423,7 @@ class NatConfig(FrozenRecord):
         *,
         subnet: str | IPv4Network = DEFAULT_SUBNET,
         gateway: str | IPv4Address | None = None,
+        subnet6: str | IPv6Network | None = None,
         mtu: int = 1500,
         mode: str | NetMode = NetMode.NAT,
         host_loopback: bool = False,
@@ -433,6 +460,7 @@ class NatConfig(FrozenRecord):
     ) -> None:
         put = object.__setattr__
         put(self, "subnet", ipv4_subnet("subnet", subnet))
+        put(self, "subnet6", _prefix6(subnet6))
         put(self, "mtu", whole_number("mtu", mtu, MTU_LOWEST, MTU_HIGHEST))
         put(self, "mode", choice(NetMode, "mode", mode))
         put(self, "host_loopback", _yes_or_no("host_loopback", host_loopback))
@@ -499,6 +527,11 @@ class NatConfig(FrozenRecord):
     def prefix_len(self) -> int:
         """The length of the subnet's prefix."""
         return self.subnet.prefixlen
+
+    @property
+    def gateway6(self) -> IPv6Address | None:
+        """The gateway's address in the IPv6 prefix, None without one."""
+        return None if self.subnet6 is None else self.subnet6[1]
 
     @property
     def loopback_address(self) -> IPv4Address | None:
@@ -655,7 +688,7 @@ class NatConfig(FrozenRecord):
         seen: set[object] = set()
         for value in values:
             lease = self._lease(value)
-            for one in (lease.mac, lease.ip, lease.name):
+            for one in (lease.mac, *lease.addresses, lease.name):
                 if one is not None and one in seen:
                     raise ConfigError(f"`static_leases` names {one} twice: give each guest its own.")
                 seen.add(one)
@@ -664,23 +697,30 @@ class NatConfig(FrozenRecord):
 
     def _lease(self, value: object) -> StaticLease:
         if isinstance(value, StaticLease):
-            value = {"mac": value.mac, "ip": value.ip, "name": value.name}
-        if not isinstance(value, Mapping) or not {"mac", "ip"} <= set(value) <= {"mac", "ip", "name"}:
+            value = {name: getattr(value, name) for name in StaticLease._fields}
+        if not isinstance(value, Mapping) or not {"mac"} <= set(value) <= set(StaticLease._fields):
             _refuse_lease(value)
-        ip = self.host_address("`static_leases` address", value["ip"])
-        if ip in (self.gateway, self.loopback_address):
-            raise ConfigError(
-                f"`static_leases` address {ip} is the gateway's own: choose one from {self.guest_range}."
-            )
-        name = value.get("name")
+        ip, ip6, name = value.get("ip"), value.get("ip6"), value.get("name")
+        if ip is None and ip6 is None:
+            _refuse_lease(value)
+        if ip is not None:
+            ip = self.host_address("`static_leases` address", ip)
+            if ip in (self.gateway, self.loopback_address):
+                raise ConfigError(
+                    f"`static_leases` address {ip} is the gateway's own: choose one from {self.guest_range}."
+                )
+        if ip6 is not None:
+            from guestnet.model.spec6 import host6_address
+
+            ip6 = host6_address("`static_leases` address", ip6, self.subnet6)
         mac = format_mac(parse_mac(value["mac"], "`static_leases`"))
-        return StaticLease(
-            mac, ip, None if name is None else domain("`static_leases` name", name, one_label=True)
-        )
+        if name is not None:
+            name = domain("`static_leases` name", name, one_label=True)
+        return StaticLease(mac, ip, name, ip6)
 
 
 def _refuse_lease(value: object) -> NoReturn:
     raise ConfigError(
         f"static_leases entry {value!r} is not a lease: write "
-        "{'mac': '02:00:5e:10:00:01', 'ip': '192.168.64.10', 'name': 'web'}."
+        "{'mac': '02:00:5e:10:00:01', 'ip': '192.168.64.10', 'name': 'web'}, with 'ip6' for an IPv6 address."
     )

@@ -53,7 +53,7 @@ class LeaseAdded(Change):
     lease: StaticLease
 
     def __str__(self) -> str:
-        return f"add the lease {self.lease.mac} = {self.lease.ip}"
+        return f"add the lease {self.lease.mac} = {_addresses(self.lease)}"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class LeaseRemoved(Change):
     lease: StaticLease
 
     def __str__(self) -> str:
-        return f"remove the lease {self.lease.mac} = {self.lease.ip}"
+        return f"remove the lease {self.lease.mac} = {_addresses(self.lease)}"
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,10 @@ def _settings(old: NatConfig, new: NatConfig) -> Iterator[Change]:
         before, after = getattr(old, name), getattr(new, name)
         if before != after and name not in ("static_leases", "dns_records", "policy"):
             yield SettingChanged(name, before, after)
+
+
+def _addresses(lease: StaticLease) -> str:
+    return " and ".join(map(str, lease.addresses))
 
 
 def _leases(old: NatConfig, new: NatConfig) -> Iterator[Change]:

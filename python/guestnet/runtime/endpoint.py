@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, Protocol
 
 from guestnet.control.portal import blocking
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class EndpointRecord:
     """What a network knows of an endpoint. The registry alone has it and changes it."""
 
-    __slots__ = ("attached", "hostname", "id", "ip", "listener", "mac", "mode", "seen", "told")
+    __slots__ = ("attached", "hostname", "id", "ip", "leased6", "listener", "mac", "mode", "seen", "told")
 
     def __init__(
         self,
@@ -36,6 +36,7 @@ class EndpointRecord:
         """The guest told the hostname itself."""
         self.attached: str | None = None
         self.seen: dict[IPv4Address, None] = {}
+        self.leased6: tuple[IPv6Address, ...] = ()
 
 
 class EndpointNetwork(Protocol):
@@ -109,10 +110,11 @@ class Endpoint:
         return self._record.listener
 
     @property
-    def addresses(self) -> tuple[IPv4Address, ...]:
-        """All addresses: the one that DHCP gives, then others that the guest was seen to use."""
+    def addresses(self) -> tuple[IPv4Address | IPv6Address, ...]:
+        """All addresses: the one that DHCP gives, others that the guest was seen to use, and the one that it
+        took by DHCPv6."""
         record = self._record
-        return (record.ip, *(address for address in record.seen if address != record.ip))
+        return (record.ip, *(one for one in record.seen if one != record.ip), *record.leased6)
 
     async def apublish(self, spec: str | ForwardSpec) -> Forward:
         """Publishes ports of this guest on the host. See `NatNetwork.publish`.

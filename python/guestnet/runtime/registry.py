@@ -11,7 +11,7 @@ import socket
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 from threading import RLock
 
 from guestnet.errors import (
@@ -81,8 +81,8 @@ def check_id(value: object) -> str:
 
 
 class Registry:
-    """The endpoints of one network. `moved` is called when an endpoint's address changes, `renamed` when the
-    answer about a guest's name or address may be another one."""
+    """The endpoints of one network. `moved` is called when an endpoint's address changes, `removed` when an
+    endpoint is gone, `renamed` when the answer about a guest's name or address may be another one."""
 
     def __init__(self, config: NatConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config
@@ -105,12 +105,14 @@ class Registry:
         self._number = 0
         self._leases = {lease.mac: lease for lease in config.static_leases}
         self.moved: Callable[[Endpoint, IPv4Address], object] = lambda _endpoint, _old: None
+        self.removed: Callable[[str], object] = lambda _id: None
         self.renamed: Callable[[], object] = lambda: None
         self.owned: Callable[[str], bool] = lambda _name: False
         """Whether a name is one of the records of the network's owner."""
         self.network: Callable[[], EndpointNetwork | None] = lambda: None
         """The network, for what endpoints do by themselves; endpoints do not keep it running."""
-        for address in (config.gateway, config.loopback_address, *(x.ip for x in config.static_leases)):
+        self._reserved = {lease.ip for lease in config.static_leases if lease.ip is not None}
+        for address in (config.gateway, config.loopback_address, *self._reserved):
             if address is not None:
                 self._take(address)
 
@@ -255,6 +257,7 @@ class Registry:
                 self._free(self._extra.pop(key))
             if endpoint.listener is not None:
                 self._remember(endpoint.mac, endpoint.id, endpoint.ip)
+            self.removed(id)
             self.renamed()
             return endpoint
 
@@ -358,6 +361,14 @@ class Registry:
             record.seen[address] = None
             return True
 
+    def note_lease6(self, endpoint_id: str, address: IPv6Address | None) -> None:
+        """The guest has this address by DHCPv6 from now on, or none."""
+        record = self._records.get(endpoint_id)
+        leased = () if address is None else (address,)
+        if record is not None and record.leased6 != leased:
+            record.leased6 = leased
+            self.renamed()
+
     def lease_of(self, mac: str) -> StaticLease | None:
         """The static lease of a MAC."""
         return self._leases.get(mac)
@@ -404,7 +415,7 @@ class Registry:
             return
         self._records[endpoint.id].mac = mac
         lease = self._leases.get(mac)
-        if lease is not None and lease.ip not in self._by_ip:
+        if lease is not None and lease.ip is not None and lease.ip not in self._by_ip:
             self._move(endpoint, lease.ip)
 
     def _extra_address(self, endpoint_id: str, mac: str, requested: IPv4Address | None) -> IPv4Address | None:
@@ -495,7 +506,7 @@ class Registry:
     def _address(self, name: str, mac: str, ip: str | IPv4Address | None) -> IPv4Address:
         lease = self._leases.get(mac)
         if ip is None:
-            if lease is not None and lease.ip not in self._by_ip:
+            if lease is not None and lease.ip is not None and lease.ip not in self._by_ip:
                 return lease.ip
             address = self._any()
             if address is None:
@@ -522,7 +533,7 @@ class Registry:
             return "the gateway"
         if address == self._config.loopback_address:
             return "the host's loopback"
-        if any(lease.ip == address for lease in self._leases.values()):
+        if address in self._reserved:
             return "a static lease"
         return "another guest"
 
@@ -544,7 +555,7 @@ class Registry:
         return True
 
     def _free(self, address: IPv4Address) -> None:
-        if any(lease.ip == address for lease in self._leases.values()):
+        if address in self._reserved:
             return  # stays reserved for its MAC
         self._outside.discard(address)
         self._pool.release(address)

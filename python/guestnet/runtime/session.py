@@ -87,7 +87,7 @@ def _make_plane(config: NatConfig, runtime: Runtime) -> _native.DataPlane:
         mode=config.mode.value,
         host_loopback=config.loopback_address,
         isolated=config.isolated,
-        reserved=[(lease.ip, parse_mac(lease.mac)) for lease in config.static_leases],
+        reserved=[(ip, parse_mac(one.mac)) for one in config.static_leases for ip in one.addresses],
         filtering=config.filtering.value,
         limits=dict(config.limits),
         timeouts=dict(config.timeouts),
@@ -280,7 +280,10 @@ class Session:
         self.rules.port_added(endpoint.id)
         self.policy.port_added(endpoint.id)
         mac = None if self.registry.is_proposed(endpoint.id) else parse_mac(endpoint.mac)
-        addresses = [] if self.config.mode is NetMode.BRIDGED else [endpoint.ip]
+        known = (
+            () if self.config.mode is NetMode.BRIDGED else (endpoint.ip, *self._services.leased6(endpoint.id))
+        )
+        addresses = list(known)
         return port, {"mac": mac, "addresses": addresses, "mtu": self.config.mtu}
 
     async def remove_endpoint(self, id: str) -> None:

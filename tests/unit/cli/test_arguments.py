@@ -28,6 +28,20 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        ("192.168.64.9", {"ip": "192.168.64.9"}),
+        ("192.168.64.9,web", {"ip": "192.168.64.9", "name": "web"}),
+        ("fd00::5,web", {"ip6": "fd00::5", "name": "web"}),
+        ("192.168.64.9,fd00::5", {"ip": "192.168.64.9", "ip6": "fd00::5"}),
+        ("fd00::5,192.168.64.9,web", {"ip": "192.168.64.9", "ip6": "fd00::5", "name": "web"}),
+    ],
+)
+def test_a_lease_has_an_address_of_either_family_or_of_both(text: str, rest: dict[str, str]) -> None:
+    assert up.lease(f"02:00:00:00:00:01={text}") == {"mac": "02:00:00:00:00:01", **rest}
+
+
+@pytest.mark.parametrize(
     ("argv", "words"),
     [
         (["walk"], "'walk'"),
@@ -83,6 +97,12 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["up", "--stream", "/tmp/a", "--lease", "02:00:00:00:00:01=10.0.0.1"], "from 192.168.64.2 to"),
         (["up", "--stream", "/tmp/a", "--lease", "02:00:00:00:00:01=192.168.64.9,a b"], "--lease name 'a b'"),
         (["up", "--stream", "/tmp/a", "--lease", "zz=192.168.64.9"], "--lease 'zz'"),
+        (["up", "--stream", "/tmp/a", "--lease", "02:00:00:00:00:01=fd00::5"], "needs --prefix"),
+        (
+            ["up", "--stream", "/tmp/a", "--lease", "02:00:00:00:00:01=fd00::5,fd00::6"],
+            "one address of a family",
+        ),
+        (["up", "--stream", "/tmp/a", "--prefix", "fd00::/48"], "--prefix fd00::/48"),
         (["up", "--stream", "/tmp/a", "--json", "--pcap", "-"], "stdout"),
         (["up", "--stream", "/tmp/a", "--pid-file", "-"], "--pid-file '-'"),
         (["up", "--stream", "/tmp/a", "--ready-fd", "x"], "3>ready"),

@@ -49,15 +49,27 @@ _EXAMPLE = """\
   of guestnet."""
 
 
-def lease(text: str) -> dict[str, str | None]:
-    """`mac=ip[,name]`, as the mapping that `NatConfig(static_leases=...)` checks."""
+def lease(text: str) -> dict[str, str]:
+    """`mac=ip[,ip][,name]`, as the mapping that `NatConfig(static_leases=...)` checks."""
     mac, equals, rest = text.partition("=")
-    address, _, name = rest.partition(",")
-    if not equals:
-        raise UsageError(
-            f"--lease {text!r} is not MAC=ADDRESS[,NAME]: write 02:00:5e:10:00:01=192.168.64.10,web."
-        )
-    return {"mac": mac, "ip": address, "name": name or None}
+    found = {"mac": mac}
+    for part in rest.split(","):
+        address = "ip6" if ":" in part else "ip"
+        # A name has no dot, and an address comes first.
+        key = address if set(part) & set(":.") or len(found) == 1 else "name"
+        if not equals or not part or key in found:
+            raise UsageError(
+                f"--lease {text!r} is not MAC=ADDRESS[,ADDRESS][,NAME], with one address of a family: "
+                "write 02:00:5e:10:00:01=192.168.64.10,web."
+            )
+        found[key] = part
+    return found
+
+
+def _prefix(text: str) -> str:
+    from guestnet.model.spec6 import ipv6_prefix
+
+    return str(ipv6_prefix("--prefix", text))
 
 
 def _network_name(text: str) -> str:
@@ -116,8 +128,14 @@ def parser() -> arguments.Parser:
         action="append",
         default=[],
         type=arguments.checked(lease),
-        metavar="MAC=ADDRESS[,NAME]",
-        help="the address, and the name, of the guest with this MAC (repeatable)",
+        metavar="MAC=ADDRESS[,ADDRESS][,NAME]",
+        help="the address of either family or of both, and the name, of the guest with this MAC (repeatable)",
+    )
+    add(
+        "--prefix",
+        type=arguments.checked(_prefix),
+        metavar="PREFIX",
+        help="an IPv6 /64, of which guests get addresses by DHCPv6 (not routed yet)",
     )
     add("--json", action="store_true", help="print events as JSON lines on stdout")
     add(

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from guestnet.errors import ConfigError
 from guestnet.model.events import LeaseReleased, LeaseTaken, PortClosed, PortOpened
-from guestnet.model.ipam import format_mac
+from guestnet.model.ipam import format_mac, parse_mac
 from guestnet.model.spec import NetMode
 from guestnet.runtime.services.dns_control import DnsControl
 
@@ -26,18 +26,23 @@ if TYPE_CHECKING:
     from guestnet.control.channel import Control
     from guestnet.control.event_hub import Emitter
     from guestnet.model.spec import NatConfig
+    from guestnet.model.stats import LeaseRecord
+    from guestnet.runtime.addresses6 import Addresses6
     from guestnet.runtime.endpoint import Endpoint
     from guestnet.runtime.port_table import PortTable
     from guestnet.runtime.published.forward import Forward
     from guestnet.runtime.published.publishing import Publishing
     from guestnet.runtime.registry import Registry
-    from guestnet.services.dhcp import DhcpServer
+    from guestnet.services.dhcp import DhcpServer, Lease
+    from guestnet.services.dhcp6 import Dhcp6Server
     from guestnet.services.dns import DnsServer
     from guestnet.services.pcp import Mapping, PcpServer
 
-DHCP_PORT, DNS_PORT, PCP_PORT = 67, 53, 5351
-_DHCP, _DNS_UDP, _DNS_TCP, _PCP = 1, 2, 3, 4
+DHCP_PORT, DHCP6_PORT, DHCP6_CLIENT_PORT, DNS_PORT, PCP_PORT = 67, 547, 546, 53, 5351
+_DHCP, _DNS_UDP, _DNS_TCP, _PCP, _DHCP6 = 1, 2, 3, 4, 5
 """Numbers of the services, for the data plane."""
+_LINK_LOCAL = IPv6Address("fe80::1")
+"""The gateway's address on the link."""
 _MAPPINGS = 1024
 _MAPPING = 16
 """PCP requests of an endpoint that wait or are being answered."""
@@ -79,6 +84,10 @@ class Services:
         self._dhcp: DhcpServer | None = None
         self.on_dhcp: Callable[[DhcpServer], object] = _nobody_hears
         """Called with the DHCP server when it is made, by the thread that needs it first."""
+        self._addresses6: Addresses6 | None = None
+        self._dhcp6: Dhcp6Server | None = None
+        self.on_dhcp6: Callable[[Dhcp6Server], object] = _nobody_hears
+        """As `on_dhcp`."""
         self._dns: DnsServer | None = None
         self._pcp: PcpServer | None = None
 
@@ -114,6 +123,72 @@ class Services:
     def made_dhcp(self) -> DhcpServer | None:
         """The DHCP server, None as long as nobody has needed it."""
         return self._dhcp if self._config.dhcp else None
+
+    @property
+    def has_dhcp6(self) -> bool:
+        """Whether the network serves DHCPv6."""
+        return self._config.dhcp and self._config.subnet6 is not None
+
+    @property
+    def dhcp6(self) -> Dhcp6Server:
+        """The DHCPv6 server: `leases()`. Raises ConfigError when the network has none."""
+        config = self._config
+        if not config.dhcp or config.subnet6 is None or config.gateway6 is None:
+            raise ConfigError(
+                "This network has no DHCPv6 server: make it with "
+                "NatConfig(dhcp=True, subnet6='fd12:3456:789a::/64')."
+            )
+        if self._dhcp6 is None:
+            from guestnet.runtime.addresses6 import Addresses6
+            from guestnet.services.dhcp import LeaseStore
+            from guestnet.services.dhcp6 import Dhcp6Config, Dhcp6Server
+
+            reserved = {one.mac: one.ip6 for one in config.static_leases if one.ip6 is not None}
+            book = Addresses6(self._registry, config.subnet, config.subnet6, reserved, (config.gateway6,))
+            made = Dhcp6Server(
+                Dhcp6Config(
+                    mac=parse_mac(config.gateway_mac),
+                    prefix=config.subnet6,
+                    zone=config.zone,
+                    search=config.search,
+                    lease_time=config.lease_time,
+                ),
+                LeaseStore(book),
+            )
+            with self._making:
+                if self._dhcp6 is None:
+                    self._dhcp6, self._addresses6 = made, book
+                    self._registry.removed = book.remove
+            self.on_dhcp6(self._dhcp6)
+        return self._dhcp6
+
+    @property
+    def made_dhcp6(self) -> Dhcp6Server | None:
+        """The DHCPv6 server, None as long as nobody has needed it."""
+        return self._dhcp6
+
+    def leases(self) -> list[LeaseRecord]:
+        """Lists the current leases, of DHCPv4 and of DHCPv6. From any thread.
+
+        Returns:
+            One record for each.
+        """
+        found = self.dhcp.leases() if self._config.dhcp else []
+        return found if self._dhcp6 is None else [*found, *self._dhcp6.leases()]
+
+    def restore(self, leases: list[LeaseRecord]) -> None:
+        """Takes over leases of an earlier run, whose endpoints are there again.
+
+        Args:
+            leases: What `leases` returned. Leases that no longer fit are left out.
+        """
+        self.dhcp.restore(leases)
+        if self.has_dhcp6:
+            self.dhcp6.restore(leases)
+            for one in self.dhcp6.leases():
+                endpoint = self._registry.get(one.endpoint_id)
+                if endpoint is not None and endpoint.mac == one.mac and isinstance(one.ip, IPv6Address):
+                    self._registry.note_lease6(one.endpoint_id, one.ip)
 
     @property
     def dns(self) -> DnsServer:
@@ -154,7 +229,12 @@ class Services:
 
     def __repr__(self) -> str:
         config = self._config
-        used = (("dhcp", config.dhcp), ("dns", config.dns), ("pcp", config.pcp_ports))
+        used = (
+            ("dhcp", config.dhcp),
+            ("dhcp6", self.has_dhcp6),
+            ("dns", config.dns),
+            ("pcp", config.pcp_ports),
+        )
         return f"<Services {' '.join(name for name, on in used if on) or 'none'}>"
 
 
@@ -190,8 +270,13 @@ class ServiceHost:
             self._services.on_dhcp = self._serve_dhcp
             if (dhcp := self._services.made_dhcp) is not None:
                 self._serve_dhcp(dhcp)
-            self._idle = control.loop.call_later(_IDLE_SECONDS, lambda: self._services.dhcp)
+            self._idle = control.loop.call_later(_IDLE_SECONDS, self._make_dhcp)
             await control.do(plane.add_service, _DHCP, "udp", gateway, DHCP_PORT)
+        if self._services.has_dhcp6:
+            self._services.on_dhcp6 = self._serve_dhcp6
+            if (dhcp6 := self._services.made_dhcp6) is not None:
+                self._serve_dhcp6(dhcp6)
+            await control.do(plane.add_service, _DHCP6, "udp", _LINK_LOCAL, DHCP6_PORT)
         self.mode_changed(self._config.mode)
         if self._config.dns:
             await control.do(plane.add_service, _DNS_UDP, "udp", gateway, DNS_PORT)
@@ -218,9 +303,11 @@ class ServiceHost:
 
     async def close(self) -> None:
         """Ends what is served. The servers outlive it with their names and leases."""
-        self._services.on_dhcp = _nobody_hears
+        self._services.on_dhcp = self._services.on_dhcp6 = _nobody_hears
         if (dhcp := self._services.made_dhcp) is not None:
             dhcp.on_lease = dhcp.on_release = _nobody_hears
+        if (dhcp6 := self._services.made_dhcp6) is not None:
+            dhcp6.on_lease = dhcp6.on_release = _nobody_hears
         if self._idle is not None:
             self._idle.cancel()
         if self._dns is not None:
@@ -234,6 +321,8 @@ class ServiceHost:
         """A datagram for a service."""
         if event.service == _DHCP:
             self._answer_dhcp(event, endpoint)
+        elif event.service == _DHCP6:
+            self._answer_dhcp6(event, endpoint)
         elif event.service == _PCP:
             mapping = self._mapping.get(endpoint.id, 0)
             if mapping >= _MAPPING:
@@ -256,6 +345,8 @@ class ServiceHost:
         """An endpoint goes: what its guest held ends before its address is free."""
         if (dhcp := self._services.made_dhcp) is not None:
             dhcp.remove_endpoint(endpoint_id)
+        if (dhcp6 := self._services.made_dhcp6) is not None:
+            dhcp6.remove_endpoint(endpoint_id)
         if self._pcp is not None:
             self._pcp.remove_endpoint(endpoint_id)
 
@@ -273,8 +364,36 @@ class ServiceHost:
         """Ends leases and mappings that are over; the servers do it too, when they are asked something."""
         if (dhcp := self._services.made_dhcp) is not None:
             dhcp.expire(time.monotonic())
+        if (dhcp6 := self._services.made_dhcp6) is not None:
+            dhcp6.expire(time.monotonic())
         if self._pcp is not None:
             self._pcp.expire()
+
+    def leased6(self, endpoint_id: str) -> list[IPv6Address]:
+        """The addresses that DHCPv6 has given to an endpoint."""
+        dhcp6 = self._services.made_dhcp6
+        return [] if dhcp6 is None else [one.ip for one in dhcp6.held(endpoint_id)]
+
+    def _make_dhcp(self) -> None:
+        _ = self._services.dhcp
+        _ = self._services.has_dhcp6 and self._services.dhcp6
+
+    def _serve_dhcp6(self, dhcp6: Dhcp6Server) -> None:
+        dhcp6.on_lease = self._leased6
+        dhcp6.on_release = self._released6
+
+    def _answer_dhcp6(self, event: _native.Datagram, endpoint: Endpoint) -> None:
+        reply = self._services.dhcp6.handle(
+            event.payload,
+            endpoint_id=endpoint.id,
+            mac=event.mac,
+            now=time.monotonic(),
+            unicast=not event.dst[0].is_multicast,
+        )
+        if reply is not None:
+            source, target = (_LINK_LOCAL, DHCP6_PORT), (event.src[0], DHCP6_CLIENT_PORT)
+            plane = self._control.plane
+            self._control.post(plane.service_send, event.port, event.mac, source, target, reply)
 
     def _serve_dhcp(self, dhcp: DhcpServer) -> None:
         dhcp.on_lease = self._leased
@@ -347,6 +466,28 @@ class ServiceHost:
         # Also an address besides the endpoint's own, for what is bridged behind it.
         self._control.ensure(self._control.plane.bind_address, port, ip, lease.mac)
         self._emit(LeaseTaken, id, mac=format_mac(lease.mac), ip=ip, hostname=endpoint.hostname)
+
+    def _leased6(self, lease: Lease[IPv6Address]) -> None:
+        """A guest has taken an IPv6 address."""
+        id = lease.endpoint_id
+        endpoint, port = self._registry.get(id), self._ports.port(id)
+        if endpoint is None or port is None:
+            return
+        self._registry.note_hostname(endpoint, lease.mac, lease.hostname)
+        mac = format_mac(lease.mac)
+        if endpoint.mac == mac:
+            self._registry.note_lease6(id, lease.ip)
+        self._control.ensure(self._control.plane.bind_address, port, lease.ip, lease.mac)
+        self._emit(LeaseTaken, id, mac=mac, ip=lease.ip, hostname=endpoint.hostname)
+
+    def _released6(self, lease: Lease[IPv6Address]) -> None:
+        """A guest gave an IPv6 address back."""
+        id, mac = lease.endpoint_id, format_mac(lease.mac)
+        endpoint = self._registry.get(id)
+        if endpoint is not None and endpoint.mac == mac and lease.ip in endpoint.addresses:
+            self._registry.note_lease6(id, None)
+        self._control.ensure(self._control.plane.unbind_address, lease.ip)
+        self._emit(LeaseReleased, id, mac=mac, ip=lease.ip)
 
     def _released(self, lease: Any) -> None:
         """A guest gave an address back. The endpoint's own stays reserved for it."""
