@@ -116,10 +116,11 @@ class LeaseReleased(NetworkEvent):
 
 
 class AddressSeen(NetworkEvent):
-    """A guest uses another address of the subnet too; in the mode "bridged", its first address."""
+    """A guest uses another address of the subnet too, or one of the IPv6 prefix; in the mode "bridged", its
+    first address."""
 
     kind = "address_seen"
-    ip: IPv4Address
+    ip: IPv4Address | IPv6Address
     mac: str
 
 

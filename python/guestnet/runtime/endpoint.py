@@ -19,7 +19,19 @@ if TYPE_CHECKING:
 class EndpointRecord:
     """What a network knows of an endpoint. The registry alone has it and changes it."""
 
-    __slots__ = ("attached", "hostname", "id", "ip", "leased6", "listener", "mac", "mode", "seen", "told")
+    __slots__ = (
+        "attached",
+        "hostname",
+        "id",
+        "ip",
+        "leased6",
+        "listener",
+        "mac",
+        "mode",
+        "seen",
+        "seen6",
+        "told",
+    )
 
     def __init__(
         self,
@@ -37,6 +49,12 @@ class EndpointRecord:
         self.attached: str | None = None
         self.seen: dict[IPv4Address, None] = {}
         self.leased6: tuple[IPv6Address, ...] = ()
+        self.seen6: dict[IPv6Address, None] = {}
+
+    @property
+    def addresses6(self) -> tuple[IPv6Address, ...]:
+        """The leased address, then others, the latest first."""
+        return (*self.leased6, *reversed(self.seen6))
 
 
 class EndpointNetwork(Protocol):
@@ -111,10 +129,10 @@ class Endpoint:
 
     @property
     def addresses(self) -> tuple[IPv4Address | IPv6Address, ...]:
-        """All addresses: the one that DHCP gives, others that the guest was seen to use, and the one that it
-        took by DHCPv6."""
+        """All addresses: the one that DHCP gives and others that the guest was seen to use, then in IPv6 the
+        one that it took by DHCPv6 and others of the network's prefix."""
         record = self._record
-        return (record.ip, *(one for one in record.seen if one != record.ip), *record.leased6)
+        return (record.ip, *(one for one in record.seen if one != record.ip), *record.addresses6)
 
     async def apublish(self, spec: str | ForwardSpec) -> Forward:
         """Publishes ports of this guest on the host. See `NatNetwork.publish`.

@@ -34,6 +34,8 @@ _EXTRA_MACS = 15
 """Addresses that one endpoint can have besides its own, for what is bridged behind it."""
 _SEEN_MOST = 16
 """Addresses that are kept of those that a guest was seen to use."""
+_SEEN6_NAMED = 4
+"""IPv6 addresses that a name stands for, of those that a guest without a lease was seen to use."""
 _DECLINED_SECONDS = 600.0
 """How long an address is not given again after a guest found that somebody else uses it."""
 _DECLINED_PART = 4
@@ -95,6 +97,7 @@ class Registry:
         self._endpoints: dict[str, Endpoint] = {}
         self._records: dict[str, EndpointRecord] = {}
         self._by_ip: dict[IPv4Address, Endpoint] = {}
+        self._by_ip6: dict[IPv6Address, EndpointRecord] = {}
         self._proposed: set[str] = set()
         """Endpoints whose MAC was generated, and whose guest has not shown another yet."""
         self._extra: dict[tuple[str, str], IPv4Address] = {}
@@ -248,7 +251,8 @@ class Registry:
                 raise EndpointNotFound(
                     f"There is no endpoint {id!r}: `endpoints` lists those that are there."
                 )
-            del self._records[id]
+            for address in self._records.pop(id).addresses6:
+                del self._by_ip6[address]
             self._proposed.discard(id)
             if not self._bridged:
                 del self._by_ip[endpoint.ip]
@@ -301,6 +305,19 @@ class Registry:
             return endpoint.ip
         return next((lease.ip for lease in self._leases.values() if lease.name == name.lower()), None)
 
+    def addresses_named(self, name: str, *, told: bool = True) -> tuple[IPv4Address | IPv6Address, ...]:
+        """The addresses of a guest by its name: that of DHCP, and that of DHCPv6 or, without it, the latest
+        that it was seen to use. Before it has come, they are those of its static lease."""
+        endpoint = self.named(name, told=told)
+        if endpoint is None:
+            found = (lease.addresses for lease in self._leases.values() if lease.name == name.lower())
+            return next(found, ())
+        record = self._records.get(endpoint.id)
+        if record is None:
+            return ()
+        # Temporary addresses (RFC 8981) end without a word, so one that is leased is a better answer.
+        return (record.ip, *(record.leased6 or record.addresses6[:_SEEN6_NAMED]))
+
     def note_hostname(self, endpoint: Endpoint, mac: bytes, hostname: str | None) -> None:
         """The guest told its own name. It gets it unless it was given one, another guest has it, it is one of
         the owner's, or it means something else than a guest."""
@@ -320,10 +337,10 @@ class Registry:
                 record.hostname, record.told = alias, True
                 self.renamed()
 
-    def name_of(self, address: IPv4Address) -> str | None:
+    def name_of(self, address: IPv4Address | IPv6Address) -> str | None:
         """The id of the endpoint with this address."""
-        endpoint = self._by_ip.get(address)
-        return None if endpoint is None else endpoint.id
+        known = self._by_ip.get(address) if isinstance(address, IPv4Address) else self._by_ip6.get(address)
+        return None if known is None else known.id
 
     def owner(self, address: IPv4Address) -> Endpoint | None:
         """Whose address it is."""
@@ -344,13 +361,16 @@ class Registry:
         if (record := self._records.get(endpoint_id)) is not None:
             record.attached = kind
 
-    def note_address(self, endpoint_id: str, address: IPv4Address) -> bool:
-        """The guest was seen to use an address. False when that was known.
+    def note_address(self, endpoint_id: str, address: IPv4Address | IPv6Address) -> bool:
+        """The guest was seen to use an address. False when that was known, and for IPv6 addresses outside the
+        network's prefix.
 
         Where addresses are not given here, the first one becomes the endpoint's own.
         """
         with self._lock:
             record = self._records.get(endpoint_id)
+            if isinstance(address, IPv6Address):
+                return record is not None and self._note_address6(record, address)
             if record is None or address in (record.ip, NOWHERE) or address in record.seen:
                 return False
             if self._bridged and record.ip == NOWHERE:
@@ -363,11 +383,39 @@ class Registry:
 
     def note_lease6(self, endpoint_id: str, address: IPv6Address | None) -> None:
         """The guest has this address by DHCPv6 from now on, or none."""
-        record = self._records.get(endpoint_id)
-        leased = () if address is None else (address,)
-        if record is not None and record.leased6 != leased:
-            record.leased6 = leased
+        with self._lock:
+            record = self._records.get(endpoint_id)
+            leased = () if address is None else (address,)
+            if record is None or record.leased6 == leased:
+                return
+            for old in record.leased6:
+                del self._by_ip6[old]
+            record.leased6 = ()
+            if address is not None:
+                self._take6(record, address)
+                record.leased6 = leased
             self.renamed()
+
+    def _note_address6(self, record: EndpointRecord, address: IPv6Address) -> bool:
+        prefix = self._config.subnet6
+        outside = prefix is None or address not in prefix or address == self._config.gateway6
+        if outside or self._by_ip6.get(address) is record:
+            return False
+        while len(record.seen6) >= _SEEN_MOST:
+            oldest = next(iter(record.seen6))
+            del record.seen6[oldest], self._by_ip6[oldest]
+        self._take6(record, address)
+        record.seen6[address] = None
+        self.renamed()
+        return True
+
+    def _take6(self, record: EndpointRecord, address: IPv6Address) -> None:
+        """The address is this endpoint's from now on, whoever had it."""
+        before = self._by_ip6.get(address)
+        if before is not None:
+            before.seen6.pop(address, None)
+            before.leased6 = tuple(one for one in before.leased6 if one != address)
+        self._by_ip6[address] = record
 
     def lease_of(self, mac: str) -> StaticLease | None:
         """The static lease of a MAC."""

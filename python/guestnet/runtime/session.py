@@ -143,6 +143,8 @@ class Session:
         self.capture = Capture(control)
         self._ports = PortTable(lambda port, name: control.plane.name_port(port, name))  # noqa: PLW0108
         self._arrivals: dict[int, int] = {}
+        self._early6: dict[int, _native.AddressSeen] = {}
+        """IPv6 addresses of guests that are no endpoints yet."""
         """Ports of guests that came to a listener and have not shown their MAC yet, with the listener."""
         self._turned_away: set[int] = set()
         """Those of them that cannot be served; reported once."""
@@ -322,6 +324,7 @@ class Session:
     def _forget_port(self, port: int) -> None:
         self._end_attachment(port)
         self._arrivals.pop(port, None)
+        self._early6.pop(port, None)
         self._turned_away.discard(port)
         self._ports.remove(port)
 
@@ -521,9 +524,13 @@ class Session:
             self._services.datagram(event, endpoint)
 
     def _on_address(self, event: _native.AddressSeen) -> None:
-        if not isinstance(event.address, IPv4Address):
+        seen = event.address if isinstance(event.address, IPv4Address) else None
+        if seen is None and self._ports.endpoint(event.port) is None:
+            # A guest that came to a listener keeps the IPv4 address that it shows first: this waits for it.
+            if event.port in self._arrivals:
+                self._early6[event.port] = event
             return
-        endpoint = self._endpoint_at(event.port, event.mac, event.address)
+        endpoint = self._endpoint_at(event.port, event.mac, seen)
         if endpoint is not None and self.registry.note_address(endpoint.id, event.address):
             self.emit(AddressSeen, endpoint.id, ip=event.address, mac=format_mac(event.mac))
 
@@ -554,6 +561,8 @@ class Session:
             self.control.ensure(self.control.plane.bind_address, port, endpoint.ip, mac)
         self.publishing.refresh()
         self._emit_up(endpoint, listener=listener.path)
+        if (early := self._early6.pop(port, None)) is not None:
+            self._on_address(early)
         return endpoint
 
     def _on_port_up(self, event: _native.PortUp) -> None:
@@ -652,7 +661,7 @@ class Session:
 
     def _name_of(self, address: IPv4Address | IPv6Address) -> str | None:
         """The name of an address in the network's zone."""
-        if self.config.mode is NetMode.BRIDGED or not isinstance(address, IPv4Address):
+        if self.config.mode is NetMode.BRIDGED:
             return None
         if address == self.config.loopback_address:
             return f"host.{self.config.zone}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 
 import pytest
 from guestnet.errors import (
@@ -271,3 +271,63 @@ def test_names() -> None:
     r.create("c_1.x", mac=A)
     assert r.hostname_for("c_1.x", parse_mac(A)) is None
     assert "b" in repr(b)
+
+
+def ip6(number: int) -> IPv6Address:
+    return IPv6Address("fd00::") + number
+
+
+def test_ipv6_addresses_of_a_guest() -> None:
+    r = registry(subnet6="fd00::/64")
+    one, two = r.create("one"), r.create("two")
+    assert r.note_address("one", ip6(0x99))
+    assert not r.note_address("one", ip6(0x99)), "it is known"
+    for other in (IPv6Address("fe80::9"), IPv6Address("2001:db8::9"), ip6(1)):
+        assert not r.note_address("one", other), "outside the prefix, or the gateway's"
+    assert r.addresses_named("one") == (one.ip, ip6(0x99))
+    r.note_lease6("one", ip6(2))
+    assert one.addresses == (one.ip, ip6(2), ip6(0x99))
+    assert r.addresses_named("one") == (one.ip, ip6(2)), "a leased address is a better answer"
+    assert [r.name_of(ip6(number)) for number in (2, 0x99, 3)] == ["one", "one", None]
+    # Another takes an address over.
+    r.note_lease6("two", ip6(0x99))
+    assert (one.addresses, two.addresses) == ((one.ip, ip6(2)), (two.ip, ip6(0x99)))
+    assert r.name_of(ip6(0x99)) == "two"
+    r.note_lease6("one", None)
+    assert one.addresses == (one.ip,)
+    r.remove("two")
+    assert r.name_of(ip6(0x99)) is None
+
+
+def test_ipv6_addresses_of_a_guest_are_bounded() -> None:
+    """Privacy addresses come and go (RFC 8981)."""
+    r = registry(subnet6="fd00::/64")
+    one = r.create("one")
+    for number in range(2, 102):
+        assert r.note_address("one", ip6(number))
+    assert one.addresses == (one.ip, *(ip6(number) for number in range(101, 85, -1)))
+    assert r.addresses_named("one") == (one.ip, ip6(101), ip6(100), ip6(99), ip6(98)), "the latest"
+    assert r.name_of(ip6(50)) is None
+    r.remove("one")
+    assert r.name_of(ip6(101)) is None
+
+
+def test_a_change_of_ipv6_addresses_makes_earlier_answers_wrong() -> None:
+    r = registry(subnet6="fd00::/64")
+    r.create("one")
+    told: list[int] = []
+    r.renamed = lambda: told.append(1)
+    r.note_lease6("one", ip6(2))
+    r.note_lease6("one", ip6(2))
+    r.note_lease6("one", None)
+    r.note_address("one", ip6(3))
+    r.note_lease6("nobody", ip6(2))
+    assert len(told) == 3
+
+
+def test_a_guest_that_is_yet_to_come_has_the_addresses_of_its_lease() -> None:
+    lease = StaticLease(A, None, "web", ip6(0x50))
+    r = registry(subnet6="fd00::/64", static_leases=[lease])
+    assert r.addresses_named("Web") == (ip6(0x50),)
+    assert r.address_named("web") is None
+    assert r.create("other", A).ip == ip(2), "its IPv4 address is any"

@@ -8,7 +8,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, ip_address
 from typing import Any, ClassVar
 
 import dns.flags
@@ -31,13 +31,16 @@ class Guests:
     """The directory of a network: names and addresses."""
 
     def __init__(self, **guests: str) -> None:
-        self.guests = {name.replace("_", "-"): IPv4Address(address) for name, address in guests.items()}
+        self.guests = {
+            name.replace("_", "-"): tuple(map(ip_address, addresses.split()))
+            for name, addresses in guests.items()
+        }
 
-    def address_named(self, name: str, *, told: bool = True) -> IPv4Address | None:
-        return self.guests.get(name.lower())
+    def addresses_named(self, name: str, *, told: bool = True) -> tuple[IPv4Address | IPv6Address, ...]:
+        return self.guests.get(name.lower(), ())
 
-    def name_of(self, address: IPv4Address) -> str | None:
-        return next((name for name, known in self.guests.items() if known == address), None)
+    def name_of(self, address: IPv4Address | IPv6Address) -> str | None:
+        return next((name for name, known in self.guests.items() if address in known), None)
 
 
 PATIENCE = 10.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address, IPv6Network
 
 import dns.flags
 import dns.message
@@ -189,11 +189,72 @@ async def test_guests_come_and_go() -> None:
     guests = Guests()
     made = server(directory=guests)
     assert (await resolve(made, "new.guestnet.internal")).rcode() == dns.rcode.NXDOMAIN
-    guests.guests["new"] = IPv4Address("192.168.64.9")
+    guests.guests["new"] = (IPv4Address("192.168.64.9"),)
     made.network._registry.renamed()
     answer = await resolve(made, "new.guestnet.internal")
     assert texts(answer) == ["new.guestnet.internal. A 192.168.64.9"]
     assert answer.answer[0].ttl == 5
+
+
+PREFIX = IPv6Network("fd00:6e:0:1::/64")
+SIX = Guests(vm1="192.168.64.2 fd00:6e:0:1::2", only="fd00:6e:0:1::a", old="192.168.64.3")
+ARPA6 = "1.0.0.0.0.0.0.0.e.6.0.0.0.0.d.f.ip6.arpa"
+
+
+def digits(tail: str) -> str:
+    """The name of an address whose last digits are these."""
+    return ".".join([*reversed(tail.rjust(16, "0")), ARPA6])
+
+
+@pytest.mark.parametrize(
+    ("name", "type_", "expected"),
+    [
+        ("vm1.guestnet.internal", "A", ["vm1.guestnet.internal. A 192.168.64.2"]),
+        ("vm1.guestnet.internal", "AAAA", ["vm1.guestnet.internal. AAAA fd00:6e:0:1::2"]),
+        ("vm1", "AAAA", ["vm1. AAAA fd00:6e:0:1::2"]),
+        ("only.guestnet.internal", "AAAA", ["only.guestnet.internal. AAAA fd00:6e:0:1::a"]),
+        ("only.guestnet.internal", "A", []),
+        ("old.guestnet.internal", "AAAA", []),
+        ("gateway.guestnet.internal", "AAAA", ["gateway.guestnet.internal. AAAA fd00:6e:0:1::1"]),
+        (digits("2"), "PTR", [f"{digits('2')}. PTR vm1.guestnet.internal."]),
+        (digits("a").upper(), "PTR", [f"{digits('a')}. PTR only.guestnet.internal."]),
+        (digits("1"), "PTR", [f"{digits('1')}. PTR gateway.guestnet.internal."]),
+        (digits("2"), "A", []),
+        (digits("2").partition(".")[2], "PTR", []),
+        (ARPA6, "NS", [f"{ARPA6}. NS gateway.guestnet.internal."]),
+    ],
+)
+async def test_names_and_addresses_in_ipv6(name: str, type_: str, expected: list[str]) -> None:
+    made = server(directory=SIX, subnet6=PREFIX, gateway6=PREFIX[1])
+    answer = await resolve(made, name, type_)
+    assert answer.rcode() == dns.rcode.NOERROR
+    assert answer.flags & dns.flags.AA
+    assert [line.lower() for line in texts(answer)] == [line.lower() for line in expected]
+
+
+@pytest.mark.parametrize(
+    "name", [digits("77"), f"0.{digits('2')}", f"g.{ARPA6}", f"10.{ARPA6}", "x." * 40 + ARPA6]
+)
+async def test_addresses_of_the_prefix_that_nobody_has(name: str) -> None:
+    made = server(directory=SIX, subnet6=PREFIX, gateway6=PREFIX[1])
+    answer = await resolve(made, name, "PTR")
+    assert answer.rcode() == dns.rcode.NXDOMAIN
+    assert str(answer.authority[0].name) == f"{ARPA6}.", "they are not asked of others"
+
+
+async def test_addresses_of_other_prefixes_are_asked_of_others() -> None:
+    made = server(directory=SIX, subnet6=PREFIX, gateway6=PREFIX[1])
+    for name in (
+        f"2.{digits('2')[2:]}".replace("1.0.0.0.0", "2.0.0.0.0"),
+        ARPA6.partition(".")[2],
+        "ip6.arpa",
+    ):
+        assert (await resolve(made, name, "PTR")).rcode() == dns.rcode.SERVFAIL, "there is no name server"
+
+
+async def test_a_network_without_ipv6_asks_others_for_its_names() -> None:
+    assert (await resolve(server(), digits("2"), "PTR")).rcode() == dns.rcode.SERVFAIL
+    assert texts(await resolve(server(), "gateway.guestnet.internal", "AAAA")) == []
 
 
 @pytest.mark.parametrize("type_", ["DS", "DNSKEY", "NS", "SOA"])
@@ -336,8 +397,8 @@ async def test_a_query_has_no_thousands_of_records() -> None:
 class Liars(Guests):
     """Guests that all gave themselves their names."""
 
-    def address_named(self, name: str, *, told: bool = True) -> IPv4Address | None:
-        return super().address_named(name) if told else None
+    def addresses_named(self, name: str, *, told: bool = True) -> tuple[IPv4Address | IPv6Address, ...]:
+        return super().addresses_named(name) if told else ()
 
 
 @pytest.mark.parametrize(

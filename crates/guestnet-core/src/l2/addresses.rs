@@ -122,7 +122,7 @@ impl Lan {
             }
             self.learn_address(now, from, ip)?;
         }
-        if ip.is_ipv4() {
+        if !matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local()) {
             self.report_address(now, slot, mac, ip, fx);
         }
         self.resolved(ip, mac);

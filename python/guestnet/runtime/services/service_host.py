@@ -205,6 +205,7 @@ class Services:
                     records=config.dns_records,
                     gateway=config.gateway,
                     subnet=config.subnet,
+                    subnet6=config.subnet6,
                     host=config.loopback_address,
                     resolvers=config.resolvers,
                     directory=self._registry,

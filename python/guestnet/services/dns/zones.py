@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from ipaddress import IPv4Address, IPv4Network, IPv6Address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from threading import Lock
 
 from guestnet.errors import ConfigError
@@ -34,6 +34,7 @@ _ARPA = to_labels("arpa")
 _ARPA4, _ARPA6 = to_labels("in-addr.arpa"), to_labels("ip6.arpa")
 _LOOPBACK4 = IPv4Network("127.0.0.0/8")
 _LOOPBACK = {Type.A: bytes((127, 0, 0, 1)), Type.AAAA: IPv6Address("::1").packed}
+_HEX = frozenset(b"0123456789abcdef")
 _ANYTHING = b"\x01*"
 _OF_ZONES = (Type.NS, Type.SOA, 43, 48)
 """With DS and DNSKEY: what validating resolvers ask of a top-level domain. A guest that calls itself like one
@@ -80,6 +81,9 @@ class Zones:
         names: dict[bytes, list[OwnRecord]] = {}
         self._fixed = {self.gateway}
         _add(names, parse_record(f"gateway.{config.zone}", config.gateway))
+        if config.gateway6 is not None:
+            _add(names, parse_record(f"gateway.{config.zone}", config.gateway6))
+        self._apex6 = None if config.subnet6 is None else _pointer(config.subnet6)
         # Where guests read their rules, if the owner of the network lets them.
         self._fixed.add(record_name(f"policy.{config.zone}"))
         _add(names, parse_record(f"policy.{config.zone}", config.gateway))
@@ -183,9 +187,9 @@ class Zones:
         apex = self._zone if inside else key
         if (records := content.names.get(key)) is not None:
             return self._choose(apex, records, type_, content)
-        guest = self._guest(key, inside) if inside or type_ not in _OF_ZONES else None
-        if guest is not None:
-            return self._choose(apex, (guest,), type_, content, GUEST_TTL)
+        guest = self._guest(key, inside) if inside or type_ not in _OF_ZONES else ()
+        if guest:
+            return self._choose(apex, guest, type_, content, GUEST_TTL)
         if key in content.between:
             return Found(apex, serial=content.serial)
         if content.wildcards and (synthesized := self._wildcard(content, key)) is not None:
@@ -232,23 +236,22 @@ class Zones:
             return Found(apex, (OwnRecord(apex, Type.HINFO, _RFC8482),), serial=content.serial)
         return nothing
 
-    def _guest(self, key: bytes, inside: bool) -> OwnRecord | None:
+    def _guest(self, key: bytes, inside: bool) -> tuple[OwnRecord, ...]:
         labels = labels_of(key)
         if inside:
             labels = labels[: len(labels) - len(labels_of(self._zone))]
         elif len(labels) != 1:
-            return None
+            return ()
         try:
             name = b".".join(labels).decode("ascii")
         except UnicodeDecodeError:
-            return None
+            return ()
         if not name:
-            return None
+            return ()
         # What a guest says of itself does not stand for the owner's name, however that is spelled.
-        address = self._config.directory.address_named(name, told=not self.owns(name))
-        if address is None:
-            return None
-        return OwnRecord(key, Type.A if address.version == 4 else Type.AAAA, address.packed, address)
+        addresses = self._config.directory.addresses_named(name, told=not self.owns(name))
+        kinds = {4: Type.A, 6: Type.AAAA}
+        return tuple(OwnRecord(key, kinds[one.version], one.packed, one) for one in addresses)
 
     def _wildcard(self, content: _Content, key: bytes) -> tuple[OwnRecord, ...] | None:
         """RFC 4592: the record of the closest name above that exists."""
@@ -276,6 +279,8 @@ class Zones:
     def _reverse(self, key: bytes, type_: int, content: _Content) -> Found | None:  # noqa: PLR0911
         if (records := content.reverse.get(key)) is not None:
             return self._choose(self._reverse_apex(key), records, type_, content)
+        if self._apex6 is not None and (key == self._apex6 or _below(key, self._apex6)):
+            return self._reverse6(key, self._apex6, type_, content)
         if not (_below(key, _ARPA4)):
             return None
         network = _reversed(key)
@@ -296,14 +301,30 @@ class Zones:
             return Found(apex, ttl=GUEST_TTL, rcode=Rcode.NXDOMAIN, serial=content.serial)
         return self._choose(apex, (OwnRecord(key, Type.PTR, name),), type_, content, GUEST_TTL)
 
+    def _reverse6(self, key: bytes, apex: bytes, type_: int, content: _Content) -> Found:
+        """A name below that of the IPv6 prefix (RFC 3596 section 2.5)."""
+        digits = b"".join(labels_of(key)[:-2][::-1])
+        if (
+            any(len(label) != 1 for label in labels_of(key)[:-2])
+            or not set(digits) <= _HEX
+            or len(digits) > 32
+        ):
+            return Found(apex, rcode=Rcode.NXDOMAIN, serial=content.serial)
+        if len(digits) < 32:
+            return self._apex(key, type_, content) if key == apex else Found(apex, serial=content.serial)
+        name = self._name_of(IPv6Address(bytes.fromhex(digits.decode("ascii"))))
+        if name is None:
+            return Found(apex, ttl=GUEST_TTL, rcode=Rcode.NXDOMAIN, serial=content.serial)
+        return self._choose(apex, (OwnRecord(key, Type.PTR, name),), type_, content, GUEST_TTL)
+
     def _owner(self, network: IPv4Network | None) -> IPv4Network | None:
         owners = (_LOOPBACK4, self._config.subnet)
         return next(
             (o for o in owners if o is not None and network is not None and network.subnet_of(o)), None
         )
 
-    def _name_of(self, address: IPv4Address) -> bytes | None:
-        if address in _LOOPBACK4:
+    def _name_of(self, address: IPv4Address | IPv6Address) -> bytes | None:
+        if isinstance(address, IPv4Address) and address in _LOOPBACK4:
             return _LOCALHOST if address == IPv4Address("127.0.0.1") else None
         name = self._config.directory.name_of(address)
         try:
@@ -313,6 +334,8 @@ class Zones:
 
     def _reverse_apex(self, key: bytes) -> bytes:
         """The largest zone around a reverse name that is all ours: whole octets of the prefix."""
+        if self._apex6 is not None and _below(key, self._apex6):
+            return self._apex6
         owner = self._owner(_reversed(key))
         if owner is None:
             return key
@@ -322,6 +345,12 @@ class Zones:
 
 def _below(key: bytes, zone: bytes) -> bool:
     return len(key) > len(zone) and key.endswith(zone) and zone in parents(key)
+
+
+def _pointer(prefix: IPv6Network) -> bytes:
+    """The name in ip6.arpa of a prefix of whole digits."""
+    digits = prefix.network_address.exploded.replace(":", "")[: prefix.prefixlen // 4]
+    return to_labels(".".join((*reversed(digits), "ip6.arpa")))
 
 
 def _reversed(key: bytes) -> IPv4Network | None:

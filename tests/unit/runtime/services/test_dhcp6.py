@@ -8,9 +8,10 @@ from ipaddress import IPv6Address
 
 import pytest
 from guestnet import ConfigError, NatConfig, NatNetwork
-from guestnet.model.events import LeaseReleased, LeaseTaken
+from guestnet.model.events import AddressSeen, LeaseReleased, LeaseTaken
 from guestnet.model.ipam import format_mac, parse_mac
 from guestnet.model.spec import StaticLease
+from guestnet.services.dns.labels import to_labels
 
 from ...services import dhcp6_wire as wire
 from ..conftest import PATIENCE, Events, until
@@ -49,6 +50,17 @@ class Client:
         head = b"\x60\0\0\0" + len(udp).to_bytes(2, "big") + b"\x11\x01"
         dst = b"\x33\x33" + to.packed[12:]
         self.send_frame(dst + self.mac + b"\x86\xdd" + head + self.address.packed + to.packed + udp)
+
+    def advertise(self, address: IPv6Address) -> None:
+        """An unsolicited neighbour advertisement."""
+        everyone = IPv6Address("ff02::1")
+        message = b"\x20\0\0\0" + address.packed + b"\x02\x01" + self.mac
+        pseudo = address.packed + everyone.packed + (len(message) + 4).to_bytes(4, "big") + 4 * b"\0"
+        total = 0xFFFF - checksum(pseudo[:-1] + b"\x3a\x88\0" + b"\0\0" + message)
+        icmp = b"\x88\0" + total.to_bytes(2, "big") + message
+        head = b"\x60\0\0\0" + len(icmp).to_bytes(2, "big") + b"\x3a\xff"
+        dst = b"\x33\x33" + everyone.packed[12:]
+        self.send_frame(dst + self.mac + b"\x86\xdd" + head + address.packed + everyone.packed + icmp)
 
     def ask(self, kind: int, *options: bytes, to: IPv6Address = SERVERS) -> wire.Said6:
         self.send(kind, *options, to=to)
@@ -151,3 +163,29 @@ def test_a_network_without_dhcpv6(values: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="subnet6="):
         _ = network.services.dhcp6
     assert "dhcp6" not in repr(network.services)
+
+
+def test_names_and_addresses_of_a_guest_in_ipv6() -> None:
+    """The leased address, and one that the guest made itself (SLAAC)."""
+    with NatNetwork(NatConfig(subnet6=PREFIX)) as network:
+        events = Events(network)
+        network.create_endpoint("vm1", mac=MAC)
+        client = Client(network, "vm1")
+        own = IPv6Address("fd00:6e:0:1:7:7:7:7")
+        client.advertise(own)
+        seen = events.next(AddressSeen)
+        assert (seen.endpoint, seen.ip, seen.mac) == ("vm1", own, format_mac(MAC))
+        assert network["vm1"].addresses == (network["vm1"].ip, own)
+
+        def addresses() -> list[IPv6Address]:
+            answer = network.services.dns.lookup(to_labels("vm1.guestnet.internal"), 28)
+            assert answer is not None
+            return [IPv6Address(record[3]) for record in answer.answers]
+
+        assert addresses() == [own]
+        assert client.take(server_of(network)) == OWN
+        assert addresses() == [IPv6Address(OWN)]
+        for address in (own, IPv6Address(OWN)):
+            answer = network.services.dns.lookup(to_labels(address.reverse_pointer), 12)
+            assert answer is not None
+            assert answer.answers[0][3] == to_labels("vm1.guestnet.internal")
