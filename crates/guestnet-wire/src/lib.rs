@@ -13,6 +13,7 @@ pub mod frame;
 pub mod gro;
 pub mod gso;
 pub mod icmp;
+pub mod icmp6;
 pub mod inspect;
 pub mod ipv4;
 pub mod ipv6;

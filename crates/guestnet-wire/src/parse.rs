@@ -120,6 +120,8 @@ fn parse_v4(frame: &[u8], l3: usize) -> Result<Packet, WireError> {
 pub use crate::ipv6::FRAGMENT_HEADER;
 /// IPv6 and IPv4 authentication header (RFC 4302).
 const AUTHENTICATION_HEADER: u8 = 51;
+/// IPv6 routing header (RFC 8200 4.4).
+const ROUTING_HEADER: u8 = 43;
 
 /// True for an IPv6 extension header that another header follows, the fragment header excepted (RFC 7045):
 /// hop-by-hop options, routing, authentication, destination options, mobility, HIP and Shim6.
@@ -167,6 +169,10 @@ fn parse_v6(frame: &[u8], l3: usize) -> Result<Packet, WireError> {
                     return Err(WireError::Truncated);
                 }
                 let units = usize::from(h[at + 1]);
+                // RFC 5095 3: a packet that would be routed by its own header is dropped.
+                if next == ROUTING_HEADER && h[at + 2] == 0 && h[at + 3] != 0 {
+                    return Err(WireError::Malformed);
+                }
                 // An authentication header counts its length in units of 4 bytes, less 2 (RFC 4302 2.2).
                 let len = if next == AUTHENTICATION_HEADER { (units + 2) * 4 } else { (units + 1) * 8 };
                 next = h[at];

@@ -157,8 +157,13 @@ pub struct NetworkConfig {
     pub gateway4: Ipv4Addr,
     /// The IPv4 subnet: address and prefix length (8 to 30).
     pub subnet4: (Ipv4Addr, u8),
-    /// The gateway's IPv6 address and prefix length.
+    /// The gateway's IPv6 address, and the length of the prefix, which is 64. `None`: the gateway has no IPv6.
     pub gateway6: Option<(Ipv6Addr, u8)>,
+    /// The domains that guests search, for router advertisements (RFC 8106).
+    pub search: Vec<String>,
+    /// Whether the host has IPv6 at the start: else the gateway is no router of IPv6 until it has
+    /// (`Network::set_upstream6`).
+    pub upstream6: bool,
     /// The address that guests name the host's 127.0.0.1 by; `None` keeps the host's loopback out of reach.
     pub host_loopback: Option<IpAddr>,
     /// Which guests open no flows to other guests.
@@ -191,6 +196,8 @@ impl NetworkConfig {
             gateway4,
             subnet4,
             gateway6: None,
+            search: Vec::new(),
+            upstream6: true,
             host_loopback: None,
             isolated: Isolated::default(),
             reserved: BTreeMap::new(),

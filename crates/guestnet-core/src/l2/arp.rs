@@ -80,14 +80,19 @@ impl Lan {
         Ok(a)
     }
 
-    /// Sends an ARP request of the gateway for an address to the port that should have it.
+    /// Sends an ARP request, or a neighbour solicitation, of the gateway for an address to the port that should have it.
     pub(super) fn request<E: Effects>(&mut self, now: Time, slot: u32, ip: IpAddr, fx: &mut E) {
-        let IpAddr::V4(target) = ip else { return };
         if !self.ports.get_mut(slot).is_some_and(|p| p.requests.allow(now)) {
             self.count_drop(slot, DropReason::RateLimit);
             return;
         }
-        self.send_arp(slot, arp::REQUEST, self.gateway4, (Mac::default(), target), Mac::BROADCAST, fx);
+        match ip {
+            IpAddr::V4(target) => {
+                let to = (Mac::default(), target);
+                self.send_arp(slot, arp::REQUEST, self.gateway4, to, Mac::BROADCAST, fx);
+            }
+            IpAddr::V6(target) => self.solicit(slot, target, fx),
+        }
     }
 
     fn send_arp<E: Effects>(

@@ -71,6 +71,8 @@ pub(crate) enum Verdict {
     },
     /// The packet is addressed to the gateway's MAC.
     Route,
+    /// An IPv6 solicitation for the gateway, or for a router.
+    Discover,
     /// The packet was broadcast and is for this service (DHCP).
     Serve(ServiceId),
 }
@@ -337,7 +339,7 @@ impl Lan {
         self.neighbours.next_timer()
     }
 
-    /// Repeats ARP requests, or gives up.
+    /// Repeats ARP requests and solicitations, or gives up.
     pub fn timers<E: Effects>(&mut self, now: Time, fx: &mut E) {
         while let Some(due) = self.neighbours.due(now) {
             match due {

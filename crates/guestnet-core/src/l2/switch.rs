@@ -101,15 +101,7 @@ impl Lan {
         check_size(port, p, meta)?;
         check_offload(frame, p, meta)?;
         if p.src.is_ipv6() {
-            self.check_v6(now, from, frame, p, fx)?;
-            if let Some(service) = self.dhcp6_query(p)? {
-                self.verify(slot, frame, p, meta)?;
-                return Ok(Verdict::Serve(service));
-            }
-            if eth.dst == self.gateway_mac {
-                return Err(DropReason::UnsupportedProtocol);
-            }
-            return self.forward_packet(now, from, eth.dst, frame, p, meta, fx);
+            return self.receive_v6(now, from, eth.dst, frame, p, meta, fx);
         }
         let broadcast_dhcp = self.check_v4(now, from, frame, p, fx)?;
         if eth.dst == self.gateway_mac {
@@ -120,6 +112,36 @@ impl Lan {
             return Ok(Verdict::Serve(service));
         }
         self.forward_packet(now, from, eth.dst, frame, p, meta, fx)
+    }
+
+    /// Checks an IPv6 packet of a guest, and says what is left to be done with it.
+    #[allow(clippy::too_many_arguments)] // As above.
+    fn receive_v6<E: Effects>(
+        &mut self,
+        now: Time,
+        from: Sender,
+        dst: Mac,
+        frame: &mut [u8],
+        p: &Packet,
+        meta: FrameMeta,
+        fx: &mut E,
+    ) -> Result<Verdict, DropReason> {
+        self.check_v6(now, from, frame, p, fx)?;
+        if let Some(service) = self.dhcp6_query(p)? {
+            self.verify(from.slot, frame, p, meta)?;
+            return Ok(Verdict::Serve(service));
+        }
+        if self.addressing.gateway6().is_some() {
+            if let Some(verdict) = self.for_router(from, dst, frame, p, meta)? {
+                return Ok(verdict);
+            }
+            if dst == self.gateway_mac {
+                return Ok(Verdict::Route);
+            }
+        } else if dst == self.gateway_mac {
+            return Err(DropReason::UnsupportedProtocol);
+        }
+        self.forward_packet(now, from, dst, frame, p, meta, fx)
     }
 
     /// Checks that a guest may send an IPv4 packet to others. Returns the DHCP service where the packet is a query that

@@ -1,7 +1,7 @@
 //! Theory of operation: [`Gateway`] is the network's host and router at layer 3 (RFC 1122, RFC 1812). The folder's other
 //! files are its parts.
 //!
-//! - It answers echo requests to its address ([`Gateway::answer_echo`]).
+//! - It answers echo requests to its addresses ([`Gateway::answer_echo`]).
 //! - It routes packets on to other guests of the subnet ([`Gateway::route_to_guest`]), with TTL and MTU checked, in
 //!   fragments where those are needed.
 //! - It puts fragments together that cannot be routed on ([`Gateway::reassemble`]).
@@ -20,8 +20,10 @@ use crate::l2::lan::{Link, Sender};
 use crate::l3::frame_builder::{FrameBuilder, header};
 use crate::l3::icmp_error::{ERROR_MAX, ERROR6_MAX, IcmpError, may_answer, may_answer6};
 use crate::l3::reassembly::{Outcome, Reassembly};
+use crate::l3::router::Router;
 use crate::policy::Direction;
 use crate::policy::denials::Denials;
+use crate::tables::addressing::LINK_LOCAL;
 use crate::tables::per_port::PerPort;
 use crate::util::account::count;
 use crate::util::rate_limiter::RateLimiter;
@@ -29,12 +31,15 @@ use crate::util::siphash::SipKey;
 use guestnet_wire::ether::{self, Ether, Mac};
 use guestnet_wire::frame::IpHeader;
 use guestnet_wire::parse::{self, Fragment, Packet};
-use guestnet_wire::{checksum, gso, icmp, ipv4, ipv6, proto, put};
+use guestnet_wire::{gso, icmp, icmp6, ipv4, ipv6, proto, put};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 /// Bytes of a datagram to a UDP service that count as one datagram.
 const COUNTED: usize = 1500;
+
+/// Router advertisements a second that one guest gets for asking.
+const ADVERTISEMENTS_PER_SECOND: u32 = 10;
 
 /// A datagram of a guest to a UDP service of the gateway.
 #[derive(Debug, Clone, Copy)]
@@ -55,6 +60,8 @@ struct Rates {
     errors: RateLimiter,
     /// Its datagrams to UDP services.
     services: RateLimiter,
+    /// Router advertisements that it asks for.
+    advertisements: RateLimiter,
 }
 
 /// See the module head.
@@ -70,7 +77,9 @@ pub(crate) struct Gateway {
     rates: PerPort<Rates>,
     denials: Denials,
     limits: Limits,
-    key: SipKey,
+    pub(super) key: SipKey,
+    /// Where the network has IPv6.
+    pub(super) router: Option<Router>,
 }
 
 impl Gateway {
@@ -92,6 +101,7 @@ impl Gateway {
             rates: PerPort::default(),
             denials: Denials::default(),
             key: SipKey::from_secret(&config.secret, 16),
+            router: config.gateway6.map(|(ip, _)| Router::new(ip, &config.search, config.upstream6)),
             limits,
         }
     }
@@ -111,6 +121,7 @@ impl Gateway {
             Rates {
                 errors: RateLimiter::new(self.limits.icmp_errors_per_second, now),
                 services: RateLimiter::new(self.limits.service_datagrams_per_second, now),
+                advertisements: RateLimiter::new(ADVERTISEMENTS_PER_SECOND, now),
             },
         );
     }
@@ -128,6 +139,12 @@ impl Gateway {
     #[must_use]
     pub fn mac(&self) -> Mac {
         self.mac
+    }
+
+    /// Where packets of the gateway's own to a guest come from.
+    #[must_use]
+    pub fn address_for(&self, guest: IpAddr) -> IpAddr {
+        if guest.is_ipv4() { self.address.into() } else { self.address6.into() }
     }
 
     /// The gateway's IPv4 address.
@@ -201,9 +218,12 @@ impl Gateway {
         if too_big && (p.dont_fragment || meta.gso.is_some()) {
             return Err(self.refuse(link, from, frame, p, DropReason::Oversized, IcmpError::too_big(mtu)));
         }
-        Ether { dst, src: self.mac, ethertype: ether::IPV4 }.emit(frame);
-        put(frame, p.l3.saturating_add(8), &[p.ttl.saturating_sub(1)]);
-        if let Some(b) = frame.get_mut(p.l3..) {
+        let (ethertype, ttl_at) = if p.dst.is_ipv4() { (ether::IPV4, 8) } else { (ether::IPV6, 7) };
+        Ether { dst, src: self.mac, ethertype }.emit(frame);
+        put(frame, p.l3.saturating_add(ttl_at), &[p.ttl.saturating_sub(1)]);
+        if p.dst.is_ipv4()
+            && let Some(b) = frame.get_mut(p.l3..)
+        {
             ipv4::fill_checksum(b);
         }
         if too_big {
@@ -268,18 +288,25 @@ impl Gateway {
         frame: &[u8],
         p: &Packet,
     ) -> Result<(), DropReason> {
-        if !p.src.is_ipv4() {
-            return Err(DropReason::UnsupportedProtocol);
-        }
         let body = frame.get(p.payload..p.end).unwrap_or(&[]);
         let rest = match frame.get(p.l4..).and_then(|b| b.first_chunk()) {
             Some(&[_, _, _, _, a, b, c, d]) => [a, b, c, d],
             None => return Err(DropReason::Truncated),
         };
         let b = self.frames.transport(body.len().saturating_add(icmp::LEN))?;
-        let n = icmp::emit(b, icmp::ECHO_REPLY, 0, rest, body);
-        let (mac, src) = (from.mac, self.address);
-        let ip = IpHeader { tos: p.tos, ..header(src.into(), p.src, proto::ICMP) };
+        let mac = from.mac;
+        let (n, src, protocol) = match (p.src, p.dst) {
+            (IpAddr::V6(guest), IpAddr::V6(own)) => {
+                // The address that means the routers of the prefix is no source (RFC 4291 2.6).
+                let own =
+                    if link.lan.addressing().subnet().is_host(own.into()) { own } else { self.address6 };
+                let src = if p.dst == IpAddr::V6(LINK_LOCAL) { LINK_LOCAL } else { own };
+                let n = icmp6::emit(b, (src, guest), (icmp6::ECHO_REPLY, 0), rest, body);
+                (n, src.into(), proto::ICMPV6)
+            }
+            _ => (icmp::emit(b, icmp::ECHO_REPLY, 0, rest, body), self.address.into(), proto::ICMP),
+        };
+        let ip = IpHeader { tos: p.tos, ..header(src, p.src, protocol) };
         self.frames.send(link, from.slot, mac, ip, n, FrameMeta::default())
     }
 
@@ -296,16 +323,20 @@ impl Gateway {
     ) -> bool {
         let guest = match p.src {
             IpAddr::V4(guest) => guest,
-            IpAddr::V6(guest) => return self.icmp6_error(link, from, guest, frame, p, error),
+            IpAddr::V6(guest) => {
+                let own = link.lan.addressing().is_own(p.dst);
+                let error = error.for_packet6(p, own);
+                return error.is_some_and(|e| self.icmp6_error(link, from, guest, frame, p, e));
+            }
         };
         if !may_answer(link.lan.addressing().subnet(), frame, p) {
             return false;
         }
-        let quote = frame.get(p.l3..p.end.min(p.l3.saturating_add(ERROR_MAX - 28))).unwrap_or(&[]);
-        self.send_error(link, from, self.address, guest, quote, error)
+        let quote = frame.get(p.l3..p.end).unwrap_or(&[]);
+        self.send_error(link, from, (self.address.into(), guest.into()), quote, error)
     }
 
-    /// As [`Gateway::icmp_error`], over IPv6.
+    /// As [`Gateway::icmp_error`], for an error of ICMPv6.
     fn icmp6_error<E: Effects>(
         &mut self,
         link: &mut Link<'_, E>,
@@ -315,37 +346,23 @@ impl Gateway {
         p: &Packet,
         error: IcmpError,
     ) -> bool {
-        let Some(error) = error.for_v6().filter(|_| may_answer6(frame, p)) else { return false };
-        let Sender { slot, mac } = from;
-        if !self.may_send_error(link.now, slot) {
-            link.lan.count_drop(slot, DropReason::RateLimit);
+        if !may_answer6(frame, p) {
             return false;
         }
-        if let Some(c) = link.lan.counters_mut(slot) {
-            count(&mut c.icmp_errors);
-        }
         let quote = frame.get(p.l3..p.end).unwrap_or(&[]);
-        let quote = quote.get(..quote.len().min(ERROR6_MAX - ipv6::LEN - icmp::LEN)).unwrap_or(quote);
-        let (src, dst) = (IpAddr::V6(self.address6), IpAddr::V6(guest));
-        let Ok(b) = self.frames.transport(quote.len().saturating_add(icmp::LEN)) else { return false };
-        let n = icmp::emit(b, error.0, error.1, error.2, quote);
-        put(b, 2, &[0, 0]);
-        let sum = checksum::pseudo(src, dst, proto::ICMPV6, n as u32);
-        put(b, 2, &checksum::finish(checksum::sum(b, sum)).to_be_bytes());
-        let ip = header(src, dst, proto::ICMPV6);
-        if let Err(why) = self.frames.send(link, slot, mac, ip, n, FrameMeta::default()) {
-            link.lan.count_drop(slot, why);
-        }
-        true
+        // A guest knows the gateway by this address where its own leads no further (RFC 6724).
+        let src =
+            if guest.is_unicast_link_local() && self.router.is_some() { LINK_LOCAL } else { self.address6 };
+        self.send_error(link, from, (src.into(), guest.into()), quote, error)
     }
 
-    /// Sends an ICMP error with a quotation to a guest, as if from `src`; false when the rate forbids it.
+    /// Sends an ICMP error of the addresses' family with a quotation to a guest, as if from the first address; false when
+    /// the rate forbids it.
     pub fn send_error<E: Effects>(
         &mut self,
         link: &mut Link<'_, E>,
         to: Sender,
-        src: Ipv4Addr,
-        dst: Ipv4Addr,
+        (src, dst): (IpAddr, IpAddr),
         quote: &[u8],
         error: IcmpError,
     ) -> bool {
@@ -358,25 +375,65 @@ impl Gateway {
         if let Some(c) = link.lan.counters_mut(slot) {
             count(&mut c.icmp_errors);
         }
-        let room = usize::from(mtu).min(ERROR_MAX).saturating_sub(28);
+        let most = if dst.is_ipv4() { ERROR_MAX - ipv4::MIN_LEN } else { ERROR6_MAX - ipv6::LEN };
+        let room = most.min(usize::from(mtu).saturating_sub(ipv4::MIN_LEN)).saturating_sub(icmp::LEN);
         let quote = quote.get(..quote.len().min(room)).unwrap_or(quote);
         let Ok(b) = self.frames.transport(quote.len().saturating_add(icmp::LEN)) else { return false };
-        let n = icmp::emit(b, error.0, error.1, error.2, quote);
-        let ip = IpHeader { tos: 0xc0, ..header(src.into(), dst.into(), proto::ICMP) };
+        let IcmpError(kind, code, rest) = error;
+        let (n, ip) = match (src, dst) {
+            (IpAddr::V6(from), IpAddr::V6(guest)) => {
+                let n = icmp6::emit(b, (from, guest), (kind, code), rest, quote);
+                (n, header(src, dst, proto::ICMPV6))
+            }
+            _ => {
+                let n = icmp::emit(b, kind, code, rest, quote);
+                (n, IpHeader { tos: 0xc0, ..header(src, dst, proto::ICMP) })
+            }
+        };
         if let Err(why) = self.frames.send(link, slot, mac, ip, n, FrameMeta::default()) {
             link.lan.count_drop(slot, why);
         }
         true
     }
 
+    /// Takes one from a port's rate of router advertisements; false when there is none left.
+    pub(super) fn may_advertise(&mut self, now: Time, slot: u32) -> bool {
+        self.rates.get_mut(slot).is_some_and(|r| r.advertisements.allow(now))
+    }
+
+    /// Checks that the source of a guest's IPv6 packet leads back to it: no address of the link goes further than the link
+    /// (RFC 4291 2.5.6), and the answer to a foreign one would not come here (RFC 2827).
+    ///
+    /// # Errors
+    /// [`DropReason::SpoofedSource`]; the guest has been told.
+    pub fn check_scope<E: Effects>(
+        &mut self,
+        link: &mut Link<'_, E>,
+        from: Sender,
+        frame: &[u8],
+        p: &Packet,
+    ) -> Result<(), DropReason> {
+        let addressing = link.lan.addressing();
+        let IpAddr::V6(src) = p.src else { return Ok(()) };
+        if addressing.subnet().is_host(p.src) || addressing.ends_here(p.dst) {
+            return Ok(());
+        }
+        use icmp6::unreachable::{BEYOND_SCOPE, INGRESS_POLICY};
+        let code = if src.is_unicast_link_local() { BEYOND_SCOPE } else { INGRESS_POLICY };
+        self.icmp6_error(link, from, src, frame, p, IcmpError(icmp6::UNREACHABLE, code, [0; 4]));
+        Err(DropReason::SpoofedSource)
+    }
+
     /// When [`Gateway::timers`] has something to do.
     #[must_use]
     pub fn next_timer(&self) -> Option<Time> {
-        self.reassembly.next_timer()
+        self.reassembly.next_timer().into_iter().chain(self.next_advertisement()).min()
     }
 
-    /// Gives up packets whose fragments did not come in time, and tells the guests (RFC 1122 3.3.2).
+    /// Advertises the IPv6 router. Gives up packets whose fragments did not come in time, and tells the guests (RFC 1122
+    /// 3.3.2, RFC 8200 4.5).
     pub fn timers<E: Effects>(&mut self, link: &mut Link<'_, E>) {
+        self.router_timer(link);
         while let Some(old) = self.reassembly.expire(link.now) {
             link.lan.count_drop(old.slot, DropReason::Reassembly);
             let Some(first) = old.first else { continue };

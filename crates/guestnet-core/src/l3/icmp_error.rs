@@ -2,7 +2,7 @@
 
 use crate::tables::addressing::Subnet;
 use guestnet_wire::parse::Packet;
-use guestnet_wire::{icmp, ipv6, proto};
+use guestnet_wire::{icmp, icmp6, ipv6, proto};
 
 /// Bytes of an ICMP error in all, IP header included (RFC 1812 4.3.2.3).
 pub(super) const ERROR_MAX: usize = 576;
@@ -29,7 +29,7 @@ pub(super) const ERROR6_MAX: usize = ipv6::MIN_MTU as usize;
 
 impl IcmpError {
     /// The same for IPv6 (RFC 4443 3); `None` where IPv6 has no such error.
-    pub(super) fn for_v6(self) -> Option<IcmpError> {
+    pub(crate) fn for_v6(self) -> Option<IcmpError> {
         use icmp::unreachable::{ADMIN_PROHIBITED, FRAG_NEEDED, HOST, NET, PORT};
         let [_, _, a, b] = self.2;
         Some(match (self.0, self.1) {
@@ -37,10 +37,30 @@ impl IcmpError {
             (icmp::UNREACHABLE, ADMIN_PROHIBITED) => IcmpError(1, 1, [0; 4]),
             (icmp::UNREACHABLE, HOST) => IcmpError(1, 3, [0; 4]),
             (icmp::UNREACHABLE, PORT) => IcmpError(1, 4, [0; 4]),
-            (icmp::UNREACHABLE, FRAG_NEEDED) => IcmpError(2, 0, [0, 0, a, b]),
+            (icmp::UNREACHABLE, FRAG_NEEDED) => {
+                let [a, b] = u16::from_be_bytes([a, b]).max(ipv6::MIN_MTU).to_be_bytes();
+                IcmpError(2, 0, [0, 0, a, b])
+            }
             (icmp::TIME_EXCEEDED, code) => IcmpError(3, code, [0; 4]),
             _ => return None,
         })
+    }
+}
+
+impl IcmpError {
+    /// As [`IcmpError::for_v6`], about this packet. A protocol that nobody here knows is a problem with the header that names
+    /// it (RFC 8200 4), if the packet is to the gateway's `own` address; else it may not pass.
+    pub(super) fn for_packet6(self, p: &Packet, own: bool) -> Option<IcmpError> {
+        match (self.0, self.1) {
+            (icmp::UNREACHABLE, icmp::unreachable::PROTOCOL) if own => {
+                let plain = p.l4.saturating_sub(p.l3) == ipv6::LEN;
+                plain.then_some(IcmpError(icmp6::PARAMETER_PROBLEM, 1, [0, 0, 0, 6]))
+            }
+            (icmp::UNREACHABLE, icmp::unreachable::PROTOCOL) => {
+                Some(IcmpError(icmp6::UNREACHABLE, icmp6::unreachable::ADMIN_PROHIBITED, [0; 4]))
+            }
+            _ => self.for_v6(),
+        }
     }
 }
 

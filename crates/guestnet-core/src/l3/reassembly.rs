@@ -1,15 +1,17 @@
-//! Theory of operation: reassembly of IPv4 fragments of guests (RFC 791 3.2). Fragments are kept in order of offset until
+//! Theory of operation: reassembly of fragments of guests (RFC 791 3.2, RFC 8200 4.5). Fragments are kept in order of offset until
 //! they cover the datagram.
 //!
 //! - Memory is charged for what is held, not for what a header announces. Each port has a limit of datagrams, all ports
 //!   together one of bytes. Over the limit, the oldest datagram of the port that holds most is dropped.
-//! - Any overlap makes the whole datagram invalid (RFC 5722, applied to IPv4). Overlaps come from attacks; after a
+//! - A fragment that is the whole packet waits for no others and disturbs none (RFC 6946).
+//! - The headers in front of an IPv6 fragment header are dropped: they were for nodes on the way.
+//! - Any overlap makes the whole datagram invalid (RFC 5722, applied to IPv4 too). Overlaps come from attacks; after a
 //!   duplicated fragment the sender has to retransmit.
 
 use crate::interface::types::Time;
 use crate::util::account::{charge, release};
 use guestnet_wire::parse::{Fragment, Packet};
-use guestnet_wire::{ether, ipv4, proto, put, tcp};
+use guestnet_wire::{ether, ipv4, ipv6, proto, put, tcp};
 use std::collections::VecDeque;
 use std::net::IpAddr;
 
@@ -98,6 +100,10 @@ impl Reassembly {
     /// Takes the fragment `f` of packet `p` in `frame`, which came from the port in `slot`.
     pub fn add(&mut self, now: Time, slot: u32, frame: &[u8], p: &Packet, f: Fragment) -> Outcome {
         let Some(data) = frame.get(p.l4..p.end) else { return Outcome::Refused };
+        if f.offset == 0 && !f.more {
+            let header = header_of_first(frame, p, data.len()).unwrap_or_default();
+            return finish(header, &[(0, data.into())]).map_or(Outcome::Refused, Outcome::Complete);
+        }
         let id = Id { src: p.src, dst: p.dst, proto: p.proto, id: f.id };
         if self.ports.len() <= slot as usize {
             self.ports.resize_with((slot as usize).saturating_add(1), Queue::default);
@@ -243,7 +249,7 @@ impl Datagram {
             self.total = Some(end);
         }
         if f.offset == 0 {
-            self.header = frame.get(..p.l4).unwrap_or(&[]).to_vec();
+            self.header = header_of_first(frame, p, data.len()).unwrap_or_default();
             charge(&mut self.cost, self.header.len());
         }
         self.pieces.insert(at, (f.offset, data.into()));
@@ -254,15 +260,49 @@ impl Datagram {
 
     /// The whole datagram as a frame. `None` when header and data exceed 65535 bytes ("ping of death").
     fn assemble(self) -> Option<Vec<u8>> {
-        let mut frame = self.header;
-        for (_, data) in &self.pieces {
-            frame.extend_from_slice(data);
-        }
-        let l3 = ether::HEADER_LEN;
-        let total = u16::try_from(frame.len().checked_sub(l3)?).ok()?;
-        put(&mut frame, l3 + 2, &total.to_be_bytes());
-        put(&mut frame, l3 + 6, &[0, 0]);
-        ipv4::fill_checksum(frame.get_mut(l3..)?);
-        Some(frame)
+        finish(self.header, &self.pieces)
     }
+}
+
+/// Offset of an IPv6 header's next header in a frame, and where the fragment header is in what is kept.
+const NEXT_HEADER: usize = ether::HEADER_LEN + 6;
+const FRAGMENT: usize = ether::HEADER_LEN + ipv6::LEN;
+const FRAGMENT_LEN: usize = 8;
+
+/// What comes before the data of a first fragment; of IPv6 the fixed header and the fragment header, as if there were no
+/// others.
+fn header_of_first(frame: &[u8], p: &Packet, data: usize) -> Option<Vec<u8>> {
+    if p.src.is_ipv4() {
+        return Some(frame.get(..p.l4)?.to_vec());
+    }
+    let fragment = frame.get(p.l4.checked_sub(FRAGMENT_LEN)?..p.l4)?;
+    let mut header = [frame.get(..FRAGMENT)?, fragment].concat();
+    let len = u16::try_from(data.saturating_add(FRAGMENT_LEN)).ok()?;
+    put(&mut header, ether::HEADER_LEN + 4, &len.to_be_bytes());
+    put(&mut header, NEXT_HEADER, &[ipv6::FRAGMENT_HEADER]);
+    Some(header)
+}
+
+/// The whole packet as a frame. `None` where it exceeds 65535 bytes ("ping of death").
+fn finish(header: Vec<u8>, pieces: &[(u32, Box<[u8]>)]) -> Option<Vec<u8>> {
+    let l3 = ether::HEADER_LEN;
+    let is_v6 = header.get(l3)? >> 4 == 6;
+    let mut frame = header;
+    if is_v6 {
+        let next = *frame.get(FRAGMENT)?;
+        frame.truncate(FRAGMENT);
+        put(&mut frame, NEXT_HEADER, &[next]);
+    }
+    for (_, data) in pieces {
+        frame.extend_from_slice(data);
+    }
+    let total = u16::try_from(frame.len().checked_sub(l3)?).ok()?;
+    if is_v6 {
+        put(&mut frame, l3 + 4, &total.checked_sub(ipv6::LEN as u16)?.to_be_bytes());
+        return Some(frame);
+    }
+    put(&mut frame, l3 + 2, &total.to_be_bytes());
+    put(&mut frame, l3 + 6, &[0, 0]);
+    ipv4::fill_checksum(frame.get_mut(l3..)?);
+    Some(frame)
 }

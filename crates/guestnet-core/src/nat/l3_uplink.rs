@@ -224,7 +224,7 @@ impl L3Uplink {
     #[inline]
     pub(crate) fn takes(addressing: &Addressing, dst: IpAddr) -> bool {
         let subnet = addressing.subnet();
-        !subnet.contains(dst) && !subnet.is_broadcast(dst) && !addressing.is_own(dst)
+        dst.is_ipv4() && !subnet.contains(dst) && !subnet.is_broadcast(dst) && !addressing.is_own(dst)
     }
 
     /// Sends a guest's packet out. False when it opens a flow that the relay has to carry, because the name that its

@@ -109,6 +109,13 @@ impl Network {
         }
     }
 
+    /// The host's IPv6 has come or gone: guests learn whether a route of IPv6 leads out.
+    pub fn set_upstream6<E: Effects>(&mut self, now: Time, upstream: bool, fx: &mut E) {
+        self.now = now;
+        let cx = &mut self.layers.context(now, fx);
+        cx.gateway.set_upstream6(&mut cx.link, upstream);
+    }
+
     // ---- services and forwards ----------------------------------------------------------------------
 
     /// Adds a service of the gateway: UDP datagrams come as [`crate::interface::effects::Event::Datagram`], TCP

@@ -161,6 +161,10 @@ impl Network {
                 self.layers.context(now, fx).between_guests(from, None, frame, &p)?;
                 self.layers.lan.flood(now, slot, frame, meta, fx)?;
             }
+            Verdict::Discover => {
+                let cx = &mut self.layers.context(now, fx);
+                return cx.gateway.answer_discovery(&mut cx.link, Sender { slot, mac: eth.src }, frame, &p);
+            }
             Verdict::Route => return self.route(Sender { slot, mac: eth.src }, frame, &p, meta, fx),
             Verdict::Serve(service) => {
                 self.serve(service, Sender { slot, mac: eth.src }, frame, &p, 0, fx);
@@ -187,6 +191,9 @@ impl Network {
         {
             return Ok(());
         }
+        if p.src.is_ipv6() {
+            cx.gateway.check_scope(&mut cx.link, from, frame, p)?;
+        }
         if let Some(f) = p.fragment {
             if cx.gateway.route_to_guest(&mut cx.link, from, frame, p, meta)? {
                 return Ok(());
@@ -209,7 +216,8 @@ impl Network {
                 }
                 Ok(())
             }
-            proto::ICMP => self.relay.icmp_out(cx, from, frame, p, meta),
+            proto::ICMP if p.src.is_ipv4() => self.relay.icmp_out(cx, from, frame, p, meta),
+            proto::ICMPV6 if p.src.is_ipv6() => self.relay.icmp_out(cx, from, frame, p, meta),
             _ => self.relay.other_out(cx, from, frame, p, meta),
         }
     }

@@ -48,7 +48,7 @@ pub use spec::Action;
 pub use special::is_special;
 use special::{Surroundings, is_metadata};
 use std::collections::{BTreeMap, HashSet};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use sweep::{Budget, Sweep};
 use table::{Decision, Outbound, RuleTable};
@@ -85,6 +85,7 @@ pub struct Policy {
     generation: Generation,
     subnet: Subnet,
     gateway4: Ipv4Addr,
+    gateway6: Option<Ipv6Addr>,
     /// Flows whose rule says "ask".
     pub(crate) asks: asks::Asks,
     /// Flows that wait before they are opened.
@@ -105,7 +106,7 @@ impl Policy {
     pub fn new(c: &NetworkConfig) -> Policy {
         let settings =
             Settings { mode: c.mode, host_loopback: c.host_loopback, isolated: c.isolated.clone() };
-        let subnet = Subnet::new(c.subnet4.0, c.subnet4.1);
+        let subnet = Subnet::of(c);
         Policy {
             rules: RuleSet::built_in(&settings, subnet),
             tables: Tables::default(),
@@ -113,6 +114,7 @@ impl Policy {
             generation: Generation::default(),
             subnet,
             gateway4: c.gateway4,
+            gateway6: c.gateway6.map(|(ip, _)| ip),
             asks: asks::Asks::default(),
             pending: PendingFlows::new(c.limits.neighbour_waiting),
             conversations: Conversations::new(SipKey::from_secret(&c.secret, 0)),
@@ -234,6 +236,7 @@ impl Policy {
         Surroundings {
             subnet: self.subnet,
             gateway: IpAddr::V4(self.gateway4),
+            gateway6: self.gateway6,
             host_loopback: self.settings.host_loopback,
             host: &self.tables.host,
         }
@@ -337,6 +340,7 @@ impl Policy {
             tables: self.tables.clone(),
             subnet: self.subnet,
             gateway: IpAddr::V4(self.gateway4),
+            gateway6: self.gateway6,
             host_loopback: self.settings.host_loopback,
         })
     }
@@ -385,11 +389,14 @@ impl Policy {
     /// The address by which a guest knows a client that came through a published port: the client's own, or the
     /// gateway's where the client's means something else to the guest (loopback, the subnet, another family).
     #[must_use]
-    pub fn client_name(&self, client: IpAddr) -> IpAddr {
-        match client.to_canonical() {
-            ip @ IpAddr::V4(_) if !is_special(ip) && !self.subnet.contains(ip) => ip,
+    pub fn client_name(&self, client: IpAddr, guest: IpAddr) -> IpAddr {
+        let gateway = match (guest, self.gateway6) {
+            (IpAddr::V6(_), Some(gateway)) => IpAddr::V6(gateway),
             _ => IpAddr::V4(self.gateway4),
-        }
+        };
+        let ip = client.to_canonical();
+        let own = ip.is_ipv4() == guest.is_ipv4() && !is_special(ip) && !self.subnet.contains(ip);
+        if own { ip } else { gateway }
     }
 }
 
@@ -398,6 +405,7 @@ pub struct NamePolicy {
     tables: Tables,
     subnet: Subnet,
     gateway: IpAddr,
+    gateway6: Option<Ipv6Addr>,
     host_loopback: Option<IpAddr>,
 }
 
@@ -411,8 +419,8 @@ impl NamePolicy {
     /// What addresses mean in this network.
     #[must_use]
     pub fn surroundings(&self) -> Surroundings<'_> {
-        let NamePolicy { subnet, gateway, host_loopback, .. } = *self;
-        Surroundings { subnet, gateway, host_loopback, host: &self.tables.host }
+        let NamePolicy { subnet, gateway, gateway6, host_loopback, .. } = *self;
+        Surroundings { subnet, gateway, gateway6, host_loopback, host: &self.tables.host }
     }
 }
 

@@ -96,10 +96,18 @@ pub struct Surroundings<'a> {
     pub subnet: Subnet,
     /// Its gateway.
     pub gateway: IpAddr,
+    /// The gateway's IPv6 address, where the network has IPv6.
+    pub gateway6: Option<Ipv6Addr>,
     /// The address that stands for the host's 127.0.0.1.
     pub host_loopback: Option<IpAddr>,
     /// The addresses of the host.
     pub host: &'a HashSet<IpAddr>,
+}
+
+impl Surroundings<'_> {
+    fn is_gateway(&self, ip: IpAddr) -> bool {
+        self.gateway == ip || self.gateway6.is_some_and(|own| ip == own)
+    }
 }
 
 impl Group {
@@ -129,8 +137,8 @@ impl Group {
             Group::Metadata => is_metadata(ip),
             Group::Host => at.host.contains(&ip),
             Group::HostLoopback => at.host_loopback == Some(ip),
-            Group::Gateway => at.gateway == ip,
-            Group::Guests => at.subnet.contains(ip) && at.gateway != ip && at.host_loopback != Some(ip),
+            Group::Gateway => at.is_gateway(ip),
+            Group::Guests => at.subnet.contains(ip) && !at.is_gateway(ip) && at.host_loopback != Some(ip),
             Group::Multicast => ip.is_multicast(),
             Group::Special => either(ip, is_not_global4, is_not_global6),
         }

@@ -149,7 +149,7 @@ fn isolated_guests_open_no_flows_to_others() {
 #[test]
 fn clients_keep_their_address_where_it_means_the_same_to_the_guest() {
     let p = policy(NetMode::Nat, None);
-    let name = |a: &str| p.client_name(a.parse().unwrap()).to_string();
+    let name = |a: &str| p.client_name(a.parse().unwrap(), [192, 168, 64, 2].into()).to_string();
     assert_eq!(name("203.0.113.9"), "203.0.113.9");
     assert_eq!(name("::ffff:203.0.113.9"), "203.0.113.9");
     assert_eq!(name("127.0.0.1"), "192.168.64.1");

@@ -213,7 +213,7 @@ impl Relay {
         // A mapping ends with its flows, and is never evicted by itself.
         let Some(f) = self.flows.at_mut(index).filter(|f| !f.is_mapping()) else { return };
         f.last = at;
-        let seconds = if f.key.proto == proto::ICMP {
+        let seconds = if matches!(f.key.proto, proto::ICMP | proto::ICMPV6) {
             t.icmp
         } else if f.is_dns() && f.packets_in > 0 {
             t.udp_dns

@@ -1,4 +1,4 @@
-//! Theory of operation: the relay of echo requests (RFC 5508). A guest's echo identifier is mapped as a UDP port is: one
+//! Theory of operation: the relay of echo requests (RFC 5508), of both families. A guest's echo identifier is mapped as a UDP port is: one
 //! ping socket for all destinations, one flow for each.
 
 use crate::context::Context;
@@ -14,7 +14,7 @@ use crate::tables::flow::{Key, State};
 use crate::util::account::count_bytes;
 use guestnet_wire::frame::IpHeader;
 use guestnet_wire::parse::Packet;
-use guestnet_wire::{be16, icmp, proto};
+use guestnet_wire::{be16, icmp, icmp6, proto};
 use std::net::{IpAddr, SocketAddr};
 
 impl Relay {
@@ -37,16 +37,24 @@ impl Relay {
         };
         let addressing = cx.link.lan.addressing();
         let own = addressing.is_own(p.dst);
-        if icmp::is_error(kind) && (own || !addressing.subnet().contains(p.dst)) {
+        let (request, is_error) = match p.proto {
+            proto::ICMPV6 => (icmp6::ECHO, icmp6::is_error(kind)),
+            _ => (icmp::ECHO, icmp::is_error(kind)),
+        };
+        if is_error && (own || !addressing.subnet().contains(p.dst)) {
             return self.guest_error(cx, from.slot, frame, p);
         }
         if !own && cx.route_to_guest(from, frame, p, meta)? {
             return Ok(());
         }
-        if kind != icmp::ECHO || code != 0 {
+        if kind != request || code != 0 {
             return Err(DropReason::UnsupportedProtocol);
         }
-        if p.dst == IpAddr::V4(cx.gateway.address()) {
+        let to_gateway = match p.dst {
+            IpAddr::V4(ip) => ip == cx.gateway.address(),
+            IpAddr::V6(_) => cx.link.lan.addressing().ends_here(p.dst),
+        };
+        if to_gateway {
             return cx.gateway.answer_echo(&mut cx.link, from, frame, p);
         }
         self.echo_out(cx, from, frame, p)
@@ -64,8 +72,7 @@ impl Relay {
             return Err(DropReason::BadDestination);
         }
         let remote = SocketAddr::new(p.dst, 0);
-        let key =
-            Key { slot: from.slot, proto: proto::ICMP, guest: SocketAddr::new(p.src, p.src_port), remote };
+        let key = Key { slot: from.slot, proto: p.proto, guest: SocketAddr::new(p.src, p.src_port), remote };
         let index = match self.flows.find(&key) {
             Some(index) => index,
             None => {
@@ -133,14 +140,18 @@ impl Relay {
         let (slot, mac, guest) = (f.key.slot, f.mac, f.key.guest);
         self.touch(cx.link.now, index);
         let (src, dst) = (remote.ip(), guest.ip());
-        if !src.is_ipv4() || !dst.is_ipv4() {
-            return Err(DropReason::UnsupportedProtocol);
-        }
         let (i, s) = (guest.port().to_be_bytes(), seq.to_be_bytes());
         let b = cx.gateway.frames().transport(body.len().saturating_add(icmp::LEN))?;
-        let n = icmp::emit(b, icmp::ECHO_REPLY, 0, [i[0], i[1], s[0], s[1]], body);
+        let rest = [i[0], i[1], s[0], s[1]];
+        let (n, protocol) = match (src, dst) {
+            (IpAddr::V6(src), IpAddr::V6(dst)) => {
+                (icmp6::emit(b, (src, dst), (icmp6::ECHO_REPLY, 0), rest, body), proto::ICMPV6)
+            }
+            (IpAddr::V4(_), IpAddr::V4(_)) => (icmp::emit(b, icmp::ECHO_REPLY, 0, rest, body), proto::ICMP),
+            _ => return Err(DropReason::UnsupportedProtocol),
+        };
         let ttl = if ttl == 0 { TTL } else { ttl.saturating_sub(1).max(1) };
-        let ip = IpHeader { ttl, ..header(src, dst, proto::ICMP) };
+        let ip = IpHeader { ttl, ..header(src, dst, protocol) };
         cx.gateway.frames().send(&mut cx.link, slot, mac, ip, n, FrameMeta::default())
     }
 }

@@ -131,7 +131,7 @@ impl Relay {
     ) -> Result<Inbound, DropReason> {
         let spec = *self.forwards.get(&forward.0).filter(|s| s.proto == proto).ok_or(DropReason::NoFlow)?;
         let guest = spec.guest;
-        if !guest.is_ipv4() {
+        if guest.is_ipv6() && cx.link.lan.addressing().gateway6().is_none() {
             return Err(DropReason::UnsupportedProtocol);
         }
         let binding = *cx.link.lan.neighbour(guest.ip()).ok_or(DropReason::NoEndpoint)?;
@@ -143,7 +143,7 @@ impl Relay {
             }
             return Err(DropReason::NoEndpoint);
         }
-        let name = cx.policy.client_name(client.ip());
+        let name = cx.policy.client_name(client.ip(), guest.ip());
         let key = Key { slot: binding.slot, proto, guest, remote: SocketAddr::new(name, client.port()) };
         let (ticket, rule) = match cx.inbound(spec.entry, proto, client, guest, &binding) {
             // Only flows to the outside are inspected or asked about.

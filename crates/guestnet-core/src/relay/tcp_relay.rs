@@ -26,6 +26,8 @@ use std::net::SocketAddr;
 /// How often all idle connections of a guest are checked, and how many at once; the others have timers of their own.
 const RECHECK_MS: u64 = 10_000;
 const RECHECK_MOST: usize = 1024;
+/// Bytes of a segment's data to a guest of IPv6 that does not say what it takes.
+const DEFAULT_MSS6: u16 = 1220;
 
 impl Relay {
     /// Relays a TCP segment of a guest.
@@ -106,6 +108,11 @@ impl Relay {
         }
         let id = self.flows.next_id();
         let ip = IpFields { ttl: p.ttl.saturating_sub(1).max(1), tos: p.tos };
+        let mut options = options;
+        if guest.is_ipv6() {
+            // RFC 9293 3.7.1: what holds where a SYN does not say it.
+            options.mss.get_or_insert(DEFAULT_MSS6);
+        }
         let tight = self.holds_too_much(slot);
         let now = cx.link.now;
         let sock = match cx.link.fx.tcp_connect(id, target, ip, tight) {
@@ -242,7 +249,11 @@ impl Relay {
         self.close_flow(cx, index);
         match fate {
             Fate::Unreachable { error, seq } => {
-                connect_failed(cx, &key, mac, icmp_for(error, 0), None, seq, id);
+                let error = icmp_for(error, 0);
+                let error = if key.guest.is_ipv4() { Some(error) } else { error.for_v6() };
+                if let Some(error) = error {
+                    connect_failed(cx, &key, mac, error, None, seq, id);
+                }
             }
             Fate::Forgotten => self.recheck(cx, key.slot),
             Fate::Live | Fate::Look | Fate::Closed | Fate::Reopen => {}

@@ -61,6 +61,7 @@ impl World {
         Surroundings {
             subnet: Subnet::new(Ipv4Addr::new(192, 168, 64, 0), 24),
             gateway: "192.168.64.1".parse().unwrap(),
+            gateway6: None,
             host_loopback: Some("192.168.64.254".parse().unwrap()),
             host: &self.host,
         }

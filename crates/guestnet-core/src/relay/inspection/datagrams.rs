@@ -21,14 +21,14 @@ use crate::l3::icmp_error::IcmpError;
 use crate::policy::spec::Ech;
 use crate::policy::{self, Admitted, Direction, Request, RuleId, Verdict};
 use crate::relay::Relay;
-use crate::relay::errors::{QUOTED, icmp_for, requote, v4};
+use crate::relay::errors::{QUOTE_MAX, QUOTED, icmp_for, requote};
 use crate::relay::udp::Refused;
 use crate::tables::flow::{Flow, Key, State};
 use crate::util::account::{charge, release};
 use guestnet_wire::ether::Mac;
+use guestnet_wire::icmp;
 use guestnet_wire::inspect::Progress;
 use guestnet_wire::parse::Packet;
-use guestnet_wire::{icmp, ipv4, udp};
 use std::net::SocketAddr;
 
 /// A guest's packet whose datagrams are read.
@@ -307,16 +307,15 @@ impl Relay {
             seq: 0,
             payload: &payload,
         };
-        let mut quote = [0u8; ipv4::MIN_LEN + udp::LEN + QUOTED];
+        let mut quote = [0u8; QUOTE_MAX];
         let quoted = payload.get(..payload.len().min(QUOTED)).unwrap_or(&payload);
-        let (Some(n), Some(guest)) = (requote(&mut quote, &key, ip_id, &err, quoted), v4(key.guest.ip()))
-        else {
-            return;
-        };
-        let (src, error) =
-            (cx.gateway.address(), IcmpError::unreachable(icmp::unreachable::ADMIN_PROHIBITED));
-        let to = Sender { slot: key.slot, mac };
-        cx.gateway.send_error(&mut cx.link, to, src, guest, quote.get(..n).unwrap_or(&[]), error);
+        let Some(n) = requote(&mut quote, &key, ip_id, &err, quoted) else { return };
+        let guest = key.guest.ip();
+        let error = IcmpError::unreachable(icmp::unreachable::ADMIN_PROHIBITED);
+        let error = if guest.is_ipv4() { Some(error) } else { error.for_v6() };
+        let (Some(error), to) = (error, Sender { slot: key.slot, mac }) else { return };
+        let ends = (cx.gateway.address_for(guest), guest);
+        cx.gateway.send_error(&mut cx.link, to, ends, quote.get(..n).unwrap_or(&[]), error);
     }
 
     /// Charges what is held of a flow to the guest's budget.
