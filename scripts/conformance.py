@@ -15,6 +15,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from conformance_ipv6 import lines_of
+
 ROOT = Path(__file__).resolve().parent.parent
 LINE = re.compile(r"^test (?:[\w:]+::)?(\w+) \.\.\. (ok|FAILED)")
 #: Tests in Python: of what the control side does, and on which uplink a guest finds it.
@@ -22,6 +24,8 @@ PYTHON_TESTS = (
     "tests/unit/services/test_pcp_messages.py",
     "tests/unit/services/test_pcp_mappings.py",
     "tests/unit/runtime/services/test_pcp_ports.py",
+    "tests/unit/services/test_dhcp6_server.py",
+    "tests/unit/services/test_dns_own.py",
 )
 PYTHON_LINE = re.compile(r"^\S+::test_(\w+?)(?:\[.*\])? (PASSED|FAILED|ERROR)")
 
@@ -456,7 +460,7 @@ def main() -> int:
         problems.append("the tests did not run")
     named: set[str] = set()
     lines = [
-        "# Conformance of guestnet's NAT",
+        "# Conformance of guestnet's NAT and services",
         "",
         "Written by `make conformance`, which runs the tests that it counts. Do not edit.",
         "",
@@ -464,7 +468,7 @@ def main() -> int:
         "clock. `sockets` is the relay over host sockets. The relay sees no packets of the outside, so the",
         "host's kernel meets requirements about them, or they do not apply. The control side opens the ports",
         'that guests ask for (PCP), for both alike. Where a row says "the default", the owner can choose',
-        "another setting.",
+        "another setting. The last tables are about services that are the same on both uplinks.",
     ]
     met = total = 0
     for title, rows in TABLE.items():
@@ -493,7 +497,10 @@ def main() -> int:
             tested = " (tested)" if row.relay_tests else ""
             cell = f"{state}: {note}" if note else state
             lines.append(f"| {row.name} | {row.text} | {cell} | {len(mine) or ''} | {relay}{tested} |")
-    lines += ["", f"{met} of {total} met by the packet engine, each as far as its row says.", ""]
+    lines += ["", f"{met} of {total} met by the packet engine, each as far as its row says."]
+    more, wrong = lines_of(outcomes)
+    lines += [*more, ""]
+    problems += wrong
     # Tests beyond a requirement's letter are welcome; a test that claims a requirement must be counted.
     claims = re.compile(r"^rfc\d+_req\d+")
     problems += [
