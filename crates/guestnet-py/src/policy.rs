@@ -115,6 +115,7 @@ impl PolicyTable {
                 let at = Surroundings {
                     subnet: Subnet::new(net, prefix),
                     gateway: gateway.unwrap_or(IpAddr::V4(Ipv4Addr::BROADCAST)),
+                    gateway6: None,
                     host_loopback,
                     host: &host,
                 };
