@@ -167,6 +167,7 @@ if TYPE_CHECKING:
     from guestnet.nat.engine import NatResults as NatResults
     from guestnet.nat.engine import PacketPool as PacketPool
     from guestnet.nat.engine import Ring as Ring
+    from guestnet.policy.limit import Limit as Limit
     from guestnet.policy.policy import Decision as Decision
     from guestnet.policy.policy import Policy as Policy
     from guestnet.policy.rule import Rule as Rule
@@ -228,6 +229,7 @@ _HOME = {
     "guestnet.model.asking": ("FlowQuestion", "Ruling"),
     "guestnet.model.denials": ("Denial",),
     "guestnet.model.handles": ("Handles",),
+    "guestnet.policy.limit": ("Limit",),
     "guestnet.policy.policy": ("Decision", "Policy"),
     "guestnet.policy.rule": ("Rule",),
     "guestnet.model.network_spec": ("EndpointSpec", "Spec"),

@@ -27,8 +27,13 @@ _Rule: TypeAlias = tuple[
     str,
     bool,
     str,
+    "_Limit | None",
 ]
-"""Label, action, direction, endpoints, prefixes of clients, destination, ports, match, log, query types."""
+"""Label, action, direction, endpoints, prefixes of clients, destination, ports, match, log, query types,
+limit."""
+_Limit: TypeAlias = tuple[int | None, ...]
+"""Bytes a second from and to guests, packets a second from and to them, new flows a second, open flows,
+queries a second, bytes in all."""
 _DnsRecord: TypeAlias = tuple[bytes, int, int, bytes]
 """Name as labels, type, TTL in seconds, data."""
 
@@ -285,6 +290,8 @@ class DataPlane:
         """Puts a policy in force, for one guest or for all that have none of their own. Brings the number of
         flows that were cut, once all flows have been judged again. Keep the table that it replaces until
         then: freeing a large one takes time."""
+    def set_limit(self, endpoint: int | None, limit: _Limit | None) -> int:
+        """Limits what a guest carries, or (None) all together. None takes the limit back."""
     def set_host_addresses(self, addresses: Sequence[_IpIn]) -> int:
         """Says which addresses this host has, for rules about the group "host"."""
     def tell_flows(self, flows: bool, *, denials: bool) -> int:

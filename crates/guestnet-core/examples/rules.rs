@@ -50,6 +50,7 @@ fn rule(label: String, action: Action, destination: Destination) -> RuleSpec {
         ports: Vec::new(),
         by: NameMatch::Conversation,
         log: false,
+        limit: None,
         all_query_types: false,
     }
 }
@@ -94,7 +95,7 @@ fn median(mut times: Vec<f64>) -> f64 {
 fn decision(count: usize) -> f64 {
     let mut policy = Policy::new(&config());
     if count > 0 {
-        policy.change_rules(None, Some(table(count, Action::Deny)));
+        policy.change_rules(Time(1), None, Some(table(count, Action::Deny)));
     }
     let pinned: Vec<Name> = (0..64).map(|i| Name::new(name(i * 2 + 1).as_bytes()).expect("a name")).collect();
     let source = SocketAddr::from((address(A), 4000));

@@ -9,6 +9,7 @@ mod tcp_support;
 
 use common::Mock;
 use guestnet_core::effects::SockError;
+use guestnet_core::policy::shaping::Allowance;
 use guestnet_core::stats::Counters;
 use guestnet_core::tcp::{Budget, Ctx, Fate, Path, Tcb, Timeouts};
 use guestnet_core::types::{SockId, Time};
@@ -135,6 +136,7 @@ impl World {
         }
         let mut cx = Ctx {
             turn: 32 << 10,
+            allowance: Allowance::ALL,
             now: self.now,
             fx: &mut self.mock,
             counters: &mut self.counters,

@@ -6,7 +6,7 @@ use crate::addresses::{Pair, V4, mac, socket};
 use crate::buffers::with_bytes;
 use crate::config::{self, Named};
 use crate::errors::{config_error, descriptor_error, start_error, submit_error};
-use crate::policy::PolicyTable;
+use crate::policy::{self, LimitTuple, PolicyTable};
 use crate::runtime::Runtime;
 use crate::{events, records};
 use guestnet_core::nat::NatEngineConfig;
@@ -494,6 +494,12 @@ impl DataPlane {
     ) -> PyResult<u64> {
         let table = table.map(|t| t.table.clone());
         self.submit(py, Command::SetRules { port: endpoint.map(PortId), table })
+    }
+
+    /// Limits what a guest carries, or all together; None takes the limit back.
+    fn set_limit(&self, py: Python<'_>, endpoint: Option<u32>, limit: Option<LimitTuple>) -> PyResult<u64> {
+        let limit = limit.map(policy::limit);
+        self.submit(py, Command::SetLimit { port: endpoint.map(PortId), limit })
     }
 
     /// Says which addresses this host has, for rules about them.

@@ -4,6 +4,7 @@
 
 use crate::addresses::{Pair, V4, socket};
 use crate::errors::config_error;
+use guestnet_core::policy::shaping::LimitSpec;
 use guestnet_core::policy::spec::{
     Destination, DnsRefusal, Ech, Name, NameMatch, NamePattern, Net, PolicyOptions, PolicySpec, PortRange,
     Protocol, Refuse, RuleDirection, RuleSpec,
@@ -32,6 +33,7 @@ type RuleTuple<'py> = (
     String,
     bool,
     String,
+    Option<LimitTuple>,
 );
 /// The verdict, the number of the rule that decided, its label.
 type Verdict = (&'static str, Option<u32>, String);
@@ -255,8 +257,18 @@ fn range(py: Python<'_>, (protocol, first, last): (String, u16, u16)) -> PyResul
     Ok(PortRange { protocol, first, last })
 }
 
+/// A limit as Python hands it over: bytes a second from and to guests, packets a second from and to them, new flows a
+/// second, open flows, queries a second, bytes in all.
+pub(crate) type LimitTuple =
+    (Option<u64>, Option<u64>, Option<u64>, Option<u64>, Option<u64>, Option<u32>, Option<u64>, Option<u64>);
+
+pub(crate) fn limit(tuple: LimitTuple) -> LimitSpec {
+    let (up, down, packets_up, packets_down, new_flows, open_flows, queries, total) = tuple;
+    LimitSpec { up, down, packets_up, packets_down, new_flows, open_flows, queries, total }
+}
+
 fn rule(py: Python<'_>, tuple: RuleTuple<'_>) -> PyResult<RuleSpec> {
-    let (label, does, direction, endpoints, from, to, ports, by, log, query_types) = tuple;
+    let (label, does, direction, endpoints, from, to, ports, by, log, query_types, limits) = tuple;
     Ok(RuleSpec {
         label: label.into(),
         action: action(py, &does)?,
@@ -271,6 +283,7 @@ fn rule(py: Python<'_>, tuple: RuleTuple<'_>) -> PyResult<RuleSpec> {
             other => return Err(none_of(py, "match", other, "'conversation', 'address'")),
         },
         log,
+        limit: limits.map(limit),
         all_query_types: match query_types.as_str() {
             "ordinary" => false,
             "all" => true,

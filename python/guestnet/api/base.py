@@ -31,6 +31,7 @@ from guestnet.runtime.session import Session
 
 if TYPE_CHECKING:
     from guestnet.runtime.policy.denial_log import DenialLog
+    from guestnet.runtime.policy.limits import LimitBook
     from guestnet.runtime.policy.policy_control import PolicyBook
 
 _T = TypeVar("_T")
@@ -50,6 +51,7 @@ class NetworkBase:
     _ids: Ids
     _events: EventHub
     _policies: PolicyBook
+    _limits: LimitBook
     _denials: DenialLog
     _last_stats: NetworkStats
     """Those of the last run."""

@@ -14,7 +14,7 @@ from guestnet.errors import (
     EndpointNotFound,
 )
 from guestnet.model.handles import Handles
-from guestnet.model.spec import checked_policy
+from guestnet.model.spec import checked_limit, checked_policy
 from guestnet.runtime.attachments import (
     Attachment,
     Listener,
@@ -27,6 +27,7 @@ from guestnet.runtime.endpoint import Endpoint
 from guestnet.runtime.policy.policy_control import checked_tags
 
 if TYPE_CHECKING:
+    from guestnet.policy.limit import Limit
     from guestnet.policy.policy import Policy
 
 
@@ -96,6 +97,7 @@ class GuestMethods(NetworkBase):
         ip: str | IPv4Address | None = None,
         hostname: str | None = None,
         policy: Policy | Mapping[str, Any] | None = None,
+        limit: Limit | str | Mapping[str, Any] | None = None,
         tags: Iterable[str] = (),
     ) -> Endpoint:
         """Creates an endpoint.
@@ -106,6 +108,7 @@ class GuestMethods(NetworkBase):
             ip: Its address; the next free one by default.
             hostname: Another name for DNS.
             policy: What its guest may reach, instead of the policy of the network.
+            limit: What its guest may carry, instead of the limit of each guest.
             tags: Tags by which rules name it, as "tag:ci".
 
         Returns:
@@ -117,8 +120,8 @@ class GuestMethods(NetworkBase):
             AddressInUse: The address belongs to another endpoint.
             ConfigError: A value is wrong in itself.
         """
-        own, named = checked_policy(policy), checked_tags(tags)
-        return await self._do(self._create(id, mac, ip, hostname, own, named))
+        own, named, most = checked_policy(policy), checked_tags(tags), checked_limit(limit)
+        return await self._do(self._create(id, mac, ip, hostname, own, named, most))
 
     create_endpoint = blocking(acreate_endpoint)
 
@@ -130,6 +133,7 @@ class GuestMethods(NetworkBase):
         hostname: str | None,
         policy: Policy | None,
         tags: frozenset[str],
+        limit: Limit | None,
     ) -> Endpoint:
         book, is_new = self._policies, isinstance(id, str) and self._registry.get(id) is None
         if is_new:
@@ -137,6 +141,8 @@ class GuestMethods(NetworkBase):
                 book.endpoints[id] = policy
             if tags:
                 book.tags[id] = tags
+            if limit is not None:
+                self._limits.endpoints[id] = limit
         try:
             if self._session is not None:
                 return await self._session.create_endpoint(id, mac, ip, hostname)
@@ -144,6 +150,7 @@ class GuestMethods(NetworkBase):
         except BaseException:
             if is_new:
                 book.forget(id)
+                self._limits.forget(id)
             raise
 
     async def aremove_endpoint(self, id: str) -> None:
@@ -165,6 +172,7 @@ class GuestMethods(NetworkBase):
         else:
             self._registry.remove(id)
         self._policies.forget(id)
+        self._limits.forget(id)
         self._denials.forget(id)
 
     def recall_guest(self, mac: str | bytes, id: str, ip: str | IPv4Address | None = None) -> None:

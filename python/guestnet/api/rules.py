@@ -16,11 +16,12 @@ from guestnet.api.base import NetworkBase
 from guestnet.control.portal import blocking
 from guestnet.errors import ConfigError, EndpointNotFound, GuestnetError
 from guestnet.model.events import FlowOpened
-from guestnet.model.spec import NetMode, checked_policy, choice
+from guestnet.model.spec import NetMode, checked_limit, checked_policy, choice
 from guestnet.model.spec import path as checked_path
 
 if TYPE_CHECKING:
     from guestnet.model.denials import Denial
+    from guestnet.policy.limit import Limit
     from guestnet.policy.policy import Policy
     from guestnet.runtime.policy.asking import Hook
     from guestnet.runtime.policy.learning import Learner
@@ -133,6 +134,37 @@ class RuleMethods(NetworkBase):
         return await self._do(session.policy.set(wanted, endpoint))
 
     set_policy = blocking(aset_policy)
+
+    async def aset_limit(
+        self, limit: Limit | str | Mapping[str, Any] | None, *, endpoint: str | None = None
+    ) -> None:
+        """Limits what all guests together, or one guest, may carry from now on. It holds until it is changed.
+
+        TCP is slowed by its windows and loses nothing. Datagrams beyond the limit are dropped, and so are
+        packets of the uplink "tun". Flows and queries beyond their limit are refused.
+
+        Args:
+            limit: The limit, its text such as "10mbit/2mbit", or None for no limit.
+            endpoint: The id of an endpoint; None: all guests together.
+
+        Raises:
+            NotRunning: The network does not run.
+            EndpointNotFound: There is no such endpoint.
+            UnsupportedError: The network has the mode "bridged".
+            PolicyError: Something in the limit is wrong.
+
+        Example:
+            >>> from guestnet import NatNetwork
+            >>> with NatNetwork(guest_limit="10mbit/2mbit") as network:
+            ...     vm = network.create_endpoint("vm1")
+            ...     network.set_limit("1mbit,flows=20", endpoint="vm1")
+        """
+        wanted, session = checked_limit(limit), self._live()
+        if endpoint is not None and self._registry.get(endpoint) is None:
+            raise EndpointNotFound(f"There is no endpoint {endpoint!r}: create it first.")
+        await self._do(session.limits.set(wanted, endpoint))
+
+    set_limit = blocking(aset_limit)
 
     def audit(self, path: str | os.PathLike[str], *, starts: bool = False) -> Callable[[], None]:
         """Appends a JSON line to a file for each flow that ends or is refused, and for each refused name.

@@ -554,6 +554,8 @@ def network_settings(options: argparse.Namespace) -> dict[str, Any]:
         "host_loopback": options.host_loopback,
         "policy": checked_policy_of(options),
         "isolated": options.isolate,
+        "limit": options.limit,
+        "guest_limit": options.guest_limit,
         "filtering": options.filtering,
         "workers": options.workers,
         "io_uring": options.io_uring,

@@ -52,6 +52,13 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
         "--isolate", action="store_true", help="guests open no flows to each other (default: they do)"
     )
     parser.add_argument(
+        "--limit",
+        metavar="LIMIT",
+        help="what all guests together may carry: DOWN/UP such as 10mbit/2mbit, or one rate for both ways, "
+        "and flows=N, new-flows=N, queries=N, packets=N (a second), total=BYTES",
+    )
+    parser.add_argument("--guest-limit", metavar="LIMIT", help="the same for each guest")
+    parser.add_argument(
         "--ask",
         action="store_true",
         help="ask at the terminal about what no rule decides; answers can be saved to the file of --policy",

@@ -179,8 +179,8 @@ def _without_none(value: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.value
+    if isinstance(value, Enum) or hasattr(value, "to_data"):
+        return value.value if isinstance(value, Enum) else value.to_data()
     if isinstance(value, IPv4Address | IPv6Address | IPv4Network | IPv6Network):
         return str(value)
     if isinstance(value, StaticLease):

@@ -28,6 +28,7 @@ from guestnet.model.frozen_record import FrozenRecord
 from guestnet.model.ipam import format_mac, parse_mac
 
 if TYPE_CHECKING:
+    from guestnet.policy.limit import Limit
     from guestnet.policy.policy import Policy
 
 MTU_LOWEST, MTU_HIGHEST = 68, 65520
@@ -313,6 +314,16 @@ def checked_policy(value: object) -> Policy | None:
     raise ConfigError(f"policy {value!r} is not a Policy: make one with Policy(...) or Policy.load(path).")
 
 
+def checked_limit(value: object) -> Limit | None:
+    """A limit, its text, or a mapping with its fields. Raises ConfigError."""
+    if value is None:
+        return None
+    # Imported only where there is one.
+    from guestnet.policy.limit import Limit
+
+    return Limit.of(value)
+
+
 def _guest_ports(value: object) -> tuple[int, int] | None:
     return None if value is None else check_port_range(value, "pcp_ports", "(40000, 40999)")
 
@@ -337,6 +348,8 @@ class NatConfig(FrozenRecord):
       named `host.guestnet.internal`. It cannot be combined with the mode "host_only".
     - `policy`: a `Policy`, or a mapping with the keys of a policy file; by default there are no rules besides
       the floor. It cannot be combined with the mode "bridged".
+    - `limit`: what all guests together may carry, `guest_limit`: what each of them may; see `Limit`, whose
+      text ("10mbit/2mbit") is accepted. They cannot be combined with the mode "bridged".
     - `isolated`: guests open no flows to each other. It cannot be combined with the mode "bridged".
     - `filtering`: see `Filtering`.
     - `pcp_ports`: the first and the last port of the host that guests may open, by PCP or NAT-PMP; none by
@@ -389,6 +402,8 @@ class NatConfig(FrozenRecord):
     host_loopback: bool
     isolated: bool
     policy: Policy | None
+    limit: Limit | None
+    guest_limit: Limit | None
     dhcp: bool
     dns: bool
     lease_time: int
@@ -429,6 +444,8 @@ class NatConfig(FrozenRecord):
         host_loopback: bool = False,
         isolated: bool = False,
         policy: Policy | Mapping[str, Any] | None = None,
+        limit: Limit | str | Mapping[str, Any] | None = None,
+        guest_limit: Limit | str | Mapping[str, Any] | None = None,
         dhcp: bool = True,
         dns: bool = True,
         lease_time: int = 3600,
@@ -465,7 +482,7 @@ class NatConfig(FrozenRecord):
         put(self, "mode", choice(NetMode, "mode", mode))
         put(self, "host_loopback", _yes_or_no("host_loopback", host_loopback))
         put(self, "isolated", _yes_or_no("isolated", isolated))
-        put(self, "policy", checked_policy(policy))
+        self._put_rules(policy, limit, guest_limit)
         put(self, "bridge", self._segment(bridge))
         # The segment that is joined has its own.
         served = self.mode is not NetMode.BRIDGED
@@ -664,6 +681,16 @@ class NatConfig(FrozenRecord):
                 "leave `policy` out, and filter there."
             )
         return bridge
+
+    def _put_rules(self, policy: object, limit: object, guest_limit: object) -> None:
+        object.__setattr__(self, "policy", checked_policy(policy))
+        object.__setattr__(self, "limit", checked_limit(limit))
+        object.__setattr__(self, "guest_limit", checked_limit(guest_limit))
+        if self.mode is NetMode.BRIDGED and (self.limit, self.guest_limit) != (None, None):
+            raise ConfigError(
+                "With `mode='bridged'` guests are on a segment of the host, which guestnet does not limit: "
+                "leave `limit` and `guest_limit` out."
+            )
 
     def _check_loopback(self) -> None:
         if not self.host_loopback:

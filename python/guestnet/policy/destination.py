@@ -32,8 +32,8 @@ NAME_GROUPS = {
         *("ordns.he.net", "odvr.nic.cz", "doh.dns.apple.com", "use-application-dns.net"),
     )
 }
-"""Groups of names, each with every name below it. "doh": well-known resolvers over HTTPS, and the name by which browsers
-ask whether they may use one."""
+"""Groups of names, each with every name below it. "doh": well-known resolvers over HTTPS, and the name by
+which browsers ask whether they may use one."""
 PROTOCOLS = ("tcp", "udp", "icmp", "any")
 NAME_LONGEST, LABEL_LONGEST = 253, 63
 PORT_HIGHEST = 65535
@@ -58,8 +58,8 @@ class Destination(NamedTuple):
     """Where a flow goes, as a rule says it."""
 
     kind: str
-    """"any", "net", "group", "name" (exactly), "below" (`*.NAME`), "at_or_below" (`.NAME`), "names" (a group of
-    them), "endpoints"."""
+    """"any", "net", "group", "name" (exactly), "below" (`*.NAME`), "at_or_below" (`.NAME`), "names" (a
+    group of them), "endpoints"."""
     value: str = ""
     """The prefix, group, name, or the guest's id or tag."""
 
@@ -106,8 +106,8 @@ def parse_destination(text: object) -> Destination:
     """Reads a destination without a port.
 
     Args:
-        text: A name, `*.NAME`, `.NAME`, an address, a prefix, a group, "doh", "any", an endpoint as "guest:ID", or
-            endpoints with a tag as "tag:TAG".
+        text: A name, `*.NAME`, `.NAME`, an address, a prefix, a group, "doh", "any", an endpoint as
+            "guest:ID", or endpoints with a tag as "tag:TAG".
 
     Returns:
         The destination.
@@ -137,7 +137,9 @@ def parse_destination(text: object) -> Destination:
         prefix, rest = "at_or_below", word[1:]
     name = host_name(rest)
     if name is None or _NUMBERS_ALONE.fullmatch(word):
-        raise PolicyError(f"{_short(text)} is no destination: {_EXAMPLE}.{nearest(word, (*GROUPS, *NAME_GROUPS))}")
+        raise PolicyError(
+            f"{_short(text)} is no destination: {_EXAMPLE}.{nearest(word, (*GROUPS, *NAME_GROUPS))}"
+        )
     # A misspelled group would be the name of a host that nobody asks for.
     if prefix == "name" and "." not in name and (meant := nearest(name, ("any", *GROUPS), 0.8)):
         raise PolicyError(f"{_short(text)} is no group, and hardly the name of a host:{meant}")

@@ -568,6 +568,7 @@ def _tuple(rule: Rule, ports_of: Callable[[str], Sequence[int]]) -> Any:
     return (
         *(rule.label, rule.action, rule.direction, endpoints, clients, destination, rule.ranges()),
         *(rule.match, rule.log, rule.query_types),
+        None if rule.limit is None else rule.limit.for_data_plane(),
     )
 
 

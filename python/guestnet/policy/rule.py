@@ -19,6 +19,7 @@ from guestnet.policy.destination import (
     parse_ports,
     parse_target,
 )
+from guestnet.policy.limit import Limit
 
 ACTIONS = ("allow", "deny", "ask")
 DIRECTIONS = ("out", "in", "guests")
@@ -26,7 +27,7 @@ MATCHES = ("conversation", "address")
 QUERY_TYPES = ("ordinary", "all")
 KEYS = (
     *("action", "to", "ports", "protocol", "from", "direction", "match", "query_types"),
-    *("label", "expires", "log"),
+    *("limit", "label", "expires", "log"),
 )
 """The keys of a rule in a file, in the order in which they are written."""
 LABEL_LONGEST = 200
@@ -55,6 +56,8 @@ class Rule:
         label: What denials and logs call it. By default its text.
         expires: When it ends: a time with a zone, or seconds since the epoch.
         log: Whether flows that it admits are written to the audit log at their start too.
+        limit: What the flows that it admits may carry together: a `Limit`, or its text such as "10mbit". A
+            rule limits bytes and packets; `Limit` has the rest for guests and networks.
 
     Raises:
         PolicyError: An argument is wrong.
@@ -68,7 +71,7 @@ class Rule:
     """
 
     __slots__ = (
-        *("action", "destination", "direction", "expires", "label", "log", "match"),
+        *("action", "destination", "direction", "expires", "label", "limit", "log", "match"),
         *("ports", "protocol", "query_types", "source"),
     )
     action: str
@@ -82,6 +85,7 @@ class Rule:
     label: str
     expires: float | None
     log: bool
+    limit: Limit | None
 
     def __init__(
         self,
@@ -97,6 +101,7 @@ class Rule:
         label: str | None = None,
         expires: datetime | float | None = None,
         log: bool = False,
+        limit: Limit | str | Mapping[str, Any] | None = None,
     ) -> None:
         destination = parse_destination(to)
         if direction is None:
@@ -112,6 +117,7 @@ class Rule:
             "query_types": _choice("query_types", query_types, QUERY_TYPES),
             "expires": _expires(expires),
             "log": _flag("log", log),
+            "limit": Limit.of(limit),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -163,8 +169,21 @@ class Rule:
             )
         if self.query_types == "all" and not self.destination.is_name:
             raise PolicyError(f"query_types is for names, and {self.destination} is none: leave it out.")
+        if self.limit is not None:
+            self._check_limit(self.limit)
         if self.action == "ask" and self.direction != "out":
             raise PolicyError("action 'ask' is for flows to the outside: allow or deny the others.")
+
+    def _check_limit(self, limit: Limit) -> None:
+        if self.action == "deny" or self.direction == "guests":
+            raise PolicyError(
+                "limit is for rules that allow flows to or from the outside: leave it out of this one."
+            )
+        if (limit.new_flows, limit.open_flows, limit.queries) != (None, None, None):
+            raise PolicyError(
+                f"The limit {limit} counts flows or queries, which a rule does not: give that to the network "
+                "or to guests."
+            )
 
     @classmethod
     def from_text(cls, action: str, text: str) -> Rule:
@@ -239,6 +258,8 @@ class Rule:
             found["from"] = list(self.source)
         if self.label != self._text():
             found["label"] = self.label
+        if self.limit is not None:
+            found["limit"] = self.limit.to_data()
         if self.expires is not None:
             found["expires"] = datetime.fromtimestamp(self.expires, UTC).isoformat()
         return {key: found[key] for key in KEYS if key in found}

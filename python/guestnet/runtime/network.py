@@ -29,6 +29,7 @@ from guestnet.model.spec import NatConfig
 from guestnet.model.stats import NetworkStats
 from guestnet.runtime.attachments import KeptAttachments, Listener
 from guestnet.runtime.policy.denial_log import DenialLog
+from guestnet.runtime.policy.limits import LimitBook
 from guestnet.runtime.policy.policy_control import PolicyBook
 from guestnet.runtime.published.forward import Forward
 from guestnet.runtime.registry import Registry
@@ -141,6 +142,7 @@ class NatNetwork(DescriptionMethods, MonitoringMethods, RingMethods):
         self._services = Services(self._config, self._registry)
         self._session: Session | None = None
         self._policies = PolicyBook(self._config.policy)
+        self._limits = LimitBook(self._config.limit, self._config.guest_limit)
         self._denials = DenialLog()
         self._changing = threading.Lock()
         self._ids = Ids()
@@ -212,6 +214,7 @@ class NatNetwork(DescriptionMethods, MonitoringMethods, RingMethods):
                     run=self._runs,
                     doors=self._doors,
                     policies=self._policies,
+                    limits=self._limits,
                     denials=self._denials,
                     name=self._name,
                     kept=self._kept,

@@ -52,6 +52,7 @@ from guestnet.runtime.attachments import Attachment, KeptAttachments, Listener, 
 from guestnet.runtime.capture import Capture
 from guestnet.runtime.endpoint import Endpoint
 from guestnet.runtime.policy.denial_log import DenialLog
+from guestnet.runtime.policy.limits import LimitBook, LimitControl
 from guestnet.runtime.policy.policy_control import PolicyBook, PolicyControl
 from guestnet.runtime.port_table import PortTable
 from guestnet.runtime.published.forward import Forward
@@ -121,6 +122,7 @@ class SessionParts(FrozenRecord):
     """Counts the starts of the network."""
     doors: Doors
     policies: PolicyBook
+    limits: LimitBook
     denials: DenialLog
     name: str
     kept: KeptAttachments
@@ -171,6 +173,8 @@ class Session:
             parts.name,
         )
 
+        self.limits = LimitControl(parts.limits, config.mode, control, self._ports)
+
     # --- beginning and end ---
 
     async def open(self) -> None:
@@ -180,6 +184,7 @@ class Session:
         await control.do(control.plane.tell_flows, wanted, denials=wanted or self._has_policy)
         # Before the first guest has a port.
         await self.policy.open()
+        await self.limits.open()
         if self.config.uplink is Uplink.TUN:
             await self._open_uplink()
         if self.config.mode is NetMode.BRIDGED:
@@ -269,6 +274,7 @@ class Session:
         plane = self.control.plane
         try:
             await self.control.do(plane.add_port, port, **config)
+            self.limits.port_added(port, endpoint.id)
         except BaseException:
             # The worker may have it already, when only the waiting was given up; its address is to be free.
             self._forget_port(port)
@@ -557,6 +563,7 @@ class Session:
         self._ports.add(port, endpoint.id)
         self.rules.port_added(endpoint.id)
         self.policy.port_added(endpoint.id)
+        self.limits.port_added(port, endpoint.id)
         if self.config.mode is not NetMode.BRIDGED:
             self.control.ensure(self.control.plane.bind_address, port, endpoint.ip, mac)
         self.publishing.refresh()

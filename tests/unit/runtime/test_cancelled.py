@@ -41,7 +41,7 @@ def give_up(network: NatNetwork, work: Coroutine[Any, Any, object]) -> None:
 def test_an_endpoint_that_was_not_made_leaves_its_address_free(
     network: NatNetwork, add_guest: AddGuest
 ) -> None:
-    give_up(network, network._create("vm1", None, None, None, None, frozenset()))
+    give_up(network, network._create("vm1", None, None, None, None, frozenset(), None))
     assert network.endpoint_count == 0
     guest = add_guest("vm1")
     assert str(network.endpoints[0].ip) == "192.168.64.2"
@@ -61,7 +61,7 @@ def test_an_endpoint_that_is_being_removed_is_gone(network: NatNetwork, add_gues
 def test_an_endpoint_that_is_removed_while_it_is_made(network: NatNetwork, add_guest: AddGuest) -> None:
     async def both() -> None:
         making = asyncio.get_running_loop().create_task(
-            network._create("vm1", None, None, None, None, frozenset())
+            network._create("vm1", None, None, None, None, frozenset(), None)
         )
         await asyncio.sleep(0)
         await network._remove("vm1")

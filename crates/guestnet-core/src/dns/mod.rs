@@ -20,6 +20,7 @@
 mod cache;
 mod failures;
 mod guard;
+mod limits;
 mod network;
 mod pending;
 mod streams;
@@ -38,6 +39,7 @@ use failures::Failures;
 use guard::{Filtered, Guard};
 use guestnet_wire::be16;
 use guestnet_wire::dns::{self, Answer, IN, Query, Record, Unreadable, ede, flags, kind, rcode};
+use limits::QueryLimits;
 use pending::{Bounds, Chain, Client, Pending, Stage, Table, Waiter};
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -147,6 +149,8 @@ pub(crate) struct DnsForwarder {
     generation: u64,
     /// Names that, with all below them, may be the network's own.
     own: BTreeSet<Box<[u8]>>,
+    /// Of the owner.
+    limits: QueryLimits,
     bounds: Bounds,
     cache: Cache,
     failures: Failures,
@@ -171,6 +175,7 @@ impl DnsForwarder {
             service: None,
             generation: 0,
             own: BTreeSet::new(),
+            limits: QueryLimits::default(),
             bounds: Bounds { all: limits.dns_queries, of_one_port: limits.dns_queries_per_port },
             cache: Cache::new(limits.name_bytes),
             failures: Failures::default(),
@@ -290,6 +295,11 @@ impl DnsForwarder {
 
     // ---- queries ------------------------------------------------------------------------------------------
 
+    /// Limits the queries a second of a guest, or of all together.
+    pub(crate) fn set_query_limit(&mut self, now: Time, port: Option<PortId>, rate: Option<u64>) {
+        self.limits.set(now, port, rate);
+    }
+
     pub(crate) fn is_service(&self, service: ServiceId) -> bool {
         self.service == Some(service)
     }
@@ -303,6 +313,9 @@ impl DnsForwarder {
         events: &mut RateLimiter,
         fx: &mut E,
     ) -> Outcome {
+        if !self.limits.allow(now, client.port()) {
+            return Outcome::Later;
+        }
         let q = match Query::parse(message) {
             Ok(q) => q,
             Err(why) => return self.refuse(now, client, message, why, fx),

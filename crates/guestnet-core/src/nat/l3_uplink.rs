@@ -10,7 +10,7 @@ use crate::context::Context;
 use crate::interface::config::{Filtering, FlowInfo, ForwardSpec, NetworkConfig};
 use crate::interface::effects::{Effects, Event, TxError};
 use crate::interface::stats::DropReason;
-use crate::interface::types::{Csum, FlowId, ForwardId, FrameMeta, PortId, Time};
+use crate::interface::types::{Csum, FlowId, ForwardId, FrameMeta, Gso, PortId, Time};
 use crate::l2::frame_checks::{check_offload, largest_packet};
 use crate::l2::lan::{Lan, Sender};
 use crate::l3::icmp_error::IcmpError;
@@ -21,6 +21,7 @@ use crate::nat::{
     NatEngineConfig, NatEvent, NatResult, NatStats, Prefix, Refusal,
 };
 use crate::policy::pending::Held;
+use crate::policy::shaping::{FlowRefused, Owner, Way};
 use crate::policy::sweep::Budget;
 use crate::policy::{Direction, Entry, Generation, Request, RuleId, Verdict, is_special};
 use crate::tables::addressing::Addressing;
@@ -260,6 +261,9 @@ impl L3Uplink {
             }
         }
         cx.gateway.check_ttl(&mut cx.link, from, frame, p)?;
+        if cx.policy.shaping.is_active() && !within_limits(cx, from.slot, Way::Up, p.ip_len(), meta) {
+            return Err(DropReason::RateLimit);
+        }
         let mut meta = cx.link.lan.offload_of(from.slot, frame, p, meta);
         let large = large(p, meta);
         let now = cx.link.now;
@@ -285,6 +289,9 @@ impl L3Uplink {
             let admitted = cx.outbound(from, frame, p, SocketAddr::new(p.dst, p.dst_port))?;
             if admitted.inspect.is_some() {
                 return Ok(false);
+            }
+            if cx.policy.shaping.is_active() {
+                self.may_open(cx, from.slot)?;
             }
             self.rule = admitted.rule;
             self.engine.admit_next();
@@ -313,6 +320,16 @@ impl L3Uplink {
             }
             NatResult::Dropped(why) => Err(why),
         }
+    }
+
+    #[cold]
+    fn may_open<E>(&self, cx: &mut Context<'_, E>, slot: u32) -> Result<(), DropReason> {
+        let (of_guest, of_all) = (self.translated(slot), self.engine.connection_count());
+        let of_all = u32::try_from(of_all).unwrap_or(u32::MAX);
+        cx.policy.shaping.opens(cx.link.now, slot, of_guest, of_all).map_err(|refused| match refused {
+            FlowRefused::TooMany => DropReason::FlowLimit,
+            FlowRefused::TooFast => DropReason::RateLimit,
+        })
     }
 
     // ---- in -----------------------------------------------------------------------------------------
@@ -735,11 +752,27 @@ fn internal_end(gateway: Ipv4Addr, guest: SocketAddr) -> Result<SocketAddrV4, Fo
     }
 }
 
+/// Whether a packet is within the limits of the owner; if so, it is charged. It belongs to no rule: its session, which
+/// does, is in the engine.
+#[cold]
+fn within_limits<E>(cx: &mut Context<'_, E>, slot: u32, way: Way, bytes: usize, meta: FrameMeta) -> bool {
+    let packets = match meta.gso {
+        Some(Gso::Tcp(n) | Gso::Udp(n)) => bytes.div_ceil(usize::from(n.max(1))),
+        None => 1,
+    };
+    let packets = u32::try_from(packets).unwrap_or(u32::MAX);
+    cx.policy.shaping.police(cx.link.now, Owner { slot, rule: None }, way, bytes, packets)
+}
+
 /// Puts a translated packet on the port of the guest that it is for.
 fn deliver<E: Effects>(cx: &mut Context<'_, E>, frame: &mut [u8], meta: FrameMeta) -> Result<(), DropReason> {
     let ip = IpAddr::V4(Ipv4Addr::from(be32(frame, L3 + 16)));
     let b = cx.link.lan.neighbour(ip).ok_or(DropReason::NoEndpoint)?;
     let (slot, mac) = (b.slot, b.mac);
+    let bytes = frame.len().saturating_sub(L3);
+    if cx.policy.shaping.is_active() && !within_limits(cx, slot, Way::Down, bytes, meta) {
+        return Err(DropReason::RateLimit);
+    }
     let dst = mac.unwrap_or(Mac::BROADCAST);
     Ether { dst, src: cx.gateway.mac(), ethertype: ether::IPV4 }.emit(frame);
     if mac.is_some() {

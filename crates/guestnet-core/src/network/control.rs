@@ -9,6 +9,7 @@ use crate::interface::types::{ForwardId, NetMode, PortConfig, PortId, ServiceId,
 use crate::nat::l3_uplink::L3Uplink;
 use crate::nat::{ConnTrackStats, ForwardError, NatConfigError, NatEngineConfig, NatStats};
 use crate::policy::Isolated;
+use crate::policy::shaping::LimitSpec;
 use crate::policy::table::RuleTable;
 use crate::shard::PeerUpdate;
 use guestnet_wire::ether::Mac;
@@ -68,10 +69,12 @@ impl Network {
             uplink.remove_port(&mut self.layers.context(now, fx), slot);
         }
         self.dns.remove_port(port);
+        self.dns.set_query_limit(now, Some(port), None);
         self.layers.policy.remove_port(port);
         let cx = &mut self.layers.context(now, fx);
         cx.policy.conversations.remove_port(slot);
         cx.policy.pins.remove_port(slot);
+        cx.policy.shaping.remove_port(slot, port);
         for ask in cx.policy.asks.remove_port(slot) {
             let _best_effort = cx.link.fx.event(Event::PolicyAskEnded { port, ticket: ask.ticket.0 });
         }
@@ -170,10 +173,25 @@ impl Network {
     ) -> Option<Arc<RuleTable>> {
         self.now = now;
         let policy = &mut self.layers.policy;
-        let replaced = policy.change_rules(port, table);
+        let replaced = policy.change_rules(now, port, table);
         self.dns.set_names(policy.names());
         self.layers.lan.set_asks(!policy.guests_pass());
         replaced
+    }
+
+    /// Limits what a guest carries, or all together; `None` takes a limit back. False when there is no such port.
+    pub fn set_limit(&mut self, now: Time, port: Option<PortId>, limit: Option<LimitSpec>) -> bool {
+        self.now = now;
+        let shaping = &mut self.layers.policy.shaping;
+        match port {
+            None => shaping.set_network(now, limit),
+            Some(port) => match self.layers.lan.slot(port) {
+                Some(slot) => shaping.set_guest(now, slot, limit),
+                None => return false,
+            },
+        }
+        self.dns.set_query_limit(now, port, limit.and_then(|l| l.queries));
+        true
     }
 
     /// Says which addresses this host has, for rules about them. Flows are judged again.

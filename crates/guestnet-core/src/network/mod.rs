@@ -446,6 +446,7 @@ impl Network {
         let Layers { lan, gateway, .. } = &self.layers;
         [
             self.layers.policy.sweep.is_some().then_some(self.now),
+            self.layers.policy.shaping.next_timer(self.now),
             self.layers.policy.pending.next_deadline(),
             self.layers.policy.asks.next_deadline(),
             self.relay.next_timer(self.now),

@@ -12,6 +12,7 @@
 //! - [`conversations`] remembers what guests say to each other, where rules ask about that.
 //! - [`refusal`] tells guests what was refused.
 //! - [`denials`] limits how many refused flows are reported.
+//! - [`shaping`] limits what guests carry.
 //! - [`special`] says which addresses mean something by themselves.
 //!
 //! A flow carries the [`Generation`] of the rules that admitted it. When the rules change, flows of an older
@@ -27,6 +28,7 @@ pub mod pending;
 pub mod pins;
 mod refusal;
 pub mod rule;
+pub mod shaping;
 pub mod spec;
 pub mod special;
 pub mod sweep;
@@ -44,6 +46,7 @@ use conversations::Conversations;
 use pending::PendingFlows;
 use pins::Pins;
 pub use rule::{RuleSet, Settings};
+use shaping::{Owner, Shaping};
 pub use spec::Action;
 pub use special::is_special;
 use special::{Surroundings, is_metadata};
@@ -94,6 +97,8 @@ pub struct Policy {
     pub(crate) conversations: Conversations,
     /// For which names guests got which addresses.
     pub(crate) pins: Pins,
+    /// Limits on what guests carry.
+    pub(crate) shaping: Shaping,
     /// The sweep that a change of the rules began, while it goes on.
     pub(crate) sweep: Option<Sweep>,
     /// How many flows the last sweep has cut, until that is asked for.
@@ -119,6 +124,7 @@ impl Policy {
             pending: PendingFlows::new(c.limits.neighbour_waiting),
             conversations: Conversations::new(SipKey::from_secret(&c.secret, 0)),
             pins: Pins::default(),
+            shaping: Shaping::default(),
             sweep: None,
             cut: None,
         }
@@ -171,6 +177,15 @@ impl Policy {
         let ip = request.destination.ip();
         self.pins.prune(slot, ip, now);
         self.judge_with(request, Evidence { pins: self.pins.of(slot, ip), shown })
+    }
+
+    /// What a flow belongs to, for its limits. `rule` admitted it.
+    pub(crate) fn owner(&self, endpoint: PortId, slot: u32, rule: RuleId) -> Owner {
+        let rule = rule
+            .number()
+            .err()
+            .map(|number| (self.tables.endpoints.contains_key(&endpoint).then_some(endpoint), number));
+        Owner { slot, rule: rule.filter(|(port, number)| self.shaping.has_rule(*port, *number)) }
     }
 
     /// How a flow that the owner allowed is inspected: strictly where its rule is about a name that the conversation shows.
@@ -290,9 +305,11 @@ impl Policy {
     /// Returns the rules that they replace, so that they are freed elsewhere.
     pub fn change_rules(
         &mut self,
+        now: Time,
         endpoint: Option<PortId>,
         table: Option<Arc<RuleTable>>,
     ) -> Option<Arc<RuleTable>> {
+        self.shaping.set_rules(now, endpoint, table.iter().flat_map(|t| t.limits()));
         let replaced = match (endpoint, table) {
             (None, table) => std::mem::replace(&mut self.tables.network, table),
             (Some(endpoint), Some(table)) => self.tables.endpoints.insert(endpoint, table),

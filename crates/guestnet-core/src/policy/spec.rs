@@ -3,6 +3,7 @@
 //! [`crate::policy::table::RuleTable`] compiles it.
 
 use crate::interface::types::PortId;
+use crate::policy::shaping::LimitSpec;
 use crate::policy::special::Group;
 use std::borrow::Borrow;
 use std::fmt;
@@ -225,6 +226,8 @@ pub struct RuleSpec {
     pub by: NameMatch,
     /// Whether flows that it admits are logged.
     pub log: bool,
+    /// What the flows that it admits may carry together.
+    pub limit: Option<LimitSpec>,
     /// Whether queries of every type may be made for its names, and not only of ordinary types.
     pub all_query_types: bool,
 }

@@ -21,6 +21,7 @@
 
 use crate::interface::types::PortId;
 use crate::policy::index::{Index, Lists};
+use crate::policy::shaping::LimitSpec;
 use crate::policy::spec::{
     Action, Destination, Name, NameMatch, NamePattern, Net, PolicyOptions, PolicySpec, PortRange, Protocol,
     RuleDirection, RuleSpec,
@@ -191,6 +192,8 @@ pub struct RuleTable {
     /// Rules for outbound flows that admit any public address: names are open from them on.
     open: Vec<u32>,
     has_names: bool,
+    /// Limits of rules.
+    limits: Vec<(u32, LimitSpec)>,
 }
 
 impl std::fmt::Debug for RuleTable {
@@ -219,8 +222,10 @@ impl RuleTable {
             watches: Vec::new(),
             open: Vec::new(),
             has_names: false,
+            limits: Vec::new(),
         };
         for (rule, number) in spec.rules.iter().zip(0u32..) {
+            table.limits.extend(rule.limit.map(|limit| (number, limit)));
             match rule.direction {
                 RuleDirection::In => table.inbound.push(number),
                 RuleDirection::Guests => table.guests.push(number),
@@ -272,6 +277,11 @@ impl RuleTable {
     #[must_use]
     pub fn options(&self) -> &PolicyOptions {
         &self.options
+    }
+
+    /// The limits that rules have, by their numbers.
+    pub fn limits(&self) -> impl Iterator<Item = (u32, LimitSpec)> {
+        self.limits.iter().copied()
     }
 
     /// How many rules there are.

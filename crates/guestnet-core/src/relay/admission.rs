@@ -11,6 +11,7 @@ use crate::interface::effects::{Close, Effects, Event};
 use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, Time};
 use crate::policy::RuleId;
+use crate::policy::shaping::FlowRefused;
 use crate::relay::Relay;
 use crate::relay::tcp::Fate;
 use crate::tables::flow::{Chain, Flow, Key, State};
@@ -42,6 +43,14 @@ impl Relay {
         slot: u32,
         socket: bool,
     ) -> Result<(), DropReason> {
+        if cx.policy.shaping.is_active() {
+            let open = self.guests.get(slot).map_or(0, |g| g.flows);
+            let of_all = u32::try_from(self.flows.count()).unwrap_or(u32::MAX);
+            cx.policy.shaping.opens(cx.link.now, slot, open, of_all).map_err(|refused| match refused {
+                FlowRefused::TooMany => DropReason::FlowLimit,
+                FlowRefused::TooFast => DropReason::RateLimit,
+            })?;
+        }
         let records = if socket { 2 } else { 1 };
         for _ in 0..=EVICTIONS {
             let most = self.limits.of_one_port(u32::try_from(self.flows.count()).unwrap_or(u32::MAX));

@@ -44,6 +44,7 @@ use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, ForwardId, FrameMeta, Time};
 use crate::l2::lan::{Lan, Sender};
 use crate::l3::icmp_error::IcmpError;
+use crate::policy::shaping::Way;
 use crate::tables::flow::{Key, List, NONE};
 use crate::tables::flow_table::FlowTable;
 use crate::tables::per_port::PerPort;
@@ -74,6 +75,8 @@ pub(crate) struct Relay {
     /// TCP flows that asked for [`Relay::batch_end`]: those with little to send, then bulk flows in turn.
     batch: List,
     turns: Turns,
+    /// It is the turn of the flow that is called next to carry bytes this way.
+    called: Option<Way>,
     /// What is accounted to each guest.
     guests: PerPort<Guest>,
     forwards: BTreeMap<u32, ForwardSpec>,
@@ -96,6 +99,7 @@ impl Relay {
             due: Vec::new(),
             batch: List::default(),
             turns: Turns::new(),
+            called: None,
             guests: PerPort::default(),
             forwards: BTreeMap::new(),
             clients: BTreeMap::new(),
@@ -193,6 +197,9 @@ impl Relay {
 
     /// Handles the timers of flows that are due, some of them at a time.
     pub fn timers<E: Effects>(&mut self, cx: &mut Context<'_, E>) {
+        if cx.policy.shaping.is_active() {
+            self.limits_due(cx);
+        }
         if self.due.is_empty() {
             self.wheel.expire(cx.link.now.as_ms(), &mut self.due);
         }

@@ -9,6 +9,7 @@ use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, FrameMeta, IpFields, PortId, Target, Time};
 use crate::l2::lan::Sender;
 use crate::l3::gateway::Refusal;
+use crate::policy::shaping::{Allowance, Way};
 use crate::policy::{Direction, RuleId};
 use crate::relay::Relay;
 use crate::relay::errors::{connect_failed, icmp_for};
@@ -28,6 +29,9 @@ const RECHECK_MS: u64 = 10_000;
 const RECHECK_MOST: usize = 1024;
 /// Bytes of a segment's data to a guest of IPv6 that does not say what it takes.
 const DEFAULT_MSS6: u16 = 1220;
+
+/// Flows that waited for a limit and are called before other work has its turn.
+const CALLED_MOST: usize = 64;
 
 impl Relay {
     /// Relays a TCP segment of a guest.
@@ -206,9 +210,31 @@ impl Relay {
         };
         let State::Tcp(tcb) = &mut flow.state else { return None };
         let before = counters.tx_bytes;
+        let called = std::mem::take(&mut self.called);
+        let limited = cx.policy.shaping.is_active();
+        let mut allowance = Allowance::ALL;
+        if limited {
+            let owner = cx.policy.owner(port, flow.key.slot, flow.rule);
+            allowance = cx.policy.shaping.allowance(now, owner, called);
+            tcb.set_window_most(allowance.window);
+        }
         let turn = if tcb.is_bulk(now) { self.turns.left(now, index) } else { TURN_SHORT };
         let budget = &mut guest.budget;
-        let fate = f(tcb, &mut Ctx { now, fx: &mut *cx.link.fx, counters, path: &path, budget, turn });
+        let fx = &mut *cx.link.fx;
+        let mut context = Ctx { now, fx, counters, path: &path, budget, turn, allowance };
+        let fate = f(tcb, &mut context);
+        if limited {
+            let used = |had: u32, has: u32| u64::from(had.saturating_sub(has));
+            let (up, down) =
+                (used(allowance.up, context.allowance.up), used(allowance.down, context.allowance.down));
+            let owner = cx.policy.owner(port, flow.key.slot, flow.rule);
+            cx.policy.shaping.charge(now, owner, up, down);
+            for way in [Way::Up, Way::Down] {
+                if tcb.enters_queue(way) {
+                    cx.policy.shaping.wait(now, owner, tcb.id(), way);
+                }
+            }
+        }
         let bulk = tcb.is_bulk(now);
         if bulk {
             self.turns.sent(counters.tx_bytes.wrapping_sub(before));
@@ -290,6 +316,17 @@ impl Relay {
             }
             self.flows.unlink(&mut guest.waiting, Chain::Lru, index);
             self.with_index(cx, index, |tcb, cx| tcb.port_writable(cx));
+        }
+    }
+
+    /// Calls flows that waited for a limit, as far as their limits have credit, some at a time.
+    pub fn limits_due<E: Effects>(&mut self, cx: &mut Context<'_, E>) {
+        for _ in 0..CALLED_MOST {
+            let Some((id, way)) = cx.policy.shaping.next_due(cx.link.now) else { return };
+            self.called = Some(way);
+            self.with_flow(cx, id, |tcb, cx| tcb.unthrottled(cx, way));
+            self.called = None;
+            cx.policy.shaping.turn_ended(cx.link.now);
         }
     }
 

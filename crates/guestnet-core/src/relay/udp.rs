@@ -13,7 +13,7 @@ use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, FrameMeta, Gso, IpFields, ServiceId, SockId};
 use crate::l2::lan::Sender;
 use crate::l3::icmp_error::IcmpError;
-use crate::policy::{Admitted, Direction, Entry, Request, Verdict};
+use crate::policy::{Admitted, Direction, Entry, Request, Verdict, shaping};
 use crate::relay::Relay;
 use crate::relay::errors::icmp_for;
 use crate::tables::flow::{Flow, Key, State};
@@ -154,6 +154,11 @@ impl Relay {
     ) -> Result<(), DropReason> {
         let ttl = cx.gateway.check_ttl(&mut cx.link, from, frame, p)?;
         let payload = frame.get(p.payload..p.end).unwrap_or(&[]);
+        if cx.policy.shaping.is_active()
+            && !self.within_limits(cx, index, shaping::Way::Up, payload.len(), segment)
+        {
+            return Err(DropReason::RateLimit);
+        }
         let sent = match self.note_out(index, from.mac, be16(frame, p.l3.saturating_add(4)), payload.len()) {
             Some(Way::Mapping(mapping, target)) => {
                 let Some(State::Mapping { sock, .. }) = self.flows.at(mapping).map(|m| &m.state) else {
@@ -182,6 +187,24 @@ impl Relay {
             cx.gateway.icmp_error(&mut cx.link, from, frame, p, icmp_for(e, p.ip_len()));
             DropReason::HostError
         })
+    }
+
+    /// Whether datagrams of a flow are within the limits of the owner; if so, they are charged.
+    #[cold]
+    fn within_limits<E>(
+        &self,
+        cx: &mut Context<'_, E>,
+        index: u32,
+        way: shaping::Way,
+        bytes: usize,
+        segment: u16,
+    ) -> bool {
+        let Some(f) = self.flows.at(index) else { return true };
+        let Some(port) = cx.link.lan.port(f.key.slot) else { return true };
+        let owner = cx.policy.owner(port.id, f.key.slot, f.rule);
+        let packets = bytes.checked_div(usize::from(segment)).map_or(1, |n| n.max(1));
+        let packets = u32::try_from(packets).unwrap_or(u32::MAX);
+        cx.policy.shaping.police(cx.link.now, owner, way, bytes, packets)
     }
 
     /// Counts what a guest sends on a flow, and returns where it leaves.
@@ -283,6 +306,14 @@ impl Relay {
         payload: &[u8],
         segment: u16,
     ) {
+        if cx.policy.shaping.is_active()
+            && !self.within_limits(cx, index, shaping::Way::Down, payload.len(), segment)
+        {
+            if let Some(slot) = self.flows.at(index).map(|f| f.key.slot) {
+                cx.link.lan.count_drop(slot, DropReason::RateLimit);
+            }
+            return;
+        }
         let Some(f) = self.flows.at_mut(index) else { return };
         count_bytes(&mut f.bytes_in, payload.len());
         f.packets_in = f.packets_in.saturating_add(1);

@@ -31,6 +31,7 @@ pub fn rule(label: &str, action: Action, destination: Destination) -> RuleSpec {
         ports: vec![],
         by: NameMatch::Conversation,
         log: false,
+        limit: None,
         all_query_types: false,
     }
 }

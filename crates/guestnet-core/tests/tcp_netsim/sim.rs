@@ -4,6 +4,7 @@ use crate::common::Mock;
 use crate::link::{Faults, Nic, Rng, Wire};
 use crate::tcp_support::{FLOW, OUR_ISN, path, pattern, stream};
 use guestnet_core::effects::Close;
+use guestnet_core::policy::shaping::Allowance;
 use guestnet_core::stats::Counters;
 use guestnet_core::tcp::{Budget, Ctx, Fate, Path, Tcb, Timeouts};
 use guestnet_core::types::{Csum, SockId, Time};
@@ -179,6 +180,7 @@ impl<'a> World<'a> {
         let Some(tcb) = self.tcb.as_mut().filter(|_| self.fate == Fate::Live) else { return };
         let mut cx = Ctx {
             turn: 32 << 10,
+            allowance: Allowance::ALL,
             now,
             fx: &mut self.mock,
             counters: &mut self.counters,

@@ -7,6 +7,7 @@
 
 use crate::common::{Mock, MockSock, Sent};
 use guestnet_core::effects::{Close, SockError};
+use guestnet_core::policy::shaping::Allowance;
 use guestnet_core::stats::{Counters, DropReason};
 use guestnet_core::tcp::{Budget, Ctx, Fate, Path, Tcb, Timeouts};
 use guestnet_core::types::{Csum, FlowId, Gso, PortId, SockId, Time};
@@ -173,7 +174,8 @@ pub struct Sim {
 
 macro_rules! call {
     ($s:ident, $method:ident $(, $arg:expr)*) => {{
-        let mut cx = Ctx { turn: 32 << 10, now: $s.now, fx: &mut $s.mock, counters: &mut $s.counters, path: &$s.path, budget: &mut $s.budget };
+        let mut cx = Ctx { turn: 32 << 10,
+            allowance: Allowance::ALL, now: $s.now, fx: &mut $s.mock, counters: &mut $s.counters, path: &$s.path, budget: &mut $s.budget };
         let fate = $s.tcb.$method(&mut cx $(, $arg)*);
         $s.note(fate)
     }};
@@ -320,6 +322,7 @@ impl Sim {
     pub fn await_answer(&mut self) -> bool {
         let mut cx = Ctx {
             turn: 32 << 10,
+            allowance: Allowance::ALL,
             now: self.now,
             fx: &mut self.mock,
             counters: &mut self.counters,
@@ -342,6 +345,7 @@ impl Sim {
     pub fn abort(&mut self) {
         let mut cx = Ctx {
             turn: 32 << 10,
+            allowance: Allowance::ALL,
             now: self.now,
             fx: &mut self.mock,
             counters: &mut self.counters,

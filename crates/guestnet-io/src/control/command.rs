@@ -9,6 +9,7 @@ use crate::os::sys;
 use guestnet_core::DnsVerdict;
 use guestnet_core::config::{FlowInfo, NameServers, PortInfo};
 use guestnet_core::nat::{ConnTrackStats, ForwardError, NatConfigError, NatEngineConfig, NatStats};
+use guestnet_core::policy::shaping::LimitSpec;
 use guestnet_core::policy::table::RuleTable;
 use guestnet_core::policy::{Entry, Isolated};
 use guestnet_core::stats::Counters;
@@ -288,6 +289,13 @@ pub enum Command {
         port: Option<PortId>,
         /// The rules. Whoever sends them keeps them until this is done, so that a worker frees no large table.
         table: Option<Arc<RuleTable>>,
+    },
+    /// Limits what a guest carries, or all together.
+    SetLimit {
+        /// The guest; `None`: the network.
+        port: Option<PortId>,
+        /// The limit; `None` takes it back.
+        limit: Option<LimitSpec>,
     },
     /// Says which addresses this host has, for rules about them. Flows are judged again later.
     SetHostAddresses {

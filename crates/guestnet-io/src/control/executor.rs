@@ -193,6 +193,11 @@ impl Shard {
             Command::Adopt(newcomer) => self.adopt(*newcomer),
             Command::StopCapture => {}
             Command::SetPolicy { .. } | Command::SetRules { .. } => return Err(CommandError::Bridged),
+            Command::SetLimit { port, limit } => {
+                if !self.core.set_limit(self.now, port, limit) {
+                    return Err(port.map_or(CommandError::Bridged, CommandError::NoSuchPort));
+                }
+            }
             Command::SetHostAddresses { addresses } => self.core.set_host_addresses(self.now, addresses),
             Command::EnableFlowEvents { flows, denials } => {
                 (self.io.flow_events, self.io.denial_events) = (flows, denials);

@@ -167,6 +167,7 @@ impl WorkerGroup {
             | Command::AttachMemory { port }
             | Command::ServiceSend { port, .. }
             | Command::DnsVerdict { port, .. }
+            | Command::SetLimit { port: Some(port), .. }
             | Command::Decide { port, .. }
             | Command::Inject { port, .. } => {
                 let to = table.at(port, self.shards.len());
@@ -236,6 +237,10 @@ impl WorkerGroup {
             }
             Command::SetRules { port, table: rules } => {
                 self.submit_to_all(table, || Command::SetRules { port, table: rules.clone() })
+            }
+            Command::SetLimit { port: None, limit } => {
+                let part = limit.map(|l| l.part(self.shards.len()));
+                self.submit_to_all(table, || Command::SetLimit { port: None, limit: part })
             }
             Command::SetHostAddresses { addresses } => {
                 self.submit_to_all(table, || Command::SetHostAddresses { addresses: addresses.clone() })

@@ -25,6 +25,7 @@ fn rule(action: Action, destination: Destination) -> RuleSpec {
         ports: vec![],
         by: NameMatch::Conversation,
         log: false,
+        limit: None,
         all_query_types: false,
     }
 }

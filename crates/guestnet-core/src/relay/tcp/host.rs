@@ -9,14 +9,19 @@ use crate::relay::tcp::{Budget, Ctx, Fate, State, Tcb};
 impl Tcb {
     /// Gives the buffered bytes to the socket; afterwards the guest's FIN too, and a window that reopened.
     pub(super) fn drain<E: Effects>(&mut self, cx: &mut Ctx<'_, E>) -> Result<(), Fate> {
-        if let Some(b) = &mut self.buffer {
-            while let front = b.front()
-                && !front.is_empty()
+        if self.buffer.is_some() {
+            while let wanted = self.buffer.as_ref().map_or(0, |b| b.front().len())
+                && wanted > 0
             {
-                let asked = front.len();
-                match cx.fx.tcp_send(self.sock, front) {
+                let asked = self.may_go_up(cx, wanted);
+                let Some(b) = &mut self.buffer else { break };
+                if asked == 0 {
+                    break;
+                }
+                match cx.fx.tcp_send(self.sock, b.front().get(..asked).unwrap_or(&[])) {
                     Ok(n) => {
                         b.consume(n.min(asked));
+                        Tcb::went_up(cx, n.min(asked));
                         if n > 0 {
                             self.last_seen = cx.now;
                         }

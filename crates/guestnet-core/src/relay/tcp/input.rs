@@ -441,9 +441,15 @@ impl Tcb {
             return Ok(true);
         }
         let mut taken = 0;
-        if self.is_direct() {
-            match cx.fx.tcp_send(self.sock, data) {
-                Ok(n) => taken = n.min(data.len()),
+        if self.is_direct()
+            && let may = self.may_go_up(cx, data.len())
+            && may > 0
+        {
+            match cx.fx.tcp_send(self.sock, &data[..may]) {
+                Ok(n) => {
+                    taken = n.min(may);
+                    Tcb::went_up(cx, taken);
+                }
                 Err(_) => {
                     self.abort(cx);
                     return Err(Fate::Closed);

@@ -15,7 +15,7 @@
 //!
 //! Each entry point returns a [`Fate`]. Unless it is [`Fate::Live`], the socket was closed and the buffer's
 //! bytes were given back, and the record must go. Files: [`input`] (segments), [`output`] (frames),
-//! [`timers`] (retransmission, idle), [`keepalive`] (are both ends there), [`recovery`] with [`scoreboard`] and
+//! [`timers`] (retransmission, idle), [`keepalive`] (are both ends there), [`limits`] (limits of the owner), [`recovery`] with [`scoreboard`] and
 //! [`cubic`] (loss towards the guest), [`host`] (the socket's side), [`buffer`] (what waits for the socket), [`hold`] (what
 //! waits until somebody has looked at it), [`seq`], [`types`] (what callers hand in and get back).
 
@@ -26,6 +26,7 @@ mod hold;
 mod host;
 mod input;
 mod keepalive;
+mod limits;
 mod output;
 mod recovery;
 mod scoreboard;
@@ -164,6 +165,10 @@ pub struct Tcb {
     heard: bool,
     wants_batch: bool,
     waits_port: bool,
+    /// Which ways a limit has stopped it, and in which queues it waits ([`limits`]).
+    throttle: u8,
+    /// The largest window to offer.
+    window_most: u32,
     // ---- both ends
     keep: Option<Box<KeepAlive>>,
     // ---- turns
@@ -242,6 +247,8 @@ impl Tcb {
             heard: false,
             wants_batch: false,
             waits_port: false,
+            throttle: 0,
+            window_most: u32::MAX,
             keep: None,
             bulk: (now.as_ms() as u32) << 1,
             bytes_out: 0,

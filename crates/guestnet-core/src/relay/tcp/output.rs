@@ -246,7 +246,7 @@ impl Tcb {
     }
 
     pub(super) fn window_max(&self) -> u32 {
-        FLOW_BUFFER.min(65535 << self.rcv_shift)
+        FLOW_BUFFER.min(65535 << self.rcv_shift).min(self.window_most)
     }
 
     /// Bytes that the relay can take now, counted from `rcv_nxt`.
@@ -313,6 +313,9 @@ impl Tcb {
                 return Ok(());
             }
             let (from, most) = next;
+            if !self.may_go_down(cx) {
+                return Ok(());
+            }
             let flight = self.in_flight();
             let window = self.snd_wnd.saturating_sub(from.since(self.snd_una));
             let usable = window.min(self.cwnd.saturating_sub(flight));
@@ -329,7 +332,7 @@ impl Tcb {
                 return Ok(());
             }
             let room = u32::try_from(room.saturating_sub(HEADER_MAX)).unwrap_or(u32::MAX).max(mss);
-            let mut want = usable.min(limit).min(room).min(most);
+            let mut want = usable.min(limit).min(room).min(most).min(cx.allowance.down);
             if want > mss && want < most {
                 want = want.saturating_sub(want.checked_rem(mss).unwrap_or(0));
             }
@@ -431,6 +434,7 @@ impl Tcb {
         self.fin_sent |= fin;
         self.last_seen = cx.now;
         self.put_in_flight(cx, from, n.saturating_add(u32::from(fin)));
+        Tcb::went_down(cx, n);
         true
     }
 

@@ -4,6 +4,7 @@
 use crate::interface::effects::{Effects, SockError};
 use crate::interface::stats::Counters;
 use crate::interface::types::{PortId, Time};
+use crate::policy::shaping::Allowance;
 use guestnet_wire::ether::Mac;
 use std::net::SocketAddr;
 
@@ -84,6 +85,8 @@ pub struct Ctx<'a, E: Effects> {
     pub budget: &'a mut Budget,
     /// Bytes that a bulk flow may send in this call.
     pub turn: u32,
+    /// Bytes that may pass within the limits of the owner.
+    pub allowance: Allowance,
 }
 
 /// What is to become of a flow's record.
