@@ -25,6 +25,7 @@ from guestnet.model.ipam import IpAllocator, format_mac, generate_mac, parse_mac
 from guestnet.model.shares import fair_share
 from guestnet.model.spec import NatConfig, NetMode, StaticLease, domain
 from guestnet.runtime.endpoint import Endpoint, EndpointNetwork, EndpointRecord
+from guestnet.runtime.known6 import Known6
 
 NOWHERE = IPv4Address(0)
 """The address of an endpoint that has shown none, where addresses are not given here."""
@@ -34,8 +35,6 @@ _EXTRA_MACS = 15
 """Addresses that one endpoint can have besides its own, for what is bridged behind it."""
 _SEEN_MOST = 16
 """Addresses that are kept of those that a guest was seen to use."""
-_SEEN6_NAMED = 4
-"""IPv6 addresses that a name stands for, of those that a guest without a lease was seen to use."""
 _DECLINED_SECONDS = 600.0
 """How long an address is not given again after a guest found that somebody else uses it."""
 _DECLINED_PART = 4
@@ -97,7 +96,7 @@ class Registry:
         self._endpoints: dict[str, Endpoint] = {}
         self._records: dict[str, EndpointRecord] = {}
         self._by_ip: dict[IPv4Address, Endpoint] = {}
-        self._by_ip6: dict[IPv6Address, EndpointRecord] = {}
+        self._known6 = Known6(config.subnet6, config.gateway6)
         self._proposed: set[str] = set()
         """Endpoints whose MAC was generated, and whose guest has not shown another yet."""
         self._extra: dict[tuple[str, str], IPv4Address] = {}
@@ -251,8 +250,7 @@ class Registry:
                 raise EndpointNotFound(
                     f"There is no endpoint {id!r}: `endpoints` lists those that are there."
                 )
-            for address in self._records.pop(id).addresses6:
-                del self._by_ip6[address]
+            self._known6.remove(self._records.pop(id))
             self._proposed.discard(id)
             if not self._bridged:
                 del self._by_ip[endpoint.ip]
@@ -315,8 +313,7 @@ class Registry:
         record = self._records.get(endpoint.id)
         if record is None:
             return ()
-        # Temporary addresses (RFC 8981) end without a word, so one that is leased is a better answer.
-        return (record.ip, *(record.leased6 or record.addresses6[:_SEEN6_NAMED]))
+        return (record.ip, *self._known6.named(record))
 
     def note_hostname(self, endpoint: Endpoint, mac: bytes, hostname: str | None) -> None:
         """The guest told its own name. It gets it unless it was given one, another guest has it, it is one of
@@ -339,7 +336,7 @@ class Registry:
 
     def name_of(self, address: IPv4Address | IPv6Address) -> str | None:
         """The id of the endpoint with this address."""
-        known = self._by_ip.get(address) if isinstance(address, IPv4Address) else self._by_ip6.get(address)
+        known = self._by_ip.get(address) if isinstance(address, IPv4Address) else self._known6.owner(address)
         return None if known is None else known.id
 
     def owner(self, address: IPv4Address) -> Endpoint | None:
@@ -370,7 +367,10 @@ class Registry:
         with self._lock:
             record = self._records.get(endpoint_id)
             if isinstance(address, IPv6Address):
-                return record is not None and self._note_address6(record, address)
+                fresh = record is not None and self._known6.seen(record, address)
+                if fresh:
+                    self.renamed()
+                return fresh
             if record is None or address in (record.ip, NOWHERE) or address in record.seen:
                 return False
             if self._bridged and record.ip == NOWHERE:
@@ -385,37 +385,8 @@ class Registry:
         """The guest has this address by DHCPv6 from now on, or none."""
         with self._lock:
             record = self._records.get(endpoint_id)
-            leased = () if address is None else (address,)
-            if record is None or record.leased6 == leased:
-                return
-            for old in record.leased6:
-                del self._by_ip6[old]
-            record.leased6 = ()
-            if address is not None:
-                self._take6(record, address)
-                record.leased6 = leased
-            self.renamed()
-
-    def _note_address6(self, record: EndpointRecord, address: IPv6Address) -> bool:
-        prefix = self._config.subnet6
-        outside = prefix is None or address not in prefix or address == self._config.gateway6
-        if outside or self._by_ip6.get(address) is record:
-            return False
-        while len(record.seen6) >= _SEEN_MOST:
-            oldest = next(iter(record.seen6))
-            del record.seen6[oldest], self._by_ip6[oldest]
-        self._take6(record, address)
-        record.seen6[address] = None
-        self.renamed()
-        return True
-
-    def _take6(self, record: EndpointRecord, address: IPv6Address) -> None:
-        """The address is this endpoint's from now on, whoever had it."""
-        before = self._by_ip6.get(address)
-        if before is not None:
-            before.seen6.pop(address, None)
-            before.leased6 = tuple(one for one in before.leased6 if one != address)
-        self._by_ip6[address] = record
+            if record is not None and self._known6.lease(record, address):
+                self.renamed()
 
     def lease_of(self, mac: str) -> StaticLease | None:
         """The static lease of a MAC."""
