@@ -7,16 +7,17 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
-from ipaddress import IPv4Interface
+from ipaddress import IPv4Interface, IPv6Address
 from pathlib import Path
 
 import pytest
 from guestnet import AttachError, ConfigError, NatConfig, NatNetwork
-from guestnet.model.events import GuestDown, GuestUp
+from guestnet.model.events import AddressSeen, GuestDown, GuestUp
 from guestnet.model.ipam import parse_mac
 from guestnet.testing.guest import Guest
 
 from .conftest import PATIENCE, Events, fetch, until
+from .frames6 import advertisement
 
 ALPHA = "02:00:00:00:00:0a"
 
@@ -121,6 +122,23 @@ def test_guests_come_and_go(network: NatNetwork, tmp_path: Path) -> None:
     one.close()
     again.close()
     until(lambda: network.endpoint_count == 0, "both to leave")
+
+
+def test_a_guest_that_shows_its_ipv6_first_keeps_its_ipv4_address(tmp_path: Path) -> None:
+    with NatNetwork(NatConfig(dhcp=False, dns=False, subnet6="fd00:6e:0:1::/64")) as network:
+        events = Events(network)
+        path = tmp_path / "net.sock"
+        network.listen("stream", path)
+        six = IPv6Address("fd00:6e:0:1::77")
+        guest = SocketGuest("stream", path, ALPHA)
+        guest._send(advertisement(parse_mac(ALPHA), six))
+        guest.appear("192.168.64.77/24")
+        up = events.next(GuestUp)
+        assert str(up.ip) == "192.168.64.77"
+        seen = events.next(AddressSeen)
+        assert (seen.endpoint, seen.ip) == (up.endpoint, six)
+        assert network[up.endpoint].addresses == (up.ip, six)
+        guest.close()
 
 
 @pytest.mark.parametrize("kind", ["dgram", "unixgram"])

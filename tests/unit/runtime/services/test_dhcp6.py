@@ -15,19 +15,13 @@ from guestnet.services.dns.labels import to_labels
 
 from ...services import dhcp6_wire as wire
 from ..conftest import PATIENCE, Events, until
+from ..frames6 import advertisement, checksum
 
 MAC = bytes.fromhex("020000000077")
 PREFIX = "fd00:6e:0:1::/64"
 OWN = "fd00:6e:0:1::2"
 SERVERS = IPv6Address("ff02::1:2")
 GATEWAY = IPv6Address("fe80::1")
-
-
-def checksum(data: bytes) -> int:
-    total = sum(int.from_bytes(data[at : at + 2].ljust(2, b"\0"), "big") for at in range(0, len(data), 2))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return total
 
 
 class Client:
@@ -52,15 +46,7 @@ class Client:
         self.send_frame(dst + self.mac + b"\x86\xdd" + head + self.address.packed + to.packed + udp)
 
     def advertise(self, address: IPv6Address) -> None:
-        """An unsolicited neighbour advertisement."""
-        everyone = IPv6Address("ff02::1")
-        message = b"\x20\0\0\0" + address.packed + b"\x02\x01" + self.mac
-        pseudo = address.packed + everyone.packed + (len(message) + 4).to_bytes(4, "big") + 4 * b"\0"
-        total = 0xFFFF - checksum(pseudo[:-1] + b"\x3a\x88\0" + b"\0\0" + message)
-        icmp = b"\x88\0" + total.to_bytes(2, "big") + message
-        head = b"\x60\0\0\0" + len(icmp).to_bytes(2, "big") + b"\x3a\xff"
-        dst = b"\x33\x33" + everyone.packed[12:]
-        self.send_frame(dst + self.mac + b"\x86\xdd" + head + address.packed + everyone.packed + icmp)
+        self.send_frame(advertisement(self.mac, address))
 
     def ask(self, kind: int, *options: bytes, to: IPv6Address = SERVERS) -> wire.Said6:
         self.send(kind, *options, to=to)
@@ -80,8 +66,9 @@ def server_of(network: NatNetwork) -> bytes:
     return wire.duid(parse_mac(network.config.gateway_mac))
 
 
-def test_a_lease_by_frames() -> None:
-    with NatNetwork(NatConfig(subnet6=PREFIX)) as network:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_lease_by_frames(workers: int) -> None:
+    with NatNetwork(NatConfig(subnet6=PREFIX, workers=workers)) as network:
         events = Events(network)
         network.create_endpoint("vm1")
         client, server = Client(network, "vm1"), server_of(network)
