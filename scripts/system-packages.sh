@@ -17,6 +17,9 @@ nft:nftables:kernel NAT in the harness
 dhclient:isc-dhcp-client:DHCP client tests
 dhcpcd:dhcpcd-base:DHCP client tests
 dig:bind9-dnsutils:DNS tests
+/usr/sbin/iodined:iodine:DNS tunnel tests
+dns2tcpc:dns2tcp:DNS tunnel tests
+/usr/sbin/ptunnel:ptunnel:ICMP tunnel tests
 socat:socat:half-close tests
 curl:curl:HTTP tests
 ping:iputils-ping:ping tests

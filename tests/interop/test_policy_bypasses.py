@@ -7,21 +7,17 @@ has alias.example.test; second.example.test is 203.0.113.3, which nothing allows
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import guestnet
 import pytest
-from lab import Lab, Process, need
-from lab.namespaces import OUT4, SECOND4, ip
+from lab import Lab, need
+from lab.namespaces import OUT4, SECOND4
+from lab.policy_guest import Guest, policy_guest
 
 TESTS = Path(__file__).resolve().parents[1]
-PACKAGE = Path(guestnet.__file__).resolve().parents[1]
-CLIENT = str(Path(__file__).with_name("clients") / "policy_network.py")
 WWW, ALIAS, SECOND = "www.example.test", "alias.example.test", "second.example.test"
 POLICY = """
 default = "deny"
@@ -40,47 +36,6 @@ FLIGHTS = TESTS.parent / "crates/guestnet-core/tests/inspection_support/quic"
 """First flights of QUIC clients: `small` is for ok.example, the others are not."""
 
 
-@dataclass
-class Guest:
-    """A namespace whose only way out is the network of `network`."""
-
-    lab: Lab
-    ns: str
-    network: Process
-    directory: Path
-
-    def run(self, *command: str, stdin: str = "", seconds: float = 20) -> subprocess.CompletedProcess[str]:
-        return self.lab.run(list(command), ns=self.ns, stdin=stdin, seconds=seconds)
-
-    def curl(self, *args: str) -> tuple[int, str]:
-        """The exit status of curl, and what it printed: the body, then the status of HTTP."""
-        done = self.run("curl", "-sS", "-m", "15", "-w", "%{http_code}", *args)
-        return done.returncode, done.stdout + done.stderr
-
-    def tls(self, address: str, *args: str) -> str:
-        command = ["timeout", "15", "openssl", "s_client", "-connect", f"{address}:443", *args]
-        done = self.run(*command, stdin="GET / HTTP/1.0\r\n\r\n")
-        return done.stdout + done.stderr
-
-    def dig(self, *args: str) -> str:
-        return self.run("dig", "+tries=1", "+time=3", *args).stdout
-
-    def say(self, line: str, answer: str) -> str:
-        before = len(self.network.lines)
-        self.network.stdin.write(f"{line}\n".encode())
-        self.network.stdin.flush()
-        return self.network.wait_line(answer, start=before)[1]
-
-    def denials(self) -> list[list[str | None]]:
-        found: list[list[str | None]] = json.loads(self.say("denials", "^denials (.*)$"))
-        return found
-
-    def put_in_force(self, policy: str) -> int:
-        path = self.directory / "other.toml"
-        path.write_text(policy)
-        return int(self.say(f"policy {path}", "^cut (.*)$"))
-
-
 @pytest.fixture(scope="module")
 def tls_servers(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> None:
     """openssl's server at both addresses of the outside."""
@@ -97,24 +52,8 @@ def tls_servers(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(params=["sockets", "tun"])
 def guest(lab: Lab, tls_servers: None, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Guest]:
-    policy = tmp_path / "policy.toml"
-    policy.write_text(POLICY)
-    name = lab.add_namespace(f"{lab.host}-policy")
-    network = lab.start(
-        [sys.executable, CLIENT, name, str(policy), request.param],
-        env={"PYTHONPATH": f"{PACKAGE}:{TESTS}"},
-        stdin=subprocess.PIPE,
-    )
-    ready = network.wait_line(r"^ready (\S+) (\S+)$")
-    ip("-n", name, "link", "set", "eth0", "address", ready[2], "up")
-    ip("-n", name, "address", "add", f"{ready[1]}/24", "dev", "eth0")
-    ip("-n", name, "route", "add", "default", "via", "192.168.64.1")
-    directory = Path("/etc/netns") / name
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "resolv.conf").write_text("nameserver 192.168.64.1\n")
-    yield Guest(lab, name, network, tmp_path)
-    network.stop()
-    lab.remove_namespace(name)
+    with policy_guest(lab, tmp_path, POLICY, request.param) as made:
+        yield made
 
 
 def test_what_is_allowed_is_reached(guest: Guest) -> None:
