@@ -132,6 +132,7 @@ class DataPlane:
         name: str = "guestnet",
         workers: int = 1,
         io_uring: bool = True,
+        source: str | None = None,
         runtime: Runtime | None = None,
     ) -> DataPlane:
         """Starts the network with 1 to 64 workers, on `runtime` or on that of the process. `secret` is 32

@@ -30,3 +30,4 @@ pub use runtime::{
     IoCounters, IoError, PollingStrategy, Runtime, StatsSnapshot, WORKERS_MAX, WorkerConfig, WorkerGroup,
     confinement_works, processors, spawn,
 };
+pub use uplink::source::Source;

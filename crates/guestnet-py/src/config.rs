@@ -6,7 +6,7 @@ use crate::errors::config_error;
 use guestnet_core::config::{Filtering, Limits, NetworkConfig, Timeouts};
 use guestnet_core::policy::Isolated;
 use guestnet_core::types::NetMode;
-use guestnet_io::{ListenKind, PollingStrategy};
+use guestnet_io::{ListenKind, PollingStrategy, Source, error_text};
 use pyo3::prelude::*;
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr};
@@ -35,6 +35,21 @@ pub fn strategy(py: Python<'_>, name: &str) -> PyResult<PollingStrategy> {
         "event_driven" => Ok(PollingStrategy::EventDriven),
         _ => Err(unknown(py, "polling strategy", name)),
     }
+}
+
+/// An address or an interface of the host, which must be there.
+pub fn source(py: Python<'_>, text: Option<&str>) -> PyResult<Source> {
+    let Some(text) = text else { return Ok(Source::Routed) };
+    let (source, what) = match text.parse() {
+        Ok(ip) => (Source::Address(ip), "an address"),
+        Err(_) => (Source::Interface(text.into()), "an interface"),
+    };
+    source.check().map_err(|e| {
+        let why = error_text(&e);
+        let remedy = "choose one that `ip address` lists";
+        config_error(py, format!("`source` {text} is not {what} of this host ({why}): {remedy}."))
+    })?;
+    Ok(source)
 }
 
 pub fn listen_kind(py: Python<'_>, name: &str) -> PyResult<ListenKind> {

@@ -96,7 +96,7 @@ impl DataPlane {
     #[pyo3(signature = (*, gateway, prefix, gateway_mac, secret, mode="nat", host_loopback=None, isolated=false, reserved=Vec::new(),
         filtering="address_dependent", limits=Named::new(), timeouts=Named::new(), strategy="adaptive",
         batch_size=64, max_spins=1000, event_ring=8192, command_ring=1024, name="guestnet", workers=1,
-        io_uring=true, runtime=None))]
+        io_uring=true, source=None, runtime=None))]
     fn new(
         py: Python<'_>,
         gateway: IpAddr,
@@ -118,6 +118,7 @@ impl DataPlane {
         name: &str,
         workers: usize,
         io_uring: bool,
+        source: Option<&str>,
         runtime: Option<&Runtime>,
     ) -> PyResult<Self> {
         let core = config::core(
@@ -150,6 +151,7 @@ impl DataPlane {
         let config = WorkerConfig {
             workers,
             io_uring,
+            source: config::source(py, source)?,
             strategy: config::strategy(py, strategy)?,
             batch_size,
             max_spins,

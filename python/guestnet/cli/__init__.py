@@ -198,7 +198,18 @@ def _system_failure(error: Exception) -> str:
     return f"Unexpected {type(error).__name__}: {text}; set GUESTNET_DEBUG=1 and run it again to see where."
 
 
-_SAME = ("mode", "uplink", "external", "forwarding", "masquerade", "bridge", "workers", "subnet", "search")
+_SAME = (
+    "mode",
+    "uplink",
+    "external",
+    "forwarding",
+    "masquerade",
+    "bridge",
+    "workers",
+    "subnet",
+    "search",
+    "source",
+)
 _OPTIONS = {name: f"--{name}" for name in _SAME} | {
     "host_loopback": "--host-loopback",
     "pcp_ports": "--pcp",

@@ -337,6 +337,11 @@ def add_network_options(parser: Parser) -> None:
         help="sockets (default), or tun: packets leave through a device (needs CAP_NET_ADMIN)",
     )
     add(
+        "--source",
+        metavar="ADDRESS|IF",
+        help="sockets: have flows leave from this address or interface of the host, or not at all",
+    )
+    add(
         "--external",
         action="append",
         default=[],
@@ -562,6 +567,7 @@ def network_settings(options: argparse.Namespace) -> dict[str, Any]:
         "polling": options.polling,
         "capture": None if options.pcap == "-" else options.pcap,
         "uplink": options.uplink,
+        "source": options.source,
         "external": options.external,
         "forwarding": options.forwarding,
         "masquerade": options.masquerade,

@@ -265,6 +265,10 @@ def any_address(what: str, value: object) -> str:
     raise ConfigError(f"{what} {value!r} is not an IP address: write one such as '192.0.2.1'.")
 
 
+def _resolvers(value: object) -> tuple[str, ...]:
+    return tuple(any_address("resolvers", server) for server in _several("resolvers", value))
+
+
 def path(what: str, value: object, example: str = "guests.pcapng") -> str:
     """A path as text. Raises ConfigError for what no file can be called."""
     try:
@@ -369,6 +373,9 @@ class NatConfig(FrozenRecord):
       routed to this host (by default one of 100.64.0.0/10, which only this host knows). `port_range` has
       their first and last external port. `forwarding` makes this host forward while the network runs.
       `masquerade` does so too, and gives packets that leave the host's own address.
+    - `source`: with "sockets", an address or an interface of the host that flows to the outside leave from.
+      Without it, or for the other family of addresses, they have no way out. By default the host's routes
+      decide.
 
     Packet threads:
 
@@ -424,6 +431,7 @@ class NatConfig(FrozenRecord):
     gateway_mac: str
     bridge: str | None
     uplink: Uplink
+    source: str | None
     external: tuple[IPv4Address, ...]
     port_range: tuple[int, int]
     forwarding: bool
@@ -465,6 +473,7 @@ class NatConfig(FrozenRecord):
         filtering: str | Filtering = Filtering.ADDRESS_DEPENDENT,
         gateway_mac: str | bytes | None = None,
         uplink: str | Uplink = Uplink.SOCKETS,
+        source: str | IPv4Address | IPv6Address | None = None,
         external: str | IPv4Address | Iterable[str | IPv4Address] = (),
         port_range: tuple[int, int] = (49152, 65535),
         forwarding: bool = False,
@@ -493,8 +502,7 @@ class NatConfig(FrozenRecord):
         put(self, "zone", domain("zone", zone))
         names = (self.zone,) if search is None else _several("search", search)
         put(self, "search", tuple(domain("search", name) for name in names))
-        servers = resolvers if resolvers is None else _several("resolvers", resolvers)
-        put(self, "resolvers", servers and tuple(any_address("resolvers", server) for server in servers))
+        put(self, "resolvers", None if resolvers is None else _resolvers(resolvers))
         put(self, "capture", None if capture is None else path("capture", capture))
         put(self, "polling", choice(PollingStrategy, "polling", polling))
         put(self, "batch_size", whole_number("batch_size", batch_size, 1, 1024))
@@ -536,6 +544,7 @@ class NatConfig(FrozenRecord):
         put(self, "forwarding", _yes_or_no("forwarding", forwarding))
         put(self, "masquerade", _yes_or_no("masquerade", masquerade))
         put(self, "external", self._external(external))
+        put(self, "source", self._source(source))
         put(self, "pcp_ports", _guest_ports(pcp_ports))
         put(self, "pcp_address", self._pcp_address(pcp_address))
         put(self, "static_leases", self._leases(_several("static_leases", static_leases)))
@@ -620,6 +629,18 @@ class NatConfig(FrozenRecord):
                 f"{what} {address} is not the address of a host in {self.subnet}: choose one from {choice}."
             )
         return address
+
+    def _source(self, value: object) -> str | None:
+        if value is None:
+            return None
+        from guestnet.model.source import source
+
+        if self.uplink is not Uplink.SOCKETS or self.mode is NetMode.BRIDGED:
+            other = "`uplink='tun'`" if self.uplink is Uplink.TUN else "`mode='bridged'`"
+            raise ConfigError(
+                f"With {other} the host's routes decide where packets leave: leave `source` out."
+            )
+        return source(value)
 
     def _external(self, value: object) -> tuple[IPv4Address, ...]:
         given = [value] if isinstance(value, str | IPv4Address) else _several("external", value)

@@ -97,6 +97,7 @@ def _make_plane(config: NatConfig, runtime: Runtime) -> _native.DataPlane:
         max_spins=config.max_spins,
         workers=config.workers,
         io_uring=config.io_uring,
+        source=config.source,
         runtime=runtime.planes(),
     )
 

@@ -31,6 +31,8 @@ CONFIGS: list[dict[str, Any]] = [
     {"subnet": "10.9.0.0/24", "mtu": 9000, "host_loopback": True, "search": ("lan", "corp.example")},
     {"mode": "host_only", "dhcp": False, "resolvers": ()},
     {"mode": "bridged", "bridge": "br0"},
+    {"source": "192.0.2.7"},
+    {"source": "eth0"},
     {"uplink": "tun", "external": ("203.0.113.1",), "port_range": (2000, 3000), "masquerade": True},
     {"pcp_ports": (40000, 40999), "pcp_address": "127.0.0.1", "filtering": "endpoint_independent"},
     {"dns_records": {"web.example": ("192.0.2.1", "TXT:some text"), "*.example": "192.0.2.2"}},

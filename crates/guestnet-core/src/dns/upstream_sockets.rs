@@ -20,10 +20,17 @@ const IDLE_S: u64 = 10;
 /// Flow index of these sockets; the flow table never gets so long.
 pub(super) const FLOW: u32 = u32::MAX;
 
+/// Servers that one socket serves: of one family, and all on the host's loopback or none.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Class {
+    v6: bool,
+    loopback: bool,
+}
+
 struct Socket {
     serial: u32,
     sock: SockId,
-    v6: bool,
+    class: Class,
     opened: Time,
     used: u32,
     outstanding: u32,
@@ -31,8 +38,8 @@ struct Socket {
 }
 
 impl Socket {
-    fn is_fresh(&self, v6: bool, now: Time) -> bool {
-        self.v6 == v6 && self.used < USES && now < self.opened.plus_s(USED_S)
+    fn is_fresh(&self, class: Class, now: Time) -> bool {
+        self.class == class && self.used < USES && now < self.opened.plus_s(USED_S)
     }
 }
 
@@ -61,21 +68,21 @@ impl UpstreamSockets {
         server: SocketAddr,
         fx: &mut E,
     ) -> Option<(u32, SockId)> {
-        let v6 = server.is_ipv6();
+        let class = Class { v6: server.is_ipv6(), loopback: server.ip().is_loopback() };
         self.sockets.retain(|s| {
-            let stays = s.is_fresh(s.v6, now) || s.outstanding > 0;
+            let stays = s.is_fresh(s.class, now) || s.outstanding > 0;
             if !stays {
                 fx.close(s.sock, Close::Graceful);
             }
             stays
         });
-        if !self.sockets.iter().any(|s| s.is_fresh(v6, now)) && self.sockets.len() < SOCKETS_MAX {
+        if !self.sockets.iter().any(|s| s.is_fresh(class, now)) && self.sockets.len() < SOCKETS_MAX {
             let serial = self.serial.wrapping_add(1);
             let sock = fx.udp_open(FlowId { index: FLOW, generation: serial }, server).ok()?;
             self.serial = serial;
-            self.sockets.push(Socket { serial, sock, v6, opened: now, used: 0, outstanding: 0, wrong: 0 });
+            self.sockets.push(Socket { serial, sock, class, opened: now, used: 0, outstanding: 0, wrong: 0 });
         }
-        let s = self.sockets.iter_mut().find(|s| s.is_fresh(v6, now))?;
+        let s = self.sockets.iter_mut().find(|s| s.is_fresh(class, now))?;
         s.used += 1;
         s.outstanding += 1;
         self.last = now;

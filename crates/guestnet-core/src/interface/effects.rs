@@ -368,7 +368,8 @@ pub trait Effects {
 
     // ---- datagram sockets ---------------------------------------------------------------------------
     /// Opens a socket for one guest source port (endpoint-independent mapping, RFC 4787 REQ-1), for
-    /// destinations of the family of `like`. Datagrams come in as `Network::udp_received(flow, ...)`.
+    /// destinations of the family of `like`. A loopback `like` says that all destinations are loopback addresses.
+    /// Datagrams come in as `Network::udp_received(flow, ...)`.
     fn udp_open(&mut self, flow: FlowId, like: SocketAddr) -> Result<SockId, SockError>;
 
     /// Sends one datagram, or several of `segment` bytes each (the last may be shorter) when it is not 0.
@@ -387,7 +388,8 @@ pub trait Effects {
     /// Sends one datagram from a Forward's listening socket back to its client.
     fn udp_send_forward(&mut self, sock: SockId, dst: SocketAddr, payload: &[u8]) -> Result<(), SockError>;
 
-    /// Opens a ping socket (or raw, where only that is allowed) for one guest's echo identifier.
+    /// Opens a ping socket (or raw, where only that is allowed) for one guest's echo identifier, for destinations of the
+    /// family of `like`.
     fn ping_open(&mut self, flow: FlowId, like: IpAddr) -> Result<SockId, SockError>;
 
     /// Sends an echo request with sequence number and body; the identifier is the socket's own. With

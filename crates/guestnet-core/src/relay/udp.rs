@@ -22,7 +22,7 @@ use crate::util::account::count_bytes;
 use guestnet_wire::ether::Mac;
 use guestnet_wire::parse::Packet;
 use guestnet_wire::{be16, icmp, proto};
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// Why a flow was not opened, and what the guest gets as a response.
 pub(super) struct Refused(pub DropReason, pub IcmpError);
@@ -125,10 +125,15 @@ impl Relay {
             Some(mapping) => mapping,
             None => {
                 let id = self.flows.next_id();
+                // It is for every destination of the guest's port, not for the first alone.
+                let like = match target {
+                    SocketAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+                    SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+                };
                 let sock = if key.proto == proto::UDP {
-                    cx.link.fx.udp_open(id, target)
+                    cx.link.fx.udp_open(id, SocketAddr::new(like, 0))
                 } else {
-                    cx.link.fx.ping_open(id, target.ip())
+                    cx.link.fx.ping_open(id, like)
                 };
                 let sock = sock.map_err(|e| Refused(DropReason::HostError, icmp_for(e, 0)))?;
                 let state = State::Mapping { sock, flows: Default::default() };

@@ -310,6 +310,15 @@ pub(crate) fn bind(fd: &OwnedFd, to: &RawAddr) -> Result<(), i32> {
     check(unsafe { libc::bind(fd.as_raw_fd(), to.as_ptr(), to.len) }).map(|_| ())
 }
 
+/// Has a socket send and receive through one interface alone. Needs no privilege if it was not bound to one before
+/// (Linux 5.7).
+pub(crate) fn bind_to_device(fd: &OwnedFd, name: &str) -> Result<(), i32> {
+    let (level, option) = (libc::SOL_SOCKET, libc::SO_BINDTODEVICE);
+    let len = name.len() as libc::socklen_t;
+    // SAFETY: as many bytes of the name as are said can be read.
+    check(unsafe { libc::setsockopt(fd.as_raw_fd(), level, option, name.as_ptr().cast(), len) }).map(drop)
+}
+
 /// accept4(2): a non-blocking, close-on-exec connection and who it is from.
 pub(crate) fn accept(fd: &OwnedFd) -> Result<(OwnedFd, RawAddr), i32> {
     let mut from = RawAddr::default();

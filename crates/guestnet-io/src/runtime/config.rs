@@ -2,6 +2,7 @@
 //! names its worker in its high bits. A guest of a listener gets a port from the range of its worker.
 
 use crate::control::port_names::PortNames;
+use crate::uplink::source::Source;
 use guestnet_core::config::NetworkConfig;
 
 /// Most workers of one network.
@@ -46,6 +47,8 @@ pub struct WorkerConfig {
     pub workers: usize,
     /// Small writes of a batch are one call by io_uring, where the system has it.
     pub io_uring: bool,
+    /// Where flows to the outside leave from, with the uplink of sockets.
+    pub source: Source,
     /// What captures call the ports.
     pub port_names: PortNames,
 }
@@ -64,6 +67,7 @@ impl WorkerConfig {
             name: "guestnet".into(),
             workers: 1,
             io_uring: true,
+            source: Source::default(),
             port_names: PortNames::default(),
         }
     }

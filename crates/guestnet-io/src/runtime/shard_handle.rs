@@ -85,6 +85,7 @@ impl NewShard {
         let mut io = IoContext::new(poller, events, quota);
         io.links = links;
         io.port_names = config.port_names.clone();
+        io.socks.source = config.source.clone();
         (Box::new(Shard::new(config, io, queue, waker, published, stop)), presence)
     }
 }

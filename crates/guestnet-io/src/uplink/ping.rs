@@ -69,6 +69,7 @@ impl Socks {
                 (fd, Some(id))
             }
         };
+        self.source.bind(&fd, like)?;
         udp::set_recverr(&fd, v6);
         let (level, name) = if v6 {
             (libc::IPPROTO_IPV6, libc::IPV6_RECVHOPLIMIT)

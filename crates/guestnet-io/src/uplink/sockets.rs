@@ -6,6 +6,7 @@ use super::deferred_writes::DeferredWrites;
 use super::error_queue::QueuedError;
 use super::forward::Origins;
 use super::local_stream::LocalStreams;
+use super::source::Source;
 use super::tcp::{Buffers, TcpSock};
 use super::udp::{UdpOut, UdpSock};
 use crate::attachment::quota::{Charge, Quota, Resource};
@@ -71,6 +72,8 @@ pub(crate) struct Socks {
     pub buffers: Buffers,
     /// The TTL that the host gives its packets.
     pub ttl: u8,
+    /// Where flows to the outside leave from.
+    pub source: Source,
     /// The network's share of the process's descriptors.
     held: Charge,
 }
@@ -90,6 +93,7 @@ impl Socks {
             kept_all: 0,
             buffers: super::tcp::usual_buffers(),
             ttl: super::tcp::host_ttl(),
+            source: Source::default(),
             held: Charge::new(quota, Resource::Sockets),
         }
     }

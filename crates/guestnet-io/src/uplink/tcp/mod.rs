@@ -119,6 +119,9 @@ impl Socks {
             Target::Service(id, _) => (libc::AF_UNIX, *self.services.get(&id.0).ok_or(SockError::Refused)?),
         };
         let fd = sys::socket(family, libc::SOCK_STREAM, 0).map_err(sys::sock_error)?;
+        if let Target::Address(to) = target {
+            self.source.bind(&fd, to.ip())?;
+        }
         let mut traced = false;
         if let Target::Service(_, port) = target {
             name(&fd, port);

@@ -1,7 +1,7 @@
 //! Theory of operation: UDP, a batch at a time. Datagrams to the outside are copied to one arena and go at
 //! the end of the batch, those of one socket in one call, and runs of one size to one destination as one
 //! large send that the kernel or the NIC cuts (UDP_SEGMENT). What comes in is read many at a time, and
-//! merged by the kernel where it was one run (UDP_GRO). Sockets are bound to no address, so that one serves
+//! merged by the kernel where it was one run (UDP_GRO). Sockets are bound to no address, or to the one that flows leave from ([`super::source`]), so that one serves
 //! all destinations of a guest's port (RFC 4787 REQ-1).
 
 // sendmmsg and recvmmsg take raw pointers.
@@ -127,6 +127,7 @@ impl Socks {
         let v6 = like.is_ipv6();
         let family = if v6 { libc::AF_INET6 } else { libc::AF_INET };
         let fd = sys::socket(family, libc::SOCK_DGRAM, 0).map_err(sys::sock_error)?;
+        self.source.bind(&fd, like.ip())?;
         set_recverr(&fd, v6);
         set_gro(&fd);
         // The first send binds it to a port that the kernel chooses, at random (RFC 6056).
