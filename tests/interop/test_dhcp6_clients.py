@@ -66,14 +66,20 @@ class Segment:
 
 
 @pytest.fixture
-def segment(lab: Lab) -> Iterator[Segment]:
+def lease() -> int:
+    """Seconds."""
+    return LEASE
+
+
+@pytest.fixture
+def segment(lab: Lab, lease: int) -> Iterator[Segment]:
     ns = lab.add_namespace(f"{lab.host}-dhcp6")
     script = lab.dir / "dhcp6-script"
     script.write_text(SCRIPT)
     script.chmod(0o755)
     paths = [str(CLIENTS.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {"PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, str(CLIENTS / "tap_network.py"), ns, DEVICE, str(LEASE), PREFIX]
+    command = [sys.executable, str(CLIENTS / "tap_network.py"), ns, DEVICE, str(lease), PREFIX]
     network = lab.start(command, stdin=subprocess.PIPE, env=env, ready="^ready$")
     lab.check(["ip", "link", "set", DEVICE, "up"], ns=ns)
     show = ["ip", "-6", "address", "show", "dev", DEVICE, "scope", "link", "-tentative"]
@@ -110,6 +116,7 @@ def test_dhclient_without_an_address(segment: Segment) -> None:
     client.stop()
 
 
+@pytest.mark.parametrize("lease", [600])
 def test_dhcpcd(segment: Segment) -> None:
     program = need.program("dhcpcd", "dhcpcd-base")
     configuration = segment.lab.dir / "dhcpcd6.conf"
@@ -119,6 +126,7 @@ def test_dhcpcd(segment: Segment) -> None:
     common = ["-6", "-B", "-d", "-f", str(configuration), "-c", segment.script, DEVICE]
     client = segment.start(program, *common)
     segment.check_bound(client)
+    # It would not release while it renews by itself, so the lease is a long one.
     segment.lab.run([program, "-6", "-N", DEVICE], ns=segment.ns)
     client.wait_line(f"^EVENT renew6 {ADDRESS}")
     segment.lab.run([program, "-6", "-k", DEVICE], ns=segment.ns)
