@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
+from guestnet import Policy, Rule
 from lab import Lab
 from lab.namespaces import HOST4, OUT4
 from lab.runner import GUESTNET, GuestRunner
@@ -56,3 +58,37 @@ nc {OUT4} 9007 </tmp/up | cut -d' ' -f2
     assert len(digests) == 2, vm.output
     assert digests[0] == digests[1]
     vm.wait(BOOT)
+
+
+def test_a_machine_under_a_policy(lab: Lab, image: Image) -> None:
+    """One name is allowed: it is reached by name, and by nothing else; the file changes while it runs."""
+    script = f"""
+get() {{ wget -q -O - "$1" 2>&1 | head -n 1; }}
+echo "ALLOWED $(get http://www.example.test/)"
+echo "ADDRESS $(get http://{OUT4}/)"
+echo "SECOND $(get http://second.example.test/)"
+echo "HOST $(wget -q -O - --header 'Host: alias.example.test' http://www.example.test/ 2>&1)"
+nslookup -type=a second.example.test >/dev/null 2>&1 || echo NO-NAME
+ping -c 1 -W 5 {OUT4} >/dev/null || echo NO-PING
+echo WAITING
+while wget -q -O /dev/null http://www.example.test/; do sleep 0.2; done
+echo CUT-OFF
+"""
+    policy = lab.dir / "vm-policy.toml"
+    policy.write_text(Policy("deny", [Rule("allow", "www.example.test")]).to_toml())
+    policy.chmod(0o644)
+    log = lab.dir / "vm-audit.jsonl"
+    vm = guestnet_vm(lab, image.command("omega", script), "--policy", str(policy), "--audit", str(log))
+    vm.wait_line("^WAITING", BOOT)
+    assert "ALLOWED a page from outside" in vm.output, vm.output
+    for word in ("ADDRESS", "SECOND", "HOST"):
+        line = next(line for line in vm.lines if line.startswith(word))
+        assert "a page from outside" not in line, line
+    assert "403" in next(line for line in vm.lines if line.startswith("HOST"))
+    assert "NO-NAME" in vm.lines
+    assert "NO-PING" in vm.lines
+    policy.write_text('default = "deny"\n')
+    vm.wait_line("^CUT-OFF", BOOT)
+    vm.wait(BOOT)
+    events = {json.loads(line)["event"] for line in log.read_text().splitlines()}
+    assert {"end", "denied", "name_denied"} <= events
