@@ -40,7 +40,8 @@ mod tables;
 mod util;
 
 pub use dns::Verdict as DnsVerdict;
+pub use interface::command::{NetworkCommand, NetworkError};
 pub use interface::config::{Filtering, Limits, NameServers, NetworkConfig, Timeouts};
-pub use interface::{config, effects, stats, types};
+pub use interface::{command, config, effects, stats, types};
 pub use network::Network;
 pub use relay::tcp;

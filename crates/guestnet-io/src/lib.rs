@@ -23,7 +23,7 @@ mod temp_dir;
 mod uplink;
 
 pub use control::{
-    Command, CommandError, Event, Level, ListenKind, PortNames, QueueFull, SubmitError, Value,
+    Command, CommandError, Event, Level, ListenKind, PortNames, QueueFull, SubmitError, Value, WorkerCommand,
 };
 pub use os::{duplicate, error_text, io_uring_works};
 pub use runtime::{

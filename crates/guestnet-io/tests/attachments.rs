@@ -11,7 +11,8 @@ use common::{
 use guestnet_core::effects;
 use guestnet_core::policy::Entry;
 use guestnet_core::types::{ForwardId, PortId, ServiceId};
-use guestnet_io::{Command, CommandError, Event, ListenKind, Value};
+use guestnet_core::{NetworkCommand, NetworkError};
+use guestnet_io::{Command, CommandError, Event, ListenKind, Value, WorkerCommand};
 use guestnet_wire::ether::Mac;
 use guestnet_wire::{arp, proto, tcp};
 use std::io::{Read, Write};
@@ -191,7 +192,7 @@ fn unixgram_with_and_without_magic() {
     net.command(Command::StopListening { listener: 1 });
     net.port_down();
     net.port_down();
-    assert!(matches!(net.command(Command::PortStats), Value::Ports(p) if p.is_empty()));
+    assert!(matches!(net.command(NetworkCommand::PortStats), Value::Ports(p) if p.is_empty()));
 }
 
 /// A guest can send four bytes that are the magic, as often as it likes. Each is a new port, which the control
@@ -217,7 +218,7 @@ fn a_guest_does_not_start_again_without_end() {
     // It goes on as who it was.
     udp_works(&mut a, udp_echo());
     let seconds = begin.elapsed().as_secs() as usize + 1;
-    net.command(Command::PortStats);
+    net.command(NetworkCommand::PortStats);
     let ports = net.count(|e| matches!(e, Event::PortUp { .. }));
     assert!((1..=1 + 8 * seconds).contains(&ports), "{ports} ports in {seconds} s");
 }
@@ -509,7 +510,7 @@ fn a_port_with_many_flows_is_removed_whole() {
         let frame = g.ipv4(proto::UDP, *to.ip(), &datagram);
         g.link.send(&frame);
     }
-    let flows = |net: &Net| match net.command(Command::ListFlows) {
+    let flows = |net: &Net| match net.command(NetworkCommand::ListFlows) {
         Value::Flows(f) => f.len(),
         other => panic!("{other:?}"),
     };
@@ -519,10 +520,10 @@ fn a_port_with_many_flows_is_removed_whole() {
     }
     net.command(Command::RemovePort { port: PortId(1) });
     assert_eq!(flows(&net), 0);
-    assert!(matches!(net.command(Command::PortStats), Value::Ports(p) if p.is_empty()));
+    assert!(matches!(net.command(NetworkCommand::PortStats), Value::Ports(p) if p.is_empty()));
     assert_eq!(
         net.try_command(Command::RemovePort { port: PortId(1) }),
-        Err(CommandError::NoSuchPort(PortId(1)))
+        Err(CommandError::Network(NetworkError::NoSuchPort(PortId(1))))
     );
     // The number is free again.
     let mut again = net.stream_guest(1);
@@ -623,7 +624,7 @@ fn published_ports() {
     let net = Net::new();
     let mut g = net.stream_guest(1);
     g.gateway();
-    net.command(Command::BindAddress { port: PortId(1), ip: g.ip.into(), mac: Some(g.mac) });
+    net.command(NetworkCommand::BindAddress { port: PortId(1), ip: g.ip.into(), mac: Some(g.mac) });
     let l = TcpListener::bind("127.0.0.1:0").unwrap();
     let at = l.local_addr().unwrap();
     net.command(Command::AddForward {
@@ -691,7 +692,7 @@ fn a_forward_waits_for_its_guest() {
     let mut refused = TcpStream::connect(at).unwrap();
     assert!(refused.read(&mut [0; 1]).is_err(), "reset at once");
     let guest = SocketAddr::new(g.ip.into(), 80);
-    net.command(Command::RetargetForward { forward, guest });
+    net.command(NetworkCommand::RetargetForward { forward, guest });
     let client = std::thread::spawn(move || {
         let mut s = TcpStream::connect(at).unwrap();
         s.write_all(b"hello").unwrap();
@@ -702,8 +703,11 @@ fn a_forward_waits_for_its_guest() {
     let mut c = g.accept(80);
     assert_eq!(g.exchange(&mut c, b"world", 5), b"hello");
     assert_eq!(client.join().unwrap(), *b"world");
-    let unknown = Command::RetargetForward { forward: ForwardId(2), guest };
-    assert_eq!(net.try_command(unknown), Err(CommandError::NoSuchForward(ForwardId(2))));
+    let unknown = NetworkCommand::RetargetForward { forward: ForwardId(2), guest };
+    assert_eq!(
+        net.try_command(unknown),
+        Err(CommandError::Network(NetworkError::NoSuchForward(ForwardId(2))))
+    );
 }
 
 #[test]
@@ -720,7 +724,7 @@ fn services() {
             s.write_all(b"page").unwrap();
         }
     });
-    net.command(Command::AddService {
+    net.command(WorkerCommand::AddService {
         service: ServiceId(1),
         proto: proto::TCP,
         address: common::GATEWAY.into(),
@@ -730,7 +734,7 @@ fn services() {
     let mut c = g.connect(4000, SocketAddrV4::new(common::GATEWAY, 80)).unwrap();
     assert_eq!(g.exchange(&mut c, b"get", 4), b"page");
 
-    net.command(Command::AddService {
+    net.command(WorkerCommand::AddService {
         service: ServiceId(2),
         proto: proto::UDP,
         address: common::GATEWAY.into(),
@@ -746,7 +750,7 @@ fn services() {
         }
         _ => None,
     });
-    net.command(Command::ServiceSend {
+    net.command(NetworkCommand::ServiceSend {
         port: PortId(1),
         dst_mac: mac,
         src: SocketAddr::V4(gateway),
@@ -762,7 +766,7 @@ fn a_path_that_nobody_listens_on_is_a_refused_service() {
     let mut g = net.stream_guest(1);
     let dir = TempDir::new("noservice");
     let address = Ipv4Addr::new(192, 168, 64, 200);
-    net.command(Command::AddService {
+    net.command(WorkerCommand::AddService {
         service: ServiceId(1),
         proto: proto::TCP,
         address: address.into(),

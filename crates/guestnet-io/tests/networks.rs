@@ -5,7 +5,8 @@
 mod common;
 
 use common::{Guest, Net, StreamLink, tcp_echo, udp_echo};
-use guestnet_io::{Command, Event, IoError, Runtime, Value};
+use guestnet_core::NetworkCommand;
+use guestnet_io::{Event, IoError, Runtime, Value, WorkerCommand};
 use guestnet_wire::ether::Mac;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -58,9 +59,9 @@ fn networks_with_the_same_subnet_are_side_by_side_and_nothing_crosses() {
     for (net, [a, b]) in nets.iter().zip(&mut guests) {
         // The one broadcast was all that came.
         assert!(a.receive(17, 7, Duration::ZERO).is_none() && b.receive(17, 7, Duration::ZERO).is_none());
-        let Value::Flows(flows) = net.command(Command::ListFlows) else { panic!() };
+        let Value::Flows(flows) = net.command(NetworkCommand::ListFlows) else { panic!() };
         assert_eq!(flows.len(), 2, "{flows:?}");
-        let Value::Ports(ports) = net.command(Command::PortStats) else { panic!() };
+        let Value::Ports(ports) = net.command(NetworkCommand::PortStats) else { panic!() };
         assert_eq!(ports.len(), 2, "{ports:?}");
     }
     drop(nets);
@@ -128,9 +129,9 @@ fn a_network_is_stopped_without_waiting_where_that_is_asked_for() {
         assert!(Instant::now() < end);
         std::thread::sleep(Duration::from_millis(1));
     }
-    assert!(one.workers.submit(Command::ListFlows).is_err());
+    assert!(one.workers.submit(NetworkCommand::ListFlows).is_err());
     assert_eq!(one.workers.stats().io.sockets_open, 0);
-    other.command(Command::ListFlows);
+    other.command(NetworkCommand::ListFlows);
 }
 
 #[test]
@@ -169,12 +170,12 @@ fn a_network_of_several_workers_is_over_several_threads() {
 fn every_event_of_a_network_comes_before_its_end() {
     let runtime = Runtime::new("gn-last", 1);
     let nets: Vec<Net> = (0..3).map(|_| Net::on(&runtime, |_| ())).collect();
-    let n = nets[1].workers.submit(Command::Stop).unwrap();
+    let n = nets[1].workers.submit(WorkerCommand::Stop).unwrap();
     nets[1].wait("acknowledgement", |e| match e {
         Event::Done { sequence, .. } if *sequence == n => Some(()),
         _ => None,
     });
     nets[1].workers.stop();
     assert!(nets[0].workers.is_healthy() && !nets[1].workers.is_healthy());
-    nets[2].command(Command::ListFlows);
+    nets[2].command(NetworkCommand::ListFlows);
 }

@@ -9,6 +9,7 @@ use common::temp_dir::TempDir;
 use common::vhost::message::*;
 use common::vhost::*;
 use common::{Guest, Net, PATIENCE, StreamLink, pattern, port_config, tcp_echo, udp_echo};
+use guestnet_core::NetworkCommand;
 use guestnet_io::{Command, ListenKind};
 use std::fs::File;
 use std::io::Write;
@@ -194,7 +195,7 @@ fn a_turn_of_long_chains_ends_after_so_many_descriptors() {
         m.write(table + 16 * usize::from(i), &descriptor(byte, 1, flags, i + 1));
     }
     let stats = || {
-        a.net.command(Command::PortStats);
+        a.net.command(NetworkCommand::PortStats);
         a.net.workers.stats().io
     };
     let frames = 128;

@@ -8,6 +8,7 @@ use common::temp_dir::TempDir;
 use common::vhost::message::*;
 use common::vhost::*;
 use common::{Guest, Link, Net, PATIENCE, StreamLink, pattern, port_config, tcp_echo, udp_echo};
+use guestnet_core::NetworkCommand;
 use guestnet_core::types::PortId;
 use guestnet_io::{Command, CommandError, ListenKind};
 use guestnet_wire::tcp::{Options, flags};
@@ -699,7 +700,7 @@ fn a_queue_that_is_enabled_many_times_is_looked_at_once() {
     let q = Queue { index: 1, at: 0, size: 8 };
     assert!(f.start(&q, 0));
     let settled = |commands: u64| {
-        l.net.command(Command::PortStats);
+        l.net.command(NetworkCommand::PortStats);
         until(&l.net, "command", |io| io.commands >= commands);
         l.net.workers.stats().io
     };

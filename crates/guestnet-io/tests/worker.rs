@@ -8,7 +8,8 @@ use common::temp_dir::TempDir;
 use common::{Net, port_config, tcp_echo, udp_echo};
 use guestnet_core::policy::Entry;
 use guestnet_core::types::{ForwardId, PortConfig, PortId};
-use guestnet_io::{Command, CommandError, Event, ListenKind, Value};
+use guestnet_core::{NetworkCommand, NetworkError};
+use guestnet_io::{Command, CommandError, Event, ListenKind, Value, WorkerCommand};
 use std::net::{SocketAddrV4, UdpSocket};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::time::{Duration, Instant};
@@ -24,13 +25,13 @@ fn stopping_is_quick_and_may_be_repeated() {
     net.workers.stop();
     assert!(start.elapsed() < common::PATIENCE);
     assert!(!net.workers.is_healthy());
-    assert!(net.workers.submit(Command::ListFlows).is_err());
+    assert!(net.workers.submit(NetworkCommand::ListFlows).is_err());
 }
 
 #[test]
 fn a_stop_command_is_acknowledged() {
     let net = Net::new();
-    assert_eq!(net.command(Command::Stop), Value::None);
+    assert_eq!(net.command(WorkerCommand::Stop), Value::None);
     net.workers.stop();
     assert!(!net.workers.is_healthy());
 }
@@ -41,14 +42,20 @@ fn commands_that_cannot_be_done_say_why() {
     let port = net.add_port(1);
     let no = PortId(7);
     let pair = || UnixStream::pair().unwrap();
-    let refused = |c| net.try_command(c).unwrap_err();
+    let refused = |c: Command| net.try_command(c).unwrap_err();
     assert_eq!(refused(Command::AddPort { port, config: port_config() }), CommandError::PortExists(port));
     assert!(matches!(
         refused(Command::AddPort { port: PortId(0x8000_0000), config: port_config() }),
-        CommandError::NumberInUse(_)
+        CommandError::Network(NetworkError::NumberInUse(_))
     ));
-    assert_eq!(refused(Command::RemovePort { port: no }), CommandError::NoSuchPort(no));
-    assert_eq!(refused(Command::AttachMemory { port: no }), CommandError::NoSuchPort(no));
+    assert_eq!(
+        refused(Command::RemovePort { port: no }),
+        CommandError::Network(NetworkError::NoSuchPort(no))
+    );
+    assert_eq!(
+        refused(Command::AttachMemory { port: no }),
+        CommandError::Network(NetworkError::NoSuchPort(no))
+    );
     assert!(matches!(
         refused(Command::AttachTap { port, fd: pair().0.into() }),
         CommandError::BadDescriptor(why) if why.contains("TAP")
@@ -70,14 +77,14 @@ fn commands_that_cannot_be_done_say_why() {
     ));
     let gateway = common::GATEWAY.into();
     assert_eq!(
-        refused(Command::BindAddress { port, ip: gateway, mac: None }),
-        CommandError::AddressInUse(gateway)
+        refused(NetworkCommand::BindAddress { port, ip: gateway, mac: None }.into()),
+        CommandError::Network(NetworkError::AddressInUse(gateway))
     );
     let config = || PortConfig { addresses: vec![gateway], ..port_config() };
     let other = PortId(port.0 + 1);
     for _ in 0..2 {
         let refused = refused(Command::AddPort { port: other, config: config() });
-        assert_eq!(refused, CommandError::AddressInUse(gateway));
+        assert_eq!(refused, CommandError::Network(NetworkError::AddressInUse(gateway)));
     }
     assert!(matches!(
         refused(Command::AddForward {
@@ -91,8 +98,8 @@ fn commands_that_cannot_be_done_say_why() {
     ));
     // Nothing of all that is left.
     net.command(Command::RemovePort { port });
-    assert_eq!(net.command(Command::PortStats), Value::Ports(vec![]));
-    assert_eq!(net.command(Command::ListFlows), Value::Flows(vec![]));
+    assert_eq!(net.command(NetworkCommand::PortStats), Value::Ports(vec![]));
+    assert_eq!(net.command(NetworkCommand::ListFlows), Value::Flows(vec![]));
 }
 
 #[test]
@@ -105,7 +112,7 @@ fn a_command_queue_without_end_is_refused_and_every_answer_comes() {
     let mut taken = Vec::new();
     let end = Instant::now() + Duration::from_secs(5);
     loop {
-        match net.workers.submit(Command::UnbindAddress { ip: common::HOST.into() }) {
+        match net.workers.submit(NetworkCommand::UnbindAddress { ip: common::HOST.into() }) {
             Ok(n) => taken.push(n),
             Err(_) if taken.len() > 150 => break,
             Err(_) => std::thread::sleep(Duration::from_millis(1)),
@@ -124,11 +131,11 @@ fn flows_and_ports_are_listed() {
     let to = tcp_echo();
     let mut c = g.connect(4000, to).unwrap();
     g.exchange(&mut c, &[1; 1000], 1000);
-    let Value::Flows(flows) = net.command(Command::ListFlows) else { panic!() };
+    let Value::Flows(flows) = net.command(NetworkCommand::ListFlows) else { panic!() };
     let [f] = &flows[..] else { panic!("{flows:?}") };
     assert_eq!((f.port, f.proto, f.inbound), (PortId(1), 6, false));
     assert_eq!((f.bytes_out, f.bytes_in, f.remote), (1000, 1000, std::net::SocketAddr::V4(to)));
-    let Value::Ports(ports) = net.command(Command::PortStats) else { panic!() };
+    let Value::Ports(ports) = net.command(NetworkCommand::PortStats) else { panic!() };
     let [(p, counters)] = &ports[..] else { panic!("{ports:?}") };
     assert_eq!((p.port, p.mac, p.flows), (PortId(1), Some(g.mac), 1));
     assert!(counters.rx_frames >= 4 && counters.tx_bytes > 1000);
@@ -165,7 +172,7 @@ fn capture() {
         g.udp_send(5000, udp_echo(), &[i; 300]);
         g.udp_receive(5000);
     }
-    net.command(Command::StopCapture);
+    net.command(WorkerCommand::StopCapture);
     // Acknowledged means written.
     let bytes = std::fs::read(&path).unwrap();
     let (mut at, mut packets) = (0, 0);
@@ -176,7 +183,7 @@ fn capture() {
     }
     assert_eq!((at, packets), (bytes.len(), 20));
     // Without a capture there is nothing to stop.
-    net.command(Command::StopCapture);
+    net.command(WorkerCommand::StopCapture);
 }
 
 #[test]

@@ -9,7 +9,8 @@ use common::{Guest, Link, Net, PATIENCE, StreamLink, port_config, tcp_echo, udp_
 use guestnet_core::policy::Entry;
 use guestnet_core::stats::DropReason;
 use guestnet_core::types::{ForwardId, PortId};
-use guestnet_io::{Command, CommandError, ListenKind, PollingStrategy, Value};
+use guestnet_core::{NetworkCommand, NetworkError};
+use guestnet_io::{Command, CommandError, ListenKind, PollingStrategy, Value, WorkerCommand};
 use guestnet_wire::ether::Mac;
 use guestnet_wire::proto;
 use std::collections::HashSet;
@@ -80,7 +81,7 @@ fn guests_of_two_workers_reach_each_other_and_the_outside() {
         let mut cb = b.connect(4000, tcp).unwrap();
         a.exchange(&mut ca, &[1; 1000], 1000);
         b.exchange(&mut cb, &[2; 1000], 1000);
-        let Value::Flows(flows) = net.command(Command::ListFlows) else { panic!() };
+        let Value::Flows(flows) = net.command(NetworkCommand::ListFlows) else { panic!() };
         let ids: HashSet<_> = flows.iter().map(|f| f.flow).collect();
         let ports: HashSet<_> = flows.iter().map(|f| f.port).collect();
         assert_eq!((flows.len(), ids.len(), ports.len()), (4, 4, 2));
@@ -137,7 +138,7 @@ fn nobody_is_another_workers_guest() {
     until(&net, "its address refused", |n| drops(n, DropReason::SpoofedSource) == 1);
     // What the control side has assigned is known everywhere as well.
     let ip = "192.168.64.77".parse().unwrap();
-    net.command(Command::BindAddress { port: PortId(1), ip, mac: None });
+    net.command(NetworkCommand::BindAddress { port: PortId(1), ip, mac: None });
     b.ip = "192.168.64.77".parse().unwrap();
     let end = Instant::now() + PATIENCE;
     while drops(&net, DropReason::SpoofedSource) < 2 {
@@ -148,7 +149,7 @@ fn nobody_is_another_workers_guest() {
     // A port that goes leaves nothing behind.
     net.command(Command::RemovePort { port: PortId(1) });
     net.command(Command::AddPort { port: PortId(3), config: port_config() });
-    net.command(Command::BindAddress { port: PortId(3), ip, mac: None });
+    net.command(NetworkCommand::BindAddress { port: PortId(3), ip, mac: None });
 }
 
 #[test]
@@ -180,7 +181,7 @@ fn guests_of_a_listener_are_shared_out() {
     hello(&mut e);
     reach(&mut guests[0].0, &mut e, b"4");
     net.command(Command::StopListening { listener: 1 });
-    let Value::Ports(ports) = net.command(Command::PortStats) else { panic!() };
+    let Value::Ports(ports) = net.command(NetworkCommand::PortStats) else { panic!() };
     assert_eq!(ports.len(), 4);
 }
 
@@ -189,7 +190,7 @@ fn published_ports_follow_their_guest() {
     let net = net(2);
     let (mut a, mut b) = (net.stream_guest(1), net.stream_guest(2));
     for (n, g) in [(1, &mut a), (2, &mut b)] {
-        net.command(Command::BindAddress { port: PortId(n), ip: g.ip.into(), mac: Some(g.mac) });
+        net.command(NetworkCommand::BindAddress { port: PortId(n), ip: g.ip.into(), mac: Some(g.mac) });
     }
     let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
     let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -209,8 +210,8 @@ fn published_ports_follow_their_guest() {
     for (round, to) in [&mut b, &mut a].into_iter().enumerate() {
         if round == 1 {
             let at = |port| SocketAddr::from((to.ip, port));
-            net.command(Command::RetargetForward { forward: ForwardId(1), guest: at(53) });
-            net.command(Command::RetargetForward { forward: ForwardId(2), guest: at(80) });
+            net.command(NetworkCommand::RetargetForward { forward: ForwardId(1), guest: at(53) });
+            net.command(NetworkCommand::RetargetForward { forward: ForwardId(2), guest: at(80) });
         }
         client.send_to(b"ask", udp_to).unwrap();
         let got = to.udp_receive(53);
@@ -238,7 +239,7 @@ fn all_workers_write_one_capture() {
     net.command(Command::StartCapture { fd: ours.into(), snaplen: 0 });
     reach(&mut a, &mut b, b"there");
     reach(&mut b, &mut a, b"back");
-    net.command(Command::StopCapture);
+    net.command(WorkerCommand::StopCapture);
     let mut bytes = Vec::new();
     theirs.read_to_end(&mut bytes).unwrap();
     let (mut kinds, mut rest) = (Vec::new(), &bytes[..]);
@@ -261,16 +262,19 @@ fn commands_are_answered_once_and_refused_as_ever() {
         net.try_command(Command::AddPort { port, config: port_config() }),
         Err(CommandError::PortExists(port))
     );
-    assert_eq!(net.try_command(Command::RemovePort { port: no }), Err(CommandError::NoSuchPort(no)));
+    assert_eq!(
+        net.try_command(Command::RemovePort { port: no }),
+        Err(CommandError::Network(NetworkError::NoSuchPort(no)))
+    );
     assert!(matches!(
         net.try_command(Command::RemoveForward { forward: ForwardId(9) }),
-        Ok(Value::None) | Err(CommandError::NoSuchForward(_))
+        Ok(Value::None) | Err(CommandError::Network(NetworkError::NoSuchForward(_)))
     ));
-    assert_eq!(net.command(Command::EnableFlowEvents { flows: false, denials: false }), Value::None);
+    assert_eq!(net.command(WorkerCommand::EnableFlowEvents { flows: false, denials: false }), Value::None);
     net.command(Command::RemovePort { port });
-    assert_eq!(net.command(Command::PortStats), Value::Ports(vec![]));
-    assert_eq!(net.command(Command::Stop), Value::None);
+    assert_eq!(net.command(NetworkCommand::PortStats), Value::Ports(vec![]));
+    assert_eq!(net.command(WorkerCommand::Stop), Value::None);
     net.workers.stop();
     net.workers.stop();
-    assert!(!net.workers.is_healthy() && net.workers.submit(Command::ListFlows).is_err());
+    assert!(!net.workers.is_healthy() && net.workers.submit(NetworkCommand::ListFlows).is_err());
 }

@@ -9,12 +9,14 @@ use crate::errors::{config_error, descriptor_error, start_error, submit_error};
 use crate::policy::{self, LimitTuple, PolicyTable};
 use crate::runtime::Runtime;
 use crate::{events, records};
+use guestnet_core::NetworkCommand;
+use guestnet_core::config::ForwardSpec;
 use guestnet_core::nat::NatEngineConfig;
 use guestnet_core::policy::{Entry, Isolated};
 use guestnet_core::types::{ForwardId, PortConfig, PortId, ServiceId};
 use guestnet_core::{DnsVerdict, NameServers};
 use guestnet_io::WORKERS_MAX;
-use guestnet_io::{Command, Event, WorkerConfig, WorkerGroup, duplicate};
+use guestnet_io::{Command, Event, WorkerCommand, WorkerConfig, WorkerGroup, duplicate};
 use guestnet_wire::dns::Record;
 use guestnet_wire::proto;
 use pyo3::prelude::*;
@@ -84,7 +86,7 @@ fn protocol(py: Python<'_>, name: &str) -> PyResult<u8> {
 }
 
 impl DataPlane {
-    fn submit(&self, py: Python<'_>, command: Command) -> PyResult<u64> {
+    fn submit(&self, py: Python<'_>, command: impl Into<Command>) -> PyResult<u64> {
         self.workers.submit(command).map_err(|e| submit_error(py, e))
     }
 }
@@ -279,11 +281,11 @@ impl DataPlane {
     #[pyo3(signature = (port, ip, mac=None))]
     fn bind_address(&self, py: Python<'_>, port: u32, ip: IpAddr, mac: Option<&[u8]>) -> PyResult<u64> {
         let mac = mac.map(|m| crate::addresses::mac(py, m)).transpose()?;
-        self.submit(py, Command::BindAddress { port: PortId(port), ip, mac })
+        self.submit(py, NetworkCommand::BindAddress { port: PortId(port), ip, mac })
     }
 
     fn unbind_address(&self, py: Python<'_>, ip: IpAddr) -> PyResult<u64> {
-        self.submit(py, Command::UnbindAddress { ip })
+        self.submit(py, NetworkCommand::UnbindAddress { ip })
     }
 
     #[pyo3(signature = (service, proto, address, port, unix_path=None))]
@@ -297,7 +299,10 @@ impl DataPlane {
         unix_path: Option<PathBuf>,
     ) -> PyResult<u64> {
         let proto = protocol(py, proto)?;
-        self.submit(py, Command::AddService { service: ServiceId(service), proto, address, port, unix_path })
+        self.submit(
+            py,
+            WorkerCommand::AddService { service: ServiceId(service), proto, address, port, unix_path },
+        )
     }
 
     fn service_send(
@@ -311,7 +316,7 @@ impl DataPlane {
     ) -> PyResult<u64> {
         let dst_mac = mac(py, dst_mac)?;
         let (src, dst, payload) = (socket(src), socket(dst), payload.to_vec());
-        self.submit(py, Command::ServiceSend { port: PortId(port), dst_mac, src, dst, payload })
+        self.submit(py, NetworkCommand::ServiceSend { port: PortId(port), dst_mac, src, dst, payload })
     }
 
     fn set_dns_zones(
@@ -322,11 +327,11 @@ impl DataPlane {
         own: Vec<Vec<u8>>,
     ) -> PyResult<u64> {
         let own = own.into_iter().map(Vec::into_boxed_slice).collect();
-        self.submit(py, Command::SetDnsZones { service: ServiceId(service), generation, own })
+        self.submit(py, NetworkCommand::SetDnsZones { service: ServiceId(service), generation, own })
     }
 
     fn forget_guest_names(&self, py: Python<'_>, generation: u64) -> PyResult<u64> {
-        self.submit(py, Command::ForgetGuestNames { generation })
+        self.submit(py, NetworkCommand::ForgetGuestNames { generation })
     }
 
     #[pyo3(signature = (servers, *, timeout=2.0, attempts=2, rotate=false, use_tcp=false))]
@@ -347,17 +352,17 @@ impl DataPlane {
         let timeout_ms = (timeout.clamp(0.001, 3600.0) * 1000.0) as u64;
         let attempts = attempts.clamp(1, 100);
         let servers = NameServers { servers, timeout_ms, attempts, rotate, use_tcp };
-        self.submit(py, Command::SetNameServers { servers })
+        self.submit(py, NetworkCommand::SetNameServers { servers })
     }
 
     /// Answers the question that a rule asked about a flow.
     fn decide(&self, py: Python<'_>, port: u32, ticket: u64, allow: bool) -> PyResult<u64> {
-        self.submit(py, Command::Decide { port: PortId(port), ticket, allow })
+        self.submit(py, NetworkCommand::Decide { port: PortId(port), ticket, allow })
     }
 
     fn forward_dns(&self, py: Python<'_>, port: u32, ticket: u64, generation: u64) -> PyResult<u64> {
         let verdict = DnsVerdict::Forward;
-        self.submit(py, Command::DnsVerdict { port: PortId(port), ticket, generation, verdict })
+        self.submit(py, NetworkCommand::DnsVerdict { port: PortId(port), ticket, generation, verdict })
     }
 
     #[pyo3(signature = (port, ticket, generation, rcode, answers, authority, searched=None, target=None))]
@@ -390,7 +395,7 @@ impl DataPlane {
             searched: searched.map(Vec::into_boxed_slice),
             target: target.map(Vec::into_boxed_slice),
         };
-        self.submit(py, Command::DnsVerdict { port: PortId(port), ticket, generation, verdict })
+        self.submit(py, NetworkCommand::DnsVerdict { port: PortId(port), ticket, generation, verdict })
     }
 
     #[pyo3(signature = (forward, proto, guest, fds, *, opened_by_guest=false))]
@@ -444,15 +449,18 @@ impl DataPlane {
         let (proto, entry) = (protocol(py, proto)?, entry(opened_by_guest));
         let external = SocketAddrV4::new(external.0.0, external.1);
         let (forward, guest) = (ForwardId(forward), socket(guest));
-        self.submit(py, Command::AddUplinkForward { forward, proto, external, guest, entry })
+        self.submit(
+            py,
+            NetworkCommand::AddUplinkForward { forward, external, spec: ForwardSpec { proto, guest, entry } },
+        )
     }
 
     fn nat_stats(&self, py: Python<'_>) -> PyResult<u64> {
-        self.submit(py, Command::NatStats)
+        self.submit(py, NetworkCommand::NatStats)
     }
 
     fn retarget_forward(&self, py: Python<'_>, forward: u32, guest: Pair) -> PyResult<u64> {
-        self.submit(py, Command::RetargetForward { forward: ForwardId(forward), guest: socket(guest) })
+        self.submit(py, NetworkCommand::RetargetForward { forward: ForwardId(forward), guest: socket(guest) })
     }
 
     fn remove_forward(&self, py: Python<'_>, forward: u32) -> PyResult<u64> {
@@ -476,7 +484,7 @@ impl DataPlane {
     }
 
     fn stop_capture(&self, py: Python<'_>) -> PyResult<u64> {
-        self.submit(py, Command::StopCapture)
+        self.submit(py, WorkerCommand::StopCapture)
     }
 
     /// Changes the rules. With `isolated` guests open no flows to each other, except those on the ports in `trusted`.
@@ -484,7 +492,7 @@ impl DataPlane {
     fn set_policy(&self, py: Python<'_>, mode: &str, isolated: bool, trusted: Vec<u32>) -> PyResult<u64> {
         let trusted = trusted.into_iter().map(PortId).collect();
         let isolated = if isolated { Isolated::AllExcept(Arc::new(trusted)) } else { Isolated::Nobody };
-        self.submit(py, Command::SetPolicy { mode: config::mode(py, mode)?, isolated })
+        self.submit(py, NetworkCommand::SetPolicy { mode: config::mode(py, mode)?, isolated })
     }
 
     /// Puts a policy in force, for one guest or for all that have none of their own; None: no rules.
@@ -495,31 +503,31 @@ impl DataPlane {
         table: Option<PyRef<'_, PolicyTable>>,
     ) -> PyResult<u64> {
         let table = table.map(|t| t.table.clone());
-        self.submit(py, Command::SetRules { port: endpoint.map(PortId), table })
+        self.submit(py, NetworkCommand::SetRules { port: endpoint.map(PortId), table })
     }
 
     /// Limits what a guest carries, or all together; None takes the limit back.
     fn set_limit(&self, py: Python<'_>, endpoint: Option<u32>, limit: Option<LimitTuple>) -> PyResult<u64> {
         let limit = limit.map(policy::limit);
-        self.submit(py, Command::SetLimit { port: endpoint.map(PortId), limit })
+        self.submit(py, NetworkCommand::SetLimit { port: endpoint.map(PortId), limit })
     }
 
     /// Says which addresses this host has, for rules about them.
     fn set_host_addresses(&self, py: Python<'_>, addresses: Vec<IpAddr>) -> PyResult<u64> {
         let addresses = addresses.iter().map(IpAddr::to_canonical).collect();
-        self.submit(py, Command::SetHostAddresses { addresses: Arc::new(addresses) })
+        self.submit(py, NetworkCommand::SetHostAddresses { addresses: Arc::new(addresses) })
     }
 
     #[pyo3(signature = (flows, *, denials))]
     fn tell_flows(&self, py: Python<'_>, flows: bool, denials: bool) -> PyResult<u64> {
-        self.submit(py, Command::EnableFlowEvents { flows, denials })
+        self.submit(py, WorkerCommand::EnableFlowEvents { flows, denials })
     }
 
     fn list_flows(&self, py: Python<'_>) -> PyResult<u64> {
-        self.submit(py, Command::ListFlows)
+        self.submit(py, NetworkCommand::ListFlows)
     }
 
     fn port_stats(&self, py: Python<'_>) -> PyResult<u64> {
-        self.submit(py, Command::PortStats)
+        self.submit(py, NetworkCommand::PortStats)
     }
 }

@@ -1,6 +1,7 @@
 //! Theory of operation: the one table that leads from Rust's errors to the classes of `guestnet.errors`. The
 //! classes live in Python, where people look for them, and are looked up when one is needed.
 
+use guestnet_core::NetworkError;
 use guestnet_core::nat::ForwardError;
 use guestnet_io::{CommandError, IoError, SubmitError};
 use pyo3::prelude::*;
@@ -58,21 +59,27 @@ pub fn descriptor_error(py: Python<'_>, fd: i32, e: &io::Error) -> PyErr {
 /// What came of a command.
 pub fn command_error(py: Python<'_>, e: &CommandError) -> PyErr {
     let class = match e {
-        CommandError::NoSuchPort(_) => "EndpointNotFound",
+        CommandError::Network(e) => return network_error(py, e),
         CommandError::PortExists(_) => "EndpointExists",
-        CommandError::AddressInUse(_) => "AddressInUse",
         CommandError::Attached(_) | CommandError::BadDescriptor(_) | CommandError::BadPath(_) => {
             "AttachError"
         }
-        CommandError::Nat(_) | CommandError::NoUplink | CommandError::HasUplink | CommandError::OneWorker => {
-            "ConfigError"
-        }
-        CommandError::Forward(e) => return nat_error(py, *e),
-        CommandError::NoSuchForward(_) => "ForwardNotFound",
-        CommandError::Bridged => "UnsupportedError",
-        CommandError::NoSuchListener(_) | CommandError::NumberInUse(_) | CommandError::System { .. } => {
-            "DataPlaneError"
-        }
+        CommandError::HasUplink | CommandError::OneWorker => "ConfigError",
+        CommandError::NoSuchListener(_) | CommandError::System { .. } => "DataPlaneError",
+    };
+    error(py, class, e.to_string())
+}
+
+/// What the logic of a network says to a command.
+fn network_error(py: Python<'_>, e: &NetworkError) -> PyErr {
+    let class = match e {
+        NetworkError::NoSuchPort(_) => "EndpointNotFound",
+        NetworkError::AddressInUse(_) => "AddressInUse",
+        NetworkError::Nat(_) | NetworkError::NoUplink => "ConfigError",
+        NetworkError::Forward(e) => return nat_error(py, *e),
+        NetworkError::NoSuchForward(_) => "ForwardNotFound",
+        NetworkError::Bridged => "UnsupportedError",
+        NetworkError::NumberInUse(_) => "DataPlaneError",
     };
     error(py, class, e.to_string())
 }

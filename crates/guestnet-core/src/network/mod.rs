@@ -11,6 +11,7 @@
 //! 4. A datagram to a service goes to the DNS forwarder where that serves it, else to the control side.
 
 mod control;
+mod execute;
 
 use crate::context::Context;
 use crate::context::Layers;

@@ -152,6 +152,12 @@ impl Relay {
         self.forwards.insert(id.0, spec);
     }
 
+    /// Whether there is a forward with this number.
+    #[must_use]
+    pub fn has_forward(&self, id: ForwardId) -> bool {
+        self.forwards.contains_key(&id.0)
+    }
+
     /// Makes a forward lead to another guest; false when there is no such forward. Running flows stay where they are.
     pub fn retarget_forward(&mut self, id: ForwardId, guest: SocketAddr) -> bool {
         let found = self.forwards.get_mut(&id.0).map(|spec| spec.guest = guest);

@@ -14,6 +14,7 @@ use crate::os::epoll::{Kind, Token};
 use crate::os::sys;
 use crate::runtime::shard::Shard;
 use crate::runtime::turn::Turn;
+use guestnet_core::NetworkError;
 use guestnet_core::types::{FrameMeta, PortConfig, PortId, Time};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -111,7 +112,7 @@ impl Shard {
         template: PortConfig,
     ) -> Result<(), CommandError> {
         if !self.slots(number).is_empty() {
-            return Err(CommandError::NumberInUse(number));
+            return Err(NetworkError::NumberInUse(number).into());
         }
         let opt = |name| sys::get_opt(&fd, libc::SOL_SOCKET, name).map_err(|_| bad("it is not a socket"));
         let (kind_of, listening) = (opt(libc::SO_TYPE)?, opt(libc::SO_ACCEPTCONN)? != 0);
@@ -308,7 +309,7 @@ impl Shard {
         if let Err(e) = self.core.add_port(port, config) {
             self.io.ports.remove(port);
             self.io.counters.guests_refused += 1;
-            self.warn(format!("a guest was refused: {}", CommandError::AddressInUse(e.0)));
+            self.warn(format!("a guest was refused: {}", NetworkError::AddressInUse(e.0)));
             return None;
         }
         self.io.events.send_reliable(Event::PortUp { port, listener: number, peer });
@@ -519,7 +520,7 @@ impl Shard {
     pub(crate) fn remove_gone(&mut self, port: PortId, mut why: Leaving) {
         let Some(slot) = self.io.ports.slot(port) else {
             if let Leaving::Removed(sequence) = why {
-                let result = Err(CommandError::NoSuchPort(port));
+                let result = Err(NetworkError::NoSuchPort(port).into());
                 self.io.events.send_reliable(Event::Done { sequence, result });
             }
             return;

@@ -6,17 +6,12 @@ use crate::attachment::quota::Charge;
 use crate::attachment::vhost_user::FrontEnds;
 use crate::control::capture::SharedCapture;
 use crate::os::sys;
-use guestnet_core::DnsVerdict;
-use guestnet_core::config::{FlowInfo, NameServers, PortInfo};
-use guestnet_core::nat::{ConnTrackStats, ForwardError, NatConfigError, NatEngineConfig, NatStats};
-use guestnet_core::policy::shaping::LimitSpec;
-use guestnet_core::policy::table::RuleTable;
-use guestnet_core::policy::{Entry, Isolated};
-use guestnet_core::stats::Counters;
-use guestnet_core::types::{ForwardId, NetMode, PortConfig, PortId, ServiceId};
-use guestnet_wire::ether::Mac;
-use std::collections::HashSet;
-use std::net::{IpAddr, SocketAddr, SocketAddrV4};
+pub use guestnet_core::command::Value;
+use guestnet_core::command::{NetworkCommand, NetworkError, Scope};
+use guestnet_core::nat::NatEngineConfig;
+use guestnet_core::policy::Entry;
+use guestnet_core::types::{ForwardId, PortConfig, PortId, ServiceId};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -60,9 +55,45 @@ pub struct AcceptedGuest {
     pub(crate) front_ends: Arc<FrontEnds>,
 }
 
-/// What a worker can be told to do.
+/// What every worker of a network does, besides what its logic has to know.
+#[derive(Debug, Clone)]
+pub enum WorkerCommand {
+    /// Adds a service of the gateway.
+    AddService {
+        /// Its number.
+        service: ServiceId,
+        /// IP protocol: UDP or TCP.
+        proto: u8,
+        /// The address that it has for guests.
+        address: IpAddr,
+        /// Its port.
+        port: u16,
+        /// TCP: the unix socket that guests' connections are relayed to; `None`: the core serves DNS there.
+        unix_path: Option<PathBuf>,
+    },
+    /// Writes every frame to a capture that all workers share. Made by [`crate::runtime::worker_group`].
+    ShareCapture(SharedCapture),
+    /// Ends the capture; done when everything is written.
+    StopCapture,
+    /// Chooses which events of flows are sent, to spare both sides those that nobody wants. A worker starts
+    /// with all of them.
+    EnableFlowEvents {
+        /// Flows that open and close.
+        flows: bool,
+        /// Flows that are denied.
+        denials: bool,
+    },
+    /// Ends the network.
+    Stop,
+}
+
+/// What a worker can be told to do. [`Command::scope`] says which worker.
 #[derive(Debug)]
 pub enum Command {
+    /// What only the logic of the network has to know.
+    Network(NetworkCommand),
+    /// What every worker does.
+    Worker(WorkerCommand),
     /// Adds a port without attachment.
     AddPort {
         /// Its number, below 0x8000_0000.
@@ -126,86 +157,6 @@ pub enum Command {
         /// Which.
         listener: u32,
     },
-    /// Gives an address to a port.
-    BindAddress {
-        /// The port.
-        port: PortId,
-        /// The address.
-        ip: IpAddr,
-        /// The guest's MAC where it is known.
-        mac: Option<Mac>,
-    },
-    /// Takes an address back.
-    UnbindAddress {
-        /// The address.
-        ip: IpAddr,
-    },
-    /// Adds a service of the gateway.
-    AddService {
-        /// Its number.
-        service: ServiceId,
-        /// IP protocol: UDP or TCP.
-        proto: u8,
-        /// The address that it has for guests.
-        address: IpAddr,
-        /// Its port.
-        port: u16,
-        /// TCP: the unix socket that guests' connections are relayed to; `None`: the core serves DNS there.
-        unix_path: Option<PathBuf>,
-    },
-    /// Sends the answer of a UDP service.
-    ServiceSend {
-        /// To which port.
-        port: PortId,
-        /// To which MAC.
-        dst_mac: Mac,
-        /// From where.
-        src: SocketAddr,
-        /// To where.
-        dst: SocketAddr,
-        /// UDP payload.
-        payload: Vec<u8>,
-    },
-    /// The names that the DNS service may know something of: see `Network::set_dns_zones`.
-    SetDnsZones {
-        /// The service.
-        service: ServiceId,
-        /// Counts the changes of its records.
-        generation: u64,
-        /// Names as labels, in lower case.
-        own: Vec<Box<[u8]>>,
-    },
-    /// The guests that have names have changed: see `Network::forget_guest_names`.
-    ForgetGuestNames {
-        /// As above.
-        generation: u64,
-    },
-    /// The name servers that names of others are asked of: see `Network::set_name_servers`.
-    SetNameServers {
-        /// Which, and how.
-        servers: NameServers,
-    },
-    /// The answer to a question of a port's guest: see `Network::dns_verdict`.
-    DnsVerdict {
-        /// The port that the question came with.
-        port: PortId,
-        /// Names the question.
-        ticket: u64,
-        /// As above, before the records were looked at.
-        generation: u64,
-        /// What the DNS service says of the name.
-        verdict: DnsVerdict,
-    },
-    /// Answers the question that a rule asked about a flow: see `Network::decide`. Nothing happens when it is not open any
-    /// more.
-    Decide {
-        /// The port that the question came with.
-        port: PortId,
-        /// Names the question.
-        ticket: u64,
-        /// Whether the flow may be opened.
-        allow: bool,
-    },
     /// Publishes a guest's port.
     AddForward {
         /// Its number.
@@ -226,29 +177,6 @@ pub enum Command {
         /// How it is translated.
         config: Box<NatEngineConfig>,
     },
-    /// Publishes a guest's port on an external address of the uplink of packets.
-    AddUplinkForward {
-        /// Its number, apart from those of [`Command::AddForward`].
-        forward: ForwardId,
-        /// IP protocol: TCP or UDP.
-        proto: u8,
-        /// The external address and port.
-        external: SocketAddrV4,
-        /// The guest's address and port; 0.0.0.0 while there is no guest.
-        guest: SocketAddr,
-        /// Who opened the port.
-        entry: Entry,
-    },
-    /// What the engine of the uplink did and holds: [`Value::Nat`].
-    NatStats,
-    /// Leads a published port to another address and port; what runs stays where it is. An address that no
-    /// port has (0.0.0.0) refuses every client until the guest is there.
-    RetargetForward {
-        /// Which.
-        forward: ForwardId,
-        /// The guest's address and port.
-        guest: SocketAddr,
-    },
     /// Takes a published port back. Connections that run live on.
     RemoveForward {
         /// Which.
@@ -268,123 +196,79 @@ pub enum Command {
         /// Bytes kept of a frame, 0 for all.
         snaplen: u32,
     },
-    /// The same with a capture that several workers write to. Made by [`crate::runtime::worker_group`].
-    ShareCapture(SharedCapture),
     /// Takes a guest that came to a listener of another worker.
     Adopt(Box<AcceptedGuest>),
-    /// Ends the capture; done when everything is written.
-    StopCapture,
-    /// Changes the rules of the network. Done when every flow that the old rules admitted has been judged by the new
-    /// ones, and those that are no longer allowed have been cut: [`Value::FlowsCut`].
-    SetPolicy {
-        /// Whether anything leaves the network. [`NetMode::Bridged`] is refused, and so is any change of a network
-        /// with that mode.
-        mode: NetMode,
-        /// Which guests open no flows to other guests.
-        isolated: Isolated,
-    },
-    /// Puts rules of the owner in force. Done as [`Command::SetPolicy`].
-    SetRules {
-        /// The guest that they are for; `None`: all guests that have none of their own.
-        port: Option<PortId>,
-        /// The rules. Whoever sends them keeps them until this is done, so that a worker frees no large table.
-        table: Option<Arc<RuleTable>>,
-    },
-    /// Limits what a guest carries, or all together.
-    SetLimit {
-        /// The guest; `None`: the network.
-        port: Option<PortId>,
-        /// The limit; `None` takes it back.
-        limit: Option<LimitSpec>,
-    },
-    /// Says which addresses this host has, for rules about them. Flows are judged again later.
-    SetHostAddresses {
-        /// The addresses.
-        addresses: Arc<HashSet<IpAddr>>,
-    },
-    /// Chooses which events of flows are sent, to spare both sides those that nobody wants. A worker starts
-    /// with all of them.
-    EnableFlowEvents {
-        /// Flows that open and close.
-        flows: bool,
-        /// Flows that are denied.
-        denials: bool,
-    },
-    /// Lists the flows: [`Value::Flows`].
-    ListFlows,
-    /// Lists the ports and their counters: [`Value::Ports`].
-    PortStats,
-    /// Ends the network.
-    Stop,
     /// Panics, for tests of what happens then.
     #[cfg(test)]
     Panic,
 }
 
 impl Command {
+    /// Which of several workers it is for.
+    pub(crate) fn scope(&self) -> Scope {
+        match self {
+            Command::Network(command) => command.scope(),
+            Command::Worker(_) => Scope::All,
+            Command::RemovePort { port }
+            | Command::AttachTap { port, .. }
+            | Command::AttachStream { port, .. }
+            | Command::AttachDgram { port, .. }
+            | Command::AttachVhostUser { port, .. }
+            | Command::AttachMemory { port }
+            | Command::Inject { port, .. } => Scope::Port(*port),
+            Command::Listen { listener, .. } | Command::StopListening { listener } => {
+                Scope::Listener(*listener)
+            }
+            Command::AttachTun { .. } => Scope::First,
+            Command::AddPort { .. }
+            | Command::AddForward { .. }
+            | Command::RemoveForward { .. }
+            | Command::StartCapture { .. }
+            | Command::Adopt(_) => Scope::Group,
+            #[cfg(test)]
+            Command::Panic => Scope::First,
+        }
+    }
+
     /// What it changes is to hold for all frames that come after it was given.
     pub(crate) fn is_urgent(&self) -> bool {
-        matches!(self, Command::SetDnsZones { .. } | Command::ForgetGuestNames { .. })
+        matches!(self, Command::Network(command) if command.is_urgent())
     }
 }
 
-/// What a command brought.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Value {
-    /// Nothing but that it is done.
-    None,
-    /// All flows.
-    Flows(Vec<FlowInfo>),
-    /// All ports with their counters.
-    Ports(Vec<(PortInfo, Counters)>),
-    /// How many flows a change of the rules has cut.
-    FlowsCut(u64),
-    /// Of the engine of the uplink of packets.
-    Nat(Box<(NatStats, ConnTrackStats)>),
+impl From<NetworkCommand> for Command {
+    fn from(command: NetworkCommand) -> Command {
+        Command::Network(command)
+    }
+}
+
+impl From<WorkerCommand> for Command {
+    fn from(command: WorkerCommand) -> Command {
+        Command::Worker(command)
+    }
 }
 
 /// Why a command was not done; nothing has changed then.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CommandError {
-    /// No such port.
-    #[error("there is no port {}", .0.0)]
-    NoSuchPort(PortId),
+    /// The logic of the network refused it.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// The port exists.
     #[error("port {} exists already", .0.0)]
     PortExists(PortId),
     /// The port has an attachment.
     #[error("port {} has an attachment already", .0.0)]
     Attached(PortId),
-    /// Another port or the gateway has the address.
-    #[error("address {0} is in use")]
-    AddressInUse(IpAddr),
-    /// There is no uplink of packets.
-    #[error("the network has no uplink of packets")]
-    NoUplink,
     /// An uplink of packets cannot be shared.
     #[error("an uplink of packets needs a network with one worker")]
     OneWorker,
     /// There is one already.
     #[error("the network has an uplink of packets already")]
     HasUplink,
-    /// A network in the mode `bridged` has no rules, and no other network gets that mode.
-    #[error("the mode `bridged` cannot be changed while a network runs")]
-    Bridged,
-    /// What the engine says to its configuration.
-    #[error("{0}")]
-    Nat(#[from] NatConfigError),
-    /// Why a port cannot be published on an external address.
-    #[error("{0}")]
-    Forward(#[from] ForwardError),
     /// No such listener.
     #[error("there is no listener {0}")]
     NoSuchListener(u32),
-    /// No such forward.
-    #[error("there is no forward {}", .0.0)]
-    NoSuchForward(ForwardId),
-    /// The number is taken.
-    #[error("number {0} is in use")]
-    NumberInUse(u32),
     /// The descriptor is not what the command needs.
     #[error("{0}")]
     BadDescriptor(String),
@@ -515,18 +399,18 @@ mod tests {
     #[test]
     fn workers_leave_room_for_the_commands_of_the_control_side() {
         let (commands, mut queue) = channel(16);
-        let given = (0..20).filter(|_| commands.send_from_worker(Command::ListFlows).is_ok()).count();
+        let given = (0..20).filter(|_| commands.send_from_worker(WorkerCommand::Stop.into()).is_ok()).count();
         assert_eq!(given, 16 - CONTROL_PLACES);
         // What was promised stays, whatever workers try meanwhile.
         while commands.has_room() {
             for _ in 0..ROOM {
-                assert!(commands.send_from_worker(Command::ListFlows).is_err());
-                assert!(commands.send(Command::PortStats).is_ok());
+                assert!(commands.send_from_worker(WorkerCommand::Stop.into()).is_err());
+                assert!(commands.send(WorkerCommand::StopCapture.into()).is_ok());
             }
         }
         assert_eq!(queue.slots(), 16);
         queue.pop().unwrap();
         drop(queue);
-        assert!(commands.send(Command::ListFlows).is_err() && !commands.has_room());
+        assert!(commands.send(WorkerCommand::Stop.into()).is_err() && !commands.has_room());
     }
 }

@@ -10,7 +10,7 @@ use crate::attachment::stream::Stream;
 use crate::attachment::tap::Tap;
 use crate::attachment::vhost_user::{FrontEnds, VhostUser};
 use crate::control::capture::{Capture, Capturing};
-use crate::control::command::{Command, CommandError, Value};
+use crate::control::command::{Command, CommandError, Value, WorkerCommand};
 use crate::control::event::Event;
 use crate::os::epoll::{Kind, Token};
 use crate::os::sockaddr::RawAddr;
@@ -21,6 +21,8 @@ use crate::uplink::forward::{ForwardParts, Listening, Origins};
 use crate::uplink::sockets::{Sock, SockKind};
 use crate::uplink::tun::Tun;
 use crate::uplink::{tcp, udp};
+use guestnet_core::NetworkError;
+use guestnet_core::command::Outcome;
 use guestnet_core::config::ForwardSpec;
 use guestnet_core::nat::NatEngineConfig;
 use guestnet_core::types::{ForwardId, FrameMeta, PortId, ServiceId};
@@ -47,28 +49,19 @@ impl Shard {
                 return;
             };
             self.io.counters.commands += 1;
-            if matches!(*command, Command::StopCapture) && self.stop_capture(sequence) {
-                continue;
-            }
-            if let Command::RemovePort { port } = *command
-                && self.remove_in_steps(sequence, port)
-            {
-                continue;
-            }
-            if let Command::SetPolicy { mode, isolated } = &*command
-                && self.core.set_policy(self.now, *mode, isolated.clone())
-            {
-                self.policy_changes.push(sequence);
-                continue;
-            }
             let result = match *command {
-                Command::SetRules { port, table } => {
-                    let replaced = self.core.set_rules(self.now, port, table);
-                    drop(replaced); // its owner has it too
-                    self.policy_changes.push(sequence);
-                    continue;
-                }
-                command => self.command(command),
+                Command::Worker(WorkerCommand::StopCapture) if self.stop_capture(sequence) => continue,
+                Command::RemovePort { port } if self.remove_in_steps(sequence, port) => continue,
+                Command::Network(command) => match self.core.execute(self.now, command, &mut self.io) {
+                    Ok(Outcome::JudgingFlows) => {
+                        self.policy_changes.push(sequence);
+                        continue;
+                    }
+                    Ok(Outcome::Done(value)) => Ok(value),
+                    Err(e) => Err(e.into()),
+                },
+                Command::Worker(command) => self.worker_command(command).map(|()| Value::None),
+                command => self.command(command).map(|()| Value::None),
             };
             self.io.events.send_reliable(Event::Done { sequence, result });
         }
@@ -86,16 +79,16 @@ impl Shard {
         }
     }
 
-    fn command(&mut self, command: Command) -> Result<Value, CommandError> {
+    fn command(&mut self, command: Command) -> Result<(), CommandError> {
         match command {
             Command::AddPort { port, config } => {
                 if self.io.ports.slot(port).is_some() {
                     return Err(CommandError::PortExists(port));
                 }
                 if port.0 >= FIRST_DYNAMIC || self.io.ports.len() >= PORTS_MAX {
-                    return Err(CommandError::NumberInUse(port.0));
+                    return Err(NetworkError::NumberInUse(port.0).into());
                 }
-                self.core.add_port(port, config).map_err(|e| CommandError::AddressInUse(e.0))?;
+                self.core.add_port(port, config).map_err(|e| NetworkError::AddressInUse(e.0))?;
                 self.io.ports.add(port, None);
             }
             Command::RemovePort { port } => {
@@ -124,49 +117,10 @@ impl Shard {
                 self.listen(listener, kind, fd, template)?;
             }
             Command::StopListening { listener } => self.stop_listening(listener)?,
-            Command::BindAddress { port, ip, mac } => {
-                self.port(port)?;
-                self.core.bind_address(port, ip, mac).map_err(|e| CommandError::AddressInUse(e.0))?;
-            }
-            Command::UnbindAddress { ip } => self.core.unbind_address(self.now, ip, &mut self.io),
-            Command::AddService { service, proto, address, port, unix_path } => {
-                self.add_service(service, proto, address, port, unix_path)?;
-            }
-            Command::ServiceSend { port, dst_mac, src, dst, payload } => {
-                self.port(port)?;
-                self.core.service_send(self.now, port, dst_mac, src, dst, &payload, &mut self.io);
-            }
-            Command::SetDnsZones { service, generation, own } => {
-                self.core.set_dns_zones(service, generation, own);
-            }
-            Command::ForgetGuestNames { generation } => self.core.forget_guest_names(generation),
-            Command::SetNameServers { servers } => self.core.set_name_servers(self.now, servers),
-            Command::DnsVerdict { port: _, ticket, generation, verdict } => {
-                self.core.dns_verdict(self.now, ticket, generation, verdict, &mut self.io);
-            }
-            Command::Decide { port, ticket, allow } => {
-                let _still_open = self.core.decide(self.now, port, ticket, allow, &mut self.io);
-            }
             Command::AddForward { forward, proto, guest, entry, fds } => {
                 self.add_forward(forward, ForwardSpec { proto, guest, entry }, fds)?;
             }
             Command::AttachTun { fd, config } => self.attach_tun(fd, *config)?,
-            Command::AddUplinkForward { forward, proto, external, guest, entry } => {
-                self.check_forward_number(forward)?;
-                self.core.add_uplink_forward(forward, external, ForwardSpec { proto, guest, entry })?;
-            }
-            Command::NatStats => {
-                let stats = self.core.nat_stats().ok_or(CommandError::NoUplink)?;
-                return Ok(Value::Nat(Box::new(stats)));
-            }
-            Command::RetargetForward { forward, guest } => {
-                if self.core.retarget_uplink_forward(forward, guest)? {
-                    return Ok(Value::None);
-                }
-                if !self.core.retarget_forward(forward, guest) {
-                    return Err(CommandError::NoSuchForward(forward));
-                }
-            }
             Command::RemoveForward { forward } if self.core.remove_uplink_forward(forward) => {}
             Command::RemoveForward { forward } => self.remove_forward(forward),
             Command::Inject { port, mut frame } => {
@@ -184,42 +138,38 @@ impl Shard {
                     self.end_capture(old, None);
                 }
             }
-            Command::ShareCapture(shared) => {
-                let first = self.io.links.as_ref().is_none_or(|p| p.me() == 0);
-                if let Some(old) = self.io.capture.replace(Capturing::Shared(shared, first)) {
-                    self.end_capture(old, None);
-                }
-            }
             Command::Adopt(newcomer) => self.adopt(*newcomer),
-            Command::StopCapture => {}
-            Command::SetPolicy { .. } | Command::SetRules { .. } => return Err(CommandError::Bridged),
-            Command::SetLimit { port, limit } => {
-                if !self.core.set_limit(self.now, port, limit) {
-                    return Err(port.map_or(CommandError::Bridged, CommandError::NoSuchPort));
-                }
-            }
-            Command::SetHostAddresses { addresses } => self.core.set_host_addresses(self.now, addresses),
-            Command::EnableFlowEvents { flows, denials } => {
-                (self.io.flow_events, self.io.denial_events) = (flows, denials);
-            }
-            Command::ListFlows => return Ok(Value::Flows(self.core.flows().collect())),
-            Command::PortStats => {
-                let counters = |p: PortId| self.core.port_counters(p).cloned().unwrap_or_default();
-                let all = self.core.ports().map(|p| {
-                    let c = counters(p.port);
-                    (p, c)
-                });
-                return Ok(Value::Ports(all.collect()));
-            }
-            Command::Stop => self.stopping = true,
             #[cfg(test)]
             Command::Panic => {
                 // As a panic in the middle of a read does, which has the buffer.
                 self.stream_buffer = Vec::new();
                 panic!("as it was told");
             }
+            // Done before this is called.
+            Command::Network(_) | Command::Worker(_) => {}
         }
-        Ok(Value::None)
+        Ok(())
+    }
+
+    fn worker_command(&mut self, command: WorkerCommand) -> Result<(), CommandError> {
+        match command {
+            WorkerCommand::AddService { service, proto, address, port, unix_path } => {
+                self.add_service(service, proto, address, port, unix_path)?;
+            }
+            WorkerCommand::ShareCapture(shared) => {
+                let first = self.io.links.as_ref().is_none_or(|p| p.me() == 0);
+                if let Some(old) = self.io.capture.replace(Capturing::Shared(shared, first)) {
+                    self.end_capture(old, None);
+                }
+            }
+            // There is none.
+            WorkerCommand::StopCapture => {}
+            WorkerCommand::EnableFlowEvents { flows, denials } => {
+                (self.io.flow_events, self.io.denial_events) = (flows, denials);
+            }
+            WorkerCommand::Stop => self.stopping = true,
+        }
+        Ok(())
     }
 
     /// Begins to remove a port that has many flows; acknowledged when it is done. False: it has few.
@@ -255,7 +205,7 @@ impl Shard {
     }
 
     fn port(&self, port: PortId) -> Result<u32, CommandError> {
-        self.io.ports.slot(port).ok_or(CommandError::NoSuchPort(port))
+        self.io.ports.slot(port).ok_or(NetworkError::NoSuchPort(port).into())
     }
 
     fn attach(
@@ -276,6 +226,10 @@ impl Shard {
     }
 
     fn attach_tun(&mut self, fd: OwnedFd, config: NatEngineConfig) -> Result<(), CommandError> {
+        // The translator has one table, which is one worker's.
+        if self.io.links.is_some() {
+            return Err(CommandError::OneWorker);
+        }
         if self.io.tun.is_some() {
             return Err(CommandError::HasUplink);
         }
@@ -288,7 +242,7 @@ impl Shard {
         // The network has an uplink only once the device is watched.
         if let Err(e) = self.core.set_uplink(config) {
             self.io.poller.remove(&tun.fd);
-            return Err(e.into());
+            return Err(NetworkError::from(e).into());
         }
         self.io.tun = Some(tun);
         Ok(())
@@ -317,21 +271,13 @@ impl Shard {
         Ok(())
     }
 
-    /// Forwards of sockets and of the uplink share their numbers.
-    fn check_forward_number(&self, id: ForwardId) -> Result<(), CommandError> {
-        if self.forwards.contains_key(&id.0) || self.core.has_uplink_forward(id) {
-            return Err(CommandError::NumberInUse(id.0));
-        }
-        Ok(())
-    }
-
     fn add_forward(
         &mut self,
         id: ForwardId,
         spec: ForwardSpec,
         fds: Vec<OwnedFd>,
     ) -> Result<(), CommandError> {
-        self.check_forward_number(id)?;
+        self.core.check_forward_number(id)?;
         let proto = spec.proto;
         let want = match proto {
             proto::TCP => libc::SOCK_STREAM,

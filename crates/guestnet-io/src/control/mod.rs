@@ -7,6 +7,6 @@ pub(crate) mod event;
 mod executor;
 pub(crate) mod port_names;
 
-pub use command::{Command, CommandError, ListenKind, QueueFull, SubmitError, Value};
+pub use command::{Command, CommandError, ListenKind, QueueFull, SubmitError, Value, WorkerCommand};
 pub use event::{Event, Level};
 pub use port_names::PortNames;

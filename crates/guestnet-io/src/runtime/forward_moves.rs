@@ -9,6 +9,7 @@
 use crate::control::command::{Command, CommandError, QueueFull};
 use crate::runtime::routing::{Published, Router, RoutingTable, Then};
 use crate::runtime::worker_group::WorkerGroup;
+use guestnet_core::NetworkCommand;
 use guestnet_core::config::ForwardSpec;
 use guestnet_core::types::{ForwardId, PortId};
 use std::collections::VecDeque;
@@ -48,7 +49,11 @@ impl WorkerGroup {
         guest: SocketAddr,
     ) -> Result<u64, QueueFull> {
         let Some(f) = table.forwards.get_mut(&forward) else {
-            return self.submit_to(table, [(0, Command::RetargetForward { forward, guest })], Then::Nothing);
+            return self.submit_to(
+                table,
+                [(0, NetworkCommand::RetargetForward { forward, guest }.into())],
+                Then::Nothing,
+            );
         };
         if f.changing.is_some() && f.waiting.len() >= WAITING_MAX {
             return Err(QueueFull);
@@ -75,7 +80,7 @@ impl WorkerGroup {
         let f = table.forwards.get(&forward).ok_or(QueueFull)?;
         let (at, spec) = (to.unwrap_or(f.at), ForwardSpec { guest, ..f.spec });
         let command = if at == f.at {
-            Command::RetargetForward { forward, guest }
+            NetworkCommand::RetargetForward { forward, guest }.into()
         } else {
             add_forward(forward, spec, copies(&f.fds).ok_or(QueueFull)?)
         };

@@ -5,13 +5,14 @@
 //!   as it was. Ports are booked when they are submitted, since later commands must follow them, and taken back.
 //! - A command for several workers has one number, and one result once all have acknowledged it.
 
-use crate::control::command::{CommandError, Value};
+use crate::control::command::{Command, CommandError, Value};
 use crate::control::event::Event;
 use crate::os::epoll::{Kind, Poller, Token};
 use crate::os::sys;
 use crate::runtime::config::{DYNAMIC_PORTS, FIRST_DYNAMIC, FLOWS_MAX};
 use crate::runtime::placement::{IoError, system};
 use crate::runtime::shard_handle::ShardHandle;
+use guestnet_core::NetworkCommand;
 use guestnet_core::config::{FlowInfo, ForwardSpec};
 use guestnet_core::types::{FlowId, ForwardId, PortId};
 use std::collections::{HashMap, VecDeque};
@@ -88,6 +89,19 @@ pub(super) struct Published {
     pub(super) changing: Option<u64>,
     /// Changes of the target that wait for that command, with their numbers.
     pub(super) waiting: VecDeque<(u64, SocketAddr)>,
+}
+
+impl Then {
+    /// What the table learns of a command that one worker does.
+    pub(super) fn of(command: &Command) -> Then {
+        match command {
+            Command::RemovePort { port } => Then::PortGone(*port),
+            Command::Network(NetworkCommand::BindAddress { port, ip, .. }) => {
+                Then::AddressBound { port: *port, address: *ip }
+            }
+            _ => Then::Nothing,
+        }
+    }
 }
 
 impl Router {

@@ -493,7 +493,7 @@ mod tests {
             told.iter().any(|e| matches!(e, Event::Failed { message } if message.contains("as it was told"))),
             "{told:?}"
         );
-        assert!(handles[1].submit(Command::ListFlows).is_err());
+        assert!(handles[1].submit(guestnet_core::NetworkCommand::ListFlows.into()).is_err());
         let _more = guests(&handles[2], 3, 100);
         while frames(&worker, 2) < 300 {
             worker.serve_several().unwrap();

@@ -8,7 +8,7 @@
 //! - A single worker is driven directly, without a table.
 
 use crate::control::capture::{Capture, SharedCapture};
-use crate::control::command::{Command, CommandError, QueueFull, SubmitError, Value};
+use crate::control::command::{Command, CommandError, QueueFull, SubmitError, Value, WorkerCommand};
 use crate::control::event::Event;
 use crate::control::port_names::PortNames;
 use crate::os::sys;
@@ -18,9 +18,11 @@ use crate::runtime::routing::{PendingCommand, Router, RoutingTable, Then, merge_
 use crate::runtime::shard_handle::{self, ShardHandle};
 use crate::runtime::shard_links;
 use crate::runtime::stats::StatsSnapshot;
+use guestnet_core::command::Scope;
 use guestnet_core::config::ForwardSpec;
 use guestnet_core::effects;
 use guestnet_core::types::{PortConfig, PortId};
+use guestnet_core::{NetworkCommand, NetworkError};
 use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
@@ -95,13 +97,13 @@ impl WorkerGroup {
     ///
     /// # Errors
     /// [`SubmitError`]; the command, and the descriptors in it, are dropped.
-    pub fn submit(&self, command: Command) -> Result<u64, SubmitError> {
+    pub fn submit(&self, command: impl Into<Command>) -> Result<u64, SubmitError> {
         if self.shards.first().is_some_and(ShardHandle::is_copy) {
             return Err(SubmitError::Forked);
         }
         let number = match (&self.router, self.shards.first()) {
-            (Some(s), _) => self.route(s, &mut s.table(), command),
-            (None, Some(t)) => t.submit(command),
+            (Some(s), _) => self.route(s, &mut s.table(), command.into()),
+            (None, Some(t)) => t.submit(command.into()),
             (None, None) => Err(QueueFull),
         };
         number.map_err(SubmitError::from)
@@ -155,73 +157,52 @@ impl WorkerGroup {
             return Err(QueueFull);
         }
         match command {
+            Command::Network(c) if c.scope() == Scope::All => {
+                let part = c.part(self.shards.len());
+                self.submit_to_all(table, part)
+            }
+            Command::Worker(c) => self.submit_to_all(table, c),
+            command => {
+                let workers = self.shards.len();
+                let to = match command.scope() {
+                    Scope::Port(port) => table.at(port, workers),
+                    Scope::Listener(listener) => listener as usize % workers,
+                    Scope::First => 0,
+                    Scope::All | Scope::Group => return self.place(router, table, command),
+                };
+                let then = Then::of(&command);
+                self.submit_to(table, [(to, command)], then)
+            }
+        }
+    }
+
+    /// Commands whose effect the group keeps track of.
+    fn place(&self, router: &Router, table: &mut RoutingTable, command: Command) -> Result<u64, QueueFull> {
+        match command {
             Command::AddPort { port, config } => self.add_port(router, table, port, config),
-            Command::RemovePort { port } => {
-                let to = table.at(port, self.shards.len());
-                self.submit_to(table, [(to, command)], Then::PortGone(port))
-            }
-            Command::AttachTap { port, .. }
-            | Command::AttachStream { port, .. }
-            | Command::AttachDgram { port, .. }
-            | Command::AttachVhostUser { port, .. }
-            | Command::AttachMemory { port }
-            | Command::ServiceSend { port, .. }
-            | Command::DnsVerdict { port, .. }
-            | Command::SetLimit { port: Some(port), .. }
-            | Command::Decide { port, .. }
-            | Command::Inject { port, .. } => {
-                let to = table.at(port, self.shards.len());
-                self.submit_to(table, [(to, command)], Then::Nothing)
-            }
-            Command::BindAddress { port, ip, .. } => {
-                let to = table.at(port, self.shards.len());
-                self.submit_to(table, [(to, command)], Then::AddressBound { port, address: ip })
-            }
-            Command::UnbindAddress { ip } => {
-                let n = self.submit_to_all(table, || Command::UnbindAddress { ip })?;
+            Command::Network(NetworkCommand::UnbindAddress { ip }) => {
+                let n = self.submit_to_all(table, NetworkCommand::UnbindAddress { ip })?;
                 table.forget_address(ip);
                 Ok(n)
-            }
-            Command::Listen { listener, .. } | Command::StopListening { listener } => {
-                let to = listener as usize % self.shards.len();
-                self.submit_to(table, [(to, command)], Then::Nothing)
-            }
-            Command::AddService { service, proto, address, port, unix_path } => {
-                self.submit_to_all(table, || Command::AddService {
-                    service,
-                    proto,
-                    address,
-                    port,
-                    unix_path: unix_path.clone(),
-                })
-            }
-            Command::SetDnsZones { service, generation, own } => {
-                self.submit_to_all(table, || Command::SetDnsZones { service, generation, own: own.clone() })
-            }
-            Command::ForgetGuestNames { generation } => {
-                self.submit_to_all(table, || Command::ForgetGuestNames { generation })
-            }
-            Command::SetNameServers { servers } => {
-                self.submit_to_all(table, || Command::SetNameServers { servers: servers.clone() })
             }
             Command::AddForward { forward, proto, guest, entry, fds } => {
                 self.add_forward(table, forward, ForwardSpec { proto, guest, entry }, fds)
             }
-            Command::RetargetForward { forward, guest } => self.retarget(table, forward, guest),
+            Command::Network(NetworkCommand::RetargetForward { forward, guest }) => {
+                self.retarget(table, forward, guest)
+            }
             Command::RemoveForward { forward } => {
                 // It cannot fail. While it changes, two workers may have it.
-                let n = self.submit_to_all(table, || Command::RemoveForward { forward })?;
+                let all = (0..self.shards.len()).map(|i| (i, Command::RemoveForward { forward }));
+                let n = self.submit_to(table, all, Then::Nothing)?;
                 for (sequence, _) in table.forwards.remove(&forward).into_iter().flat_map(|f| f.waiting) {
-                    router.report(table, sequence, Err(CommandError::NoSuchForward(forward)));
+                    router.report(table, sequence, Err(NetworkError::NoSuchForward(forward).into()));
                 }
                 Ok(n)
             }
             Command::StartCapture { fd, snaplen } => {
                 match Capture::start(fd, snaplen, sys::now(), self.port_names.clone()) {
-                    Ok(c) => {
-                        let shared = SharedCapture::new(c);
-                        self.submit_to_all(table, || Command::ShareCapture(shared.clone()))
-                    }
+                    Ok(c) => self.submit_to_all(table, WorkerCommand::ShareCapture(SharedCapture::new(c))),
                     Err(e) => {
                         let errno = e.raw_os_error().unwrap_or(0);
                         Ok(router.acknowledge(
@@ -231,34 +212,12 @@ impl WorkerGroup {
                     }
                 }
             }
-            Command::StopCapture => self.submit_to_all(table, || Command::StopCapture),
-            Command::SetPolicy { mode, isolated } => {
-                self.submit_to_all(table, || Command::SetPolicy { mode, isolated: isolated.clone() })
+            // One worker gives it to another.
+            Command::Adopt(_) => Err(QueueFull),
+            other => {
+                debug_assert!(false, "nothing places {other:?}");
+                Err(QueueFull)
             }
-            Command::SetRules { port, table: rules } => {
-                self.submit_to_all(table, || Command::SetRules { port, table: rules.clone() })
-            }
-            Command::SetLimit { port: None, limit } => {
-                let part = limit.map(|l| l.part(self.shards.len()));
-                self.submit_to_all(table, || Command::SetLimit { port: None, limit: part })
-            }
-            Command::SetHostAddresses { addresses } => {
-                self.submit_to_all(table, || Command::SetHostAddresses { addresses: addresses.clone() })
-            }
-            Command::EnableFlowEvents { flows, denials } => {
-                self.submit_to_all(table, || Command::EnableFlowEvents { flows, denials })
-            }
-            Command::ListFlows => self.submit_to_all(table, || Command::ListFlows),
-            Command::PortStats => self.submit_to_all(table, || Command::PortStats),
-            Command::Stop => self.submit_to_all(table, || Command::Stop),
-            #[cfg(test)]
-            Command::Panic => self.submit_to(table, [(0, command)], Then::Nothing),
-            // The translator has one table, which is one worker's.
-            Command::AttachTun { .. } => Ok(router.acknowledge(table, Err(CommandError::OneWorker))),
-            Command::AddUplinkForward { .. } | Command::NatStats => {
-                Ok(router.acknowledge(table, Err(CommandError::NoUplink)))
-            }
-            Command::ShareCapture(_) | Command::Adopt(_) => Err(QueueFull),
         }
     }
 
@@ -296,9 +255,10 @@ impl WorkerGroup {
     pub(super) fn submit_to_all(
         &self,
         table: &mut RoutingTable,
-        make: impl Fn() -> Command,
+        command: impl Into<Command> + Clone,
     ) -> Result<u64, QueueFull> {
-        self.submit_to(table, (0..self.shards.len()).map(|i| (i, make())), Then::Nothing)
+        let all = (0..self.shards.len()).map(|i| (i, command.clone().into()));
+        self.submit_to(table, all, Then::Nothing)
     }
 
     fn add_port(
@@ -355,7 +315,7 @@ impl WorkerGroup {
                 if mine && !done {
                     let waiting = table.forwards.remove(&forward).map(|f| f.waiting).unwrap_or_default();
                     for (sequence, _) in waiting {
-                        router.report(table, sequence, Err(CommandError::NoSuchForward(forward)));
+                        router.report(table, sequence, Err(NetworkError::NoSuchForward(forward).into()));
                     }
                 }
                 self.end_change(router, table, forward, sequence, done);
@@ -461,7 +421,7 @@ mod tests {
         }
     }
 
-    fn done(group: &WorkerGroup, command: Command) -> Result<Value, CommandError> {
+    fn done(group: &WorkerGroup, command: impl Into<Command>) -> Result<Value, CommandError> {
         result(group, group.submit(command).unwrap())
     }
 
@@ -492,16 +452,16 @@ mod tests {
         let [a, b] = published(&group);
         let forward = ForwardId(1);
         // The second one waits for the first.
-        let n = group.submit(Command::RetargetForward { forward, guest: b }).unwrap();
-        let m = group.submit(Command::RetargetForward { forward, guest: a }).unwrap();
+        let n = group.submit(NetworkCommand::RetargetForward { forward, guest: b }).unwrap();
+        let m = group.submit(NetworkCommand::RetargetForward { forward, guest: a }).unwrap();
         assert_eq!(group.router.as_ref().unwrap().table().forwards[&forward].spec.guest, a);
         assert_eq!((result(&group, n), result(&group, m)), (Ok(Value::None), Ok(Value::None)));
         assert_eq!(place(&group), (0, a));
-        done(&group, Command::RetargetForward { forward, guest: b }).unwrap();
+        done(&group, NetworkCommand::RetargetForward { forward, guest: b }).unwrap();
         assert_eq!(place(&group), (1, b));
         done(&group, Command::RemoveForward { forward }).unwrap();
-        let gone = done(&group, Command::RetargetForward { forward, guest: a });
-        assert_eq!(gone, Err(CommandError::NoSuchForward(forward)));
+        let gone = done(&group, NetworkCommand::RetargetForward { forward, guest: a });
+        assert_eq!(gone, Err(NetworkError::NoSuchForward(forward).into()));
     }
 
     #[test]
@@ -511,10 +471,12 @@ mod tests {
         let forward = ForwardId(1);
         let router = group.router.as_ref().unwrap();
         let mut table = router.table();
-        let n = group.route(router, &mut table, Command::RetargetForward { forward, guest: b }).unwrap();
+        let n = group
+            .route(router, &mut table, NetworkCommand::RetargetForward { forward, guest: b }.into())
+            .unwrap();
         // As when worker 1 refuses it.
         let (from, sequence) = table.in_flight.iter().find(|(_, number)| **number == n).unwrap().0.to_owned();
-        let refused = Err(CommandError::NumberInUse(1));
+        let refused = Err(NetworkError::NumberInUse(1).into());
         let event = Event::Done { sequence, result: refused.clone() };
         let told = group.handle_event(router, &mut table, from, event);
         assert_eq!((from, told), (1, Some(Event::Done { sequence: n, result: refused })));
@@ -529,12 +491,12 @@ mod tests {
         let [a, _] = published(&group);
         // Worker 1 would have this port.
         let port = PortId(FIRST_DYNAMIC + DYNAMIC_PORTS);
-        let refused = done(&group, Command::BindAddress { port, ip: a.ip(), mac: None });
-        assert_eq!(refused, Err(CommandError::NoSuchPort(port)));
+        let refused = done(&group, NetworkCommand::BindAddress { port, ip: a.ip(), mac: None });
+        assert_eq!(refused, Err(NetworkError::NoSuchPort(port).into()));
         assert_eq!(place(&group), (0, a));
         let config = PortConfig { addresses: vec![Ipv4Addr::new(10, 0, 0, 1).into()], ..port_config() };
         let refused = done(&group, Command::AddPort { port: PortId(3), config });
-        assert!(matches!(refused, Err(CommandError::AddressInUse(_))));
+        assert!(matches!(refused, Err(CommandError::Network(NetworkError::AddressInUse(_)))));
         let table = group.router.as_ref().unwrap().table();
         assert_eq!((table.addresses.len(), table.ports.len()), (2, 2));
         assert_eq!(table.addresses[&a.ip()], PortId(1));

@@ -99,7 +99,7 @@ impl Net {
         }
     }
 
-    pub fn try_command(&self, command: Command) -> Result<Value, CommandError> {
+    pub fn try_command(&self, command: impl Into<Command>) -> Result<Value, CommandError> {
         let n = self.workers.submit(command).unwrap();
         self.wait("acknowledgement", |e| match e {
             Event::Done { sequence, result } if *sequence == n => Some(result.clone()),
@@ -108,7 +108,7 @@ impl Net {
     }
 
     #[track_caller]
-    pub fn command(&self, command: Command) -> Value {
+    pub fn command(&self, command: impl Into<Command>) -> Value {
         self.try_command(command).unwrap()
     }
 
