@@ -179,6 +179,7 @@ if TYPE_CHECKING:
     from guestnet.runtime.published.forward import Forward as Forward
     from guestnet.runtime.services.service_host import Services as Services
     from guestnet.services.dhcp import DhcpServer as DhcpServer
+    from guestnet.services.dhcp6 import Dhcp6Server as Dhcp6Server
     from guestnet.services.dns import DnsServer as DnsServer
     from guestnet.services.pcp import PcpServer as PcpServer
 
@@ -264,6 +265,7 @@ _HOME = {
     "guestnet.datapath.network_datapath": ("NetworkDatapath",),
     "guestnet.runtime.services.service_host": ("Services",),
     "guestnet.services.dhcp": ("DhcpServer",),
+    "guestnet.services.dhcp6": ("Dhcp6Server",),
     "guestnet.services.dns": ("DnsServer",),
     "guestnet.services.pcp": ("PcpServer",),
     "guestnet.model.stats": (

@@ -55,7 +55,7 @@ def flatten(hint: object) -> list[object]:
 
 
 @pytest.mark.parametrize(
-    "owner", ["NatNetwork", "Services", "Endpoint", "NatEngine", "DhcpServer", "PcpServer"]
+    "owner", ["NatNetwork", "Services", "Endpoint", "NatEngine", "DhcpServer", "Dhcp6Server", "PcpServer"]
 )
 def test_what_public_methods_return_is_public(owner: str) -> None:
     found = returned_by(getattr(guestnet, owner))

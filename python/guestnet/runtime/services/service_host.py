@@ -373,7 +373,7 @@ class ServiceHost:
     def leased6(self, endpoint_id: str) -> list[IPv6Address]:
         """The addresses that DHCPv6 has given to an endpoint."""
         dhcp6 = self._services.made_dhcp6
-        return [] if dhcp6 is None else [one.ip for one in dhcp6.held(endpoint_id)]
+        return [] if dhcp6 is None else dhcp6.addresses_of(endpoint_id)
 
     def _make_dhcp(self) -> None:
         _ = self._services.dhcp

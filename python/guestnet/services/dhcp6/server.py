@@ -163,8 +163,8 @@ class Dhcp6Server:
             for one in self._store.all(now)
         ]
 
-    def held(self, endpoint_id: str) -> list[Lease[IPv6Address]]:
-        """Lists the current leases of an endpoint. From any thread.
+    def addresses_of(self, endpoint_id: str) -> list[IPv6Address]:
+        """Lists the addresses that an endpoint has leased. From any thread.
 
         Args:
             endpoint_id: The endpoint.
@@ -172,7 +172,7 @@ class Dhcp6Server:
         Returns:
             Its guest's, and those of what is bridged behind it.
         """
-        return [one for one in self._store.all(self._clock()) if one.endpoint_id == endpoint_id]
+        return [one.ip for one in self._store.all(self._clock()) if one.endpoint_id == endpoint_id]
 
     def restore(self, leases: Iterable[LeaseRecord]) -> None:
         """Takes over leases of an earlier run, whose endpoints are there again.
