@@ -102,6 +102,24 @@ def test_nobody_else_uses_a_leased_address() -> None:
         until(lambda: network.endpoint_stats()["vm2"].drops.get("spoofed_source"), "the drop")
 
 
+def test_a_flood_of_clients_leaves_others_their_address() -> None:
+    """One guest plays 3000 clients, each with a MAC of its own, as dhcpstarv and flood_dhcpc6 do."""
+    with NatNetwork(NatConfig(subnet6=PREFIX)) as network:
+        network.create_endpoint("vm1", mac=MAC)
+        other = bytes.fromhex("020000000078")
+        network.create_endpoint("vm2", mac=other)
+        flood, client = Client(network, "vm1"), Client(network, "vm2", other)
+        for number in range(3000):
+            flood.mac = b"\x0a\0\0\0" + number.to_bytes(2, "big")
+            flood.address = IPv6Address(bytes.fromhex("fe80000000000000") + bytes(2) + flood.mac)
+            flood.send(wire.REQUEST, wire.server_id(server_of(network)), wire.ia())
+        assert client.take(server_of(network)) == "fd00:6e:0:1::3"
+        leases = [one.endpoint_id for one in network.services.dhcp6.leases()]
+        assert leases.count("vm1") <= 16
+        assert leases.count("vm2") == 1
+        assert sum(network.endpoint_stats()["vm1"].drops.values()) > 1000
+
+
 def test_leases_end_with_their_endpoint_and_their_address_is_free() -> None:
     with NatNetwork(NatConfig(subnet6=PREFIX)) as network:
         events = Events(network)
