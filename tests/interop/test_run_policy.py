@@ -95,3 +95,21 @@ def test_the_audit_log_tells_what_the_command_did(guest: GuestRunner) -> None:
     (flow,) = [line for line in lines if line["event"] == "end" and line.get("name") == "www.example.test"]
     assert flow["shown"] == "www.example.test"
     assert flow["bytes_in"] > len(PAGE)
+
+
+def test_the_capture_says_why_packets_were_refused(guest: GuestRunner) -> None:
+    ours(guest)
+    tshark = need.program("tshark")
+    capture = guest.lab.dir / "denied" / "guest.pcapng"
+    capture.parent.mkdir()
+    capture.parent.chmod(0o777)
+    script = f"curl -sS {URL}; curl -sS http://{SECOND4}/; curl -sS http://second.example.test/; true"
+    guest.check(["sh", "-c", script], "--allow", "www.example.test", "--pcap", str(capture))
+    fields = ["-T", "fields", "-e", "frame.comment", "-e", "tcp.dstport", "-e", "dns.qry.name"]
+    done = guest.lab.run([tshark, "-r", str(capture), "-Y", "frame.comment", *fields])
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    assert ["guestnet: default: policy", "80", ""] in rows, rows
+    assert any(
+        row[0].startswith("guestnet: default: name") and row[2] == "second.example.test" for row in rows
+    )
+    assert not any("www.example.test" in row for row in rows)

@@ -32,6 +32,9 @@ const HELD: usize = 1 << 20;
 const HELD_NS: u64 = 1_000_000_000;
 
 const LINKTYPE_ETHERNET: u16 = 1;
+/// The option with a comment, and the bytes that it has at most.
+const COMMENT: u16 = 1;
+const COMMENT_MAX: usize = 512;
 
 /// Which way a frame went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,6 +61,8 @@ pub(crate) struct Capture {
     /// Blocks of interfaces that are in the chunk at hand.
     described: Vec<u8>,
     snaplen: u32,
+    /// Where the last packet begins, and of which port it is, while it is the last block of the chunk at hand.
+    last: Option<(usize, PortId)>,
     /// Wall clock minus monotonic clock, nanoseconds.
     epoch: u64,
     /// Frames left out.
@@ -101,6 +106,7 @@ impl Capture {
             held_bytes: 0,
             described: Vec::new(),
             snaplen: if snaplen == 0 { SNAPLEN } else { snaplen },
+            last: None,
             epoch: wall.saturating_sub(now.0),
             dropped: 0,
         };
@@ -130,6 +136,7 @@ impl Capture {
             }
             return;
         };
+        self.last = Some((self.chunk.len(), port));
         packet(&mut self.chunk, id, time, way, parts, self.snaplen);
         self.frames += 1;
         if self.chunk.len() >= CHUNK {
@@ -137,9 +144,25 @@ impl Capture {
         }
     }
 
+    /// Comments the frame that was added last, if it is of this port. What has gone to the writer meanwhile, and what is
+    /// held, gets no comment.
+    pub(crate) fn comment(&mut self, port: PortId, text: &str) {
+        let Some((at, _)) = self.last.take().filter(|(_, of)| *of == port) else { return };
+        // The end of the options and the length come again behind the comment.
+        self.chunk.truncate(self.chunk.len().saturating_sub(8));
+        let mut end = text.len().min(COMMENT_MAX);
+        while !text.is_char_boundary(end) {
+            end -= 1;
+        }
+        option(&mut self.chunk, COMMENT, text.as_bytes().get(..end).unwrap_or(&[]));
+        option(&mut self.chunk, 0, &[]);
+        end_block(&mut self.chunk, at);
+    }
+
     /// Describes a port as an interface, and adds what was held of it.
     fn describe(&mut self, port: PortId, name: &str) -> u32 {
         let id = self.interfaces.len() as u32;
+        self.last = None;
         self.interfaces.insert(port, id);
         let at = self.chunk.len();
         interface(&mut self.chunk, name, self.snaplen);
@@ -178,6 +201,7 @@ impl Capture {
     }
 
     fn send_chunk(&mut self) -> bool {
+        self.last = None;
         if self.chunk.is_empty() {
             return true;
         }
@@ -240,6 +264,13 @@ impl Capturing {
         match self {
             Capturing::Own(c) => c.frame(now, port, way, parts),
             Capturing::Shared(s, _) => s.lock().frame(now, port, way, parts),
+        }
+    }
+
+    pub(crate) fn comment(&mut self, port: PortId, text: &str) {
+        match self {
+            Capturing::Own(c) => c.comment(port, text),
+            Capturing::Shared(s, _) => s.lock().comment(port, text),
         }
     }
 
@@ -326,6 +357,11 @@ fn block(b: &mut Vec<u8>, kind: u32, body: impl FnOnce(&mut Vec<u8>)) {
     let at = b.len();
     u32s(b, &[kind, 0]);
     body(b);
+    end_block(b, at);
+}
+
+/// Writes the length of the block at `at`, at both ends.
+fn end_block(b: &mut Vec<u8>, at: usize) {
     let len = (b.len() - at + 4) as u32;
     u32s(b, &[len]);
     if let Some(field) = b.get_mut(at + 4..at + 8) {
@@ -510,6 +546,27 @@ mod tests {
         assert_eq!(kinds, [0x0a0d_0d0a, 1, 6, 1, 6, 6]);
         assert_eq!(&got[2].1[12..25], [5, 0, 0, 0, 7, 0, 0, 0, b'a', b'b', b'c', b'd', b'e']);
         assert_eq!((got[4].1[0], got[5].1[0]), (1, 0));
+    }
+
+    #[test]
+    fn the_last_frame_gets_a_comment_if_it_is_of_the_port() {
+        let (a, b) = UnixStream::pair().unwrap();
+        let mut c = Capture::start(a.into(), 0, Time(7), named(&[(3, "vm1"), (4, "vm2")])).unwrap();
+        c.comment(PortId(3), "nothing was captured");
+        c.frame(Time(8), PortId(3), Direction::FromGuest, &[b"abc"]);
+        c.comment(PortId(3), "guestnet: rule: policy");
+        c.comment(PortId(3), "it has one");
+        c.frame(Time(9), PortId(4), Direction::FromGuest, &[b"defgh"]);
+        c.comment(PortId(3), "another port");
+        c.frame(Time(9), PortId(3), Direction::FromGuest, &[b"x"]);
+        assert!(c.flush(Time(10)));
+        c.comment(PortId(3), "it has gone");
+        let got = written(c, b);
+        let packets: Vec<&Vec<u8>> = got.iter().filter(|(k, _)| *k == 6).map(|(_, b)| b).collect();
+        let comment = b"\x01\0\x16\0guestnet: rule: policy\0\0\0\0\0\0";
+        assert!(packets[0].ends_with(comment), "{:?}", packets[0]);
+        assert_eq!(packets.len(), 3);
+        assert!(packets[1..].iter().all(|p| !p.windows(8).any(|w| w == b"guestnet" || w == b"it has g")));
     }
 
     #[test]

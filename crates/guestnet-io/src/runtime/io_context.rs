@@ -103,6 +103,21 @@ impl IoContext {
         }
     }
 
+    /// The frame that is handled was refused: its capture says why.
+    fn comment(&mut self, event: &effects::Event) {
+        let Some(capture) = &mut self.capture else { return };
+        match event {
+            effects::Event::FlowDenied(d) => {
+                let rule = d.rule.as_deref().unwrap_or("limit");
+                capture.comment(d.port, &format!("guestnet: {rule}: {}", d.reason.name()));
+            }
+            effects::Event::NameDenied(d) => {
+                capture.comment(d.port, &format!("guestnet: {}: {}", d.rule, d.reason));
+            }
+            _ => {}
+        }
+    }
+
     fn capture_out(&mut self, port: PortId, front: &[u8], payload: Range<usize>) {
         if let Some(c) = &mut self.capture {
             let rest = self.scratch.get(payload).unwrap_or(&[]);
@@ -371,6 +386,9 @@ impl Effects for IoContext {
 
     fn event(&mut self, event: effects::Event) -> bool {
         use effects::Event::{FlowClosed, FlowDenied, FlowOpened, NameDenied};
+        if self.capture.is_some() {
+            self.comment(&event);
+        }
         let wanted = match event {
             FlowOpened { .. } | FlowClosed { .. } => self.flow_events,
             FlowDenied(_) | NameDenied(_) => self.denial_events,
