@@ -2,6 +2,7 @@
 //! 0x8000_0000, made like the listener's template, and is told of before anything else of it happens. When
 //! its peer goes, its port goes too. While the control side does not take events, no more guests are taken.
 
+use crate::attachment::arrivals::{Arrivals, Listener, Pace};
 use crate::attachment::dgram::Dgram;
 use crate::attachment::port_set::{Attachment, Leaving, Port};
 use crate::attachment::quota::{Charge, Quota, Resource};
@@ -15,7 +16,7 @@ use crate::os::sys;
 use crate::runtime::shard::Shard;
 use crate::runtime::turn::Turn;
 use guestnet_core::NetworkError;
-use guestnet_core::types::{FrameMeta, PortConfig, PortId, Time};
+use guestnet_core::types::{FrameMeta, PortConfig, PortId};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -25,10 +26,6 @@ const DESCRIPTORS_OF_PEER: u64 = 2;
 pub(crate) const PORTS_MAX: usize = 4096;
 /// Connections taken before others have their turn.
 const ACCEPTS: usize = 16;
-/// Guests of a listener that may come in a second, and at once after a pause. Each is a port that comes and one
-/// that goes, which the control side has to hear of.
-const ARRIVALS_PER_SECOND: u64 = 500;
-const ARRIVALS_AT_ONCE: u64 = 256;
 /// How often it is looked for guests of a datagram listener that are gone, in nanoseconds, and up to how many guests
 /// each time that one comes.
 const LOOK_FOR_GONE: u64 = 100_000_000;
@@ -37,62 +34,6 @@ const FEW: usize = 16;
 pub(crate) const FLOWS_AT_ONCE: usize = 1024;
 /// Flows of one step.
 const STEP: usize = 16;
-
-/// Where guests arrive.
-pub(crate) struct Listener {
-    pub number: u32,
-    template: PortConfig,
-    pub kind: Arrivals,
-    /// Its guests, all together, and what they hold.
-    front_ends: Arc<FrontEnds>,
-    pace: Pace,
-}
-
-/// How many guests may come.
-#[derive(Debug, Clone, Copy)]
-struct Pace {
-    /// When the allowance was last counted, and how much of it there was, in guests times a thousand.
-    at: Time,
-    left: u64,
-    looked_for_gone: Time,
-}
-
-impl Pace {
-    fn new(now: Time) -> Pace {
-        Pace { at: now, left: ARRIVALS_AT_ONCE * 1000, looked_for_gone: Time(0) }
-    }
-
-    /// Whether one more may come now.
-    fn allows(&mut self, now: Time) -> bool {
-        let more = now.since(self.at) / 1_000_000 * ARRIVALS_PER_SECOND;
-        if more > 0 {
-            self.left = (self.left + more).min(ARRIVALS_AT_ONCE * 1000);
-            self.at = now;
-        }
-        let allowed = self.left >= 1000;
-        if allowed {
-            self.left -= 1000;
-        }
-        allowed
-    }
-}
-
-/// How they arrive.
-pub(crate) enum Arrivals {
-    /// Connections, and what they carry.
-    Connections { fd: OwnedFd, encapsulation: Encapsulation },
-    /// Datagrams on one socket.
-    Datagrams(Unixgram),
-}
-
-impl Listener {
-    fn fd(&self) -> &OwnedFd {
-        match &self.kind {
-            Arrivals::Connections { fd, .. } => fd,
-            Arrivals::Datagrams(u) => &u.fd,
-        }
-    }
-}
 
 fn bad(message: &str) -> CommandError {
     CommandError::BadDescriptor(message.into())

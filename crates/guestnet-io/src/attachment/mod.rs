@@ -3,6 +3,7 @@
 //! frames to the guest as parts. TAP writes at once; sockets queue and are flushed at the end of the batch,
 //! many frames a call. [`port_set`] holds the attachments and does in software what one of them cannot.
 
+pub(crate) mod arrivals;
 pub(crate) mod dgram;
 pub(crate) mod listener;
 pub(crate) mod port_set;

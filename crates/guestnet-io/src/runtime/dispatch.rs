@@ -7,6 +7,7 @@ use crate::attachment::stream::{self, Filled};
 use crate::os::epoll::{Kind, Ready, Token};
 use crate::os::sys;
 use crate::runtime::shard::Shard;
+use crate::runtime::shard_links::Item;
 use crate::runtime::stats::IoCounters;
 use crate::runtime::turn::Turn;
 use crate::uplink::error_queue;
@@ -16,6 +17,7 @@ use crate::uplink::sockets::{Sock, SockKind};
 use crate::uplink::tcp::trace;
 use crate::uplink::udp::{self, Inbox};
 use guestnet_core::effects::{Close, Effects};
+use guestnet_core::shard::PeerUpdate;
 use guestnet_core::types::{FlowId, FrameMeta, PortId, SockId};
 use guestnet_wire::gro::Run;
 use std::net::SocketAddr;
@@ -26,6 +28,10 @@ use std::os::fd::OwnedFd;
 const ACCEPTS: usize = 64;
 /// Calls that receive datagrams before others have their turn.
 const RECEIVES: usize = 4;
+/// Items of another worker that are taken at once.
+const PEER_BATCH: usize = 16;
+/// Bytes of frames from one worker before others have their turn.
+const PEER_BATCH_BYTES: usize = 512 << 10;
 const HUNG_UP: i32 = libc::EPOLLHUP | libc::EPOLLERR;
 
 impl Shard {
@@ -41,6 +47,42 @@ impl Shard {
             Kind::Tun => self.on_tun(),
             Kind::Worker | Kind::Shard => self.worker_called = true,
         }
+    }
+
+    // ---- other workers ------------------------------------------------------------------------------
+
+    /// Does what other workers sent; false when there was nothing.
+    pub(crate) fn receive_from_shards(&mut self) -> bool {
+        let mut any = false;
+        let mut items = [Item::PeerUpdate(PeerUpdate::PortDown { port: PortId(0) }); PEER_BATCH];
+        for from in 0..self.io.links.as_ref().map_or(0, |p| p.count()) {
+            let mut bytes = 0;
+            while bytes < PEER_BATCH_BYTES {
+                let Some(p) = &mut self.io.links else { break };
+                let n = p.take(from, &mut items);
+                let Some(pool) = p.pool_of(from).filter(|_| n > 0) else { break };
+                any = true;
+                for item in items.iter().take(n) {
+                    match *item {
+                        Item::PeerUpdate(update) => {
+                            self.core.peer_update(self.now, from as u16, update, &mut self.io);
+                        }
+                        Item::Frame { port, buffer, meta } => {
+                            if let Ok(frame) = pool.borrow(buffer) {
+                                bytes += frame.len();
+                                self.core.peer_frame(self.now, port, &frame, meta, &mut self.io);
+                            }
+                            // It came with the ring, so it is ours to free.
+                            let _freed = pool.free(buffer);
+                        }
+                    }
+                }
+                if n < PEER_BATCH {
+                    break;
+                }
+            }
+        }
+        any
     }
 
     // ---- attachments --------------------------------------------------------------------------------

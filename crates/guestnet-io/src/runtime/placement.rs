@@ -6,40 +6,12 @@
 //! network asks for more workers. After a fork, the child has a copy of the parent's runtimes but none of their threads:
 //! it gets a new runtime of its own, and the copies are refused.
 
-use crate::runtime::config::{WORKERS_MAX, WorkerConfig};
-use crate::runtime::shard_handle::NewShard;
+use crate::runtime::config::WORKERS_MAX;
+use crate::runtime::error::{IoError, system};
+use crate::runtime::new_shard::NewShard;
 use crate::runtime::worker::{self, Mailbox};
-use crate::runtime::worker_group::{self, WorkerGroup};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-
-/// A network could not start.
-#[derive(Debug, thiserror::Error)]
-pub enum IoError {
-    /// The system has no descriptor, memory or thread for it.
-    #[error("the worker cannot start: {what}: {}", crate::os::sys::error_text(source))]
-    System {
-        /// What was tried.
-        what: &'static str,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// A network asks for more threads than its runtime has.
-    #[error("the network asks for {wanted} workers, and its runtime has {workers}")]
-    TooFewWorkers {
-        /// Workers of the network.
-        wanted: usize,
-        /// Workers of the runtime.
-        workers: usize,
-    },
-    /// The runtime is a copy that a fork made.
-    #[error("the runtime belongs to the process that this one was forked from")]
-    Forked,
-}
-
-pub(crate) fn system(what: &'static str) -> impl Fn(i32) -> IoError {
-    move |errno| IoError::System { what, source: std::io::Error::from_raw_os_error(errno) }
-}
 
 /// Packet threads that networks share.
 #[derive(Clone)]
@@ -129,14 +101,6 @@ impl Runtime {
         let threads = self.shared.threads();
         let running = threads.iter().filter(|t| t.running.is_some()).count();
         (running, threads.iter().map(|t| t.networks).sum())
-    }
-
-    /// Starts a network on this runtime: see [`crate::runtime::worker_group::spawn`].
-    ///
-    /// # Errors
-    /// [`IoError`].
-    pub fn spawn(&self, config: WorkerConfig) -> Result<WorkerGroup, IoError> {
-        worker_group::spawn_on(self, config)
     }
 
     /// Places for the `n` workers of a network, on threads with the fewest networks.

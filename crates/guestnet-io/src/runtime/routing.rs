@@ -10,7 +10,7 @@ use crate::control::event::Event;
 use crate::os::epoll::{Kind, Poller, Token};
 use crate::os::sys;
 use crate::runtime::config::{DYNAMIC_PORTS, FIRST_DYNAMIC, FLOWS_MAX};
-use crate::runtime::placement::{IoError, system};
+use crate::runtime::error::{IoError, system};
 use crate::runtime::shard_handle::ShardHandle;
 use guestnet_core::NetworkCommand;
 use guestnet_core::config::{FlowInfo, ForwardSpec};

@@ -8,7 +8,7 @@
 //!   list of ready ones, and the next turn goes on with them.
 //! - A shard ends in steps ([`Shard::end_step`]), so that others on the thread do not wait for it.
 
-use crate::attachment::listener::Listener;
+use crate::attachment::arrivals::Listener;
 use crate::attachment::quota::{Charge, Resource};
 use crate::attachment::vhost_user;
 use crate::control::capture::Closing;

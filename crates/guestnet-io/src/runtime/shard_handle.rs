@@ -1,22 +1,22 @@
-//! Theory of operation: the control side's half of a [`Shard`]: the ends of its queues, its counters, and how it is
-//! stopped. A shard is made of a [`NewShard`], which travels to its worker; the worker's half holds a [`Presence`], whose
+//! Theory of operation: the control side's half of a [`crate::runtime::shard::Shard`]: the ends of its queues, its
+//! counters, and how it is stopped. A shard is made of a [`NewShard`], which travels to its worker; the worker's half holds a [`Presence`], whose
 //! end is what [`ShardHandle::stop`] waits for.
 
 use crate::attachment::quota::{Pool, Quota, Resource};
 use crate::control::command::{self, Command, CommandSender, QueueFull, Queued, Waker};
-use crate::control::event::{self, Event, EventReceiver, EventSender, EventSignal};
+use crate::control::event::{self, Event, EventReceiver, EventSender};
 use crate::os::epoll::{Kind, Poller, Token};
 use crate::os::sys;
 use crate::runtime::config::{FLOWS_MAX, WorkerConfig};
-use crate::runtime::io_context::IoContext;
-use crate::runtime::placement::{IoError, Place, Runtime, system};
-use crate::runtime::shard::Shard;
+use crate::runtime::error::{IoError, system};
+use crate::runtime::new_shard::{Life, NewShard, Presence};
+use crate::runtime::placement::{Place, Runtime};
 use crate::runtime::shard_links::{self, ShardLinks, WorkerHandle};
 use crate::runtime::stats::{Published, StatsSnapshot};
 use guestnet_core::config::Limits;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Descriptors reported at once.
 const READY_MAX: usize = 256;
@@ -32,62 +32,6 @@ pub(crate) struct ShardHandle {
     place: Mutex<Option<Place>>,
     /// The process that has the thread.
     process: u32,
-}
-
-/// Whether a shard runs.
-#[derive(Default)]
-struct Life {
-    failed_or_ended: AtomicBool,
-    ended: Mutex<bool>,
-    changed: Condvar,
-}
-
-/// A shard exists as long as this does.
-pub(crate) struct Presence {
-    life: Arc<Life>,
-    events: EventSignal,
-}
-
-impl Presence {
-    /// It does not work any more, or is about to end.
-    pub(crate) fn unhealthy(&self) {
-        self.life.failed_or_ended.store(true, Ordering::SeqCst);
-    }
-}
-
-impl Drop for Presence {
-    fn drop(&mut self) {
-        self.unhealthy();
-        *self.life.ended.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        self.life.changed.notify_all();
-        self.events.signal();
-    }
-}
-
-/// What a shard is made of, on the way to its worker.
-pub(crate) struct NewShard {
-    config: WorkerConfig,
-    quota: Arc<Quota>,
-    poller: Poller,
-    waker: Arc<Waker>,
-    events: EventSender,
-    queue: rtrb::Consumer<Queued>,
-    links: Option<Box<ShardLinks>>,
-    published: Arc<Published>,
-    stop: Arc<AtomicBool>,
-    presence: Presence,
-}
-
-impl NewShard {
-    /// The shard, on the thread that it is to be on.
-    pub(crate) fn build(self) -> (Box<Shard>, Presence) {
-        let NewShard { config, quota, poller, waker, events, queue, links, published, stop, presence } = self;
-        let mut io = IoContext::new(poller, events, quota);
-        io.links = links;
-        io.port_names = config.port_names.clone();
-        io.socks.source = config.source.clone();
-        (Box::new(Shard::new(config, io, queue, waker, published, stop)), presence)
-    }
 }
 
 /// The two halves of a shard, apart from where it is to be.

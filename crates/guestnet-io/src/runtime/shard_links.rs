@@ -8,7 +8,6 @@ use crate::attachment::FRAME_MAX;
 use crate::control::command::{Command, CommandSender, Waker};
 use crate::memory::pool::PacketPool;
 use crate::memory::ring::{Consumer, Producer, Ring};
-use crate::runtime::shard::Shard;
 use crate::runtime::wake_flag::WakeFlag;
 use guestnet_core::effects::TxError;
 use guestnet_core::shard::PeerUpdate;
@@ -23,11 +22,6 @@ const RING: usize = 1024;
 const FRAMES: usize = 256;
 /// Buffers of one worker's pool at most. They take memory only once they were used.
 const BUFFERS_MAX: usize = 2048;
-/// Items taken at once.
-const BATCH: usize = 16;
-/// Bytes of frames from one worker before others have their turn.
-const BATCH_BYTES: usize = 512 << 10;
-
 /// What is in a ring.
 #[derive(Clone, Copy)]
 pub(crate) enum Item {
@@ -238,42 +232,6 @@ impl ShardLinks {
             out.waker.wake();
         }
         sent
-    }
-}
-
-impl Shard {
-    /// Does what other workers sent; false when there was nothing.
-    pub(crate) fn receive_from_shards(&mut self) -> bool {
-        let mut any = false;
-        let mut items = [Item::PeerUpdate(PeerUpdate::PortDown { port: PortId(0) }); BATCH];
-        for from in 0..self.io.links.as_ref().map_or(0, |p| p.count()) {
-            let mut bytes = 0;
-            while bytes < BATCH_BYTES {
-                let Some(p) = &mut self.io.links else { break };
-                let n = p.take(from, &mut items);
-                let Some(pool) = p.pool_of(from).filter(|_| n > 0) else { break };
-                any = true;
-                for item in items.iter().take(n) {
-                    match *item {
-                        Item::PeerUpdate(update) => {
-                            self.core.peer_update(self.now, from as u16, update, &mut self.io);
-                        }
-                        Item::Frame { port, buffer, meta } => {
-                            if let Ok(frame) = pool.borrow(buffer) {
-                                bytes += frame.len();
-                                self.core.peer_frame(self.now, port, &frame, meta, &mut self.io);
-                            }
-                            // It came with the ring, so it is ours to free.
-                            let _freed = pool.free(buffer);
-                        }
-                    }
-                }
-                if n < BATCH {
-                    break;
-                }
-            }
-        }
-        any
     }
 }
 

@@ -13,7 +13,8 @@ use crate::control::event::Event;
 use crate::control::port_names::PortNames;
 use crate::os::sys;
 use crate::runtime::config::{FIRST_DYNAMIC, WORKERS_MAX, WorkerConfig};
-use crate::runtime::placement::{IoError, Runtime};
+use crate::runtime::error::IoError;
+use crate::runtime::placement::Runtime;
 use crate::runtime::routing::{PendingCommand, Router, RoutingTable, Then, merge_results, numbered};
 use crate::runtime::shard_handle::{self, ShardHandle};
 use crate::runtime::shard_links;
@@ -50,6 +51,16 @@ pub(crate) fn spawn_on(runtime: &Runtime, config: WorkerConfig) -> Result<Worker
     let shards = shard_handle::start(runtime, config, &loads)?;
     let router = if n > 1 { Some(Router::new(&shards, loads)?) } else { None };
     Ok(WorkerGroup { shards, router, port_names })
+}
+
+impl Runtime {
+    /// Starts a network on this runtime: see [`spawn`].
+    ///
+    /// # Errors
+    /// [`IoError`].
+    pub fn spawn(&self, config: WorkerConfig) -> Result<WorkerGroup, IoError> {
+        spawn_on(self, config)
+    }
 }
 
 impl WorkerGroup {
