@@ -8,7 +8,7 @@ mod common;
 mod net;
 
 use guestnet_core::config::{DatagramError, ForwardSpec};
-use guestnet_core::effects::{Close, SockError};
+use guestnet_core::effects::{Close, Event, SockError};
 use guestnet_core::stats::DropReason;
 use guestnet_core::types::{ForwardId, PortId, SockId};
 use guestnet_wire::arp;
@@ -330,4 +330,18 @@ fn few_connections_are_not_measured() {
     for sock in stuck(&mut n, A, 10_000, 16, 6 << 20) {
         assert!(!n.fx.sock(sock).tight);
     }
+}
+
+#[test]
+fn a_connection_that_ends_says_how_many_segments_it_had() {
+    let mut n = Net::new();
+    let (_, sock) = n.open_tcp(A, 4000, X1);
+    for _ in 0..3 {
+        n.segment(A, 4000, X1, 1001, n.isn.wrapping_add(1), flags::ACK);
+    }
+    n.segment(A, 4000, X1, 1001, n.isn.wrapping_add(1), flags::RST);
+    assert_eq!(n.fx.sock(sock).closed, Some(Close::Reset));
+    // SYN, the ACK of the handshake, three ACKs and the reset; the SYN-ACK.
+    let closed = |e: &Event| matches!(e, Event::FlowClosed { packets_out: Some(6), packets_in: Some(1), .. });
+    assert_eq!(n.events(closed), 1, "{:?}", n.fx.events);
 }

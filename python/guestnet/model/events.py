@@ -211,9 +211,10 @@ class FlowClosed(FlowEvent):
     bytes_in: int
     """Payload to the guest."""
     packets_out: int | None = None
-    """Datagrams from the guest; None for TCP and for flows that are translated."""
+    """Datagrams or segments from the guest, a large one that is cut later counted once; None for flows that
+    are translated."""
     packets_in: int | None = None
-    """Datagrams to the guest."""
+    """Datagrams or segments to the guest."""
     rule: str | None = None
     """The label of the rule that allowed it; None when the rules have changed since."""
     name: str | None = None

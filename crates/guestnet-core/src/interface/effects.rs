@@ -152,9 +152,10 @@ pub enum Event {
         bytes_out: u64,
         /// Bytes of payload to the guest.
         bytes_in: u64,
-        /// Datagrams from the guest; `None` where they are not counted.
+        /// Datagrams or segments from the guest, one that is segmented later counts once; `None` where they are not
+        /// counted.
         packets_out: Option<u32>,
-        /// Datagrams to the guest.
+        /// Datagrams or segments to the guest.
         packets_in: Option<u32>,
         /// The label of the rule that allowed it; `None` when the rules have changed since.
         rule: Option<Arc<str>>,

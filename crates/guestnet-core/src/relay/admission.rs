@@ -130,7 +130,7 @@ impl Relay {
         self.wheel.cancel(index);
         let Some(mut f) = self.flows.remove(index) else { return };
         let (mut bytes_out, mut bytes_in) = (f.bytes_out, f.bytes_in);
-        let (mut packets_out, mut packets_in) = (Some(f.packets_out), Some(f.packets_in));
+        let (packets_out, packets_in) = (Some(f.packets_out), Some(f.packets_in));
         if let Some(guest) = self.guests.get_mut(slot) {
             guest.flows = guest.flows.saturating_sub(1);
             if let State::Tcp(tcb) = &mut f.state {
@@ -138,8 +138,6 @@ impl Relay {
                 let held = tcb.note_memory(0);
                 self.book_memory(slot, held, 0);
                 (bytes_out, bytes_in) = tcb.totals();
-                // Segments are not counted.
-                (packets_out, packets_in) = (None, None);
             }
         }
         if let State::Forwarded { forward, client, .. } = f.state {

@@ -9,7 +9,7 @@ use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, FrameMeta, IpFields, PortId, Target, Time};
 use crate::l2::lan::Sender;
 use crate::l3::gateway::Refusal;
-use crate::policy::shaping::{Allowance, Way};
+use crate::policy::shaping::{Allowance, Owner, Shaping, Way};
 use crate::policy::{Direction, RuleId};
 use crate::relay::Relay;
 use crate::relay::errors::{connect_failed, icmp_for};
@@ -32,6 +32,28 @@ const DEFAULT_MSS6: u16 = 1220;
 
 /// Flows that waited for a limit and are called before other work has its turn.
 const CALLED_MOST: usize = 64;
+
+/// What a flow may carry in a call.
+#[cold]
+#[inline(never)]
+fn allowed(shaping: &mut Shaping, now: Time, owner: Owner, called: Option<Way>, tcb: &mut Tcb) -> Allowance {
+    let allowance = shaping.allowance(now, owner, called);
+    tcb.set_window_most(allowance.window);
+    allowance
+}
+
+/// Charges what a flow has carried, of what it had and has, and puts it in a queue where a limit stopped it.
+#[cold]
+#[inline(never)]
+fn settle(shaping: &mut Shaping, now: Time, owner: Owner, had: Allowance, has: Allowance, tcb: &mut Tcb) {
+    let used = |had: u32, has: u32| u64::from(had.saturating_sub(has));
+    shaping.charge(now, owner, used(had.up, has.up), used(had.down, has.down));
+    for way in [Way::Up, Way::Down] {
+        if tcb.enters_queue(way) {
+            shaping.wait(now, owner, tcb.id(), way);
+        }
+    }
+}
 
 impl Relay {
     /// Relays a TCP segment of a guest.
@@ -57,6 +79,7 @@ impl Relay {
             if let Some(f) = self.flows.at_mut(index) {
                 f.mac = from.mac;
                 f.last = cx.link.now;
+                f.packets_out = f.packets_out.saturating_add(1);
                 if p.payload_len() >= TURN_SHORT as usize / 2
                     && let State::Tcp(tcb) = &mut f.state
                 {
@@ -137,7 +160,8 @@ impl Relay {
         }
         let admitted = cx.policy.generation();
         let state = State::Tcp(Box::new(tcb));
-        let flow = Flow::new(key, from.mac, Direction::Outbound, admitted, now, state).by(rule);
+        let mut flow = Flow::new(key, from.mac, Direction::Outbound, admitted, now, state).by(rule);
+        flow.packets_out = 1;
         let id = self.open_flow(cx, flow, inspect);
         self.wake_tcp(now, id.index);
         Ok(())
@@ -209,14 +233,13 @@ impl Relay {
             gso_max: config.gso_max,
         };
         let State::Tcp(tcb) = &mut flow.state else { return None };
-        let before = counters.tx_bytes;
-        let called = std::mem::take(&mut self.called);
+        let (before, frames) = (counters.tx_bytes, counters.tx_frames);
         let limited = cx.policy.shaping.is_active();
         let mut allowance = Allowance::ALL;
         if limited {
+            let called = std::mem::take(&mut self.called);
             let owner = cx.policy.owner(port, flow.key.slot, flow.rule);
-            allowance = cx.policy.shaping.allowance(now, owner, called);
-            tcb.set_window_most(allowance.window);
+            allowance = allowed(&mut cx.policy.shaping, now, owner, called, tcb);
         }
         let turn = if tcb.is_bulk(now) { self.turns.left(now, index) } else { TURN_SHORT };
         let budget = &mut guest.budget;
@@ -224,17 +247,12 @@ impl Relay {
         let mut context = Ctx { now, fx, counters, path: &path, budget, turn, allowance };
         let fate = f(tcb, &mut context);
         if limited {
-            let used = |had: u32, has: u32| u64::from(had.saturating_sub(has));
-            let (up, down) =
-                (used(allowance.up, context.allowance.up), used(allowance.down, context.allowance.down));
+            let (had, has) = (allowance, context.allowance);
             let owner = cx.policy.owner(port, flow.key.slot, flow.rule);
-            cx.policy.shaping.charge(now, owner, up, down);
-            for way in [Way::Up, Way::Down] {
-                if tcb.enters_queue(way) {
-                    cx.policy.shaping.wait(now, owner, tcb.id(), way);
-                }
-            }
+            settle(&mut cx.policy.shaping, now, owner, had, has, tcb);
         }
+        let sent = context.counters.tx_frames.wrapping_sub(frames);
+        flow.packets_in = flow.packets_in.saturating_add(sent as u32);
         let bulk = tcb.is_bulk(now);
         if bulk {
             self.turns.sent(counters.tx_bytes.wrapping_sub(before));

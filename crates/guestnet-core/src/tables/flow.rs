@@ -151,9 +151,9 @@ pub struct Flow {
     pub bytes_out: u64,
     /// Payload to the guest.
     pub bytes_in: u64,
-    /// Datagrams from the guest, stops at the maximum.
+    /// Datagrams or segments from the guest, stops at the maximum.
     pub packets_out: u32,
-    /// Datagrams to the guest, stops at the maximum.
+    /// Datagrams or segments to the guest, stops at the maximum.
     pub packets_in: u32,
     /// What differs by kind.
     pub state: State,
