@@ -1,4 +1,4 @@
-//! Commands of the control side: each variant of [`NetworkCommand`] and the call that does it.
+//! Theory of operation: commands of the control side: each variant of [`NetworkCommand`] and the call that does it.
 
 use super::Network;
 use crate::interface::command::{NetworkCommand, NetworkError, Outcome, Value};

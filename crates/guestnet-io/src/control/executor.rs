@@ -20,7 +20,7 @@ use crate::runtime::shard::Shard;
 use crate::uplink::forward::{ForwardParts, Listening, Origins};
 use crate::uplink::sockets::{Sock, SockKind};
 use crate::uplink::tun::Tun;
-use crate::uplink::{tcp, udp};
+use crate::uplink::{options, tcp};
 use guestnet_core::NetworkError;
 use guestnet_core::command::Outcome;
 use guestnet_core::config::ForwardSpec;
@@ -318,7 +318,7 @@ impl Shard {
     }
 
     fn publish_udp(&mut self, forward: ForwardId, fd: OwnedFd) -> Result<(), i32> {
-        udp::set_gro(&fd);
+        options::set_gro(&fd);
         let origins = Origins::new(&fd);
         let sock = Sock { fd, flow: None, kind: SockKind::Forward { forward, origins, enlarged: false } };
         let id = self.io.socks.add(&self.io.poller, &mut self.io.counters, sock, libc::EPOLLIN)?;

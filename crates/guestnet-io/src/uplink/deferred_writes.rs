@@ -5,14 +5,14 @@
 //! connection that is closed in order and still has some lingers until it is gone; where too many do, it is
 //! reset: a part must not look like the whole.
 
+use super::deferred_queue::Place;
 use super::sockets::{Sock, SockKind, Socks};
 use super::tcp::TcpSock;
-use crate::os::io_uring::{Batch, OPS_MAX, SMALL};
+use crate::os::io_uring::{Batch, SMALL};
 use crate::os::sys;
 use crate::runtime::stats::IoCounters;
 use guestnet_core::effects::{Close, SockError};
 use guestnet_core::types::{SockId, Time};
-use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 
 /// Bytes of one connection that are put off.
@@ -20,34 +20,6 @@ const WAITING_MAX: usize = 2 * SMALL;
 /// Connections that linger at most, and how long, in seconds.
 const LINGER_MAX: usize = 256;
 const LINGER_S: u64 = 60;
-
-/// A slot and its generation, which says whether its socket is still the same.
-type Place = (u32, u32);
-
-/// What waits for the end of the batch.
-#[derive(Default)]
-pub(crate) struct DeferredWrites {
-    /// Putting off is worth it.
-    pub on: bool,
-    sends: Vec<Place>,
-    closes: Vec<OwnedFd>,
-    /// Connections that linger, the oldest first, and until when.
-    lingering: VecDeque<(Place, Time)>,
-}
-
-impl DeferredWrites {
-    pub(crate) fn is_empty(&self) -> bool {
-        self.sends.is_empty() && self.closes.is_empty()
-    }
-
-    /// Closes a descriptor, at the end of the batch where that is worth it.
-    pub(crate) fn close(&mut self, fd: OwnedFd) {
-        // Bounded, since a descriptor that waits counts as none.
-        if self.on && self.closes.len() < OPS_MAX {
-            self.closes.push(fd);
-        }
-    }
-}
 
 /// What a run did, in the order of its operations.
 pub(crate) enum Done {
@@ -273,6 +245,7 @@ mod tests {
     use super::*;
     use crate::attachment::quota::{Pool, Quota};
     use crate::os::epoll::Poller;
+    use crate::os::io_uring::OPS_MAX;
     use crate::os::io_uring::Submitter;
     use guestnet_core::types::{FlowId, IpFields, Target};
     use std::io::Read;

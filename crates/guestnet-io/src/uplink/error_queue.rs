@@ -6,53 +6,18 @@
 // recvmsg takes raw pointers.
 #![allow(unsafe_code)]
 
+use super::queued_error::QueuedError;
 use super::sockets::{Sock, SockKind};
 use crate::os::cmsg::{self, Control};
 use crate::os::sockaddr::RawAddr;
 use crate::os::sys;
-use guestnet_core::config::DatagramError;
 use guestnet_core::effects::SockError;
-use guestnet_core::types::FlowId;
 use std::mem::size_of;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 
 /// Errors read at once; more are left for the next round.
 const BATCH: usize = 64;
-
-/// An error for the core.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct QueuedError {
-    pub flow: FlowId,
-    pub kind: SockError,
-    pub offender: Option<IpAddr>,
-    pub icmp: (u8, u8),
-    pub mtu: u16,
-    pub dst: SocketAddr,
-    pub seq: u16,
-    pub payload: Vec<u8>,
-}
-
-impl QueuedError {
-    /// One that arose on this host.
-    pub(crate) fn local(flow: FlowId, kind: SockError, dst: SocketAddr, payload: &[u8]) -> QueuedError {
-        let mtu = if let SockError::MessageTooBig(mtu) = kind { mtu } else { 0 };
-        QueuedError { flow, kind, offender: None, icmp: (0, 0), mtu, dst, seq: 0, payload: payload.to_vec() }
-    }
-
-    pub(crate) fn as_core(&self) -> DatagramError<'_> {
-        DatagramError {
-            kind: self.kind,
-            offender: self.offender,
-            icmp_type: self.icmp.0,
-            icmp_code: self.icmp.1,
-            mtu: self.mtu,
-            dst: self.dst,
-            seq: self.seq,
-            payload: &self.payload,
-        }
-    }
-}
 
 /// Reads the error queue of a socket. Returns the MTU that a local "too big" told of, 0 for none.
 pub(crate) fn drain(sock: &Sock, out: &mut Vec<QueuedError>) -> u16 {

@@ -5,11 +5,14 @@
 //! sockets leave from, if the owner has chosen. Where there is the privilege to make one, [`tun`] is a device that
 //! whole packets leave through instead.
 
+mod deferred_queue;
 pub(crate) mod deferred_writes;
 pub(crate) mod error_queue;
 pub(crate) mod forward;
 pub(crate) mod local_stream;
+pub(crate) mod options;
 pub(crate) mod ping;
+mod queued_error;
 pub(crate) mod sockets;
 pub(crate) mod source;
 pub(crate) mod tcp;

@@ -7,7 +7,7 @@
 #![allow(unsafe_code)]
 
 use super::sockets::{Sock, SockKind, Socks};
-use super::{error_queue, udp};
+use super::{error_queue, options};
 use crate::os::cmsg::{self, Control};
 use crate::os::epoll::Poller;
 use crate::os::sockaddr::RawAddr;
@@ -70,7 +70,7 @@ impl Socks {
             }
         };
         self.source.bind(&fd, like)?;
-        udp::set_recverr(&fd, v6);
+        options::set_recverr(&fd, v6);
         let (level, name) = if v6 {
             (libc::IPPROTO_IPV6, libc::IPV6_RECVHOPLIMIT)
         } else {
@@ -95,11 +95,11 @@ impl Socks {
             return Err(SockError::Reset);
         };
         if *df != Some(dont_fragment) {
-            udp::set_df(fd, *v6, dont_fragment);
+            options::set_df(fd, *v6, dont_fragment);
             *df = Some(dont_fragment);
         }
         if *now != ttl {
-            udp::set_ttl(fd, *v6, ttl);
+            options::set_ttl(fd, *v6, ttl);
             *now = ttl;
         }
         let mut packet = Vec::with_capacity(HEADER + body.len());

@@ -2,10 +2,10 @@
 //! besides plain readiness. Outcomes and errors that come up in the middle of a call into the core wait here
 //! until the worker hands them over.
 
-use super::deferred_writes::DeferredWrites;
-use super::error_queue::QueuedError;
+use super::deferred_queue::DeferredWrites;
 use super::forward::Origins;
 use super::local_stream::LocalStreams;
+use super::queued_error::QueuedError;
 use super::source::Source;
 use super::tcp::{Buffers, TcpSock};
 use super::udp::{UdpOut, UdpSock};

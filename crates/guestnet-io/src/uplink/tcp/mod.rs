@@ -6,7 +6,9 @@
 //! them readable.
 
 mod peek;
+mod record;
 
+use super::options;
 use super::sockets::{Sock, SockKind, Socks};
 use crate::os::epoll::Poller;
 use crate::os::sockaddr::RawAddr;
@@ -16,6 +18,8 @@ use guestnet_core::effects::{Peek, Peer, SockError};
 use guestnet_core::types::{FlowId, IpFields, PortId, SockId, Target};
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
+
+pub(crate) use record::{Buffers, TcpSock, host_ttl, probe_peek_off, usual_buffers};
 
 /// Bytes of one read outright.
 const READ_MAX: usize = 65536;
@@ -30,59 +34,6 @@ const KEEP_COUNT_MAX: i32 = 127;
 const SEGMENT_MIN: usize = 536;
 
 const WATCHED: i32 = libc::EPOLLIN | libc::EPOLLOUT | libc::EPOLLRDHUP | libc::EPOLLPRI | libc::EPOLLET;
-
-/// State of one connection.
-#[derive(Debug, Default)]
-pub(crate) struct TcpSock {
-    /// The outcome of the connect is not known yet.
-    pub connecting: bool,
-    /// A send fell short, and the core waits to hear of room.
-    pub wants_write: bool,
-    /// The peer closed its side in order: all that it ever sends is in the queue.
-    pub ended: bool,
-    /// It sent urgent data, at which the kernel ends a read.
-    pub urgent: bool,
-    /// Errors of the connect are read with who sent them (IP_RECVERR).
-    pub traced: bool,
-    /// Keep-alive probes can be sent.
-    probed: bool,
-    /// The last read was a large one.
-    bulk: bool,
-    /// Something was sent.
-    spoken: bool,
-    /// Nagle's algorithm is off.
-    no_delay: bool,
-    /// Taken from the core, and not yet by the kernel.
-    pub waiting: Vec<u8>,
-    /// It is in the list of what goes at the end of the batch.
-    pub deferred: bool,
-    /// The core said the end, which goes when nothing waits any more.
-    pub ends: bool,
-    /// The core has closed it, and something still waits.
-    pub lingers: bool,
-    /// What was put off could not be sent: the core is to hear of it.
-    pub broken: Option<SockError>,
-    /// Read and not yet thrown away; the kernel's queue goes on behind it.
-    kept: Vec<u8>,
-    /// Where the kernel peeks next; `None` while SO_PEEK_OFF was never set.
-    offset: Option<usize>,
-    /// A unix socket to a service: what is thrown away must be read, MSG_TRUNC is TCP's.
-    unix: bool,
-}
-
-/// True when the kernel can peek at an offset of a TCP socket.
-pub(crate) fn probe_peek_off() -> bool {
-    sys::socket(libc::AF_INET, libc::SOCK_STREAM, 0)
-        .and_then(|s| sys::set_opt(&s, libc::SOL_SOCKET, libc::SO_PEEK_OFF, 0))
-        .is_ok()
-}
-
-/// The TTL that the host gives its packets.
-pub(crate) fn host_ttl() -> u8 {
-    let ttl = sys::socket(libc::AF_INET, libc::SOCK_STREAM, 0)
-        .and_then(|s| sys::get_opt(&s, libc::IPPROTO_IP, libc::IP_TTL));
-    ttl.ok().and_then(|t| u8::try_from(t).ok()).unwrap_or(64)
-}
 
 /// What a listening socket of a published port is set to; its connections inherit it. Relayed segments were
 /// already gathered by the guest's stack; urgent data stays among the rest, with a mark. Neither is worth
@@ -129,7 +80,7 @@ impl Socks {
             let _best_effort = sys::set_opt(&fd, libc::SOL_SOCKET, libc::SO_OOBINLINE, 1);
             // A guest's TTL matters when it is small (traceroute); the host's own will do for another's.
             if ip.ttl.saturating_add(1) < self.ttl {
-                super::udp::set_ttl(&fd, family == libc::AF_INET6, ip.ttl);
+                options::set_ttl(&fd, family == libc::AF_INET6, ip.ttl);
                 traced = trace(&fd, family, true);
             }
             if tight {
@@ -137,7 +88,7 @@ impl Socks {
                 tighten(&fd, self.buffers, true);
             }
             if ip.tos != 0 {
-                super::udp::set_tos(&fd, family == libc::AF_INET6, ip.tos);
+                options::set_tos(&fd, family == libc::AF_INET6, ip.tos);
             }
         }
         let outcome = match sys::connect(&fd, &addr) {
@@ -266,7 +217,7 @@ impl Socks {
     pub(crate) fn tcp_tos(&mut self, id: SockId, tos: u8) {
         if let Some(Sock { fd, kind: SockKind::Tcp(TcpSock { unix: false, .. }), .. }) = self.get(id) {
             let v6 = sys::local_addr(fd).and_then(RawAddr::to_ip).is_some_and(|a| a.is_ipv6());
-            super::udp::set_tos(fd, v6, tos);
+            options::set_tos(fd, v6, tos);
         }
     }
 
@@ -326,20 +277,6 @@ fn tighten(fd: &OwnedFd, usual: Buffers, tight: bool) {
         // Before Linux 5.14 the sizes stay at the usual ones.
         let _best_effort = sys::set_opt(fd, libc::SOL_SOCKET, SO_BUF_LOCK, 0);
     }
-}
-
-/// Sizes of a socket's buffers, as the kernel counts them.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Buffers {
-    receive: i32,
-    send: i32,
-}
-
-/// What a new connection begins with.
-pub(crate) fn usual_buffers() -> Buffers {
-    let Ok(fd) = sys::socket(libc::AF_INET, libc::SOCK_STREAM, 0) else { return Buffers::default() };
-    let size = |name| sys::get_opt(&fd, libc::SOL_SOCKET, name).unwrap_or(128 << 10);
-    Buffers { receive: size(libc::SO_RCVBUF), send: size(libc::SO_SNDBUF) }
 }
 
 #[cfg(test)]

@@ -8,8 +8,11 @@
 #![allow(unsafe_code)]
 
 mod inbox;
+mod record;
 
-use super::error_queue::{self, QueuedError};
+use super::error_queue;
+use super::options::{SOL_UDP, UDP_GRO, set_df, set_gro, set_recverr, set_tos, set_ttl};
+use super::queued_error::QueuedError;
 use super::sockets::{Sock, SockKind, Socks};
 use crate::os::cmsg::{self, Control};
 use crate::os::epoll::Poller;
@@ -22,6 +25,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 pub(crate) use inbox::Inbox;
+use record::Pending;
+pub(crate) use record::{UdpOut, UdpSock};
 
 /// Messages per call.
 const BATCH: usize = 16;
@@ -39,82 +44,7 @@ pub(crate) const BUSY: usize = 4;
 /// Errors that wait for the core at most.
 const ERRORS_MAX: usize = 1024;
 
-const SOL_UDP: i32 = 17;
 const UDP_SEGMENT: i32 = 103;
-const UDP_GRO: i32 = 104;
-
-/// State of one UDP socket.
-#[derive(Debug, Default)]
-pub(crate) struct UdpSock {
-    v6: bool,
-    ip: IpFields,
-    df: Option<bool>,
-    /// Pieces of this size do not fit the path in a large send.
-    too_long: Option<usize>,
-    /// The kernel was asked for larger buffers.
-    enlarged: bool,
-}
-
-struct Pending {
-    sock: SockId,
-    dst: SocketAddr,
-    start: usize,
-    len: usize,
-    /// Size of the pieces; `len` for one datagram.
-    piece: usize,
-    /// Nothing can be added: its last piece is short.
-    closed: bool,
-    ip: IpFields,
-    df: bool,
-    /// Local address to answer from (published ports).
-    from: Option<IpAddr>,
-}
-
-/// Datagrams that wait for the end of the batch.
-#[derive(Default)]
-pub(crate) struct UdpOut {
-    arena: Vec<u8>,
-    pending: Vec<Pending>,
-}
-
-/// Sets the TTL or hop limit of what a socket sends.
-pub(crate) fn set_ttl(fd: &OwnedFd, v6: bool, ttl: u8) {
-    let (level, name) =
-        if v6 { (libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS) } else { (libc::IPPROTO_IP, libc::IP_TTL) };
-    // A TTL that the kernel refuses (0) leaves the one before; the core sends none such.
-    let _kept = sys::set_opt(fd, level, name, i32::from(ttl));
-}
-
-/// Sets the DSCP, and of datagrams the ECN, of what a socket sends.
-pub(crate) fn set_tos(fd: &OwnedFd, v6: bool, tos: u8) {
-    let (level, name) =
-        if v6 { (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) } else { (libc::IPPROTO_IP, libc::IP_TOS) };
-    // Some values are for privileged programs alone on some systems; the mark before stays then.
-    let _kept = sys::set_opt(fd, level, name, i32::from(tos));
-}
-
-/// Forbids fragments of what a socket sends, or sees to it that none is forbidden.
-pub(crate) fn set_df(fd: &OwnedFd, v6: bool, df: bool) {
-    let (level, name) = if v6 {
-        (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER)
-    } else {
-        (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER)
-    };
-    let value = if df { libc::IP_PMTUDISC_DO } else { libc::IP_PMTUDISC_DONT };
-    let _kept = sys::set_opt(fd, level, name, value);
-}
-
-/// Asks for the error queue.
-pub(crate) fn set_recverr(fd: &OwnedFd, v6: bool) {
-    let (level, name) =
-        if v6 { (libc::IPPROTO_IPV6, libc::IPV6_RECVERR) } else { (libc::IPPROTO_IP, libc::IP_RECVERR) };
-    let _without = sys::set_opt(fd, level, name, 1);
-}
-
-/// Asks for merged datagrams; without, they come one by one.
-pub(crate) fn set_gro(fd: &OwnedFd) {
-    let _without = sys::set_opt(fd, SOL_UDP, UDP_GRO, 1);
-}
 
 impl Socks {
     pub(crate) fn udp_open(
@@ -199,21 +129,6 @@ impl Socks {
         out.arena.clear();
         self.out = out;
         self.errors = errors;
-    }
-}
-
-impl Pending {
-    /// Datagrams in it.
-    fn count(&self) -> u64 {
-        if self.piece == 0 { 1 } else { self.len.div_ceil(self.piece) as u64 }
-    }
-
-    fn is_gso(&self) -> bool {
-        self.len > self.piece
-    }
-
-    fn payload<'a>(&self, arena: &'a [u8]) -> &'a [u8] {
-        arena.get(self.start..self.start + self.len).unwrap_or(&[])
     }
 }
 
