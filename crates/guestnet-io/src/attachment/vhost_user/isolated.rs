@@ -5,8 +5,9 @@
 //! worker reads and writes as it does a TAP. The worker never waits for that thread; the thread may wait for the
 //! worker. It ends when the front-end is gone, or when the worker has closed its end.
 
+use super::send::WriteOutcome;
 use super::session::Watching;
-use super::{RINGS_MAX, Session, WriteOutcome};
+use super::state::{RINGS_MAX, Session};
 use crate::attachment::{FRAME_MAX, ReadOutcome, reason, vnet};
 use crate::os::epoll::{Kind, Poller, Ready, Token};
 use crate::os::sys;

@@ -19,18 +19,17 @@ pub(crate) mod fuzzed;
 mod isolated;
 mod memory;
 mod protocol;
+mod queue;
 mod queues;
 mod send;
 mod session;
+mod state;
 mod vring;
 
-use super::{ReadOutcome, vnet};
-use crate::attachment::quota::{Charge, Quota, Resource};
+use super::ReadOutcome;
 use crate::os::epoll::Poller;
 use crate::os::sys;
 use guestnet_core::types::FrameMeta;
-use memory::{Memory, Piece};
-use protocol::Channel;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -38,49 +37,9 @@ use std::sync::atomic::Ordering;
 pub(crate) use front_ends::{FrontEnds, LONG_ROUND, after_long_round, begin_round, has_slept};
 use front_ends::{ROUND, STALL};
 pub(crate) use isolated::{Counts, Isolated};
-use queues::Queue;
 pub(crate) use send::WriteOutcome;
-
-/// Pairs of queues that a guest can have.
-pub(crate) const PAIRS_MAX: usize = 8;
-/// Queues of a guest.
-pub(crate) const RINGS_MAX: usize = 2 * PAIRS_MAX;
-/// Descriptors of a guest that are read in one turn, all its queues together, before others have theirs: as many as
-/// 64 large frames have, and some 100 us where each is a cache miss. A turn ends with the frame that exceeds it.
-const TURN_STEPS: u32 = 2048;
-/// Descriptors that are read for frames to a guest in one batch. What does not fit is dropped.
-const BATCH_STEPS: u32 = 4096;
-/// What it costs to ask a file about a page, in descriptors.
-const CHECK_STEPS: u32 = 4;
-
-/// What a front-end and its guest have agreed with us.
-struct Session {
-    channel: Channel,
-    memory: Memory,
-    features: u64,
-    protocol_features: u64,
-    /// Length of the virtio header.
-    header: usize,
-    queues: [Queue; RINGS_MAX],
-    /// The pair on which frames of a hash came last, and on which those to it go.
-    steering: [u8; 256],
-    /// Pieces of the buffers for one frame.
-    pieces: Vec<Piece>,
-    /// Buffers of one frame: head and bytes.
-    heads: Vec<(u16, u32)>,
-    /// Queues that were found broken and are to be told of.
-    broken: u32,
-    /// What the front-end holds.
-    quota: Arc<Quota>,
-    /// Its descriptors, but for the connection, and how many of them are not its own but needed for it.
-    descriptors: Charge,
-    extra_descriptors: u64,
-    /// Descriptors of a turn, and of a batch to the guest, that are left.
-    turn_steps: u32,
-    steps_to_guest: u32,
-    /// A frame was dropped because its buffer was not allocated; whether that is still to be told of.
-    not_allocated: Option<bool>,
-}
+use state::Session;
+pub(crate) use state::{Changes, RINGS_MAX};
 
 /// A vhost-user attachment: a connection, or a socket on which one is waited for.
 pub(crate) struct VhostUser {
@@ -91,17 +50,6 @@ pub(crate) struct VhostUser {
     front_ends: Arc<FrontEnds>,
     /// The round in which its memory was touched last.
     touched: u64,
-}
-
-/// What came of the messages of a front-end.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Changes {
-    /// Queues from the guest that are to be looked at now.
-    pub started: Vec<usize>,
-    /// There may be buffers for frames to the guest now.
-    pub writable: bool,
-    /// Why a message was refused.
-    pub refused: Option<String>,
 }
 
 impl VhostUser {
@@ -160,7 +108,7 @@ impl VhostUser {
     }
 
     /// Moves the front-end to a thread of its own. The descriptor carries its frames from then on, with virtio
-    /// headers of [`vnet::LEN`] bytes.
+    /// headers of [`super::vnet::LEN`] bytes.
     pub(crate) fn isolate(&mut self, poller: &Poller) -> Result<(Isolated, OwnedFd), String> {
         let session = self.session.take().ok_or("there is no front-end")?;
         poller.remove(&session.channel.fd);
@@ -264,83 +212,13 @@ impl VhostUser {
     }
 }
 
-impl Session {
-    fn new(fd: OwnedFd, quota: &Arc<Quota>) -> Session {
-        let quota = Quota::within(quota);
-        Session {
-            channel: Channel::new(fd),
-            memory: Memory::default(),
-            features: 0,
-            protocol_features: 0,
-            header: vnet::LEN,
-            queues: Default::default(),
-            steering: [0; 256],
-            pieces: Vec::new(),
-            heads: Vec::new(),
-            broken: 0,
-            descriptors: Charge::new(&quota, Resource::Descriptors),
-            extra_descriptors: 0,
-            quota,
-            turn_steps: TURN_STEPS,
-            steps_to_guest: BATCH_STEPS,
-            not_allocated: None,
-        }
-    }
-
-    /// Counts the descriptors that the front-end has sent and that are kept.
-    fn count_descriptors(&mut self) -> Result<(), String> {
-        let of_queue = |q: &Queue| {
-            u64::from(q.kick.is_some()) + u64::from(q.call.is_some()) + u64::from(q.err.is_some())
-        };
-        let queues: u64 = self.queues.iter().map(of_queue).sum();
-        let n = queues + self.extra_descriptors + (self.memory.len() + self.channel.descriptors()) as u64;
-        self.descriptors.set(n).map_err(|e| format!("a front-end sent {n} descriptors: {e}"))
-    }
-
-    fn has_fault(&self) -> bool {
-        self.broken != 0 || self.not_allocated == Some(true) || self.memory.is_lost()
-    }
-
-    fn take_fault(&mut self) -> Option<Result<String, String>> {
-        if self.memory.is_lost() {
-            return Some(Err("the guest's memory was taken away from under it".into()));
-        }
-        if self.not_allocated == Some(true) {
-            self.not_allocated = Some(false);
-            return Some(Ok(
-                "frames to a guest are dropped: their buffers are on pages of its memory that are not \
-                            allocated, and guestnet may allocate no more of them; start the machine with its \
-                            memory allocated (prealloc=on)"
-                    .into(),
-            ));
-        }
-        let broken = std::mem::take(&mut self.broken);
-        (broken != 0).then(|| {
-            let list: Vec<String> =
-                (0..RINGS_MAX).filter(|i| broken & 1 << i != 0).map(|i| i.to_string()).collect();
-            Ok(format!("virtio queue {} of a guest is broken and was stopped", list.join(", ")))
-        })
-    }
-
-    fn has(&self, feature: u64) -> bool {
-        self.features & feature != 0
-    }
-
-    /// A queue cannot be used any more.
-    fn break_queue(&mut self, index: usize) {
-        if let Some(q) = self.queues.get_mut(index) {
-            q.give_up();
-            self.broken |= 1 << index;
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attachment::quota::Pool;
+    use crate::attachment::quota::{Pool, Quota};
     use front_ends::{VERY_LONG_ROUND, WATCH_S};
-    use memory::{CHECKS_MAX, RegionSpec};
+    use memory::{CHECKS_MAX, Memory, RegionSpec};
+    use state::BATCH_STEPS;
     use std::fs::File;
     use std::os::fd::FromRawFd;
     use std::os::unix::fs::{FileExt, MetadataExt};

@@ -1,49 +1,12 @@
 //! Theory of operation: the queues of a session: frames from the guest, turns, and notifications.
 
-use super::eventfd::PeerEventfd;
 use super::memory::CHECKS_MAX;
+use super::state::{BATCH_STEPS, CHECK_STEPS, Session, TURN_STEPS};
 use super::vring::{self, BadChain, Broken, Vring};
-use super::{BATCH_STEPS, CHECK_STEPS, Session, TURN_STEPS, feature, send};
+use super::{feature, send};
 use crate::attachment::{ReadOutcome, vnet};
-use crate::os::epoll::Watch;
 use guestnet_core::types::{Csum, FrameMeta, Gso};
 use guestnet_wire::{be16, ether};
-
-/// A queue with what belongs to it.
-#[derive(Default)]
-pub(super) struct Queue {
-    pub(super) ring: Vring,
-    pub(super) enabled: bool,
-    pub(super) kick: Option<Watch>,
-    pub(super) call: Option<PeerEventfd>,
-    pub(super) err: Option<PeerEventfd>,
-}
-
-impl Queue {
-    pub(super) fn usable(&self) -> bool {
-        self.enabled && self.ring.is_running()
-    }
-
-    /// Shows the guest what it was given back, and calls it where it wants to be.
-    pub(super) fn publish(&mut self) {
-        if self.ring.publish()
-            && let Some(call) = &self.call
-        {
-            call.signal();
-        }
-    }
-
-    /// Gives the queue up: its rings are not to be believed.
-    pub(super) fn give_up(&mut self) {
-        // What came before was right.
-        self.publish();
-        self.ring.stop();
-        self.kick = None;
-        if let Some(err) = &self.err {
-            err.signal();
-        }
-    }
-}
 
 impl Session {
     pub(super) fn end_batch(&mut self, index: usize) -> bool {

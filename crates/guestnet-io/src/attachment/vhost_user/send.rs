@@ -4,9 +4,10 @@
 //! half the queue: a guest that fills up its queue when it is half empty can then always make room. What the
 //! guest did not agree to take (large frames, partial checksums) is done in software.
 
+use super::feature;
 use super::memory::{Access, CHECKS_MAX};
+use super::state::{CHECK_STEPS, Session};
 use super::vring::{self, BadChain, Broken, Place};
-use super::{CHECK_STEPS, Session, feature};
 use crate::attachment::vnet;
 use guestnet_core::types::{Csum, FrameMeta};
 use guestnet_wire::{be16, ether, gso, proto};

@@ -4,11 +4,12 @@
 //! put in before is seen) until its base is asked for. New memory is taken into use as a whole: queues that
 //! run are found again in it, and stopped where they are not there any more.
 
+use super::feature;
 use super::memory::{Fault, Memory};
 use super::protocol::{Message, Request};
-use super::queues::Queue;
+use super::queue::Queue;
+use super::state::{Changes, PAIRS_MAX, RINGS_MAX, Session};
 use super::vring::Addresses;
-use super::{Changes, PAIRS_MAX, RINGS_MAX, Session, feature};
 use crate::attachment::vhost_user::eventfd::PeerEventfd;
 use crate::attachment::{ReadOutcome, vnet};
 use crate::os::epoll::{Kind, Poller, Token};
