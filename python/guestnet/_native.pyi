@@ -134,12 +134,16 @@ class DataPlane:
         io_uring: bool = True,
         source: str | None = None,
         runtime: Runtime | None = None,
+        gateway6: IPv6Address | str | None = None,
+        search: Sequence[str] = ...,
+        upstream6: bool = True,
     ) -> DataPlane:
         """Starts the network with 1 to 64 workers, on `runtime` or on that of the process. `secret` is 32
         random bytes that key its hashes and sequence numbers. An address that is `reserved` for a MAC is
-        taken by no other guest. Raises DataPlaneError when the system has no descriptor or thread for it,
-        ConfigError when it asks for more workers than the runtime has, NotRunning when the runtime is that
-        of a parent process."""
+        taken by no other guest. With `gateway6`, an address of a /64, the gateway is a router of IPv6 that
+        advertises `search`; `upstream6` says whether a route leads out. Raises DataPlaneError when the system
+        has no descriptor or thread for it, ConfigError when it asks for more workers than the runtime has,
+        NotRunning when the runtime is that of a parent process."""
 
     @property
     def event_fd(self) -> int:
@@ -293,6 +297,8 @@ class DataPlane:
         then: freeing a large one takes time."""
     def set_limit(self, endpoint: int | None, limit: _Limit | None) -> int:
         """Limits what a guest carries, or (None) all together. None takes the limit back."""
+    def set_upstream6(self, upstream: bool) -> int:
+        """Says whether this host has IPv6: guests learn whether a route of IPv6 leads out."""
     def set_host_addresses(self, addresses: Sequence[_IpIn]) -> int:
         """Says which addresses this host has, for rules about the group "host"."""
     def tell_flows(self, flows: bool, *, denials: bool) -> int:

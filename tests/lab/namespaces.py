@@ -21,6 +21,7 @@ from lab.process import DEADLINE, Process, Timeout, wait_until
 HOST4, OUT4, SECOND4 = "203.0.113.1", "203.0.113.2", "203.0.113.3"
 HOST6, OUT6 = "2001:db8:113::1", "2001:db8:113::2"
 FAR_ROUTER4, FAR4 = "198.51.100.1", "198.51.100.2"
+FAR_ROUTER6, FAR6 = "2001:db8:198::1", "2001:db8:198::2"
 UNREACHABLE4 = "192.0.2.1"
 """The host itself has no way to it."""
 FAR_UNREACHABLE4 = "198.18.1.1"
@@ -104,8 +105,8 @@ class Lab:
         for ns, device, addresses in (
             (self.host, "up0", (f"{HOST4}/24", f"{HOST6}/64")),
             (self.out, "up0", (f"{OUT4}/24", f"{SECOND4}/24", f"{OUT6}/64")),
-            (self.out, "far0", (f"{FAR_ROUTER4}/24",)),
-            (self.far, "up0", (f"{FAR4}/24",)),
+            (self.out, "far0", (f"{FAR_ROUTER4}/24", f"{FAR_ROUTER6}/64")),
+            (self.far, "up0", (f"{FAR4}/24", f"{FAR6}/64")),
         ):
             for address in addresses:
                 ip("-n", ns, "address", "add", address, "dev", device, *(["nodad"] if ":" in address else []))
@@ -113,11 +114,14 @@ class Lab:
         ip("-n", self.host, "route", "add", "default", "via", OUT6)
         ip("-n", self.host, "route", "add", "unreachable", "192.0.2.0/24")
         ip("-n", self.far, "route", "add", "default", "via", FAR_ROUTER4)
+        ip("-n", self.far, "route", "add", "default", "via", FAR_ROUTER6)
         ip("-n", self.out, "route", "add", "unreachable", "198.18.1.0/24")
         ip("-n", self.out, "route", "add", "blackhole", "198.18.2.0/24")
         self.sysctl(self.out, "net.ipv4.ip_forward", "1")
+        self.sysctl(self.out, "net.ipv6.conf.all.forwarding", "1")
         # ICMP errors of the outside are what tests look at; the kernel would send one a second.
         self.sysctl(self.out, "net.ipv4.icmp_ratelimit", "0")
+        self.sysctl(self.out, "net.ipv6.icmp.ratelimit", "0")
         self.sysctl(self.host, "net.ipv4.ping_group_range", "0 2147483647")
         self.set_resolver(self._resolver)
 

@@ -258,6 +258,7 @@ fn rfc8200_4_5_fragments_are_put_together() {
     assert!(n.fx.datagrams.is_empty());
     n.send(A, fragment(1, 0, true, &whole[..1400]));
     assert_eq!((n.fx.datagrams[0].payload.len(), n.fx.datagrams[0].dst), (3000, addr(X)));
+    assert!(!n.fx.datagrams[0].dont_fragment, "its source has cut it");
     assert_eq!(n.core.reassembly_bytes(), 0);
     // What does not come in time is told (RFC 4443 3.3), where the first fragment came.
     n.send(A, fragment(2, 0, true, &whole[..1400]));

@@ -98,7 +98,7 @@ impl DataPlane {
     #[pyo3(signature = (*, gateway, prefix, gateway_mac, secret, mode="nat", host_loopback=None, isolated=false, reserved=Vec::new(),
         filtering="address_dependent", limits=Named::new(), timeouts=Named::new(), strategy="adaptive",
         batch_size=64, max_spins=1000, event_ring=8192, command_ring=1024, name="guestnet", workers=1,
-        io_uring=true, source=None, runtime=None))]
+        io_uring=true, source=None, runtime=None, gateway6=None, search=Vec::new(), upstream6=true))]
     fn new(
         py: Python<'_>,
         gateway: IpAddr,
@@ -122,8 +122,11 @@ impl DataPlane {
         io_uring: bool,
         source: Option<&str>,
         runtime: Option<&Runtime>,
+        gateway6: Option<IpAddr>,
+        search: Vec<String>,
+        upstream6: bool,
     ) -> PyResult<Self> {
-        let core = config::core(
+        let mut core = config::core(
             py,
             mode,
             gateway,
@@ -137,6 +140,12 @@ impl DataPlane {
             &limits,
             &timeouts,
         )?;
+        core.gateway6 = match gateway6 {
+            Some(IpAddr::V6(ip)) => Some((ip, 64)),
+            Some(ip) => return Err(config_error(py, format!("the gateway {ip} is not an IPv6 address"))),
+            None => None,
+        };
+        (core.search, core.upstream6) = (search, upstream6);
         // A connection that is over counts for four more minutes; still no guest has the table to itself.
         let flows = core.limits.flows;
         let of_one = limits.get("flows_per_port").copied().unwrap_or(flows / 2);
@@ -510,6 +519,11 @@ impl DataPlane {
     fn set_limit(&self, py: Python<'_>, endpoint: Option<u32>, limit: Option<LimitTuple>) -> PyResult<u64> {
         let limit = limit.map(policy::limit);
         self.submit(py, NetworkCommand::SetLimit { port: endpoint.map(PortId), limit })
+    }
+
+    /// Says whether this host has IPv6: guests learn whether a route of IPv6 leads out.
+    fn set_upstream6(&self, py: Python<'_>, upstream: bool) -> PyResult<u64> {
+        self.submit(py, NetworkCommand::SetUpstream6 { upstream })
     }
 
     /// Says which addresses this host has, for rules about them.

@@ -1,4 +1,4 @@
-"""The addresses of this host, and a socket that tells when they change (rtnetlink(7)).
+"""The addresses of this host, whether it has IPv6, and sockets that tell when that changes (rtnetlink(7)).
 
 >>> from ipaddress import ip_address
 >>> ip_address("127.0.0.1") in host_addresses() or not host_addresses()
@@ -23,6 +23,9 @@ _IFA_ADDRESS = 1
 _IFA_LOCAL = 2
 _RTMGRP_IPV4_IFADDR = 0x10
 _RTMGRP_IPV6_IFADDR = 0x100
+_RTMGRP_IPV6_ROUTE = 0x400
+_OUTSIDE = "2000::1"
+"""An address of the global range: who has a route to it has IPv6."""
 _HEADER = struct.Struct("=IHHII")
 _IFADDRMSG = struct.Struct("=BBBBI")
 _ATTRIBUTE = struct.Struct("=HH")
@@ -61,6 +64,31 @@ def changes() -> socket.socket:
         OSError: The system has no such sockets.
     """
     sock = _netlink(_RTMGRP_IPV4_IFADDR | _RTMGRP_IPV6_IFADDR)
+    sock.setblocking(False)
+    return sock
+
+
+def has_ipv6() -> bool:
+    """Whether this host has a route of IPv6 that leads out. Nothing is sent."""
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            sock.connect((_OUTSIDE, 9))
+            source = IPv6Address(sock.getsockname()[0])
+    except OSError:
+        return False
+    return not (source.is_loopback or source.is_link_local)
+
+
+def ipv6_changes() -> socket.socket:
+    """Makes a socket that becomes readable when a route or an address of IPv6 comes or goes.
+
+    Returns:
+        The socket, which does not block. Read it until it is empty, then call `has_ipv6`.
+
+    Raises:
+        OSError: The system has no such sockets.
+    """
+    sock = _netlink(_RTMGRP_IPV6_IFADDR | _RTMGRP_IPV6_ROUTE)
     sock.setblocking(False)
     return sock
 

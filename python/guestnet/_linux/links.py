@@ -13,7 +13,7 @@ import fcntl
 import os
 import socket
 import struct
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface
 
 from guestnet.model.frozen_record import FrozenRecord
 
@@ -38,6 +38,8 @@ _IFF_NO_PI = 0x1000
 _IFF_VNET_HDR = 0x4000
 _RTF_UP = 0x1
 _RTF_GATEWAY = 0x2
+_RTF_DEFAULT = 0x10000
+_RTF_ADDRCONF = 0x40000
 _ARPHRD_ETHER = 1
 
 
@@ -49,6 +51,10 @@ class Interface(FrozenRecord, kw_only=False):
     gateway: IPv4Address | None
     mtu: int = 1500
     name: str = "eth0"
+    address6: IPv6Interface | None = None
+    """Without, the interface has no IPv6."""
+    gateway6: IPv6Address | None = None
+    """The router, if it leads out at the start."""
 
 
 def _ifreq(name: str, tail: bytes) -> bytes:
@@ -122,14 +128,45 @@ def configure(interface: Interface) -> None:
     # Nothing depends on it but speed.
     with contextlib.suppress(OSError):
         set_queue_length(name, QUEUE_LENGTH)
-    # The network has no IPv6 yet. Left on, the kernel would solicit routers for ever, and every such frame
-    # would wake guestnet; programs would also wait for an IPv6 that never answers.
-    write_sysctl(f"net/ipv6/conf/{name}/disable_ipv6", "1")
+    if interface.address6 is None:
+        # Left on in a network without IPv6, the kernel would solicit routers for ever, and every such frame
+        # would wake guestnet; programs would also wait for an IPv6 that never answers.
+        write_sysctl(f"net/ipv6/conf/{name}/disable_ipv6", "1")
+    else:
+        # The address is the guest's alone, and is ready before the command starts. Router advertisements
+        # still say when the router comes or goes; nobody has to ask for one.
+        for setting, value in _SETTINGS6:
+            write_sysctl(f"net/ipv6/conf/{setting.format(name)}", value)
     if interface.address is not None:
         set_address(name, interface.address)
     set_up(name)
     if interface.address is not None and interface.gateway is not None:
         add_route(IPv4Network("0.0.0.0/0"), interface.gateway)
+    if interface.address6 is not None:
+        _add_ipv6(name, interface.address6, interface.gateway6)
+
+
+_SETTINGS6 = (
+    ("all/accept_dad", "0"),
+    ("{}/accept_dad", "0"),
+    ("{}/autoconf", "0"),
+    ("{}/router_solicitations", "0"),
+)
+
+
+def _add_ipv6(name: str, address: IPv6Interface, gateway: IPv6Address | None) -> None:
+    index = socket.if_nametoindex(name)
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        # struct in6_ifreq and struct in6_rtmsg of linux/ipv6_route.h.
+        own = struct.pack("=16sIi", address.packed, address.network.prefixlen, index)
+        fcntl.ioctl(sock, _SIOCSIFADDR, own)
+        if gateway is None:
+            return
+        # As if the router had advertised itself: its next advertisement keeps the route, or takes it away.
+        flags = _RTF_UP | _RTF_GATEWAY | _RTF_DEFAULT | _RTF_ADDRCONF
+        none = bytes(16)
+        route = struct.pack("@16s16s16sIHHILIi", none, none, gateway.packed, 0, 0, 0, 1024, 0, flags, index)
+        fcntl.ioctl(sock, _SIOCADDRT, route)
 
 
 def open_tun_device() -> int:

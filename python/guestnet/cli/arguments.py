@@ -281,6 +281,12 @@ def add_network_options(parser: Parser) -> None:
         metavar="SUBNET",
         help=f"default {DEFAULT_SUBNET}",
     )
+    add(
+        "--prefix",
+        type=checked(prefix6),
+        metavar="PREFIX",
+        help="an IPv6 /64 for guests, such as fd12:3456:789a::/64 (default: no IPv6)",
+    )
     add("--mtu", type=checked(mtu), default=1500, metavar="BYTES", help="default 1500")
     add(
         "--mode",
@@ -437,6 +443,13 @@ def refuse_network_settings(parser: Parser, options: argparse.Namespace, besides
         settle(options, command=True)
 
 
+def prefix6(text: str) -> str:
+    """An IPv6 prefix for guests."""
+    from guestnet.model.spec6 import ipv6_prefix
+
+    return str(ipv6_prefix("--prefix", text))
+
+
 def resolver(text: str) -> str:
     """The address of a name server."""
     from guestnet.model.spec import any_address
@@ -573,6 +586,6 @@ def network_settings(options: argparse.Namespace) -> dict[str, Any]:
         "masquerade": options.masquerade,
         "pcp_ports": None if options.pcp is None else options.pcp[1:],
         "pcp_address": None if options.pcp is None else options.pcp[0],
-        "subnet6": getattr(options, "prefix", None),
+        "subnet6": options.prefix,
         "static_leases": getattr(options, "lease", ()),
     }

@@ -338,8 +338,9 @@ class NatConfig(FrozenRecord):
     Addresses:
 
     - `subnet`: IPv4, /8 to /30. `gateway`: its address in it, the first by default. `gateway_mac`: its MAC.
-    - `subnet6`: an IPv6 /64, none by default. Guests get addresses of it by DHCPv6, with the number of their
-      IPv4 address. The gateway neither advertises the prefix nor routes IPv6 yet.
+    - `subnet6`: an IPv6 /64, none by default. Guests make addresses of it themselves, or get them by DHCPv6
+      with the number of their IPv4 address. The gateway advertises it, and routes while the host has IPv6.
+      Packets leave through host sockets, with every `uplink`.
     - `dhcp_start`, `dhcp_end`: the range of addresses for endpoints, the whole subnet by default.
     - `static_leases`: addresses and names for known MACs: `StaticLease` objects, or mappings with its fields.
     - `mtu`: the IP MTU of the guests in bytes, 68 to 65520.
@@ -595,6 +596,18 @@ class NatConfig(FrozenRecord):
         while first in (self.gateway, self.loopback_address):
             first += 1
         return first
+
+    @property
+    def first_guest_address6(self) -> IPv6Address | None:
+        """The IPv6 address of the guest with `first_guest_address`, None without an IPv6 prefix.
+
+        Example:
+            >>> NatConfig(subnet6="fd12::/64").first_guest_address6
+            IPv6Address('fd12::2')
+        """
+        if self.subnet6 is None:
+            return None
+        return self.subnet6[int(self.first_guest_address) - int(self.subnet.network_address)]
 
     @property
     def guest_range(self) -> str:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Coroutine
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, Any
 
+from guestnet._linux.host_addresses import has_ipv6
 from guestnet.control.channel import Control, Handlers
 from guestnet.control.event_hub import Emitter
 from guestnet.errors import (
@@ -51,6 +52,7 @@ from guestnet.model.stats import ConnTrackStats, FlowRecord, NatStats, NetworkSt
 from guestnet.runtime.attachments import Attachment, KeptAttachments, Listener, MemoryAttachment
 from guestnet.runtime.capture import Capture
 from guestnet.runtime.endpoint import Endpoint
+from guestnet.runtime.host_ipv6 import HostIpv6
 from guestnet.runtime.policy.denial_log import DenialLog
 from guestnet.runtime.policy.limits import LimitBook, LimitControl
 from guestnet.runtime.policy.policy_control import PolicyBook, PolicyControl
@@ -77,7 +79,7 @@ _QUERY_TYPES = {
 }
 
 
-def _make_plane(config: NatConfig, runtime: Runtime) -> _native.DataPlane:
+def _make_plane(config: NatConfig, runtime: Runtime, upstream6: bool) -> _native.DataPlane:
     from guestnet._native import DataPlane
 
     return DataPlane(
@@ -99,6 +101,9 @@ def _make_plane(config: NatConfig, runtime: Runtime) -> _native.DataPlane:
         io_uring=config.io_uring,
         source=config.source,
         runtime=runtime.planes(),
+        gateway6=config.gateway6,
+        search=config.search,
+        upstream6=upstream6,
     )
 
 
@@ -141,14 +146,16 @@ class Session:
         self._kept = weakref.ref(parts.kept)
         runtime = self._runtime = parts.runtime
         # Not the parts: one of them leads to the network.
-        control = self.control = Control(lambda: _make_plane(config, runtime), self._handlers, runtime)
+        has6 = config.gateway6 is not None and has_ipv6()
+        control = self.control = Control(lambda: _make_plane(config, runtime, has6), self._handlers, runtime)
+        self._host6 = None if config.gateway6 is None else HostIpv6(control, has6)
         self.publishing = Publishing(control, registry, parts.ids, parts.doors.close_forward)
         self.capture = Capture(control)
         self._ports = PortTable(lambda port, name: control.plane.name_port(port, name))  # noqa: PLW0108
         self._arrivals: dict[int, int] = {}
+        """Ports of guests that came to a listener and have not shown their MAC yet, with the listener."""
         self._early6: dict[int, _native.AddressSeen] = {}
         """IPv6 addresses of guests that are no endpoints yet."""
-        """Ports of guests that came to a listener and have not shown their MAC yet, with the listener."""
         self._turned_away: set[int] = set()
         """Those of them that cannot be served; reported once."""
         self._listeners: dict[int, Listener] = {}
@@ -197,6 +204,8 @@ class Session:
             self.registry.set_attachment(endpoint.id, None)
             await self._add_port(endpoint)
         await self._services.open()
+        if self._host6 is not None:
+            self._host6.open()
 
     def _policy_in_force(self, on: bool) -> None:
         if on != self._has_policy:
@@ -235,6 +244,8 @@ class Session:
 
     async def close(self) -> None:
         """Ends what has an end: the capture is written, services are closed, sockets are removed."""
+        if self._host6 is not None:
+            self._host6.close()
         for listener in self._listeners.values():
             listener.unlink()
         self.policy.close()

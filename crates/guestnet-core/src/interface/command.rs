@@ -145,6 +145,11 @@ pub enum NetworkCommand {
         /// The limit; `None` takes it back.
         limit: Option<LimitSpec>,
     },
+    /// The host's IPv6 has come or gone: guests learn whether a route of IPv6 leads out.
+    SetUpstream6 {
+        /// It has IPv6 now.
+        upstream: bool,
+    },
     /// Says which addresses this host has, for rules about them. Flows are judged again later.
     SetHostAddresses {
         /// The addresses.
@@ -175,6 +180,7 @@ impl NetworkCommand {
             | C::SetNameServers { .. }
             | C::SetPolicy { .. }
             | C::SetRules { .. }
+            | C::SetUpstream6 { .. }
             | C::SetHostAddresses { .. }
             | C::SetLimit { port: None, .. }
             | C::ListFlows

@@ -83,6 +83,10 @@ impl Network {
                 self.set_limit(now, port, limit);
                 Value::None
             }
+            C::SetUpstream6 { upstream } => {
+                self.set_upstream6(now, upstream, fx);
+                Value::None
+            }
             C::SetHostAddresses { addresses } => {
                 self.set_host_addresses(now, addresses);
                 Value::None

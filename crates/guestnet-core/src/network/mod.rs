@@ -230,10 +230,12 @@ impl Network {
         mut whole: Vec<u8>,
         fx: &mut E,
     ) -> Result<(), DropReason> {
-        let p = parse::parse_ip(&whole, ether::HEADER_LEN)?;
+        let mut p = parse::parse_ip(&whole, ether::HEADER_LEN)?;
         if p.fragment.is_some() {
             return Err(DropReason::Malformed);
         }
+        // The source of an IPv6 packet has cut it, so it may be cut again.
+        p.dont_fragment &= p.src.is_ipv4();
         self.route(from, &mut whole, &p, FrameMeta::default(), fx)
     }
 

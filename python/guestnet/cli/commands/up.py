@@ -66,12 +66,6 @@ def lease(text: str) -> dict[str, str]:
     return found
 
 
-def _prefix(text: str) -> str:
-    from guestnet.model.spec6 import ipv6_prefix
-
-    return str(ipv6_prefix("--prefix", text))
-
-
 def _network_name(text: str) -> str:
     from guestnet.runtime.joining.network_socket import check_name
 
@@ -130,12 +124,6 @@ def parser() -> arguments.Parser:
         type=arguments.checked(lease),
         metavar="MAC=ADDRESS[,ADDRESS][,NAME]",
         help="the address of either family or of both, and the name, of the guest with this MAC (repeatable)",
-    )
-    add(
-        "--prefix",
-        type=arguments.checked(_prefix),
-        metavar="PREFIX",
-        help="an IPv6 /64, of which guests get addresses by DHCPv6 (not routed yet)",
     )
     add("--json", action="store_true", help="print events as JSON lines on stdout")
     add(

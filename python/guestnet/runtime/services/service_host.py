@@ -150,6 +150,7 @@ class Services:
                     mac=parse_mac(config.gateway_mac),
                     prefix=config.subnet6,
                     zone=config.zone,
+                    dns=(config.gateway6,) if config.dns else (),
                     search=config.search,
                     lease_time=config.lease_time,
                 ),
@@ -282,6 +283,9 @@ class ServiceHost:
         if self._config.dns:
             await control.do(plane.add_service, _DNS_UDP, "udp", gateway, DNS_PORT)
             await control.do(plane.add_service, _DNS_TCP, "tcp", gateway, DNS_PORT)
+            if (gateway6 := self._config.gateway6) is not None:
+                await control.do(plane.add_service, _DNS_UDP, "udp", gateway6, DNS_PORT)
+                await control.do(plane.add_service, _DNS_TCP, "tcp", gateway6, DNS_PORT)
             self._dns = DnsControl(control, self._services.dns, self._registry, _DNS_UDP)
             self._dns.open()
         if self._config.pcp_ports is not None:
