@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from lab import Lab, need
 from lab.namespaces import OUT4, SECOND4
-from lab.policy_guest import Guest, policy_guest
+from lab.policy_guest import Guest, certificate, policy_guest
 
 TESTS = Path(__file__).resolve().parents[1]
 WWW, ALIAS, SECOND = "www.example.test", "alias.example.test", "second.example.test"
@@ -40,11 +40,7 @@ FLIGHTS = TESTS.parent / "crates/guestnet-core/tests/inspection_support/quic"
 def tls_servers(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> None:
     """openssl's server at both addresses of the outside."""
     openssl = need.program("openssl")
-    directory = tmp_path_factory.mktemp("certificate")
-    key, cert = str(directory / "key.pem"), str(directory / "cert.pem")
-    names = "subjectAltName=DNS:www.example.test,DNS:second.example.test"
-    request = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=example.test"]
-    lab.check([*request, "-keyout", key, "-out", cert, "-addext", names])
+    cert, key = certificate(lab, tmp_path_factory.mktemp("certificate"))
     for address in (OUT4, SECOND4):
         command = [openssl, "s_server", "-accept", f"{address}:443", "-key", key, "-cert", cert, "-www"]
         lab.start(command, ns=lab.out, ready="ACCEPT")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import guestnet
 
+from lab import need
 from lab.namespaces import Lab, ip
 from lab.process import Process
 
@@ -84,3 +85,21 @@ def policy_guest(lab: Lab, directory: Path, policy: str, uplink: str) -> Iterato
     finally:
         network.stop()
         lab.remove_namespace(name)
+
+
+def certificate(lab: Lab, directory: Path) -> tuple[str, str]:
+    """The files of a certificate for the names of the outside, and of its key."""
+    cert, key = str(directory / "cert.pem"), str(directory / "key.pem")
+    names = "subjectAltName=DNS:www.example.test,DNS:second.example.test"
+    request = [
+        need.program("openssl"),
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-subj",
+        "/CN=example.test",
+    ]
+    lab.check([*request, "-keyout", key, "-out", cert, "-addext", names])
+    return cert, key
