@@ -5,13 +5,17 @@
 mod common;
 #[path = "common/net.rs"]
 mod net;
+#[path = "common/net6.rs"]
+mod net6;
 
+use guestnet_core::Limits;
 use guestnet_core::config::{DatagramError, ForwardSpec};
 use guestnet_core::effects::SockError;
 use guestnet_core::types::{Csum, FlowId, ForwardId, FrameMeta, Gso, PortConfig, PortId, ServiceId, SockId};
 use guestnet_wire::tcp::Tcp;
-use guestnet_wire::{arp, ipv4, proto};
+use guestnet_wire::{arp, icmp6, ipv4, proto};
 use net::*;
+use net6::*;
 use proptest::prelude::*;
 use std::net::IpAddr;
 
@@ -32,7 +36,8 @@ fn meta() -> impl Strategy<Value = FrameMeta> {
     let csum = prop_oneof![
         4 => Just(Csum::Full),
         2 => Just(Csum::Valid),
-        2 => prop_oneof![Just(6u16), Just(16u16)].prop_map(|offset| Csum::Partial { start: 34, offset }),
+        2 => (prop_oneof![Just(34u16), Just(54u16)], prop_oneof![Just(6u16), Just(16u16)])
+            .prop_map(|(start, offset)| Csum::Partial { start, offset }),
         1 => any::<(u16, u16)>().prop_map(|(start, offset)| Csum::Partial { start, offset }),
     ];
     let gso = prop_oneof![
@@ -48,7 +53,7 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (1u32..5, proptest::collection::vec(any::<u8>(), 0..200)).prop_map(|(p, b)| Op::Random(p, b)),
         8 => (
             1u32..4,
-            0u8..12,
+            0u8..20,
             any::<u16>(),
             proptest::collection::vec((any::<u16>(), any::<u8>()), 0..4),
             any::<bool>(),
@@ -107,6 +112,7 @@ fn good(port: PortId, kind: u8, n: u16) -> Vec<u8> {
             Ip4::new(port, to.ip(), proto::ICMP).frame(&b)
         }
         10 => Ip4::new(port, to.ip(), n as u8).frame(&[0; 40]),
+        12.. => good6(port, kind, n),
         _ => {
             let mut h = Ip4::new(port, "255.255.255.255".parse().unwrap(), proto::UDP);
             h.to_mac = guestnet_wire::ether::Mac::BROADCAST;
@@ -115,25 +121,69 @@ fn good(port: PortId, kind: u8, n: u16) -> Vec<u8> {
     }
 }
 
+/// The same over IPv6.
+fn good6(port: PortId, kind: u8, n: u16) -> Vec<u8> {
+    let outside = format!("2001:db8::{}", 1 + n % 5);
+    let to = format!("[{outside}]:{}", if n.is_multiple_of(3) { 53 } else { 1 + n % 40 });
+    let from = 4000 + n % 30;
+    let target = [ip6(GATEWAY6), ip6(LINK_LOCAL), guest6(A), guest6(port)][usize::from(n % 4)];
+    match kind {
+        12 => udp6(port, from, &to, &vec![1; usize::from(n) % 1400]),
+        13 => {
+            let (seq, ack) = (1000 + u32::from(n % 4), u32::from(n) << 16);
+            let flags = if n.is_multiple_of(2) { 2 } else { n as u8 };
+            tcp6(port, from, &to, Tcp { seq, ack, flags, ..Tcp::default() }, &vec![2; usize::from(n) % 900])
+        }
+        14 => echo6(port, if n.is_multiple_of(2) { ip6(&outside) } else { target }, n as u8, b"body"),
+        15 => solicitation(port, if n.is_multiple_of(3) { ip6("::") } else { guest6(port) }, target, &[]),
+        16 => {
+            let h = Ip6 { src: link6(port), hops: 255, ..Ip6::new(port, ip6("ff02::2"), proto::ICMPV6) };
+            h.frame(&h.icmp(130 + (n % 14) as u8, 0, [0; 4], &[0; 24]))
+        }
+        17 => {
+            let mut header = vec![proto::UDP, 0];
+            header.extend_from_slice(&((n % 8) * 8 | u16::from(n.is_multiple_of(2))).to_be_bytes());
+            header.extend_from_slice(&u32::from(n % 6).to_be_bytes());
+            let h = Ip6 { extensions: Some((44, header)), ..Ip6::new(port, ip6(&outside), proto::UDP) };
+            h.frame(&h.udp(from, 9, &[0; 16]))
+        }
+        18 => {
+            let quote = udp6(A, 7, &format!("[{}]:{from}", guest6(port)), b"quoted");
+            let h = Ip6::new(port, ip6(&outside), proto::ICMPV6);
+            h.frame(&h.icmp((n % 5) as u8, 0, [0, 0, (n >> 8) as u8, n as u8], &quote[14..]))
+        }
+        _ => {
+            let chain = [n as u8, (n % 3) as u8, 1, 4, 0, 0, 0, 0].repeat(1 + usize::from(n % 10));
+            let first = [0, 43, 60, 44, 51][usize::from(n % 5)];
+            Ip6 { extensions: Some((first, chain)), ..Ip6::new(port, target, 17) }.frame(&[0; 40])
+        }
+    }
+}
+
+fn limit(l: &mut Limits) {
+    l.flows = 60;
+    l.flows_per_port = 30;
+    l.udp_sockets_per_port = 8;
+    l.socket_memory = 4 << 20;
+    l.reassembly_bytes = 20_000;
+    l.reassemblies_per_port = 5;
+    l.neighbour_waiting = 6;
+    l.addresses_per_port = 3;
+    l.macs_per_port = 3;
+    l.buffer_per_port = 20_000;
+}
+
 fn network() -> Net {
-    let mut n = Net::with_limits(|l| {
-        l.flows = 60;
-        l.flows_per_port = 30;
-        l.udp_sockets_per_port = 8;
-        l.socket_memory = 4 << 20;
-        l.reassembly_bytes = 20_000;
-        l.reassemblies_per_port = 5;
-        l.neighbour_waiting = 6;
-        l.addresses_per_port = 3;
-        l.macs_per_port = 3;
-        l.buffer_per_port = 20_000;
-    });
+    let mut c = config6();
+    limit(&mut c.limits);
+    let mut n = Net::with(c);
     n.core
         .add_port(LAX, PortConfig { lax_offload: true, gso_max: 60_000, mtu: 900, ..port_config() })
         .unwrap();
     n.core.bind_address(LAX, IpAddr::V4(guest_ip(LAX)), None).unwrap();
     n.core.add_service(ServiceId(1), proto::UDP, GATEWAY.parse().unwrap(), 67);
     n.core.add_service(ServiceId(2), proto::TCP, GATEWAY.parse().unwrap(), 53);
+    n.core.add_service(ServiceId(3), proto::UDP, ip6(GATEWAY6).into(), 53);
     for (i, port) in [A, LAX].into_iter().enumerate() {
         let guest = guest_addr(port, 80);
         n.core.add_forward(ForwardId(i as u32 * 2), ForwardSpec::published(proto::UDP, guest));
@@ -146,6 +196,9 @@ fn socket_event(n: &mut Net, which: u16, kind: u8, v: u16) {
     let now = n.now;
     let pick = |list: &[(FlowId, SockId)]| list.get(usize::from(which) % list.len().max(1)).copied();
     let from = addr(&format!("203.0.113.{}:{}", 1 + v % 6, if v.is_multiple_of(3) { 53 } else { v % 40 }));
+    let six =
+        addr(&format!("[2001:db8::{}]:{}", 1 + v % 6, if v.is_multiple_of(3) { 53 } else { 1 + v % 40 }));
+    let from = if which.is_multiple_of(2) { from } else { six };
     let payload = vec![3; usize::from(v) % 5000];
     if kind < 4 {
         let Some((flow, _)) = pick(&n.fx.opened) else { return };
@@ -187,7 +240,7 @@ fn check(n: &Net) {
     n.core.audit().unwrap();
     let mut flows = 0;
     for p in n.core.ports() {
-        assert!(p.flows <= 30 && p.addresses.len() <= 4, "{p:?}");
+        assert!(p.flows <= 30 && p.addresses.len() <= 7, "{p:?}");
         assert!(p.buffered <= 20_000 + 2048);
         flows += p.flows;
     }
@@ -256,7 +309,12 @@ proptest! {
         // Everything ends by itself, and then nothing is left to wake up for.
         n.pass_ms(9_000_000);
         prop_assert_eq!(n.core.flows().count(), 0);
-        prop_assert_eq!(n.core.next_timer(), None);
+        // But for the router, which advertises itself to all once somebody has asked.
+        n.fx.frames.clear();
+        if let Some(at) = n.core.next_timer() {
+            n.pass_ms(at.since(n.now) / 1_000_000 + 1);
+            prop_assert!(n.fx.frames.iter().all(|s| s.frame[54] == icmp6::ROUTER_ADVERTISEMENT));
+        }
         prop_assert_eq!(n.core.reassembly_bytes(), 0);
         let open: Vec<_> = n.fx.socks.values().filter(|s| s.flow.is_some() && s.closed.is_none()).collect();
         prop_assert!(open.is_empty(), "sockets left open: {:?}", open);
