@@ -206,6 +206,7 @@ class Services:
                     records=config.dns_records,
                     gateway=config.gateway,
                     subnet=config.subnet,
+                    gateway6=config.gateway6,
                     subnet6=config.subnet6,
                     host=config.loopback_address,
                     resolvers=config.resolvers,
