@@ -14,7 +14,7 @@ use crate::control::event::{Event, Level};
 use crate::os::epoll::{Kind, Token};
 use crate::os::sys;
 use crate::runtime::shard::Shard;
-use crate::runtime::turn::Turn;
+use crate::runtime::threads::turn::Turn;
 use guestnet_core::NetworkError;
 use guestnet_core::types::{FrameMeta, PortConfig, PortId};
 use std::os::fd::OwnedFd;

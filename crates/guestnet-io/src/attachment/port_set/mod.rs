@@ -15,7 +15,7 @@ use crate::control::event::EventSender;
 use crate::memory::slab::Slab;
 use crate::os::epoll::{Kind, Poller, Token};
 use crate::runtime::stats::IoCounters;
-use crate::runtime::turn::Turn;
+use crate::runtime::threads::turn::Turn;
 use guestnet_core::types::{PortId, Time};
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;

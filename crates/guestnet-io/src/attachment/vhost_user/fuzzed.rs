@@ -152,7 +152,7 @@ impl World {
             let _room = self.session.has_room();
         }
         self.session.queues[0].publish();
-        self.session.steps_to_guest = super::BATCH_STEPS;
+        self.session.steps_to_guest = super::state::BATCH_STEPS;
         sent
     }
 
