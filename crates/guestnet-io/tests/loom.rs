@@ -79,7 +79,7 @@ fn pool_finds_a_double_free_and_a_second_borrower() {
 /// A worker that goes to sleep with something in its ring has been rung for: no wake-up is lost.
 #[test]
 fn nobody_sleeps_over_what_is_in_the_ring() {
-    use guestnet_io::runtime::wake_flag::WakeFlag;
+    use guestnet_io::runtime::links::wake_flag::WakeFlag;
     use loom::sync::atomic::{AtomicBool, Ordering};
     loom::model(|| {
         let (mut p, mut c) = Ring::<u32>::new(2).unwrap().split();

@@ -5,7 +5,7 @@
   those for the start.
 - `settle_thread` runs in each thread of Python once devices and sockets are open. It drops all capabilities
   but those that are still needed.
-- Packet threads confine themselves when they start (`runtime/confinement.rs` of guestnet-io), in every
+- Packet threads confine themselves when they start (`runtime/threads/confinement.rs` of guestnet-io), in every
   program.
 
 What a command executes (CMD or QEMU) has none of this, because it was forked before. `in_force.py` reads from

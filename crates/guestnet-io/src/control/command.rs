@@ -71,7 +71,7 @@ pub enum WorkerCommand {
         /// TCP: the unix socket that guests' connections are relayed to; `None`: the core serves DNS there.
         unix_path: Option<PathBuf>,
     },
-    /// Writes every frame to a capture that all workers share. Made by [`crate::runtime::worker_group`].
+    /// Writes every frame to a capture that all workers share. Made by [`crate::runtime::group`].
     ShareCapture(SharedCapture),
     /// Ends the capture; done when everything is written.
     StopCapture,

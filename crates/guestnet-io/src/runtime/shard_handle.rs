@@ -9,10 +9,10 @@ use crate::os::epoll::{Kind, Poller, Token};
 use crate::os::sys;
 use crate::runtime::config::{FLOWS_MAX, WorkerConfig};
 use crate::runtime::error::{IoError, system};
+use crate::runtime::links::{self, ShardLinks, WorkerHandle};
 use crate::runtime::new_shard::{Life, NewShard, Presence};
-use crate::runtime::placement::{Place, Runtime};
-use crate::runtime::shard_links::{self, ShardLinks, WorkerHandle};
 use crate::runtime::stats::{Published, StatsSnapshot};
+use crate::runtime::threads::placement::{Place, Runtime};
 use guestnet_core::config::Limits;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// Descriptors reported at once.
 const READY_MAX: usize = 256;
 
-/// A shard, as [`crate::runtime::worker_group::WorkerGroup`] has it.
+/// A shard, as [`crate::runtime::group::WorkerGroup`] has it.
 pub(crate) struct ShardHandle {
     commands: Arc<CommandSender>,
     events: EventReceiver,
@@ -77,7 +77,7 @@ pub(crate) fn start(
         let handle =
             |p: &Parts| WorkerHandle { waker: Arc::clone(&p.waker), commands: Arc::clone(&p.commands) };
         let handles: Vec<WorkerHandle> = all.iter().map(handle).collect();
-        let linked = shard_links::join(&handles, loads).ok_or_else(|| system("no memory")(libc::ENOMEM))?;
+        let linked = links::join(&handles, loads).ok_or_else(|| system("no memory")(libc::ENOMEM))?;
         links = linked.into_iter().map(|p| Some(Box::new(p))).collect();
     }
     let all = all.into_iter().zip(links).zip(places);

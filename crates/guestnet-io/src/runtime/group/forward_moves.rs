@@ -7,8 +7,8 @@
 //! - A forward changes once at a time; up to [`WAITING_MAX`] commands wait for their turn.
 
 use crate::control::command::{Command, CommandError, QueueFull};
-use crate::runtime::routing::{Published, Router, RoutingTable, Then};
-use crate::runtime::worker_group::WorkerGroup;
+use crate::runtime::group::WorkerGroup;
+use crate::runtime::group::routing::{Published, Router, RoutingTable, Then};
 use guestnet_core::NetworkCommand;
 use guestnet_core::config::ForwardSpec;
 use guestnet_core::types::{ForwardId, PortId};

@@ -7,6 +7,9 @@
 //! - Events of all workers are drained in turn.
 //! - A single worker is driven directly, without a table.
 
+mod forward_moves;
+mod routing;
+
 use crate::control::capture::{Capture, SharedCapture};
 use crate::control::command::{Command, CommandError, QueueFull, SubmitError, Value, WorkerCommand};
 use crate::control::event::Event;
@@ -14,11 +17,11 @@ use crate::control::port_names::PortNames;
 use crate::os::sys;
 use crate::runtime::config::{FIRST_DYNAMIC, WORKERS_MAX, WorkerConfig};
 use crate::runtime::error::IoError;
-use crate::runtime::placement::Runtime;
-use crate::runtime::routing::{PendingCommand, Router, RoutingTable, Then, merge_results, numbered};
+use crate::runtime::group::routing::{PendingCommand, Router, RoutingTable, Then, merge_results, numbered};
+use crate::runtime::links;
 use crate::runtime::shard_handle::{self, ShardHandle};
-use crate::runtime::shard_links;
 use crate::runtime::stats::StatsSnapshot;
+use crate::runtime::threads::placement::Runtime;
 use guestnet_core::command::Scope;
 use guestnet_core::config::ForwardSpec;
 use guestnet_core::effects;
@@ -30,7 +33,7 @@ use std::sync::atomic::AtomicU32;
 
 /// The running workers of a Network.
 pub struct WorkerGroup {
-    pub(super) shards: Vec<ShardHandle>,
+    shards: Vec<ShardHandle>,
     router: Option<Router>,
     port_names: PortNames,
 }
@@ -233,7 +236,7 @@ impl WorkerGroup {
     }
 
     /// Gives commands to workers; one number for all of them.
-    pub(super) fn submit_to(
+    fn submit_to(
         &self,
         table: &mut RoutingTable,
         commands: impl IntoIterator<Item = (usize, Command)>,
@@ -245,7 +248,7 @@ impl WorkerGroup {
     }
 
     /// As [`WorkerGroup::submit_to`], with a number that exists.
-    pub(super) fn submit_as(
+    fn submit_as(
         &self,
         table: &mut RoutingTable,
         sequence: u64,
@@ -263,7 +266,7 @@ impl WorkerGroup {
         Ok(())
     }
 
-    pub(super) fn submit_to_all(
+    fn submit_to_all(
         &self,
         table: &mut RoutingTable,
         command: impl Into<Command> + Clone,
@@ -285,14 +288,14 @@ impl WorkerGroup {
             // Refused there.
             return self.submit_to(table, [(at, command)], Then::Nothing);
         }
-        let to = shard_links::choose(&router.loads);
+        let to = links::choose(&router.loads);
         match self.submit_to(table, [(to, command)], Then::PortAdded { port, at: to, addresses }) {
             Ok(n) => {
                 table.ports.insert(port, to);
                 Ok(n)
             }
             Err(full) => {
-                shard_links::unload(&router.loads, to);
+                links::unload(&router.loads, to);
                 Err(full)
             }
         }
@@ -316,7 +319,7 @@ impl WorkerGroup {
             Then::PortAdded { port, addresses, .. } if done => self.bind_addresses(table, addresses, port),
             Then::PortAdded { port, at, .. } => {
                 table.forget_port(port);
-                shard_links::unload(&router.loads, at);
+                links::unload(&router.loads, at);
             }
             Then::PortGone(port) => table.forget_port(port),
             Then::AddressBound { port, address } if done => self.bind_addresses(table, vec![address], port),

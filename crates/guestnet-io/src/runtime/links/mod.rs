@@ -4,11 +4,13 @@
 //! (counted by the core), so that there is always room for some updates; updates that found none wait with the sender,
 //! who takes no commands and no guests meanwhile. All of that is bounded, and nobody waits for anybody.
 
+pub mod wake_flag;
+
 use crate::attachment::FRAME_MAX;
 use crate::control::command::{Command, CommandSender, Waker};
 use crate::memory::pool::PacketPool;
 use crate::memory::ring::{Consumer, Producer, Ring};
-use crate::runtime::wake_flag::WakeFlag;
+use crate::runtime::links::wake_flag::WakeFlag;
 use guestnet_core::effects::TxError;
 use guestnet_core::shard::PeerUpdate;
 use guestnet_core::types::{FrameMeta, PortId};

@@ -9,7 +9,7 @@
 use crate::runtime::config::WORKERS_MAX;
 use crate::runtime::error::{IoError, system};
 use crate::runtime::new_shard::NewShard;
-use crate::runtime::worker::{self, Mailbox};
+use crate::runtime::threads::worker::{self, Mailbox};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 

@@ -1,4 +1,4 @@
-//! Theory of operation: a worker is one plain thread of a [`crate::runtime::placement::Runtime`]. It serves the shards
+//! Theory of operation: a worker is one plain thread of a [`crate::runtime::threads::placement::Runtime`]. It serves the shards
 //! of many networks and finishes what it reads.
 //!
 //! - With one network it lets that wait on its own epoll instance, so that nothing stands between the kernel and the
@@ -15,12 +15,12 @@ use crate::control::event::Event;
 use crate::memory::slab::Slab;
 use crate::os::epoll::{Kind, Poller, Token, until};
 use crate::os::sys;
-use crate::runtime::adaptive::Spinner;
-use crate::runtime::buffers::Buffers;
 use crate::runtime::config::PollingStrategy;
-use crate::runtime::confinement;
 use crate::runtime::new_shard::{NewShard, Presence};
 use crate::runtime::shard::Shard;
+use crate::runtime::threads::adaptive::Spinner;
+use crate::runtime::threads::buffers::Buffers;
+use crate::runtime::threads::confinement;
 use guestnet_core::types::Time;
 use std::collections::{BTreeSet, VecDeque};
 use std::os::fd::{AsRawFd, OwnedFd};
