@@ -108,3 +108,22 @@ def test_an_address_by_dhcpv6_beside_that_of_the_kernel(segment: Segment) -> Non
         assert segment.dig("-x", str(address)) == "one.guestnet.internal."
         segment.lab.check(["ping", "-6", "-c", "1", "-W", "5", str(address)], ns=segment.two)
     client.stop()
+
+
+def test_a_client_that_the_router_tells_to_use_dhcpv6(segment: Segment) -> None:
+    """dhcpcd asks for an address because the advertisement says so (RFC 4861 section 4.2, M)."""
+    program = need.program("dhcpcd", "dhcpcd-base")
+    configuration = segment.lab.dir / "dual-dhcpcd.conf"
+    configuration.write_text("option dhcp6_name_servers\nslaac hwaddr\n")
+    script = segment.lab.dir / "dual-dhcpcd-script"
+    script.write_text(
+        '#!/bin/sh\necho "EVENT $reason $new_dhcp6_ia_na1_ia_addr1 dns=$new_dhcp6_name_servers"\n'
+    )
+    script.chmod(0o755)
+    command = [program, "-6", "-B", "-d", "-f", str(configuration), "-c", str(script), DEVICE]
+    client = segment.lab.start(command, ns=segment.two)
+    client.wait_line(r"^EVENT ROUTERADVERT")
+    event = client.wait_line(r"^EVENT BOUND6 (\S+) dns=(\S*)")
+    assert (event[1], event[2]) == (str(PREFIX[3]), GATEWAY)
+    assert segment.dig("two.guestnet.internal", "AAAA") == str(PREFIX[3])
+    client.stop()
