@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
-from lab import Lab, wait_until
+from lab import Lab, Process, wait_until
 from lab.namespaces import FAR6, HOST4, HOST6, OUT4, OUT6, ip
-from lab.runner import Blob, GuestRunner
+from lab.runner import GUESTNET, Blob, GuestRunner
 
 PREFIX = "fd12:3456:789a:1::/64"
 GATEWAY6, GUEST6 = "fd12:3456:789a:1::1", "fd12:3456:789a:1::2"
@@ -154,3 +154,26 @@ def test_the_hosts_ipv6_is_followed(own_lab: Lab, own_guest: GuestRunner) -> Non
     wait_until(lambda: last() == "0", "the route to go", seconds=5)
     ip("-n", own_lab.host, "-6", "route", "add", "default", "via", OUT6)
     wait_until(lambda: last() == "1", "the route to come", seconds=5)
+
+
+def test_joined_guests_have_both_families(lab: Lab, guestnet: Callable[..., Process]) -> None:
+    """Two guests of one network: each has the number of its IPv4 address, and they reach each other."""
+    guestnet("up", "--name", "both", "--json", *BOTH, ready='"event": "ready"')
+    first = [GUESTNET, "run", "--network", "both", "--id", "one", "--"]
+    show = [
+        "sh",
+        "-c",
+        "ip -o -6 addr show dev eth0 scope global; ip -6 route show default; echo up; exec sleep 60",
+    ]
+    one = lab.start([*first, *show], ordinary=True, ready="^up$")
+    try:
+        address = one.output.split("inet6 ")[1].split("/")[0]
+        assert address.startswith("fd12:3456:789a:1::")
+        assert "via fe80::1" in one.output
+        script = f"ping -6 -n -c 1 -W 5 {address} && curl -sS -g http://[{OUT6}]/peer"
+        words = [GUESTNET, "run", "--network", "both", "--id", "two", "--", "sh", "-c", script]
+        done = lab.run(words, ordinary=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert HOST6 in done.stdout
+    finally:
+        one.stop()

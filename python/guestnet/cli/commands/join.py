@@ -97,7 +97,8 @@ def _join(options: argparse.Namespace, target: Target) -> int:
     namespace = open_namespace(target)
     with NetworkClient(options.network) as client:
         got = client.reserve(**arguments.guest_settings(options))
-        interface = Interface(got.mac, got.address, got.gateway, got.mtu, options.interface)
+        own6 = (got.address6, got.gateway6)
+        interface = Interface(got.mac, got.address, got.gateway, got.mtu, options.interface, *own6)
         tap = make_tap(target, namespace, interface)
         published = client.attach(tap, (one.text for one in options.publish))
         client.keep(watch.fileno(), watch.name)
@@ -111,6 +112,7 @@ def _join(options: argparse.Namespace, target: Target) -> int:
 def _serve(options: argparse.Namespace, target: Target) -> int:
     from guestnet._linux.join_namespace import Watch, make_tap, open_namespace
     from guestnet._linux.links import Interface
+    from guestnet.cli.runner.family6 import address6, router6
     from guestnet.cli.runner.session import ENDPOINT, network_of_one
 
     if options.id not in (None, ENDPOINT):
@@ -126,6 +128,8 @@ def _serve(options: argparse.Namespace, target: Target) -> int:
         gateway=None if bridged else config.gateway,
         mtu=config.mtu,
         name=options.interface,
+        address6=address6(config),
+        gateway6=router6(config),
     )
     tap = make_tap(target, namespace, interface)
     os.close(namespace)

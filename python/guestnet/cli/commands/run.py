@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from ipaddress import IPv4Interface, IPv6Address, IPv6Interface
+from ipaddress import IPv4Interface
 from typing import TYPE_CHECKING
 
 from guestnet.cli import UsageError, arguments
 from guestnet.cli.runner import supervise
+from guestnet.cli.runner.family6 import address6, router6
 from guestnet.cli.runner.session import ENDPOINT, HOST_IDS_NOTE, network_of_one, person
 from guestnet.cli.terminal import complain, say
 
@@ -17,11 +18,7 @@ if TYPE_CHECKING:
     import argparse
 
     from guestnet._linux.namespace import Guest
-    from guestnet.model.spec import NatConfig
     from guestnet.runtime.network import NatNetwork
-
-_LINK_LOCAL = IPv6Address("fe80::1")
-"""The gateway's address in every network with IPv6."""
 
 _ABOUT = """\
 Runs CMD in a namespace of its own, as an ordinary user or as root. The namespace has an address, a route
@@ -85,8 +82,8 @@ def main(argv: Sequence[str]) -> int:
         address=None if options.bridge else IPv4Interface((config.first_guest_address, config.prefix_len)),
         gateway=None if options.bridge else config.gateway,
         mtu=config.mtu,
-        address6=_address6(config),
-        gateway6=_router6(config),
+        address6=address6(config),
+        gateway6=router6(config),
     )
     nameserver = None if options.bridge else str(config.gateway)
     guest = Guest(
@@ -99,20 +96,6 @@ def main(argv: Sequence[str]) -> int:
     )
     with ExitStack() as at_end:
         return _run(options, command, guest, mask, at_end)
-
-
-def _address6(config: NatConfig) -> IPv6Interface | None:
-    address = config.first_guest_address6
-    return None if address is None else IPv6Interface((address, 64))
-
-
-def _router6(config: NatConfig) -> IPv6Address | None:
-    """The router of IPv6 for the guest, if the host has IPv6."""
-    if config.subnet6 is None:
-        return None
-    from guestnet._linux.host_addresses import has_ipv6
-
-    return _LINK_LOCAL if has_ipv6() else None
 
 
 def _run(

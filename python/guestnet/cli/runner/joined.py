@@ -27,7 +27,9 @@ def run_joined(options: argparse.Namespace, command: Sequence[str]) -> int:
     with NetworkClient(options.network) as client:
         got = client.reserve(id=options.id, hostname=options.hostname)
         guest = Guest(
-            Interface(got.mac, got.address, got.gateway, got.mtu),
+            Interface(
+                got.mac, got.address, got.gateway, got.mtu, address6=got.address6, gateway6=got.gateway6
+            ),
             nameserver=got.nameserver,
             search=got.search,
             hostname=options.hostname,

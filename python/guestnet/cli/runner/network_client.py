@@ -6,7 +6,7 @@ import contextlib
 import json
 import socket
 from collections.abc import Iterable
-from ipaddress import IPv4Address, IPv4Interface
+from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,6 +28,9 @@ class Reservation(FrozenRecord):
     nameserver: str | None
     search: tuple[str, ...]
     mtu: int
+    address6: IPv6Interface | None
+    gateway6: IPv6Address | None
+    """The router of IPv6, if it leads out."""
 
 
 class NetworkClient:
@@ -72,6 +75,8 @@ class NetworkClient:
             nameserver=got["nameserver"],
             search=tuple(got["search"]),
             mtu=int(got["mtu"]),
+            address6=None if got["address6"] is None else IPv6Interface(got["address6"]),
+            gateway6=None if got["gateway6"] is None else IPv6Address(got["gateway6"]),
         )
 
     def attach(self, tap: int, publish: Iterable[str] = ()) -> list[str]:

@@ -27,6 +27,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from guestnet._linux.host_addresses import has_ipv6
 from guestnet._linux.join_namespace import Watch
 from guestnet.errors import AlreadyRunning, AttachError, ConfigError, EndpointExists, GuestnetError
 from guestnet.runtime.joining import network_socket as wire
@@ -40,6 +41,7 @@ _log = logging.getLogger("guestnet")
 CONNECTIONS_MAX = 1024
 _ATTACH_SECONDS = 30.0
 _BACKLOG = 128
+_ROUTER6 = "fe80::1"
 _MOVING = frozenset(("connecting", "syn_sent", "syn_received", "established", "fin_wait_1", "fin_wait_2"))
 _QUIET_SECONDS = 1.0
 
@@ -223,7 +225,25 @@ class JoinServer:
             "nameserver": None if bridged else str(config.gateway),
             "search": list(config.search),
             "mtu": config.mtu,
+            "address6": self._address6(endpoint),
+            "gateway6": str(_ROUTER6) if config.subnet6 is not None and has_ipv6() else None,
         }
+
+    def _address6(self, endpoint: Any) -> str | None:
+        """The IPv6 address of a guest: that of its lease, or the one with the number of its IPv4 address.
+
+        None where another guest has that: SLAAC or DHCPv6 may still give it one.
+        """
+        config = self._network.config
+        if config.subnet6 is None:
+            return None
+        own = next((one.ip6 for one in config.static_leases if one.mac == endpoint.mac and one.ip6), None)
+        if own is None:
+            own = config.subnet6[int(endpoint.ip) - int(config.subnet.network_address)]
+            of_others = any(one.ip6 == own for one in config.static_leases)
+            if of_others or any(own in one.addresses for one in self._network if one.id != endpoint.id):
+                return None
+        return f"{own}/{config.subnet6.prefixlen}"
 
     def _create_numbered(self, wanted: dict[str, Any]) -> Any:
         number = 0
