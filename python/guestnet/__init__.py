@@ -148,6 +148,7 @@ if TYPE_CHECKING:
     from guestnet.model.spec_diff import ForwardRemoved as ForwardRemoved
     from guestnet.model.spec_diff import LeaseAdded as LeaseAdded
     from guestnet.model.spec_diff import LeaseRemoved as LeaseRemoved
+    from guestnet.model.spec_diff import LimitChanged as LimitChanged
     from guestnet.model.spec_diff import PolicyChanged as PolicyChanged
     from guestnet.model.spec_diff import RecordsChanged as RecordsChanged
     from guestnet.model.spec_diff import SettingChanged as SettingChanged
@@ -242,6 +243,7 @@ _HOME = {
         "ForwardRemoved",
         "LeaseAdded",
         "LeaseRemoved",
+        "LimitChanged",
         "PolicyChanged",
         "RecordsChanged",
         "SettingChanged",

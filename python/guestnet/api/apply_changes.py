@@ -20,6 +20,7 @@ from guestnet.model.spec_diff import (
     EndpointRemoved,
     ForwardAdded,
     ForwardRemoved,
+    LimitChanged,
     PolicyChanged,
     RecordsChanged,
 )
@@ -29,6 +30,7 @@ from guestnet.runtime.registry import NOWHERE, Registry
 from guestnet.runtime.services.service_host import Services
 
 if TYPE_CHECKING:
+    from guestnet.policy.limit import Limit
     from guestnet.policy.policy import Policy
 
 _log = logging.getLogger("guestnet")
@@ -46,6 +48,14 @@ class ChangeTarget(Protocol):
     def policy(self) -> Policy | None: ...
 
     async def aset_policy(self, policy: Policy | None) -> int: ...
+
+    @property
+    def limit(self) -> Limit | None: ...
+
+    @property
+    def guest_limit(self) -> Limit | None: ...
+
+    async def aset_limit(self, limit: Limit | None, *, each: bool) -> None: ...
 
     async def apublish(self, spec: str | ForwardSpec) -> Forward: ...
 
@@ -124,7 +134,8 @@ class ChangeApplier:
 
     def _ordered(self, changes: tuple[Change, ...]) -> list[Change]:
         going = [self._described(one.endpoint.id) for one in changes if isinstance(one, EndpointRemoved)]
-        ranks = {RecordsChanged: 0, PolicyChanged: 0, ForwardRemoved: 1, ForwardAdded: 2, EndpointRemoved: 4}
+        ranks = {RecordsChanged: 0, PolicyChanged: 0, LimitChanged: 0}
+        ranks |= {ForwardRemoved: 1, ForwardAdded: 2, EndpointRemoved: 4}
 
         def rank(change: Change) -> int:
             if not isinstance(change, EndpointAdded):
@@ -132,6 +143,17 @@ class ChangeApplier:
             return 5 if any(_takes_over(change.endpoint, old) for old in going) else 3
 
         return sorted(changes, key=rank)
+
+    async def _change_rules(self, change: PolicyChanged | LimitChanged) -> Undo:
+        network = self._network
+        if isinstance(change, PolicyChanged):
+            earlier = network.policy
+            await network.aset_policy(change.new)
+            return partial(network.aset_policy, earlier)
+        each = change.name == "guest_limit"
+        kept = network.guest_limit if each else network.limit
+        await network.aset_limit(change.new, each=each)
+        return partial(network.aset_limit, kept, each=each)
 
     async def _apply_one(self, change: Change) -> Undo:
         """Applies a change; returns what undoes it."""
@@ -145,10 +167,8 @@ class ChangeApplier:
                     self._set_records(name, before)
 
                 return restore
-            case PolicyChanged(_, policy):
-                earlier = network.policy
-                await network.aset_policy(policy)
-                return partial(network.aset_policy, earlier)
+            case PolicyChanged() | LimitChanged():
+                return await self._change_rules(change)
             case ForwardRemoved(spec):
                 forward = self._published(spec)
                 again = exact(forward)

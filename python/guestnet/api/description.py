@@ -20,6 +20,7 @@ from guestnet.runtime.registry import NOWHERE
 if TYPE_CHECKING:
     from guestnet.model.network_spec import EndpointSpec, Spec
     from guestnet.model.network_state import NetworkState
+    from guestnet.model.spec import NatConfig
     from guestnet.model.spec_diff import Change
 
 
@@ -42,13 +43,18 @@ class DescriptionMethods(GuestMethods, PortMethods, RuleMethods):
         """
         from guestnet.model.network_spec import Spec
 
-        config = self._config
-        if self._policies.network != config.policy:
-            config = config.replace(policy=self._policies.network)
+        config = self._config_now()
         if config.dns:
             config = config.replace(dns_records=self._services.dns.records())
         endpoints = [self._described(endpoint) for endpoint in self._own_endpoints()]
         return Spec(config, endpoints, [exact(one) for one in self._own_forwards()])
+
+    def _config_now(self) -> NatConfig:
+        """The configuration with the rules and limits of now."""
+        config, rules = self._config, self._policies.network
+        if (rules, self.limit, self.guest_limit) == (config.policy, config.limit, config.guest_limit):
+            return config
+        return config.replace(policy=rules, limit=self.limit, guest_limit=self.guest_limit)
 
     def state(self) -> dict[str, Any]:
         """Everything that it takes to make the same network again, as plain data that JSON can carry.
@@ -77,9 +83,7 @@ class DescriptionMethods(GuestMethods, PortMethods, RuleMethods):
             if one.listener is not None:
                 guests[one.mac] = (one.id, None if one.ip == NOWHERE else one.ip)
         own = self._own_endpoints()
-        services, config = self._services, self._config
-        if self._policies.network != config.policy:
-            config = config.replace(policy=self._policies.network)
+        services, config = self._services, self._config_now()
         return NetworkState(
             config,
             tuple(

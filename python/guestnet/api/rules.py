@@ -135,8 +135,22 @@ class RuleMethods(NetworkBase):
 
     set_policy = blocking(aset_policy)
 
+    @property
+    def limit(self) -> Limit | None:
+        """What all guests together may carry now."""
+        return self._limits.network
+
+    @property
+    def guest_limit(self) -> Limit | None:
+        """What each guest may carry now that has no limit of its own."""
+        return self._limits.guest
+
     async def aset_limit(
-        self, limit: Limit | str | Mapping[str, Any] | None, *, endpoint: str | None = None
+        self,
+        limit: Limit | str | Mapping[str, Any] | None,
+        *,
+        endpoint: str | None = None,
+        each: bool = False,
     ) -> None:
         """Limits what all guests together, or one guest, may carry from now on. It holds until it is changed.
 
@@ -146,12 +160,14 @@ class RuleMethods(NetworkBase):
         Args:
             limit: The limit, its text such as "10mbit/2mbit", or None for no limit.
             endpoint: The id of an endpoint; None: all guests together.
+            each: Instead of all guests together, each guest that has no limit of its own.
 
         Raises:
             NotRunning: The network does not run.
             EndpointNotFound: There is no such endpoint.
             UnsupportedError: The network has the mode "bridged".
             PolicyError: Something in the limit is wrong.
+            ConfigError: There is an endpoint beside `each`.
 
         Example:
             >>> from guestnet import NatNetwork
@@ -162,7 +178,9 @@ class RuleMethods(NetworkBase):
         wanted, session = checked_limit(limit), self._live()
         if endpoint is not None and self._registry.get(endpoint) is None:
             raise EndpointNotFound(f"There is no endpoint {endpoint!r}: create it first.")
-        await self._do(session.limits.set(wanted, endpoint))
+        if endpoint is not None and each:
+            raise ConfigError("The limit is for one guest, or for each: leave `endpoint` or `each` out.")
+        await self._do(session.limits.set_guest(wanted) if each else session.limits.set(wanted, endpoint))
 
     set_limit = blocking(aset_limit)
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from guestnet.model.forward_spec import ForwardSpec
 from guestnet.model.network_spec import EndpointSpec, Spec
 from guestnet.model.spec import NatConfig, StaticLease
 
 if TYPE_CHECKING:
+    from guestnet.policy.limit import Limit
     from guestnet.policy.policy import Policy
 
 
@@ -93,6 +94,19 @@ class PolicyChanged(Change):
 
 
 @dataclass(frozen=True)
+class LimitChanged(Change):
+    """The limit of all guests together, or of each guest, is another one."""
+
+    name: Literal["limit", "guest_limit"]
+    old: Limit | None
+    new: Limit | None
+
+    def __str__(self) -> str:
+        of = "all guests together" if self.name == "limit" else "each guest"
+        return f"take the limit of {of} back" if self.new is None else f"limit {of} to {self.new}"
+
+
+@dataclass(frozen=True)
 class EndpointAdded(Change):
     """An endpoint is new."""
 
@@ -159,16 +173,21 @@ def diff(old: Spec, new: Spec) -> list[Change]:
         *_leases(old.config, new.config),
         *_records(old.config, new.config),
         *_policy(old.config, new.config),
+        *_limits(old.config, new.config),
         *map(ForwardRemoved, removed),
         *_endpoints(old, new),
         *map(ForwardAdded, added),
     ]
 
 
+_LIVE = ("static_leases", "dns_records", "policy", "limit", "guest_limit")
+"""Settings whose changes are described in other ways."""
+
+
 def _settings(old: NatConfig, new: NatConfig) -> Iterator[Change]:
     for name in (one.name for one in fields(NatConfig)):
         before, after = getattr(old, name), getattr(new, name)
-        if before != after and name not in ("static_leases", "dns_records", "policy"):
+        if before != after and name not in _LIVE:
             yield SettingChanged(name, before, after)
 
 
@@ -186,6 +205,13 @@ def _records(old: NatConfig, new: NatConfig) -> Iterator[Change]:
         before, after = old.dns_records.get(name, ()), new.dns_records.get(name, ())
         if before != after:
             yield RecordsChanged(name, before, after)
+
+
+def _limits(old: NatConfig, new: NatConfig) -> Iterator[Change]:
+    if old.limit != new.limit:
+        yield LimitChanged("limit", old.limit, new.limit)
+    if old.guest_limit != new.guest_limit:
+        yield LimitChanged("guest_limit", old.guest_limit, new.guest_limit)
 
 
 def _policy(old: NatConfig, new: NatConfig) -> Iterator[Change]:

@@ -40,6 +40,10 @@ class PortTable:
         """Whose port it is; None for that of a guest that has not shown its MAC."""
         return self._ids.get(port)
 
+    def all(self) -> list[tuple[str, int]]:
+        """Endpoint ids and their ports."""
+        return list(self._ports.items())
+
     def port(self, endpoint_id: str) -> int | None:
         """The port of an endpoint."""
         return self._ports.get(endpoint_id)

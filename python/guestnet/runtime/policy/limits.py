@@ -96,6 +96,19 @@ class LimitControl:
             plain = None if limit is None else limit.for_data_plane()
             await self._control.do(self._control.plane.set_limit, port, plain)
 
+    async def set_guest(self, limit: Limit | None) -> None:
+        """Puts the limit in force that each guest has, but for guests with one of their own.
+
+        Args:
+            limit: The limit; None: no limit.
+        """
+        self._check()
+        self._book.guest = limit
+        plain = None if limit is None else limit.for_data_plane()
+        for endpoint_id, port in self._ports.all():
+            if endpoint_id not in self._book.endpoints:
+                await self._control.do(self._control.plane.set_limit, port, plain)
+
     def _check(self) -> None:
         if self._mode is NetMode.BRIDGED:
             raise UnsupportedError(
