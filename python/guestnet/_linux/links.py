@@ -13,7 +13,14 @@ import fcntl
 import os
 import socket
 import struct
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface
+from ipaddress import (
+    IPv4Address,
+    IPv4Interface,
+    IPv4Network,
+    IPv6Address,
+    IPv6Interface,
+    IPv6Network,
+)
 
 from guestnet.model.frozen_record import FrozenRecord
 
@@ -237,6 +244,23 @@ def routes_into(subnet: IPv4Network, table: str = "/proc/net/route") -> list[str
         if int(mask) and (network := IPv4Network(f"{address}/{mask}")).overlaps(subnet):
             found.append(f"{network} on {row[0]}")
     return found
+
+
+def routes6_into(prefix: IPv6Network, table: str = "/proc/net/ipv6_route") -> list[str]:
+    """Returns the IPv6 routes of this network namespace, except the default route, that overlap `prefix`."""
+    try:
+        with open(table, encoding="utf-8") as file:
+            rows = [line.split() for line in file]
+    except OSError:
+        return []
+    found: dict[str, None] = {}
+    for row in rows:
+        length = int(row[1], 16)
+        network = IPv6Network((int(row[0], 16), length))
+        # The table also has an entry for each own address, which a prefix covers.
+        if 0 < length < 128 and network.overlaps(prefix):
+            found[f"{network} on {row[-1]}"] = None
+    return list(found)
 
 
 # --- netlink

@@ -215,6 +215,20 @@ def test_a_subnet_of_the_hosts_own_is_noted(
     assert len(err.splitlines()) == said
 
 
+def test_a_prefix_of_the_hosts_own_is_noted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(links, "routes_into", lambda subnet: [])
+    monkeypatch.setattr(links, "routes6_into", lambda prefix: [f"{prefix} on eth0"])
+    words = ["--prefix", "fd12::/64", "--", "true"]
+    options, _ = arguments.parse_with_command(run.parser(), words, "CMD")
+    session.note_overlap(options)
+    assert (
+        "fd12::/64 on eth0, which guests cannot reach: choose another with --prefix"
+        in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from ipaddress import IPv6Network
 from typing import TYPE_CHECKING
 
 from guestnet.cli import UsageError, arguments, settled
@@ -45,12 +46,18 @@ def note_overlap(options: argparse.Namespace) -> None:
     """Says what guests will not reach, since it has addresses of their own network."""
     if options.quiet or options.bridge or options.mode == "host_only":
         return
-    from guestnet._linux.links import routes_into
+    from guestnet._linux.links import routes6_into, routes_into
 
     if taken := routes_into(options.subnet):
         complain(
             f"Note: {options.subnet} overlaps this host's {', '.join(taken)}, which guests cannot reach: "
             "choose another with --subnet."
+        )
+    prefix = options.prefix
+    if prefix is not None and (taken := routes6_into(IPv6Network(prefix))):
+        complain(
+            f"Note: {prefix} overlaps this host's {', '.join(taken)}, which guests cannot reach: "
+            "choose another with --prefix."
         )
 
 
