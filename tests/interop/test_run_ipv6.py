@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -60,6 +61,22 @@ print(hashlib.sha256(data).hexdigest(), s.makefile().read())
     with blob.path.open("rb") as file:
         wanted = hashlib.sha256(file.read(64 << 20)).hexdigest()
     assert (down, up, count) == (wanted, wanted, str(64 << 20))
+
+
+@pytest.mark.parametrize("direction", [[], ["-R"]])
+def test_four_streams_each_carry_data(guest: GuestRunner, direction: list[str]) -> None:
+    """iperf3 -6: no stream starves, whichever way they go."""
+    server = guest.lab.start(
+        ["iperf3", "-s", "-6", "-1", "-p", "5206", "--forceflush"], ns=guest.lab.out, ready="listening"
+    )
+    try:
+        words = ["iperf3", "-6", "-J", "-c", OUT6, "-p", "5206", "-t", "2", "-P", "4", *direction]
+        report = json.loads(guest.check(words, *BOTH, seconds=60))
+    finally:
+        server.stop()
+    received = [stream["receiver"]["bytes"] for stream in report["end"]["streams"]]
+    assert len(received) == 4
+    assert min(received) > 1 << 20, received
 
 
 @pytest.mark.parametrize("address", [OUT6, FAR6, GATEWAY6])
