@@ -142,7 +142,7 @@ fn good6(port: PortId, kind: u8, n: u16) -> Vec<u8> {
         }
         17 => {
             let mut header = vec![proto::UDP, 0];
-            header.extend_from_slice(&((n % 8) * 8 | u16::from(n.is_multiple_of(2))).to_be_bytes());
+            header.extend_from_slice(&(((n % 8) * 8) | u16::from(n.is_multiple_of(2))).to_be_bytes());
             header.extend_from_slice(&u32::from(n % 6).to_be_bytes());
             let h = Ip6 { extensions: Some((44, header)), ..Ip6::new(port, ip6(&outside), proto::UDP) };
             h.frame(&h.udp(from, 9, &[0; 16]))
