@@ -17,36 +17,39 @@
 //! Bounds: outstanding queries in all and of one guest, cached bytes with a share for each guest, events of one guest a
 //! second, and those of [`streams`]. A guest over its share gets REFUSED with a reason.
 
+mod authority;
 mod cache;
 mod failures;
 mod guard;
 mod limits;
 mod network;
 mod pending;
+mod replies;
+mod resolution;
+mod responses;
 mod streams;
 mod upstream;
 mod upstream_sockets;
 
-use crate::interface::config::{Limits, NameServers};
-use crate::interface::effects::{Close, Effects, Event, SockError};
+use crate::interface::config::Limits;
+use crate::interface::effects::{Close, Effects, SockError};
 use crate::interface::stats::DropReason;
 use crate::interface::types::{FlowId, PortId, ServiceId, SockId, Time};
-use crate::policy::NamePolicy;
 use crate::util::rate_limiter::RateLimiter;
 use crate::util::siphash::SipKey;
-use cache::{Cache, Kept, Key};
+use cache::{Cache, Key};
 use failures::Failures;
-use guard::{Filtered, Guard};
+use guard::Guard;
 use guestnet_wire::be16;
 use guestnet_wire::dns::{self, Answer, IN, Query, Record, Unreadable, ede, flags, kind, rcode};
 use limits::QueryLimits;
-use pending::{Bounds, Chain, Client, Pending, Stage, Table, Waiter};
+use pending::{Bounds, Client, Pending, Stage, Table, Waiter};
+use replies::searched_fails;
+pub(crate) use replies::{Replies, Reply, Tally};
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
-use std::ops::Range;
-use std::sync::Arc;
 use streams::{Readable, Streams};
-use upstream::{Heard, Step, Upstream};
+use upstream::Upstream;
 
 /// Seconds after which the control side looks for other name servers.
 const LOOK_S: u64 = 1;
@@ -99,48 +102,6 @@ pub(crate) enum Outcome {
     Later,
 }
 
-/// What a response says of how its query fared, for the counters.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Tally {
-    Nothing,
-    /// The guest was over its share.
-    Refused,
-    /// No name server responded, or the authority did not.
-    Unanswered,
-    /// The question to the authority was lost, for want of room.
-    Lost,
-}
-
-/// A response.
-pub(crate) struct Reply {
-    pub(crate) client: Client,
-    /// Where it is; nothing for a connection, which has it already.
-    at: Range<usize>,
-    pub(crate) tally: Tally,
-}
-
-/// Responses that are to be sent.
-#[derive(Default)]
-pub(crate) struct Replies {
-    bytes: Vec<u8>,
-    list: Vec<Reply>,
-}
-
-impl Replies {
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (&Reply, &[u8])> {
-        self.list.iter().map(|r| (r, self.bytes.get(r.at.clone()).unwrap_or(&[])))
-    }
-
-    pub(crate) fn clear(&mut self) {
-        self.bytes.clear();
-        self.list.clear();
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.list.is_empty()
-    }
-}
-
 /// The forwarder. See the module head.
 pub(crate) struct DnsForwarder {
     sip: SipKey,
@@ -186,110 +147,6 @@ impl DnsForwarder {
             confirmed: Time::default(),
             looking: false,
             replies: Replies::default(),
-        }
-    }
-
-    // ---- what the control side says ---------------------------------------------------------------------
-
-    /// The authority serves DNS as `service`; `own` are names as labels in lower case, and these and those below them
-    /// may be its own. Its cached responses are forgotten. `generation` counts the changes of its records; what is older
-    /// than what is known is ignored.
-    pub(crate) fn set_zones(&mut self, service: ServiceId, generation: u64, own: Vec<Box<[u8]>>) {
-        if generation < self.generation {
-            return;
-        }
-        (self.service, self.generation) = (Some(service), generation);
-        self.own = own.into_iter().collect();
-        // A name of others may be the network's own from now on, or the other way round.
-        self.cache.clear();
-    }
-
-    /// Other rules about names are in force, or none.
-    pub(crate) fn set_names(&mut self, policy: Option<NamePolicy>) {
-        self.guard.set(policy);
-    }
-
-    /// The guests that have names have changed.
-    pub(crate) fn forget_guest_names(&mut self, generation: u64) {
-        if generation >= self.generation {
-            self.generation = generation;
-            self.cache.remove_if(|kept| kept.local);
-        }
-    }
-
-    /// The name servers that names of others are asked of.
-    pub(crate) fn set_name_servers(&mut self, now: Time, servers: NameServers) {
-        (self.confirmed, self.looking) = (now, false);
-        if servers != *self.upstream.servers {
-            // Others may know other things: a VPN came or went.
-            self.upstream.servers = Arc::new(servers);
-            self.cache.remove_if(|kept| !kept.own);
-            self.failures.clear();
-        }
-    }
-
-    /// The authority's verdict on the name of a query; `generation` is that of its records.
-    pub(crate) fn verdict<E: Effects>(
-        &mut self,
-        now: Time,
-        ticket: u64,
-        generation: u64,
-        verdict: Verdict,
-        fx: &mut E,
-    ) {
-        (self.confirmed, self.looking) = (now, false);
-        let Some(p) = self.table.get_mut(ticket).filter(|p| matches!(p.stage, Stage::Authority)) else {
-            return;
-        };
-        p.stage = Stage::Next;
-        match verdict {
-            Verdict::Forward => self.forward(now, ticket, fx),
-            Verdict::Own { answers, target: Some(target), .. } => {
-                let (kind, dnssec, cd) = (p.key.kind(), p.key.wants_dnssec(), p.key.is_unchecked());
-                match Key::of(self.sip, &target, kind, dnssec, cd) {
-                    Some(key) => p.chain = Some(Box::new(Chain { records: answers, key })),
-                    None => return self.fail(now, ticket, &[], Tally::Nothing, fx),
-                }
-                self.forward(now, ticket, fx);
-            }
-            Verdict::Own { rcode, answers, authority, searched, target: None } => {
-                let head = if rcode == rcode::SERVFAIL { 0 } else { flags::AA };
-                let question = p.key.question();
-                let message = dns::build(&question, rcode, head, &answers, &authority)
-                    // More than a message holds: truncated, also over TCP.
-                    .or_else(|| dns::build(&question, rcode, head | flags::TC, &[], &[]));
-                let heard = message.and_then(|m| Some((Answer::parse(&m)?, m.into_boxed_slice())));
-                self.own_response(now, ticket, generation, heard, searched, fx);
-            }
-        }
-    }
-
-    fn own_response<E: Effects>(
-        &mut self,
-        now: Time,
-        ticket: u64,
-        generation: u64,
-        heard: Option<Heard>,
-        searched: Option<Box<[u8]>>,
-        fx: &mut E,
-    ) {
-        let Some((shape, message)) = heard else { return self.fail(now, ticket, &[], Tally::Nothing, fx) };
-        let Some(p) = self.table.remove(ticket) else { return };
-        for w in &p.waiters {
-            let port = w.client.port();
-            let fails = searched.as_ref().is_some_and(|name| self.is_failing(name, port, now));
-            if fails {
-                self.deliver(now, w.client, true, Tally::Nothing, fx, |_, out| {
-                    w.query().respond(rcode::SERVFAIL, 0, &searched_fails(), out);
-                });
-            } else {
-                self.deliver_answer(now, w, p.key.name(), true, (&shape, &message), fx);
-            }
-        }
-        let owner = p.waiters.first().map(|w| w.client.port());
-        if let Some(owner) = owner.filter(|_| generation == self.generation) {
-            let kept = Kept { own: true, local: true, owner, searched };
-            self.cache.put(&p.key, shape, &message, kept, now);
         }
     }
 
@@ -465,131 +322,6 @@ impl DnsForwarder {
         outcome
     }
 
-    fn ask_authority<E: Effects>(&mut self, now: Time, ticket: u64, port: PortId, fx: &mut E) {
-        let Some(p) = self.table.get_mut(ticket) else { return };
-        p.stage = Stage::Authority;
-        let (name, kind) = (p.key.name().into(), p.key.kind());
-        self.table.set_deadline(ticket, now.plus_ms(AUTHORITY_MS));
-        self.looking = true;
-        if !fx.event(Event::DnsQuestion { port, ticket, name, kind }) {
-            self.without_authority(now, ticket, Tally::Lost, fx);
-        }
-    }
-
-    /// The control side has said nothing in time, or has no room for the question: what was known is used.
-    fn without_authority<E: Effects>(&mut self, now: Time, ticket: u64, tally: Tally, fx: &mut E) {
-        // Others do not wait for it in vain, for a while.
-        (self.confirmed, self.looking) = (now, false);
-        let Some(p) = self.table.get_mut(ticket) else { return };
-        p.stage = Stage::Next;
-        let name: Box<[u8]> = p.key.name().into();
-        if self.may_be_own(&name) {
-            let why = dns::explain(ede::NOT_READY, "the network's own names cannot be looked up now");
-            return self.fail(now, ticket, &why, tally, fx);
-        }
-        self.forward(now, ticket, fx);
-    }
-
-    /// Asks name servers, unless the response is known already or cannot be.
-    fn forward<E: Effects>(&mut self, now: Time, ticket: u64, fx: &mut E) {
-        self.refuse_waiters(now, ticket, fx);
-        let Some(p) = self.table.get(ticket) else { return };
-        let (target, rd) = (p.target().clone(), p.rd);
-        if let Some(entry) = self.cache.get(&target, now).filter(|_| rd) {
-            let message = entry.message(&target, now);
-            if let Some(shape) = Answer::parse(&message) {
-                return self.finish(now, ticket, Some((shape, message.into())), false, fx);
-            }
-        }
-        if self.upstream.servers.servers.is_empty() {
-            let why = dns::explain(ede::OTHER, "no name server is configured on the host");
-            return self.fail(now, ticket, &why, Tally::Unanswered, fx);
-        }
-        let step = self.upstream.ask(now, &mut self.table, ticket, fx);
-        self.land(now, ticket, step, fx);
-    }
-
-    /// Refuses clients of a name that turned out to be no own one, where the rules of their guests do not allow it.
-    fn refuse_waiters<E: Effects>(&mut self, now: Time, ticket: u64, fx: &mut E) {
-        let Some(p) = self.table.get(ticket).filter(|p| p.chain.is_none()) else { return };
-        let key = p.key.clone();
-        if !p.waiters.iter().any(|w| self.guard.watches(w.client.port())) || !self.may_be_own(key.name()) {
-            return;
-        }
-        let guard = &mut self.guard;
-        let mut refusals = Vec::new();
-        let refused = self.table.take_waiters(ticket, |w| {
-            let refusal = guard.query(now, w.client.port(), key.name(), key.kind());
-            let is_refused = refusal.is_some();
-            refusals.extend(refusal);
-            is_refused
-        });
-        for (w, refusal) in refused.iter().zip(refusals) {
-            self.deliver(now, w.client, true, Tally::Nothing, fx, |_, out| {
-                w.query().respond(refusal.rcode, 0, &refusal.explanation, out);
-            });
-        }
-        if self.table.get(ticket).is_some_and(|p| p.waiters.is_empty()) {
-            let _nobody_waits = self.table.remove(ticket);
-        }
-    }
-
-    fn land<E: Effects>(&mut self, now: Time, ticket: u64, step: Step, fx: &mut E) {
-        if let Step::Done(heard) = step {
-            self.finish(now, ticket, heard, true, fx);
-        }
-    }
-
-    /// The end of a query that name servers were asked, or would have been: `fresh` says which.
-    fn finish<E: Effects>(&mut self, now: Time, ticket: u64, heard: Option<Heard>, fresh: bool, fx: &mut E) {
-        let Some(p) = self.table.get(ticket) else { return };
-        let failed = heard.as_ref().is_none_or(|(shape, _)| upstream::is_poor(shape.rcode));
-        if failed {
-            let mut ports: Vec<PortId> = p.waiters.iter().map(|w| w.client.port()).collect();
-            ports.dedup();
-            ports.iter().for_each(|port| self.failures.add(p.target().name(), *port, now, true));
-        } else {
-            self.failures.remove(p.target().name());
-        }
-        let Some((shape, message)) = heard else {
-            let why = dns::explain(ede::NO_REACHABLE_AUTHORITY, "no name server of the host answers");
-            return self.fail(now, ticket, &why, Tally::Unanswered, fx);
-        };
-        let joined = match &p.chain {
-            Some(chain) => {
-                let joined = dns::join(&p.key.question(), &chain.records, &message, &shape);
-                match joined.and_then(|m| Some((Answer::parse(&m)?, m.into_boxed_slice()))) {
-                    Some(joined) => Some(joined),
-                    None => return self.fail(now, ticket, &[], Tally::Nothing, fx),
-                }
-            }
-            None => None,
-        };
-        let Some(p) = self.table.remove(ticket) else { return };
-        let (sent, bytes) = joined.as_ref().map_or((&shape, &message), |(shape, message)| (shape, message));
-        for w in &p.waiters {
-            self.deliver_answer(now, w, p.key.name(), false, (sent, bytes), fx);
-        }
-        // What servers said that are no longer asked is sent, and not kept.
-        let current = p.plan.as_ref().is_some_and(|plan| Arc::ptr_eq(&plan.servers, &self.upstream.servers));
-        if let Some(owner) = p.waiters.first().map(|w| w.client.port()).filter(|_| fresh && current && p.rd) {
-            let local = self.may_be_own(p.target().name());
-            let kept = Kept { own: false, local, owner, searched: None };
-            self.cache.put(p.target(), shape, &message, kept, now);
-        }
-    }
-
-    /// The end of a query that cannot be answered.
-    fn fail<E: Effects>(&mut self, now: Time, ticket: u64, why: &[u8], tally: Tally, fx: &mut E) {
-        self.upstream.withdraw(&mut self.table, ticket, fx);
-        let Some(p) = self.table.remove(ticket) else { return };
-        for w in &p.waiters {
-            self.deliver(now, w.client, true, tally, fx, |_, out| {
-                w.query().respond(rcode::SERVFAIL, 0, why, out);
-            });
-        }
-    }
-
     /// A message that is no query, or not one that can be read.
     fn refuse<E: Effects>(
         &mut self,
@@ -633,85 +365,6 @@ impl DnsForwarder {
     fn is_look_due(&self, now: Time) -> bool {
         let stale = self.confirmed.plus_s(STALE_S) <= now;
         stale || !self.looking && self.confirmed.plus_s(LOOK_S) <= now
-    }
-
-    // ---- responses ------------------------------------------------------------------------------------------
-
-    /// Sends a client its response, which `emit` appends: the one place where a guest's response is seen. `waited`: the
-    /// client was waiting for it.
-    fn deliver<E: Effects>(
-        &mut self,
-        now: Time,
-        client: Client,
-        waited: bool,
-        tally: Tally,
-        fx: &mut E,
-        emit: impl FnOnce(bool, &mut Vec<u8>),
-    ) {
-        let at = self.replies.begin(client);
-        emit(client.is_tcp(), &mut self.replies.bytes);
-        self.replies.finish(at, client, tally);
-        self.pass_on(now, waited, fx);
-    }
-
-    /// Sends a client that waits the answer to its query, as the rules of its guest allow it.
-    fn deliver_answer<E: Effects>(
-        &mut self,
-        now: Time,
-        w: &Waiter,
-        name: &[u8],
-        own: bool,
-        answer: (&Answer, &[u8]),
-        fx: &mut E,
-    ) {
-        self.send_answer(now, w, true, name, own, answer, fx);
-    }
-
-    #[allow(clippy::too_many_arguments)] // The client, and the answer.
-    fn send_answer<E: Effects>(
-        &mut self,
-        now: Time,
-        w: &Waiter,
-        waited: bool,
-        name: &[u8],
-        own: bool,
-        (shape, message): (&Answer, &[u8]),
-        fx: &mut E,
-    ) {
-        let filtered = match self.guard.watches(w.client.port()) {
-            true => self.guard.filter(w.client.port(), name, own, shape, message),
-            false => Filtered::Same,
-        };
-        self.deliver(now, w.client, waited, Tally::Nothing, fx, |tcp, out| match &filtered {
-            Filtered::Same => emit(&w.query(), shape, message, tcp, out),
-            Filtered::Other(shape, message) => emit(&w.query(), shape, message, tcp, out),
-            Filtered::Refused(refusal) => w.query().respond(refusal.rcode, 0, &refusal.explanation, out),
-        });
-    }
-
-    /// Writes the last reply to its connection, where it is for one.
-    fn pass_on<E: Effects>(&mut self, now: Time, waited: bool, fx: &mut E) {
-        let Some(last) = self.replies.list.last_mut() else { return };
-        if let Client::Stream { sock, serial, .. } = last.client {
-            let at = std::mem::replace(&mut last.at, 0..0);
-            let framed = self.replies.bytes.get(at.clone()).unwrap_or(&[]);
-            self.streams.send(now, sock, serial, framed, waited, fx);
-            self.replies.bytes.truncate(at.start);
-        }
-    }
-
-    pub(crate) fn has_replies(&self) -> bool {
-        !self.replies.is_empty()
-    }
-
-    /// The responses that are to be sent; given back when they are.
-    pub(crate) fn take_replies(&mut self) -> Replies {
-        std::mem::take(&mut self.replies)
-    }
-
-    pub(crate) fn give_back(&mut self, mut replies: Replies) {
-        replies.clear();
-        self.replies = replies;
     }
 
     // ---- name servers ---------------------------------------------------------------------------------------
@@ -877,26 +530,6 @@ impl DnsForwarder {
     }
 }
 
-impl Replies {
-    /// Where a response to the client begins.
-    fn begin(&mut self, client: Client) -> usize {
-        let at = self.bytes.len();
-        if client.is_tcp() {
-            self.bytes.extend_from_slice(&[0, 0]);
-        }
-        at
-    }
-
-    /// The response is written.
-    fn finish(&mut self, at: usize, client: Client, tally: Tally) {
-        if client.is_tcp() {
-            let length = self.bytes.len().saturating_sub(at + 2) as u16;
-            guestnet_wire::put(&mut self.bytes, at, &length.to_be_bytes());
-        }
-        self.list.push(Reply { client, at: at..self.bytes.len(), tally });
-    }
-}
-
 /// The one place where a query is judged: the code that it is refused with.
 fn judge(q: &Query<'_>) -> Option<u16> {
     if q.edns.is_some_and(|e| e.version != 0) {
@@ -909,18 +542,7 @@ fn judge(q: &Query<'_>) -> Option<u16> {
     (q.class != IN || dns::is_meta(q.kind)).then_some(rcode::REFUSED)
 }
 
-/// Appends the response to a query.
-fn emit(q: &Query<'_>, shape: &Answer, message: &[u8], tcp: bool, out: &mut Vec<u8>) {
-    let records = message.get(shape.question.end..shape.end).unwrap_or(&[]);
-    let explanation = message.get(shape.explanation.clone()).unwrap_or(&[]);
-    shape.emit(q, records, explanation, 0, q.largest(tcp), out);
-}
-
 /// The first whole message of a stream, without its length.
 fn next_message(data: &[u8]) -> Option<&[u8]> {
     data.get(2..2 + usize::from(be16(data, 0))).filter(|_| data.len() >= 2)
-}
-
-fn searched_fails() -> Vec<u8> {
-    dns::explain(ede::OTHER, "the name without the search domain cannot be resolved now")
 }
