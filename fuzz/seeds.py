@@ -348,6 +348,13 @@ CONVERSATIONS = {
     "two_requests": 2 * b"POST http://a/ HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nab",
     "ssh": b"SSH-2.0-OpenSSH_9.2\r\n",
 }
+PROXY_REPLIES = {
+    "socks5": b"\0\x05\x00\x05\x00\x00\x01\x0a\x00\x00\x01\x12\x34hello",
+    "socks5_credentials": b"\x02\x05\x02\x01\x00\x05\x00\x00\x03\x04host\x00\x50hello",
+    "socks5_refused": b"\0\x05\x00\x05\x05",
+    "http": b"\x01HTTP/1.1 200 Connection established\r\nVia: x\r\n\r\nhello",
+    "http_refused": b"\x03HTTP/1.1 407 Proxy Authentication Required\r\n\r\n",
+}
 RECORDED = HERE.parent / "crates" / "guestnet-wire" / "src" / "inspect" / "data"
 
 
@@ -356,6 +363,8 @@ def main() -> None:
         write("inspect", name, b"\x10" + stream)
     for recording in RECORDED.glob("*.bin"):
         write("inspect", recording.stem, b"\x10" + recording.read_bytes())
+    for name, replies in PROXY_REPLIES.items():
+        write("proxy", name, replies)
     for name, frame in FRAMES.items():
         write("wire_parse", name, b"\0\0" + frame)
     for name, message in DNS_ANSWERS.items():

@@ -21,6 +21,7 @@ dig:bind9-dnsutils:DNS tests
 dns2tcpc:dns2tcp:DNS tunnel tests
 /usr/sbin/ptunnel:ptunnel:ICMP tunnel tests
 socat:socat:half-close tests
+microsocks:microsocks:proxy tests
 curl:curl:HTTP tests
 ping:iputils-ping:ping tests
 traceroute:traceroute:traceroute tests

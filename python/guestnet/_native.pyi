@@ -133,6 +133,7 @@ class DataPlane:
         workers: int = 1,
         io_uring: bool = True,
         source: str | None = None,
+        proxy: tuple[str, _IpIn, int, bytes, bytes] | None = None,
         runtime: Runtime | None = None,
         gateway6: IPv6Address | str | None = None,
         search: Sequence[str] = ...,

@@ -25,6 +25,7 @@ mod uplink;
 pub use control::{
     Command, CommandError, Event, Level, ListenKind, PortNames, QueueFull, SubmitError, Value, WorkerCommand,
 };
+pub use guestnet_wire::proxy::{CREDENTIAL_MAX, Protocol as ProxyProtocol, Proxy};
 pub use os::{duplicate, error_text, io_uring_works};
 pub use runtime::{
     IoCounters, IoError, PollingStrategy, Runtime, StatsSnapshot, WORKERS_MAX, WorkerConfig, WorkerGroup,

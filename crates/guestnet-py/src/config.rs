@@ -6,10 +6,10 @@ use crate::errors::config_error;
 use guestnet_core::config::{Filtering, Limits, NetworkConfig, Timeouts};
 use guestnet_core::policy::Isolated;
 use guestnet_core::types::NetMode;
-use guestnet_io::{ListenKind, PollingStrategy, Source, error_text};
+use guestnet_io::{CREDENTIAL_MAX, ListenKind, PollingStrategy, Proxy, ProxyProtocol, Source, error_text};
 use pyo3::prelude::*;
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 /// Values by the names of the fields of [`Limits`] or [`Timeouts`].
@@ -50,6 +50,23 @@ pub fn source(py: Python<'_>, text: Option<&str>) -> PyResult<Source> {
         config_error(py, format!("`source` {text} is not {what} of this host ({why}): {remedy}."))
     })?;
     Ok(source)
+}
+
+/// Protocol, address, port, user name and password. Empty names and passwords are none.
+pub type ProxyIn = (String, IpAddr, u16, Vec<u8>, Vec<u8>);
+
+/// A proxy; whether there is one is not known before it is used.
+pub fn proxy(py: Python<'_>, (protocol, ip, port, user, password): ProxyIn) -> PyResult<Arc<Proxy>> {
+    let protocol = match protocol.as_str() {
+        "socks5" => ProxyProtocol::Socks5,
+        "http" => ProxyProtocol::Http,
+        _ => return Err(unknown(py, "kind of proxy", &protocol)),
+    };
+    if user.len() > CREDENTIAL_MAX || password.len() > CREDENTIAL_MAX {
+        return Err(config_error(py, format!("credentials are longer than {CREDENTIAL_MAX} bytes")));
+    }
+    let credentials = (!user.is_empty()).then(|| (user.into(), password.into()));
+    Ok(Arc::new(Proxy { address: SocketAddr::new(ip, port), protocol, credentials }))
 }
 
 pub fn listen_kind(py: Python<'_>, name: &str) -> PyResult<ListenKind> {

@@ -98,7 +98,7 @@ impl DataPlane {
     #[pyo3(signature = (*, gateway, prefix, gateway_mac, secret, mode="nat", host_loopback=None, isolated=false, reserved=Vec::new(),
         filtering="address_dependent", limits=Named::new(), timeouts=Named::new(), strategy="adaptive",
         batch_size=64, max_spins=1000, event_ring=8192, command_ring=1024, name="guestnet", workers=1,
-        io_uring=true, source=None, runtime=None, gateway6=None, search=Vec::new(), upstream6=true))]
+        io_uring=true, source=None, proxy=None, runtime=None, gateway6=None, search=Vec::new(), upstream6=true))]
     fn new(
         py: Python<'_>,
         gateway: IpAddr,
@@ -121,6 +121,7 @@ impl DataPlane {
         workers: usize,
         io_uring: bool,
         source: Option<&str>,
+        proxy: Option<config::ProxyIn>,
         runtime: Option<&Runtime>,
         gateway6: Option<IpAddr>,
         search: Vec<String>,
@@ -163,6 +164,7 @@ impl DataPlane {
             workers,
             io_uring,
             source: config::source(py, source)?,
+            proxy: proxy.map(|p| config::proxy(py, p)).transpose()?,
             strategy: config::strategy(py, strategy)?,
             batch_size,
             max_spins,

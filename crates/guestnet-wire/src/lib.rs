@@ -18,6 +18,7 @@ pub mod inspect;
 pub mod ipv4;
 pub mod ipv6;
 pub mod parse;
+pub mod proxy;
 pub mod tcp;
 pub mod udp;
 

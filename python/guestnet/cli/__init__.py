@@ -209,6 +209,7 @@ _SAME = (
     "subnet",
     "search",
     "source",
+    "proxy",
 )
 _OPTIONS = {name: f"--{name}" for name in _SAME} | {
     "host_loopback": "--host-loopback",

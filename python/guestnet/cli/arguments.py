@@ -348,6 +348,12 @@ def add_network_options(parser: Parser) -> None:
         help="sockets: have flows leave from this address or interface of the host, or not at all",
     )
     add(
+        "--proxy",
+        metavar="URL",
+        help="sockets: make all connections through this proxy (socks5:// or http://), or that of the host's "
+        "environment (host), or the one in a file (@FILE)",
+    )
+    add(
         "--external",
         action="append",
         default=[],
@@ -581,6 +587,7 @@ def network_settings(options: argparse.Namespace) -> dict[str, Any]:
         "capture": None if options.pcap == "-" else options.pcap,
         "uplink": options.uplink,
         "source": options.source,
+        "proxy": options.proxy,
         "external": options.external,
         "forwarding": options.forwarding,
         "masquerade": options.masquerade,

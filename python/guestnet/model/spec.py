@@ -28,6 +28,7 @@ from guestnet.model.frozen_record import FrozenRecord
 from guestnet.model.ipam import format_mac, parse_mac
 
 if TYPE_CHECKING:
+    from guestnet.model.proxy import ProxyUrl
     from guestnet.policy.limit import Limit
     from guestnet.policy.policy import Policy
 
@@ -377,6 +378,9 @@ class NatConfig(FrozenRecord):
     - `source`: with "sockets", an address or an interface of the host that flows to the outside leave from.
       Without it, or for the other family of addresses, they have no way out. By default the host's routes
       decide.
+    - `proxy`: with "sockets", the URL of a proxy that all TCP connections go through: `socks5://` or `http://`
+      with `user:password@` where it wants them, `host` for that of the host's environment (ALL_PROXY,
+      HTTPS_PROXY), or `@FILE`. UDP and ping are refused then, and the name servers are asked over TCP.
 
     Packet threads:
 
@@ -433,6 +437,7 @@ class NatConfig(FrozenRecord):
     bridge: str | None
     uplink: Uplink
     source: str | None
+    proxy: ProxyUrl | None
     external: tuple[IPv4Address, ...]
     port_range: tuple[int, int]
     forwarding: bool
@@ -475,6 +480,7 @@ class NatConfig(FrozenRecord):
         gateway_mac: str | bytes | None = None,
         uplink: str | Uplink = Uplink.SOCKETS,
         source: str | IPv4Address | IPv6Address | None = None,
+        proxy: str | None = None,
         external: str | IPv4Address | Iterable[str | IPv4Address] = (),
         port_range: tuple[int, int] = (49152, 65535),
         forwarding: bool = False,
@@ -509,7 +515,6 @@ class NatConfig(FrozenRecord):
         put(self, "batch_size", whole_number("batch_size", batch_size, 1, 1024))
         put(self, "max_spins", whole_number("max_spins", max_spins, 0, 1_000_000))
         put(self, "workers", whole_number("workers", workers, 1, WORKERS_MOST))
-        put(self, "io_uring", _yes_or_no("io_uring", io_uring))
         put(self, "filtering", choice(Filtering, "filtering", filtering))
         put(self, "limits", _named_numbers("limits", {} if limits is None else limits, LIMITS))
         put(self, "timeouts", _named_numbers("timeouts", {} if timeouts is None else timeouts, TIMEOUTS))
@@ -542,10 +547,11 @@ class NatConfig(FrozenRecord):
                 f"{self.workers} `workers` cannot share the one device of {what}: leave `workers` out."
             )
         put(self, "port_range", check_port_range(port_range))
-        put(self, "forwarding", _yes_or_no("forwarding", forwarding))
-        put(self, "masquerade", _yes_or_no("masquerade", masquerade))
+        for name, on in (("io_uring", io_uring), ("forwarding", forwarding), ("masquerade", masquerade)):
+            put(self, name, _yes_or_no(name, on))
         put(self, "external", self._external(external))
         put(self, "source", self._source(source))
+        put(self, "proxy", self._proxy(proxy))
         put(self, "pcp_ports", _guest_ports(pcp_ports))
         put(self, "pcp_address", self._pcp_address(pcp_address))
         put(self, "static_leases", self._leases(_several("static_leases", static_leases)))
@@ -642,6 +648,21 @@ class NatConfig(FrozenRecord):
                 f"{what} {address} is not the address of a host in {self.subnet}: choose one from {choice}."
             )
         return address
+
+    def _proxy(self, value: object) -> ProxyUrl | None:
+        if value is None:
+            return None
+        from guestnet.model.proxy import proxy
+
+        if self.uplink is not Uplink.SOCKETS or self.mode is NetMode.BRIDGED:
+            other = "`uplink='tun'`" if self.uplink is Uplink.TUN else "`mode='bridged'`"
+            raise ConfigError(f"With {other} packets leave as they are: leave `proxy` out.")
+        for server in self.resolvers or ():
+            if ip_address(server).is_loopback:
+                raise ConfigError(
+                    f"`resolvers` {server} would ask around the `proxy`: choose one that the proxy can reach."
+                )
+        return proxy(value)
 
     def _source(self, value: object) -> str | None:
         if value is None:

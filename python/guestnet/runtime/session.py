@@ -79,6 +79,14 @@ _QUERY_TYPES = {
 }
 
 
+def _proxy(config: NatConfig) -> tuple[str, IPv4Address | IPv6Address, int, bytes, bytes] | None:
+    if config.proxy is None:
+        return None
+    from guestnet.model.proxy import resolved
+
+    return resolved(config.proxy)
+
+
 def _make_plane(config: NatConfig, runtime: Runtime, upstream6: bool) -> _native.DataPlane:
     from guestnet._native import DataPlane
 
@@ -100,6 +108,7 @@ def _make_plane(config: NatConfig, runtime: Runtime, upstream6: bool) -> _native
         workers=config.workers,
         io_uring=config.io_uring,
         source=config.source,
+        proxy=_proxy(config),
         runtime=runtime.planes(),
         gateway6=config.gateway6,
         search=config.search,

@@ -33,6 +33,7 @@ CONFIGS: list[dict[str, Any]] = [
     {"mode": "bridged", "bridge": "br0"},
     {"source": "192.0.2.7"},
     {"source": "eth0"},
+    {"proxy": "socks5://me:secret@192.0.2.1:1080"},
     {"uplink": "tun", "external": ("203.0.113.1",), "port_range": (2000, 3000), "masquerade": True},
     {"pcp_ports": (40000, 40999), "pcp_address": "127.0.0.1", "filtering": "endpoint_independent"},
     {"dns_records": {"web.example": ("192.0.2.1", "TXT:some text"), "*.example": "192.0.2.2"}},

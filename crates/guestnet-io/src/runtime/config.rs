@@ -4,6 +4,8 @@
 use crate::control::port_names::PortNames;
 use crate::uplink::source::Source;
 use guestnet_core::config::NetworkConfig;
+use guestnet_wire::proxy::Proxy;
+use std::sync::Arc;
 
 /// Most workers of one network.
 pub const WORKERS_MAX: usize = 64;
@@ -49,6 +51,8 @@ pub struct WorkerConfig {
     pub io_uring: bool,
     /// Where flows to the outside leave from, with the uplink of sockets.
     pub source: Source,
+    /// The proxy that they go through, with the uplink of sockets.
+    pub proxy: Option<Arc<Proxy>>,
     /// What captures call the ports.
     pub port_names: PortNames,
 }
@@ -68,6 +72,7 @@ impl WorkerConfig {
             workers: 1,
             io_uring: true,
             source: Source::default(),
+            proxy: None,
             port_names: PortNames::default(),
         }
     }

@@ -13,6 +13,7 @@ use crate::runtime::threads::turn::Turn;
 use crate::uplink::error_queue;
 use crate::uplink::forward::Listening;
 use crate::uplink::ping;
+use crate::uplink::proxy::Trouble;
 use crate::uplink::sockets::{Sock, SockKind};
 use crate::uplink::tcp::trace;
 use crate::uplink::udp::{self, Inbox};
@@ -285,6 +286,9 @@ impl Shard {
             }
             SockKind::Tcp(tcp) => {
                 let Some(flow) = flow else { return };
+                if tcp.via.is_some() {
+                    return self.on_handshake(id, flow, ready);
+                }
                 if tcp.connecting {
                     if !ready.has(libc::EPOLLOUT | HUNG_UP) {
                         return;
@@ -310,6 +314,22 @@ impl Shard {
             }
             SockKind::Udp(_) | SockKind::Forward { .. } => self.on_udp(ready),
             SockKind::Ping { .. } => self.on_ping(id, ready),
+        }
+    }
+
+    /// A connection through a proxy that is not open yet.
+    fn on_handshake(&mut self, id: SockId, flow: FlowId, ready: Ready) {
+        let (writable, hung_up) = (ready.has(libc::EPOLLOUT), ready.has(HUNG_UP));
+        let Some(outcome) = self.io.socks.tcp_handshake(id, writable, hung_up) else { return };
+        if let Some(Sock { kind: SockKind::Tcp(tcp), .. }) = self.io.socks.current(ready.token) {
+            tcp.connecting = false;
+        }
+        if let Err(trouble) = outcome {
+            self.io.proxy_failed(trouble);
+        }
+        self.core.tcp_connected(self.now, flow, outcome.map_err(Trouble::as_error), &mut self.io);
+        if outcome.is_ok() {
+            self.on_tcp(flow, ready);
         }
     }
 

@@ -5,7 +5,7 @@ use crate::attachment::port_set::{PortSet, TxContext};
 use crate::attachment::quota::Quota;
 use crate::attachment::tap::WriteOutcome;
 use crate::control::capture::{Capturing, Direction};
-use crate::control::event::{Event, EventSender};
+use crate::control::event::{Event, EventSender, Level};
 use crate::control::port_names::PortNames;
 use crate::os::epoll::Poller;
 use crate::os::io_uring::{OPS_MAX, SMALL, Submitter};
@@ -15,6 +15,7 @@ use crate::runtime::stats::IoCounters;
 use crate::runtime::threads::buffers::Buffers;
 use crate::uplink::deferred_writes::Done;
 use crate::uplink::local_stream::LocalStreams;
+use crate::uplink::proxy::Trouble;
 use crate::uplink::sockets::{Sock, SockKind, Socks};
 use crate::uplink::tun::Tun;
 use guestnet_core::effects::{self, Close, Effects, Peek, Peer, SockError, TxError};
@@ -52,7 +53,12 @@ pub(crate) struct IoContext {
     /// What a run of the submitter consists of.
     done: Vec<Done>,
     frames: Vec<u32>,
+    /// Trouble with the proxy is not reported again before.
+    proxy_reported: Time,
 }
+
+/// Seconds between reports of trouble with the proxy.
+const PROXY_REPORT_S: u64 = 10;
 
 impl IoContext {
     /// Without buffers: see [`IoContext::exchange`].
@@ -76,6 +82,7 @@ impl IoContext {
             peeked: 0,
             done: Vec::new(),
             frames: Vec::new(),
+            proxy_reported: Time(0),
         }
     }
 
@@ -154,6 +161,17 @@ impl IoContext {
             done.clear();
             frames.clear();
         }
+    }
+
+    /// The proxy opened no connection: the owner hears of it, if it is the proxy's fault, but not each time.
+    pub(crate) fn proxy_failed(&mut self, trouble: Trouble) {
+        let (Some(proxy), Some(why)) = (&self.socks.proxy, trouble.text()) else { return };
+        if self.now < self.proxy_reported {
+            return;
+        }
+        self.proxy_reported = self.now.plus_s(PROXY_REPORT_S);
+        let message = format!("the proxy {} opens no connections: {why}", proxy.address);
+        self.events.try_send(Event::Log { level: Level::Warning, message });
     }
 
     /// The control side or another worker does not take what it has to hear: nothing may be done meanwhile that

@@ -66,6 +66,7 @@ impl NewShard {
         io.links = links;
         io.port_names = config.port_names.clone();
         io.socks.source = config.source.clone();
+        io.socks.proxy.clone_from(&config.proxy);
         (Box::new(Shard::new(config, io, queue, waker, published, stop)), presence)
     }
 }

@@ -24,6 +24,7 @@ use crate::runtime::threads::adaptive::Spinner;
 use crate::runtime::threads::buffers::Buffers;
 use crate::runtime::threads::turn::Turn;
 use crate::uplink::forward::{ForwardParts, Listening, Resting};
+use crate::uplink::proxy::Trouble;
 use crate::uplink::udp::Inbox;
 use guestnet_core::Network;
 use guestnet_core::types::Time;
@@ -324,6 +325,9 @@ impl Shard {
                 self.io.events.send_reliable(Event::Done { sequence, result });
             }
         }
+        if self.io.socks.end_old_handshakes(self.now) {
+            self.io.proxy_failed(Trouble::Silent);
+        }
         self.io.socks.end_old_lingering(&mut self.io.counters, self.now);
         if let Some(c) = &mut self.io.capture {
             if self.capture_flush.is_some_and(|t| t <= self.now) {
@@ -377,7 +381,8 @@ impl Shard {
         let (retry, rest) = (self.io.ports.retry_at, self.resting.until);
         let late = self.io.links.as_ref().is_some_and(|p| p.is_behind());
         let late = late.then_some(Time(self.now.0 + UPDATE_RETRY));
-        until(now, [self.core.next_timer(), publish, closing, capture, linger, retry, rest, late])
+        let handshake = self.io.socks.next_handshake();
+        until(now, [self.core.next_timer(), publish, closing, capture, linger, handshake, retry, rest, late])
     }
 
     fn wait(&mut self) -> Result<usize, i32> {

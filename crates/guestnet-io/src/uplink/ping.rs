@@ -53,6 +53,9 @@ impl Socks {
         flow: FlowId,
         like: IpAddr,
     ) -> Result<SockId, SockError> {
+        if self.proxy.is_some() {
+            return Err(SockError::Prohibited);
+        }
         let v6 = like.is_ipv6();
         let (family, protocol) =
             if v6 { (libc::AF_INET6, libc::IPPROTO_ICMPV6) } else { (libc::AF_INET, libc::IPPROTO_ICMP) };

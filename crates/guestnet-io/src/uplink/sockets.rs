@@ -16,6 +16,7 @@ use crate::os::sockaddr::RawAddr;
 use crate::runtime::stats::IoCounters;
 use guestnet_core::effects::SockError;
 use guestnet_core::types::{FlowId, ForwardId, SockId};
+use guestnet_wire::proxy::Proxy;
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -74,6 +75,10 @@ pub(crate) struct Socks {
     pub ttl: u8,
     /// Where flows to the outside leave from.
     pub source: Source,
+    /// What they go through.
+    pub proxy: Option<Arc<Proxy>>,
+    /// Handshakes with the proxy.
+    pub handshakes: super::proxy::Deadlines,
     /// The network's share of the process's descriptors.
     held: Charge,
 }
@@ -94,6 +99,8 @@ impl Socks {
             buffers: super::tcp::usual_buffers(),
             ttl: super::tcp::host_ttl(),
             source: Source::default(),
+            proxy: None,
+            handshakes: Default::default(),
             held: Charge::new(quota, Resource::Sockets),
         }
     }

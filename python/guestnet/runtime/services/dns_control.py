@@ -13,6 +13,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from ipaddress import ip_address
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,11 @@ _REPEAT_SECONDS = 25.0
 class DnsControl:
     """Of one session; `close` when it ends. Changes may come from any thread."""
 
-    def __init__(self, control: Control, dns: DnsServer, registry: Registry, service: int) -> None:
+    def __init__(
+        self, control: Control, dns: DnsServer, registry: Registry, service: int, *, proxied: bool = False
+    ) -> None:
+        self._proxied = proxied
+        """Name servers are asked through a proxy: over TCP, and none that would ask around it."""
         self._control, self._dns, self._registry, self._service = control, dns, registry, service
         self._lock = Lock()
         self._generation = 0
@@ -116,6 +121,11 @@ class DnsControl:
             text = server.text()
             if text is None:
                 _log.warning("the name server %s is left out: its interface is not there", server.host)
+            elif self._proxied and ip_address(server.host).is_loopback:
+                _log.warning(
+                    "the name server %s is left out: it would ask around the proxy; choose another (--dns)",
+                    server.host,
+                )
             else:
                 servers.append(text)
         told = self._control.post(
@@ -124,7 +134,7 @@ class DnsControl:
             timeout=found.timeout,
             attempts=found.attempts,
             rotate=found.rotate,
-            use_tcp=found.use_tcp,
+            use_tcp=found.use_tcp or self._proxied,
         )
         self._told = found if told else None
         self._silent.clear()

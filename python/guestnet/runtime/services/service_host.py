@@ -287,7 +287,8 @@ class ServiceHost:
             if (gateway6 := self._config.gateway6) is not None:
                 await control.do(plane.add_service, _DNS_UDP, "udp", gateway6, DNS_PORT)
                 await control.do(plane.add_service, _DNS_TCP, "tcp", gateway6, DNS_PORT)
-            self._dns = DnsControl(control, self._services.dns, self._registry, _DNS_UDP)
+            proxied = self._config.proxy is not None
+            self._dns = DnsControl(control, self._services.dns, self._registry, _DNS_UDP, proxied=proxied)
             self._dns.open()
         if self._config.pcp_ports is not None:
             from guestnet.runtime.services.pcp_ports import GuestPorts

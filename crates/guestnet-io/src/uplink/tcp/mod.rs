@@ -5,10 +5,12 @@
 //! instead, in bounds. Sockets are watched edge-triggered, because what was peeked but not thrown away keeps
 //! them readable.
 
+mod handshake;
 mod peek;
 mod record;
 
 use super::options;
+use super::proxy::Via;
 use super::sockets::{Sock, SockKind, Socks};
 use crate::os::epoll::Poller;
 use crate::os::sockaddr::RawAddr;
@@ -64,6 +66,15 @@ impl Socks {
         ip: IpFields,
         tight: bool,
     ) -> Result<SockId, SockError> {
+        let mut via = None;
+        let target = match (&self.proxy, target) {
+            (Some(proxy), Target::Address(to)) if !to.ip().is_loopback() => {
+                let (at, handshake) = Via::new(proxy, to);
+                via = Some(handshake);
+                Target::Address(at)
+            }
+            _ => target,
+        };
         let (family, addr) = match target {
             Target::Address(a @ SocketAddr::V4(_)) => (libc::AF_INET, RawAddr::ip(a)),
             Target::Address(a @ SocketAddr::V6(_)) => (libc::AF_INET6, RawAddr::ip(a)),
@@ -79,7 +90,7 @@ impl Socks {
         } else {
             let _best_effort = sys::set_opt(&fd, libc::SOL_SOCKET, libc::SO_OOBINLINE, 1);
             // A guest's TTL matters when it is small (traceroute); the host's own will do for another's.
-            if ip.ttl.saturating_add(1) < self.ttl {
+            if via.is_none() && ip.ttl.saturating_add(1) < self.ttl {
                 options::set_ttl(&fd, family == libc::AF_INET6, ip.ttl);
                 traced = trace(&fd, family, true);
             }
@@ -92,6 +103,7 @@ impl Socks {
             }
         }
         let outcome = match sys::connect(&fd, &addr) {
+            Ok(()) if via.is_some() => None,
             Ok(()) => Some(Ok(())),
             Err(libc::EINPROGRESS) => None,
             // A unix service whose queue is full: as good as refused, and the guest may try again.
@@ -99,12 +111,16 @@ impl Socks {
             Err(e) => Some(Err(sys::sock_error(e))),
         };
         let unix = family == libc::AF_UNIX;
-        let tcp = TcpSock { connecting: outcome.is_none(), traced, unix, ..TcpSock::default() };
+        let proxied = via.is_some() && outcome.is_none();
+        let tcp = TcpSock { connecting: outcome.is_none(), traced, unix, via, ..TcpSock::default() };
         let failed = matches!(outcome, Some(Err(_)));
         let sock = Sock { fd, flow: Some(flow), kind: SockKind::Tcp(tcp) };
         // An unconnected socket is always "hung up"; nothing is to be heard from one that failed.
         let events = if failed { 0 } else { WATCHED };
         let id = self.add(poller, counters, sock, events).map_err(sys::sock_error)?;
+        if proxied {
+            self.handshake_begins(id, sys::now());
+        }
         if let Some(result) = outcome {
             self.outcomes.push((flow, result));
         }

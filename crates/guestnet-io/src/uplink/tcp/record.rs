@@ -1,6 +1,7 @@
 //! Theory of operation: what is remembered of a TCP connection, and what a new one begins with.
 
 use crate::os::sys;
+use crate::uplink::proxy::Via;
 use guestnet_core::effects::SockError;
 
 /// State of one connection.
@@ -16,6 +17,8 @@ pub(crate) struct TcpSock {
     pub urgent: bool,
     /// Errors of the connect are read with who sent them (IP_RECVERR).
     pub traced: bool,
+    /// The handshake with a proxy, while it is under way.
+    pub via: Option<Box<Via>>,
     /// Keep-alive probes can be sent.
     pub(super) probed: bool,
     /// The last read was a large one.

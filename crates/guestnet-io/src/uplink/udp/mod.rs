@@ -54,6 +54,9 @@ impl Socks {
         flow: FlowId,
         like: SocketAddr,
     ) -> Result<SockId, SockError> {
+        if self.proxy.is_some() {
+            return Err(SockError::Prohibited);
+        }
         let v6 = like.is_ipv6();
         let family = if v6 { libc::AF_INET6 } else { libc::AF_INET };
         let fd = sys::socket(family, libc::SOCK_DGRAM, 0).map_err(sys::sock_error)?;
