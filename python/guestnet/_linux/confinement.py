@@ -5,8 +5,8 @@
   those for the start.
 - `settle_thread` runs in each thread of Python once devices and sockets are open. It drops all capabilities
   but those that are still needed.
-- Packet threads confine themselves when they start (`runtime/threads/confinement.rs` of guestnet-io), in every
-  program.
+- Packet threads confine themselves when they start (`runtime/threads/confinement.rs` of guestnet-io), in
+  every program.
 
 What a command executes (CMD or QEMU) has none of this, because it was forked before. `in_force.py` reads from
 the kernel what is in force.
