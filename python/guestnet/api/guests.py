@@ -14,7 +14,7 @@ from guestnet.errors import (
     EndpointNotFound,
 )
 from guestnet.model.handles import Handles
-from guestnet.model.spec import checked_limit, checked_policy
+from guestnet.model.values import checked_limit, checked_policy
 from guestnet.runtime.attachments import (
     Attachment,
     Listener,

@@ -12,9 +12,9 @@ from guestnet.control.event_hub import EventStream
 from guestnet.control.portal import blocking
 from guestnet.errors import UnsupportedError
 from guestnet.model.events import NetworkEvent
-from guestnet.model.spec import path as checked_path
-from guestnet.model.spec import whole_number
 from guestnet.model.stats import ConnTrackStats, FlowRecord, NatStats, NetworkStats
+from guestnet.model.values import path as checked_path
+from guestnet.model.values import whole_number
 
 if TYPE_CHECKING:
     pass

@@ -16,8 +16,9 @@ from guestnet.api.base import NetworkBase
 from guestnet.control.portal import blocking
 from guestnet.errors import ConfigError, EndpointNotFound, GuestnetError
 from guestnet.model.events import FlowOpened
-from guestnet.model.spec import NetMode, checked_limit, checked_policy, choice
-from guestnet.model.spec import path as checked_path
+from guestnet.model.spec import NetMode
+from guestnet.model.values import checked_limit, checked_policy, choice
+from guestnet.model.values import path as checked_path
 
 if TYPE_CHECKING:
     from guestnet.model.denials import Denial

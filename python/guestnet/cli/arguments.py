@@ -1,6 +1,7 @@
 """Options that several commands share, and how their values are read.
 
-Text is read here. `guestnet.model.spec` alone decides what a value may be, under the name of the option.
+Text is read here. What a value may be is decided by `guestnet.model.values` and `spec` alone, under the name
+of the option.
 `settle` makes the configuration of all options together, before anything is started.
 """
 
@@ -147,7 +148,7 @@ def checked(read: Callable[[str], _T]) -> Callable[[str], _T]:
 
 def subnet(text: str) -> IPv4Network:
     """An IPv4 subnet, `10.1.2.0/24`, with room for a gateway and a guest."""
-    from guestnet.model.spec import ipv4_subnet
+    from guestnet.model.values import ipv4_subnet
 
     return ipv4_subnet("--subnet", text)
 
@@ -219,7 +220,7 @@ def random_mac() -> bytes:
 
 def hostname(text: str, option: str = "--hostname") -> str:
     """A host name: one label of letters, digits and hyphens."""
-    from guestnet.model.spec import domain
+    from guestnet.model.values import domain
 
     return domain(option, text, one_label=True)
 
@@ -458,14 +459,14 @@ def prefix6(text: str) -> str:
 
 def resolver(text: str) -> str:
     """The address of a name server."""
-    from guestnet.model.spec import any_address
+    from guestnet.model.values import any_address
 
     return any_address("--dns", text)
 
 
 def search(text: str) -> str:
     """A domain."""
-    from guestnet.model.spec import domain
+    from guestnet.model.values import domain
 
     return domain("--search", text)
 
@@ -479,7 +480,7 @@ def workers(text: str) -> int:
 
 def guest_ports(text: str) -> tuple[IPv4Address | None, int, int]:
     """Ports of the host that guests may open, and the address of the host that they are on: None for all."""
-    from guestnet.model.spec import check_port_range, ipv4_address
+    from guestnet.model.values import check_port_range, ipv4_address
 
     host, colon, ports = text.rpartition(":")
     first, dash, last = ports.partition("-")
@@ -492,7 +493,7 @@ def guest_ports(text: str) -> tuple[IPv4Address | None, int, int]:
 
 def external(text: str) -> IPv4Address:
     """An address that guests have outside."""
-    from guestnet.model.spec import ipv4_address
+    from guestnet.model.values import ipv4_address
 
     return ipv4_address("--external", text)
 

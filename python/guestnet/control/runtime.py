@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Self
 from guestnet.control.callbacks import CallbackPool
 from guestnet.control.thread import ControlThread
 from guestnet.errors import NotRunning
-from guestnet.model.spec import WORKERS_MOST, whole_number
+from guestnet.model.spec import WORKERS_MOST
+from guestnet.model.values import whole_number
 
 if TYPE_CHECKING:
     from guestnet import _native

@@ -20,8 +20,9 @@ from typing import Any, Protocol
 
 from guestnet.errors import ConfigError
 from guestnet.model.ipam import generate_mac, parse_mac
-from guestnet.model.spec import PollingStrategy, choice, whole_number
+from guestnet.model.spec import PollingStrategy
 from guestnet.model.stats import BATCH_BUCKETS, ConnTrackStats, DatapathStats, NatStats
+from guestnet.model.values import choice, whole_number
 from guestnet.nat.engine import NatDirection, NatEngine, NatEngineConfig, NatResult, PacketPool, Ring
 
 ETHERNET = 14

@@ -11,21 +11,38 @@ import os
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from ipaddress import (
-    AddressValueError,
     IPv4Address,
     IPv4Network,
     IPv6Address,
     IPv6Network,
-    NetmaskValueError,
     ip_address,
 )
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from guestnet.errors import ConfigError
 from guestnet.model.defaults import DEFAULT_SUBNET, DEFAULT_ZONE
 from guestnet.model.frozen import FrozenMapping
 from guestnet.model.frozen_record import FrozenRecord
 from guestnet.model.ipam import format_mac, parse_mac
+from guestnet.model.values import (
+    PREFIX_LONGEST,
+    check_port_range,
+    checked_guest_ports,
+    checked_limit,
+    checked_policy,
+    checked_prefix6,
+    checked_records,
+    checked_resolvers,
+    choice,
+    domain,
+    ipv4_address,
+    ipv4_subnet,
+    named_numbers,
+    path,
+    several,
+    whole_number,
+    yes_or_no,
+)
 
 if TYPE_CHECKING:
     from guestnet.model.proxy import ProxyUrl
@@ -34,11 +51,8 @@ if TYPE_CHECKING:
 
 MTU_LOWEST, MTU_HIGHEST = 68, 65520
 """The lowest by RFC 791, and the highest that TAP and virtio carry."""
-PREFIX_SHORTEST, PREFIX_LONGEST = 8, 30
-"""A /30 has room for the gateway and one guest."""
 LEASE_SHORTEST, LEASE_LONGEST = 10, 0xFFFFFFFE
 WORKERS_MOST = 64
-NAME_LONGEST, LABEL_LONGEST = 253, 63
 LIMITS = (
     *("flows", "flows_per_port", "udp_sockets_per_port", "buffer_per_port", "socket_memory", "macs_per_port"),
     *("addresses_per_port", "reassemblies_per_port", "reassembly_bytes", "icmp_errors_per_second"),
@@ -48,7 +62,6 @@ LIMITS = (
 TIMEOUTS = ("udp", "udp_dns", "icmp", "tcp_established", "tcp_transitory", "reassembly")
 """What the data plane knows by these names; its defaults are in `guestnet-core/src/interface/config.rs`."""
 _OWN = ("`gateway`", "`dhcp_start`", "`dhcp_end`")
-_LINK_LOCAL = IPv4Network("169.254.0.0/16")
 
 
 class NetMode(StrEnum):
@@ -131,206 +144,6 @@ class StaticLease(FrozenRecord, kw_only=False):
     def addresses(self) -> tuple[IPv4Address | IPv6Address, ...]:
         """The addresses."""
         return tuple(one for one in (self.ip, self.ip6) if one is not None)
-
-
-_Choice = TypeVar("_Choice", bound=StrEnum)
-
-
-def choice(kind: type[_Choice], what: str, value: object) -> _Choice:
-    """A member of an enumeration, from itself or its value. Raises ConfigError."""
-    try:
-        return kind(str(value))
-    except ValueError:
-        known = ", ".join(repr(choice.value) for choice in kind)
-        raise ConfigError(f"{what} {value!r} is none of {known}: choose one of them.") from None
-
-
-def whole_number(what: str, value: object, lowest: int, highest: int) -> int:
-    """A whole number between two others. Raises ConfigError."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{what} {value!r} is not a whole number: write one from {lowest} to {highest}.")
-    if not lowest <= value <= highest:
-        raise ConfigError(f"{what} {value} is not between {lowest} and {highest}: choose one that is.")
-    return value
-
-
-def _yes_or_no(what: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{what} {value!r} is neither True nor False: write one of them.")
-    return value
-
-
-def ipv4_address(what: str, value: object) -> IPv4Address:
-    """An IPv4 address. Raises ConfigError."""
-    try:
-        if isinstance(value, str | IPv4Address):
-            return IPv4Address(value)
-    except AddressValueError:
-        pass
-    raise ConfigError(f"{what} {value!r} is not an IPv4 address: write one such as 192.168.64.10.")
-
-
-def ipv4_subnet(what: str, value: object) -> IPv4Network:
-    """A subnet with room for a gateway and a guest. Raises ConfigError."""
-    if isinstance(value, IPv4Network):
-        network = value
-    else:
-        try:
-            network = IPv4Network(value if isinstance(value, str) else "", strict=False)
-        except (AddressValueError, NetmaskValueError, ValueError):
-            raise ConfigError(
-                f"{what} {value!r} is not an IPv4 subnet: write one such as {DEFAULT_SUBNET}."
-            ) from None
-        if "/" not in str(value):
-            raise ConfigError(f"{what} {value!r} has no length of its prefix: write one such as {value}/24.")
-        if str(network.network_address) != str(value).partition("/")[0]:
-            raise ConfigError(f"{what} {value!r} is an address within a subnet: write {network}.")
-    if not PREFIX_SHORTEST <= network.prefixlen <= PREFIX_LONGEST:
-        raise ConfigError(
-            f"{what} {network} must have a prefix of /{PREFIX_SHORTEST} to /{PREFIX_LONGEST}: "
-            f"write one such as {DEFAULT_SUBNET}."
-        )
-    first, last = network.network_address.packed[0], network.broadcast_address.packed[0]
-    if first == 0 or last >= 224 or first == 127:
-        raise ConfigError(f"{what} {network} is not for hosts: write a private one such as {DEFAULT_SUBNET}.")
-    if network.overlaps(_LINK_LOCAL):
-        raise ConfigError(
-            f"{what} {network} holds link-local addresses, which no gateway leads out (RFC 3927 section 7): "
-            f"write a private one such as {DEFAULT_SUBNET}."
-        )
-    return network
-
-
-def _prefix6(value: object) -> IPv6Network | None:
-    if value is None:
-        return None
-    # Imported only where there is IPv6.
-    from guestnet.model.spec6 import ipv6_prefix
-
-    return ipv6_prefix("subnet6", value)
-
-
-def domain(what: str, value: object, *, one_label: bool = False) -> str:
-    """A domain name in lower case, without its final dot."""
-    kind = "name of one label" if one_label else "domain name"
-    example = "web" if one_label else DEFAULT_ZONE
-    if isinstance(value, str):
-        name = value.rstrip(".").lower()
-        labels = name.split(".")
-        if len(name) <= NAME_LONGEST and all(map(_is_label, labels)) and (len(labels) == 1 or not one_label):
-            return name
-    raise ConfigError(
-        f"{what} {value!r} is not a {kind}: write letters, digits and hyphens, such as {example!r}."
-    )
-
-
-def _is_label(label: str) -> bool:
-    fits = 0 < len(label) <= LABEL_LONGEST and label.isascii() and label.replace("_", "").replace("-", "")
-    return bool(fits) and str(fits).isalnum() and label[0] != "-" and label[-1] != "-"
-
-
-def _records(value: object) -> dict[str, tuple[str, ...]]:
-    if not value:
-        return {}
-    # Imported only where there are records: it brings asyncio.
-    from guestnet.services.dns.records import parse_record
-
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"dns_records {value!r} is not a mapping: write {{'web.example': ['192.0.2.1']}}.")
-    found: dict[str, tuple[str, ...]] = {}
-    for name, given in value.items():
-        if not isinstance(name, str) or not 0 < len(name.rstrip(".")) <= NAME_LONGEST:
-            raise ConfigError(f"dns_records name {name!r} is not a domain name: write one such as 'web.lan'.")
-        values = (
-            [given] if isinstance(given, str | IPv4Address | IPv6Address) else _several("dns_records", given)
-        )
-        for one in values:
-            parse_record(name, one)
-        found[name.rstrip(".").lower()] = tuple(str(one) for one in values)
-    return found
-
-
-def _several(what: str, value: object) -> tuple[Any, ...]:
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
-        raise ConfigError(f"{what} {value!r} is not a list: write one in brackets.")
-    return tuple(value)
-
-
-def any_address(what: str, value: object) -> str:
-    """An address of either family, as text. Raises ConfigError."""
-    try:
-        if isinstance(value, str | IPv4Address | IPv6Address):
-            return str(ip_address(value))
-    except ValueError:
-        pass
-    raise ConfigError(f"{what} {value!r} is not an IP address: write one such as '192.0.2.1'.")
-
-
-def _resolvers(value: object) -> tuple[str, ...]:
-    return tuple(any_address("resolvers", server) for server in _several("resolvers", value))
-
-
-def path(what: str, value: object, example: str = "guests.pcapng") -> str:
-    """A path as text. Raises ConfigError for what no file can be called."""
-    try:
-        name = os.fspath(value) if isinstance(value, str | os.PathLike) else b""
-        if isinstance(name, str) and name and b"\0" not in os.fsencode(name):
-            return name
-    except UnicodeEncodeError:
-        pass
-    raise ConfigError(f"{what} {value!r} is not a path: write one such as {example!r}.")
-
-
-def _named_numbers(what: str, value: object, known: tuple[str, ...]) -> FrozenMapping[int]:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{what} {value!r} is not a mapping of names to numbers.")
-    for name in value:
-        if name not in known:
-            raise ConfigError(f"{what} has nothing named {name!r}: choose among {', '.join(known)}.")
-    return FrozenMapping(
-        {name: whole_number(f"{what} {name}", number, 1, 0xFFFFFFFF) for name, number in value.items()}
-    )
-
-
-def check_port_range(
-    value: object, what: str = "port_range", example: str = "(49152, 65535)"
-) -> tuple[int, int]:
-    """A first and a last port. Raises ConfigError."""
-    given = _several(what, value)
-    if len(given) != 2:
-        raise ConfigError(f"{what} {value!r} is not a first and a last port: write {example}.")
-    first, last = (whole_number(what, one, 1, 65535) for one in given)
-    if first > last:
-        raise ConfigError(f"{what} {first} to {last} starts after its end: give the lower one first.")
-    return first, last
-
-
-def checked_policy(value: object) -> Policy | None:
-    """A policy, or a mapping with the keys of a policy file. Raises ConfigError."""
-    if value is None:
-        return None
-    # Imported only where there is one.
-    from guestnet.policy.policy import Policy
-
-    if isinstance(value, Policy):
-        return value
-    if isinstance(value, Mapping):
-        return Policy.from_dict(value)
-    raise ConfigError(f"policy {value!r} is not a Policy: make one with Policy(...) or Policy.load(path).")
-
-
-def checked_limit(value: object) -> Limit | None:
-    """A limit, its text, or a mapping with its fields. Raises ConfigError."""
-    if value is None:
-        return None
-    # Imported only where there is one.
-    from guestnet.policy.limit import Limit
-
-    return Limit.of(value)
-
-
-def _guest_ports(value: object) -> tuple[int, int] | None:
-    return None if value is None else check_port_range(value, "pcp_ports", "(40000, 40999)")
 
 
 class NatConfig(FrozenRecord):
@@ -493,31 +306,31 @@ class NatConfig(FrozenRecord):
     ) -> None:
         put = object.__setattr__
         put(self, "subnet", ipv4_subnet("subnet", subnet))
-        put(self, "subnet6", _prefix6(subnet6))
+        put(self, "subnet6", checked_prefix6(subnet6))
         put(self, "mtu", whole_number("mtu", mtu, MTU_LOWEST, MTU_HIGHEST))
         put(self, "mode", choice(NetMode, "mode", mode))
-        put(self, "host_loopback", _yes_or_no("host_loopback", host_loopback))
-        put(self, "isolated", _yes_or_no("isolated", isolated))
+        put(self, "host_loopback", yes_or_no("host_loopback", host_loopback))
+        put(self, "isolated", yes_or_no("isolated", isolated))
         self._put_rules(policy, limit, guest_limit)
         put(self, "bridge", self._segment(bridge))
         # The segment that is joined has its own.
         served = self.mode is not NetMode.BRIDGED
-        put(self, "dhcp", _yes_or_no("dhcp", dhcp) and served)
-        put(self, "dns", _yes_or_no("dns", dns) and served)
+        put(self, "dhcp", yes_or_no("dhcp", dhcp) and served)
+        put(self, "dns", yes_or_no("dns", dns) and served)
         put(self, "lease_time", whole_number("lease_time", lease_time, LEASE_SHORTEST, LEASE_LONGEST))
-        put(self, "dns_records", FrozenMapping(_records({} if dns_records is None else dns_records)))
+        put(self, "dns_records", FrozenMapping(checked_records({} if dns_records is None else dns_records)))
         put(self, "zone", domain("zone", zone))
-        names = (self.zone,) if search is None else _several("search", search)
+        names = (self.zone,) if search is None else several("search", search)
         put(self, "search", tuple(domain("search", name) for name in names))
-        put(self, "resolvers", None if resolvers is None else _resolvers(resolvers))
+        put(self, "resolvers", None if resolvers is None else checked_resolvers(resolvers))
         put(self, "capture", None if capture is None else path("capture", capture))
         put(self, "polling", choice(PollingStrategy, "polling", polling))
         put(self, "batch_size", whole_number("batch_size", batch_size, 1, 1024))
         put(self, "max_spins", whole_number("max_spins", max_spins, 0, 1_000_000))
         put(self, "workers", whole_number("workers", workers, 1, WORKERS_MOST))
         put(self, "filtering", choice(Filtering, "filtering", filtering))
-        put(self, "limits", _named_numbers("limits", {} if limits is None else limits, LIMITS))
-        put(self, "timeouts", _named_numbers("timeouts", {} if timeouts is None else timeouts, TIMEOUTS))
+        put(self, "limits", named_numbers("limits", {} if limits is None else limits, LIMITS))
+        put(self, "timeouts", named_numbers("timeouts", {} if timeouts is None else timeouts, TIMEOUTS))
         put(self, "gateway", self.host_address("`gateway`", self.subnet[1] if gateway is None else gateway))
         self._check_loopback()
         own = parse_mac(b"\x02gn" + self.gateway.packed[1:] if gateway_mac is None else gateway_mac)
@@ -548,13 +361,13 @@ class NatConfig(FrozenRecord):
             )
         put(self, "port_range", check_port_range(port_range))
         for name, on in (("io_uring", io_uring), ("forwarding", forwarding), ("masquerade", masquerade)):
-            put(self, name, _yes_or_no(name, on))
+            put(self, name, yes_or_no(name, on))
         put(self, "external", self._external(external))
         put(self, "source", self._source(source))
         put(self, "proxy", self._proxy(proxy))
-        put(self, "pcp_ports", _guest_ports(pcp_ports))
+        put(self, "pcp_ports", checked_guest_ports(pcp_ports))
         put(self, "pcp_address", self._pcp_address(pcp_address))
-        put(self, "static_leases", self._leases(_several("static_leases", static_leases)))
+        put(self, "static_leases", self._leases(several("static_leases", static_leases)))
 
     @property
     def prefix_len(self) -> int:
@@ -677,7 +490,7 @@ class NatConfig(FrozenRecord):
         return source(value)
 
     def _external(self, value: object) -> tuple[IPv4Address, ...]:
-        given = [value] if isinstance(value, str | IPv4Address) else _several("external", value)
+        given = [value] if isinstance(value, str | IPv4Address) else several("external", value)
         found = tuple(ipv4_address("external", one) for one in given)
         if self.uplink is not Uplink.TUN and (found or self.forwarding or self.masquerade):
             settings = {"external": found, "forwarding": self.forwarding, "masquerade": self.masquerade}

@@ -24,8 +24,9 @@ from typing import Any, ClassVar, overload
 from guestnet import _native
 from guestnet.errors import ConfigError
 from guestnet.model.defaults import DEFAULT_SUBNET
-from guestnet.model.spec import Filtering, check_port_range, choice, whole_number
+from guestnet.model.spec import Filtering
 from guestnet.model.stats import ConnTrackStats, NatStats
+from guestnet.model.values import check_port_range, choice, whole_number
 
 PacketPool = _native.PacketPool
 Ring = _native.Ring

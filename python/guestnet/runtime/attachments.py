@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from guestnet.control.callbacks import CallbackQueue
 from guestnet.control.portal import blocking
 from guestnet.errors import AttachError, BusyError, ConfigError, NotRunning
-from guestnet.model.spec import path as checked_path
+from guestnet.model.values import path as checked_path
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

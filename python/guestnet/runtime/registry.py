@@ -23,7 +23,8 @@ from guestnet.errors import (
 )
 from guestnet.model.ipam import IpAllocator, format_mac, generate_mac, parse_mac
 from guestnet.model.shares import fair_share
-from guestnet.model.spec import NatConfig, NetMode, StaticLease, domain
+from guestnet.model.spec import NatConfig, NetMode, StaticLease
+from guestnet.model.values import domain
 from guestnet.runtime.endpoint import Endpoint, EndpointNetwork, EndpointRecord
 from guestnet.runtime.known6 import Known6
 

@@ -10,15 +10,7 @@ from typing import Any
 
 import pytest
 from guestnet.errors import ConfigError, GuestnetError
-from guestnet.model.spec import (
-    LIMITS,
-    TIMEOUTS,
-    Filtering,
-    NatConfig,
-    NetMode,
-    PollingStrategy,
-    StaticLease,
-)
+from guestnet.model.spec import LIMITS, TIMEOUTS, Filtering, NatConfig, NetMode, PollingStrategy, StaticLease
 from guestnet.runtime.network import NatNetwork
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
