@@ -180,7 +180,7 @@ def test_every_reason_of_a_drop_is_in_the_reference() -> None:
 
     with NatNetwork() as network:
         reasons = set(network.stats().drops)
-    assert set(re.findall(r"`(\w+)`", "".join(first_cells("## Reasons for drops")))) == reasons
+    assert set(re.findall(r"`(\w+)`", "".join(first_cells("## Drop reasons")))) == reasons
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
