@@ -14,6 +14,7 @@ use common::{Mock, Sent, SentDatagram};
 use guestnet_core::config::{DatagramError, ForwardSpec, Limits, NameServers, NetworkConfig};
 use guestnet_core::{DnsVerdict, Network};
 use guestnet_core::effects::{Event, SockError};
+use guestnet_core::policy::shaping::LimitSpec;
 use guestnet_core::policy::spec::{
     Action, Destination, Name, NameMatch, NamePattern, PolicyOptions, PolicySpec, RuleDirection, RuleSpec,
 };
@@ -120,6 +121,7 @@ fn rules(choice: u8) -> Option<Arc<RuleTable>> {
         ports: vec![],
         by: NameMatch::Conversation,
         log: false,
+        limit: (choice & 4 != 0).then_some(limit(choice)),
         all_query_types: false,
     };
     let (default, rules) = match choice & 3 {
@@ -130,6 +132,21 @@ fn rules(choice: u8) -> Option<Arc<RuleTable>> {
     };
     let spec = PolicySpec { rules, default, options: PolicyOptions::default() };
     Some(Arc::new(RuleTable::compile(spec).unwrap()))
+}
+
+/// A limit of which each part may be missing.
+fn limit(choice: u8) -> LimitSpec {
+    let part = |bit: u8, most: u64| (choice & bit != 0).then_some(most);
+    LimitSpec {
+        up: part(8, 20_000),
+        down: part(16, 20_000),
+        packets_up: part(32, 50),
+        packets_down: part(32, 50),
+        new_flows: part(64, 5),
+        open_flows: (choice & 128 != 0).then_some(10),
+        queries: part(64, 5),
+        total: part(128, 100_000),
+    }
 }
 
 /// Whether rules allow a name that a conversation shows.
@@ -668,6 +685,8 @@ impl World {
                 self.rules = choice;
                 self.changes += 1;
                 self.core.set_rules(self.now, None, rules(choice));
+                let of = (cut & 1 == 0).then_some(port);
+                let _no_port = self.core.set_limit(self.now, of, (cut & 6 == 6).then(|| limit(cut)));
             }
             1 => {
                 let name: &[u8] = if choice & 1 == 0 { b"ok.example" } else { b"large.example" };

@@ -5,13 +5,14 @@ mod common;
 #[path = "common/net.rs"]
 mod net;
 
+use guestnet_core::config::ForwardSpec;
 use guestnet_core::policy::shaping::LimitSpec;
 use guestnet_core::policy::spec::{
     Action, Destination, Net as Prefix, PolicyOptions, PolicySpec, RuleDirection, RuleSpec,
 };
 use guestnet_core::policy::table::RuleTable;
 use guestnet_core::stats::DropReason;
-use guestnet_core::types::{PortId, SockId, Time};
+use guestnet_core::types::{ForwardId, PortId, SockId, Time};
 use guestnet_wire::tcp::{Tcp, flags};
 use guestnet_wire::{be16, be32, proto};
 use net::*;
@@ -191,6 +192,25 @@ fn datagrams_beyond_the_rate_are_dropped_either_way() {
     assert!(down.abs_diff(103_000) < 3_000, "{down}");
     let dropped = n.drops(DropReason::RateLimit);
     assert!((1_700..1_900).contains(&dropped), "{dropped}");
+}
+
+#[test]
+fn a_flow_whose_first_datagram_is_dropped_ends_too() {
+    let mut n = Net::new();
+    assert!(n.core.set_limit(n.now, None, Some(rate(0, 0))));
+    let guest = guest_addr(A, 53);
+    n.core.add_forward(ForwardId(1), ForwardSpec::published(proto::UDP, guest));
+    let sock = n.fx.new_sock();
+    for client in 0..50 {
+        n.udp(A, 5000 + client, SERVER, &[1; 1000]);
+        let from = addr(&format!("198.51.100.7:{}", 50_000 + u32::from(client)));
+        n.core.udp_forward_received(n.now, ForwardId(1), sock, from, &[2; 1000], 0, &mut n.fx);
+    }
+    assert_eq!(n.core.flows().count(), 100);
+    assert!(n.drops(DropReason::RateLimit) > 90);
+    n.pass_ms(301_000);
+    assert_eq!(n.core.flows().count(), 0);
+    n.core.audit().unwrap();
 }
 
 #[test]

@@ -278,7 +278,10 @@ impl Relay {
         let now = cx.link.now;
         let Some(f) = self.flows.at(index) else { return };
         match &f.state {
-            State::Tcp(_) if f.expires <= now.as_ms() => self.inspection_due(cx, index),
+            State::Tcp(_) if f.expires <= now.as_ms() => {
+                self.inspection_due(cx, index);
+                self.wake_tcp(now, index);
+            }
             State::Tcp(tcb) => match tcb.deadline() {
                 Some(at) if at <= now => {
                     let fate = self.with_index(cx, index, |tcb, cx| tcb.timer(cx));

@@ -162,6 +162,8 @@ impl Relay {
         if cx.policy.shaping.is_active()
             && !self.within_limits(cx, index, shaping::Way::Up, payload.len(), segment)
         {
+            // A new flow ends like any other.
+            self.touch(cx.link.now, index);
             return Err(DropReason::RateLimit);
         }
         let sent = match self.note_out(index, from.mac, be16(frame, p.l3.saturating_add(4)), payload.len()) {
@@ -314,6 +316,7 @@ impl Relay {
         if cx.policy.shaping.is_active()
             && !self.within_limits(cx, index, shaping::Way::Down, payload.len(), segment)
         {
+            self.touch(cx.link.now, index);
             if let Some(slot) = self.flows.at(index).map(|f| f.key.slot) {
                 cx.link.lan.count_drop(slot, DropReason::RateLimit);
             }

@@ -10,6 +10,9 @@
 //!   wait in the same direction, datagrams get half of the rate.
 //! - **Flows** beyond their limit are refused.
 //!
+//! A flow that is called has credit in the limit that called it. It makes progress, or waits for another limit that has no
+//! credit, or for its socket or its guest; so a round of calls at one moment ends.
+//!
 //! Bounds: a flow is in one queue for each way, so all queues together are as long as the flow table, twice.
 
 mod spec;
@@ -154,7 +157,9 @@ impl Shaper {
     fn take(&mut self, now: Time, way: Way, bytes: u64, packets: u64) {
         if bytes > 0 {
             self.lane(way).take(now, bytes, packets);
-            self.total = self.total.map(|left| left.saturating_sub(bytes));
+            // What is less than a segment is nothing: no flow waits for it.
+            let left = self.total.map(|left| left.saturating_sub(bytes));
+            self.total = left.map(|left| if left < LEAST { 0 } else { left });
         }
     }
 
@@ -315,15 +320,19 @@ impl Shaping {
     /// A flow waits: it is called when the limit that stopped it has credit. The caller sees to it that a flow waits once
     /// each way.
     pub fn wait(&mut self, now: Time, owner: Owner, flow: FlowId, way: Way) {
-        let mut last = None;
+        // A limit without credit, so that the flow is not called before there is some; else the one with a queue.
+        let (mut empty, mut queue, mut last) = (None, None, None);
         for scope in owner.scopes().into_iter().flatten() {
             let Some(shaper) = self.shaper(scope) else { continue };
             last = Some(scope);
-            if !shaper.lane(way).waiting.is_empty() || shaper.left(now, way) < LEAST {
-                break;
+            if shaper.left(now, way) < LEAST {
+                empty = empty.or(last);
+            }
+            if !shaper.lane(way).waiting.is_empty() {
+                queue = queue.or(last);
             }
         }
-        let Some(scope) = last else {
+        let Some(scope) = empty.or(queue).or(last) else {
             self.released.push_back((flow, way));
             self.active = true;
             return;

@@ -121,12 +121,25 @@ fn flows_have_a_rate_and_a_number() {
 }
 
 #[test]
+fn a_flow_waits_for_the_limit_that_has_no_credit() {
+    let mut s = Shaping::default();
+    s.set_guest(NOW, 0, Some(rate(1_000_000, 1_000_000)));
+    s.set_network(NOW, Some(rate(10_000, 10_000)));
+    s.charge(NOW, A, 3_000, 0);
+    // Another flow waits for its guest's limit, which has credit: this one would be called at once, again and again.
+    s.wait(NOW, A, flow(1), Way::Up);
+    s.wait(NOW, A, flow(2), Way::Up);
+    assert_eq!(s.next_due(NOW), None);
+    assert_eq!(s.next_timer(NOW), Some(at(150)));
+}
+
+#[test]
 fn after_the_total_nothing_passes() {
     let mut s = Shaping::default();
     s.set_guest(NOW, 0, Some(LimitSpec { total: Some(10_000), ..LimitSpec::default() }));
     assert!(s.police(NOW, A, Way::Down, 4_000, 3));
     assert_eq!(s.allowance(NOW, A, None).up, 6_000);
-    s.charge(NOW, A, 6_000, 0);
+    s.charge(NOW, A, 4_600, 0);
     assert!(!s.police(at(1_000_000), A, Way::Down, 1, 1));
     assert_eq!(s.opens(NOW, 0, 0, 0), Err(FlowRefused::TooMany));
     s.wait(NOW, A, flow(1), Way::Up);

@@ -13,15 +13,16 @@ impl Tcb {
             while let wanted = self.buffer.as_ref().map_or(0, |b| b.front().len())
                 && wanted > 0
             {
-                let asked = self.may_go_up(cx, wanted);
-                let Some(b) = &mut self.buffer else { break };
+                let asked = Tcb::may_go_up(cx, wanted);
                 if asked == 0 {
+                    self.went_up(cx, wanted, 0, 0);
                     break;
                 }
+                let Some(b) = &mut self.buffer else { break };
                 match cx.fx.tcp_send(self.sock, b.front().get(..asked).unwrap_or(&[])) {
                     Ok(n) => {
                         b.consume(n.min(asked));
-                        Tcb::went_up(cx, n.min(asked));
+                        self.went_up(cx, wanted, asked, n.min(asked));
                         if n > 0 {
                             self.last_seen = cx.now;
                         }

@@ -442,13 +442,13 @@ impl Tcb {
         }
         let mut taken = 0;
         if self.is_direct()
-            && let may = self.may_go_up(cx, data.len())
-            && may > 0
+            && let may = Tcb::may_go_up(cx, data.len())
         {
-            match cx.fx.tcp_send(self.sock, &data[..may]) {
+            let went = if may > 0 { cx.fx.tcp_send(self.sock, &data[..may]) } else { Ok(0) };
+            match went {
                 Ok(n) => {
                     taken = n.min(may);
-                    Tcb::went_up(cx, taken);
+                    self.went_up(cx, data.len(), may, taken);
                 }
                 Err(_) => {
                     self.abort(cx);

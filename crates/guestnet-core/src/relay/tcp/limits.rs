@@ -17,20 +17,26 @@ const QUEUED_DOWN: u8 = 8;
 impl Tcb {
     /// How many of `wanted` bytes of the guest may go to the socket.
     #[inline]
-    pub(super) fn may_go_up<E: Effects>(&mut self, cx: &Ctx<'_, E>, wanted: usize) -> usize {
-        let may = wanted.min(cx.allowance.up as usize);
-        if may < wanted {
-            self.throttle |= UP;
-        }
-        may
+    pub(super) fn may_go_up<E: Effects>(cx: &Ctx<'_, E>, wanted: usize) -> usize {
+        wanted.min(cx.allowance.up as usize)
     }
 
-    /// So many bytes went to the socket.
+    /// Of `wanted` bytes `may` could go to the socket, and `went` did. A socket that is full says when it is not; only
+    /// where it took all that it was given, the limit stopped the flow.
     #[inline]
-    pub(super) fn went_up<E: Effects>(cx: &mut Ctx<'_, E>, bytes: usize) {
-        if cx.allowance.up != u32::MAX {
-            let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
-            cx.allowance.up = cx.allowance.up.saturating_sub(bytes);
+    pub(super) fn went_up<E: Effects>(
+        &mut self,
+        cx: &mut Ctx<'_, E>,
+        wanted: usize,
+        may: usize,
+        went: usize,
+    ) {
+        if cx.allowance.up == u32::MAX {
+            return;
+        }
+        cx.allowance.up = cx.allowance.up.saturating_sub(u32::try_from(went).unwrap_or(u32::MAX));
+        if went == may && may < wanted {
+            self.throttle |= UP;
         }
     }
 
