@@ -53,6 +53,17 @@ Give names of your own, and see what happens:
     >>> kinds[0]
     'guest_up'
 
+Say what guests may reach and carry, ask the policy, and change it while the network runs:
+
+    >>> from guestnet import Policy, Rule
+    >>> policy = Policy("deny", [Rule("allow", "pypi.org"), Rule("allow", "*.debian.org", limit="50mbit")])
+    >>> with NatNetwork(policy=policy, guest_limit="20mbit/5mbit,flows=500") as network:
+    ...     print(network.policy.check("198.51.100.7:25"))
+    ...     cut = network.set_policy(Policy("deny"))
+    ...     network.denials()
+    deny 198.51.100.7:25/tcp: default (no rule matches)
+    []
+
 Programs with asyncio use `async with`, and methods with an `a` in front:
 
     >>> import asyncio
@@ -71,6 +82,10 @@ Every error is a `GuestnetError`, and its text says what to do:
 What else there is:
 
 - `NatConfig` lists every setting, and checks them.
+- `Policy`, `Rule` and `Limit` have every word of a policy; `NatNetwork.decide` asks the program about new
+  flows, `audit` writes a log, `learn` writes the policy that would have allowed what guests did.
+- `NetworkEvent` and its subclasses (`GuestUp`, `FlowDenied`, ...) are the events of a network.
+- `guestnet.errors` has the classes of errors.
 - `Runtime` has the threads that the networks of a process share.
 - `Spec` describes a network as a value, `diff` compares two descriptions, and `NatNetwork.apply` applies the
   changes.
